@@ -1,0 +1,86 @@
+"""What every job schema shares: strict keys, YAML in and out, errors a person can act on.
+
+A job's pydantic model is the YAML file, the command line's options, the page's form and the record saved in the
+result. Defaults and help texts stand in the model's fields and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adapters.errors import InputError, nearest
+
+
+class JobConfig(BaseModel):
+    """Base of the job schemas."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    kind: ClassVar[str] = ""
+    """Name of the job in the queue and of its command ("compose", "train-image")."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str = "the configuration") -> Self:
+        """Validate ``values``; raise :class:`InputError` naming each wrong key (and the nearest right one) or value."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise InputError(f"{source}: " + "; ".join(_explain(cls, item) for item in error.errors())) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a configuration file (YAML or JSON)."""
+        return cls.parse(read_yaml(path), source=str(path))
+
+    def to_yaml(self) -> str:
+        """The complete configuration, replayable with :meth:`from_yaml`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML mapping; raise :class:`InputError` when the file is missing, unreadable or not a mapping."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"Configuration file '{file}' does not exist.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"Configuration file '{file}' is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"Configuration file '{file}' must hold 'key: value' lines, found {type(values).__name__}.")
+    return values
+
+
+def _explain(model: type[BaseModel], item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "value"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key '{place}'{nearest(str(item['loc'][-1]), _field_names(model, item['loc'][:-1]))}"
+    given = item.get("input")
+    shown = "" if item["type"] == "missing" or isinstance(given, dict) else f", got {given!r}"
+    return f"{place}: {item['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _field_names(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields at ``path`` inside ``model`` (lists and unions are looked through)."""
+    current: Any = model
+    for part in path:
+        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
+            continue
+        info = current.model_fields.get(str(part))
+        current = _inner_model(info.annotation) if info else None
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _inner_model(argument)
+        if found is not None:
+            return found
+    return None
