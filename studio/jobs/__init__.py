@@ -1,1 +1,25 @@
+"""Jobs: long work outside the process that asked for it, one at a time per device, kept whatever happens.
 
+Pages and commands use the functions named here; everything else in this package is how they do it.
+"""
+
+from studio.jobs.control import (
+    cancel,
+    delete,
+    ensure_worker,
+    get,
+    history,
+    log,
+    rerun,
+    resume,
+    run_here,
+    submit,
+)
+from studio.jobs.control import newest as list
+from studio.jobs.kinds import Kind, register
+from studio.jobs.model import ACTIVE, ENDED, STATUSES, Job, ProgressRow, Status
+
+__all__ = [
+    "ACTIVE", "ENDED", "STATUSES", "Job", "Kind", "ProgressRow", "Status", "cancel", "delete", "ensure_worker", "get",
+    "history", "list", "log", "register", "rerun", "resume", "run_here", "submit",
+]  # fmt: skip

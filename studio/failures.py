@@ -1,0 +1,32 @@
+"""Any error as one sentence for the person who meets it."""
+
+from __future__ import annotations
+
+import errno
+
+from adapters.errors import StudioError
+
+
+def sentence(error: BaseException) -> str:
+    """What happened and what to do; unexpected errors are named as such."""
+    if isinstance(error, StudioError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing '{error.filename}'" if error.filename else ""
+        return f"The disk is full{where}: free some space (studio jobs delete, studio library trash) and try again."
+    if isinstance(error, PermissionError):
+        return f"No permission to use '{error.filename}': choose a place you may write to."
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"'{error.filename}' does not exist."
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return (
+            "The memory did not suffice: choose a smaller size or batch, "
+            "adapter_batch 1 for composite, or the memory preset 'low'."
+        )
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"Unexpected {type(error).__name__}{': ' + first if first else ''}"
+
+
+def expected(error: BaseException) -> bool:
+    """Whether the sentence says all, so that nobody needs the traceback."""
+    return not sentence(error).startswith("Unexpected ")

@@ -1,0 +1,208 @@
+"""What a person does with jobs: submit, look, cancel, resume, run again, delete."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InputError
+from adapters.progress import Monitor
+from studio import settings
+from studio.jobs import kinds, process, queue, store
+from studio.jobs.model import ENDED, Job, ProgressRow
+from studio.schemas.base import JobConfig
+
+HERE = "here"
+"""The "queue" of jobs that the asking process does itself."""
+
+
+def submit(kind: str, config: JobConfig | Mapping[str, Any]) -> str:
+    """Put a job in its queue and return its id; raises :class:`InputError` when the configuration is wrong.
+
+    Nothing works on it until a worker runs (:func:`ensure_worker`).
+    """
+    parsed = kinds.find(kind).parse(config)
+    job = _new(kind, parsed, queue.name_for(str(getattr(parsed, "device", "auto"))))
+    queue.put(job.queue, job.id)
+    return job.id
+
+
+def run_here(kind: str, config: JobConfig | Mapping[str, Any], monitor: Monitor) -> Job:
+    """Do a job in this process, recorded like any other, and return it when it has ended.
+
+    Raises:
+        adapters.errors.StudioError, or whatever ended the job; ``KeyboardInterrupt`` cancels it.
+    """
+    job = _new(kind, kinds.find(kind).parse(config), HERE)
+    return work_here(job.id, monitor)
+
+
+def work_here(job_id: str, monitor: Monitor) -> Job:
+    """Do a waiting job in this process (see :func:`run_here`)."""
+    from studio.jobs.execute import execute
+
+    store.change(job_id, ["queued"], queue=HERE, **process.identity(), heartbeat=time.time())
+    error = execute(job_id, monitor)
+    if error is not None:
+        raise error
+    return get(job_id)
+
+
+def get(job_id: str) -> Job:
+    """One job; the id may be shortened to its unique beginning or end, "last" is the newest.
+
+    Raises:
+        InputError: there is no such job, or several.
+    """
+    mark_interrupted()
+    if job_id == "last":
+        latest = store.newest(1)
+        if not latest:
+            raise InputError("There are no jobs yet.")
+        return latest[0]
+    job = store.read(job_id)
+    if job is not None:
+        return job
+    found = store.matching(job_id) if job_id else []
+    if len(found) > 1:
+        raise InputError(f"Several jobs match '{job_id}': {', '.join(found)} ...")
+    match = store.read(found[0]) if found else None
+    if match is None:
+        raise InputError(f"There is no job '{job_id}': see  studio jobs list.")
+    return match
+
+
+def newest(limit: int = 50, status: Iterable[str] = (), kind: str | None = None) -> list[Job]:
+    """The newest jobs first."""
+    mark_interrupted()
+    return store.newest(limit, status, kind)
+
+
+def history(job_id: str, since: int = 0) -> list[ProgressRow]:
+    """The reports of a job that say something (loss, metrics, preview, message, new stage), oldest first.
+
+    ``since`` leaves out as many from the start, so that a page can ask for what is new.
+    """
+    return store.history(get(job_id).id, since)
+
+
+def log(job_id: str, tail: int | None = 200) -> str:
+    """The last lines of a job's log (all with ``tail=None``); empty before it starts."""
+    file = get(job_id).folder / "log.txt"
+    if not file.is_file():
+        return ""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines if tail is None else lines[max(0, len(lines) - tail) :])
+
+
+def cancel(job_id: str) -> Job:
+    """Ask a job to stop; asked a second time, its process is killed. Returns the job as it then is.
+
+    Raises:
+        InputError: the job has ended already.
+    """
+    job = get(job_id)
+    if store.change(job.id, ["queued"], status="cancelled", finished=time.time()):
+        return get(job.id)
+    if store.change(job.id, ["running"], status="cancelling"):
+        return get(job.id)
+    if job.status == "cancelling":
+        _kill(job)
+        return get(job.id)
+    raise InputError(f"Job {job.id} is {job.status} already.")
+
+
+def _kill(job: Job) -> None:
+    who = store.owner(job.id)
+    if who is None or not process.kill(who):
+        raise InputError(f"Job {job.id} runs on {job.host}: stop its worker there.")
+    store.change(job.id, ["cancelling"], status="cancelled", finished=time.time())
+    if store.newest(1, ["queued"]):
+        ensure_worker()
+
+
+def resume(job_id: str) -> str:
+    """Queue an ended job again, in its own folder: training goes on from its checkpoint, other kinds start anew.
+
+    Returns the id; raises :class:`InputError` when the job is done or still at work.
+    """
+    job = get(job_id)
+    where = queue.name_for(job.device)
+    if not prepare_resume(job.id, where):
+        raise InputError(f"Job {job.id} is {job.status}: only an interrupted, cancelled or failed job can be resumed.")
+    queue.put(where, job.id)
+    return job.id
+
+
+def prepare_resume(job_id: str, queue_name: str = HERE) -> bool:
+    """Mark an ended job as waiting to go on; tells whether it was one that can."""
+    states = [status for status in ENDED if status != "done"]
+    owner = process.identity() if queue_name == HERE else {"host": "", "pid": None, "pid_started": None}
+    return store.change(
+        job_id, states, status="queued", queue=queue_name, resuming=1, finished=None, error="",
+        heartbeat=time.time(), **owner,
+    )  # fmt: skip
+
+
+def rerun(job_id: str) -> str:
+    """Queue a new job with the same configuration and return its id."""
+    job = get(job_id)
+    return submit(job.kind, job.config)
+
+
+def delete(job_id: str) -> None:
+    """Remove an ended (or waiting) job and its folder; raises :class:`InputError` while it is at work."""
+    job = get(job_id)
+    if job.status in ("running", "cancelling"):
+        raise InputError(f"Job {job.id} is at work: cancel it first.")
+    store.forget(job.id)
+    shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def mark_interrupted() -> None:
+    """Mark jobs whose process has died: as interrupted, or as cancelled when that was asked for.
+
+    Where a worker died, another one is started for the jobs that wait behind it.
+    """
+    died = False
+    for job in store.newest(1000, ["running", "cancelling", "queued"]):
+        who = store.owner(job.id)
+        if who is None or process.alive(who) or (job.status == "queued" and job.queue != HERE):
+            continue
+        store.change(job.id, ["cancelling"], status="cancelled", finished=time.time())
+        store.change(
+            job.id, ["running", "queued"], status="interrupted", finished=time.time(),
+            error="The process that worked on it has died; resume the job to go on.",
+        )  # fmt: skip
+        died = died or job.queue != HERE
+    if died and store.newest(1, ["queued"]):
+        ensure_worker()
+
+
+def ensure_worker() -> None:
+    """Start a worker process, if none runs, for every queue with waiting jobs (the default one if nothing waits)."""
+    from studio.jobs import worker
+
+    waiting = {job.queue for job in store.newest(1000, ["queued"])} - {HERE}
+    for name in sorted(waiting or {queue.DEFAULT}):
+        worker.ensure(name)
+
+
+def _new(kind: str, config: JobConfig, queue_name: str) -> Job:
+    now = time.time()
+    job_id = f"{datetime.fromtimestamp(now):%y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    place = settings.folder("jobs", job_id)
+    job = Job(
+        id=job_id, kind=kind, status="queued", config=config.model_dump(mode="json"), created=now, folder=place,
+        device=str(getattr(config, "device", "auto")), queue=queue_name, cwd=Path.cwd(),
+    )  # fmt: skip
+    settings.write_text(place / "config.yaml", config.to_yaml())
+    store.insert(job)
+    if queue_name == HERE:
+        store.change(job_id, ["queued"], heartbeat=now, **process.identity())
+    return job

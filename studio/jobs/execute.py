@@ -1,0 +1,145 @@
+"""Doing one job: in a worker or, when a command asks for it, right here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import Cancelled
+from adapters.progress import Monitor
+from studio import devices, failures, settings
+from studio.jobs import kinds, process, store
+from studio.jobs.model import Job, Status
+from studio.jobs.monitor import STOPPING, JobMonitor
+
+logger = logging.getLogger("studio.jobs")
+
+
+class _NotMine(Exception):
+    """The job was cancelled or taken by another process before it could start."""
+
+
+def execute(job_id: str, also: Monitor | None = None) -> BaseException | None:
+    """Do a queued job: returns None when it is done (or was not ours to do), else the error that ended it.
+
+    Takes the job's device for itself first. Whatever happens is written in the store; nothing is raised.
+    """
+    job = store.read(job_id)
+    if job is None or job.status != "queued":
+        return None
+    try:
+        with devices.exclusive(devices.resolve(job.device), lambda: _still_queued(job_id, also)):
+            return _claimed(job, also)
+    except _NotMine:
+        return None
+
+
+def _still_queued(job_id: str, also: Monitor | None) -> None:
+    job = store.read(job_id)
+    if job is None or job.status != "queued" or STOPPING.is_set():
+        raise _NotMine
+    if also is not None and also.cancelled():
+        store.change(job_id, ["queued"], status="cancelled", finished=time.time())
+        raise _NotMine
+
+
+def _claimed(job: Job, also: Monitor | None) -> BaseException | None:
+    if not store.change(
+        job.id, ["queued"], status="running", started=time.time(), finished=None, error="", result=None,
+        heartbeat=time.time(), **process.identity(),
+    ):  # fmt: skip
+        return None
+    with _log_file(job.folder / "log.txt"):
+        try:
+            logger.info("%s job %s %s", job.kind, job.id, "resumes" if job.resuming else "starts")
+            result = _run(job, also)
+            settings.write_text(job.folder / "result.json", json.dumps(result, indent=1, default=str))
+        except BaseException as error:
+            _ended(job, error)
+            return error
+        logger.info("done")
+    _finish(job.id, "done", result=json.dumps(result, default=str))
+    return None
+
+
+def _run(job: Job, also: Monitor | None) -> dict[str, Any]:
+    kind = kinds.find(job.kind)
+    config = kind.parse(job.config)
+    if not kind.keeps_pipeline:
+        release_pipeline()
+    function = kind.function()
+    monitor = JobMonitor(job.id, job.folder, also)
+    options = {"resume": job.resuming} if kind.continues else {}
+    with _inside(job.cwd):
+        return function(config, job.folder, monitor, **options)
+
+
+@contextmanager
+def _inside(place: Path) -> Iterator[None]:
+    """Work in the folder in which the job was asked for, if it still exists."""
+    before = Path.cwd()
+    if place.is_dir():
+        os.chdir(place)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def release_pipeline() -> None:
+    """Free the pipeline that composing keeps loaded, if there is one."""
+    loaded = sys.modules.get("studio.loaded")
+    if loaded is not None:
+        loaded.release()
+
+
+def _ended(job: Job, error: BaseException) -> None:
+    asked = store.read(job.id)
+    cancelling = asked is not None and asked.status == "cancelling"
+    if isinstance(error, (Cancelled, KeyboardInterrupt, SystemExit)):
+        stopped_with_process = STOPPING.is_set() and not cancelling
+        logger.info("stopped on request")
+        if stopped_with_process:
+            _finish(job.id, "interrupted", error="The worker was stopped; resume the job to go on.")
+        else:
+            _finish(job.id, "cancelled")
+        return
+    text = failures.sentence(error)
+    if failures.expected(error):
+        logger.error("%s", text)
+    else:
+        logger.error("%s", text, exc_info=error)
+    _finish(job.id, "failed", error=text if failures.expected(error) else f"{text} (details in the job's log)")
+
+
+def _finish(job_id: str, status: Status, **values: Any) -> None:
+    store.change(job_id, ["running", "cancelling"], status=status, finished=time.time(), **values)
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Write what is logged and warned in this process to ``path`` meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("studio"))
+    root = logging.getLogger()
+    studio = logging.getLogger("studio")
+    before = studio.level
+    studio.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        logging.captureWarnings(False)
+        studio.setLevel(before)
+        handler.close()

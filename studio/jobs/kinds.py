@@ -1,0 +1,84 @@
+"""Kinds of jobs: a name, the schema of its configuration and the function that does it.
+
+Both are named as text (``"module:attribute"``) so that the list can be read without importing torch. Another program
+adds a kind by calling :func:`register` in a module named in the setting ``plugins``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from adapters.errors import InputError, nearest
+from studio import settings
+from studio.schemas.base import JobConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of job.
+
+    Attributes:
+        name: what the queue and the commands call it.
+        schema: ``"module:Class"`` of its :class:`~studio.schemas.base.JobConfig`.
+        entry: ``"module:function"``, called ``run(config, folder, monitor) -> dict``.
+        continues: ``run`` also takes ``resume`` (a bool) and goes on from its last checkpoint when it is true;
+            otherwise resuming starts the job from its beginning.
+        keeps_pipeline: the job uses the pipeline that the worker keeps loaded; it is released before other kinds.
+    """
+
+    name: str
+    schema: str
+    entry: str
+    continues: bool = False
+    keeps_pipeline: bool = False
+
+    def parse(self, config: JobConfig | Mapping[str, Any]) -> JobConfig:
+        """Validate ``config``; raises :class:`InputError` naming what is wrong."""
+        model: type[JobConfig] = _load(self.schema)
+        values = config.model_dump(mode="json") if isinstance(config, JobConfig) else config
+        return model.parse(values, source=f"the {self.name} job")
+
+    def function(self) -> Callable[..., dict[str, Any]]:
+        """Import and return the function that does the job."""
+        function: Callable[..., dict[str, Any]] = _load(self.entry)
+        return function
+
+
+_KINDS: dict[str, Kind] = {}
+
+
+def register(kind: Kind) -> Kind:
+    """Make a kind known; the same name replaces the earlier one."""
+    _KINDS[kind.name] = kind
+    return kind
+
+
+def find(name: str) -> Kind:
+    """The kind called ``name``, or an :class:`InputError` listing the known ones."""
+    if name not in _KINDS:
+        _import_plugins(tuple(settings.load().plugins))
+    if name not in _KINDS:
+        raise InputError(f"Unknown kind of job '{name}'{nearest(name, _KINDS)}: known are {', '.join(_KINDS)}.")
+    return _KINDS[name]
+
+
+@cache
+def _import_plugins(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"The plugin '{module}' named in the settings cannot be imported: {error}") from None
+
+
+def _load(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+register(Kind("compose", "studio.schemas.compose:ComposeConfig", "studio.compose:run", keeps_pipeline=True))
+register(Kind("train-image", "studio.schemas.train_image:TrainImageConfig", "studio.training:run", continues=True))

@@ -1,0 +1,190 @@
+"""The record of all jobs: one SQLite file, the truth about what was asked for and what became of it.
+
+The queue only carries the ids of jobs that wait; what is lost there is put back from here. Every change is one
+statement, so that web process, commands and workers may all write at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InputError
+from studio import settings
+from studio.jobs.model import Job, ProgressRow, Status
+
+_TABLES = """
+create table if not exists jobs (
+    id text primary key, kind text not null, status text not null, config text not null, created real not null,
+    folder text not null, device text not null, queue text not null, started real, finished real, progress text,
+    error text not null default '', result text, host text not null default '', pid integer, pid_started real,
+    heartbeat real, resuming integer not null default 0, cwd text not null
+);
+create index if not exists jobs_created on jobs (created);
+create index if not exists jobs_status on jobs (status);
+create table if not exists history (
+    number integer primary key, job text not null, time real not null, stage text not null, step integer not null,
+    total integer not null, loss real, metrics text, preview text, message text not null default ''
+);
+create index if not exists history_job on history (job, number);
+create table if not exists workers (
+    host text not null, pid integer not null, pid_started real not null, queue text not null, started real not null,
+    heartbeat real not null, primary key (host, pid)
+);
+"""
+
+_local = threading.local()
+
+
+def database() -> Path:
+    return settings.folder() / "studio.db"
+
+
+def connection() -> sqlite3.Connection:
+    """This thread's connection to the store of the current home folder (autocommit)."""
+    key = (os.getpid(), str(database()))
+    if getattr(_local, "key", None) != key:
+        _local.connection = _open(database())
+        _local.key = key
+    link: sqlite3.Connection = _local.connection
+    return link
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        link = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        link.row_factory = sqlite3.Row
+        # Write-ahead logging needs shared memory, which a folder shared between machines does not offer.
+        link.execute(f"pragma journal_mode={'delete' if settings.load().queue_url else 'wal'}")
+        link.execute("pragma synchronous=normal")
+        link.executescript(_TABLES)
+    except sqlite3.Error as error:
+        raise InputError(f"The job store '{path}' cannot be opened: {error}.") from None
+    return link
+
+
+def insert(job: Job) -> None:
+    connection().execute(
+        "insert into jobs (id, kind, status, config, created, folder, device, queue, cwd) "
+        "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (job.id, job.kind, job.status, json.dumps(job.config), job.created, str(job.folder), job.device, job.queue,
+         str(job.cwd)),
+    )  # fmt: skip
+
+
+def read(job_id: str) -> Job | None:
+    row = connection().execute("select * from jobs where id = ?", (job_id,)).fetchone()
+    return _job(row) if row else None
+
+
+def matching(text: str, limit: int = 3) -> list[str]:
+    """Ids that begin or end with ``text``."""
+    rows = connection().execute(
+        "select id from jobs where substr(id, 1, ?) = ? or substr(id, -?) = ? order by created desc limit ?",
+        (len(text), text, len(text), text, limit),
+    )
+    return [row["id"] for row in rows]
+
+
+def newest(limit: int, statuses: Iterable[str] = (), kind: str | None = None) -> list[Job]:
+    """The latest jobs first."""
+    states = tuple(statuses)
+    where = [f"status in ({','.join('?' * len(states))})"] if states else []
+    where += ["kind = ?"] if kind else []
+    clause = f"where {' and '.join(where)}" if where else ""
+    values = (*states, *([kind] if kind else []), limit)
+    rows = connection().execute(f"select * from jobs {clause} order by created desc, rowid desc limit ?", values)
+    return [_job(row) for row in rows]
+
+
+def change(job_id: str, expected: Iterable[Status], **values: Any) -> bool:
+    """Set columns of a job if its status is one of ``expected``; tells whether that was so."""
+    states = tuple(expected)
+    columns = ", ".join(f"{name} = ?" for name in values)
+    cursor = connection().execute(
+        f"update jobs set {columns} where id = ? and status in ({','.join('?' * len(states))})",
+        (*values.values(), job_id, *states),
+    )
+    return cursor.rowcount == 1
+
+
+def beat(job_id: str) -> None:
+    connection().execute("update jobs set heartbeat = ? where id = ?", (time.time(), job_id))
+
+
+def add_progress(job_id: str, row: ProgressRow, keep: bool) -> None:
+    """Record a report as the job's last one, and in its history when ``keep``."""
+    values = {
+        "stage": row.stage, "step": row.step, "total": row.total, "loss": row.loss, "metrics": row.metrics,
+        "preview": row.preview, "message": row.message, "time": row.time,
+    }  # fmt: skip
+    link = connection()
+    link.execute("update jobs set progress = ?, heartbeat = ? where id = ?", (json.dumps(values), row.time, job_id))
+    if keep:
+        link.execute(
+            "insert into history (job, time, stage, step, total, loss, metrics, preview, message) "
+            "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (job_id, row.time, row.stage, row.step, row.total, row.loss, json.dumps(row.metrics) if row.metrics else
+             None, row.preview, row.message),
+        )  # fmt: skip
+
+
+def history(job_id: str, since: int = 0) -> list[ProgressRow]:
+    """The kept reports in order, from the ``since``-th on."""
+    rows = connection().execute(
+        "select * from history where job = ? order by number limit -1 offset ?", (job_id, since)
+    )
+    return [
+        ProgressRow(row["stage"], row["step"], row["total"], row["loss"], json.loads(row["metrics"] or "{}"),
+                    row["preview"], row["message"], row["time"])
+        for row in rows
+    ]  # fmt: skip
+
+
+def forget(job_id: str) -> None:
+    link = connection()
+    link.execute("delete from history where job = ?", (job_id,))
+    link.execute("delete from jobs where id = ?", (job_id,))
+
+
+def owner(job_id: str) -> Mapping[str, Any] | None:
+    """Who works on a job: host, pid, pid_started, heartbeat."""
+    row = connection().execute("select host, pid, pid_started, heartbeat from jobs where id = ?", (job_id,)).fetchone()
+    return dict(row) if row and row["pid"] else None
+
+
+def add_worker(host: str, pid: int, pid_started: float, queue: str) -> None:
+    now = time.time()
+    connection().execute(
+        "insert or replace into workers (host, pid, pid_started, queue, started, heartbeat) values (?, ?, ?, ?, ?, ?)",
+        (host, pid, pid_started, queue, now, now),
+    )
+
+
+def beat_worker(host: str, pid: int) -> None:
+    connection().execute("update workers set heartbeat = ? where host = ? and pid = ?", (time.time(), host, pid))
+
+
+def remove_worker(host: str, pid: int) -> None:
+    connection().execute("delete from workers where host = ? and pid = ?", (host, pid))
+
+
+def workers() -> list[dict[str, Any]]:
+    return [dict(row) for row in connection().execute("select * from workers order by started")]
+
+
+def _job(row: sqlite3.Row) -> Job:
+    progress = json.loads(row["progress"]) if row["progress"] else None
+    return Job(
+        id=row["id"], kind=row["kind"], status=row["status"], config=json.loads(row["config"]),
+        created=row["created"], folder=Path(row["folder"]), device=row["device"], started=row["started"],
+        finished=row["finished"], progress=ProgressRow(**progress) if progress else None, error=row["error"],
+        result=json.loads(row["result"]) if row["result"] else None, queue=row["queue"], host=row["host"],
+        pid=row["pid"], resuming=bool(row["resuming"]), cwd=Path(row["cwd"]),
+    )  # fmt: skip

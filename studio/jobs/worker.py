@@ -1,0 +1,144 @@
+"""The worker: a process of its own that takes jobs from one queue and does them one after another.
+
+``studio worker`` runs it in the foreground; :func:`ensure` starts it as its own session, so that it outlives the page
+or command that needed it. It keeps the last pipeline loaded between compositions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from huey.consumer import Consumer
+
+from adapters.errors import InputError
+from studio import settings
+from studio.jobs import process, queue, store
+from studio.jobs.monitor import STOPPING
+
+logger = logging.getLogger("studio.worker")
+
+BEAT_SECONDS = 2.0
+STOP_SECONDS = 60.0
+"""How long a job gets to reach a place where it can stop when the worker is asked to end."""
+
+
+def ensure(name: str = queue.DEFAULT) -> None:
+    """Start a worker for queue ``name`` unless one runs on this machine."""
+    if running(name):
+        return
+    log = settings.folder("logs") / f"worker-{_safe(name)}.log"
+    with open(log, "ab") as output:
+        subprocess.Popen(
+            [sys.executable, "-m", "studio.jobs.worker", name, "--on-demand"],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, close_fds=True, cwd=settings.folder(), env=_environment(),
+        )  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the home folder spelled out and this checkout importable from the worker's folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), settings.PREFIX + "HOME": str(settings.home())}
+
+
+def running(name: str | None = None) -> list[dict[str, object]]:
+    """Workers that are alive, of one queue or of all; dead ones are forgotten."""
+    found = []
+    for row in store.workers():
+        if not process.alive(row):
+            store.remove_worker(row["host"], row["pid"])
+        elif name is None or (row["queue"] == name and row["host"] == process.host()):
+            found.append(row)
+    return found
+
+
+def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> None:
+    """Work on queue ``name`` until told to stop (SIGINT, SIGTERM) or idle for long.
+
+    Raises:
+        InputError: another worker of this machine serves the queue.
+    """
+    lock = FileLock(settings.folder("locks") / f"worker-{_safe(process.host())}-{_safe(name)}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"A worker for the queue '{name}' runs already on this machine.") from None
+    me = process.identity()
+    store.add_worker(**me, queue=name)
+    try:
+        put_back_lost(name)
+        consumer = _Consumer(
+            queue.connect(name), workers=1, periodic=False, initial_delay=0.05, backoff=1.2, max_delay=0.5,
+            shutdown_timeout=STOP_SECONDS,
+        )  # fmt: skip
+        threading.Thread(target=_beat, args=(name, consumer, idle_minutes * 60), daemon=True).start()
+        consumer.run()
+    finally:
+        store.remove_worker(me["host"], me["pid"])
+        lock.release()
+
+
+class _Consumer(Consumer):  # type: ignore[misc]
+    """huey's consumer, which asks the running job to stop before it waits for it."""
+
+    def stop(self, graceful: bool = False) -> None:
+        STOPPING.set()
+        super().stop(graceful=True)
+
+
+def put_back_lost(name: str) -> None:
+    """Queue again what the store says is waiting but the queue has lost (a worker died between taking and starting)."""
+    present = set(queue.waiting(name))
+    waiting = [job for job in store.newest(1000, ["queued"]) if job.queue == name and job.id not in present]
+    for job in reversed(waiting):
+        queue.put(name, job.id)
+
+
+def _beat(name: str, consumer: Consumer, idle_seconds: float) -> None:
+    """Give signs of life, and end the worker when it has been idle for long."""
+    last_work = time.monotonic()
+    me = process.identity()
+    while not STOPPING.wait(BEAT_SECONDS):
+        store.beat_worker(me["host"], me["pid"])
+        mine = [job for job in store.newest(20, ["running", "cancelling"]) if job.pid == me["pid"]]
+        for job in mine:
+            store.beat(job.id)
+        if mine or queue.waiting(name):
+            last_work = time.monotonic()
+        elif idle_seconds and time.monotonic() - last_work > idle_seconds:
+            logger.info("idle, ending")
+            STOPPING.set()
+            consumer.stop_flag.set()
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^\w.-]", "-", text)
+
+
+def main(arguments: list[str]) -> int:
+    """Entry of the process that :func:`ensure` starts."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    on_demand = "--on-demand" in arguments
+    name = next((word for word in arguments if not word.startswith("--")), queue.DEFAULT)
+    try:
+        serve(name, settings.load().worker_idle_minutes if on_demand else 0.0)
+    except InputError as error:
+        logger.warning("%s", error)
+        return 0 if on_demand else 2
+    return 0
+
+
+if __name__ == "__main__":
+    # Under the name other modules import, so that there is one copy of this module's state.
+    from studio.jobs import worker
+
+    sys.exit(worker.main(sys.argv[1:]))
