@@ -40,7 +40,7 @@ def alive(who: Mapping[str, Any]) -> bool:
     """Whether the process described by host, pid, pid_started and heartbeat still runs."""
     if who["host"] != host():
         return time.time() - (who["heartbeat"] or 0) < SILENT_SECONDS
-    return abs(started(who["pid"]) - who["pid_started"]) < 1.0
+    return bool(abs(started(who["pid"]) - who["pid_started"]) < 1.0)
 
 
 def kill(who: Mapping[str, Any]) -> bool:

@@ -7,16 +7,13 @@ statement, so that web process, commands and workers may all write at once.
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import InputError
-from studio import settings
+from studio import database
 from studio.jobs.model import Job, ProgressRow, Status
 
 _TABLES = """
@@ -39,34 +36,9 @@ create table if not exists workers (
 );
 """
 
-_local = threading.local()
-
-
-def database() -> Path:
-    return settings.folder() / "studio.db"
-
 
 def connection() -> sqlite3.Connection:
-    """This thread's connection to the store of the current home folder (autocommit)."""
-    key = (os.getpid(), str(database()))
-    if getattr(_local, "key", None) != key:
-        _local.connection = _open(database())
-        _local.key = key
-    link: sqlite3.Connection = _local.connection
-    return link
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        link = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        link.row_factory = sqlite3.Row
-        # Write-ahead logging needs shared memory, which a folder shared between machines does not offer.
-        link.execute(f"pragma journal_mode={'delete' if settings.load().queue_url else 'wal'}")
-        link.execute("pragma synchronous=normal")
-        link.executescript(_TABLES)
-    except sqlite3.Error as error:
-        raise InputError(f"The job store '{path}' cannot be opened: {error}.") from None
-    return link
+    return database.connection("studio.db", _TABLES)
 
 
 def insert(job: Job) -> None:

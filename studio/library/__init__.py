@@ -1,1 +1,21 @@
+"""The library: which adapters and base models the studio knows, and what can be done with them."""
 
+from studio.library.edit import (
+    Trashed,
+    empty_trash,
+    import_adapter,
+    import_base,
+    rename,
+    restore,
+    sha256,
+    show,
+    trash,
+    trashed,
+)
+from studio.library.records import Record
+from studio.library.resolve import adapters, bases, find, resolve_adapter, resolve_base
+
+__all__ = [
+    "Record", "Trashed", "adapters", "bases", "empty_trash", "find", "import_adapter", "import_base", "rename",
+    "resolve_adapter", "resolve_base", "restore", "sha256", "show", "trash", "trashed",
+]  # fmt: skip

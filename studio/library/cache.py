@@ -1,0 +1,76 @@
+"""Facts and hashes of files, remembered until a file's size or time of change differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from studio import database
+
+_TABLES = """
+create table if not exists facts (path text primary key, stamp text not null, facts text not null);
+create table if not exists hashes (path text primary key, stamp text not null, sha256 text not null);
+"""
+_VERSION = 1
+"""Raised when facts are gathered differently, which makes what is remembered worthless."""
+
+
+def facts(path: Path, stamp: str, gather: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``gather`` says about ``path``, from memory if ``stamp`` is the same as then."""
+    link = database.connection("library.db", _TABLES)
+    stamp = f"{_VERSION} {stamp}"
+    row = link.execute("select facts from facts where path = ? and stamp = ?", (str(path), stamp)).fetchone()
+    if row is not None:
+        remembered: dict[str, Any] = json.loads(row["facts"])
+        return remembered
+    found = gather()
+    link.execute("insert or replace into facts values (?, ?, ?)", (str(path), stamp, json.dumps(found, default=str)))
+    return found
+
+
+def known_sha256(path: Path) -> str | None:
+    """The hash of a file or folder if it is remembered and still true."""
+    link = database.connection("library.db", _TABLES)
+    row = link.execute("select sha256 from hashes where path = ? and stamp = ?", (str(path), stamp(path))).fetchone()
+    return row["sha256"] if row else None
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, or of a folder's files (their names and hashes, sorted); remembered."""
+    remembered = known_sha256(path)
+    if remembered is not None:
+        return remembered
+    value = _folder_hash(path) if path.is_dir() else _file_hash(path)
+    link = database.connection("library.db", _TABLES)
+    link.execute("insert or replace into hashes values (?, ?, ?)", (str(path), stamp(path), value))
+    return value
+
+
+def stamp(path: Path) -> str:
+    """A text that changes when the file, or any file in the folder, is another."""
+    files = _files(path) if path.is_dir() else [path]
+    parts = []
+    for file in files:
+        status = file.stat()
+        parts.append(f"{file.name} {status.st_mtime_ns} {status.st_size}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_hash(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in _files(folder):
+        total.update(f"{file.relative_to(folder).as_posix()} {_file_hash(file)}\n".encode())
+    return total.hexdigest()

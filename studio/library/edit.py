@@ -1,0 +1,207 @@
+"""Changing the library: import, rename, move to the trash and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from adapters.errors import InputError
+from studio import settings
+from studio.library import cache, facts, hub, scan
+from studio.library.records import Record
+from studio.library.resolve import HUB_ID, find
+
+_NAME = re.compile(r"[^\W.][\w .+()-]*")
+
+
+def show(name: str, kind: scan.Kind = "adapter") -> Record:
+    """One record with its sha256, which reads the whole file once."""
+    record = find(name, kind)
+    if not record.problem:
+        sha256(record.path, kind)
+    return find(name, kind)
+
+
+def sha256(path: Path, kind: scan.Kind = "adapter") -> str:
+    """The hash of an adapter's weights, or of a base model's files; remembered while they stay the same."""
+    return cache.sha256(facts.weight_file(path) if kind == "adapter" else path)
+
+
+def import_adapter(source: str | os.PathLike[str], name: str | None = None) -> Record:
+    """Copy an adapter into the library: a file, a folder, or a hub id (``owner/repo`` or ``owner/repo/file``).
+
+    Raises:
+        InputError: it does not exist, is no adapter, cannot be fetched, or the name is taken.
+    """
+    return _import(source, name, "adapter")
+
+
+def import_base(source: str | os.PathLike[str], name: str | None = None) -> Record:
+    """Copy a base model into the library: a pipeline folder, a single file, or a hub id.
+
+    Raises:
+        InputError: as :func:`import_adapter`.
+    """
+    return _import(source, name, "base")
+
+
+def _import(source: str | os.PathLike[str], name: str | None, kind: scan.Kind) -> Record:
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if not path.exists():
+        if not HUB_ID.match(text):
+            raise InputError(f"'{text}' is neither a file, a folder nor a hub id (owner/name).")
+        path = hub.fetch_adapter(text) if kind == "adapter" else hub.fetch_base(text)
+        name = name or text.split("/")[1]
+    path = path.absolute()
+    checked = scan.record(path, kind)
+    if checked.problem:
+        raise InputError(f"'{text}' cannot be imported: {checked.problem}.")
+    target = _place(name or scan.own_name(path), path, kind)
+    _copy(path, target)
+    return _record_at(target, kind)
+
+
+def rename(name: str, new_name: str, kind: scan.Kind = "adapter") -> Record:
+    """Give an adapter (or base) another name; files of the same name beside it go along.
+
+    Raises:
+        InputError: there is no such thing, it ships with the studio, or the new name is taken or odd.
+    """
+    record = _changeable(name, kind)
+    _check_name(new_name, kind)
+    moves = [(file, _renamed(file, record.path, new_name)) for file in _belongings(record.path)]
+    for old, new in moves:
+        old.rename(new)
+    return _record_at(moves[0][1], kind)
+
+
+@dataclass(frozen=True)
+class Trashed:
+    """Something in the trash."""
+
+    id: str
+    name: str
+    kind: scan.Kind
+    original: Path
+    """Where it was."""
+    deleted: float
+    folder: Path
+
+
+def trash(name: str, kind: scan.Kind = "adapter") -> Trashed:
+    """Move an adapter (or base) to the trash, from which :func:`restore` brings it back.
+
+    Raises:
+        InputError: there is no such thing, or it ships with the studio.
+    """
+    record = _changeable(name, kind)
+    now = time.time()
+    place = settings.folder("trash", f"{datetime.fromtimestamp(now):%y%m%d-%H%M%S}-{secrets.token_hex(2)}")
+    entry = {"name": record.name, "kind": kind, "original": str(record.path), "deleted": now}
+    settings.write_text(place / "entry.json", json.dumps(entry, indent=1))
+    (place / "files").mkdir()
+    for file in _belongings(record.path):
+        shutil.move(file, place / "files" / file.name)
+    return _trashed(place)
+
+
+def trashed() -> list[Trashed]:
+    """What is in the trash, the latest first."""
+    places = [place for place in settings.folder("trash").iterdir() if (place / "entry.json").is_file()]
+    return sorted(map(_trashed, places), key=lambda item: item.deleted, reverse=True)
+
+
+def restore(name_or_id: str) -> Record:
+    """Bring the latest thing of this name (or id) back from the trash to where it was.
+
+    Raises:
+        InputError: it is not in the trash, or its place is taken.
+    """
+    found = next((item for item in trashed() if name_or_id in (item.id, item.name)), None)
+    if found is None:
+        raise InputError(f"There is no '{name_or_id}' in the trash: see  studio library trash.")
+    if found.original.exists():
+        raise InputError(f"'{found.original}' exists again: rename that one first.")
+    found.original.parent.mkdir(parents=True, exist_ok=True)
+    for file in (found.folder / "files").iterdir():
+        shutil.move(file, found.original.parent / file.name)
+    shutil.rmtree(found.folder)
+    return _record_at(found.original, found.kind)
+
+
+def empty_trash() -> int:
+    """Delete for good what is in the trash; returns how many things that were."""
+    items = trashed()
+    for item in items:
+        shutil.rmtree(item.folder)
+    return len(items)
+
+
+def _trashed(place: Path) -> Trashed:
+    entry = json.loads((place / "entry.json").read_text(encoding="utf-8"))
+    return Trashed(place.name, entry["name"], entry["kind"], Path(entry["original"]), entry["deleted"], place)
+
+
+def _changeable(name: str, kind: scan.Kind) -> Record:
+    record = find(name, kind)
+    if record.read_only:
+        raise InputError(f"'{name}' ships with Adapter Studio and stays as it is: import a copy of {record.path}.")
+    return record
+
+
+def _place(name: str, source: Path, kind: scan.Kind) -> Path:
+    """Where something called ``name`` goes in the library; raises :class:`InputError` when the name is taken."""
+    _check_name(name, kind)
+    root = next(iter(scan.roots(kind)))[0]
+    return root / (name if source.is_dir() else name + source.suffix)
+
+
+def _check_name(name: str, kind: scan.Kind) -> None:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"'{name}' cannot be a name: use letters, digits, spaces and . _ - + ( ).")
+    if any(record.name.lower() == name.lower() for record in scan.records(kind)):
+        raise InputError(f"The name '{name}' is taken: choose another (--name).")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy under a hidden name, then rename, so that a half copy is never listed."""
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if source.is_dir():
+            shutil.copytree(source, draft, ignore=shutil.ignore_patterns(".*"))
+        else:
+            shutil.copy2(source, draft)
+            for file in _belongings(source)[1:]:
+                shutil.copy2(file, target.parent / _renamed(file, source, target.stem).name)
+        draft.replace(target)
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def _belongings(path: Path) -> list[Path]:
+    """The thing itself, and for a file its card and pictures of the same name."""
+    endings = (".yaml", ".json", ".md", *facts.PICTURES)
+    beside = [path.with_suffix(ending) for ending in endings]
+    beside += [path.with_name(f"{path.stem}.preview{ending}") for ending in facts.PICTURES]
+    return [path] if path.is_dir() else [path, *(file for file in beside if file.is_file())]
+
+
+def _renamed(file: Path, thing: Path, new_name: str) -> Path:
+    if thing.is_dir():
+        return file.with_name(new_name)
+    return file.with_name(new_name + file.name.removeprefix(thing.stem))
+
+
+def _record_at(path: Path, kind: scan.Kind) -> Record:
+    return next(record for record in scan.records(kind) if record.path == path)

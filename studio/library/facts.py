@@ -1,0 +1,143 @@
+"""Everything the listing shows about one adapter or base model, gathered without reading weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapters.errors import InputError
+from studio.library import header
+
+RECIPE_KEY = "adapter-studio"
+PICTURES = (".png", ".webp", ".jpg", ".jpeg")
+
+_PIPELINES = {
+    "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionPipeline": "sd",
+}  # fmt: skip
+
+
+def adapter(path: Path) -> dict[str, Any]:
+    """Facts of the adapter at ``path`` (file or folder), as :class:`~studio.library.records.Record` names them.
+
+    Raises:
+        InputError: it is not a usable adapter; the message is the reason alone.
+    """
+    weights = weight_file(path)
+    if weights.suffix != ".safetensors":
+        raise InputError(f"{weights.suffix} files can hide programs: only .safetensors is read")
+    head = header.read(weights)
+    algorithm = header.algorithm(head.shapes)
+    if not algorithm:
+        raise InputError("holds no LoRA weights")
+    card = _card(path)
+    recipe = header.metadata_json(head, RECIPE_KEY)
+    counts = header.ranks(head.shapes)
+    notes: dict[str, Any] = {
+        "algorithm": algorithm,
+        "layers": sum(counts.values()),
+        "ranks": dict(sorted(counts.items())) if len(counts) > 1 else {},
+        **{key: card[key] for key in ("description", "license", "base_model") if key in card},
+    }
+    return {
+        "family": header.adapter_family(head),
+        "format": "peft" if path.is_dir() and (path / "adapter_config.json").exists() else
+                  header.adapter_format(head.shapes),
+        "rank": counts.most_common(1)[0][0] if counts else None,
+        "targets": header.targets(head.shapes),
+        "triggers": _triggers(card, recipe, head.metadata),
+        "recipe": recipe,
+        "notes": {key: value for key, value in notes.items() if value},
+    }  # fmt: skip
+
+
+def base(path: Path) -> dict[str, Any]:
+    """Facts of the base model at ``path``: a pipeline folder or a single file.
+
+    Raises:
+        InputError: it is not a usable base model; the message is the reason alone.
+    """
+    if path.is_dir():
+        index = _json(path / "model_index.json")
+        name = str(index.get("_class_name", ""))
+        families = [family for start, family in _PIPELINES.items() if name == start]
+        if not families:
+            raise InputError(f"its pipeline class '{name}' is none of {', '.join(_PIPELINES)}")
+        card = _card(path)
+        notes = {key: card[key] for key in ("description", "license") if key in card}
+        return {"family": families[0], "format": "diffusers", "notes": {"pipeline": name, **notes}}
+    family = header.base_family(header.read(path).shapes)
+    if family == "unknown":
+        raise InputError("holds no complete base model of a known family (sd, sdxl, sd3, flux)")
+    return {"family": family, "format": "single file"}
+
+
+def weight_file(path: Path) -> Path:
+    """The file with an adapter's weights; raises :class:`InputError` when a folder does not hold exactly one."""
+    if not path.is_dir():
+        return path
+    standard = path / "adapter_model.safetensors"
+    if standard.is_file():
+        return standard
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise InputError(f"a folder with {len(files) or 'no'} .safetensors files is no adapter")
+    return files[0]
+
+
+def preview(path: Path) -> Path | None:
+    """The picture that shows an adapter or base: ``preview.*`` in its folder, or one with the file's own name."""
+    stems = [path / "preview", path / "sample"] if path.is_dir() else [
+        path.with_suffix(""), path.with_name(f"{path.stem}.preview")
+    ]  # fmt: skip
+    candidates = (stem.with_name(stem.name + ending) for stem in stems for ending in PICTURES)
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """The card beside the weights: card.yaml / card.json, or the YAML block on top of README.md."""
+    places = [path / name for name in ("card.yaml", "card.json", "README.md")] if path.is_dir() else [
+        path.with_suffix(ending) for ending in (".yaml", ".json", ".md")
+    ]  # fmt: skip
+    for place in places:
+        if place.is_file():
+            try:
+                values = yaml.safe_load(_yaml_part(place))
+            except (yaml.YAMLError, UnicodeDecodeError):
+                continue
+            if isinstance(values, dict):
+                return values
+    return {}
+
+
+def _yaml_part(place: Path) -> str:
+    text = place.read_text(encoding="utf-8")
+    if place.suffix != ".md":
+        return text
+    parts = text.split("---\n", 2)
+    return parts[1] if len(parts) == 3 and not parts[0].strip() else ""
+
+
+def _triggers(card: dict[str, Any], recipe: dict[str, Any] | None, metadata: dict[str, str]) -> list[str]:
+    config = (recipe or {}).get("config") or {}
+    places = (
+        (recipe or {}).get("triggers"), config.get("trigger"), card.get("triggers"), card.get("trigger"),
+        card.get("instance_prompt"), metadata.get("modelspec.trigger_phrase"),
+    )  # fmt: skip
+    for place in places:
+        if isinstance(place, str) and place.strip():
+            return [place.strip()]
+        if isinstance(place, list) and place:
+            return [str(word) for word in place]
+    return []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        raise InputError(f"its {path.name} is missing or not JSON") from None
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,74 @@
+"""From what a person writes (a name, a path, a hub id) to the thing itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from adapters.errors import InputError, nearest
+from studio.library import scan
+from studio.library.records import Record
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def adapters() -> list[Record]:
+    """All adapters the studio knows, by name."""
+    return scan.records("adapter")
+
+
+def bases() -> list[Record]:
+    """All base models the studio knows, by name."""
+    return scan.records("base")
+
+
+def find(name: str, kind: scan.Kind = "adapter") -> Record:
+    """The record called ``name``; raises :class:`InputError` naming the nearest one."""
+    known = {record.name: record for record in scan.records(kind)}
+    if name not in known:
+        things = "adapter" if kind == "adapter" else "base model"
+        raise InputError(
+            f"There is no {things} '{name}' in the library{nearest(name, known)}: "
+            "give a name from  studio library list, a path, or import one."
+        )
+    return known[name]
+
+
+def resolve_adapter(name_or_path: str | Path) -> Path:
+    """Path of an adapter: a name in the library, else a file or folder.
+
+    Raises:
+        InputError: there is neither, or it cannot be used.
+    """
+    text = str(name_or_path)
+    path = Path(text).expanduser()
+    known = {record.name: record for record in adapters()}
+    if text in known:
+        return _usable(known[text]).path
+    if path.exists():
+        return _usable(scan.record(path.absolute(), "adapter")).path
+    return _usable(find(text)).path
+
+
+def resolve_base(name_or_path: str | Path) -> str:
+    """What the pipeline loads: the path of a base in the library, another path, or a hub id as it stands.
+
+    Raises:
+        InputError: there is nothing of this name.
+    """
+    text = str(name_or_path)
+    known = {record.name: record for record in bases()}
+    if text in known:
+        return str(_usable(known[text]).path)
+    path = Path(text).expanduser()
+    if path.exists():
+        return str(_usable(scan.record(path.absolute(), "base")).path)
+    if HUB_ID.fullmatch(text) and not text.endswith(".safetensors"):
+        return text
+    return str(find(text, "base").path)
+
+
+def _usable(record: Record) -> Record:
+    if record.problem:
+        raise InputError(f"The {record.kind} '{record.path}' cannot be used: {record.problem}.")
+    return record
