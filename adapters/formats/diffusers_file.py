@@ -1,0 +1,123 @@
+"""diffusers' LoRA files: keys ``component.module.lora_A.weight`` and the PEFT configuration as text metadata.
+
+The entry ``lora_adapter_metadata`` is JSON with keys ``component.option``; without it (older files) alpha is taken
+from ``.alpha`` tensors, and where there are none diffusers' rule alpha = r holds. Files from before PEFT ("attn
+procs", with or without the prefix ``unet.``) are read too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapters.errors import InputError
+from adapters.formats.keys import Role, guess_component, layer_of, split_component, split_role
+from adapters.formats.lora import LoraFile, LoraLayer, group_dict
+from adapters.formats.peft_config import alpha_of, check_config, config_of
+from adapters.formats.tensors import write_tensors
+
+CONFIG_ENTRY = "lora_adapter_metadata"
+
+
+def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> LoraFile:
+    """The canonical form of a diffusers file.
+
+    Raises:
+        InputError: keys that are not LoRA keys, or of no known component.
+    """
+    groups: dict[tuple[str, str], dict[Role, Tensor]] = {}
+    strange: list[str] = []
+    for key, tensor in tensors.items():
+        found = split_role(key)
+        if found is None:
+            strange.append(key)
+            continue
+        groups.setdefault(split_component(found[0]), {})[found[1]] = tensor
+    _refuse(strange, source)
+    groups = _with_component(groups, source)
+    configs = component_configs(metadata, source)
+    layers = {}
+    for (component, module), parts in groups.items():
+        config = configs.get(component)
+        layers[component, module] = layer_of(
+            parts,
+            _alpha(parts, config, module),
+            bool(config and config.get("use_rslora")),
+            f"{component}.{module}",
+            source,
+        )
+    return LoraFile(group_dict(layers), "diffusers", metadata=dict(metadata))
+
+
+def component_configs(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, Any]]:
+    """component -> its PEFT configuration, from the text metadata ({} where there is none)."""
+    if CONFIG_ENTRY not in metadata:
+        return {}
+    try:
+        flat = json.loads(metadata[CONFIG_ENTRY])
+    except json.JSONDecodeError as error:
+        raise InputError(f"{source}: its entry '{CONFIG_ENTRY}' is not valid JSON ({error}).") from None
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        component, _, option = key.partition(".")
+        configs.setdefault(component, {})[option] = value
+    for component, config in configs.items():
+        check_config(config, f"{source} ({component})")
+    return configs
+
+
+def write_diffusers(file: LoraFile, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write ``file`` so that diffusers' ``load_lora_weights`` rebuilds it exactly; returns the path."""
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {}
+    for component, layers in file.parts.items():
+        configs |= {f"{component}.{option}": value for option, value in config_of(layers).items()}
+        for module, layer in layers.items():
+            tensors |= _tensors(f"{component}.{module}", layer)
+    text = _own_text(file.metadata) | dict(metadata or {}) | {CONFIG_ENTRY: json.dumps(configs, sort_keys=True)}
+    return write_tensors(path, tensors, text)
+
+
+def _tensors(name: str, layer: LoraLayer) -> dict[str, Tensor]:
+    made = {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}
+    if layer.magnitude is not None:
+        made[f"{name}.lora_magnitude_vector"] = layer.magnitude
+    return made
+
+
+def _alpha(parts: Mapping[Role, Tensor], config: Mapping[str, Any] | None, module: str) -> float:
+    if "alpha" in parts:
+        return float(parts["alpha"].item())
+    if config is not None:
+        return alpha_of(config, module)
+    return float(parts["A"].shape[0]) if "A" in parts else 1.0
+
+
+def _with_component(
+    groups: dict[tuple[str, str], dict[Role, Tensor]], source: str
+) -> dict[tuple[str, str], dict[Role, Tensor]]:
+    """Give keys without a prefix the component their names belong to."""
+    loose = [module for component, module in groups if not component]
+    if not loose:
+        return groups
+    guess = guess_component(loose)
+    if not guess:
+        raise InputError(f"{source}: cannot tell which part of a model '{loose[0]}' belongs to; it is no known format.")
+    return {(component or guess, module): parts for (component, module), parts in groups.items()}
+
+
+def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in (CONFIG_ENTRY, "format")}
+
+
+def _refuse(keys: list[str], source: str) -> None:
+    if keys:
+        shown = ", ".join(f"'{key}'" for key in keys[:3])
+        raise InputError(
+            f"{source}: {len(keys)} keys are not understood ({shown}{', ...' if len(keys) > 3 else ''}); "
+            "readable are LoRA and DoRA as PEFT directories, diffusers and kohya files."
+        )

@@ -1,0 +1,120 @@
+"""The one form a LoRA has in memory, whatever file it came from.
+
+A layer is  y = W0 x + s B A x,  with W0 (out, in) frozen, A (r, in), B (out, r) and  s = alpha / r  (rsLoRA:
+alpha / sqrt(r)). A convolution keeps its kernel in A (r, in, kh, kw) and has B (out, r, 1, 1). A DoRA layer
+(arXiv 2402.09353) also has a magnitude m (out,):  y = m / |W0 + s B A| (W0 + s B A) x  with one norm per output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """The adapter of one module.
+
+    Attributes:
+        A: (r, in) or (r, in, kh, kw).
+        B: (out, r) or (out, r, 1, 1).
+        alpha: numerator of the scale.
+        rslora: the scale is alpha / sqrt(r) instead of alpha / r.
+        magnitude: DoRA's m (out,), or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    rslora: bool = False
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def delta(self) -> Tensor:
+        """s B A in fp32, shaped like the module's weight (of a DoRA layer: the part before normalisation)."""
+        product = self.B.float().flatten(1) @ self.A.float().flatten(1)
+        return self.scale * product.reshape(self.B.shape[0], *self.A.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFile:
+    """A LoRA as read from disk.
+
+    Attributes:
+        parts: component ("unet", "transformer", "text_encoder", ...) -> module path -> layer.
+        format: "peft", "diffusers" or "kohya".
+        flat: module paths are kohya's, with "_" where the model has "."; ``fit`` resolves them.
+        metadata: the text entries of the file.
+        path, sha256: where it came from; empty for what was made in memory.
+    """
+
+    parts: Mapping[str, Mapping[str, LoraLayer]]
+    format: str = "memory"
+    flat: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None
+    sha256: str = ""
+
+    def layers(self) -> Iterator[tuple[str, str, LoraLayer]]:
+        """(component, module path, layer), in a fixed order."""
+        for component in sorted(self.parts):
+            for module in sorted(self.parts[component]):
+                yield component, module, self.parts[component][module]
+
+    def counts(self) -> dict[str, int]:
+        """Layers per component."""
+        return {component: len(layers) for component, layers in self.parts.items()}
+
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks, ascending."""
+        return tuple(sorted({layer.rank for _, _, layer in self.layers()}))
+
+    def targets(self) -> tuple[str, ...]:
+        """The last names of the adapted modules ("to_q", "conv1", ...), sorted."""
+        return tuple(sorted({_last_name(module) for _, module, _ in self.layers()}))
+
+    def parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(layer.A.numel() + layer.B.numel() for _, _, layer in self.layers())
+
+    def is_dora(self) -> bool:
+        return any(layer.magnitude is not None for _, _, layer in self.layers())
+
+    def with_parts(self, parts: Mapping[str, Mapping[str, LoraLayer]], flat: bool = False) -> LoraFile:
+        """The same file with other (renamed, converted) layers."""
+        return replace(self, parts=parts, flat=flat)
+
+
+def group_dict(layers: Mapping[tuple[str, str], LoraLayer]) -> dict[str, dict[str, LoraLayer]]:
+    """{(component, module): layer} -> {component: {module: layer}}."""
+    parts: dict[str, dict[str, LoraLayer]] = {}
+    for (component, module), layer in layers.items():
+        parts.setdefault(component, {})[module] = layer
+    return parts
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted| (0 where both are zero)."""
+    size = torch.linalg.vector_norm(wanted.float())
+    error = torch.linalg.vector_norm(found.float() - wanted.float())
+    return float(error / size) if size > 0 else float(error)
+
+
+def _last_name(module: str) -> str:
+    names = [name for name in module.split(".") if not name.isdigit()]
+    return names[-1] if names else module

@@ -1,0 +1,99 @@
+"""PEFT directories: ``adapter_config.json`` beside ``adapter_model.safetensors`` with keys ``base_model.model....``.
+
+PEFT adapts one model, so a LoRA for several components is a directory with one such directory per component
+(``unet/``, ``text_encoder/``), as diffusers' training examples write them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapters.errors import InputError
+from adapters.formats.keys import Role, guess_component, layer_of, modern_name, refuse_foreign, split_role
+from adapters.formats.lora import COMPONENTS, LoraFile, LoraLayer
+from adapters.formats.peft_config import alpha_of, check_config, config_of
+from adapters.formats.tensors import check_finite, read_tensors, write_atomic, write_tensors
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+
+
+def is_peft_directory(path: Path) -> bool:
+    """True for a PEFT directory or a directory of them, one per component."""
+    return (path / CONFIG).is_file() or any((path / component / CONFIG).is_file() for component in COMPONENTS)
+
+
+def read_peft(path: Path) -> LoraFile:
+    """The canonical form of a PEFT directory.
+
+    Raises:
+        InputError: missing or damaged files, another PEFT method, keys that are not understood.
+    """
+    if (path / CONFIG).is_file():
+        component, layers = _read_one(path)
+        parts = {component: layers}
+    else:
+        parts = {name: _read_one(path / name)[1] for name in COMPONENTS if (path / name / CONFIG).is_file()}
+    return LoraFile(parts, "peft", path=path)
+
+
+def write_peft(file: LoraFile, path: Path) -> Path:
+    """Write one PEFT directory, or one per component when there are several; returns ``path``."""
+    for component, layers in file.parts.items():
+        _write_one(path if len(file.parts) == 1 else path / component, layers)
+    return path
+
+
+def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer]]:
+    config = _read_config(path / CONFIG)
+    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if weights is None:
+        raise InputError(f"PEFT directory '{path}' has no {WEIGHTS[0]}.")
+    tensors, _ = read_tensors(weights)
+    check_finite(tensors, f"'{weights}'")
+    refuse_foreign(tensors, f"'{weights}'")
+    groups: dict[str, dict[Role, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = split_role(key)
+        if found is None:
+            raise InputError(f"'{weights}': key '{key}' is not understood.")
+        groups.setdefault(modern_name(found[0].removeprefix(PREFIX)), {})[found[1]] = tensor
+    component = guess_component(groups) or (path.name if path.name in COMPONENTS else "")
+    if not component:
+        raise InputError(
+            f"PEFT directory '{path}' adapts no diffusion model: its layers are like '{next(iter(groups), '')}'."
+        )
+    rslora = bool(config.get("use_rslora"))
+    return component, {
+        module: layer_of(parts, alpha_of(config, module), rslora, module, f"'{weights}'")
+        for module, parts in groups.items()
+    }
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"'{path}' does not hold a PEFT configuration.")
+    check_config(config, f"'{path}'")
+    return config
+
+
+def _write_one(path: Path, layers: Mapping[str, LoraLayer]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for module, layer in layers.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.A
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.B
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude
+    text = json.dumps(config_of(layers) | {"inference_mode": True}, indent=2, sort_keys=True)
+    write_tensors(path / WEIGHTS[0], tensors, {})
+    write_atomic(path / CONFIG, lambda part: part.write_text(text + "\n", encoding="utf-8"))

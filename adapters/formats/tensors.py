@@ -1,0 +1,100 @@
+"""Tensor files: read whole or not at all, written under a temporary name and then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.errors import InputError
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *PICKLED)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name and the file's text metadata.
+
+    Raises:
+        InputError: the file is missing, damaged, of an unknown kind, or a pickle that holds more than tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"Adapter file '{path}' does not exist.")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"Adapter file '{path}' is not a readable safetensors file: {error}") from None
+    if path.suffix in PICKLED:
+        return _read_pickle(path), {}
+    raise InputError(f"Adapter file '{path}' has the ending '{path.suffix}'; known are {', '.join(SUFFIXES)}.")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file; a reader never sees half of it."""
+    ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = {"format": "pt"} | dict(metadata)
+    return write_atomic(path, lambda part: save_file(ready, part, metadata=text))
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let ``write(temporary)`` make the file, then give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        part.chmod(0o644)
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"Could not write '{path}': {error.strerror or error}.") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, or of a directory's files in the order of their names."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse NaN and infinity, naming the first tensor that holds one."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{source} holds NaN or infinite numbers in '{name}': the training went wrong, or the file."
+            )
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """A checkpoint of plain tensors; never runs code from the file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"'{path}' cannot be read as plain tensors, and nothing else in it is ever run ({reason}). "
+            "Ask for a .safetensors file."
+        ) from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"'{path}' does not hold a flat table of tensors, as LoRA files do.")
+    return content

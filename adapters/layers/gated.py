@@ -1,0 +1,418 @@
+"""Many LoRAs on one model as one gated low-rank product per module.
+
+With W0 (out, in) frozen and adapters i = 1..N of rank r_i and scale s_i, R = sum r_i,
+
+    y = W0 x + sum_i g_i s_i B_i A_i x  =  W0 x + B_cat (G * (A_cat x))
+
+    A_cat (R, in)   the A_i above each other
+    B_cat (out, R)  the s_i B_i side by side (scales are folded in *before* joining: averaging A and B apart is wrong)
+    G     (1 | batch, R)  the gate g_i of the adapter that owns the column
+
+so N adapters cost two products instead of 2 N. A convolution is the same with A_cat as one convolution with R outputs
+and a 1 x 1 convolution B_cat. This is exact, not an approximation; a gate is any number, per adapter and sample.
+
+When the batch is *grouped* (adapter-major: sample block i belongs to adapter i alone, as Composite needs it) the
+off-diagonal blocks of the product are never computed: A (N, in, r) and B (N, r, out), ranks padded with zeros, multiply
+the (N, batch * length, in) view of x in one batched product.
+
+DoRA (arXiv 2402.09353), m / |W0 + sBA| (W0 + sBA) x, is for a fixed strength also linear in x:
+    y = W0 x + sum_i g_i [ d_i * (W0 x) + (1 + d_i) * s_i B_i A_i x ],   d_i = m_i / |W0 + s_i B_i A_i| - 1
+with d_i (out,) computed once. Its gate may only be 0 or 1, because the norm would change with the strength.
+
+The modules of the model are never replaced: a forward hook adds to their output, and removing the hooks leaves the
+model exactly as it was. Changing gates writes a few numbers; no module is visited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from adapters.errors import InputError
+from adapters.formats.lora import LoraLayer
+
+TokenGates = Callable[[str, int], Tensor | None]
+"""(module path, number of tokens or pixels L) -> strength per token and adapter (L, N), or None = everywhere 1."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter as the engine needs it.
+
+    Attributes:
+        layers: module path -> layer, fitted to the model.
+        factors: module path -> constant factor (per-block weights); 1 where absent.
+        strength: the constant strength that DoRA layers are normalised at (other layers take theirs from the gate).
+    """
+
+    layers: Mapping[str, LoraLayer]
+    factors: Mapping[str, float] = field(default_factory=dict)
+    strength: float = 1.0
+
+
+class Gates:
+    """What all layers read: which adapters act on which sample, and how strongly.
+
+    ``mode`` is "off" (base model), "joint" (every sample gets ``strengths``) or "grouped" (sample block k belongs to
+    adapter ``first + k``).
+    """
+
+    def __init__(self, count: int, device: torch.device, dtype: torch.dtype, narrow: bool = True) -> None:
+        self.count = count
+        self.mode: Literal["off", "joint", "grouped"] = "off"
+        self.first, self.last = 0, count
+        self.plain = False  # all strengths in use are 1: nothing to multiply
+        self.narrow = narrow  # compute only the columns in use; False keeps all shapes fixed (CUDA graphs)
+        self.strengths = torch.zeros(1, count, device=device, dtype=dtype)
+        self.token_gates: TokenGates | None = None
+        self._owners: dict[tuple[int, ...], Tensor] = {}
+        self._columns: dict[tuple[int, ...], Tensor] = {}
+
+    def off(self) -> None:
+        """The base model."""
+        self.mode = "off"
+
+    def joint(self, strengths: Sequence[float]) -> None:
+        """The same strengths, one per adapter, for every sample; adapters at 0 outside the others are not computed."""
+        used = [i for i, strength in enumerate(strengths) if strength != 0]
+        if not used and self.narrow:
+            self.off()
+            return
+        self.first, self.last = (used[0], used[-1] + 1) if self.narrow else (0, self.count)
+        self.plain = self.narrow and all(strength == 1 for strength in strengths[self.first : self.last])
+        self.mode = "joint"
+        self._write(torch.tensor([list(strengths)], dtype=torch.float32))
+
+    def per_sample(self, strengths: Tensor) -> None:
+        """Strengths (batch, N): each sample its own mixture."""
+        self.first, self.last, self.plain, self.mode = 0, self.count, False, "joint"
+        self._write(strengths)
+
+    def grouped(self, first: int, strengths: Sequence[float]) -> None:
+        """An adapter-major batch of ``len(strengths)`` equal blocks: block k uses adapter ``first + k`` alone."""
+        self.first, self.last, self.mode = first, first + len(strengths), "grouped"
+        self.plain = all(strength == 1 for strength in strengths)
+        values = [0.0] * first + list(strengths) + [0.0] * (self.count - self.last)
+        self._write(torch.tensor([values], dtype=torch.float32))
+
+    def columns(self, ranks: tuple[int, ...]) -> Tensor:
+        """G (1 | batch, R) for modules whose adapters have these ranks; shared by all of them."""
+        if ranks not in self._columns:
+            owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+            self._owners[ranks] = owners.to(self.strengths.device)
+            self._columns[ranks] = self.strengths[:, self._owners[ranks]]
+        return self._columns[ranks]
+
+    def owners(self, ranks: tuple[int, ...]) -> Tensor:
+        """Which adapter each column belongs to (R,)."""
+        self.columns(ranks)
+        return self._owners[ranks]
+
+    def _write(self, strengths: Tensor) -> None:
+        if strengths.shape != self.strengths.shape:
+            self.strengths = self.strengths.new_empty(strengths.shape)
+            self._columns.clear()
+        self.strengths.copy_(strengths)
+        for ranks, columns in self._columns.items():  # in place: a captured graph reads the same memory
+            torch.index_select(self.strengths, 1, self._owners[ranks], out=columns)
+
+
+class GatedLayer:
+    """The adapters of one module.
+
+    Joint tensors: A (R, in[, kh, kw]), B (R, out). Grouped: A (N, in, r) and B (N, r, out) for Linear, and
+    A (N, r, in, kh, kw), B (N, out, r, 1, 1) for Conv2d. ``rows`` (N, out) holds DoRA's d_i, or is None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        layers: Sequence[LoraLayer | None],
+        adapters: Sequence[Adapter],
+        gates: Gates,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name = name
+        self.gates = gates
+        self.ranks = tuple(layer.rank if layer else 0 for layer in layers)
+        self.offsets = tuple(sum(self.ranks[:i]) for i in range(len(self.ranks) + 1))
+        self.module = module
+        self.is_conv = isinstance(module, nn.Conv2d)
+        pairs, self.rows = _pairs(name, module, layers, adapters, device, dtype)
+        self.A, self.B = _joined(pairs)
+        self._grouped: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook: ``output`` with the adapters' part added (in place where that is safe)."""
+        gates = self.gates
+        if gates.mode == "off":
+            return None
+        lo, hi = self.offsets[gates.first], self.offsets[gates.last]
+        if lo == hi and self.rows is None:
+            return None
+        if not args:
+            raise InputError(
+                f"The module '{self.name}' is called with keyword arguments only; its adapter gets no input."
+            )
+        x = args[0]
+        base = output
+        rows = self._row_scale(output) if self.rows is not None else None
+        if rows is not None:
+            bias = _channels(self.module.bias, output, self.is_conv) if self.module.bias is not None else 0
+            output = output + rows * (base - bias)
+        if lo == hi:
+            return output
+        if gates.mode == "grouped":
+            return self._conv_groups(x, output) if self.is_conv else self._linear_groups(x, output)
+        return self._conv(x, output, lo, hi) if self.is_conv else self._linear(x, output, lo, hi)
+
+    def nbytes(self) -> int:
+        """Memory of the tensors in use."""
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage() for t in (self.A, self.B, *(self._grouped or ()))
+        }
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def _linear(self, x: Tensor, output: Tensor, lo: int, hi: int) -> Tensor:
+        A, B = _like(self.A[lo:hi], x), _like(self.B[lo:hi], x)
+        h = F.linear(x, A)
+        if not self.gates.plain or self.gates.token_gates is not None:
+            h = h * self._gate(x, x.shape[-2] if x.ndim == 3 else 0, lo, hi)
+        return _add(output, h.reshape(-1, hi - lo), B)
+
+    def _conv(self, x: Tensor, output: Tensor, lo: int, hi: int) -> Tensor:
+        A, B = _like(self.A[lo:hi], x), _like(self.B[lo:hi], x)
+        h = _convolve(self.module, x, A)
+        if not self.gates.plain or self.gates.token_gates is not None:
+            gate = self._gate(x.flatten(2).transpose(1, 2), h.shape[2] * h.shape[3], lo, hi)
+            # (b, R) -> (b, R, 1, 1);  with token gates (b, pixels, R) -> (b, R, height, width)
+            gate = gate.reshape(gate.shape[0], -1, gate.shape[-1]).transpose(1, 2)
+            h = h * gate.reshape(*gate.shape[:2], *((1, 1) if gate.shape[2] == 1 else h.shape[2:]))
+        return (
+            output.add_(F.conv2d(h, B.T[..., None, None]))
+            if _in_place(output, h)
+            else output + F.conv2d(h, B.T[..., None, None])
+        )
+
+    def _linear_groups(self, x: Tensor, output: Tensor) -> Tensor:
+        first, last = self.gates.first, self.gates.last
+        A, B = (_like(tensor[first:last], x) for tensor in self._group_tensors())
+        h = torch.bmm(x.reshape(last - first, -1, x.shape[-1]), A)
+        if not self.gates.plain:
+            h = h * self.gates.strengths[0, first:last].to(h).view(-1, 1, 1)
+        if _in_place(output, h):
+            output.view(last - first, -1, output.shape[-1]).baddbmm_(h, B)
+            return output
+        return output + torch.bmm(h, B).view_as(output)
+
+    def _conv_groups(self, x: Tensor, output: Tensor) -> Tensor:
+        first, last = self.gates.first, self.gates.last
+        A, B = (_like(tensor[first:last], x) for tensor in self._group_tensors())
+        added = []
+        for part, a, b, i in zip(x.chunk(last - first), A, B, range(first, last), strict=True):
+            h = _convolve(self.module, part, a)
+            if not self.gates.plain:
+                h = h * self.gates.strengths[0, i].to(h)
+            added.append(F.conv2d(h, b))
+        return output + torch.cat(added)
+
+    def _gate(self, x: Tensor, tokens: int, lo: int, hi: int) -> Tensor:
+        """The gate of the columns lo..hi, broadcastable to x's leading dimensions."""
+        columns = self.gates.columns(self.ranks)[:, lo:hi].to(x)
+        gate = columns if x.ndim == 2 else columns.view(columns.shape[0], *[1] * (x.ndim - 2), hi - lo)
+        mask = self.gates.token_gates(self.name, tokens) if self.gates.token_gates and tokens else None
+        if mask is not None:
+            gate = gate * mask.to(x)[None, :, self.gates.owners(self.ranks)[lo:hi].to(mask.device)]
+        return gate
+
+    def _row_scale(self, output: Tensor) -> Tensor:
+        """sum_i g_i d_i, shaped to multiply ``output``."""
+        assert self.rows is not None
+        rows = _like(self.rows, output)
+        if self.gates.mode == "grouped":
+            first, last = self.gates.first, self.gates.last
+            strengths = self.gates.strengths[0, first:last].to(output)
+            scale = (strengths[:, None] * rows[first:last]).repeat_interleave(output.shape[0] // (last - first), 0)
+        else:
+            scale = self.gates.strengths.to(output) @ rows
+        if self.is_conv:
+            return scale[:, :, None, None]
+        return scale.view(scale.shape[0], *[1] * (output.ndim - 2), scale.shape[1])
+
+    def _group_tensors(self) -> tuple[Tensor, Tensor]:
+        if self._grouped is None:
+            self._grouped = _by_adapter(self.A, self.B, self.ranks, self.offsets, self.is_conv)
+        return self._grouped
+
+
+class GatedAdapters:
+    """All adapters of a composition on one model.
+
+    Args:
+        model: the frozen model; it is not changed until :meth:`attached`.
+        adapters: in the order of the gates.
+        device, dtype: where and how the joined matrices are kept (the model's compute dtype).
+        narrow: compute only the columns in use; False keeps shapes fixed for CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[Adapter],
+        device: torch.device,
+        dtype: torch.dtype,
+        narrow: bool = True,
+    ) -> None:
+        self.gates = Gates(len(adapters), device, dtype, narrow)
+        names = sorted({name for adapter in adapters for name in adapter.layers})
+        self.layers = [
+            GatedLayer(
+                name,
+                model.get_submodule(name),
+                [adapter.layers.get(name) for adapter in adapters],
+                adapters,
+                self.gates,
+                device,
+                dtype,
+            )
+            for name in names
+        ]
+
+    @contextmanager
+    def attached(self) -> Iterator[Gates]:
+        """Let the adapters act (gates start "off"); afterwards the model is exactly what it was."""
+        handles: list[RemovableHandle] = []
+        try:
+            for layer in self.layers:
+                handles.append(layer.module.register_forward_hook(layer))
+            self.gates.off()
+            yield self.gates
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.gates.off()
+            self.gates.token_gates = None
+
+    def nbytes(self) -> int:
+        """Memory of the joined matrices."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+Pair = tuple[Tensor, Tensor]
+"""A (r, in[, kh, kw]) and B (r, out) of one adapter, scale folded into B."""
+
+
+def _pairs(
+    name: str,
+    module: nn.Module,
+    layers: Sequence[LoraLayer | None],
+    adapters: Sequence[Adapter],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[list[Pair | None], Tensor | None]:
+    """Each adapter's matrices and DoRA's rows d_i (N, out), all scaled in fp32 before the cast."""
+    pairs: list[Pair | None] = []
+    rows: list[Tensor | None] = []
+    for layer, adapter in zip(layers, adapters, strict=True):
+        if layer is None:
+            pairs.append(None)
+            rows.append(None)
+            continue
+        scale = layer.scale * adapter.factors.get(name, 1.0)
+        A, B = layer.A.float(), layer.B.float().flatten(1).T
+        row = None
+        if layer.magnitude is not None:
+            scale *= adapter.strength
+            row = dora_rows(_weight(module, name), layer, scale).cpu()
+            B = B * (1 + row)
+        pairs.append(_cast(name, A, scale * B, scale, device, dtype))
+        rows.append(row)
+    if all(row is None for row in rows):
+        return pairs, None
+    size = next(row for row in rows if row is not None)
+    return pairs, torch.stack([torch.zeros_like(size) if row is None else row for row in rows]).to(device, dtype)
+
+
+def dora_rows(weight: Tensor, layer: LoraLayer, scale: float) -> Tensor:
+    """d = m / |W0 + s B A| - 1, the norm over everything but the outputs: (out,)."""
+    assert layer.magnitude is not None
+    product = layer.B.float().flatten(1) @ layer.A.float().flatten(1)
+    total = weight.float().cpu().flatten(1) + scale * product.cpu()
+    return layer.magnitude.float().cpu() / torch.linalg.vector_norm(total, dim=1) - 1
+
+
+def _cast(name: str, A: Tensor, B: Tensor, scale: float, device: torch.device, dtype: torch.dtype) -> Pair:
+    """Both matrices in the compute dtype; a large scale that overflows fp16 in B is moved to A."""
+    for left, right in ((A, B), (A * scale, B / scale)):
+        pair = left.to(device, dtype), right.to(device, dtype)
+        if all(bool(torch.isfinite(tensor).all()) for tensor in pair):
+            return pair
+    raise InputError(f"The adapter's numbers in '{name}' are too large for {dtype}: run it in fp32 or bf16.")
+
+
+def _joined(pairs: Sequence[Pair | None]) -> Pair:
+    """A_cat and B_cat."""
+    present = [pair for pair in pairs if pair is not None]
+    if len(present) == 1:
+        return present[0][0].contiguous(), present[0][1].contiguous()
+    return torch.cat([pair[0] for pair in present]), torch.cat([pair[1] for pair in present])
+
+
+def _by_adapter(A: Tensor, B: Tensor, ranks: Sequence[int], offsets: Sequence[int], is_conv: bool) -> Pair:
+    """The grouped form: views where all ranks are equal, else ranks padded with zeros (which is exact)."""
+    rank = max(ranks)
+    if any(r != rank for r in ranks):
+        joint_A, joint_B = A, B
+        A, B = A.new_zeros(len(ranks) * rank, *A.shape[1:]), B.new_zeros(len(ranks) * rank, B.shape[1])
+        for i, (r, offset) in enumerate(zip(ranks, offsets, strict=False)):
+            A[i * rank : i * rank + r] = joint_A[offset : offset + r]
+            B[i * rank : i * rank + r] = joint_B[offset : offset + r]
+    down, up = A.view(len(ranks), rank, *A.shape[1:]), B.view(len(ranks), rank, B.shape[1])
+    if is_conv:
+        return down, up.transpose(1, 2)[..., None, None]
+    return down.transpose(1, 2), up
+
+
+def _add(output: Tensor, h: Tensor, B: Tensor) -> Tensor:
+    """output + h B, rows of h being output's positions."""
+    if _in_place(output, h):
+        output.view(-1, output.shape[-1]).addmm_(h, B)
+        return output
+    return output + (h @ B).view_as(output)
+
+
+def _in_place(output: Tensor, h: Tensor) -> bool:
+    """A fresh, dense output that no gradient needs may be written to."""
+    return output.is_contiguous() and not output.requires_grad and not h.requires_grad and output.dtype == h.dtype
+
+
+def _convolve(module: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
+    """x (b, in, height, width) through A with the stride, padding and dilation of the module it stands beside."""
+    assert isinstance(module, nn.Conv2d)
+    return F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation)
+
+
+def _channels(bias: Any, output: Tensor, is_conv: bool) -> Tensor:
+    tensor: Tensor = bias.to(output)
+    return tensor[:, None, None] if is_conv else tensor
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """``tensor`` on x's device in x's dtype (a no-op unless the model is offloaded or autocast)."""
+    return tensor if tensor.device == x.device and tensor.dtype == x.dtype else tensor.to(x)
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        raise InputError(f"A DoRA adapter needs the weight of '{name}', which is offloaded: compose before offloading.")
+    return weight
