@@ -1,0 +1,140 @@
+"""The composition job: pictures from one prompt with several adapters, each with its whole recipe."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from adapters.progress import Monitor, Progress, check
+from studio import images, library, loaded, recipes, settings
+from studio.schemas.compose import ComposeConfig
+
+PREVIEWS = 5
+"""Previews shown while one picture is made."""
+
+
+def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | None = None) -> dict[str, Any]:
+    """Make the pictures of ``config`` in ``folder``: ``picture-<seed>.png`` and ``recipe.json``.
+
+    Pictures are made one by one, so that each can be repeated alone and those finished before a stop are kept.
+
+    Args:
+        threads: CPU threads to compute with, for repeating a picture of another machine to the bit.
+
+    Raises:
+        adapters.errors.InputError: an adapter, the base or a value cannot be used.
+        adapters.errors.Cancelled: ``monitor`` said so.
+    """
+    begun = time.monotonic()
+    monitor.report(Progress("loading", message=f"base {config.base}"))
+    config = settled(config)
+    _set_threads(threads)
+    with loaded.pipeline(config) as pipe:
+        _prepare(pipe, config)
+        recipe = recipes.build(config, _made_on(pipe))
+        settings.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
+        made = [_picture(pipe, config, recipe, folder, monitor, number) for number in range(config.images)]
+    return {
+        "images": [str(path) for path in made],
+        "recipe": str(folder / "recipe.json"),
+        "adapters": [entry["name"] for entry in recipe["adapters"]],
+        "base": config.base,
+        "method": config.method,
+        "made_on": recipe["made_on"],
+        "seconds": round(time.monotonic() - begun, 3),
+    }
+
+
+def plan(config: ComposeConfig) -> Any:
+    """What :func:`run` would do (gates per step, denoiser forwards, memory), without making a picture."""
+    config = settled(config)
+    with loaded.pipeline(config) as pipe:
+        _prepare(pipe, config)
+        return pipe.plan(steps=config.steps)
+
+
+def settled(config: ComposeConfig) -> ComposeConfig:
+    """``config`` with nothing left to guess: every adapter has a name and its trigger words.
+
+    A missing name is the file's own, made unique by a number; missing triggers are those the library knows.
+    """
+    taken = {use.name for use in config.adapters}
+    uses = []
+    for use in config.adapters:
+        name = use.name or _free(Path(use.path).stem or "adapter", taken)
+        taken.add(name)
+        uses.append(use.model_copy(update={"name": name, "triggers": use.triggers or _known_triggers(use.path)}))
+    return config.model_copy(update={"adapters": uses})
+
+
+def _free(name: str, taken: set[str]) -> str:
+    return next(text for text in (name, *(f"{name}-{number}" for number in range(2, 999))) if text not in taken)
+
+
+def _known_triggers(path: str) -> list[str]:
+    from studio.library import scan
+
+    return list(scan.record(library.resolve_adapter(path), "adapter").triggers)
+
+
+def _prepare(pipe: Any, config: ComposeConfig) -> None:
+    for use in config.adapters:
+        pipe.load_lora(
+            library.resolve_adapter(use.path), name=use.name, weight=use.weight, te_weight=use.te_weight,
+            triggers=tuple(use.triggers), blocks=use.blocks or None, schedule=list(use.schedule) or None,
+        )  # fmt: skip
+    pipe.compose(
+        config.method, adapters=[use.name for use in config.adapters], tau=config.tau, te_mode=config.te_mode,
+        adapter_batch=config.adapter_batch,
+    )  # fmt: skip
+
+
+def _picture(
+    pipe: Any, config: ComposeConfig, recipe: dict[str, Any], folder: Path, monitor: Monitor, number: int
+) -> Path:
+    check(monitor)
+    seed = config.seed + number
+    out = pipe(
+        config.prompt, negative_prompt=config.negative_prompt, steps=config.steps,
+        guidance_scale=config.guidance_scale, seed=seed, images=1, width=config.width, height=config.height,
+        scheduler=config.scheduler, monitor=_Part(monitor, number, config.images),
+        preview_every=max(1, config.steps // PREVIEWS),
+    )  # fmt: skip
+    path = images.save_png(out.images[0], folder / f"picture-{seed}.png", recipes.for_picture(recipe, seed))
+    monitor.report(Progress("saved", number + 1, config.images, preview=path, message=f"picture {path.name}"))
+    return path
+
+
+class _Part:
+    """The monitor of one picture of several: its steps count within the whole."""
+
+    def __init__(self, monitor: Monitor, number: int, pictures: int) -> None:
+        self.monitor, self.number, self.pictures = monitor, number, pictures
+
+    def report(self, progress: Progress) -> None:
+        total = progress.total
+        self.monitor.report(
+            Progress(progress.stage, progress.step + self.number * total, total * self.pictures, progress.loss,
+                     progress.metrics, progress.preview, progress.message)
+        )  # fmt: skip
+
+    def cancelled(self) -> bool:
+        return self.monitor.cancelled()
+
+
+def _made_on(pipe: Any) -> dict[str, Any]:
+    import torch
+
+    return {
+        "device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)

@@ -1,0 +1,72 @@
+"""Pictures that carry their recipe: PNG files whose text chunk ``adapter-studio`` holds it as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CHUNK = "adapter-studio"
+
+
+def save_png(image: Image.Image, path: Path, recipe: dict[str, Any]) -> Path:
+    """Write ``image`` with its recipe, whole or not at all, and return ``path``."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(CHUNK, json.dumps(recipe))  # plain ASCII: other characters become \\u escapes
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(draft, format="PNG", pnginfo=info)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe in a picture, or in a recipe.json.
+
+    Raises:
+        InputError: the file is missing, no picture, or carries no recipe.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"'{path}' does not exist.")
+    text = _json_text(file) if file.suffix.lower() == ".json" else _png_text(file)
+    try:
+        recipe = json.loads(text)
+    except json.JSONDecodeError:
+        raise InputError(f"The recipe in '{path}' is damaged: it is not JSON.") from None
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("config"), dict):
+        raise InputError(f"The recipe in '{path}' is damaged: it has no 'config'.")
+    return recipe
+
+
+def _json_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"The recipe in '{file}' is damaged: it is not text.") from None
+
+
+def _png_text(file: Path) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            image.load()  # text may also stand behind the pixels
+            text = getattr(image, "text", {}).get(CHUNK)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        raise InputError(f"'{file}' is no readable picture.") from None
+    if not isinstance(text, str):
+        raise InputError(
+            f"'{file}' carries no recipe: only PNG files made by Adapter Studio do, unless they were saved anew since."
+        )
+    return text

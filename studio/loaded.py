@@ -1,0 +1,66 @@
+"""The one pipeline this process keeps loaded, so that the next picture from the same base starts at once."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from studio import library
+from studio.library import cache
+from studio.schemas.compose import ModelChoice
+
+_kept: tuple[tuple[str, ...], Any] | None = None
+
+
+@contextmanager
+def pipeline(choice: ModelChoice) -> Iterator[Any]:
+    """The :class:`pipelines.diffusion.MultiLoRAPipeline` for ``choice``, without adapters.
+
+    Adapters loaded meanwhile are taken off again. After an error the pipeline is dropped, because nobody knows what
+    state it is in.
+    """
+    global _kept
+    key = _key(choice)
+    if _kept is None or _kept[0] != key:
+        release()
+        _kept = (key, _load(choice))
+    pipe = _kept[1]
+    try:
+        yield pipe
+        for name in list(pipe.adapters):
+            pipe.unload_lora(name)
+    except BaseException:
+        release()
+        raise
+
+
+def release() -> None:
+    """Free the memory of the kept pipeline."""
+    global _kept
+    if _kept is None:
+        return
+    _kept = None
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load(choice: ModelChoice) -> Any:
+    from pipelines.diffusion import MultiLoRAPipeline
+
+    return MultiLoRAPipeline.from_pretrained(
+        library.resolve_base(choice.base), family=choice.family, dtype=choice.dtype, device=choice.device,
+        attention=choice.attention, memory=choice.memory,
+    )  # fmt: skip
+
+
+def _key(choice: ModelChoice) -> tuple[str, ...]:
+    """What makes a loaded pipeline the right one: the choice, and the base's files as they are now."""
+    place = library.resolve_base(choice.base)
+    stamp = cache.stamp(Path(place)) if Path(place).exists() else ""
+    return (place, stamp, choice.family, choice.dtype, choice.device, choice.attention, choice.memory)
