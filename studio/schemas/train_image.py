@@ -118,7 +118,7 @@ class TrainImageConfig(ModelChoice):
     bucket_step: int | None = Field(
         None,
         ge=1,
-        description="Sides are multiples of this; empty = what the model needs, 64 if it divides.",
+        description="Sides are multiples of this; empty = what the model needs.",
         json_schema_extra=_DATA_MORE,
     )
     no_upscale: bool = Field(
@@ -303,10 +303,10 @@ class TrainImageConfig(ModelChoice):
     )
     logit_mean: float = Field(0.0, description="logit-normal: mean.", json_schema_extra=_LOSS_MORE)
     logit_std: float = Field(1.0, gt=0, description="logit-normal: spread.", json_schema_extra=_LOSS_MORE)
-    timestep_shift: float = Field(
-        1.0,
+    timestep_shift: float | None = Field(
+        None,
         gt=0,
-        description="Above 1 practises noisier levels more, below 1 cleaner ones.",
+        description="Above 1 practises noisier levels more, below 1 cleaner ones; empty = the model's own.",
         json_schema_extra=_LOSS_MORE,
     )
     timestep_min: float = Field(

@@ -1,1 +1,50 @@
+"""Training: the image LoRA trainer, its plugin protocol and presets.
 
+``train_image(data="photos", trigger="zxq", folder="run")`` is the whole job in one call.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from adapters.progress import Monitor
+
+if TYPE_CHECKING:
+    from studio.schemas.train_image import TrainImageConfig
+
+
+def train_image(
+    config: TrainImageConfig | None = None,
+    *,
+    folder: str | os.PathLike[str],
+    preset: str = "",
+    monitor: Monitor | None = None,
+    resume: bool = False,
+    **values: Any,
+) -> dict[str, Any]:
+    """Train an image LoRA and return its result (see :func:`studio.training.image.run`).
+
+    Args:
+        config: the whole configuration; or leave it out and give ``values`` (and a ``preset`` below them).
+        folder: where the run lives.
+
+    Raises:
+        InputError: both ``config`` and ``values``, or a value that cannot be used.
+    """
+    from pathlib import Path
+
+    from adapters.errors import InputError
+    from adapters.progress import Silent
+    from studio.schemas.train_image import TrainImageConfig
+    from studio.training.image import run
+    from studio.training.presets import with_preset
+
+    if config is not None and (values or preset):
+        raise InputError("Give train_image either a config or single values, not both.")
+    if config is None:
+        config = TrainImageConfig.parse(with_preset(preset, values) if preset else values)
+    return run(config, Path(folder), monitor or Silent(), resume)
+
+
+__all__ = ["train_image"]

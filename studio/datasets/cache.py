@@ -1,0 +1,80 @@
+"""Tensors computed once: encoded pictures and encoded captions.
+
+A key names everything the value depends on (content, encoder, size, crop, flip), so a changed encoder or resolution
+can never meet an old value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from adapters.errors import InputError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def key_of(*parts: object) -> str:
+    """A file-name-safe key for a combination of values."""
+    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=20).hexdigest()
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Hash over every name, shape, dtype and value of a module's state."""
+    total = hashlib.blake2b(digest_size=20)
+    for name, value in sorted(module.state_dict().items()):
+        total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+class TensorCache:
+    """Keeps dictionaries of tensors in memory, or in files below ``folder``."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._memory: dict[str, Tensors] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._memory or (self.folder is not None and self._file(key).is_file())
+
+    def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
+        """The value of ``key``, computed (without gradients) and kept if it is not there yet."""
+        found = self._load(key)
+        if found is None:
+            with torch.no_grad():
+                found = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
+            self._store(key, found)
+        return found
+
+    def _load(self, key: str) -> Tensors | None:
+        if self.folder is None:
+            return self._memory.get(key)
+        try:
+            return load_file(self._file(key))
+        except (OSError, SafetensorError):  # not there, or cut off by a crash: compute again
+            return None
+
+    def _store(self, key: str, value: Tensors) -> None:
+        if self.folder is None:
+            self._memory[key] = value
+            return
+        part = self._file(key).with_name(f"{key}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(value, part)
+            os.replace(part, self._file(key))
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"The cache in '{self.folder}' cannot be written: {error}.") from None
+
+    def _file(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"

@@ -1,0 +1,50 @@
+"""Random numbers that depend on where they are used, not on what was drawn before.
+
+Every stream (data, noise, times, ...) and every sample has a seed of its own, derived from the run's seed by a hash.
+So a resumed run, a run with samples in between and a run on another number of processes draw the same numbers, and
+accumulating four batches of 8 is the batch of 32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+
+def derive(seed: int, stream: str, index: int = 0) -> int:
+    """A 63-bit seed for number ``index`` of ``stream``."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def rng(seed: int, stream: str, index: int = 0) -> random.Random:
+    """Python generator of a stream."""
+    return random.Random(derive(seed, stream, index))
+
+
+def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
+    """Torch generator (CPU) of a stream."""
+    return torch.Generator().manual_seed(derive(seed, stream, index))
+
+
+def normal(seed: int, stream: str, samples: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal numbers ``(len(samples), *shape)``, row i drawn for sample number ``samples[i]``."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator(seed, stream, n)) for n in samples])
+
+
+def uniform(seed: int, stream: str, samples: Sequence[int]) -> torch.Tensor:
+    """Uniform numbers in [0, 1) ``(len(samples),)``."""
+    return torch.tensor([rng(seed, stream, n).random() for n in samples])
+
+
+@contextmanager
+def global_seed(seed: int, stream: str, index: int = 0) -> Iterator[None]:
+    """Torch's global generators start at the stream inside; outside they are as before."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive(seed, stream, index))
+        yield

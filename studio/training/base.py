@@ -1,0 +1,57 @@
+"""Loading the base model for training: a plain diffusers pipeline in the right precision, on the right device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from adapters.errors import InputError
+from studio.schemas.train_image import TrainImageConfig
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_dtype(config: TrainImageConfig, device: torch.device) -> torch.dtype:
+    """Precision of the frozen weights and of the products.
+
+    ``auto`` is fp32 on CPU, bf16 on GPUs that have it, else fp16; pissa and olora always compute in fp32.
+
+    Raises:
+        InputError: fp16 on CPU.
+    """
+    if config.dtype == "fp16" and device.type == "cpu":
+        raise InputError("Training in fp16 needs a GPU: set dtype to fp32 or bf16.")
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type == "cpu" or config.init in ("pissa", "olora"):
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+def settle(pipe: Any) -> Any:
+    """Freeze every part, switch to evaluation and keep a VAE that overflows in fp16 in fp32."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    if pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
+        pipe.vae.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_base(config: TrainImageConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """The base model's diffusers pipeline, frozen, on ``device``.
+
+    Raises:
+        InputError: there is no such base, it is damaged, or it is of another family than the configuration says.
+    """
+    from diffusers import DiffusionPipeline
+
+    from studio import library
+
+    source = library.resolve_base(config.base)
+    pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    return settle(pipe.to(device))

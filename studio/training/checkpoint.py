@@ -1,0 +1,124 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+``checkpoints/step-N/`` holds ``adapter.safetensors`` (fp32, as PEFT names it), ``optimizer.pt``, ``ema.pt`` and
+``scaler.pt`` where there are such, and ``state.json`` (step, configuration, data set, plugin state). Random numbers
+need no state: they are functions of the seed and the step (``studio.datasets.seeds``).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapters.errors import InputError
+from studio.schemas.train_image import TrainImageConfig
+from studio.training.files import whole
+
+FREE_GROUPS = frozenset({"Samples and saving"})
+FREE_KEYS = frozenset({"workers", "memory", "cache_folder", "cache_latents", "cache_text"})
+BOUND_KEYS = frozenset({"name", "ema", "ema_decay", "validation_split"})
+"""Keys of a free group that still belong to the run ('name' is in no free group; it names the result)."""
+
+
+@dataclass
+class Checkpoint:
+    """What is saved: tensors by component, optimiser and other states, and plain values."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    config: dict[str, Any]
+    data: str
+    losses: list[float]
+    seconds: float
+    plugins: dict[str, Any]
+    ema: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write ``folder/step-N`` whole, then delete all but the newest ``keep``."""
+    target = folder / f"step-{checkpoint.step:06d}"
+    with whole(target) as part:
+        part.mkdir()
+        save_file(checkpoint.adapter, part / "adapter.safetensors")
+        states = {"optimizer": checkpoint.optimizer, "ema": checkpoint.ema, "scaler": checkpoint.scaler}
+        states["plugins"] = checkpoint.plugins
+        for name, state in states.items():
+            if state:
+                torch.save(state, part / f"{name}.pt")
+        plain = {
+            "step": checkpoint.step,
+            "data": checkpoint.data,
+            "losses": checkpoint.losses,
+            "seconds": checkpoint.seconds,
+            "config": checkpoint.config,
+        }
+        (part / "state.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    for old in existing(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def existing(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        states = {
+            name: torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
+            if (path / f"{name}.pt").is_file()
+            else None
+            for name in ("optimizer", "ema", "scaler", "plugins")
+        }
+        return Checkpoint(
+            step=plain["step"],
+            adapter=load_file(path / "adapter.safetensors"),
+            optimizer=states["optimizer"] or {},
+            config=plain["config"],
+            data=plain["data"],
+            losses=plain["losses"],
+            seconds=plain["seconds"],
+            plugins=states["plugins"] or {},
+            ema=states["ema"],
+            scaler=states["scaler"],
+        )
+    except Exception as error:
+        raise InputError(
+            f"The checkpoint '{path}' is damaged ({error}): delete it and resume from an older one."
+        ) from None
+
+
+def check_same_run(saved: Checkpoint, config: TrainImageConfig, data: str) -> None:
+    """Refuse to resume a run with another configuration or other pictures; output settings may change.
+
+    Raises:
+        InputError: naming the keys that differ.
+    """
+    now = config.model_dump(mode="json")
+    differing = [key for key in now if now[key] != saved.config.get(key) and not _free(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {saved.config.get(key)!r} -> {now[key]!r}" for key in differing)
+        raise InputError(f"This run was started with another configuration ({shown}): set those back, or start anew.")
+    if saved.data != data:
+        raise InputError("The pictures or captions have changed since this run was started: start anew.")
+
+
+def _free(key: str) -> bool:
+    extra = TrainImageConfig.model_fields[key].json_schema_extra
+    group = extra.get("group") if isinstance(extra, dict) else None
+    return key not in BOUND_KEYS and (key in FREE_KEYS or group in FREE_GROUPS)

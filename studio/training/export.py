@@ -1,0 +1,132 @@
+"""From the trained layers to files: an ordinary LoRA with its recipe, and a card a person can read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.errors import InputError
+from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, write_peft
+from studio.schemas.train_image import TrainImageConfig
+from studio.training.base import DTYPES
+from studio.training.files import whole
+from studio.training.plugin import Layers
+
+RECIPE_ENTRY = "adapter_studio_recipe"
+"""Name of the safetensors text entry that holds the recipe as JSON."""
+
+
+def without_start(now: Layers, start: Layers) -> Layers:
+    """The change since ``start`` as one LoRA of twice the rank: ``B A - B0 A0 = [B, -B0] [A; A0]``.
+
+    PiSSA and OLoRA move ``s B0 A0`` out of the base weights when they begin; this is the update of the untouched base.
+    """
+    return {
+        component: {name: _difference(layer, start[component][name]) for name, layer in layers.items()}
+        for component, layers in now.items()
+    }
+
+
+def _difference(now: LoraLayer, start: LoraLayer) -> LoraLayer:
+    alpha = now.alpha * (2**0.5 if now.rslora else 2)  # the same scale at twice the rank
+    return replace(now, A=torch.cat([now.A, start.A]), B=torch.cat([now.B, -start.B], dim=1), alpha=alpha)
+
+
+def make_recipe(
+    config: TrainImageConfig, *, base: Mapping[str, Any], data: Mapping[str, Any], training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything needed to make the adapter again, and to know what it is for."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return {
+        "version": 1,
+        "job": config.kind,
+        "name": config.name,
+        "triggers": [config.trigger] if config.trigger else [],
+        "config": config.model_dump(mode="json"),
+        "base": dict(base),
+        "data": dict(data),
+        "training": dict(training),
+        "versions": {"adapter-studio": _version("adapter-studio")} | {name: _version(name) for name in packages},
+    }
+
+
+def write_adapter(
+    layers: Layers, folder: Path, name: str, config: TrainImageConfig, recipe: Mapping[str, Any]
+) -> dict[str, str]:
+    """Write the adapter in every format asked for; returns format -> path.
+
+    Raises:
+        InputError: numbers that are not finite, or a disk that is full.
+    """
+    dtype = DTYPES[config.save_dtype]
+    file = LoraFile({c: {n: _cast(layer, dtype) for n, layer in part.items()} for c, part in layers.items() if part})
+    for component, module, layer in file.layers():
+        if not (layer.A.isfinite().all() and layer.B.isfinite().all()):
+            raise InputError(f"The adapter holds numbers that are not finite in '{component}.{module}': not saved.")
+    metadata = {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}
+    paths = {"diffusers": folder / f"{name}.safetensors"}
+    with whole(paths["diffusers"]) as part:
+        write_diffusers(file, part, metadata)
+    if "kohya" in config.export:
+        paths["kohya"] = folder / f"{name}-kohya.safetensors"
+        with whole(paths["kohya"]) as part:
+            write_kohya(file, part, metadata)
+    if "peft" in config.export:
+        paths["peft"] = folder / f"{name}-peft"
+        with whole(paths["peft"]) as part:
+            write_peft(file, part)
+    return {kind: str(path) for kind, path in paths.items()}
+
+
+def check_exports(config: TrainImageConfig, denoiser: str) -> None:
+    """Refuse before the training what could not be written after it; raises :class:`InputError`."""
+    if "kohya" in config.export and denoiser != "unet":
+        raise InputError("The kohya format is written for SD and SDXL only: remove it from export.")
+
+
+def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path]) -> Path:
+    """Write ``card.md``: what the adapter is, how it is called, how it was made."""
+    config, training, data = recipe["config"], recipe["training"], recipe["data"]
+    trigger = ", ".join(f"`{word}`" for word in recipe["triggers"]) or "none"
+    lines = [
+        f"# {recipe['name']}",
+        "",
+        f"A {config['mode']} LoRA for **{recipe['base']['name']}** ({recipe['base']['family']}).",
+        "",
+        f"- Trigger words: {trigger}",
+        f"- Example prompt: `{data['example_prompt']}`",
+        f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}"
+        + (", text encoder too" if config["train_text_encoder"] else ""),
+        f"- {training['steps']} steps of {training['batch']} pictures on {data['pictures']} pictures, "
+        f"{config['optimizer']} at {config['learning_rate']:g}, final loss {training['loss']:.4f}",
+        f"- Digest of the base weights: `{recipe['base']['digest']}`",
+        f"- Data digest: `{data['digest']}`",
+        "",
+        *[f"![sample]({path.relative_to(folder).as_posix()})" for path in samples],
+        "",
+        "Made with adapter-studio; the whole recipe is in the file's metadata "
+        f"(`{RECIPE_ENTRY}`) and in `config.yaml`.",
+        "",
+    ]
+    target = folder / "card.md"
+    with whole(target) as part:
+        part.write_text("\n".join(lines), encoding="utf-8")
+    return target
+
+
+def _cast(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
+    magnitude = None if layer.magnitude is None else layer.magnitude.to(dtype)
+    return replace(layer, A=layer.A.to(dtype), B=layer.B.to(dtype), magnitude=magnitude)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

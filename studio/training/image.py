@@ -1,0 +1,521 @@
+"""The image training job: an accelerate loop over diffusion models of every family.
+
+Order of one optimiser step: for each forward pass noise, prediction, loss, backward; then gradients of all processes
+are in place, plugins see them, they are clipped, the optimiser steps, the average follows, and every so often the run
+samples, validates, saves and writes a checkpoint. Only the main process writes.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters.errors import Cancelled, InputError
+from adapters.progress import Monitor, Progress, Silent
+from studio import devices, settings
+from studio.datasets.cache import fingerprint
+from studio.datasets.plan import PictureSet, Plan
+from studio.datasets.seeds import global_seed
+from studio.schemas.train_image import TrainImageConfig
+from studio.training import checkpoint as checkpoints
+from studio.training.base import choose_dtype, load_base
+from studio.training.checkpoint import Checkpoint
+from studio.training.device import make_accelerator
+from studio.training.export import (
+    check_exports,
+    make_recipe,
+    without_start,
+    write_adapter,
+    write_card,
+)
+from studio.training.families import Family, family_of
+from studio.training.files import whole
+from studio.training.forward import draw, training_loss, validation_loss
+from studio.training.inject import inject, lora_config, lora_layers, start_from, trainable
+from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups
+from studio.training.plugin import Handles, Layers, Plugin, Plugins
+from studio.training.prior import class_folder, draw_class_pictures
+from studio.training.records import LossCurve, check_tracker
+from studio.training.samples import draw_samples, sample_prompts, save_samples
+from studio.training.supply import (
+    Batch,
+    Supply,
+    augmentation,
+    bucket_rule,
+    class_set,
+    picture_set,
+    read_folder,
+    split,
+    validation_picks,
+)
+from studio.training.trainee import Trainee
+
+SILENT = Silent()
+
+
+def run(
+    config: TrainImageConfig,
+    folder: Path,
+    monitor: Monitor = SILENT,
+    resume: bool = False,
+    plugins: Sequence[Plugin] = (),
+) -> dict[str, Any]:
+    """Train the adapter that ``config`` describes in ``folder``.
+
+    Args:
+        folder: gets ``NAME.safetensors``, ``card.md``, ``config.yaml``, ``loss.csv``, ``samples/``, ``checkpoints/``.
+        resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
+        plugins: training methods that join the loop.
+
+    Returns:
+        ``adapter`` (path), ``exports`` (format -> path), ``card``, ``loss`` (mean of the last tenth), ``steps``,
+        ``samples`` (paths), ``seconds``, ``steps_per_second``, ``parameters``, ``triggers``.
+
+    Raises:
+        InputError: something that cannot be trained, in one sentence.
+        Cancelled: stopped on request; a checkpoint to resume from was written.
+    """
+    folder = Path(folder)
+    check_tracker(config.tracker)
+    report = read_folder(config)  # before anything large is loaded
+    monitor.report(Progress("loading", message=f"Loading the base model {config.base}"))
+    device = devices.resolve(config.device)
+    dtype = choose_dtype(config, torch.device(device))
+    accelerator = make_accelerator(config, dtype, device, folder)
+    family = family_of(load_base(config, dtype, accelerator.device))
+    listening = monitor if accelerator.is_main_process else SILENT
+    training = Training(config, folder, listening, accelerator, dtype, family, Plugins(plugins))
+    with global_seed(config.seed, "run", accelerator.process_index):
+        try:
+            training.prepare(report)
+            training.restore(resume)
+            return training.train()
+        finally:
+            training.close()
+
+
+@dataclass
+class Training:
+    """One run: what is loaded, how far it is."""
+
+    config: TrainImageConfig
+    folder: Path
+    monitor: Monitor
+    accelerator: Any
+    dtype: torch.dtype
+    family: Family
+    plugins: Plugins
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    # ---------------------------------------------------------------- preparation
+    def prepare(self, report: Any) -> None:
+        """Data, adapters and optimiser."""
+        config, family = self.config, self.family
+        self.plugins.configure(config)
+        self._check_model()
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        self.rule = bucket_rule(config, family)
+        self.data_digest = report.digest()
+        everything = picture_set(report, self.rule, config)
+        shown, held_out = split(everything, config.validation_split, config.seed)
+        self.base_digest = fingerprint(family.denoiser)
+        self.plan = Plan(
+            shown,
+            self._class_pictures(),
+            batch_size=config.batch_size,
+            repeats=config.repeats,
+            augmentation=augmentation(config),
+            seed=config.seed,
+            processes=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+        )
+        self.total = config.steps
+        if config.epochs:
+            self.total = math.ceil(config.epochs * self.plan.epoch_length / config.gradient_accumulation)
+        self.supply = Supply(family, self.plan, config, self._cache_folder)
+        picks = validation_picks(held_out) if held_out else []
+        self.supply.warm(self.monitor, picks)
+        self.validation = [self.supply.assemble([pick], 1) for pick in picks]
+        self.prompts = sample_prompts(config, shown.captions)
+        self._rest()
+        self._inject()
+
+    def _check_model(self) -> None:
+        config, family = self.config, self.family
+        check_exports(config, family.denoiser_name)
+        if config.train_text_encoder and not family.text_encoder_names:
+            raise InputError(f"Text encoder LoRAs of {family.name} are not trained: set train_text_encoder to false.")
+        if config.snr_gamma is not None:
+            family.process.check_min_snr()
+        if family.name == "flux":
+            family.guidance = config.guidance  # type: ignore[attr-defined]
+
+    def _class_pictures(self) -> PictureSet | None:
+        config = self.config
+        if not config.prior_preservation:
+            return None
+        from studio.datasets.pictures import usable_pictures
+
+        place = Path(config.class_data).expanduser()
+        if not config.class_data:
+            size = self.rule.square
+            place = class_folder(self._cache_folder, self.base_digest, config.class_prompt, size)
+            if self.accelerator.is_main_process:
+                pipe = self.family.pipe
+                files = draw_class_pictures(pipe, place, config.class_prompt, config.class_images, size, self.monitor)
+            self.accelerator.wait_for_everyone()
+        report = usable_pictures(place, skip_broken=config.skip_broken)
+        if not config.class_data:
+            report.pictures = report.pictures[: config.class_images]
+            assert not self.accelerator.is_main_process or len(files) == len(report.pictures)
+        return class_set(report, self.rule, config.class_prompt)
+
+    @property
+    def _cache_folder(self) -> Path:
+        return Path(self.config.cache_folder).expanduser() if self.config.cache_folder else settings.folder("cache")
+
+    def _rest(self) -> None:
+        """Move parts whose output is cached off the accelerator, if memory is to be saved."""
+        if self.config.memory == "none":
+            return
+        if not self.supply.needs_vae:
+            self.family.pipe.vae.to("cpu")
+        if not self.supply.needs_text_encoders:
+            for part in self.family.encoder_parts.values():
+                part.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _inject(self) -> None:
+        config, family = self.config, self.family
+        encoders = family.text_encoders if config.train_text_encoder else {}
+        models: dict[str, Any] = {family.denoiser_name: family.denoiser, **encoders}
+        self.plugins.before_inject(models)
+        made = {name: lora_config(model, config, text=name in encoders) for name, model in models.items()}
+        with global_seed(config.seed, "init"):
+            for name, model in models.items():
+                inject(model, made[name])
+        if config.continue_from:
+            from adapters.formats import read
+            from studio import library
+
+            start_from(models, read(library.resolve_adapter(config.continue_from)))
+        self.models = models
+        self.start: Layers = self._layers() if config.init in ("pissa", "olora") else {}
+        if config.gradient_checkpointing or config.memory == "low":
+            family.denoiser.enable_gradient_checkpointing()
+            for encoder in encoders.values():
+                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.parameters = [parameter for model in models.values() for parameter in trainable(model)]
+        self.text_parameters = [p for model in encoders.values() for p in trainable(model)]
+        groups = parameter_groups(models, family.denoiser_name, config)
+        optimizer = make_optimizer(groups, config)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        trainee = Trainee(family, encoders)
+        if config.compile:
+            family.denoiser.compile()
+        self.trainee, self.optimizer = self.accelerator.prepare(trainee, optimizer)
+        self.plugins.after_inject(Handles(models, self.optimizer.optimizer))
+        self.ema = self._make_ema()
+        self.trainee.train()
+
+    def _make_ema(self) -> Any:
+        if not self.config.ema:
+            return None
+        from diffusers.training_utils import EMAModel
+
+        return EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)
+
+    # ---------------------------------------------------------------- start and resume
+    def restore(self, resume: bool) -> None:
+        """Take up the newest checkpoint, or clear what an earlier run left behind."""
+        found = checkpoints.existing(self.folder / "checkpoints")
+        if resume and found:
+            self._load(checkpoints.load(found[-1]))
+        if not self.accelerator.is_main_process:
+            return
+        if self.step == 0:
+            for old in ("checkpoints", "samples", "saved"):
+                shutil.rmtree(self.folder / old, ignore_errors=True)
+        with whole(self.folder / "config.yaml") as part:
+            part.write_text(self.config.to_yaml(), encoding="utf-8")
+        self.curve = LossCurve(self.folder / "loss.csv", self.step)
+        if self.config.tracker != "none":
+            self.accelerator.init_trackers(self.config.name)
+
+    def _load(self, saved: Checkpoint) -> None:
+        checkpoints.check_same_run(saved, self.config, self.data_digest)
+        with torch.no_grad():
+            for name, parameter in self._named_parameters():
+                parameter.copy_(saved.adapter[name])
+        self.optimizer.load_state_dict(saved.optimizer)
+        if self.ema is not None and saved.ema is not None:
+            self.ema.load_state_dict(saved.ema)
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None and saved.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.scaler)
+        self.plugins.load_state_dict(saved.plugins)
+        self.step, self.losses, self.seconds = saved.step, saved.losses, saved.seconds
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for component, model in self.models.items():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{component}.{name}", parameter
+
+    def save_checkpoint(self) -> None:
+        """Write ``checkpoints/step-N``."""
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        checkpoints.save(
+            self.folder / "checkpoints",
+            Checkpoint(
+                step=self.step,
+                adapter={name: p.detach().cpu().contiguous() for name, p in self._named_parameters()},
+                optimizer=self.optimizer.state_dict(),
+                config=self.config.model_dump(mode="json"),
+                data=self.data_digest,
+                losses=self.losses,
+                seconds=self.seconds,
+                plugins=self.plugins.state_dict() if self.plugins.plugins else {},
+                ema=self.ema.state_dict() if self.ema is not None else None,
+                scaler=scaler.state_dict() if scaler is not None else None,
+            ),
+            keep=self.config.keep_checkpoints,
+        )
+
+    # ---------------------------------------------------------------- the loop
+    def train(self) -> dict[str, Any]:
+        """Run to the end; see :func:`run` for the result."""
+        config = self.config
+        if self.step == 0 and config.sample_at_start:
+            self.sample()
+        batches = self.supply.stream(
+            self.step * config.gradient_accumulation, self.total * config.gradient_accumulation
+        )
+        while self.step < self.total:
+            self._stop_if_asked()
+            began = time.perf_counter()
+            loss, norm, logs = self._optimiser_step(batches)
+            self.step += 1
+            took = time.perf_counter() - began
+            self.seconds += took
+            self.losses.append(loss)
+            validation = self._validate() if self._due(config.validation_every) and self.validation else None
+            self._record(loss, norm, took, logs, validation)
+            if self._due(config.sample_every):
+                self.sample()
+            if self._due(config.save_every) and self.step < self.total:
+                self._save_intermediate()
+            if self._due(config.checkpoint_every) and self.step < self.total:
+                self.save_checkpoint()
+        return self._finish()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _stop_if_asked(self) -> None:
+        asked = torch.tensor(float(self.monitor.cancelled()), device=self.accelerator.device)
+        if float(self.accelerator.reduce(asked, "sum")):
+            self.save_checkpoint()
+            raise Cancelled(f"Stopped at step {self.step} of {self.total}; the run can be resumed.")
+
+    def _optimiser_step(self, batches: Iterator[Batch]) -> tuple[float, float, dict[str, float]]:
+        """One optimiser step: (mean loss over forward passes and processes, gradient norm, plugin logs)."""
+        config, accelerator = self.config, self.accelerator
+        self._set_rates()
+        self.plugins.step_begin(self.step)
+        text_rests = config.text_encoder_stop is not None and self.step >= config.text_encoder_stop
+        if text_rests and accelerator.num_processes == 1:
+            accelerator.unwrap_model(self.trainee).text_learns = False
+        total, norm, logs = torch.zeros((), device=accelerator.device), 0.0, {}
+        for part in range(config.gradient_accumulation):
+            batch = next(batches)
+            with accelerator.accumulate(self.trainee):
+                with self._dropout_seed(part), self.plugins.forward_context():
+                    draws = draw(batch, config, config.seed)
+                    loss, outputs = training_loss(
+                        self.trainee, self.family, batch, draws, config, accelerator.device, self.dtype
+                    )
+                    loss, logs = self.plugins.loss(loss, outputs)
+                total += loss.detach() / config.gradient_accumulation
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    self._check_finite(total)
+                    if text_rests:
+                        for parameter in self.text_parameters:
+                            parameter.grad = None
+                    accelerator.unscale_gradients()
+                    self.plugins.grads_ready(self.step)
+                    limit = config.max_grad_norm or math.inf
+                    norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.plugins.after_step(self.step)
+        return float(accelerator.reduce(total, "mean")), norm, logs
+
+    def _set_rates(self) -> None:
+        factor = lr_factor(self.step, self.total, self.config)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _dropout_seed(self, part: int) -> Any:
+        if not self.config.dropout:
+            return nullcontext()
+        number = self.step * self.config.gradient_accumulation + part
+        return global_seed(self.config.seed, f"dropout-{self.accelerator.process_index}", number)
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
+        finite = bool(torch.isfinite(self.accelerator.reduce(loss.clone(), "sum")))
+        if not finite:
+            kept = checkpoints.existing(self.folder / "checkpoints")
+            last = f"the checkpoint '{kept[-1].name}' is kept" if kept else "no checkpoint had been written yet"
+            raise InputError(
+                f"The loss is not finite at step {self.step + 1}; {last}. "
+                "Lower learning_rate, or compute in bf16 or fp32."
+            )
+
+    # ---------------------------------------------------------------- looking and saving
+    @contextmanager
+    def _best_weights(self) -> Iterator[None]:
+        """Inside, the models hold the weights that are saved: averaged ones if there are such."""
+        with averaged(self.optimizer.optimizer, self.parameters):
+            if self.ema is not None:
+                self.ema.store(self.parameters)
+                self.ema.copy_to(self.parameters)
+            try:
+                yield
+            finally:
+                if self.ema is not None:
+                    self.ema.restore(self.parameters)
+
+    def _validate(self) -> float:
+        self.trainee.eval()
+        try:
+            with self._best_weights():
+                return validation_loss(
+                    self.trainee, self.family, self.validation, self.config, self.accelerator.device, self.dtype
+                )
+        finally:
+            self.trainee.train()
+
+    def sample(self) -> list[Path]:
+        """Draw the sample prompts with the weights as they would be saved."""
+        if not (self.accelerator.is_main_process and self.prompts):
+            return []
+        with self._best_weights():
+            pictures = draw_samples(
+                self.family.pipe, self.prompts, self.rule.square, self.config, self.accelerator.device
+            )
+        files = save_samples(pictures, self.folder / "samples", self.step)
+        for file in files:
+            self.monitor.report(Progress("sampling", self.step, self.total, preview=str(file)))
+        return files
+
+    def _layers(self) -> Layers:
+        return {name: lora_layers(model) for name, model in self.models.items()}
+
+    def _final_layers(self) -> Layers:
+        with self._best_weights():
+            layers = self._layers()
+        return self.plugins.finalize(without_start(layers, self.start) if self.start else layers)
+
+    def _save_intermediate(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.folder / "saved"
+        write_adapter(self._final_layers(), folder, f"{self.config.name}-{self.step:06d}", self.config, self._recipe())
+        made = sorted(
+            {file.name.split(".")[0].removesuffix("-kohya").removesuffix("-peft") for file in folder.iterdir()}
+        )
+        for name in made[: -self.config.keep_last]:
+            for file in folder.glob(f"{name}*"):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+    def _record(self, loss: float, norm: float, took: float, logs: dict[str, float], validation: float | None) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        rate = self.optimizer.param_groups[0]["lr"]
+        values = {"learning_rate": rate, "grad_norm": norm}
+        self.curve.add(step=self.step, loss=loss, seconds=round(took, 4), validation_loss=validation, **values)
+        shown = values | logs | {"steps_per_second": 1 / took, "epoch": self._epoch}
+        if validation is not None:
+            shown["validation_loss"] = validation
+        if self.config.tracker != "none":
+            self.accelerator.log({"loss": loss, **shown}, step=self.step)
+        self.monitor.report(Progress("training", self.step, self.total, loss=loss, metrics=shown))
+
+    @property
+    def _epoch(self) -> float:
+        return self.step * self.config.gradient_accumulation / self.plan.epoch_length
+
+    def _recipe(self) -> dict[str, Any]:
+        config, shown = self.config, self.plan.shown
+        return make_recipe(
+            config,
+            base={"name": config.base, "family": self.family.name, "digest": self.base_digest},
+            data={
+                "pictures": len(shown),
+                "digest": self.data_digest,
+                "example_prompt": shown.captions[0],
+                "resolution": self.rule.resolution,
+            },
+            training={
+                "steps": self.step,
+                "batch": config.batch_size * config.gradient_accumulation * self.accelerator.num_processes,
+                "loss": self._recent_loss,
+                "seconds": round(self.seconds, 2),
+            },
+        )
+
+    @property
+    def _recent_loss(self) -> float:
+        recent = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(recent) / max(1, len(recent))
+
+    def _finish(self) -> dict[str, Any]:
+        """Save the adapter, draw the last samples, write the card."""
+        last_due = self._due(self.config.sample_every)
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return {}
+        recipe = self._recipe()
+        paths = write_adapter(self._final_layers(), self.folder, self.config.name, self.config, recipe)
+        if not last_due:
+            self.sample()
+        samples = sorted((self.folder / "samples").glob("*.png"))
+        latest = [file for file in samples if file.name.startswith(f"step-{self.step:06d}-")]
+        card = write_card(self.folder, recipe, latest)
+        return {
+            "adapter": paths["diffusers"],
+            "exports": paths,
+            "card": str(card),
+            "loss": self._recent_loss,
+            "first_loss": self.losses[0],
+            "steps": self.step,
+            "samples": [str(file) for file in samples],
+            "seconds": round(self.seconds, 3),
+            "steps_per_second": self.step / self.seconds if self.seconds else 0.0,
+            "parameters": sum(parameter.numel() for parameter in self.parameters),
+            "triggers": recipe["triggers"],
+        }
+
+    def close(self) -> None:
+        """End trackers."""
+        if self.config.tracker != "none" and self.accelerator.is_main_process:
+            self.accelerator.end_training()

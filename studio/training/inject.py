@@ -1,0 +1,227 @@
+"""Putting PEFT LoRA layers into a model: which layers, which rank, how they start."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from adapters.errors import InputError
+from adapters.formats.fit import fit
+from adapters.formats.lora import LoraFile, LoraLayer
+from studio.schemas.train_image import TrainImageConfig
+
+ADAPTER = "default"
+"""Name of the adapter inside the model."""
+
+ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
+FEED_FORWARD = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out|proj_in)"
+TEXT_ATTENTION = r"([qkv]_proj|out_proj)"
+TEXT_FEED_FORWARD = r"(fc1|fc2|wi|wo|wi_0|wi_1)"
+OUTSIDE_BLOCKS = r"(conv_in|conv_out|pos_embed.*|x_embedder|context_embedder|proj_out|norm_out.*)"
+"""First and last layers, which 'linear' and 'all' leave alone as other trainers do."""
+
+PRESETS = {
+    "attention": (rf"(.*\.)?{ATTENTION}", rf"(.*\.)?{TEXT_ATTENTION}"),
+    "attention-mlp": (
+        rf"(.*\.)?{ATTENTION}|.*\.{FEED_FORWARD}",
+        rf"(.*\.)?({TEXT_ATTENTION}|{TEXT_FEED_FORWARD})",
+    ),
+    "linear": (rf"(?!{OUTSIDE_BLOCKS}$).*", r"(?!.*text_projection$).*"),
+    "all": (rf"(?!{OUTSIDE_BLOCKS}$).*", r"(?!.*text_projection$).*"),
+}
+"""Preset -> (regular expression for the denoiser, for text encoders), matched against whole module names."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers of one model that get an adapter, by name."""
+
+    linear: tuple[str, ...]
+    convolution: tuple[str, ...]
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.linear, *self.convolution]
+
+
+def find_targets(model: nn.Module, config: TrainImageConfig, text: bool) -> Targets:
+    """The layers of ``model`` that ``config`` chooses (``text``: it is a text encoder).
+
+    Convolutions join with targets 'all', with a ``conv_rank``, or when ``target_regex`` names them.
+
+    Raises:
+        InputError: no layer matches (near names are shown), or a layer is smaller than its rank.
+    """
+    pattern = PRESETS[config.targets][1 if text else 0]
+    with_convolutions = config.targets == "all" or config.conv_rank > 0
+    if config.target_regex:
+        pattern, with_convolutions = config.target_regex, True
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    chosen = {name: module for name, module in layers.items() if re.fullmatch(pattern, name)}
+    if config.conv_rank and not config.target_regex:
+        outside = re.compile(OUTSIDE_BLOCKS)
+        chosen |= {n: m for n, m in layers.items() if isinstance(m, nn.Conv2d) and not outside.fullmatch(n)}
+    if config.exclude_regex:
+        chosen = {name: m for name, m in chosen.items() if not re.fullmatch(config.exclude_regex, name)}
+    if not with_convolutions:
+        pointwise = _pointwise_projections(chosen)
+        chosen = {n: m for n, m in chosen.items() if isinstance(m, nn.Linear) or n in pointwise}
+    if not chosen:
+        raise InputError(_no_match(type(model).__name__, pattern, config, list(layers)))
+    return Targets(
+        tuple(name for name, m in chosen.items() if isinstance(m, nn.Linear)),
+        tuple(name for name, m in chosen.items() if isinstance(m, nn.Conv2d)),
+    )
+
+
+def lora_config(model: nn.Module, config: TrainImageConfig, text: bool = False) -> LoraConfig:
+    """PEFT's configuration for ``model``."""
+    targets = find_targets(model, config, text)
+    rank = config.text_encoder_rank or config.rank if text else config.rank
+    alpha = config.alpha or rank
+    if text and config.alpha:
+        alpha = config.alpha * rank / config.rank  # the same strength as in the denoiser
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    if config.conv_rank and targets.convolution and not text:
+        ranks |= {re.escape(name): config.conv_rank for name in targets.convolution}
+        alphas |= {re.escape(name): config.conv_alpha or config.conv_rank for name in targets.convolution}
+    made = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets.all,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.init == "default" else config.init,
+    )
+    _check_ranks(model, targets, made)
+    return made
+
+
+def inject(model: Any, made: LoraConfig) -> None:
+    """Add the adapter; its weights are fp32 and the only ones that learn."""
+    model.requires_grad_(False)
+    model.add_adapter(made, adapter_name=ADAPTER)
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def layer_sizes(model: nn.Module, name: str) -> tuple[int, int]:
+    """(outputs, inputs) of a layer seen as a matrix."""
+    module = model.get_submodule(name)
+    base = getattr(module, "base_layer", module)
+    return base.weight.shape[0], base.weight[0].numel()
+
+
+def _pointwise_projections(chosen: dict[str, nn.Module]) -> set[str]:
+    """1 x 1 convolutions that stand for linear layers (``proj_in`` and ``proj_out`` of SD 1.x)."""
+    return {
+        name
+        for name, module in chosen.items()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and re.search(r"\.proj_(in|out)$", name)
+    }
+
+
+def _check_ranks(model: nn.Module, targets: Targets, made: LoraConfig) -> None:
+    for name in targets.all:
+        rank = next((r for key, r in made.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), made.r)
+        limit = min(layer_sizes(model, name))
+        if rank > limit:
+            raise InputError(
+                f"Rank {rank} is larger than the layer '{name}' ({' x '.join(map(str, layer_sizes(model, name)))}): "
+                f"use at most {limit}, or leave the layer out with exclude_regex."
+            )
+        if made.init_lora_weights == "orthogonal" and rank % 2:
+            raise InputError(f"The orthogonal init needs even ranks, '{name}' has {rank}.")
+
+
+def _no_match(model: str, pattern: str, config: TrainImageConfig, names: list[str]) -> str:
+    tried = f"target_regex '{config.target_regex}'" if config.target_regex else f"targets '{config.targets}'"
+    plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", pattern).strip(".")
+    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names[:3]
+    return f"No layer of {model} matches {tried}; it has layers such as {', '.join(near)}."
+
+
+def count_parameters(models: dict[str, nn.Module]) -> int:
+    """How many numbers learn."""
+    return sum(p.numel() for model in models.values() for p in trainable(model))
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers with an adapter by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and ADAPTER in module.lora_A
+    }
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapter of ``model`` as it is now: module path -> a copy of its layer."""
+    found = {}
+    for name, module in adapted_layers(model).items():
+        a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        rslora = model.peft_config[ADAPTER].use_rslora  # type: ignore[index, union-attr]
+        magnitudes = getattr(module, "lora_magnitude_vector", {})
+        magnitude = magnitudes[ADAPTER].weight.detach().clone().flatten().cpu() if ADAPTER in magnitudes else None
+        alpha = module.scaling[ADAPTER] * (a.shape[0] ** 0.5 if rslora else a.shape[0])
+        found[name] = LoraLayer(a.detach().clone().cpu(), b.detach().clone().cpu(), alpha, rslora, magnitude)
+    return found
+
+
+def start_from(models: Mapping[str, nn.Module], file: LoraFile) -> None:
+    """Set the injected adapters to those of ``file``, whose scale is folded into B.
+
+    Raises:
+        FamilyError: the file was made for another model.
+        InputError: its layers, ranks or kind are not those of this configuration.
+    """
+    fitted = fit(file, models)
+    for component, model in models.items():
+        layers, given = adapted_layers(model), fitted.parts.get(component, {})
+        extra, missing = sorted(set(given) - set(layers)), sorted(set(layers) - set(given))
+        if extra or (given and missing):
+            raise InputError(
+                f"The adapter to continue from has other layers in its {component} "
+                f"({len(extra)} too many, {len(missing)} missing, e.g. '{(extra or missing)[0]}'): "
+                "choose the targets it was trained with."
+            )
+        for name, layer in given.items():
+            _set_layer(layers[name], layer, f"{component}.{name}")
+    unused = sorted(set(fitted.parts) - set(models))
+    if unused:
+        raise InputError(
+            f"The adapter to continue from also adapts {', '.join(unused)}: set train_text_encoder to true."
+        )
+
+
+def _set_layer(module: Any, layer: LoraLayer, name: str) -> None:
+    a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    if layer.rank != a.shape[0]:
+        raise InputError(
+            f"The adapter to continue from has rank {layer.rank} in '{name}', this configuration {a.shape[0]}: "
+            f"set rank to {layer.rank}."
+        )
+    magnitudes = getattr(module, "lora_magnitude_vector", {})
+    if (layer.magnitude is not None) != (ADAPTER in magnitudes):
+        raise InputError("Only one of the adapter to continue from and this configuration is DoRA: set use_dora alike.")
+    with torch.no_grad():
+        a.copy_(layer.A)
+        b.copy_(layer.B * (layer.scale / module.scaling[ADAPTER]))
+        if layer.magnitude is not None:
+            target = magnitudes[ADAPTER].weight
+            target.copy_(layer.magnitude.view_as(target))

@@ -1,0 +1,162 @@
+"""Optimisers by name, parameter groups, and the learning rate over the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters.errors import InputError, MissingDependencyError
+from studio.schemas.train_image import TrainImageConfig
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimiser: how it is made, and the package and extra it needs beyond torch and transformers."""
+
+    make: Callable[[Groups, TrainImageConfig], torch.optim.Optimizer]
+    package: str = ""
+    extra: str = ""
+
+    @property
+    def installed(self) -> bool:
+        return not self.package or importlib.util.find_spec(self.package) is not None
+
+
+def _adamw(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
+
+
+def _adamw8bit(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+
+
+def _adafactor(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+def _sgd(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, momentum=config.beta1)
+
+
+def _prodigy(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+    from prodigyopt import Prodigy
+
+    return Prodigy(
+        groups,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        decouple=True,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+    )
+
+
+def _schedulefree(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "adamw": Entry(_adamw),
+    "adamw8bit": Entry(_adamw8bit, "bitsandbytes", "bnb"),
+    "adafactor": Entry(_adafactor),
+    "sgd": Entry(_sgd),
+    "prodigy": Entry(_prodigy, "prodigyopt", "optimizers"),
+    "schedulefree-adamw": Entry(_schedulefree, "schedulefree", "optimizers"),
+}
+
+
+def make_optimizer(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+    """The configured optimiser over ``groups``.
+
+    Raises:
+        MissingDependencyError: its package is not installed; the message lists what is.
+        InputError: prodigy with several learning rates (it estimates one).
+    """
+    entry = OPTIMIZERS[config.optimizer]
+    if not entry.installed:
+        present = ", ".join(name for name, other in OPTIMIZERS.items() if other.installed)
+        raise MissingDependencyError(
+            entry.package, entry.extra, f"The optimizer '{config.optimizer}' (installed: {present})"
+        )
+    if config.optimizer == "prodigy" and len({group["lr"] for group in groups}) > 1:
+        raise InputError(
+            "Prodigy estimates one learning rate for everything: set text_encoder_learning_rate equal to "
+            "learning_rate, and the LoRA+ ratios to 1."
+        )
+    return entry.make(groups, config)
+
+
+def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: TrainImageConfig) -> Groups:
+    """Groups by component and matrix (A, B, other), with the learning rates of LoRA+ (Hayou 2024, arXiv 2402.12354)."""
+    text_rate = config.text_encoder_learning_rate
+    if text_rate is None:
+        text_rate = config.learning_rate if config.optimizer == "prodigy" else config.learning_rate / 2
+    groups: Groups = []
+    for name, model in models.items():
+        rate, ratio = config.learning_rate, config.loraplus_ratio
+        if name != denoiser:
+            rate, ratio = text_rate, config.text_encoder_loraplus_ratio
+        parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "other": []}
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parts["A" if "lora_A" in key else "B" if "lora_B" in key else "other"].append(parameter)
+        groups += [
+            {
+                "params": members,
+                "lr": rate * ratio if part == "B" else rate,
+                "weight_decay": config.weight_decay,
+                "component": name,
+                "part": part,
+            }
+            for part, members in parts.items()
+            if members
+        ]
+    return groups
+
+
+def lr_factor(step: int, total: int, config: TrainImageConfig) -> float:
+    """Factor on the learning rate at ``step`` (0 .. total): linear warm-up, then the schedule down to min_lr_ratio."""
+    warmup = config.warmup_steps or round(config.warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    falling = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "polynomial": (1 - progress) ** config.lr_power,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "cosine-restarts": 0.5 * (1 + math.cos(math.pi * (progress * config.lr_cycles % 1.0))) if progress < 1 else 0.0,
+    }[config.lr_schedule]
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * falling
+
+
+@contextmanager
+def averaged(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, schedule-free optimisers show their averaged weights; outside, the training weights to the bit."""
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.data.copy_(value)

@@ -1,0 +1,52 @@
+"""Class pictures for prior preservation, drawn by the untouched base model and kept for later runs.
+
+Ruiz et al. 2022, "DreamBooth" (arXiv 2208.12242): pictures of the class, as the base draws them, are shown beside the
+pictures of the concept, so that "a cat" stays any cat.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.progress import Monitor, Progress, check
+from studio.datasets.buckets import Size
+from studio.datasets.cache import key_of
+from studio.datasets.seeds import generator
+from studio.training.files import whole
+
+STEPS = 25
+GUIDANCE = 5.0
+BATCH = 4
+
+
+def class_folder(root: Path, base_digest: str, prompt: str, size: Size) -> Path:
+    """Where the class pictures of a base, prompt and size are kept."""
+    return root / "class" / key_of(base_digest, prompt, size, STEPS, GUIDANCE)
+
+
+def draw_class_pictures(pipe: Any, folder: Path, prompt: str, count: int, size: Size, monitor: Monitor) -> list[Path]:
+    """Draw the pictures that are still missing; picture i always has seed i. Returns the first ``count``."""
+    files = [folder / f"{number:05d}.png" for number in range(count)]
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    for start in range(0, len(missing), BATCH):
+        check(monitor)
+        numbers = missing[start : start + BATCH]
+        with torch.no_grad():
+            pictures = pipe(
+                prompt=[prompt] * len(numbers),
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                width=size[0],
+                height=size[1],
+                generator=[generator(0, "class-picture", number) for number in numbers],
+            ).images
+        for number, picture in zip(numbers, pictures, strict=True):
+            with whole(files[number]) as part:
+                picture.save(part, format="PNG")
+        monitor.report(
+            Progress("drawing class pictures", count - len(missing) + start + len(numbers), count, preview=pictures[0])
+        )
+    return files

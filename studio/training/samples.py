@@ -1,0 +1,77 @@
+"""Pictures drawn during training, always from the same seeds, without leaving a trace in the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from studio.datasets.buckets import Size
+from studio.datasets.seeds import global_seed
+from studio.schemas.train_image import TrainImageConfig
+from studio.training.files import whole
+
+
+@contextmanager
+def evaluation(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Every part in evaluation mode, on ``device``, the VAE in the denoiser's precision; afterwards as before."""
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    modes = [{name: module.training for name, module in part.named_modules()} for part in parts]
+    places = [next(part.parameters()).device for part in parts]
+    precision = pipe.vae.dtype
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    for part in parts:
+        part.eval().to(device)
+    if precision != denoiser.dtype:
+        pipe.vae.to(denoiser.dtype)
+    try:
+        yield
+    finally:
+        if precision != denoiser.dtype:
+            pipe.vae.to(precision)
+        for part, mode, place in zip(parts, modes, places, strict=True):
+            part.to(place)
+            for name, module in part.named_modules():
+                module.training = mode.get(name, False)
+
+
+def draw_samples(
+    pipe: Any, prompts: Sequence[str], size: Size, config: TrainImageConfig, device: torch.device
+) -> list[Image.Image]:
+    """One picture per prompt; picture i uses ``sample_seed + i``."""
+    pictures = []
+    with torch.no_grad(), evaluation(pipe, device), global_seed(config.sample_seed, "samples"):
+        for number, prompt in enumerate(prompts):
+            options: dict[str, Any] = {"negative_prompt": config.sample_negative} if config.sample_negative else {}
+            pictures += pipe(
+                prompt=prompt,
+                num_inference_steps=config.sample_steps,
+                guidance_scale=config.sample_guidance,
+                width=size[0],
+                height=size[1],
+                generator=torch.Generator().manual_seed(config.sample_seed + number),
+                **options,
+            ).images
+    return pictures
+
+
+def save_samples(pictures: Sequence[Image.Image], folder: Path, step: int) -> list[Path]:
+    """Write ``step-NNNNNN-i.png``."""
+    files = []
+    for number, picture in enumerate(pictures):
+        file = folder / f"step-{step:06d}-{number}.png"
+        with whole(file) as part:
+            picture.save(part, format="PNG")
+        files.append(file)
+    return files
+
+
+def sample_prompts(config: TrainImageConfig, captions: Sequence[str]) -> list[str]:
+    """The configured prompts; when samples are asked for without any, the data's first caption."""
+    if config.sample_prompts:
+        return [prompt.replace("{trigger}", config.trigger) for prompt in config.sample_prompts]
+    return list(captions[:1]) if config.sample_every or config.sample_at_start else []
