@@ -49,7 +49,8 @@ class Adapter:
     Attributes:
         layers: module path -> layer, fitted to the model.
         factors: module path -> constant factor (per-block weights); 1 where absent.
-        strength: the constant strength that DoRA layers are normalised at (other layers take theirs from the gate).
+        strength: a constant strength folded into the matrices, for adapters with DoRA layers (they are normalised at
+            it); other adapters leave it at 1 and take their strength from the gate.
     """
 
     layers: Mapping[str, LoraLayer]
@@ -60,14 +61,16 @@ class Adapter:
 class Gates:
     """What all layers read: which adapters act on which sample, and how strongly.
 
-    ``mode`` is "off" (base model), "joint" (every sample gets ``strengths``) or "grouped" (sample block k belongs to
-    adapter ``first + k``).
+    ``mode`` is "off" (base model), "joint" (samples share or own rows of ``strengths``; adapters ``first`` to ``last``
+    are computed) or "grouped" (the batch is ``blocks`` equal parts, one per adapter of ``selection``).
     """
 
     def __init__(self, count: int, device: torch.device, dtype: torch.dtype, narrow: bool = True) -> None:
         self.count = count
         self.mode: Literal["off", "joint", "grouped"] = "off"
         self.first, self.last = 0, count
+        self.blocks = 1
+        self.selection: slice | Tensor = slice(0, count)
         self.plain = False  # all strengths in use are 1: nothing to multiply
         self.narrow = narrow  # compute only the columns in use; False keeps all shapes fixed (CUDA graphs)
         self.strengths = torch.zeros(1, count, device=device, dtype=dtype)
@@ -95,11 +98,16 @@ class Gates:
         self.first, self.last, self.plain, self.mode = 0, self.count, False, "joint"
         self._write(strengths)
 
-    def grouped(self, first: int, strengths: Sequence[float]) -> None:
-        """An adapter-major batch of ``len(strengths)`` equal blocks: block k uses adapter ``first + k`` alone."""
-        self.first, self.last, self.mode = first, first + len(strengths), "grouped"
+    def grouped(self, adapters: Sequence[int], strengths: Sequence[float]) -> None:
+        """An adapter-major batch of equal blocks: block k uses adapter ``adapters[k]`` alone, at ``strengths[k]``."""
+        self.mode, self.blocks = "grouped", len(adapters)
+        first = adapters[0]
+        run = list(adapters) == list(range(first, first + len(adapters)))
+        self.selection = slice(first, first + len(adapters)) if run else torch.tensor(list(adapters))
         self.plain = all(strength == 1 for strength in strengths)
-        values = [0.0] * first + list(strengths) + [0.0] * (self.count - self.last)
+        values = [0.0] * self.count
+        for adapter, strength in zip(adapters, strengths, strict=True):
+            values[adapter] = strength
         self._write(torch.tensor([values], dtype=torch.float32))
 
     def columns(self, ranks: tuple[int, ...]) -> Tensor:
@@ -156,7 +164,8 @@ class GatedLayer:
         gates = self.gates
         if gates.mode == "off":
             return None
-        lo, hi = self.offsets[gates.first], self.offsets[gates.last]
+        joint = gates.mode == "joint"
+        lo, hi = (self.offsets[gates.first], self.offsets[gates.last]) if joint else (0, self.offsets[-1])
         if lo == hi and self.rows is None:
             return None
         if not args:
@@ -204,26 +213,21 @@ class GatedLayer:
         )
 
     def _linear_groups(self, x: Tensor, output: Tensor) -> Tensor:
-        first, last = self.gates.first, self.gates.last
-        A, B = (_like(tensor[first:last], x) for tensor in self._group_tensors())
-        h = torch.bmm(x.reshape(last - first, -1, x.shape[-1]), A)
+        blocks, selection = self.gates.blocks, self.gates.selection
+        A, B = (_like(tensor[selection], x) for tensor in self._group_tensors())
+        h = torch.bmm(x.reshape(blocks, -1, x.shape[-1]), A)
         if not self.gates.plain:
-            h = h * self.gates.strengths[0, first:last].to(h).view(-1, 1, 1)
+            h = h * self.gates.strengths[0, selection].to(h).view(-1, 1, 1)
         if _in_place(output, h):
-            output.view(last - first, -1, output.shape[-1]).baddbmm_(h, B)
+            output.view(blocks, -1, output.shape[-1]).baddbmm_(h, B)
             return output
         return output + torch.bmm(h, B).view_as(output)
 
     def _conv_groups(self, x: Tensor, output: Tensor) -> Tensor:
-        first, last = self.gates.first, self.gates.last
-        A, B = (_like(tensor[first:last], x) for tensor in self._group_tensors())
-        added = []
-        for part, a, b, i in zip(x.chunk(last - first), A, B, range(first, last), strict=True):
-            h = _convolve(self.module, part, a)
-            if not self.gates.plain:
-                h = h * self.gates.strengths[0, i].to(h)
-            added.append(F.conv2d(h, b))
-        return output + torch.cat(added)
+        A, B = (_like(tensor[self.gates.selection], x) for tensor in self._group_tensors())
+        strengths = self.gates.strengths[0, self.gates.selection].to(x)
+        parts = zip(x.chunk(self.gates.blocks), A, B, strengths, strict=True)
+        return output + torch.cat([F.conv2d(strength * _convolve(self.module, z, a), b) for z, a, b, strength in parts])
 
     def _gate(self, x: Tensor, tokens: int, lo: int, hi: int) -> Tensor:
         """The gate of the columns lo..hi, broadcastable to x's leading dimensions."""
@@ -239,9 +243,9 @@ class GatedLayer:
         assert self.rows is not None
         rows = _like(self.rows, output)
         if self.gates.mode == "grouped":
-            first, last = self.gates.first, self.gates.last
-            strengths = self.gates.strengths[0, first:last].to(output)
-            scale = (strengths[:, None] * rows[first:last]).repeat_interleave(output.shape[0] // (last - first), 0)
+            strengths = self.gates.strengths[0, self.gates.selection].to(output)
+            per_block = strengths[:, None] * rows[self.gates.selection]
+            scale = per_block.repeat_interleave(output.shape[0] // self.gates.blocks, 0)
         else:
             scale = self.gates.strengths.to(output) @ rows
         if self.is_conv:
@@ -327,11 +331,10 @@ def _pairs(
             pairs.append(None)
             rows.append(None)
             continue
-        scale = layer.scale * adapter.factors.get(name, 1.0)
+        scale = layer.scale * adapter.factors.get(name, 1.0) * adapter.strength
         A, B = layer.A.float(), layer.B.float().flatten(1).T
         row = None
         if layer.magnitude is not None:
-            scale *= adapter.strength
             row = dora_rows(_weight(module, name), layer, scale).cpu()
             B = B * (1 + row)
         pairs.append(_cast(name, A, scale * B, scale, device, dtype))

@@ -1,0 +1,106 @@
+"""Several LoRAs as one: exact concatenation, or its best rank-k approximation.
+
+    sum_i w_i s_i B_i A_i  =  B A,   A = [A_1; ...; A_N] (R, in),  B = [w_1 s_1 B_1, ..., w_N s_N B_N] (out, R)
+
+The result is an ordinary LoRA with scale 1 (alpha = rank = R). Averaging the A_i and B_i apart would add cross terms
+B_i A_j and is not a merge. With ``rank`` below R each layer is cut to its largest singular values (Eckart-Young: no
+rank-k matrix is nearer), computed on the small factors: B A = (Q_B R_B)(Q_A R_A)^T, SVD of R_B R_A^T (R, R).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapters.catalogue import Method
+from adapters.errors import InputError
+from adapters.formats.lora import LoraFile, LoraLayer, group_dict
+
+METHOD = Method(
+    name="concatenate",
+    title="Exact concatenation",
+    summary="Several LoRAs with weights as one ordinary LoRA, exactly, or cut to a rank with the error of each layer.",
+    stage="merging",
+    makes="ordinary LoRA",
+    paper="",
+    entry="adapters.merging.concatenate:concatenate",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The merged adapter and, per "component.module", |cut - exact| / |exact| (empty when nothing was cut)."""
+
+    file: LoraFile
+    errors: Mapping[str, float]
+
+
+def concatenate(
+    files: Sequence[LoraFile],
+    weights: Sequence[Mapping[str, float] | float],
+    factors: Sequence[Mapping[str, float]] = (),
+    rank: int | None = None,
+) -> Merged:
+    """One LoRA equal to the weighted sum of ``files``.
+
+    Args:
+        files: adapters with the module paths of one model (fitted).
+        weights: per file one weight, or a weight per component (absent = 0).
+        factors: per file "component.module" -> extra factor (per-block weights); absent = 1.
+        rank: cut every layer to at most this rank.
+
+    Raises:
+        InputError: nothing to merge, a DoRA adapter (not a sum), or a rank below 1.
+    """
+    if not files:
+        raise InputError("There is no adapter to merge.")
+    if any(file.is_dora() for file in files):
+        raise InputError("A DoRA adapter rescales the base weight and cannot be written as a sum of LoRAs.")
+    if rank is not None and rank < 1:
+        raise InputError(f"The rank of a merged LoRA must be at least 1, got {rank}.")
+    scaled: dict[tuple[str, str], list[tuple[LoraLayer, float]]] = {}
+    for k, (file, weight) in enumerate(zip(files, weights, strict=True)):
+        extra = factors[k] if factors else {}
+        for component, module, layer in file.layers():
+            strength = weight if isinstance(weight, int | float) else weight.get(component, 0.0)
+            strength *= extra.get(f"{component}.{module}", 1.0)
+            if strength != 0:
+                scaled.setdefault((component, module), []).append((layer, strength))
+    if not scaled:
+        raise InputError("Every weight is 0: the merged LoRA would be empty.")
+    layers: dict[tuple[str, str], LoraLayer] = {}
+    errors: dict[str, float] = {}
+    for (component, module), summands in scaled.items():
+        exact = join(summands)
+        if rank is None or exact.rank <= rank:
+            layers[component, module] = exact
+        else:
+            layers[component, module], errors[f"{component}.{module}"] = cut(exact, rank)
+    return Merged(LoraFile(group_dict(layers)), errors)
+
+
+def join(summands: Sequence[tuple[LoraLayer, float]]) -> LoraLayer:
+    """The exact sum of weighted layers, rank R = sum of their ranks, scale 1."""
+    A = torch.cat([layer.A.float() for layer, _ in summands])
+    B = torch.cat([weight * layer.scale * layer.B.float() for layer, weight in summands], dim=1)
+    return LoraLayer(A, B, alpha=float(A.shape[0]))
+
+
+def cut(layer: LoraLayer, rank: int) -> tuple[LoraLayer, float]:
+    """The nearest layer of rank ``rank`` and its relative error in the Frobenius norm."""
+    A, B = layer.A.double().flatten(1), layer.scale * layer.B.double().flatten(1)
+    left, core_left = torch.linalg.qr(B)
+    right, core_right = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(core_left @ core_right.T)
+    rank = min(rank, S.numel())
+    root = S[:rank].sqrt()
+    up = (left @ U[:, :rank] * root).float()
+    down = (root[:, None] * (Vh[:rank] @ right.T)).float()
+    size = torch.linalg.vector_norm(S)
+    error = float(torch.linalg.vector_norm(S[rank:]) / size) if size > 0 else 0.0
+    shaped = LoraLayer(
+        down.reshape(rank, *layer.A.shape[1:]), up.reshape(up.shape[0], rank, *layer.B.shape[2:]), alpha=float(rank)
+    )
+    return shaped, error

@@ -1,0 +1,193 @@
+"""The two hooks on the denoiser that turn any diffusers pipeline into a composing one.
+
+The pipeline calls its denoiser once per step (twice in Flux with true guidance). Before that call the gates of the
+step are set; when adapters predict separately, the batch is repeated adapter-major
+
+    (z, c)  ->  (z, c_1) ... (z, c_n)      n adapters x batch (x 2 guidance halves inside each)
+
+and after it the n predictions are reduced to one, so scheduler and guidance never know. With ``adapter_batch`` the n
+predictions are made in several calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.layers.gated import Gates
+from pipelines.diffusion.families import Encoding, Family
+from pipelines.diffusion.methods.composite import reduce
+from pipelines.diffusion.methods.step import Step
+from pipelines.diffusion.text import Voices
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Denoising:
+    """One run: knows the step, sets the gates, repeats and reduces.
+
+    Args:
+        family: names of the denoiser's arguments.
+        gates: the engine's gates.
+        steps: what happens at each step.
+        voices: for each step, the encoding of each of its predictions.
+        encodings: the encodings; the pipeline itself was given that of ``given``.
+        adapter_batch: most predictions in one call (None = all).
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        gates: Gates,
+        steps: Sequence[Step],
+        voices: Sequence[Sequence[Voices]],
+        encodings: Mapping[Voices, Encoding],
+        given: Voices,
+        adapter_batch: int | None = None,
+    ) -> None:
+        self.family, self.gates, self.steps, self.voices = family, gates, steps, voices
+        self.encodings, self.given = encodings, given
+        self.adapter_batch = adapter_batch
+        self.step = 0
+        self.calls = 0
+        self._pending: tuple[Arguments, list[list[int]]] | None = None
+        self._roles: dict[tuple[int, tuple[int, ...]], str] = {}
+
+    @contextmanager
+    def attached(self, denoiser: nn.Module) -> Any:
+        """Let the hooks act on ``denoiser``."""
+        with ExitStack() as stack:
+            before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
+            stack.callback(before.remove)
+            after = denoiser.register_forward_hook(self._after, with_kwargs=True)
+            stack.callback(after.remove)
+            yield self
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Set the gates of this step and widen the batch where adapters predict separately."""
+        self.calls += 1
+        step = self.steps[min(self.step, len(self.steps) - 1)]
+        if not step.separate or len(step.active) < 2:
+            self._pending = None
+            self.gates.joint(step.gates)
+            return self._with_text(args, kwargs, [0], 1)
+        predictions = list(range(len(step.active)))
+        size = self.adapter_batch or len(predictions)
+        chunks = [predictions[i : i + size] for i in range(0, len(predictions), size)]
+        self._pending = (args, kwargs), chunks
+        return self._chunk(args, kwargs, step, chunks[0])
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Make the predictions that did not fit in the first call, and reduce all to one."""
+        if self._pending is None:
+            return None
+        (given, named), chunks = self._pending
+        step = self.steps[min(self.step, len(self.steps) - 1)]
+        parts = [_tensor(output)]
+        for chunk in chunks[1:]:
+            more_args, more_kwargs = self._chunk(given, named, step, chunk)
+            parts.append(_tensor(module.forward(*more_args, **more_kwargs)))
+        self._pending = None
+        reduced = reduce(torch.cat(parts) if len(parts) > 1 else parts[0], len(step.active))
+        return _replaced(output, reduced)
+
+    def _chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, predictions: list[int]) -> Arguments:
+        """Gates and arguments for some of the step's predictions."""
+        adapters = [step.active[k] for k in predictions]
+        strengths = [step.gates[i] for i in adapters]
+        if len(adapters) == 1:
+            self.gates.joint([strengths[0] if i == adapters[0] else 0.0 for i in range(len(step.gates))])
+        else:
+            self.gates.grouped(adapters, strengths)
+        return self._with_text(args, kwargs, predictions, len(adapters))
+
+    def _with_text(self, args: tuple[Any, ...], kwargs: dict[str, Any], predictions: list[int], count: int) -> Arguments:
+        """The arguments repeated ``count`` times, with the encoding of each prediction in place."""
+        voices = [self.voices[min(self.step, len(self.voices) - 1)][k] for k in predictions]
+        own_text = any(voice != self.given for voice in voices)
+        if count == 1 and not own_text:
+            return args, kwargs
+        batch = _batch(args, kwargs)
+        wide = tuple(_repeat(value, count, batch) for value in args)
+        named = {
+            name: _repeat(value, count, batch) if name in self.family.batch_arguments else value
+            for name, value in kwargs.items()
+        }
+        if own_text:
+            for path, kind in self.family.text_arguments.items():
+                given = _at(kwargs, path)
+                role = self._role(given, kind)
+                tensors = [_of_role(self.encodings[voice], kind, role).to(given) for voice in voices]
+                named = _put(named, path, torch.cat(tensors))
+        return wide, named
+
+    def _role(self, given: Tensor, kind: str) -> str:
+        """Whether the pipeline passed the positive, the negative or both embeddings (told once per tensor)."""
+        key = given.data_ptr(), tuple(given.shape)
+        if key not in self._roles:
+            encoding = self.encodings[self.given]
+            roles = ["positive"] if encoding.negative is None else ["both", "positive", "negative"]
+            for role in roles:
+                tensor = _of_role(encoding, kind, role)
+                if tensor.shape == given.shape and torch.equal(tensor.to(given), given):
+                    self._roles[key] = role
+                    break
+            else:
+                raise RuntimeError(f"the pipeline passed {kind} that are not the encoded prompt: {tuple(given.shape)}")
+        return self._roles[key]
+
+
+def _of_role(encoding: Encoding, kind: str, role: str) -> Tensor:
+    if role == "positive":
+        return encoding.positive[kind]
+    assert encoding.negative is not None
+    if role == "negative":
+        return encoding.negative[kind]
+    return torch.cat([encoding.negative[kind], encoding.positive[kind]])
+
+
+def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    size: int = latents.shape[0]
+    return size
+
+
+def _repeat(value: Any, count: int, batch: int) -> Any:
+    """Every tensor in ``value`` whose first dimension is the batch, ``count`` times after itself."""
+    if count == 1:
+        return value
+    if isinstance(value, Tensor):
+        return value.repeat(count, *[1] * (value.ndim - 1)) if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, Mapping):
+        return {key: _repeat(item, count, batch) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_repeat(item, count, batch) for item in value)
+    return value
+
+
+def _at(values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """``values`` with another value at ``path``; the originals are not changed."""
+    first, *rest = path
+    return {**values, first: _put(values[first], tuple(rest), value) if rest else value}
+
+
+def _tensor(output: Any) -> Tensor:
+    tensor: Tensor = output[0]
+    return tensor
+
+
+def _replaced(output: Any, tensor: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (tensor, *output[1:])
+    output["sample"] = tensor
+    return output

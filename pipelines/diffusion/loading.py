@@ -1,0 +1,167 @@
+"""Open a base model of any family: hub id, directory or single file, with sensible settings that are shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.errors import InputError, MissingDependencyError
+from adapters.formats.lora import LoraFile
+from pipelines.diffusion.families import Family, detect, find
+from pipelines.diffusion.memory import PRESETS, apply_preset
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ATTENTION = ("auto", "sdpa", "xformers")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a base model runs, as chosen (no "auto" left)."""
+
+    source: str
+    family: str
+    dtype: str
+    device: str
+    attention: str
+    memory: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        line = f"{self.source}: {self.family}, {self.dtype} on {self.device}, {self.attention}, memory {self.memory}"
+        return f"{line} ({'; '.join(self.notes)})" if self.notes else line
+
+
+def open_pipeline(
+    source: str | Path,
+    family: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "auto",
+    memory: str = "none",
+    **options: Any,
+) -> tuple[Any, Family, Settings]:
+    """A diffusers pipeline, its family and its settings.
+
+    ``options`` go to diffusers' ``from_pretrained`` or ``from_single_file`` (``config=``, ``revision=``, ...).
+
+    Raises:
+        InputError: nothing there, wrong family, impossible choice.
+        MissingDependencyError: xformers asked for and not installed.
+    """
+    import diffusers
+
+    if memory not in PRESETS:
+        raise InputError(f"Unknown memory preset '{memory}': possible are {', '.join(PRESETS)}.")
+    chosen_family = detect(source) if family == "auto" else find(family)
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device, chosen_family)
+    chosen_attention = choose_attention(attention)
+    kind = getattr(diffusers, chosen_family.pipeline)
+    load = kind.from_single_file if Path(source).is_file() else kind.from_pretrained
+    try:
+        pipe = load(str(source), torch_dtype=DTYPES[chosen_dtype], **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"Base model '{source}' could not be opened as {chosen_family.title}: {reason}") from error
+    if chosen_attention == "xformers":
+        pipe.enable_xformers_memory_efficient_attention()
+    notes = apply_preset(pipe, memory, chosen_family.denoiser, chosen_device, DTYPES[chosen_dtype])
+    settings = Settings(
+        str(source), chosen_family.name, chosen_dtype, str(chosen_device), chosen_attention, memory, tuple(notes)
+    )
+    return pipe, chosen_family, settings
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" takes an accelerator if there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"The device '{name}' cannot be used here: {reason}") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, family: Family) -> str:
+    """The precision called ``name``; "auto": fp32 on a CPU, else fp16, and bf16 for flow models (fp16 overflows there).
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name == "auto":
+        if device.type == "cpu":
+            return "fp32"
+        return "bf16" if family.flow else "fp16"
+    if name not in DTYPES:
+        raise InputError(f"Unknown dtype '{name}': possible are auto, {', '.join(DTYPES)}.")
+    return name
+
+
+def choose_attention(name: str) -> str:
+    """The attention backend called ``name``; "auto" is torch's own.
+
+    Raises:
+        InputError: an unknown name.
+        MissingDependencyError: xformers is not installed.
+    """
+    if name not in ATTENTION:
+        raise InputError(f"Unknown attention backend '{name}': possible are {', '.join(ATTENTION)}.")
+    if name == "xformers":
+        try:
+            import xformers  # noqa: F401
+        except ImportError:
+            raise MissingDependencyError("xformers", "xformers", "The attention backend 'xformers'") from None
+    return "sdpa" if name == "auto" else name
+
+
+SGM_BLOCKS = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
+SGM_LAYERS = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+    "downsamplers_0_op": "downsamplers_0_conv",
+}
+SGM_OUTSIDE = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+
+
+def modern_blocks(file: LoraFile, unet_config: Any) -> LoraFile:
+    """A kohya file for SDXL with the block names of its original code (``input_blocks_4_1``), in diffusers' names.
+
+    Block numbers are mapped by diffusers' own converter; files in other names come back unchanged.
+    """
+    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+
+    layers = file.parts.get("unet", {})
+    if not file.flat or not any(name.startswith(tuple(SGM_BLOCKS)) for name in layers):
+        return file
+    inside = {f"lora_unet_{name}": layer for name, layer in layers.items() if name not in SGM_OUTSIDE}
+    renamed = {SGM_OUTSIDE[name]: layer for name, layer in layers.items() if name in SGM_OUTSIDE}
+    try:
+        mapped = _maybe_map_sgm_blocks_to_diffusers(inside, unet_config)
+    except (ValueError, IndexError) as error:
+        raise InputError(f"The block names of this kohya file are not SDXL's: {error}") from None
+    for key, layer in mapped.items():
+        name = key.removeprefix("lora_unet_")
+        for old, new in (*SGM_BLOCKS.items(), *SGM_LAYERS.items()):
+            name = name.replace(old, new)
+        renamed[name] = layer
+    return file.with_parts({**file.parts, "unet": renamed}, flat=True)

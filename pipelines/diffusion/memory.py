@@ -1,0 +1,55 @@
+"""Memory presets on diffusers' own means.
+
+none       everything stays on the device.
+balanced   whole models move to the accelerator when it is their turn; the autoencoder decodes one picture at a time.
+           Same arithmetic, same pictures.
+low        additionally single layers move (group offload), large pictures are decoded in tiles, and the denoiser's
+           weights are stored in 8 bits (float8_e4m3, computed in the chosen precision): pictures change slightly.
+
+Without an accelerator there is nothing to move; the other parts act the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from adapters.errors import InputError
+
+PRESETS = ("none", "balanced", "low")
+
+
+def apply_preset(pipe: Any, preset: str, denoiser: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Place ``pipe`` on ``device`` as the preset says; returns what was done, in words.
+
+    Raises:
+        InputError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"Unknown memory preset '{preset}': possible are {', '.join(PRESETS)}.")
+    accelerator = device.type not in ("cpu", "meta")
+    if preset == "none":
+        pipe.to(device)
+        return []
+    done = []
+    pipe.vae.enable_slicing()
+    done.append("pictures decoded one by one")
+    if preset == "balanced":
+        if accelerator:
+            pipe.enable_model_cpu_offload(device=device)
+            done.append("models moved to the accelerator one at a time")
+        else:
+            pipe.to(device)
+        return done
+    pipe.vae.enable_tiling()
+    getattr(pipe, denoiser).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    done += ["large pictures decoded in tiles", "denoiser stored in 8 bits (changes pictures slightly)"]
+    if accelerator:
+        pipe.enable_group_offload(
+            onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=False
+        )
+        done.append("layers moved to the accelerator one at a time")
+    else:
+        pipe.to(device)
+    return done

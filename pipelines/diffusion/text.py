@@ -1,0 +1,57 @@
+"""Text encoder LoRAs: which prompt encoding each prediction uses.
+
+te_mode       Merge                    Switch                         Composite
+per_adapter   -                        encoding of the step's adapter encoding of each prediction's adapter
+merged        all adapters' encoders   all adapters' encoders         all adapters' encoders
+official      all adapters' encoders   the first adapter's encoder    all adapters' encoders
+auto          merged                   per_adapter                    per_adapter
+
+"official" is what the program of arXiv 2402.16843 does. An encoding is named by the set of adapters whose text encoder
+LoRAs were active: ``()`` is the base model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from adapters.errors import InputError
+from pipelines.diffusion.methods.step import Step
+
+TextMode = Literal["auto", "per_adapter", "official", "merged"]
+MODES: tuple[TextMode, ...] = ("auto", "per_adapter", "official", "merged")
+Voices = tuple[int, ...]
+"""The adapters whose text encoder LoRAs are active in an encoding."""
+
+
+def resolve_mode(mode: str, method: str) -> TextMode:
+    """The mode that "auto" stands for, and checks.
+
+    Raises:
+        InputError: unknown mode, or one that the method cannot do.
+    """
+    if mode not in MODES:
+        raise InputError(f"Unknown te_mode '{mode}': possible are {', '.join(MODES)}.")
+    if mode == "auto":
+        return "merged" if method == "merge" else "per_adapter"
+    if mode == "per_adapter" and method == "merge":
+        raise InputError("te_mode 'per_adapter' needs a method with one adapter per prediction; merge uses 'merged'.")
+    return next(known for known in MODES if known == mode)
+
+
+def voices_of_step(step: Step, mode: TextMode, method: str, strengths: Mapping[int, float]) -> list[Voices]:
+    """The encoding of each prediction of a step.
+
+    Args:
+        step: the step.
+        mode: resolved mode.
+        method: the composition method.
+        strengths: text encoder strength of the adapters that have text encoder layers and a strength other than 0.
+    """
+    predictions = max(1, len(step.active)) if step.separate else 1
+    if mode == "per_adapter":
+        speakers = step.active or (None,)
+        return [(i,) if i in strengths else () for i in speakers][:predictions]
+    if mode == "official" and method == "switch":
+        return [(0,) if 0 in strengths else ()]
+    return [tuple(sorted(strengths))] * predictions
