@@ -55,6 +55,11 @@ def plan(config: ComposeConfig) -> Any:
         return pipe.plan(steps=config.steps)
 
 
+def plan_values(planned: Any) -> dict[str, Any]:
+    """A plan as plain JSON values."""
+    return planned if isinstance(planned, dict) else dict(vars(planned))
+
+
 def settled(config: ComposeConfig) -> ComposeConfig:
     """``config`` with nothing left to guess: every adapter has a name and its trigger words.
 

@@ -12,6 +12,7 @@ from studio.jobs.control import (
     log,
     rerun,
     resume,
+    resume_here,
     run_here,
     submit,
 )
@@ -21,5 +22,5 @@ from studio.jobs.model import ACTIVE, ENDED, STATUSES, Job, ProgressRow, Status
 
 __all__ = [
     "ACTIVE", "ENDED", "STATUSES", "Job", "Kind", "ProgressRow", "Status", "cancel", "delete", "ensure_worker", "get",
-    "history", "list", "log", "register", "rerun", "resume", "run_here", "submit",
+    "history", "list", "log", "register", "rerun", "resume", "resume_here", "run_here", "submit",
 ]  # fmt: skip

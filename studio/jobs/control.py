@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import InputError
+from adapters.errors import Cancelled, InputError
 from adapters.progress import Monitor
 from studio import settings
 from studio.jobs import kinds, process, queue, store
@@ -50,7 +50,10 @@ def work_here(job_id: str, monitor: Monitor) -> Job:
     error = execute(job_id, monitor)
     if error is not None:
         raise error
-    return get(job_id)
+    job = get(job_id)
+    if job.status == "cancelled":  # while it waited for its device
+        raise Cancelled("Stopped on request.")
+    return job
 
 
 def get(job_id: str) -> Job:
@@ -134,7 +137,7 @@ def resume(job_id: str) -> str:
     job = get(job_id)
     where = queue.name_for(job.device)
     if not prepare_resume(job.id, where):
-        raise InputError(f"Job {job.id} is {job.status}: only an interrupted, cancelled or failed job can be resumed.")
+        raise _not_resumable(job)
     queue.put(where, job.id)
     return job.id
 
@@ -147,6 +150,18 @@ def prepare_resume(job_id: str, queue_name: str = HERE) -> bool:
         job_id, states, status="queued", queue=queue_name, resuming=1, finished=None, error="",
         heartbeat=time.time(), **owner,
     )  # fmt: skip
+
+
+def resume_here(job_id: str, monitor: Monitor) -> Job:
+    """As :func:`resume`, but in this process, until the job has ended; raises what ends it."""
+    job = get(job_id)
+    if not prepare_resume(job.id):
+        raise _not_resumable(job)
+    return work_here(job.id, monitor)
+
+
+def _not_resumable(job: Job) -> InputError:
+    return InputError(f"Job {job.id} is {job.status}: only an interrupted, cancelled or failed job can be resumed.")
 
 
 def rerun(job_id: str) -> str:

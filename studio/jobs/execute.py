@@ -78,7 +78,7 @@ def _run(job: Job, also: Monitor | None) -> dict[str, Any]:
     monitor = JobMonitor(job.id, job.folder, also)
     options = {"resume": job.resuming} if kind.continues else {}
     with _inside(job.cwd):
-        return function(config, job.folder, monitor, **options)
+        return kind.finish(config, function(config, job.folder, monitor, **options))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class Kind:
         entry: ``"module:function"``, called ``run(config, folder, monitor) -> dict``.
         continues: ``run`` also takes ``resume`` (a bool) and goes on from its last checkpoint when it is true;
             otherwise resuming starts the job from its beginning.
+        afterwards: ``"module:function"``, called ``(config, result) -> result`` when the job is done.
         keeps_pipeline: the job uses the pipeline that the worker keeps loaded; it is released before other kinds.
     """
 
@@ -34,6 +35,7 @@ class Kind:
     schema: str
     entry: str
     continues: bool = False
+    afterwards: str = ""
     keeps_pipeline: bool = False
 
     def parse(self, config: JobConfig | Mapping[str, Any]) -> JobConfig:
@@ -46,6 +48,11 @@ class Kind:
         """Import and return the function that does the job."""
         function: Callable[..., dict[str, Any]] = _load(self.entry)
         return function
+
+    def finish(self, config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
+        """What is left to do when the job is done; returns the result as it is kept."""
+        changed: dict[str, Any] = _load(self.afterwards)(config, result) if self.afterwards else result
+        return changed
 
 
 _KINDS: dict[str, Kind] = {}
@@ -81,4 +88,12 @@ def _load(place: str) -> Any:
 
 
 register(Kind("compose", "studio.schemas.compose:ComposeConfig", "studio.compose:run", keeps_pipeline=True))
-register(Kind("train-image", "studio.schemas.train_image:TrainImageConfig", "studio.training:run", continues=True))
+register(
+    Kind(
+        "train-image",
+        "studio.schemas.train_image:TrainImageConfig",
+        "studio.training.image:run",
+        continues=True,
+        afterwards="studio.library.adopt:trained",
+    )
+)

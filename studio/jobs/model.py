@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from adapters.progress import Progress
+
 Status = Literal["queued", "running", "cancelling", "done", "failed", "cancelled", "interrupted"]
 STATUSES: tuple[str, ...] = get_args(Status)
 ACTIVE: tuple[Status, ...] = ("queued", "running", "cancelling")
@@ -26,6 +28,11 @@ class ProgressRow:
     message: str = ""
     time: float = 0.0
     """Seconds since the epoch."""
+
+    def as_progress(self, quiet: bool = False) -> Progress:
+        """The report as it was made, without its message when ``quiet``."""
+        message = "" if quiet else self.message
+        return Progress(self.stage, self.step, self.total, self.loss, self.metrics, self.preview, message)
 
     @property
     def fraction(self) -> float | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class JobMonitor:
             logger.info("%s", row.stage)
         self._stage = row.stage
         if self.also:
-            self.also.report(progress)
+            self.also.report(replace(progress, preview=preview))
 
     def cancelled(self) -> bool:
         if STOPPING.is_set() or self._cancelled or (self.also is not None and self.also.cancelled()):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from huey.consumer import Consumer
@@ -50,7 +51,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), settings.PREFIX + "HOME": str(settings.home())}
 
 
-def running(name: str | None = None) -> list[dict[str, object]]:
+def running(name: str | None = None) -> list[dict[str, Any]]:
     """Workers that are alive, of one queue or of all; dead ones are forgotten."""
     found = []
     for row in store.workers():

@@ -83,6 +83,18 @@ def rename(name: str, new_name: str, kind: scan.Kind = "adapter") -> Record:
     return _record_at(moves[0][1], kind)
 
 
+def set_preview(record: Record, picture: Path) -> Path:
+    """Put a small PNG of ``picture`` beside an adapter of the library; returns its path."""
+    from PIL import Image
+
+    place = record.path / "preview.png" if record.path.is_dir() else record.path.with_suffix(".png")
+    with Image.open(picture) as image:
+        small = image.convert("RGB")
+        small.thumbnail((512, 512))
+        small.save(place)
+    return place
+
+
 @dataclass(frozen=True)
 class Trashed:
     """Something in the trash."""

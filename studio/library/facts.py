@@ -11,7 +11,7 @@ import yaml
 from adapters.errors import InputError
 from studio.library import header
 
-RECIPE_KEY = "adapter-studio"
+RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 
 _PIPELINES = {
@@ -28,13 +28,13 @@ def adapter(path: Path) -> dict[str, Any]:
     """
     weights = weight_file(path)
     if weights.suffix != ".safetensors":
-        raise InputError(f"{weights.suffix} files can hide programs: only .safetensors is read")
+        raise InputError(f"{weights.suffix} files are not looked into: studio lora convert makes .safetensors of them")
     head = header.read(weights)
     algorithm = header.algorithm(head.shapes)
     if not algorithm:
         raise InputError("holds no LoRA weights")
     card = _card(path)
-    recipe = header.metadata_json(head, RECIPE_KEY)
+    recipe = next(filter(None, (header.metadata_json(head, key) for key in RECIPE_KEYS)), None)
     counts = header.ranks(head.shapes)
     notes: dict[str, Any] = {
         "algorithm": algorithm,

@@ -69,6 +69,7 @@ def resolve_base(name_or_path: str | Path) -> str:
 
 
 def _usable(record: Record) -> Record:
-    if record.problem:
+    """The record, unless it has a problem; pickles are left to the loader, which reads tensors from them only."""
+    if record.problem and record.path.suffix not in scan.PICKLES:
         raise InputError(f"The {record.kind} '{record.path}' cannot be used: {record.problem}.")
     return record

@@ -1,0 +1,156 @@
+"""``studio compose``: pictures from a prompt, a file, or another picture's recipe."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapters.errors import InputError
+from studio.cli import launch, lora_option
+from studio.cli.output import Json, Output, Quiet, duration
+from studio.cli.schema_options import pair, with_options
+from studio.schemas.base import read_yaml
+from studio.schemas.compose import ComposeConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("compose", help="Make pictures with several adapters.")(
+        with_options(ComposeConfig, skip=["adapters"])(compose)
+    )
+
+
+def compose(
+    fields: dict[str, Any],
+    config: Annotated[Path | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", "-l", metavar=lora_option.FORM,
+            help="An adapter with its strength and the part of the steps it is at work; give it several times.",
+            rich_help_panel="Adapters",
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="Repeat a picture (or recipe.json), with whatever else is given changed."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change any value, also inside: adapters.0.weight=0.5."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the pictures go: a .png file or a folder.",
+                                  rich_help_panel="Output"),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", "--dry-run", help="Say what would be done, make nothing.",
+                           rich_help_panel="Output"),
+    ] = False,
+    detach: launch.Detach = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Make pictures with several adapters."""
+    output = Output(json, quiet)
+    launch.quiet_libraries()
+    changes = {**fields, **({"adapters": [lora_option.parse(text) for text in lora]} if lora else {})}
+    chosen, threads = _configuration(config, from_, changes, set_ or [])
+    if out is not None and detach:
+        raise InputError("--out and --detach exclude each other: the worker keeps its pictures in the job's folder.")
+    if plan:
+        _show_plan(chosen, output)
+    elif detach:
+        launch.detach("compose", chosen, output)
+    else:
+        _make(chosen, threads, out, output)
+
+
+def _configuration(
+    file: Path | None, picture: Path | None, changes: dict[str, Any], settings: Sequence[str]
+) -> tuple[ComposeConfig, int | None]:
+    """The configuration asked for, and the CPU threads of the picture that is repeated."""
+    if file is not None and picture is not None:
+        raise InputError("Give either a configuration file or --from, not both.")
+    if picture is None:
+        values = {**(read_yaml(file) if file else {}), **changes}
+        return ComposeConfig.parse(_with_settings(values, settings), source=str(file or "compose")), None
+    from studio import images, recipes
+
+    recipe = images.read_recipe(picture)
+    changes = _with_settings(dict(recipe["config"]), settings, only_changed=True) | changes
+    threads = recipe.get("made_on", {}).get("threads")
+    return recipes.replay(recipe, changes), threads if isinstance(threads, int) else None
+
+
+def _with_settings(values: dict[str, Any], settings: Sequence[str], only_changed: bool = False) -> dict[str, Any]:
+    """``values`` (or only those touched) after every ``key=value`` of ``--set``."""
+    touched = set()
+    for text in settings:
+        place, value = pair("--set", text)
+        _put(values, place.split("."), value, place)
+        touched.add(place.split(".")[0])
+    return {key: value for key, value in values.items() if key in touched} if only_changed else values
+
+
+def _put(target: Any, parts: list[str], value: Any, place: str) -> None:
+    try:
+        for part in parts[:-1]:
+            target = target[int(part)] if isinstance(target, list) else target[part]
+        if isinstance(target, list):
+            target[int(parts[-1])] = value
+        else:
+            target[parts[-1]] = value
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise InputError(f"--set {place}: there is no such place in the configuration.") from None
+
+
+def _show_plan(config: ComposeConfig, output: Output) -> None:
+    from studio import compose as job
+
+    planned = job.plan(config)
+    output.result(job.plan_values(planned), lambda: str(planned))
+
+
+def _make(config: ComposeConfig, threads: int | None, out: Path | None, output: Output) -> None:
+    from studio import jobs
+
+    if out is not None:
+        _check_place(out)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    job = launch.here(lambda terminal: jobs.run_here("compose", config, terminal), output)
+    result = dict(job.result or {})
+    if out is not None:
+        result["images"] = _copied([Path(path) for path in result["images"]], out)
+    output.result({"job": job.id, **result}, "\n".join(result["images"]))
+    output.note(f"{len(result['images'])} picture(s) in {duration(result['seconds'])}")
+
+
+def _check_place(out: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    folder = out.parent if out.suffix else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: the folder '{folder}' cannot be made ({error.strerror}).") from None
+    if out.suffix and out.suffix.lower() != ".png":
+        raise InputError(f"--out: pictures are written as .png (they carry the recipe), got '{out.suffix}'.")
+
+
+def _copied(pictures: list[Path], out: Path) -> list[str]:
+    if not out.suffix:
+        targets = [out / picture.name for picture in pictures]
+    elif len(pictures) == 1:
+        targets = [out]
+    else:
+        targets = [out.with_name(f"{out.stem}-{picture.stem.split('-')[-1]}.png") for picture in pictures]
+    for picture, target in zip(pictures, targets, strict=True):
+        shutil.copyfile(picture, target)
+    return [str(target) for target in targets]

@@ -1,0 +1,54 @@
+"""Doing a job from a command: here, with its progress in the terminal, or handed to the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from adapters.errors import Cancelled
+from studio.cli.output import Output
+from studio.cli.terminal import Terminal
+from studio.jobs.model import Job
+
+Detach = Annotated[
+    bool,
+    typer.Option("--detach", "-d", help="Queue it as a job for the worker and return.", rich_help_panel="Output"),
+]
+
+
+def detach(kind: str, config: Any, output: Output) -> None:
+    """Queue the job and say how to follow it."""
+    from studio import jobs
+
+    job_id = jobs.submit(kind, config)
+    jobs.ensure_worker()
+    output.result({"job": job_id, "status": "queued"}, f"Job {job_id} is queued.")
+    output.note(f"Follow it with  studio jobs watch {job_id}")
+
+
+def here(start: Callable[[Terminal], Job], output: Output) -> Job:
+    """Run ``start`` with a progress display; a job that is stopped says how it goes on.
+
+    Raises:
+        adapters.errors.StudioError: the job failed, or was stopped.
+    """
+    from studio import jobs
+
+    with Terminal(output.quiet) as terminal:
+        try:
+            return start(terminal)
+        except (Cancelled, KeyboardInterrupt):
+            mine = [job for job in jobs.list(5) if job.status in ("cancelled", "interrupted")]
+            hint = f" Go on with:  studio jobs resume {mine[0].id}" if mine else ""
+            raise Cancelled(f"Stopped.{hint}") from None
+
+
+def quiet_libraries() -> None:
+    """Keep remarks of the model libraries, which say nothing to the person, out of the terminal."""
+    import os
+
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

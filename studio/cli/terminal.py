@@ -1,0 +1,117 @@
+"""Progress in the terminal: a bar where somebody looks, plain lines where the output goes to a file."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from adapters.progress import Progress
+
+_LINE_EVERY = 10.0  # seconds between plain lines of one stage
+
+
+class Terminal:
+    """A monitor for one piece of long work; use it as a context manager.
+
+    Ctrl-C asks the work to stop where it can; a second one stops it at once.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+        self.task: Any = None
+        self.interrupted = False
+        self._stage = ""
+        self._preview = ""
+        self._line_at = 0.0
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._on_interrupt)
+        except ValueError:  # not the main thread
+            self._before = None
+        if not self.quiet and sys.stderr.isatty():
+            self.bar = _bar()
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+                 ) -> None:  # fmt: skip
+        if self.bar is not None:
+            self.bar.stop()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def report(self, progress: Progress) -> None:
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self._draw(progress)
+        else:
+            self._line(progress)
+        self._stage = progress.stage
+
+    def cancelled(self) -> bool:
+        return self.interrupted
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr)
+
+    def _draw(self, progress: Progress) -> None:
+        if self.task is None or progress.stage != self._stage:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.task = self.bar.add_task(progress.stage, total=progress.total or None, facts="")
+        self.bar.update(
+            self.task, completed=progress.step, total=progress.total or None, facts=_facts(progress), refresh=False
+        )
+        if progress.message:
+            self.say(progress.message)
+        self._show_preview(progress)
+
+    def _line(self, progress: Progress) -> None:
+        now = time.monotonic()
+        last = bool(progress.total) and progress.step >= progress.total
+        if progress.message or last or progress.stage != self._stage or now - self._line_at >= _LINE_EVERY:
+            self._line_at = now
+            count = f" {progress.step}/{progress.total}" if progress.total else ""
+            parts = [f"{progress.stage}{count}", _facts(progress), progress.message]
+            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+    def _show_preview(self, progress: Progress) -> None:
+        if isinstance(progress.preview, str) and progress.preview != self._preview:
+            self._preview = progress.preview
+            self.say(f"preview: {progress.preview}")
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.say("Stopping at the next safe place (Ctrl-C again stops at once) ...")
+
+
+def _facts(progress: Progress) -> str:
+    parts = [] if progress.loss is None else [f"loss {progress.loss:.4f}"]
+    parts += [f"{name} {value:.3g}" for name, value in progress.metrics.items()]
+    return "  ".join(parts)
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"), console=Console(stderr=True), transient=True,
+    )  # fmt: skip

@@ -1,0 +1,44 @@
+"""``studio worker``: work on queued jobs in this terminal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from studio.cli.output import Json, Output, Quiet, moment, table
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("worker", help="Work on queued jobs in this terminal.")(worker)
+
+
+def worker(
+    queue: Annotated[
+        str, typer.Option("--queue", help="default, or the device whose jobs are done (cpu, cuda:1 ...).")
+    ] = "default",
+    idle_minutes: Annotated[float, typer.Option("--idle-minutes", help="End when idle for so long; 0 = never.")] = 0.0,
+    list_: Annotated[bool, typer.Option("--list", help="Show the workers that run, and end.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Work on queued jobs in this terminal."""
+    from studio.jobs import worker as process
+
+    output = Output(json, quiet)
+    if list_:
+        rows = process.running()
+        output.result(
+            rows,
+            lambda: table(["queue", "host", "process", "since"],
+                          [(r["queue"], r["host"], r["pid"], moment(r["started"])) for r in rows]),
+        )  # fmt: skip
+        return
+    if not quiet:
+        import logging
+
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+        logging.getLogger("studio").setLevel(logging.INFO)
+    output.note(f"Working on the queue '{queue}'; Ctrl-C ends after the job's next safe place.")
+    process.serve(queue, idle_minutes)

@@ -1,0 +1,35 @@
+"""What a training job has made becomes a part of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studio.library import edit, scan
+from studio.schemas.base import JobConfig
+
+
+def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """Copy the adapter of ``result`` into the library, with its last sample as preview.
+
+    Returns ``result`` with ``library``: the name under which the library has it.
+    """
+    name = free_name(str(getattr(config, "name", "")) or "adapter")
+    record = edit.import_adapter(result["adapter"], name)
+    samples = [Path(sample) for sample in result.get("samples") or [] if Path(sample).is_file()]
+    if samples:
+        edit.set_preview(record, samples[-1])
+    return {**result, "library": record.name}
+
+
+def free_name(wanted: str) -> str:
+    """``wanted`` as a name the library allows and does not have yet (``wanted-2``, ...)."""
+    name = (
+        "".join(letter if letter.isalnum() or letter in " .+()_-" else "-" for letter in wanted).strip(" .")
+        or "adapter"
+    )
+    taken = {record.name.lower() for record in scan.records("adapter")}
+    number, free = 2, name
+    while free.lower() in taken:
+        free, number = f"{name}-{number}", number + 1
+    return free
