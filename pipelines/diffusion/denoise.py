@@ -105,7 +105,9 @@ class Denoising:
             self.gates.grouped(adapters, strengths)
         return self._with_text(args, kwargs, predictions, len(adapters))
 
-    def _with_text(self, args: tuple[Any, ...], kwargs: dict[str, Any], predictions: list[int], count: int) -> Arguments:
+    def _with_text(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], predictions: list[int], count: int
+    ) -> Arguments:
         """The arguments repeated ``count`` times, with the encoding of each prediction in place."""
         voices = [self.voices[min(self.step, len(self.voices) - 1)][k] for k in predictions]
         own_text = any(voice != self.given for voice in voices)

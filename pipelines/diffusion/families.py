@@ -270,7 +270,9 @@ def _detect_file(file: Path) -> Family:
     for prefix, name in SINGLE_FILE_SIGNS:
         if any(key.startswith(prefix) for key in keys):
             return FAMILIES[name]
-    raise InputError(f"'{file.name}' is a checkpoint of no known family ({', '.join(FAMILIES)}): name it with --family.")
+    raise InputError(
+        f"'{file.name}' is a checkpoint of no known family ({', '.join(FAMILIES)}): name it with --family."
+    )
 
 
 def _class_name(index: Path) -> str:

@@ -156,7 +156,8 @@ def modern_blocks(file: LoraFile, unet_config: Any) -> LoraFile:
     inside = {f"lora_unet_{name}": layer for name, layer in layers.items() if name not in SGM_OUTSIDE}
     renamed = {SGM_OUTSIDE[name]: layer for name, layer in layers.items() if name in SGM_OUTSIDE}
     try:
-        mapped = _maybe_map_sgm_blocks_to_diffusers(inside, unet_config)
+        rename: Any = _maybe_map_sgm_blocks_to_diffusers
+        mapped = rename(inside, unet_config)
     except (ValueError, IndexError) as error:
         raise InputError(f"The block names of this kohya file are not SDXL's: {error}") from None
     for key, layer in mapped.items():

@@ -50,8 +50,8 @@ def voices_of_step(step: Step, mode: TextMode, method: str, strengths: Mapping[i
     """
     predictions = max(1, len(step.active)) if step.separate else 1
     if mode == "per_adapter":
-        speakers = step.active or (None,)
-        return [(i,) if i in strengths else () for i in speakers][:predictions]
+        speakers = step.active[:predictions] or (-1,)  # no adapter: the base model's encoding
+        return [(i,) if i in strengths else () for i in speakers]
     if mode == "official" and method == "switch":
         return [(0,) if 0 in strengths else ()]
     return [tuple(sorted(strengths))] * predictions

@@ -20,7 +20,7 @@ from pipelines.diffusion.methods.step import Step, Strengths
 METHOD = Method(
     name="composite",
     title="LoRA Composite",
-    summary="Each adapter predicts alone and the predictions are averaged every step: slower, keeps each concept whole.",
+    summary="Each adapter predicts alone and the predictions are averaged in every step: slower, keeps concepts whole.",
     stage="compose",
     makes="picture",
     paper="Multi-LoRA Composition for Image Generation, arXiv 2402.16843",

@@ -16,7 +16,7 @@ from pipelines.diffusion.methods.step import Step, Strengths
 METHOD = Method(
     name="switch",
     title="LoRA Switch",
-    summary="One adapter per step, in turns of tau steps: as fast as one adapter, and adapters never mix inside a step.",
+    summary="One adapter per step, in turns of tau steps: as fast as one adapter, and they never mix inside a step.",
     stage="compose",
     makes="picture",
     paper="Multi-LoRA Composition for Image Generation, arXiv 2402.16843",

@@ -1,0 +1,101 @@
+"""What must hold before adapters are composed on a pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from adapters.errors import InputError, nearest
+
+
+def check_pristine(pipe: Any, components: Iterable[str]) -> None:
+    """Refuse a pipeline that already carries, or has swallowed, other adapters.
+
+    Raises:
+        InputError: fused LoRAs, PEFT adapters, or fused query-key-value projections (LoRA on them would be ignored).
+    """
+    if getattr(pipe, "_merged_adapters", None):
+        raise InputError(
+            "LoRAs are fused into this pipeline: call its unfuse_lora() (or load it again) before composing."
+        )
+    for component in components:
+        model = getattr(pipe, component, None)
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            if getattr(module, "merged_adapters", None):
+                raise InputError("LoRAs are fused into this pipeline: call its unfuse_lora() before composing.")
+            if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+                raise InputError(
+                    "This pipeline already carries adapters of its own: call its unload_lora_weights() and load them "
+                    "here with load_lora()."
+                )
+            if getattr(module, "fused_projections", False):
+                raise InputError(
+                    "The query, key and value layers of this pipeline are fused, so adapters on them would be ignored: "
+                    "call its unfuse_qkv_projections() before composing."
+                )
+
+
+def check_weight(value: float, what: str) -> float:
+    """``value`` as a finite float.
+
+    Raises:
+        InputError: not a finite number.
+    """
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{what} must be a finite number, got {value!r}.")
+    return float(value)
+
+
+def check_blocks(blocks: Mapping[str, float], modules: Mapping[str, Iterable[str]], denoiser: str) -> dict[str, float]:
+    """The factors by full prefix ("unet.down_blocks.1"), each of which adapts at least one module.
+
+    Raises:
+        InputError: a prefix that no layer of the adapter begins with, or a factor that is not finite.
+    """
+    full = [f"{component}.{name}" for component, names in modules.items() for name in names]
+    checked = {}
+    for prefix, factor in blocks.items():
+        check_weight(factor, f"The factor of block '{prefix}'")
+        known = prefix.partition(".")[0] in modules
+        path = prefix if known else f"{denoiser}.{prefix}"
+        if not any(begins(name, path) for name in full):
+            heads = sorted({".".join(name.split(".")[1:length]) for name in full for length in (2, 3)} - {""})
+            raise InputError(f"No layer of this adapter lies in the block '{prefix}'{nearest(prefix, heads)}.")
+        checked[path] = float(factor)
+    return checked
+
+
+def begins(name: str, prefix: str) -> bool:
+    """Whether the module path ``name`` lies in ``prefix`` (whole names: "blocks.1" does not hold "blocks.10")."""
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def block_factor(name: str, blocks: Mapping[str, float]) -> float:
+    """The factor of the longest prefix that ``name`` lies in (1 if in none)."""
+    fitting = [prefix for prefix in blocks if begins(name, prefix)]
+    return blocks[max(fitting, key=len)] if fitting else 1.0
+
+
+def check_call(
+    family: Any, pipe: Any, steps: int, guidance: float, images: int, size: tuple[int | None, int | None], seed: int
+) -> None:
+    """Refuse numbers a call cannot use.
+
+    Raises:
+        InputError: naming the number and what is possible.
+    """
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}.")
+    if images < 1:
+        raise InputError(f"images must be at least 1, got {images}.")
+    if check_weight(guidance, "guidance_scale") < 0:
+        raise InputError(f"guidance_scale must not be negative, got {guidance}.")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must lie in [0, 2^63), got {seed}.")
+    step = family.pixel_step(pipe)
+    for name, value in zip(("width", "height"), size, strict=True):
+        if value is not None and (value < step or value % step):
+            raise InputError(f"{name} must be a positive multiple of {step} for this model, got {value}.")

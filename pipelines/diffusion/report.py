@@ -1,0 +1,120 @@
+"""What the pipeline tells about adapters and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.diffusion.methods.step import Step
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """A loaded adapter.
+
+    Attributes:
+        name: in this pipeline.
+        path, sha256, format: the file it came from.
+        layers: layers per component, all of them in use.
+        ranks: the different ranks.
+        dora: it has DoRA layers (its schedule can only switch it on and off).
+        parameters: how many numbers it holds.
+        weight, te_weight: strength in the denoiser and in the text encoders.
+        triggers: words that call it.
+        blocks: factor per block prefix.
+        schedule: keyframes (progress, factor).
+    """
+
+    name: str
+    path: str
+    sha256: str
+    format: str
+    layers: Mapping[str, int]
+    ranks: tuple[int, ...]
+    dora: bool
+    parameters: int
+    weight: float
+    te_weight: float
+    triggers: tuple[str, ...] = ()
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    schedule: tuple[tuple[float, float], ...] = ()
+
+    def __str__(self) -> str:
+        layers = ", ".join(f"{count} in {component}" for component, count in self.layers.items())
+        ranks = "/".join(map(str, self.ranks))
+        kind = "DoRA" if self.dora else "LoRA"
+        return f"{self.name}: {kind} of rank {ranks}, layers {layers}, weight {self.weight:g} ({self.format})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call will do.
+
+    Attributes:
+        method, adapters, te_mode: the composition.
+        steps: gates of every step.
+        guided: two halves (unconditional and conditional) per prediction.
+        adapter_batch: predictions in one call of the denoiser (None = all).
+        encodings: how often the prompt is encoded.
+        memory: bytes of the adapters' joined matrices.
+    """
+
+    method: str
+    adapters: tuple[str, ...]
+    te_mode: str
+    steps: tuple[Step, ...]
+    guided: bool
+    adapter_batch: int | None
+    encodings: int
+    memory: int
+
+    @property
+    def gates(self) -> list[tuple[float, ...]]:
+        """Strength of every adapter at every step."""
+        return [step.gates for step in self.steps]
+
+    @property
+    def forwards(self) -> int:
+        """Denoiser predictions per picture and guidance half, over all steps."""
+        return sum(step.forwards for step in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan for machines."""
+        return {
+            "method": self.method,
+            "adapters": list(self.adapters),
+            "te_mode": self.te_mode,
+            "steps": len(self.steps),
+            "gates": [list(row) for row in self.gates],
+            "forwards": self.forwards,
+            "samples": self.forwards * (2 if self.guided else 1),
+            "adapter_batch": self.adapter_batch,
+            "encodings": self.encodings,
+            "memory": self.memory,
+        }
+
+    def __str__(self) -> str:
+        """A table: one line per run of equal steps."""
+        halves = " x 2 (guidance)" if self.guided else ""
+        lines = [
+            f"{self.method} of {', '.join(self.adapters) or 'no adapter'}; text encoders {self.te_mode}",
+            f"{len(self.steps)} steps, {self.forwards} predictions per picture{halves}, "
+            f"{self.encodings} prompt encodings, {self.memory / 2**20:.1f} MiB of adapters",
+        ]
+        for first, last, step in _runs(self.steps):
+            used = ", ".join(f"{self.adapters[i]} {step.gates[i]:g}" for i in step.active) or "base model alone"
+            apart = " (each alone, averaged)" if step.separate and len(step.active) > 1 else ""
+            lines.append(f"  step {first}{f'-{last}' if last > first else ''}: {used}{apart}")
+        return "\n".join(lines)
+
+
+def _runs(steps: tuple[Step, ...]) -> list[tuple[int, int, Step]]:
+    """Neighbouring equal steps as (first, last, step)."""
+    runs: list[tuple[int, int, Step]] = []
+    for k, step in enumerate(steps):
+        if runs and runs[-1][2] == step:
+            runs[-1] = (runs[-1][0], k, step)
+        else:
+            runs.append((k, k, step))
+    return runs
