@@ -15,12 +15,32 @@ from gradio.themes.utils.colors import Color
 STATIC = Path(__file__).parent / "static"
 
 IRIS = Color(
-    name="iris", c50="#f4f4fe", c100="#e9e8fc", c200="#d5d3f8", c300="#b7b3f1", c400="#938de6", c500="#6f67d9",
-    c600="#5449c4", c700="#463ca5", c800="#393283", c900="#2f2b68", c950="#1c193f",
+    name="iris",
+    c50="#f4f4fe",
+    c100="#e9e8fc",
+    c200="#d5d3f8",
+    c300="#b7b3f1",
+    c400="#938de6",
+    c500="#6f67d9",
+    c600="#5449c4",
+    c700="#463ca5",
+    c800="#393283",
+    c900="#2f2b68",
+    c950="#1c193f",
 )
 INK = Color(
-    name="ink", c50="#f8f8fa", c100="#f1f1f5", c200="#e3e3ea", c300="#cdcdd8", c400="#9a9aaa", c500="#6b6b7b",
-    c600="#52525f", c700="#3a3a44", c800="#25252c", c900="#19191e", c950="#111115",
+    name="ink",
+    c50="#f8f8fa",
+    c100="#f1f1f5",
+    c200="#e3e3ea",
+    c300="#cdcdd8",
+    c400="#9a9aaa",
+    c500="#6b6b7b",
+    c600="#52525f",
+    c700="#3a3a44",
+    c800="#25252c",
+    c900="#19191e",
+    c950="#111115",
 )
 
 

@@ -19,8 +19,15 @@ from adapters.errors import InputError
 Kind = Literal["flag", "choice", "choices", "integer", "number", "text", "lines", "mapping"]
 
 _WRITTEN = {
-    "lr": "LR", "snr": "SNR", "ema": "EMA", "tf32": "TF32", "rslora": "rsLoRA", "dora": "DoRA", "loraplus": "LoRA+",
-    "te": "Text encoder", "id": "ID",
+    "lr": "LR",
+    "snr": "SNR",
+    "ema": "EMA",
+    "tf32": "TF32",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "loraplus": "LoRA+",
+    "te": "Text encoder",
+    "id": "ID",
 }
 
 

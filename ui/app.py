@@ -1,0 +1,246 @@
+"""The web app: four pages over the jobs and the library, served to this computer only unless told otherwise."""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+
+from adapters.errors import InputError
+from studio import jobs as job_store
+from studio import library as shelves
+from studio import settings
+from ui import markup, pictures
+from ui.components import rack
+from ui.pages import compose, jobs, library, train
+from ui.polite import polite
+from ui.theme import STATIC, StudioTheme, css, script
+
+TABS = ("compose", "train", "library", "jobs")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+A_DAY = 86400
+
+_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+@dataclass
+class _Pages:
+    tabs: gr.Tabs
+    compose: compose.Page
+    train: train.Page
+    library: library.Page
+    jobs: jobs.Page
+
+
+def build(local_paths: bool = True) -> gr.Blocks:
+    """The whole app.
+
+    Args:
+        local_paths: pages may import files of the computer the app runs on; off when others can reach it.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(pictures.uploads())  # before components are made: they remember it
+    app = gr.Blocks(title="Adapter Studio", analytics_enabled=False, fill_width=True, delete_cache=(A_DAY, A_DAY))
+    with app:
+        gr.HTML(markup.header(), elem_id="header", apply_default_css=False, js_on_load=script("header"))
+        with gr.Tabs(selected="compose", elem_id="pages") as tabs:
+            with gr.Tab("Compose", id="compose", render_children=True):
+                compose_page = compose.build()
+            with gr.Tab("Train", id="train", render_children=True):
+                train_page = train.build()
+            with gr.Tab("Library", id="library", render_children=True):
+                library_page = library.build(local_paths)
+            with gr.Tab("Jobs", id="jobs", render_children=True):
+                jobs_page = jobs.build()
+        pages = _Pages(tabs, compose_page, train_page, library_page, jobs_page)
+        _wire_tabs(app, pages)
+        _wire_crossings(pages)
+    return app
+
+
+# ------------------------------------------------------------------------------------------------ between the pages
+
+
+def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
+    """Opening the app, and going from page to page: each shows what is true now."""
+    choices = [pages.compose.picker, pages.compose.form["base"], pages.train.form["base"]]
+
+    @polite
+    def arrive(request: gr.Request) -> Any:
+        wanted = request.query_params.get("page", "compose")
+        wanted = wanted if wanted in TABS else "compose"
+        return [gr.Tabs(selected=wanted), gr.Timer(active=wanted == "jobs"), *_choices()]
+
+    @polite
+    def go(event: gr.SelectData) -> Any:
+        return [gr.Timer(active=event.value == "Jobs"), *_choices()]
+
+    app.load(arrive, None, [pages.tabs, pages.jobs.timer, *choices], **_PRIVATE)
+    app.load(lambda: _latest("compose", compose.follow), None, pages.compose.view, **_PRIVATE)
+    app.load(lambda: _latest("train-image", train.follow), None, pages.train.view, **_PRIVATE)
+    app.load(polite(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
+    app.load(polite(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
+    pages.tabs.select(go, None, [pages.jobs.timer, *choices], **_PRIVATE)
+    pages.tabs.select(polite(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
+    pages.tabs.select(polite(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
+    pages.tabs.select(None, None, None, js=_ADDRESS)
+
+
+_ADDRESS = """() => setTimeout(() => {
+  const name = document.querySelector('#pages button[role=tab][aria-selected=true]')?.textContent.trim().toLowerCase();
+  if (name) history.replaceState(null, '', name === 'compose' ? location.pathname : `?page=${name}`);
+}, 50)"""
+
+
+def _choices() -> list[Any]:
+    bases = compose.base_choices()
+    return [gr.update(choices=compose.adapter_choices()), gr.update(choices=bases), gr.update(choices=bases)]
+
+
+def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any]) -> Any:
+    found = job_store.list(1, (), kind)
+    return follow(found[0].id, ()) if found else gr.skip()
+
+
+def _wire_crossings(pages: _Pages) -> None:
+    """From an adapter or a job to the page that uses it."""
+    target = pages.compose
+
+    @polite
+    def use(chosen: str, shelf: str, rows: list[rack.Row]) -> Any:
+        if shelf == "base":
+            return [gr.Tabs(selected="compose"), gr.skip(), chosen]
+        return [gr.Tabs(selected="compose"), rack.add(rows, shelves.find(chosen)), gr.skip()]
+
+    @polite
+    def try_it(job_id: str, rows: list[rack.Row], prompt: str) -> Any:
+        job = job_store.get(job_id)
+        record = shelves.find(train.add_to_library(job))
+        present = any(row["name"] == record.name for row in rows or ())
+        words = job.config.get("trigger") or next(iter(record.triggers), "")
+        return [gr.Tabs(selected="compose"), rows if present else rack.add(rows, record),
+                compose.with_word(prompt, words), job.config.get("base") or gr.skip()]  # fmt: skip
+
+    @polite
+    def open_job(job_id: str) -> Any:
+        job = job_store.get(job_id)
+        skipped = [gr.skip()] * len(target.view), [gr.skip()] * len(pages.train.view)
+        if job.kind == "train-image":
+            return [gr.Tabs(selected="train"), *skipped[0], *train.follow(job.id, ())]
+        return [gr.Tabs(selected="compose"), *compose.follow(job.id, ()), *skipped[1]]
+
+    base, prompt = target.form["base"], target.form["prompt"]
+    pages.library.use.click(use, [pages.library.chosen, pages.library.shelf, target.rack],
+                            [pages.tabs, target.rack, base], **_PRIVATE)  # fmt: skip
+    pages.train.try_it.click(try_it, [pages.train.job, target.rack, prompt], [pages.tabs, target.rack, prompt, base],
+                             **_PRIVATE)  # fmt: skip
+    pages.jobs.open.click(open_job, pages.jobs.chosen, [pages.tabs, *target.view, *pages.train.view], **_PRIVATE)
+
+
+# ------------------------------------------------------------------------------------------------ serving
+
+
+def launch(
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    password: str | None = None,
+    share: bool = False,
+    max_upload: str = "200mb",
+    open_browser: bool = False,
+) -> None:
+    """Serve the app until it is stopped.
+
+    Args:
+        host: address to listen on; the default lets only this computer in, ``0.0.0.0`` the whole network.
+        password: asked for when the page opens (the name does not matter); none = no question.
+        share: also open a public link through Gradio's server; needs a password.
+        max_upload: largest file that may be dropped ("200mb").
+        open_browser: open the page.
+
+    Raises:
+        InputError: the port is taken, the address is not ours, or the app would be open to strangers.
+    """
+    if share and not password:
+        raise InputError("A public link without a password lets anyone use this computer: give a password too.")
+    check_address(host, port)
+    app = build(local_paths=host in LOOPBACK and not share)
+    app.queue(default_concurrency_limit=8)
+    app.launch(
+        server_name=host, server_port=port, share=share, inbrowser=open_browser, max_file_size=max_upload,
+        auth=_asks_for(password) if password else None, auth_message="Any name, and the password of this studio.",
+        allowed_paths=served(), blocked_paths=hidden(), theme=StudioTheme(), css=css(), head=_HEAD, footer_links=[],
+        favicon_path=STATIC / "icon.png", ssr_mode=False, run_history=False, pwa=False, mcp_server=False,
+        show_error=False, enable_monitoring=False, strict_cors=True,
+    )  # fmt: skip
+
+
+_HEAD = '<meta name="color-scheme" content="light dark">'
+
+
+def served() -> list[str]:
+    """The only folders whose files the app hands out: what jobs made, the library, the shipped pictures."""
+    places = [settings.folder("jobs"), *settings.adapter_folders(), *shipped()]
+    return [str(place.resolve()) for place in places]
+
+
+def shipped() -> list[Path]:
+    """Folders of what ships with the studio."""
+    import assets
+
+    found = []
+    for name in ("adapters", "models"):
+        try:
+            found.append(assets.path(name))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def hidden() -> list[str]:
+    """Never handed out, whatever else is allowed."""
+    return [str(settings.settings_file())]
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise :class:`InputError` unless we can listen there."""
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror:
+        raise InputError(f"'{host}' is no address of this computer: try 127.0.0.1 or 0.0.0.0.") from None
+    except (OverflowError, OSError) as error:
+        raise InputError(_why_not(host, port, error)) from None
+
+
+def _why_not(host: str, port: int, error: Exception) -> str:
+    code = error.errno if isinstance(error, OSError) else None
+    if code == errno.EADDRINUSE:
+        return f"Port {port} is taken by another program (perhaps another studio): choose one with --port {port + 1}."
+    if code == errno.EACCES:
+        return f"Port {port} needs more rights than you have: choose one above 1023 with --port."
+    if code == errno.EADDRNOTAVAIL:
+        return f"'{host}' is no address of this computer: try 127.0.0.1 or 0.0.0.0."
+    return f"The app cannot listen on {host}:{port} ({error}): choose another --host or --port."
+
+
+def _asks_for(password: str) -> Callable[[str, str], bool]:
+    """A check of the password that takes as long for a wrong one as guessing deserves."""
+
+    def check(_name: str, given: str) -> bool:
+        right = hmac.compare_digest(given.encode(), password.encode())
+        if not right:
+            time.sleep(1)
+        return right
+
+    return check

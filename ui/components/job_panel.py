@@ -1,0 +1,82 @@
+"""How a job stands: status, stage, bar, times and the picture it is at."""
+
+from __future__ import annotations
+
+import time
+
+from studio.jobs import Job
+from ui import markup
+
+TONES = {
+    "queued": "wait", "running": "work", "cancelling": "wait", "done": "good", "failed": "bad", "cancelled": "",
+    "interrupted": "bad",
+}  # fmt: skip
+KINDS = {"compose": "Compose", "train-image": "Train"}
+
+
+def status_tag(job: Job) -> str:
+    """The job's status as a coloured label."""
+    return markup.tag(job.status, TONES.get(job.status, ""))
+
+
+def job_title(job: Job) -> str:
+    """What the job is about: the prompt, or the adapter's name."""
+    title = job.config.get("prompt") or job.config.get("name") or job.id
+    return str(title)
+
+
+def job_panel(job: Job | None, ahead: int = 0, show_preview: bool = True) -> str:
+    """The panel of one job; ``ahead`` jobs run before it. Empty for no job."""
+    if job is None:
+        return ""
+    fraction = _fraction(job)
+    head = f'<div class="as-job-head">{status_tag(job)}<span class="what">{markup.text(stage(job, ahead))}</span></div>'
+    bar = _bar(fraction) if job.active else ""
+    preview = _preview(job) if show_preview and job.active else ""
+    error = markup.notice(job.error, "error") if job.error else ""
+    times = f'<div class="as-job-times">{markup.text(timing(job, fraction))}</div>'
+    return f'<div class="as-job" role="status">{preview}<div class="as-job-body">{head}{bar}{times}{error}</div></div>'
+
+
+def stage(job: Job, ahead: int = 0) -> str:
+    """What is being done, in a few words."""
+    if job.status == "queued":
+        return f"waiting, {ahead} before it" if ahead else "waiting for the worker"
+    if job.status == "cancelling":
+        return "stopping"
+    if job.status != "running" or job.progress is None:
+        return "starting" if job.status == "running" else ""
+    counted = f" {job.progress.step} of {job.progress.total}" if job.progress.total else ""
+    return f"{job.progress.stage}{counted}"
+
+
+def timing(job: Job, fraction: float | None = None, now: float | None = None) -> str:
+    """Elapsed and remaining time, or how long it took."""
+    if job.started is None:
+        return ""
+    if job.seconds is not None:
+        return f"took {markup.duration(job.seconds)}"
+    passed = (time.time() if now is None else now) - job.started
+    left = passed * (1 - fraction) / fraction if fraction and fraction > 0.05 and passed > 2 else None
+    return f"{markup.duration(passed)}" + (f" · about {markup.duration(left)} left" if left else "")
+
+
+def _fraction(job: Job) -> float | None:
+    return job.progress.fraction if job.progress and job.status in ("running", "cancelling") else None
+
+
+def _bar(fraction: float | None) -> str:
+    if fraction is None:
+        return '<div class="as-bar busy" role="progressbar" aria-label="Progress"><i></i></div>'
+    percent = round(fraction * 100)
+    return (
+        f'<div class="as-bar" role="progressbar" aria-label="Progress" aria-valuenow="{percent}" aria-valuemin="0" '
+        f'aria-valuemax="100"><i style="width:{percent}%"></i></div>'
+    )
+
+
+def _preview(job: Job) -> str:
+    preview = job.progress.preview if job.progress else None
+    if not preview:
+        return ""
+    return f'<img class="as-preview" alt="Picture so far" src="{markup.text(markup.file_url(preview))}">'

@@ -1,0 +1,19 @@
+"""HTML whose parts can be picked: anything in it with ``data-pick="..."`` is a button of one event."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from ui.theme import script
+
+
+def pick_list(value: str = "", **options: Any) -> gr.HTML:
+    """An HTML component; its ``select`` event carries what was picked (see :func:`picked`)."""
+    return gr.HTML(value, js_on_load=script("pick_list"), apply_default_css=False, **options)
+
+
+def picked(event: gr.EventData) -> str:
+    """What was picked."""
+    return str(getattr(event, "picked", "") or "")

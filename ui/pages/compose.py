@@ -1,0 +1,395 @@
+"""Compose: one prompt, several adapters, one method; the pictures with their recipes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from adapters.errors import InputError
+from studio import images, jobs, library, methods, recipes
+from studio.jobs import Job
+from studio.schemas.compose import ComposeConfig
+from ui import markup
+from ui.components import job_panel, rack, schema_form
+from ui.components.rack import Row
+from ui.polite import polite, say
+
+KNOWN = schema_form.fields(ComposeConfig)
+NAMES = tuple(name for name in KNOWN if name != "adapters")
+"""Fields with a widget of their own, in the order of the form; the adapters are the rack."""
+
+ADVANCED = ("scheduler", "te_mode", "adapter_batch", "memory", "dtype", "attention", "device", "family")
+SECONDS = 0.7
+
+Form = dict[str, Any]
+"""Widgets by field name."""
+
+
+@dataclass
+class Page:
+    """What other pages may fill."""
+
+    form: Form
+    rack: gr.HTML
+    picker: gr.Dropdown
+    new_seed: gr.Checkbox
+    view: list[Any]
+    """Components that :func:`follow` fills."""
+
+    @property
+    def outputs(self) -> list[gr.components.Component]:
+        """Every setting: the fields in the order of :data:`NAMES`, the rack, whether each run gets a new seed."""
+        return [*(self.form[name] for name in NAMES), self.rack, self.new_seed]
+
+
+def build() -> Page:
+    """Draw the page inside the current tab."""
+    with gr.Row(elem_classes="as-page"):
+        with gr.Column(scale=5, min_width=320, elem_classes="as-form"):
+            form, adapters, picker, new_seed = _settings()
+            with gr.Row(elem_classes="as-actions"):
+                generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
+                cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="compose-cancel", scale=1)
+        with gr.Column(scale=7, min_width=320, elem_id="compose-result"):
+            result = _Result.draw()
+    page = Page(form, adapters, picker, new_seed, [*result.followed, cancel])
+    _wire_rack(page)
+    _wire_run(page, result, generate, cancel)
+    _wire_recipes(page, result)
+    return page
+
+
+# ------------------------------------------------------------------------------------------------ the settings
+
+
+def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox]:
+    form: Form = {}
+    with gr.Group(elem_classes="as-card"):
+        form["prompt"] = gr.Textbox(
+            label="Prompt", lines=3, max_lines=8, placeholder="a red apple left of a dog", elem_id="prompt", value=""
+        )
+        form["negative_prompt"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=4, value="",
+                                             placeholder="what to avoid (optional)")  # fmt: skip
+    with gr.Group(elem_classes="as-card"):
+        picker = gr.Dropdown(
+            adapter_choices(), value=None, label="Adapters", info="From your library; order matters for switch.",
+            elem_id="adapter-picker", interactive=True,
+        )  # fmt: skip
+        adapters = rack.rack()
+    with gr.Group(elem_classes="as-card"):
+        _method_settings(form)
+    with gr.Group(elem_classes="as-card"):
+        new_seed = _picture_settings(form)
+    with gr.Accordion("Advanced", open=False, elem_classes="as-more"):
+        for name in ADVANCED:
+            form[name] = schema_form.widget(KNOWN[name])
+    return form, adapters, picker, new_seed
+
+
+def _method_settings(form: Form) -> None:
+    offered = methods.stage("compose")
+    names = [(method.title or method.name, method.name) for method in offered] or [("Merge", "merge")]
+    default = KNOWN["method"].default
+    form["method"] = gr.Radio(names, value=default, label="Method", elem_classes="as-choices", elem_id="method")
+    summary = gr.HTML(_method_help(default), elem_classes="as-help", apply_default_css=False)
+    form["tau"] = gr.Slider(
+        1, 20, value=KNOWN["tau"].default, step=1, label="Steps per turn", info=KNOWN["tau"].help, visible=False
+    )
+    form["method"].change(
+        lambda name: (_method_help(name), gr.update(visible="switch" in str(name))),
+        form["method"], [summary, form["tau"]], show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+
+
+def _method_help(name: str) -> str:
+    found = next((method for method in methods.stage("compose") if method.name == name), None)
+    return f"<p>{markup.text(found.summary)}</p>" if found else ""
+
+
+def _picture_settings(form: Form) -> gr.Checkbox:
+    form["base"] = gr.Dropdown(
+        base_choices(), value=KNOWN["base"].default, label="Base model", allow_custom_value=True, interactive=True,
+        info="From your library, or a hub id.", elem_id="base",
+    )  # fmt: skip
+    with gr.Row():
+        form["steps"] = gr.Slider(1, 150, value=KNOWN["steps"].default, step=1, label="Steps", elem_id="steps")
+        form["guidance_scale"] = gr.Slider(
+            0, 20, value=KNOWN["guidance_scale"].default, step=0.5, label="Guidance (CFG)", elem_id="guidance"
+        )
+    with gr.Row():
+        form["width"] = gr.Number(label="Width", precision=0, value=None, minimum=8, placeholder="automatic", step=8,
+                                  min_width=90)  # fmt: skip
+        form["height"] = gr.Number(label="Height", precision=0, value=None, minimum=8, placeholder="automatic", step=8,
+                                   min_width=90)  # fmt: skip
+        form["images"] = gr.Number(label="Pictures", precision=0, value=KNOWN["images"].default, minimum=1, maximum=64,
+                                   elem_id="images", min_width=90)  # fmt: skip
+    with gr.Row(elem_classes="as-seed"):
+        form["seed"] = gr.Number(label="Seed", precision=0, value=KNOWN["seed"].default, minimum=0, elem_id="seed",
+                                 min_width=120)  # fmt: skip
+        dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=90)
+        again = gr.Checkbox(True, label="New seed each time", elem_id="new-seed", min_width=150, container=False)
+    dice.click(None, None, form["seed"], js=_RANDOM, show_progress="hidden")
+    return again
+
+
+_RANDOM = "() => Math.floor(Math.random() * 2147483647)"
+
+
+def adapter_choices() -> list[tuple[str, str]]:
+    """Usable adapters as choices: shown with family and rank."""
+    usable = [record for record in library.adapters() if not record.problem]
+    return [(f"{record.name}   {rack.short_facts(record)}", record.name) for record in usable]
+
+
+def base_choices() -> list[tuple[str, str]]:
+    """Usable base models as choices."""
+    usable = [record for record in library.bases() if not record.problem]
+    return [(f"{record.name}   {rack.family_name(record.family)}", record.name) for record in usable]
+
+
+# ------------------------------------------------------------------------------------------------ the rack
+
+
+def _wire_rack(page: Page) -> None:
+    @polite
+    def add(name: str | None, rows: list[Row]) -> Any:
+        if not name:
+            return gr.skip()
+        return None, rack.add(rows, library.find(name))
+
+    def insert(written: str, event: gr.EventData) -> str:
+        return with_word(written, str(getattr(event, "word", "")))
+
+    page.picker.input(add, [page.picker, page.rack], [page.picker, page.rack], show_progress="hidden",
+                      api_visibility="private")  # fmt: skip
+    prompt = page.form["prompt"]
+    page.rack.insert_word(insert, prompt, prompt, show_progress="hidden", api_visibility="private")
+
+
+def with_word(prompt: str, word: str) -> str:
+    """``prompt`` with a trigger word at its end, once."""
+    prompt = (prompt or "").rstrip()
+    if not word or word in prompt:
+        return prompt
+    joint = "" if not prompt else " " if prompt.endswith(",") else ", "
+    return f"{prompt}{joint}{word}"
+
+
+# ------------------------------------------------------------------------------------------------ making pictures
+
+
+def config_of(values: Sequence[Any], rows: Sequence[Row] | None) -> ComposeConfig:
+    """The job that a filled form asks for; raises :class:`InputError` for what cannot work."""
+    config = schema_form.read_all(KNOWN, NAMES, values)
+    config["adapters"] = rack.uses(rows, library.adapters())
+    parsed = ComposeConfig.parse(config, source="the form")
+    if not parsed.prompt.strip():
+        raise InputError("Write a prompt first: a few words about what to draw.")
+    return parsed
+
+
+@dataclass
+class _Result:
+    """The right side: progress, pictures, recipe."""
+
+    job: gr.State
+    shown: gr.State
+    timer: gr.Timer
+    panel: gr.HTML
+    gallery: gr.Gallery
+    recipe: gr.HTML
+    chosen: gr.State
+    actions: gr.Row
+    reuse: gr.Button
+    reuse_seed: gr.Button
+    download: gr.DownloadButton
+    drop: gr.File
+
+    @classmethod
+    def draw(cls) -> _Result:
+        job, shown, chosen = gr.State(""), gr.State(()), gr.State("")
+        timer = gr.Timer(SECONDS, active=False)
+        panel = gr.HTML(_EMPTY, elem_id="compose-panel", apply_default_css=False)
+        gallery = gr.Gallery(
+            label="Pictures", show_label=False, columns=2, height="auto", object_fit="contain",
+            visible=False, interactive=False, elem_id="compose-gallery", buttons=["download", "fullscreen"],
+        )  # fmt: skip
+        with gr.Row(visible=False, elem_classes="as-actions-row") as actions:
+            reuse = gr.Button("Reuse these settings", size="md", elem_id="reuse")
+            reuse_seed = gr.Button("Reuse the seed", size="md")
+            download = gr.DownloadButton("Download with recipe", size="md")
+        recipe = gr.HTML("", elem_id="compose-recipe", apply_default_css=False)
+        with gr.Accordion("Settings from a picture made earlier", open=False, elem_classes="as-more"):
+            drop = gr.File(label="Drop a PNG made by Adapter Studio", file_types=[".png", ".json"], height=110,
+                           elem_id="recipe-drop")  # fmt: skip
+        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, drop)
+
+    @property
+    def followed(self) -> list[Any]:
+        return [self.job, self.shown, self.timer, self.panel, self.gallery, self.chosen]
+
+
+_EMPTY = markup.empty(
+    "Your pictures appear here",
+    "Write a prompt, choose adapters from the library, and press Generate. Every picture keeps its recipe.",
+)
+
+
+def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Button) -> None:
+    view = page.view
+
+    @polite
+    def start(new_seed: bool, rows: list[Row], *values: Any) -> Any:
+        config = config_of(values, rows)
+        if new_seed:
+            config.seed = secrets.randbelow(2**31)
+        job_id = jobs.submit("compose", config)
+        jobs.ensure_worker()
+        return [config.seed, *follow(job_id, ())]
+
+    @polite
+    def look(job_id: str, shown: tuple[Any, ...]) -> Any:
+        return follow(job_id, shown)
+
+    @polite
+    def stop(job_id: str) -> Any:
+        if job_id:
+            jobs.cancel(job_id)
+        return follow(job_id, ())
+
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    fields = [page.form[name] for name in NAMES]
+    generate.click(start, [page.new_seed, page.rack, *fields], [page.form["seed"], *view], **private)
+    generate.click(None, None, None, js=_TO_RESULT)
+    result.timer.tick(look, [result.job, result.shown], view, **private)
+    cancel.click(stop, result.job, view, **private)
+
+
+_TO_RESULT = """() => { if (window.innerWidth < 760)
+  document.getElementById('compose-result')?.scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
+
+
+def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
+    """What the right side shows of a job; nothing changes while ``shown`` is still true."""
+    if not job_id:
+        return gr.skip()
+    job = jobs.get(job_id)
+    pictures = made(job)
+    now = (job.status, job.progress.step if job.progress else 0, job.progress.stage if job.progress else "",
+           job.progress.preview if job.progress else "", len(pictures))  # fmt: skip
+    if now == tuple(shown) and job.status != "running":
+        return gr.skip()
+    changed = not shown or now[-1] != shown[-1] or job.status != shown[0]
+    return [
+        job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, ahead(job)),
+        gr.update(value=[str(path) for path in pictures], visible=bool(pictures), selected_index=None)
+        if changed else gr.skip(),
+        str(pictures[0]) if changed and pictures else gr.skip(),
+        gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
+    ]  # fmt: skip
+
+
+def ahead(job: Job) -> int:
+    """How many jobs come before a waiting one."""
+    if job.status != "queued":
+        return 0
+    waiting = jobs.list(1000, jobs.ACTIVE)
+    return sum(other.created < job.created for other in waiting)
+
+
+def made(job: Job) -> list[Path]:
+    """The pictures a job has made so far."""
+    named = [Path(path) for path in (job.result or {}).get("images", ())]
+    return [path for path in named if path.is_file()] or sorted(
+        job.folder.glob("picture-*.png"), key=lambda path: path.stat().st_mtime
+    )
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+
+
+def _wire_recipes(page: Page, result: _Result) -> None:
+    def choose(job_id: str, event: gr.SelectData) -> Any:
+        pictures = made(jobs.get(job_id)) if job_id else []
+        index = event.index if isinstance(event.index, int) else 0
+        return str(pictures[index]) if index < len(pictures) else gr.skip()
+
+    @polite
+    def describe(path: str) -> Any:
+        if not path:
+            return "", gr.update(visible=False), gr.skip()
+        return recipe_panel(images.read_recipe(path)), gr.update(visible=True), gr.update(value=path)
+
+    @polite
+    def reuse(path: str) -> Any:
+        return fill(images.read_recipe(path))
+
+    @polite
+    def reuse_seed(path: str) -> Any:
+        return images.read_recipe(path)["config"].get("seed", 0)
+
+    @polite
+    def dropped(path: str | None) -> Any:
+        return fill(images.read_recipe(path)) if path else gr.skip()
+
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    result.gallery.select(choose, result.job, result.chosen, **private)
+    result.chosen.change(describe, result.chosen, [result.recipe, result.actions, result.download], **private)
+    result.reuse.click(reuse, result.chosen, page.outputs, **private)
+    result.reuse_seed.click(reuse_seed, result.chosen, page.form["seed"], **private)
+    result.drop.upload(dropped, result.drop, page.outputs, **private)
+
+
+def fill(recipe: Mapping[str, Any]) -> list[Any]:
+    """Values of :attr:`Page.outputs` from a recipe; says what of it is not here any more."""
+    values, rows, missing = form_values(recipe)
+    try:
+        recipes.replay(dict(recipe))
+        gr.Info("The form has the picture's settings. The same adapters and base model are here.", title="Filled in")
+    except InputError as error:
+        say(str(error), title="Filled in, with a difference")
+    if missing:
+        say(f"Not in the library, left out: {', '.join(missing)}.", title="Adapters missing")
+    return [*values, rows, False]
+
+
+def form_values(recipe: Mapping[str, Any]) -> tuple[list[Any], list[Row], list[str]]:
+    """A recipe as (values in the order of :data:`NAMES`, rows of the rack, names of missing adapters).
+
+    Raises:
+        InputError: it is no composition, or its settings are not valid.
+    """
+    if recipe.get("job") != "compose":
+        raise InputError(f"This is the recipe of a '{recipe.get('job')}' job, not of a picture.")
+    config = ComposeConfig.parse(recipe["config"], source="the recipe").model_dump(mode="json")
+    hashes = {str(entry.get("name")): str(entry.get("sha256")) for entry in recipe.get("adapters") or ()}
+    rows, missing = rack.rows_of(config, library.adapters(), hashes)
+    return [schema_form.show(KNOWN[name], config[name]) for name in NAMES], rows, missing
+
+
+def recipe_panel(recipe: Mapping[str, Any]) -> str:
+    """The recipe of one picture, readable."""
+    config = recipe.get("config") or {}
+    size = f"{config['width']} × {config['height']}" if config.get("width") and config.get("height") else ""
+    used = "".join(_used(use) for use in config.get("adapters") or ())
+    pairs = [
+        ("Method", config.get("method")), ("Base", config.get("base")), ("Seed", str(config.get("seed"))),
+        ("Steps", config.get("steps")), ("Guidance", config.get("guidance_scale")), ("Size", size),
+        ("Scheduler", config.get("scheduler") if config.get("scheduler") != "default" else ""),
+        ("Avoided", config.get("negative_prompt")),
+    ]  # fmt: skip
+    return (
+        f'<section class="as-recipe" aria-label="Recipe"><h3>Recipe</h3><blockquote>{markup.text(config.get("prompt"))}'
+        f"</blockquote>{f'<ul>{used}</ul>' if used else ''}{markup.facts(pairs)}</section>"
+    )
+
+
+def _used(use: Mapping[str, Any]) -> str:
+    span = rack.active_span(use.get("schedule") or [])
+    when = "" if span == (0.0, 1.0) else f", {span[0]:.0%} to {span[1]:.0%} of the steps" if span else ", own schedule"
+    return f"<li>{markup.tag(str(use.get('name') or use.get('path')))} <span>× {use.get('weight')}{when}</span></li>"

@@ -1,0 +1,216 @@
+"""Jobs: what waits, runs and has ended; look closer, stop, go on, do again, delete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import yaml
+
+from studio import jobs
+from studio.jobs import Job
+from ui import markup
+from ui.components import job_panel
+from ui.components.pick_list import pick_list, picked
+from ui.pages import compose, train
+from ui.polite import polite
+
+SECONDS = 1.5
+MOST = 100
+FILTERS = [("All", "all"), ("At work", "active"), ("Ended", "ended")]
+
+
+@dataclass
+class Page:
+    """What the app and other pages need."""
+
+    timer: gr.Timer
+    chosen: gr.State
+    open: gr.Button
+    refresh_inputs: list[Any]
+    refresh_outputs: list[Any]
+
+
+def build() -> Page:
+    """Draw the page inside the current tab."""
+    chosen, shown = gr.State(""), gr.State("")
+    timer = gr.Timer(SECONDS, active=False)
+    with gr.Row(elem_classes="as-page"):
+        with gr.Column(scale=6, min_width=320):
+            filters = gr.Radio(FILTERS, value="all", show_label=False, label="Which jobs", elem_classes="as-choices",
+                               container=False)  # fmt: skip
+            rows = pick_list(elem_id="jobs-list")
+        with gr.Column(scale=6, min_width=320, elem_id="jobs-detail", elem_classes="as-side"):
+            detail = _Detail.draw()
+    page = Page(timer, chosen, detail.open, [chosen, filters, shown], [rows, chosen, shown, *detail.view])
+    _wire(page, rows, filters, detail)
+    return page
+
+
+@dataclass
+class _Detail:
+    panel: gr.HTML
+    actions: gr.Row
+    open: gr.Button
+    cancel: gr.Button
+    resume: gr.Button
+    rerun: gr.Button
+    delete: gr.Button
+    gallery: gr.Gallery
+    log: gr.HTML
+
+    @classmethod
+    def draw(cls) -> _Detail:
+        panel = gr.HTML("", elem_id="jobs-panel", apply_default_css=False)
+        with gr.Row(visible=False, elem_classes="as-actions-row") as actions:
+            open_ = gr.Button("Open", variant="primary", size="md", elem_id="job-open")
+            cancel = gr.Button("Cancel", variant="stop", size="md", visible=False, elem_id="job-cancel")
+            resume = gr.Button("Resume", size="md", visible=False, elem_id="job-resume")
+            rerun = gr.Button("Run again", size="md", elem_id="job-rerun")
+            delete = gr.Button("Delete", variant="stop", size="md", visible=False, elem_id="job-delete")
+        gallery = gr.Gallery(label="Pictures", columns=4, height="auto", object_fit="contain", visible=False,
+                             interactive=False)  # fmt: skip
+        log = gr.HTML("", elem_id="job-log", apply_default_css=False)
+        return cls(panel, actions, open_, cancel, resume, rerun, delete, gallery, log)
+
+    @property
+    def view(self) -> list[Any]:
+        return [self.panel, self.actions, self.open, self.cancel, self.resume, self.delete, self.gallery, self.log]
+
+
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+def show(chosen: str, which: str, shown: str) -> Any:
+    """The list and the details; nothing changes while everything is as ``shown`` says."""
+    listed = _listed(which)
+    job = next((job for job in listed if job.id == chosen), None)
+    drawn = "".join(row(item, item.id == chosen) for item in listed)
+    drawn = f'<div class="as-jobs">{drawn}</div>' if drawn else _nothing(which)
+    log = jobs.log(job.id, tail=200) if job else ""
+    state = f"{hash(drawn)} {chosen} {hash(log)} {job.status if job else ''}"
+    if state == shown:
+        return gr.skip()
+    return [drawn, job.id if job else "", state, *_detail(job, log)]
+
+
+def _listed(which: str) -> list[Job]:
+    wanted: Any = {"active": jobs.ACTIVE, "ended": jobs.ENDED}.get(which, ())
+    return jobs.list(MOST, wanted)
+
+
+def _nothing(which: str) -> str:
+    if which == "active":
+        return markup.empty("Nothing is at work", "Start on Compose or Train; jobs run on when you close the page.")
+    return markup.empty("No jobs yet", "Every picture and every training is a job: make one on Compose or Train.")
+
+
+def row(job: Job, chosen: bool) -> str:
+    """One job as a row of the list."""
+    progress = job.progress
+    bar = ""
+    if job.status in ("running", "cancelling") and progress and progress.fraction is not None:
+        bar = f'<span class="as-bar small"><i style="width:{round(progress.fraction * 100)}%"></i></span>'
+    when = markup.ago(job.finished or job.started or job.created)
+    kind = job_panel.KINDS.get(job.kind, job.kind)
+    doing = job_panel.stage(job) if job.active else job_panel.timing(job)
+    return (
+        f'<button type="button" class="as-job-row{" chosen" if chosen else ""}" data-pick="{markup.text(job.id)}" '
+        f'aria-pressed="{str(chosen).lower()}"><span class="kind">{markup.text(kind)}</span><span class="body"><strong>'
+        f"{markup.text(job_panel.job_title(job))}</strong><small>{markup.text(' · '.join(filter(None, [when, doing])))}"
+        f"</small>{bar}</span>{job_panel.status_tag(job)}</button>"
+    )
+
+
+def _detail(job: Job | None, log: str) -> list[Any]:
+    off = gr.update(visible=False)
+    if job is None:
+        return [markup.empty("Choose a job", "Its settings, pictures and log show here."), *[off] * 5,
+                gr.update(visible=False, value=None), ""]  # fmt: skip
+    pictures = pictures_of(job)
+    can_open = job.kind in job_panel.KINDS
+    return [
+        describe(job), gr.update(visible=True), gr.update(visible=can_open),
+        gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
+        gr.update(visible=job.status in ("failed", "cancelled", "interrupted")),
+        gr.update(visible=not job.active or job.status == "queued"),
+        gr.update(visible=bool(pictures), value=pictures), _log(log),
+    ]  # fmt: skip
+
+
+def pictures_of(job: Job) -> list[Any]:
+    """The pictures a job has made, whatever its kind."""
+    if job.kind == "train-image":
+        return list(train.samples(job)[:8])
+    return [str(path) for path in compose.made(job)]
+
+
+def describe(job: Job) -> str:
+    """Title, state, facts and settings of one job."""
+    pairs = [
+        ("Kind", job_panel.KINDS.get(job.kind, job.kind)), ("Created", markup.ago(job.created)),
+        ("Took", markup.duration(job.seconds)), ("Device", job.device), ("Host", job.host), ("Id", job.id),
+        ("Folder", job.folder),
+    ]  # fmt: skip
+    settings = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)
+    return (
+        f'<article class="as-detail"><h2>{markup.text(job_panel.job_title(job))}</h2>'
+        f"{job_panel.job_panel(job, compose.ahead(job), show_preview=False)}{markup.facts(pairs)}"
+        f"<details><summary>Settings</summary><pre tabindex=0>{markup.text(settings)}</pre></details></article>"
+    )
+
+
+def _log(log: str) -> str:
+    if not log:
+        return ""
+    return f'<section class="as-log"><h3>Log</h3><pre tabindex="0" aria-label="Log">{markup.text(log)}</pre></section>'
+
+
+# ------------------------------------------------------------------------------------------------ what happens
+
+
+def _wire(page: Page, rows: gr.HTML, filters: gr.Radio, detail: _Detail) -> None:
+    @polite
+    def choose(which: str, event: gr.EventData) -> Any:
+        return show(picked(event), which, "")
+
+    @polite
+    def cancel(chosen: str, which: str) -> Any:
+        jobs.cancel(chosen)
+        return show(chosen, which, "")
+
+    @polite
+    def resume(chosen: str, which: str) -> Any:
+        jobs.resume(chosen)
+        jobs.ensure_worker()
+        return show(chosen, which, "")
+
+    @polite
+    def rerun(chosen: str, which: str) -> Any:
+        new = jobs.rerun(chosen)
+        jobs.ensure_worker()
+        return show(new, which, "")
+
+    @polite
+    def delete(chosen: str, which: str) -> Any:
+        if not chosen:
+            return gr.skip()
+        jobs.delete(chosen)
+        return show("", which, "")
+
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    rows.select(choose, filters, page.refresh_outputs, **private)
+    rows.select(None, None, None, js=_TO_DETAIL)
+    filters.input(polite(show), page.refresh_inputs, page.refresh_outputs, **private)
+    page.timer.tick(polite(show), page.refresh_inputs, page.refresh_outputs, **private)
+    for button, action in ((detail.cancel, cancel), (detail.resume, resume), (detail.rerun, rerun)):
+        button.click(action, [page.chosen, filters], page.refresh_outputs, **private)
+    detail.delete.click(delete, [page.chosen, filters], page.refresh_outputs, js=_SURE, **private)
+
+
+_TO_DETAIL = """() => { if (window.innerWidth < 760)
+  document.getElementById('jobs-detail')?.scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
+
+_SURE = """(chosen, which) =>
+  [window.confirm('Delete this job with everything it made?') ? chosen : '', which]"""
