@@ -48,16 +48,11 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
 
 
 def plan(config: ComposeConfig) -> Any:
-    """What :func:`run` would do (gates per step, denoiser forwards, memory), without making a picture."""
+    """What :func:`run` would do, without making a picture: a :class:`pipelines.diffusion.report.Plan`."""
     config = settled(config)
     with loaded.pipeline(config) as pipe:
         _prepare(pipe, config)
-        return pipe.plan(steps=config.steps)
-
-
-def plan_values(planned: Any) -> dict[str, Any]:
-    """A plan as plain JSON values."""
-    return planned if isinstance(planned, dict) else dict(vars(planned))
+        return pipe.plan(config.steps, config.guidance_scale, config.scheduler)
 
 
 def settled(config: ComposeConfig) -> ComposeConfig:
@@ -132,10 +127,14 @@ class _Part:
 def _made_on(pipe: Any) -> dict[str, Any]:
     import torch
 
+    chosen = pipe.settings
     return {
-        "device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch."),
+        "family": chosen.family,
+        "device": chosen.device,
+        "dtype": chosen.dtype,
+        "attention": chosen.attention,
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
 
 
 def _set_threads(threads: int | None) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adapters.errors import StudioError
 from studio import library
 from studio.library import cache
 from studio.schemas.compose import ModelChoice
@@ -19,8 +20,8 @@ _kept: tuple[tuple[str, ...], Any] | None = None
 def pipeline(choice: ModelChoice) -> Iterator[Any]:
     """The :class:`pipelines.diffusion.MultiLoRAPipeline` for ``choice``, without adapters.
 
-    Adapters loaded meanwhile are taken off again. After an error the pipeline is dropped, because nobody knows what
-    state it is in.
+    Adapters loaded meanwhile are taken off again. After an error nobody has foreseen the pipeline is dropped, because
+    nobody knows what state it is in.
     """
     global _kept
     key = _key(choice)
@@ -29,9 +30,10 @@ def pipeline(choice: ModelChoice) -> Iterator[Any]:
         _kept = (key, _load(choice))
     pipe = _kept[1]
     try:
-        yield pipe
-        for name in list(pipe.adapters):
-            pipe.unload_lora(name)
+        with pipe:
+            yield pipe
+    except StudioError:
+        raise
     except BaseException:
         release()
         raise
@@ -53,10 +55,22 @@ def release() -> None:
 def _load(choice: ModelChoice) -> Any:
     from pipelines.diffusion import MultiLoRAPipeline
 
+    _no_loading_bars()
     return MultiLoRAPipeline.from_pretrained(
         library.resolve_base(choice.base), family=choice.family, dtype=choice.dtype, device=choice.device,
         attention=choice.attention, memory=choice.memory,
     )  # fmt: skip
+
+
+def _no_loading_bars() -> None:
+    """Keep the libraries' own bars for reading local files out of the terminal; downloads still show theirs."""
+    import diffusers
+    import transformers
+    from huggingface_hub.utils import enable_progress_bars
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    enable_progress_bars()
 
 
 def _key(choice: ModelChoice) -> tuple[str, ...]:

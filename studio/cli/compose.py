@@ -113,7 +113,7 @@ def _show_plan(config: ComposeConfig, output: Output) -> None:
     from studio import compose as job
 
     planned = job.plan(config)
-    output.result(job.plan_values(planned), lambda: str(planned))
+    output.result(planned.to_dict(), str(planned))
 
 
 def _make(config: ComposeConfig, threads: int | None, out: Path | None, output: Output) -> None:

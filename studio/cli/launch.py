@@ -48,7 +48,10 @@ def here(start: Callable[[Terminal], Job], output: Output) -> Job:
 def quiet_libraries() -> None:
     """Keep remarks of the model libraries, which say nothing to the person, out of the terminal."""
     import os
+    import warnings
 
+    if not os.environ.get("ADAPTER_STUDIO_DEBUG"):
+        warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

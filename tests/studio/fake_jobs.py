@@ -59,3 +59,20 @@ def _mishap(config: CountConfig, number: int, resumed: bool) -> None:
 
 
 jobs.register(jobs.Kind("count", "tests.studio.fake_jobs:CountConfig", "tests.studio.fake_jobs:count", continues=True))
+
+
+class WhereConfig(JobConfig):
+    """Read a file."""
+
+    kind: ClassVar[str] = "where"
+
+    file: str = Field(description="Which.")
+    device: str = Field("cpu", description="Where.")
+
+
+def where(config: WhereConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
+    """Tell what ``config.file`` says."""
+    return {"text": Path(config.file).read_text()}
+
+
+jobs.register(jobs.Kind("where", "tests.studio.fake_jobs:WhereConfig", "tests.studio.fake_jobs:where"))
