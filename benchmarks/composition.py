@@ -1,0 +1,283 @@
+"""Composition against the way it is done elsewhere: how long one picture's denoising takes.
+
+    python -m benchmarks.composition [--models tinymoji,random9m] [--rounds 9] [--write]
+
+Compared, on the same base, adapters, prompt, seed, sampler and guidance:
+
+composite   ours (one adapter-major batch through the gated engine) against the official program's loop
+            (maszhongming/Multi-LoRA-Composition): per step and adapter ``pipe.set_adapters(adapter)``, then the denoiser
+            with ``cross_attention_kwargs={"scale": ...}``; N passes, predictions averaged.
+switch      ours against the official program's callback: ``pipe.set_adapters`` when the turn changes.
+merge       ours against ``pipe.set_adapters(all, weights)`` in diffusers.
+change      writing new gates, per step.
+
+With N adapters in use and 22 loaded (the number of the paper's test set) or only N loaded. Times are medians of CPU time
+of one process with the programs taking turns, so that another load on the machine meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 3
+RANK = 8
+PROMPT = "a flat icon of a red apple left of a dog"
+GUIDANCE = 5.0
+
+
+def tinymoji() -> Any:
+    """The embedded base model; its architecture with random weights until it is in the tree."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = Path(__file__).parents[1] / "assets/models/tinymoji"
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random9m() -> Any:
+    """A random Stable Diffusion of 9 million parameters on 16 x 16 latents."""
+    from tests import tiny
+
+    return tiny.sd(
+        block_out_channels=(64, 96, 128),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=2,
+        norm_num_groups=8,
+    )
+
+
+MODELS: dict[str, Callable[[], Any]] = {"tinymoji": tinymoji, "random9m": random9m}
+
+
+def adapters(pipe: Any, count: int) -> list[dict[str, Tensor]]:
+    """Random LoRAs on the attention layers, as diffusers state dicts."""
+    made = []
+    modules = {
+        name: module
+        for name, module in pipe.unet.named_modules()
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    }
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        state = {}
+        for name, module in modules.items():
+            out, into = module.weight.shape
+            state[f"unet.{name}.lora_A.weight"] = torch.randn(RANK, into, generator=generator) / into**0.5
+            state[f"unet.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.2 / RANK**0.5
+        made.append(state)
+    return made
+
+
+class Official:
+    """The official program's semantics on diffusers and PEFT."""
+
+    def __init__(self, pipe: Any, states: list[dict[str, Tensor]]) -> None:
+        self.pipe = pipe
+        for k, state in enumerate(states):
+            pipe.load_lora_weights(dict(state), adapter_name=f"a{k}")
+
+    @torch.no_grad()
+    def composite(self, count: int) -> Tensor:
+        """N passes per step, ``set_adapters`` before each."""
+        pipe = self.pipe
+        positive, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+        text = torch.cat([negative, positive])
+        pipe.scheduler.set_timesteps(STEPS)
+        latents = start(pipe)
+        for t in pipe.scheduler.timesteps:
+            wide = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), t)
+            guided = []
+            for k in range(count):
+                pipe.set_adapters(f"a{k}")
+                noise = pipe.unet(
+                    wide, t, encoder_hidden_states=text, cross_attention_kwargs={"scale": 1.0}, return_dict=False
+                )[0]
+                without, with_text = noise.chunk(2)
+                guided.append(without + GUIDANCE * (with_text - without))
+            latents = pipe.scheduler.step(torch.stack(guided).mean(0), t, latents, return_dict=False)[0]
+        return latents
+
+    def switch(self, count: int) -> Tensor:
+        """A callback that changes the adapter after each step."""
+
+        def change(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe.set_adapters(f"a{(index + 1) % count}")
+            return {}
+
+        self.pipe.set_adapters("a0")
+        return self._picture(callback_on_step_end=change)
+
+    def merge(self, count: int) -> Tensor:
+        """diffusers' own way to use several adapters."""
+        self.pipe.set_adapters([f"a{k}" for k in range(count)], [0.8] * count)
+        return self._picture()
+
+    def _picture(self, **extra: Any) -> Tensor:
+        return self.pipe(
+            PROMPT,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=start(self.pipe),
+            output_type="latent",
+            cross_attention_kwargs={"scale": 1.0},
+            **extra,
+        ).images
+
+
+class Ours:
+    """The same through MultiLoRAPipeline."""
+
+    def __init__(self, pipe: Any, states: list[dict[str, Tensor]]) -> None:
+        from adapters.formats.diffusers_file import parse_diffusers
+        from pipelines.diffusion import MultiLoRAPipeline
+
+        self.merged = MultiLoRAPipeline(pipe)
+        self.alone = MultiLoRAPipeline(pipe)
+        for k, state in enumerate(states):
+            file = parse_diffusers(state, {}, "benchmark")
+            self.merged.load_lora(file, f"a{k}", weight=0.8)
+            self.alone.load_lora(file, f"a{k}")
+
+    def composite(self, count: int) -> Tensor:
+        return self._picture(self.alone, "composite", count)
+
+    def switch(self, count: int) -> Tensor:
+        return self._picture(self.alone, "switch", count)
+
+    def merge(self, count: int) -> Tensor:
+        return self._picture(self.merged, "merge", count)
+
+    def _picture(self, composer: Any, method: str, count: int) -> Tensor:
+        names = tuple(f"a{k}" for k in range(count))
+        if (composer._composition.method, composer._composition.adapters) != (method, names):
+            composer.compose(method, names)
+        result: Tensor = composer(
+            PROMPT, steps=STEPS, guidance_scale=GUIDANCE, output_type="latent", seed=0
+        ).images
+        return result
+
+
+def start(pipe: Any) -> Tensor:
+    """The first noise, as seed 0 makes it in our pipeline."""
+    size = pipe.unet.config.sample_size
+    return torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0)) * pipe.scheduler.init_noise_sigma
+
+
+def interleaved(programs: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[dict[str, float], float]:
+    """Median CPU seconds of each program, and the largest difference of their results."""
+    results = {name: program() for name, program in programs.items()}  # also warms up
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            before = time.process_time()
+            program()
+            times[name].append(time.process_time() - before)
+    first, *others = results.values()
+    difference = max(float((first - other).abs().max()) for other in others)
+    return {name: statistics.median(values) for name, values in times.items()}, difference
+
+
+def gate_change(ours: Ours, count: int) -> float:
+    """Milliseconds to write the gates of another adapter (median of 200)."""
+    ours.alone.compose("switch", [f"a{k}" for k in range(count)])
+    ours._picture(ours.alone, "switch", count)
+    gates = ours.alone._built().denoiser.gates
+    values = []
+    for k in range(200):
+        before = time.perf_counter()
+        gates.joint([1.0 if i == k % count else 0.0 for i in range(count)])
+        values.append(time.perf_counter() - before)
+    return 1000 * statistics.median(values)
+
+
+def measure(model: str, rounds: int) -> list[dict[str, Any]]:
+    """All rows of one model."""
+    rows = []
+    for count, loaded in ((2, 2), (2, 22), (5, 5), (5, 22)):
+        theirs_pipe, our_pipe = MODELS[model](), MODELS[model]()
+        states = adapters(our_pipe, loaded)
+        theirs, ours = Official(theirs_pipe, states), Ours(our_pipe, states)
+        for method in ("composite", "switch", "merge"):
+            programs = {
+                "theirs": lambda program=getattr(theirs, method), n=count: program(n),
+                "ours": lambda program=getattr(ours, method), n=count: program(n),
+            }
+            times, difference = interleaved(programs, rounds)
+            rows.append(
+                {
+                    "model": model,
+                    "parameters": sum(p.numel() for p in our_pipe.unet.parameters()),
+                    "method": method,
+                    "adapters": count,
+                    "loaded": loaded,
+                    "theirs_ms_per_step": round(1000 * times["theirs"] / STEPS, 2),
+                    "ours_ms_per_step": round(1000 * times["ours"] / STEPS, 2),
+                    "ratio": round(times["theirs"] / times["ours"], 2),
+                    "largest_difference": difference,
+                    "gate_change_ms": round(gate_change(ours, count), 4),
+                }
+            )
+            print(row_text(rows[-1]), flush=True)
+    return rows
+
+
+HEAD = (
+    "| model | method | N | loaded | theirs, ms/step | ours, ms/step | ratio | largest difference | gate change, ms |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    return (
+        f"| {row['model']} ({row['parameters'] / 1e6:.1f} M) | {row['method']} | {row['adapters']} | {row['loaded']} "
+        f"| {row['theirs_ms_per_step']} | {row['ours_ms_per_step']} | {row['ratio']} "
+        f"| {row['largest_difference']:.1e} | {row['gate_change_ms']} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="tinymoji,random9m")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/composition.json and .md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(HEAD)
+    rows = [row for model in options.models.split(",") for row in measure(model, options.rounds)]
+    if options.write:
+        machine = {
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": 1,
+            "steps": STEPS,
+            "rank": RANK,
+            "rounds": options.rounds,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        text = json.dumps({"conditions": machine, "rows": rows}, indent=1) + "\n"
+        (RESULTS / "composition.json").write_text(text, encoding="utf-8")
+        conditions = ", ".join(f"{key} {value}" for key, value in machine.items())
+        words = f"# Composition\n\n`python -m benchmarks.composition --write`; {conditions}.\n"
+        table = "\n".join([HEAD, *(row_text(row) for row in rows)])
+        (RESULTS / "composition.md").write_text(f"{words}\n{table}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
