@@ -1,0 +1,119 @@
+"""Small helpers shared by the build programs: folders, atomic writes, devices, averages, learning rates."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_dir() -> Path:
+    """Return (and create) the folder of intermediate files.
+
+    ``ADAPTER_STUDIO_BUILD`` overrides the default ``~/.cache/adapter-studio/build``.
+    """
+    root = Path(os.environ.get("ADAPTER_STUDIO_BUILD") or Path.home() / ".cache/adapter-studio/build")
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def write_atomic(target: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write(temporary_path)`` make a file, then rename it to ``target``.
+
+    A reader never sees half a file. The temporary file is removed if ``write`` fails; the error is
+    passed on.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def write_text(target: Path, text: str) -> Path:
+    """Write UTF-8 text atomically."""
+    return write_atomic(target, lambda part: part.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(target: Path, value: Any) -> Path:
+    """Write ``value`` as indented JSON, atomically."""
+    return write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device (``auto``: a GPU if there is one)."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: str) -> Iterator[None]:
+    """Run the body in mixed precision; ``dtype`` is a key of :data:`DTYPES`, ``fp32`` does nothing."""
+    if dtype == "fp32":
+        yield
+        return
+    with torch.autocast(device.type, dtype=DTYPES[dtype]):
+        yield
+
+
+class Average:
+    """Exponential moving average of a module's parameters, kept in fp32, with a warmed-up decay.
+
+    At update ``n`` (from 0) the decay is ``min(limit, (1 + n) / (10 + n))``, so that a short run is
+    not dominated by the random start.
+    """
+
+    def __init__(self, module: nn.Module, limit: float = 0.999) -> None:
+        self.limit = limit
+        self.updates = 0
+        self.values = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+
+    def decay(self) -> float:
+        """Return the decay of the next update."""
+        return min(self.limit, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the module's present parameters."""
+        weight = 1 - self.decay()
+        values = list(self.values.values())
+        now = [p.detach().float() for _, p in module.named_parameters()]
+        torch._foreach_lerp_(values, now, weight)
+        self.updates += 1
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Overwrite the module's parameters by the averages (same names, any dtype and device)."""
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.values[name].to(parameter))
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`load` needs."""
+        return {"updates": self.updates, "values": self.values}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state`. Raises ``KeyError`` when a parameter is missing."""
+        self.updates = int(state["updates"])
+        for name, value in self.values.items():
+            value.copy_(state["values"][name])
+
+
+def gradient_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Clip the gradients to a global norm of ``limit`` and return the norm before clipping."""
+    return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)

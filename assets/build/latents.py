@@ -1,0 +1,88 @@
+"""Cache latents of composed scenes: ``python -m assets.build.latents --shards 12``.
+
+Each shard holds 4,096 scenes: latents, captions and the scenes themselves (with boxes). Shards are
+independent and seeded by their number; those that exist are kept, so the program can be stopped and
+run again, and training can start with the first shards while later ones are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from assets.build import data
+from assets.build.common import build_dir, pick_device, write_atomic, write_text
+
+SHARD = 4096
+COUNTS = (55.0, 40.0, 5.0)
+"""Relative frequencies of scenes with one, two and three subjects."""
+
+
+def load_vae(device: torch.device) -> AutoencoderKL:
+    """Return the finished autoencoder. Raises ``FileNotFoundError`` when it has not been trained."""
+    folder = build_dir() / "vae" / "final"
+    if not folder.is_dir():
+        raise FileNotFoundError("no autoencoder yet: run `python -m assets.build.vae`")
+    return AutoencoderKL.from_pretrained(folder).to(device).eval()
+
+
+def shard_folder() -> Path:
+    """Return the folder of the shards made with the present autoencoder."""
+    weights = build_dir() / "vae" / "final" / "diffusion_pytorch_model.safetensors"
+    words = [hashlib.sha256(weights.read_bytes()).hexdigest(), *data.BASE_CONCEPTS, *data.BASE_STYLES]
+    return build_dir() / "latents" / hashlib.sha256("|".join(words).encode()).hexdigest()[:12]
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Tensor:
+    """Return scaled latents ``(B, 4, H/4, W/4)``, fp32, of uint8 ``(B, H, W, 3)`` pictures."""
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+
+
+def make_shard(number: int, folder: Path, vae: AutoencoderKL, sprites: np.ndarray, device: torch.device) -> None:
+    """Draw, render and encode the scenes of one shard and write its two files."""
+    rng = np.random.default_rng([17, number])
+    scenes = [data.sample_scene(rng, COUNTS) for _ in range(SHARD)]
+    parts = []
+    for start in range(0, SHARD, 64):
+        images = np.stack([data.render(scene, sprites) for scene in scenes[start : start + 64]])
+        parts.append(encode_images(vae, images, device).half().cpu().numpy())
+    lines = [json.dumps(asdict(scene)) for scene in scenes]
+    write_text(folder / f"{number:04d}.jsonl", "\n".join(lines) + "\n")
+    write_atomic(folder / f"{number:04d}.npy", lambda part: np.save(part, np.concatenate(parts)))
+
+
+def load_shard(stem: Path) -> tuple[np.ndarray, list[dict[str, object]]]:
+    """Return a shard's latents (fp16 ``(SHARD, 4, 16, 16)``, memory-mapped) and its scene records."""
+    records = [json.loads(line) for line in stem.with_suffix(".jsonl").read_text("utf-8").splitlines()]
+    return np.load(stem.with_suffix(".npy"), mmap_mode="r"), records
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the shards that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    vae, folder, sprites = load_vae(device), shard_folder(), data.load_sprites()
+    for number in range(options.shards):
+        if not (folder / f"{number:04d}.npy").is_file():
+            make_shard(number, folder, vae, sprites, device)
+            print(f"shard {number} written", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What is shipped: sizes, loading, notices."""
+
+from pathlib import Path
+
+import pytest
+
+import assets
+
+MODELS = Path(assets.__file__).parent / "models"
+needs_model = pytest.mark.skipif(not (MODELS / "tinymoji").is_dir(), reason="the base model has not been exported here")
+needs_judge = pytest.mark.skipif(not (MODELS / "judge").is_dir(), reason="the judge has not been trained here")
+
+
+def size(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def test_path_finds_assets_and_refuses_others() -> None:
+    assert assets.path("NOTICE").read_text("utf-8")
+    with pytest.raises(FileNotFoundError, match="no asset"):
+        assets.path("models/none")
+    with pytest.raises(ValueError, match="relative"):
+        assets.path("../README.md")
+
+
+def test_notice_names_every_package() -> None:
+    from assets.build import data
+
+    notice = assets.path("NOTICE").read_text("utf-8")
+    lines = [line.split() for line in notice.splitlines()]
+    for name, version in data.PACKAGES.items():
+        assert any(line[:2] == [name, version] for line in lines), name
+
+
+@needs_model
+def test_model_is_small_and_an_ordinary_pipeline() -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    assert size(MODELS / "tinymoji") <= 40e6
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS / "tinymoji", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+    first, second = (
+        pipe("a flat icon of a dog", generator=torch.Generator().manual_seed(1), **kwargs).images for _ in range(2)
+    )
+    assert first.shape == (1, 64, 64, 3)
+    assert (first == second).all()
+    assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id
+    names = [name for name, _ in pipe.unet.named_modules()]
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q" in names
+
+
+@needs_judge
+def test_judge_is_small_and_accurate_by_its_own_record() -> None:
+    import json
+
+    from assets.build.judge import load_judge
+
+    assert size(MODELS / "judge") <= 4e6
+    assert len(load_judge().labels) >= 112
+    facts = json.loads((MODELS / "judge" / "facts.json").read_text("utf-8"))
+    assert facts["seen"][0] >= 0.95
