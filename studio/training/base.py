@@ -11,6 +11,8 @@ from studio.schemas.train_image import TrainImageConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 def choose_dtype(config: TrainImageConfig, device: torch.device) -> torch.dtype:
     """Precision of the frozen weights and of the products.
@@ -48,10 +50,9 @@ def load_base(config: TrainImageConfig, dtype: torch.dtype, device: torch.device
     Raises:
         InputError: there is no such base, it is damaged, or it is of another family than the configuration says.
     """
-    from diffusers import DiffusionPipeline
-
+    from pipelines.diffusion.loading import open_pipeline
     from studio import library
 
     source = library.resolve_base(config.base)
-    pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
-    return settle(pipe.to(device))
+    pipe, _, _ = open_pipeline(source, config.family, NAMES[dtype], str(device), config.attention)
+    return settle(pipe)

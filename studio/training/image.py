@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from adapters.errors import Cancelled, InputError
+from adapters.formats import LoraFile, read
+from adapters.formats.fit import fit
 from adapters.progress import Monitor, Progress, Silent
 from studio import devices, settings
 from studio.datasets.cache import fingerprint
@@ -204,14 +206,12 @@ class Training:
         models: dict[str, Any] = {family.denoiser_name: family.denoiser, **encoders}
         self.plugins.before_inject(models)
         made = {name: lora_config(model, config, text=name in encoders) for name, model in models.items()}
+        earlier = self._earlier_adapter(models)
         with global_seed(config.seed, "init"):
             for name, model in models.items():
                 inject(model, made[name])
-        if config.continue_from:
-            from adapters.formats import read
-            from studio import library
-
-            start_from(models, read(library.resolve_adapter(config.continue_from)))
+        if earlier is not None:
+            start_from(models, earlier)
         self.models = models
         self.start: Layers = self._layers() if config.init in ("pissa", "olora") else {}
         if config.gradient_checkpointing or config.memory == "low":
@@ -230,6 +230,17 @@ class Training:
         self.plugins.after_inject(Handles(models, self.optimizer.optimizer))
         self.ema = self._make_ema()
         self.trainee.train()
+
+    def _earlier_adapter(self, models: dict[str, Any]) -> LoraFile | None:
+        """The adapter to continue from, laid onto the models as they are before the injection."""
+        if not self.config.continue_from:
+            return None
+        from studio import library
+
+        file = read(library.resolve_adapter(self.config.continue_from))
+        if any(component.startswith("text_encoder") and component not in models for component in file.parts):
+            raise InputError("The adapter to continue from also adapts text encoders: set train_text_encoder to true.")
+        return fit(file, models, self.config.base)
 
     def _make_ema(self) -> Any:
         if not self.config.ema:
@@ -301,6 +312,8 @@ class Training:
     def train(self) -> dict[str, Any]:
         """Run to the end; see :func:`run` for the result."""
         config = self.config
+        if hasattr(self.optimizer.optimizer, "train"):  # schedule-free optimisers have two modes
+            self.optimizer.optimizer.train()
         if self.step == 0 and config.sample_at_start:
             self.sample()
         batches = self.supply.stream(

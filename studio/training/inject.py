@@ -13,7 +13,6 @@ from peft import LoraConfig
 from torch import nn
 
 from adapters.errors import InputError
-from adapters.formats.fit import fit
 from adapters.formats.lora import LoraFile, LoraLayer
 from studio.schemas.train_image import TrainImageConfig
 
@@ -184,15 +183,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def start_from(models: Mapping[str, nn.Module], file: LoraFile) -> None:
-    """Set the injected adapters to those of ``file``, whose scale is folded into B.
+    """Set the injected adapters to those of ``file`` (fitted to the models), whose scale is folded into B.
 
     Raises:
-        FamilyError: the file was made for another model.
         InputError: its layers, ranks or kind are not those of this configuration.
     """
-    fitted = fit(file, models)
     for component, model in models.items():
-        layers, given = adapted_layers(model), fitted.parts.get(component, {})
+        layers, given = adapted_layers(model), file.parts.get(component, {})
         extra, missing = sorted(set(given) - set(layers)), sorted(set(layers) - set(given))
         if extra or (given and missing):
             raise InputError(
@@ -202,11 +199,6 @@ def start_from(models: Mapping[str, nn.Module], file: LoraFile) -> None:
             )
         for name, layer in given.items():
             _set_layer(layers[name], layer, f"{component}.{name}")
-    unused = sorted(set(fitted.parts) - set(models))
-    if unused:
-        raise InputError(
-            f"The adapter to continue from also adapts {', '.join(unused)}: set train_text_encoder to true."
-        )
 
 
 def _set_layer(module: Any, layer: LoraLayer, name: str) -> None:
