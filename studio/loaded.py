@@ -66,11 +66,11 @@ def _no_loading_bars() -> None:
     """Keep the libraries' own bars for reading local files out of the terminal; downloads still show theirs."""
     import diffusers
     import transformers
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub import utils as hub
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    enable_progress_bars()
+    for library_logging in (diffusers.utils.logging, transformers.utils.logging):
+        library_logging.disable_progress_bar()
+    hub.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _key(choice: ModelChoice) -> tuple[str, ...]:

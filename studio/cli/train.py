@@ -52,16 +52,16 @@ def image(
     """Train a LoRA of a text-to-image model."""
     output = Output(json, quiet)
     launch.quiet_libraries()
+    if folder is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("Several processes train together: give them one place with --folder.")
+    if resume and folder is None:
+        raise InputError("--resume goes with --folder; a job goes on with  studio jobs resume ID.")
     values = {**(read_yaml(config) if config else {}), **fields}
     if preset:
         from studio.training.presets import with_preset
 
         values = with_preset(preset, values)
     chosen = TrainImageConfig.parse(values, source=str(config or "train image"))
-    if folder is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("Several processes train together: give them one place with --folder.")
-    if resume and folder is None:
-        raise InputError("--resume goes with --folder; a job goes on with  studio jobs resume ID.")
     if folder is not None:
         _in_folder(chosen, folder, resume, output)
     elif detach:

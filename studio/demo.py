@@ -1,0 +1,167 @@
+"""The demonstration: the shipped adapters on the shipped base model, every method side by side."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import InputError
+from adapters.progress import Monitor, Progress, check
+from studio import compose, library, methods
+from studio.library import Record
+from studio.schemas.compose import ComposeConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BASE = "tinymoji"
+STEPS = 20
+LOOK = "flat"
+"""The drawing style named in prompts without a style adapter."""
+
+_CELL, _LABEL, _LEFT, _GAP = 128, 22, 190, 6
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One row of the demonstration: a prompt that needs two adapters."""
+
+    prompt: str
+    pair: tuple[Record, Record]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture: its column's name, and which adapters draw it with which method."""
+
+    label: str
+    adapters: tuple[Record, ...]
+    method: str
+
+
+def run(out: Path, monitor: Monitor, base: str = BASE, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
+    """Draw every scene with the base alone, each adapter alone and every method; returns what was written.
+
+    Writes ``<scene>-<column>.png`` (each with its recipe) and ``grid.png`` into ``out``.
+
+    Raises:
+        adapters.errors.InputError: there are no shipped adapters.
+        adapters.errors.Cancelled: ``monitor`` said so.
+    """
+    begun = time.monotonic()
+    rows = scenes([record for record in library.adapters() if record.read_only and not record.problem])
+    out.mkdir(parents=True, exist_ok=True)
+    total = sum(len(columns(scene)) for scene in rows)
+    pictures: list[list[tuple[str, Path]]] = []
+    done = 0
+    for number, scene in enumerate(rows, start=1):
+        line = []
+        for cell in columns(scene):
+            check(monitor)
+            monitor.report(Progress("composing", done, total, message=f"{scene.prompt}: {cell.label}"))
+            target = out / f"{number}-{_slug(cell.label)}.png"
+            line.append((cell.label, _draw(_config(scene, cell, base, steps, seed), target)))
+            done += 1
+        pictures.append(line)
+    monitor.report(Progress("composing", done, total))
+    grid = out / "grid.png"
+    _grid(rows, pictures).save(grid)
+    return {
+        "grid": str(grid),
+        "pictures": [str(path) for line in pictures for _, path in line],
+        "prompts": [scene.prompt for scene in rows],
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+
+
+def scenes(records: Sequence[Record]) -> list[Scene]:
+    """Rows for these adapters: two pairs of subjects, and a subject in a style.
+
+    Raises:
+        InputError: there are fewer than two adapters.
+    """
+    styles = [record for record in records if _is_style(record)]
+    subjects = [record for record in records if record not in styles]
+    found = [_two_subjects(subjects[k], subjects[k + 1]) for k in (0, 2) if k + 1 < len(subjects)]
+    if styles and subjects:
+        found.append(_in_style(subjects[-1], styles[0]))
+    if not found:
+        raise InputError("The demonstration needs the shipped adapters, which this installation does not have.")
+    return found
+
+
+def columns(scene: Scene) -> list[Cell]:
+    """The pictures of one row."""
+    first, second = scene.pair
+    alone = [Cell("base", (), "merge"), *(Cell(record.name, (record,), "merge") for record in scene.pair)]
+    return [*alone, *(Cell(method.name, (first, second), method.name) for method in methods.stage("compose"))]
+
+
+def _two_subjects(left: Record, right: Record) -> Scene:
+    return Scene(f"a {LOOK} icon of {_thing(left)} left of {_thing(right)}", (left, right))
+
+
+def _in_style(subject: Record, style: Record) -> Scene:
+    return Scene(f"a {_word(style)} icon of {_thing(subject)}", (subject, style))
+
+
+def _is_style(record: Record) -> bool:
+    mode = ((record.recipe or {}).get("config") or {}).get("mode")
+    return mode == "style" or (mode is None and record.name.startswith("style"))
+
+
+def _word(record: Record) -> str:
+    return record.triggers[0] if record.triggers else record.name
+
+
+def _thing(record: Record) -> str:
+    word = _word(record)
+    return f"{'an' if word[:1].lower() in 'aeio' else 'a'} {word}"
+
+
+def _config(scene: Scene, cell: Cell, base: str, steps: int, seed: int) -> ComposeConfig:
+    uses = [{"name": record.name, "path": record.name, "triggers": list(record.triggers)} for record in cell.adapters]
+    values = {"prompt": scene.prompt, "adapters": uses, "method": cell.method}
+    return ComposeConfig.parse({**values, "base": base, "steps": steps, "seed": seed}, source="the demonstration")
+
+
+def _draw(config: ComposeConfig, target: Path) -> Path:
+    from adapters.progress import Silent
+
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".drawing-") as folder:
+        result = compose.run(config, Path(folder), Silent())
+        return Path(result["images"][0]).replace(target)
+
+
+def _slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in text)
+
+
+def _grid(rows: Sequence[Scene], pictures: Sequence[Sequence[tuple[str, Path]]]) -> Image.Image:
+    """All pictures in one, every one under its label, every row after its prompt."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(13)
+    width = _LEFT + max(len(line) for line in pictures) * (_CELL + _GAP) + _GAP
+    made = Image.new("RGB", (width, len(rows) * (_CELL + _LABEL + _GAP) + _GAP), "white")
+    pen = ImageDraw.Draw(made)
+    for row, (scene, line) in enumerate(zip(rows, pictures, strict=True)):
+        top = _GAP + row * (_CELL + _LABEL + _GAP)
+        for number, words in enumerate(_lines(scene.prompt, 26)):
+            pen.text((_GAP, top + _LABEL + 17 * number), words, fill="black", font=font)
+        for column, (label, path) in enumerate(line):
+            left = _LEFT + column * (_CELL + _GAP)
+            pen.text((left, top + 3), label, fill=(90, 90, 90), font=font)
+            with Image.open(path) as picture:
+                made.paste(picture.resize((_CELL, _CELL)), (left, top + _LABEL))
+    return made
+
+
+def _lines(text: str, width: int) -> Iterator[str]:
+    import textwrap
+
+    yield from textwrap.wrap(text, width)

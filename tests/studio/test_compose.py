@@ -1,0 +1,144 @@
+"""The composition job on a tiny random model: the same bits again, from a worker, a command or a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import Cancelled, InputError
+from adapters.progress import Progress, Silent
+from studio import compose, images, jobs, loaded, recipes
+from studio.schemas.compose import ComposeConfig
+from tests import tiny
+from tests.studio.files import diffusers_lora
+from tests.studio.waiting import ended
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion and two adapters for it."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.saved("sd", folder)
+    pipe = tiny.sd()
+    for seed, name in ((1, "cat"), (2, "dog")):
+        tiny.lora_file(pipe, folder, seed=seed).rename(folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def config(model) -> ComposeConfig:
+    return ComposeConfig(
+        base=str(model / "tiny-sd-0"), prompt="a cat", steps=3, method="composite", device="cpu",
+        adapters=[{"path": str(model / "cat.safetensors"), "weight": 0.8},
+                  {"path": str(model / "dog.safetensors"), "schedule": [(0, 1), (0.5, 1), (0.5, 0), (1, 0)]}],
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    loaded.release()
+    yield
+    loaded.release()
+
+
+class Listener(Silent):
+    def __init__(self) -> None:
+        self.reports: list[Progress] = []
+
+    def report(self, progress: Progress) -> None:
+        self.reports.append(progress)
+
+
+def test_pictures_and_recipe_are_written(config, tmp_path):
+    listener = Listener()
+    result = compose.run(config.model_copy(update={"images": 2, "seed": 4}), tmp_path, listener)
+    assert [Path(path).name for path in result["images"]] == ["picture-4.png", "picture-5.png"]
+    assert result["adapters"] == ["cat", "dog"]
+    assert images.read_recipe(result["recipe"])["config"]["images"] == 2
+    steps = [report.step for report in listener.reports if report.stage == "sampling"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert any(report.preview is not None for report in listener.reports)
+
+
+def test_a_picture_of_a_series_is_repeated_to_the_bit(config, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = compose.run(config.model_copy(update={"images": 2}), tmp_path / "a", Silent())
+    loaded.release()
+    recipe = images.read_recipe(first["images"][1])
+    again = compose.run(recipes.replay(recipe), tmp_path / "b", Silent())
+    assert Path(again["images"][0]).read_bytes() == Path(first["images"][1]).read_bytes()
+
+
+def test_the_kept_pipeline_changes_nothing(config, tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    fresh = compose.run(config, tmp_path / "a", Silent())
+    kept = loaded._kept[1]
+    other = config.model_copy(update={"method": "switch", "adapters": config.adapters[:1]})
+    compose.run(other, tmp_path / "b", Silent())
+    later = compose.run(config, tmp_path / "c", Silent())
+    assert loaded._kept[1] is kept
+    assert kept.adapters == {}
+    assert Path(later["images"][0]).read_bytes() == Path(fresh["images"][0]).read_bytes()
+
+
+def test_the_worker_makes_the_same_picture(config, tmp_path):
+    here = compose.run(config, tmp_path, Silent())
+    ids = [jobs.submit("compose", config) for _ in range(2)]
+    jobs.ensure_worker()
+    found = ended(*ids)
+    assert [job.status for job in found] == ["done", "done"], [job.error for job in found]
+    for job in found:
+        assert Path(job.result["images"][0]).read_bytes() == Path(here["images"][0]).read_bytes()
+    assert found[1].seconds < found[0].seconds / 2, "the second one found the pipeline loaded"
+
+
+def test_training_frees_the_kept_pipeline(config):
+    jobs.run_here("compose", config, Silent())
+    assert loaded._kept is not None
+    jobs.run_here("count", {"to": 1}, Silent())
+    assert loaded._kept is None
+
+
+class _Stop(Listener):
+    def cancelled(self) -> bool:
+        return any(report.stage == "sampling" for report in self.reports)
+
+
+def test_stopping_keeps_the_pipeline_and_finished_pictures(config, tmp_path):
+    with pytest.raises(Cancelled):
+        compose.run(config.model_copy(update={"images": 3}), tmp_path, _Stop())
+    assert loaded._kept[1].adapters == {}
+
+
+def test_names_and_triggers_are_settled(tmp_path):
+    path = diffusers_lora(tmp_path / "cat.safetensors", **{"modelspec.trigger_phrase": "zxq"})
+    config = ComposeConfig(adapters=[{"path": str(path)}, {"path": str(path)}, {"name": "x", "path": str(path)}])
+    settled = compose.settled(config)
+    assert [use.name for use in settled.adapters] == ["cat", "cat-2", "x"]
+    assert settled.adapters[0].triggers == ["zxq"]
+
+
+def test_plan_makes_nothing(config):
+    planned = compose.plan(config)
+    assert planned.to_dict()["steps"] == 3
+    assert jobs.list() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [({"method": "swich"}, r"did you mean 'switch'\?"), ({"base": "nothing"}, "no base model 'nothing'"),
+     ({"adapters": [{"path": "nobody"}]}, "no adapter 'nobody'")],
+)  # fmt: skip
+def test_wrong_choices_are_one_sentence(config, change, sentence, tmp_path):
+    with pytest.raises(InputError, match=sentence):
+        compose.run(ComposeConfig.parse({**config.model_dump(mode="json"), **change}), tmp_path, Silent())
+
+
+def test_an_adapter_of_another_family_is_refused(config, tmp_path):
+    path = diffusers_lora(tmp_path / "xl.safetensors", width=2048)
+    change = config.model_copy(update={"adapters": [config.adapters[0].model_copy(update={"path": str(path)})]})
+    with pytest.raises(InputError):
+        compose.run(change, tmp_path, Silent())
