@@ -44,7 +44,7 @@ def uniform(seed: int, stream: str, samples: Sequence[int]) -> torch.Tensor:
 @contextmanager
 def global_seed(seed: int, stream: str, index: int = 0) -> Iterator[None]:
     """Torch's global generators start at the stream inside; outside they are as before."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, stream, index))
         yield

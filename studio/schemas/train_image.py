@@ -400,7 +400,7 @@ class TrainImageConfig(ModelChoice):
     )
     keep_checkpoints: int = Field(1, ge=1, description="How many checkpoints are kept.", json_schema_extra=_OUTPUT_MORE)
     export: list[Export] = Field(
-        default_factory=lambda: ["diffusers"],
+        default=["diffusers"],
         description="File formats: diffusers (always written), peft (a directory), kohya (web UIs).",
         json_schema_extra=_OUTPUT,
     )

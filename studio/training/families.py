@@ -33,11 +33,11 @@ class Family:
         self.process = self._process()
 
     @property
-    def denoiser(self) -> torch.nn.Module:
+    def denoiser(self) -> Any:
         return getattr(self.pipe, self.denoiser_name)
 
     @property
-    def text_encoders(self) -> dict[str, torch.nn.Module]:
+    def text_encoders(self) -> dict[str, Any]:
         return {name: getattr(self.pipe, name) for name in self.text_encoder_names}
 
     # ------------------------------------------------------------------ sizes
@@ -50,7 +50,8 @@ class Family:
     @property
     def multiple(self) -> int:
         """Sides of a picture must be multiples of this: the VAE's factor times the UNet's."""
-        return self._latent_factor * 2 ** (len(self.pipe.unet.config.block_out_channels) - 1)
+        levels: int = len(self.pipe.unet.config.block_out_channels)
+        return self._latent_factor << (levels - 1)
 
     @property
     def smallest_multiple(self) -> int:
@@ -65,7 +66,8 @@ class Family:
 
     @property
     def _latent_factor(self) -> int:
-        return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        levels: int = len(self.pipe.vae.config.block_out_channels)
+        return 1 << (levels - 1)
 
     # ------------------------------------------------------------------ pictures
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -79,7 +81,9 @@ class Family:
         """Scaled latents ``(batch, channels, h, w)`` drawn from ``moments (batch, 2, channels, h, w)``."""
         config = self.pipe.vae.config
         drawn = moments[:, 0] + moments[:, 1] * noise
-        return (drawn - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        shift: float = getattr(config, "shift_factor", None) or 0.0
+        scale: float = config.scaling_factor
+        return (drawn - shift) * scale
 
     # ------------------------------------------------------------------ words
     def tokens(self, texts: Sequence[str]) -> Tensors:
@@ -121,7 +125,9 @@ class StableDiffusion(Family):
         return {"words": encoders["text_encoder"](tokens["text_encoder"])[0]}
 
     def predict(self, denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, given: Tensors) -> torch.Tensor:
-        return denoiser(noisy, times, encoder_hidden_states=given["words"].to(noisy.dtype), return_dict=False)[0]
+        words = given["words"].to(noisy.dtype)
+        predicted: torch.Tensor = denoiser(noisy, times, encoder_hidden_states=words, return_dict=False)[0]
+        return predicted
 
 
 class StableDiffusionXL(Family):
@@ -142,7 +148,10 @@ class StableDiffusionXL(Family):
     def predict(self, denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, given: Tensors) -> torch.Tensor:
         added = {"text_embeds": given["pooled"].to(noisy.dtype), "time_ids": given["time_ids"].to(noisy.dtype)}
         words = given["words"].to(noisy.dtype)
-        return denoiser(noisy, times, encoder_hidden_states=words, added_cond_kwargs=added, return_dict=False)[0]
+        predicted: torch.Tensor = denoiser(
+            noisy, times, encoder_hidden_states=words, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return predicted
 
 
 class _FlowTransformer(Family):
@@ -188,13 +197,14 @@ class StableDiffusion3(_FlowTransformer):
         return {"words": words, "pooled": pooled}
 
     def predict(self, denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, given: Tensors) -> torch.Tensor:
-        return denoiser(
+        predicted: torch.Tensor = denoiser(
             hidden_states=noisy,
             timestep=times.to(noisy.dtype) * 1000,
             encoder_hidden_states=given["words"].to(noisy.dtype),
             pooled_projections=given["pooled"].to(noisy.dtype),
             return_dict=False,
         )[0]
+        return predicted
 
 
 class Flux(_FlowTransformer):
@@ -255,13 +265,14 @@ def family_of(pipe: Any) -> Family:
 
 
 def _token_ids(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    return tokenizer(
+    ids: torch.Tensor = tokenizer(
         list(texts),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).input_ids
+    return ids
 
 
 def _words_limit(tokenizer: Any, usual: int) -> int:

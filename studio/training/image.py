@@ -354,7 +354,8 @@ class Training:
         text_rests = config.text_encoder_stop is not None and self.step >= config.text_encoder_stop
         if text_rests and accelerator.num_processes == 1:
             accelerator.unwrap_model(self.trainee).text_learns = False
-        total, norm, logs = torch.zeros((), device=accelerator.device), 0.0, {}
+        total, norm = torch.zeros((), device=accelerator.device), 0.0
+        logs: dict[str, float] = {}
         for part in range(config.gradient_accumulation):
             batch = next(batches)
             with accelerator.accumulate(self.trainee):

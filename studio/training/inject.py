@@ -93,7 +93,7 @@ def lora_config(model: nn.Module, config: TrainImageConfig, text: bool = False) 
         alphas |= {re.escape(name): config.conv_alpha or config.conv_rank for name in targets.convolution}
     made = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a float works and alpha is one
         lora_dropout=config.dropout,
         target_modules=targets.all,
         rank_pattern=ranks,
@@ -121,12 +121,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def layer_sizes(model: nn.Module, name: str) -> tuple[int, int]:
     """(outputs, inputs) of a layer seen as a matrix."""
-    module = model.get_submodule(name)
-    base = getattr(module, "base_layer", module)
-    return base.weight.shape[0], base.weight[0].numel()
+    weight = model.get_parameter(f"{name}.weight")
+    return weight.shape[0], weight[0].numel()
 
 
-def _pointwise_projections(chosen: dict[str, nn.Module]) -> set[str]:
+def _pointwise_projections(chosen: Mapping[str, nn.Module]) -> set[str]:
     """1 x 1 convolutions that stand for linear layers (``proj_in`` and ``proj_out`` of SD 1.x)."""
     return {
         name
@@ -136,8 +135,9 @@ def _pointwise_projections(chosen: dict[str, nn.Module]) -> set[str]:
 
 
 def _check_ranks(model: nn.Module, targets: Targets, made: LoraConfig) -> None:
+    patterns = made.rank_pattern or {}
     for name in targets.all:
-        rank = next((r for key, r in made.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), made.r)
+        rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), made.r)
         limit = min(layer_sizes(model, name))
         if rank > limit:
             raise InputError(

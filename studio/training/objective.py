@@ -34,6 +34,9 @@ class Process(Protocol):
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
         """Loss weights ``(batch,)``."""
 
+    def check_min_snr(self) -> None:
+        """Raises :class:`InputError` where min-SNR weights are undefined."""
+
 
 class Diffusion:
     """Variance-preserving diffusion with the noise schedule of a diffusers scheduler.
@@ -48,11 +51,12 @@ class Diffusion:
     def __init__(self, scheduler_config: Any) -> None:
         from diffusers import DDPMScheduler
 
-        scheduler = DDPMScheduler.from_config(scheduler_config)
+        kind: Any = DDPMScheduler
+        scheduler = kind.from_config(scheduler_config)
         self.prediction = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise InputError(f"The base model predicts '{self.prediction}', which cannot be trained.")
-        self.alphas_cumprod = scheduler.alphas_cumprod.float()
+        self.alphas_cumprod: torch.Tensor = scheduler.alphas_cumprod.float()
 
     def times(self, u: torch.Tensor) -> torch.Tensor:
         count = len(self.alphas_cumprod)
@@ -73,7 +77,8 @@ class Diffusion:
     def snr(self, times: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio ``abar_t / (1 - abar_t)``."""
         abar = self.alphas_cumprod.to(times.device)[times]
-        return abar / (1 - abar)
+        ratio: torch.Tensor = abar / (1 - abar)
+        return ratio
 
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
         """``min(SNR, gamma)`` over SNR (epsilon), SNR + 1 (v) or 1 (sample). Hang et al. 2023, arXiv 2303.09556."""
@@ -86,7 +91,6 @@ class Diffusion:
         return capped / snr
 
     def check_min_snr(self) -> None:
-        """Raises :class:`InputError` where min-SNR weights divide by zero (zero terminal SNR, epsilon)."""
         if self.prediction == "epsilon" and not bool(self.alphas_cumprod[-1] > 0):
             raise InputError(
                 "The base model's last noise level has no signal left (zero terminal SNR), where min-SNR weights of "

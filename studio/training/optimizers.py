@@ -39,13 +39,18 @@ def _adamw(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
 def _adamw8bit(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        groups, betas=(config.beta1, config.beta2), eps=config.epsilon
+    )
+    return made
 
 
 def _adafactor(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
+    kind: Any = Adafactor
+    made: torch.optim.Optimizer = kind(groups, scale_parameter=False, relative_step=False, warmup_init=False)
+    return made
 
 
 def _sgd(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
@@ -55,7 +60,7 @@ def _sgd(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
 def _prodigy(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
-    return Prodigy(
+    made: torch.optim.Optimizer = Prodigy(
         groups,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -63,12 +68,14 @@ def _prodigy(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
         use_bias_correction=True,
         safeguard_warmup=True,
     )
+    return made
 
 
 def _schedulefree(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
-    return AdamWScheduleFree(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    made: torch.optim.Optimizer = AdamWScheduleFree(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    return made
 
 
 OPTIMIZERS: dict[str, Entry] = {
@@ -136,7 +143,7 @@ def lr_factor(step: int, total: int, config: TrainImageConfig) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    falling = {
+    falling: float = {
         "constant": 1.0,
         "linear": 1 - progress,
         "polynomial": (1 - progress) ** config.lr_power,

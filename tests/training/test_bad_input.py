@@ -115,7 +115,7 @@ def test_empty_and_missing_folders(bases, tmp_path):
 
 
 def test_small_pictures_without_upscaling(bases, pictures, tmp_path):
-    with pytest.raises(InputError, match="8 pictures are too small .*smallest bucket"):
+    with pytest.raises(InputError, match=r"8 pictures are too small .*smallest bucket"):
         run(settings(bases("sd"), pictures, resolution=256, no_upscale=True), tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_full_disk_keeps_what_was_saved(bases, pictures, tmp_path, monkeypatch):
         normal(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(InputError, match="could not be written .No space left on device"):
+    with pytest.raises(InputError, match=r"could not be written .No space left on device"):
         run(config, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     monkeypatch.setattr(checkpoints, "save_file", normal)
