@@ -76,7 +76,7 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
 
     @polite
     def arrive(request: gr.Request) -> Any:
-        wanted = request.query_params.get("page", "compose")
+        wanted = request.query_params.get("view", "compose")
         wanted = wanted if wanted in TABS else "compose"
         return [gr.Tabs(selected=wanted), gr.Timer(active=wanted == "jobs"), *_choices()]
 
@@ -97,7 +97,7 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
 
 _ADDRESS = """() => setTimeout(() => {
   const name = document.querySelector('#pages button[role=tab][aria-selected=true]')?.textContent.trim().toLowerCase();
-  if (name) history.replaceState(null, '', name === 'compose' ? location.pathname : `?page=${name}`);
+  if (name) history.replaceState(null, '', name === 'compose' ? location.pathname : `?view=${name}`);
 }, 50)"""
 
 
@@ -179,7 +179,7 @@ def launch(
         auth=_asks_for(password) if password else None, auth_message="Any name, and the password of this studio.",
         allowed_paths=served(), blocked_paths=hidden(), theme=StudioTheme(), css=css(), head=_HEAD, footer_links=[],
         favicon_path=STATIC / "icon.png", ssr_mode=False, run_history=False, pwa=False, mcp_server=False,
-        show_error=False, enable_monitoring=False, strict_cors=True,
+        show_error=False, quiet=True, enable_monitoring=False, strict_cors=True,
     )  # fmt: skip
 
 

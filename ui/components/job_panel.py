@@ -25,17 +25,15 @@ def job_title(job: Job) -> str:
     return str(title)
 
 
-def job_panel(job: Job | None, ahead: int = 0, show_preview: bool = True) -> str:
-    """The panel of one job; ``ahead`` jobs run before it. Empty for no job."""
-    if job is None:
-        return ""
+def job_panel(job: Job, ahead: int = 0, preview: str | None = None) -> str:
+    """The panel of one job; ``ahead`` jobs run before it, ``preview`` is a picture to show while it runs."""
     fraction = _fraction(job)
     head = f'<div class="as-job-head">{status_tag(job)}<span class="what">{markup.text(stage(job, ahead))}</span></div>'
     bar = _bar(fraction) if job.active else ""
-    preview = _preview(job) if show_preview and job.active else ""
+    picture = _picture(preview) if preview and job.active else ""
     error = markup.notice(job.error, "error") if job.error else ""
     times = f'<div class="as-job-times">{markup.text(timing(job, fraction))}</div>'
-    return f'<div class="as-job" role="status">{preview}<div class="as-job-body">{head}{bar}{times}{error}</div></div>'
+    return f'<div class="as-job" role="status">{picture}<div class="as-job-body">{head}{bar}{times}{error}</div></div>'
 
 
 def stage(job: Job, ahead: int = 0) -> str:
@@ -75,8 +73,5 @@ def _bar(fraction: float | None) -> str:
     )
 
 
-def _preview(job: Job) -> str:
-    preview = job.progress.preview if job.progress else None
-    if not preview:
-        return ""
-    return f'<img class="as-preview" alt="Picture so far" src="{markup.text(markup.file_url(preview))}">'
+def _picture(path: str) -> str:
+    return f'<img class="as-preview" alt="Picture so far" src="{markup.text(markup.file_url(path))}">'

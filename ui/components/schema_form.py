@@ -67,6 +67,8 @@ def widget(item: Field, **changes: Any) -> gr.components.Component:
         return gr.Dropdown(choices=list(item.choices), **options)
     if item.kind == "choices":
         return gr.CheckboxGroup(choices=list(item.choices), **options)
+    if item.kind in ("integer", "number") and item.optional:
+        return gr.Textbox(max_lines=1, placeholder="automatic", **options)
     if item.kind in ("integer", "number"):
         return gr.Number(**_number_options(item), **options)
     lines = 1 if item.kind == "text" else 2
@@ -79,8 +81,8 @@ def read(item: Field, value: Any) -> Any:
         return bool(value)
     if value is None or (isinstance(value, str) and not value.strip()):
         return _nothing(item)
-    if item.kind == "integer":
-        return int(value)
+    if item.kind in ("integer", "number"):
+        return _number(item, value)
     if item.kind == "lines":
         return [line.strip() for line in str(value).splitlines() if line.strip()]
     if item.kind == "mapping":
@@ -96,6 +98,8 @@ def show(item: Field, value: Any) -> Any:
         return yaml.safe_dump(dict(value), sort_keys=False).strip() if value else ""
     if item.kind == "choices":
         return list(value or ())
+    if item.kind in ("integer", "number") and item.optional:
+        return "" if value is None else f"{value:g}" if item.kind == "number" else str(value)
     return value
 
 
@@ -154,7 +158,7 @@ def _as_float(value: Any) -> float:
 
 def _number_options(item: Field) -> dict[str, Any]:
     low, high = item.limits
-    options: dict[str, Any] = {"minimum": low, "maximum": high, "placeholder": "automatic" if item.optional else None}
+    options: dict[str, Any] = {"minimum": low, "maximum": high}
     if item.kind == "integer":
         return {**options, "precision": 0, "step": 1}
     size = abs(item.default) if isinstance(item.default, int | float) and item.default else 1.0
@@ -166,6 +170,18 @@ def _nothing(item: Field) -> Any:
         return None
     empty: dict[Kind, Any] = {"lines": [], "mapping": {}, "choices": [], "text": ""}
     return empty.get(item.kind, item.default)
+
+
+def _number(item: Field, value: Any) -> float | int:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{item.label}: '{value}' is no number.") from None
+    if item.kind == "number":
+        return number
+    if not number.is_integer():
+        raise InputError(f"{item.label}: '{value}' is no whole number.")
+    return int(number)
 
 
 def _mapping(item: Field, written: str) -> dict[str, Any]:

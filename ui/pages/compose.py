@@ -97,13 +97,15 @@ def _method_settings(form: Form) -> None:
     default = KNOWN["method"].default
     form["method"] = gr.Radio(names, value=default, label="Method", elem_classes="as-choices", elem_id="method")
     summary = gr.HTML(_method_help(default), elem_classes="as-help", apply_default_css=False)
-    form["tau"] = gr.Slider(
-        1, 20, value=KNOWN["tau"].default, step=1, label="Steps per turn", info=KNOWN["tau"].help, visible=False
-    )
+    form["tau"] = schema_form.widget(KNOWN["tau"], label="Steps per turn", visible=False, elem_id="tau")
     form["method"].change(
         lambda name: (_method_help(name), gr.update(visible="switch" in str(name))),
         form["method"], [summary, form["tau"]], show_progress="hidden", api_visibility="private",
     )  # fmt: skip
+
+
+def _method_title(name: str) -> str:
+    return next((method.title for method in methods.stage("compose") if method.name == name), name)
 
 
 def _method_help(name: str) -> str:
@@ -117,26 +119,23 @@ def _picture_settings(form: Form) -> gr.Checkbox:
         info="From your library, or a hub id.", elem_id="base",
     )  # fmt: skip
     with gr.Row():
-        form["steps"] = gr.Slider(1, 150, value=KNOWN["steps"].default, step=1, label="Steps", elem_id="steps")
-        form["guidance_scale"] = gr.Slider(
-            0, 20, value=KNOWN["guidance_scale"].default, step=0.5, label="Guidance (CFG)", elem_id="guidance"
-        )
+        for name in ("steps", "guidance_scale", "images"):
+            form[name] = schema_form.widget(
+                KNOWN[name], label=_LABELS[name], info=None, elem_id=name.replace("_", "-"), min_width=90
+            )
     with gr.Row():
-        form["width"] = gr.Number(label="Width", precision=0, value=None, minimum=8, placeholder="automatic", step=8,
-                                  min_width=90)  # fmt: skip
-        form["height"] = gr.Number(label="Height", precision=0, value=None, minimum=8, placeholder="automatic", step=8,
-                                   min_width=90)  # fmt: skip
-        form["images"] = gr.Number(label="Pictures", precision=0, value=KNOWN["images"].default, minimum=1, maximum=64,
-                                   elem_id="images", min_width=90)  # fmt: skip
+        for name in ("width", "height"):
+            form[name] = schema_form.widget(KNOWN[name], info=None, elem_id=name, min_width=90)
     with gr.Row(elem_classes="as-seed"):
         form["seed"] = gr.Number(label="Seed", precision=0, value=KNOWN["seed"].default, minimum=0, elem_id="seed",
                                  min_width=120)  # fmt: skip
-        dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=90)
+        dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=84, scale=0)
         again = gr.Checkbox(True, label="New seed each time", elem_id="new-seed", min_width=150, container=False)
     dice.click(None, None, form["seed"], js=_RANDOM, show_progress="hidden")
     return again
 
 
+_LABELS = {"steps": "Steps", "guidance_scale": "Guidance (CFG)", "images": "Pictures"}
 _RANDOM = "() => Math.floor(Math.random() * 2147483647)"
 
 
@@ -286,8 +285,9 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
         return gr.skip()
     changed = not shown or now[-1] != shown[-1] or job.status != shown[0]
     return [
-        job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, ahead(job)),
-        gr.update(value=[str(path) for path in pictures], visible=bool(pictures), selected_index=None)
+        job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, ahead(job), preview(job)),
+        gr.update(value=[str(path) for path in pictures], visible=bool(pictures), selected_index=None,
+                  columns=1 if len(pictures) == 1 else 2)
         if changed else gr.skip(),
         str(pictures[0]) if changed and pictures else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
@@ -300,6 +300,18 @@ def ahead(job: Job) -> int:
         return 0
     waiting = jobs.list(1000, jobs.ACTIVE)
     return sum(other.created < job.created for other in waiting)
+
+
+def preview(job: Job) -> str | None:
+    """The latest look at the picture that is being made; none between pictures."""
+    if not job.active:
+        return None
+    for report in reversed(jobs.history(job.id)):
+        if report.stage == "saved":
+            return None
+        if report.preview:
+            return report.preview
+    return None
 
 
 def made(job: Job) -> list[Path]:
@@ -378,8 +390,8 @@ def recipe_panel(recipe: Mapping[str, Any]) -> str:
     size = f"{config['width']} × {config['height']}" if config.get("width") and config.get("height") else ""
     used = "".join(_used(use) for use in config.get("adapters") or ())
     pairs = [
-        ("Method", config.get("method")), ("Base", config.get("base")), ("Seed", str(config.get("seed"))),
-        ("Steps", config.get("steps")), ("Guidance", config.get("guidance_scale")), ("Size", size),
+        ("Method", _method_title(str(config.get("method")))), ("Base", config.get("base")),
+        ("Seed", str(config.get("seed"))), ("Steps", config.get("steps")), ("Guidance", config.get("guidance_scale")), ("Size", size),
         ("Scheduler", config.get("scheduler") if config.get("scheduler") != "default" else ""),
         ("Avoided", config.get("negative_prompt")),
     ]  # fmt: skip

@@ -69,8 +69,8 @@ class _Detail:
             resume = gr.Button("Resume", size="md", visible=False, elem_id="job-resume")
             rerun = gr.Button("Run again", size="md", elem_id="job-rerun")
             delete = gr.Button("Delete", variant="stop", size="md", visible=False, elem_id="job-delete")
-        gallery = gr.Gallery(label="Pictures", columns=4, height="auto", object_fit="contain", visible=False,
-                             interactive=False)  # fmt: skip
+        gallery = gr.Gallery(label="Pictures", show_label=False, columns=4, height="auto", object_fit="contain",
+                             visible=False, interactive=False)  # fmt: skip
         log = gr.HTML("", elem_id="job-log", apply_default_css=False)
         return cls(panel, actions, open_, cancel, resume, rerun, delete, gallery, log)
 
@@ -156,7 +156,7 @@ def describe(job: Job) -> str:
     settings = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)
     return (
         f'<article class="as-detail"><h2>{markup.text(job_panel.job_title(job))}</h2>'
-        f"{job_panel.job_panel(job, compose.ahead(job), show_preview=False)}{markup.facts(pairs)}"
+        f"{job_panel.job_panel(job, compose.ahead(job))}{markup.facts(pairs)}"
         f"<details><summary>Settings</summary><pre tabindex=0>{markup.text(settings)}</pre></details></article>"
     )
 

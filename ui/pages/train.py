@@ -31,6 +31,7 @@ MAIN = ("name", "trigger", "instance_prompt", "base", "steps", "rank", "learning
 
 KINDS = [("A concept", "concept"), ("A style", "style"), ("A captioned set", "captioned")]
 LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
+FIRST_PRESET = "concept-normal"
 SECONDS = 1.0
 
 Form = dict[str, Any]
@@ -98,7 +99,7 @@ def _settings() -> Form:
         for pair in (("steps", "rank"), ("learning_rate", "batch_size")):
             with gr.Row():
                 for name in pair:
-                    form[name] = schema_form.widget(KNOWN[name], elem_id=f"train-{name}", min_width=150)
+                    form[name] = _widget(name, elem_id=f"train-{name}", min_width=150)
         form["resolution"] = schema_form.widget(KNOWN["resolution"])
         form["sample_prompts"] = schema_form.widget(KNOWN["sample_prompts"], elem_id="train-samples")
         form["sample_every"] = schema_form.widget(KNOWN["sample_every"])
@@ -107,11 +108,17 @@ def _settings() -> Form:
     for group, names in groups(form).items():
         with gr.Accordion(group, open=False, elem_classes="as-more"):
             for name in names:
-                form[name] = schema_form.widget(KNOWN[name])
+                form[name] = _widget(name)
     for chooser in (form["mode"], length):
         chooser.input(preset_values, [form["mode"], length], [form[name] for name in PRESET_FIELDS],
                       show_progress="hidden", api_visibility="private")  # fmt: skip
     return form
+
+
+def _widget(name: str, **options: Any) -> gr.components.Component:
+    """The widget of a field, at the value of the preset that is chosen first."""
+    value = PRESETS[FIRST_PRESET].get(name, KNOWN[name].default)
+    return schema_form.widget(KNOWN[name], value=schema_form.show(KNOWN[name], value), **options)
 
 
 def groups(shown: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -121,7 +128,8 @@ def groups(shown: Mapping[str, Any]) -> dict[str, list[str]]:
         if item.name not in shown:
             found.setdefault(item.group, []).append(item.name)
     order = list(dict.fromkeys(item.group for item in KNOWN.values() if item.group != "Base model"))
-    return {group: found[group] for group in [*order, "Base model"] if group in found}
+    found = {group: found[group] for group in [*order, "Base model"] if group in found}
+    return {"Model and device" if group == "Base model" else group: names for group, names in found.items()}
 
 
 PRESET_FIELDS = tuple(sorted({name for values in PRESETS.values() for name in values} - {"mode"}))
@@ -189,7 +197,7 @@ class _Result:
     @property
     def view(self) -> list[Any]:
         return [self.job, self.shown, self.timer, self.panel, self.plot, self.samples, self.cancel, self.resume,
-                self.done, self.download, self.adapter]  # fmt: skip
+                self.done, self.keep, self.download, self.adapter]  # fmt: skip
 
 
 _EMPTY = markup.empty(
@@ -268,12 +276,13 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
     new_samples = not shown or (now[0], now[-1]) != (shown[0], shown[-1])
     adapter = made(job)
     return [
-        job.id, now, gr.Timer(active=job.active), job_panel.job_panel(job, compose.ahead(job), show_preview=False),
-        _plot(job),
+        job.id, now, gr.Timer(active=job.active), job_panel.job_panel(job, compose.ahead(job)),
+        _plot(job) + _kept(job),
         gr.update(value=drawn, visible=bool(drawn)) if new_samples else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
         gr.update(visible=job.status in ("cancelled", "interrupted", "failed")),
         gr.update(visible=adapter is not None),
+        gr.update(visible=adapter is not None and not in_library(job)),
         gr.update(value=str(adapter)) if adapter and adapter.is_file() else gr.skip(),
         gr.skip() if shown and shown[0] == job.id else "",
     ]  # fmt: skip
@@ -289,6 +298,11 @@ def _plot(job: Job) -> str:
     return loss_plot.loss_plot(losses, checks, total=int(job.config.get("steps") or 0))
 
 
+def _kept(job: Job) -> str:
+    name = in_library(job) if job.status == "done" else ""
+    return markup.notice(f"The adapter is in your library as '{name}'.", "info") if name else ""
+
+
 def samples(job: Job) -> list[tuple[str, str]]:
     """Sample pictures with their step as caption, the latest first."""
     files = sorted(job.folder.rglob("step-*.png"), reverse=True)
@@ -299,6 +313,12 @@ def step_of(file: Path) -> int:
     """The step in a sample's name (``step-000050-0.png``)."""
     found = re.match(r"step-(\d+)", file.stem)
     return int(found.group(1)) if found else 0
+
+
+def in_library(job: Job) -> str:
+    """Under which name the job itself put its adapter into the library; empty when it did not, or it is gone."""
+    name = str((job.result or {}).get("library") or "")
+    return name if name and any(record.name == name for record in library.adapters()) else ""
 
 
 def made(job: Job) -> Path | None:
@@ -314,6 +334,8 @@ def add_to_library(job: Job) -> str:
     Raises:
         InputError: there is no adapter yet.
     """
+    if name := in_library(job):
+        return name
     path = made(job)
     if path is None:
         raise InputError("This training has made no adapter yet.")
