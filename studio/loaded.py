@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import StudioError
-from studio import library
+from studio import hush, library
 from studio.library import cache
 from studio.schemas.compose import ModelChoice
 
@@ -55,22 +55,11 @@ def release() -> None:
 def _load(choice: ModelChoice) -> Any:
     from pipelines.diffusion import MultiLoRAPipeline
 
-    _no_loading_bars()
+    hush.loading_bars()
     return MultiLoRAPipeline.from_pretrained(
         library.resolve_base(choice.base), family=choice.family, dtype=choice.dtype, device=choice.device,
         attention=choice.attention, memory=choice.memory,
     )  # fmt: skip
-
-
-def _no_loading_bars() -> None:
-    """Keep the libraries' own bars for reading local files out of the terminal; downloads still show theirs."""
-    import diffusers
-    import transformers
-    from huggingface_hub import utils as hub
-
-    for library_logging in (diffusers.utils.logging, transformers.utils.logging):
-        library_logging.disable_progress_bar()
-    hub.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _key(choice: ModelChoice) -> tuple[str, ...]:

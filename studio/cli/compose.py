@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from adapters.errors import InputError
+from studio import hush
 from studio.cli import launch, lora_option
 from studio.cli.output import Json, Output, Quiet, duration
 from studio.cli.schema_options import pair, with_options
@@ -57,7 +58,7 @@ def compose(
 ) -> None:  # fmt: skip
     """Make pictures with several adapters."""
     output = Output(json, quiet)
-    launch.quiet_libraries()
+    hush.remarks()
     changes = {**fields, **({"adapters": [lora_option.parse(text) for text in lora]} if lora else {})}
     chosen, threads = _configuration(config, from_, changes, set_ or [])
     if out is not None and detach:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from studio.cli import launch
+from studio import hush
 from studio.cli.output import Json, Output, Quiet, duration
 
 
@@ -28,7 +28,7 @@ def demo(
     from studio import demo as job
     from studio.cli.terminal import Terminal
 
-    launch.quiet_libraries()
+    hush.remarks()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -82,7 +82,7 @@ def watch(
     from studio.cli.terminal import Terminal
 
     output = Output(json, quiet)
-    with Terminal(quiet) as terminal:
+    with Terminal(quiet, stopping="") as terminal:
         while True:
             for row in jobs.history(found.id, seen):
                 seen += 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adapters.errors import Cancelled
 from studio.cli.output import Output
 from studio.cli.terminal import Terminal
-from studio.jobs.model import Job
+
+if TYPE_CHECKING:
+    from studio.jobs import Job
 
 Detach = Annotated[
     bool,
@@ -43,15 +45,3 @@ def here(start: Callable[[Terminal], Job], output: Output) -> Job:
             mine = [job for job in jobs.list(5) if job.status in ("cancelled", "interrupted")]
             hint = f" Go on with:  studio jobs resume {mine[0].id}" if mine else ""
             raise Cancelled(f"Stopped.{hint}") from None
-
-
-def quiet_libraries() -> None:
-    """Keep remarks of the model libraries, which say nothing to the person, out of the terminal."""
-    import os
-    import warnings
-
-    if not os.environ.get("ADAPTER_STUDIO_DEBUG"):
-        warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -11,6 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+_FILE_WIDTH = 160
+"""Columns of a table that goes to a file or another program."""
+
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.", rich_help_panel="Output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.", rich_help_panel="Output")]
 
@@ -33,7 +36,7 @@ class Output:
         elif shown:
             from rich.console import Console
 
-            Console(soft_wrap=False).print(shown)
+            Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(shown)
 
     def note(self, text: str) -> None:
         """Print a remark on stderr, unless it should be quiet."""
@@ -42,10 +45,12 @@ class Output:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
-    """A table without frames; long cells wrap."""
+    """A table without frames; the first column stays whole, long cells of the others wrap."""
     from rich.table import Table
 
-    made = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, no_wrap=number == 0, overflow="fold" if number == 0 else "ellipsis")
     for row in rows:
         made.add_row(*(_cell(value) for value in row))
     return made

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from adapters.progress import Progress
 
+STOPPING = "Stopping at the next safe place (Ctrl-C again stops at once) ..."
+
 _LINE_EVERY = 10.0  # seconds between plain lines of one stage
 
 
@@ -17,10 +19,15 @@ class Terminal:
     """A monitor for one piece of long work; use it as a context manager.
 
     Ctrl-C asks the work to stop where it can; a second one stops it at once.
+
+    Args:
+        quiet: show nothing.
+        stopping: what to say at the first Ctrl-C.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, stopping: str = STOPPING) -> None:
         self.quiet = quiet
+        self.stopping = stopping
         self.bar: Any = None
         self.task: Any = None
         self.interrupted = False
@@ -97,7 +104,8 @@ class Terminal:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        self.say("Stopping at the next safe place (Ctrl-C again stops at once) ...")
+        if self.stopping:
+            self.say(self.stopping)
 
 
 def _facts(progress: Progress) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from adapters.errors import InputError
+from studio import hush
 from studio.cli import launch
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
@@ -51,7 +52,7 @@ def image(
 ) -> None:  # fmt: skip
     """Train a LoRA of a text-to-image model."""
     output = Output(json, quiet)
-    launch.quiet_libraries()
+    hush.remarks()
     if folder is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("Several processes train together: give them one place with --folder.")
     if resume and folder is None:
@@ -62,6 +63,8 @@ def image(
 
         values = with_preset(preset, values)
     chosen = TrainImageConfig.parse(values, source=str(config or "train image"))
+    if not detach:
+        hush.loading_bars()
     if folder is not None:
         _in_folder(chosen, folder, resume, output)
     elif detach:

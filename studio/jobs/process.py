@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import psutil
-
 SILENT_SECONDS = 60.0
 """A process on another machine that has not given a sign for this long is taken for dead."""
 
@@ -23,6 +21,8 @@ def host() -> str:
 
 def started(pid: int) -> float:
     """When process ``pid`` began, which tells it from a later one with the same number; 0 when it is gone."""
+    import psutil
+
     try:
         process = psutil.Process(pid)
         return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -47,6 +47,8 @@ def kill(who: Mapping[str, Any]) -> bool:
     """End a process of this machine at once and wait until it is gone; tells whether it could."""
     if who["host"] != host() or not alive(who):
         return False
+    import psutil
+
     process = psutil.Process(who["pid"])
     process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
     psutil.wait_procs([process], timeout=5)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,12 +40,16 @@ def test_help_imports_nothing_heavy(command):
     assert asked.stdout.splitlines()[-1].split() == ["HEAVY"]
 
 
-@pytest.mark.parametrize("command", ["", "compose", "train image"])
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs the processor time of a child")
+@pytest.mark.parametrize("command", ["", "compose", "train image", "jobs list"])
 def test_help_takes_less_than_half_a_second(command):
+    """Processor time, not the clock: other programs share the machine that runs the tests."""
     arguments = [sys.executable, "-c", "from studio.cli import main; main()", *command.split(), "--help"]
-    best = 9.0
-    for _ in range(5):  # the best of some: other programs share the machine
-        begun = time.perf_counter()
-        subprocess.run(arguments, capture_output=True, check=True, cwd=ROOT)
-        best = min(best, time.perf_counter() - begun)
-    assert best < 0.5
+    times = []
+    for _ in range(3):
+        asked = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        _, status, usage = os.wait4(asked.pid, 0)
+        asked.returncode = os.waitstatus_to_exitcode(status)
+        assert asked.returncode == 0
+        times.append(usage.ru_utime + usage.ru_stime)
+    assert min(times) < 0.5
