@@ -322,7 +322,7 @@ class Training:
         while self.step < self.total:
             self._stop_if_asked()
             began = time.perf_counter()
-            loss, norm, logs = self._optimiser_step(batches)
+            loss, norm, logs = self.optimiser_step(batches)
             self.step += 1
             took = time.perf_counter() - began
             self.seconds += took
@@ -346,7 +346,7 @@ class Training:
             self.save_checkpoint()
             raise Cancelled(f"Stopped at step {self.step} of {self.total}; the run can be resumed.")
 
-    def _optimiser_step(self, batches: Iterator[Batch]) -> tuple[float, float, dict[str, float]]:
+    def optimiser_step(self, batches: Iterator[Batch]) -> tuple[float, float, dict[str, float]]:
         """One optimiser step: (mean loss over forward passes and processes, gradient norm, plugin logs)."""
         config, accelerator = self.config, self.accelerator
         self._set_rates()
