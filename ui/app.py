@@ -135,15 +135,16 @@ def _wire_crossings(pages: _Pages) -> None:
         job = job_store.get(job_id)
         skipped = [gr.skip()] * len(target.view), [gr.skip()] * len(pages.train.view)
         if job.kind == "train-image":
-            return [gr.Tabs(selected="train"), *skipped[0], *train.follow(job.id, ())]
-        return [gr.Tabs(selected="compose"), *compose.follow(job.id, ()), *skipped[1]]
+            return [gr.Tabs(selected="train"), gr.Timer(active=False), *skipped[0], *train.follow(job.id, ())]
+        return [gr.Tabs(selected="compose"), gr.Timer(active=False), *compose.follow(job.id, ()), *skipped[1]]
 
     base, prompt = target.form["base"], target.form["prompt"]
     pages.library.use.click(use, [pages.library.chosen, pages.library.shelf, target.rack],
                             [pages.tabs, target.rack, base], **_PRIVATE)  # fmt: skip
     pages.train.try_it.click(try_it, [pages.train.job, target.rack, prompt], [pages.tabs, target.rack, prompt, base],
                              **_PRIVATE)  # fmt: skip
-    pages.jobs.open.click(open_job, pages.jobs.chosen, [pages.tabs, *target.view, *pages.train.view], **_PRIVATE)
+    pages.jobs.open.click(open_job, pages.jobs.chosen,
+                          [pages.tabs, pages.jobs.timer, *target.view, *pages.train.view], **_PRIVATE)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ serving
@@ -169,8 +170,8 @@ def launch(
     Raises:
         InputError: the port is taken, the address is not ours, or the app would be open to strangers.
     """
-    if share and not password:
-        raise InputError("A public link without a password lets anyone use this computer: give a password too.")
+    if not password and (share or host not in LOOPBACK):
+        raise InputError("Others could reach the app, and with it this computer: give a password too (--password).")
     check_address(host, port)
     app = build(local_paths=host in LOOPBACK and not share)
     app.queue(default_concurrency_limit=8)

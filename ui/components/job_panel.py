@@ -32,7 +32,7 @@ def job_panel(job: Job, ahead: int = 0, preview: str | None = None) -> str:
     bar = _bar(fraction) if job.active else ""
     picture = _picture(preview) if preview and job.active else ""
     error = markup.notice(job.error, "error") if job.error else ""
-    times = f'<div class="as-job-times">{markup.text(timing(job, fraction))}</div>'
+    times = f'<div class="as-job-times">{markup.text(timing(job, fraction))}</div>' if job.active else ""
     return f'<div class="as-job" role="status">{picture}<div class="as-job-body">{head}{bar}{times}{error}</div></div>'
 
 
@@ -42,8 +42,10 @@ def stage(job: Job, ahead: int = 0) -> str:
         return f"waiting, {ahead} before it" if ahead else "waiting for the worker"
     if job.status == "cancelling":
         return "stopping"
-    if job.status != "running" or job.progress is None:
-        return "starting" if job.status == "running" else ""
+    if not job.active:
+        return timing(job)
+    if job.progress is None:
+        return "starting"
     counted = f" {job.progress.step} of {job.progress.total}" if job.progress.total else ""
     return f"{job.progress.stage}{counted}"
 

@@ -391,7 +391,8 @@ def recipe_panel(recipe: Mapping[str, Any]) -> str:
     used = "".join(_used(use) for use in config.get("adapters") or ())
     pairs = [
         ("Method", _method_title(str(config.get("method")))), ("Base", config.get("base")),
-        ("Seed", str(config.get("seed"))), ("Steps", config.get("steps")), ("Guidance", config.get("guidance_scale")), ("Size", size),
+        ("Seed", str(config.get("seed"))), ("Steps", config.get("steps")),
+        ("Guidance", config.get("guidance_scale")), ("Size", size),
         ("Scheduler", config.get("scheduler") if config.get("scheduler") != "default" else ""),
         ("Avoided", config.get("negative_prompt")),
     ]  # fmt: skip

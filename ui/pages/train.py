@@ -277,7 +277,7 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
     adapter = made(job)
     return [
         job.id, now, gr.Timer(active=job.active), job_panel.job_panel(job, compose.ahead(job)),
-        _plot(job) + _kept(job),
+        _kept(job) + _plot(job),
         gr.update(value=drawn, visible=bool(drawn)) if new_samples else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
         gr.update(visible=job.status in ("cancelled", "interrupted", "failed")),
