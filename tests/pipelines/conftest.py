@@ -1,0 +1,112 @@
+"""Tiny pipelines and random adapters, made once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.diffusion import MultiLoRAPipeline
+from tests import tiny
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+CALL: dict[str, Any] = {"steps": 4, "seed": 3, "output_type": "latent", "width": 32, "height": 32}
+PROMPT = "a red apple"
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A tiny model and three adapters for it: a and b with text encoder layers, c on other layers and without."""
+
+    family: str
+    folder: Path
+    files: dict[str, Path]
+
+    def pipe(self) -> Any:
+        """A fresh diffusers pipeline, always with the same weights."""
+        return tiny.FAMILIES[self.family]()
+
+    def composer(self, *names: str, **weights: float) -> MultiLoRAPipeline:
+        """Our pipeline with some of the adapters loaded."""
+        composer = MultiLoRAPipeline(self.pipe())
+        for name in names:
+            composer.load_lora(self.files[name], name, weight=weights.get(name, 1.0))
+        return composer
+
+
+def make_bed(family: str, folder: Path) -> Bed:
+    pipe = tiny.FAMILIES[family]()
+    convs = {"sd": ("conv1", "to_q", "proj_in", "time_emb_proj"), "sdxl": ("conv2", "to_k", "ff.net.2")}
+    return Bed(
+        family,
+        folder,
+        {
+            "a": tiny.lora_file(pipe, folder / "a", seed=1, rank=2, alpha=4.0),
+            "b": tiny.lora_file(pipe, folder / "b", seed=2, rank=3, alpha=1.5),
+            "c": tiny.lora_file(
+                pipe,
+                folder / "c",
+                seed=3,
+                rank=2,
+                alpha=2.0,
+                targets=convs.get(family, ("to_q", "proj_out")),
+                text_targets=(),
+            ),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def beds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bed]:
+    """The bed of a family, made on first use."""
+    made: dict[str, Bed] = {}
+
+    def bed(family: str) -> Bed:
+        if family not in made:
+            made[family] = make_bed(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return bed
+
+
+@pytest.fixture(scope="session")
+def sd(beds: Callable[[str], Bed]) -> Bed:
+    return beds("sd")
+
+
+def latents(composer: MultiLoRAPipeline, method: str = "", **options: Any) -> torch.Tensor:
+    """The denoised latents of a short run."""
+    call = {
+        key: options.pop(key) for key in list(options) if key not in ("adapters", "tau", "te_mode", "adapter_batch")
+    }
+    if method:
+        composer.compose(method, **options)
+    result: torch.Tensor = composer(call.pop("prompt", PROMPT), **(CALL | call)).images
+    return result
+
+
+def peft_latents(pipe: Any, guidance: float = 5.0, seeds: tuple[int, ...] = (3,), **options: Any) -> torch.Tensor:
+    """The same run by diffusers alone."""
+    result: torch.Tensor = pipe(
+        PROMPT,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        width=32,
+        height=32,
+        num_images_per_prompt=len(seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        **options,
+    ).images
+    return result
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to ``tolerance`` of the largest value (random networks have large outputs)."""
+    difference = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+    assert difference <= tolerance, difference
