@@ -141,11 +141,11 @@ style; and the styles {", ".join(f"{word} ({icon_set})" for word, icon_set in da
 
 ## Training
 
-Scenes of one, two and three subjects (55 : 40 : 5) are composed from renders of emoji art at random sizes and
-places on plain backgrounds. The autoencoder learned on {vae.get("crops", 0):,} crops of 32 pixels, in
-{vae.get("minutes", 0):.0f} minutes, of all icons that the three base sets share (without the held-out subjects);
-error of a round trip (squared, values in -1 to 1) {vae.get("mse base styles", 0):.4f}, on the held-out styles
-{vae.get("mse held-out styles", 0):.4f}.
+Scenes of one, two and three subjects are composed from renders of emoji art at random sizes and places on
+plain backgrounds. The autoencoder learned on {vae.get("crops", 0):,} crops of 32 pixels, its decoder then on
+{vae.get("decoder pictures", 0):,} whole pictures, of all icons that the three base sets share (without the
+held-out subjects). Error of a round trip (squared, values in -1 to 1): {vae.get("mse base styles", 0):.4f}, on the
+held-out styles {vae.get("mse held-out styles", 0):.4f}.
 Text encoder and denoiser learned together on {int(samples):,} samples ({int(steps):,} steps, {minutes:.0f} minutes,
 bf16 on CPU), 10 % empty captions, AdamW, averaged weights. `python -m assets.build.base` continues the training
 from its checkpoint.

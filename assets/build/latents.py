@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor
 
 from assets.build import data
@@ -35,10 +36,18 @@ def load_vae(device: torch.device) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder).to(device).eval()
 
 
+def encoder_digest(weights: dict[str, Tensor]) -> str:
+    """Return a hash of the weights that latents depend on: encoder and what follows it, not the decoder."""
+    whole = hashlib.sha256()
+    for name in sorted(n for n in weights if n.startswith(("encoder.", "quant_conv."))):
+        whole.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
 def shard_folder() -> Path:
-    """Return the folder of the shards made with the present autoencoder."""
-    weights = build_dir() / "vae" / "final" / "diffusion_pytorch_model.safetensors"
-    words = [hashlib.sha256(weights.read_bytes()).hexdigest(), *data.BASE_CONCEPTS, *data.BASE_STYLES]
+    """Return the folder of the shards made with the present encoder, subjects and styles."""
+    weights = load_file(build_dir() / "vae" / "final" / "diffusion_pytorch_model.safetensors")
+    words = [encoder_digest(weights), *data.BASE_CONCEPTS, *data.BASE_STYLES]
     return build_dir() / "latents" / hashlib.sha256("|".join(words).encode()).hexdigest()[:12]
 
 

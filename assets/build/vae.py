@@ -1,13 +1,15 @@
-"""Train the autoencoder of the base model: ``python -m assets.build.vae --minutes 22``.
+"""Train the autoencoder of the base model: ``python -m assets.build.vae``, then again with ``--decoder``.
 
 An ``AutoencoderKL`` (f=4, 4 latent channels) learns on random crops of composed pictures in the base
 styles. The art is every icon the three base sets share, without the held-out subjects, so that the
-latent space covers more than the base model's own concepts. Colours are varied at random.
+latent space covers more than the base model's own concepts. Colours are varied at random. ``--decoder``
+then goes on with the decoder alone, on whole pictures: latents cached before stay valid.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,10 +67,10 @@ def vary_colours(image: np.ndarray, rng: Generator) -> np.ndarray:
     return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)
 
 
-def random_crop(sprites: np.ndarray, rng: Generator) -> np.ndarray:
-    """Draw a crop, uint8 ``(CROP, CROP, 3)``, of a picture with one to three sprites.
+def random_crop(sprites: np.ndarray, rng: Generator, side: int = CROP) -> np.ndarray:
+    """Draw a crop, uint8 ``(side, side, 3)``, of a picture with one to three sprites.
 
-    ``sprites`` is uint8 ``(N, S, S, 4)``. Crops lie on the drawing mostly; sizes are those of scenes.
+    ``sprites`` is uint8 ``(N, S, S, 4)``; sizes are those of scenes.
     """
     number = int(rng.choice(3, p=(0.55, 0.4, 0.05)))
     placed = data.place(rng, ["x"] * (number + 1))
@@ -81,14 +83,14 @@ def random_crop(sprites: np.ndarray, rng: Generator) -> np.ndarray:
     image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
     if rng.random() < 0.2:
         image = vary_colours(image, rng)
-    top, left = rng.integers(0, data.SIZE - CROP + 1, 2)
-    image = image[top : top + CROP, left : left + CROP]
+    top, left = rng.integers(0, data.SIZE - side + 1, 2)
+    image = image[top : top + side, left : left + side]
     return image[:, ::-1] if rng.random() < 0.5 else image
 
 
-def batch_of(sprites: np.ndarray, rng: Generator, size: int, device: torch.device) -> Tensor:
-    """Return ``size`` crops as a float tensor ``(size, 3, CROP, CROP)`` in -1..1."""
-    crops = np.stack([random_crop(sprites, rng) for _ in range(size)])
+def batch_of(sprites: np.ndarray, rng: Generator, size: int, device: torch.device, side: int = CROP) -> Tensor:
+    """Return ``size`` crops as a float tensor ``(size, 3, side, side)`` in -1..1."""
+    crops = np.stack([random_crop(sprites, rng, side) for _ in range(size)])
     return torch.from_numpy(crops).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -135,88 +137,131 @@ def normalise_latents(vae: AutoencoderKL, images: np.ndarray, device: torch.devi
     vae.register_to_config(scaling_factor=1.0)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train for a fixed time (resumable), save the averaged model and a picture of reconstructions."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=22.0, help="whole training time, resumed runs included")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    device = pick_device(options.device)
-    root = build_dir() / "vae"
-    sprites = general_sprites()
-    vae = new_vae().to(device)
-    average = Average(vae, 0.998)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True)
-    step, spent, curve = 0, 0.0, []
-    checkpoint = root / "checkpoint.pt"
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load(state["average"])
-        step, spent, curve = state["step"], state["spent"], state["curve"]
-    print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {len(sprites)} sprites, step {step}")
+class Training:
+    """An autoencoder in training, and its checkpoint file.
 
-    def save() -> None:
+    With ``decoder_only`` the encoder stays as it is, so latents made with it stay valid.
+    """
+
+    def __init__(self, vae: AutoencoderKL, file: Path, decoder_only: bool) -> None:
+        self.vae, self.file, self.decoder_only = vae, file, decoder_only
+        for module in (vae.encoder, vae.quant_conv):
+            module.requires_grad_(not decoder_only)
+        self.learnt = [p for p in vae.parameters() if p.requires_grad]
+        self.average = Average(vae, 0.998)
+        self.optimizer = torch.optim.AdamW(self.learnt, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+        self.step, self.seen = 0, 0
+        self.curve: list[list[float]] = []
+        if file.is_file():
+            self.load()
+
+    def load(self) -> None:
+        """Go on from the checkpoint file."""
+        state = torch.load(self.file, map_location=self.vae.device, weights_only=True)
+        self.vae.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load(state["average"])
+        self.step, self.seen, self.curve = state["step"], state["seen"], state["curve"]
+
+    def save(self) -> None:
+        """Write the checkpoint file."""
         state = {
-            "model": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state(),
-            "step": step, "spent": spent, "curve": curve,
-        }  # fmt: skip
-        write_atomic(checkpoint, lambda part: torch.save(state, part))
+            "model": self.vae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state(),
+            "step": self.step,
+            "seen": self.seen,
+            "curve": self.curve,
+        }
+        write_atomic(self.file, lambda part: torch.save(state, part))
 
-    running, saved, began_at = 0.0, spent, step
-    limit = options.minutes * 60
-    while spent < limit:
-        began = time.monotonic()
-        rng = np.random.default_rng([options.seed, step])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(spent / limit, options.lr)
-        x = batch_of(sprites, rng, options.batch, device)
-        with autocast(device, options.dtype):
-            posterior = vae.encode(x).latent_dist
-            made = vae.decode(posterior.sample()).sample
-        kl = posterior.kl().float() / posterior.mean[0].numel()
+    def reconstruct(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the decoded pictures and the KL term per sample and latent value.
+
+        The decoder alone learns from latents with a little noise, as a denoiser's are, without KL.
+        """
+        if self.decoder_only:
+            with torch.no_grad():
+                latent = self.vae.encode(x).latent_dist.mean.float()
+            noise = torch.randn(latent.shape, generator=generator).to(latent) * 0.05
+            return self.vae.decode(latent + noise).sample, torch.zeros(1, device=x.device)
+        posterior = self.vae.encode(x).latent_dist
+        made = self.vae.decode(posterior.sample(generator)).sample
+        return made, posterior.kl().float() / posterior.mean[0].numel()
+
+    def update(self, x: Tensor, rate: float, dtype: str, seed: int) -> float:
+        """Make one optimizer step on pictures (B, 3, H, W) in -1..1 and return the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(x.device, dtype):
+            made, kl = self.reconstruct(x, torch.Generator().manual_seed(seed))
         loss = loss_terms(made.float(), x, kl)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(vae)
-        running += float(loss.detach())
-        step += 1
-        spent += time.monotonic() - began
-        if step % 100 == 0:
-            curve.append((step, running / 100))
-            print(
-                f"step {step} loss {running / 100:.4f} {spent / 60:.1f} min {step * options.batch / spent:.0f}/s",
-                flush=True,
-            )
-            running = 0.0
-        if spent - saved > options.save_every:
-            save()
-            saved = spent
-    if step > began_at:
-        save()
-    finish(
-        vae,
-        average,
-        root,
-        device,
-        {"steps": step, "crops": step * options.batch, "minutes": spent / 60, "curve": curve},
-    )
+        torch.nn.utils.clip_grad_norm_(self.learnt, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.vae)
+        self.step += 1
+        self.seen += len(x)
+        return float(loss.detach())
 
 
-def finish(vae: AutoencoderKL, average: Average, root: Path, device: torch.device, facts: dict[str, object]) -> None:
-    """Normalise and measure the averaged model on fresh scenes; save it as ``root/final``."""
-    average.copy_to(vae)
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--decoder", action="store_true", help="improve the decoder of the finished autoencoder only")
+    parser.add_argument("--steps", type=int, default=2600, help="whole training, resumed runs included")
+    parser.add_argument("--batch", type=int, default=None, help="pictures a step (32 crops; 8 whole with --decoder)")
+    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
+    return parser.parse_args(arguments)
+
+
+def train(run: Training, sprites: np.ndarray, options: argparse.Namespace) -> None:
+    """Train up to ``options.steps`` steps, on crops, or on whole pictures for the decoder alone."""
+    side = data.SIZE if run.decoder_only else CROP
+    size = options.batch or (8 if run.decoder_only else 32)
+    saved = time.monotonic()
+    losses: list[float] = []
+    while run.step < options.steps:
+        rng = np.random.default_rng([options.seed, int(run.decoder_only), run.step])
+        x = batch_of(sprites, rng, size, run.vae.device, side)
+        rate = learning_rate(run.step / options.steps, options.lr)
+        losses.append(run.update(x, rate, options.dtype, options.seed * 1_000_003 + run.step))
+        if run.step % 100 == 0:
+            run.curve.append([run.step, sum(losses) / len(losses)])
+            print(f"step {run.step} loss {run.curve[-1][1]:.4f}", flush=True)
+            losses.clear()
+        if time.monotonic() - saved > options.save_every:
+            run.save()
+            saved = time.monotonic()
+    run.save()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train (resumable), save the averaged model and pictures of reconstructions."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    device, root = pick_device(options.device), build_dir() / "vae"
+    vae = AutoencoderKL.from_pretrained(root / "final") if options.decoder else new_vae()
+    name = "decoder-checkpoint.pt" if options.decoder else "checkpoint.pt"
+    run = Training(vae.to(device), root / name, options.decoder)
+    sprites = general_sprites()
+    print(f"{sum(p.numel() for p in run.learnt) / 1e6:.2f} M parameters, {len(sprites)} sprites, step {run.step}")
+    train(run, sprites, options)
+    facts = json.loads((root / "facts.json").read_text("utf-8")) if options.decoder else {}
+    finish(run, root, facts)
+
+
+def finish(run: Training, root: Path, facts: dict[str, object]) -> None:
+    """Normalise and measure the averaged model on fresh scenes; save it as ``root/final``, update ``facts``."""
+    device, vae = run.vae.device, run.vae
+    run.average.copy_to(vae)
     vae.eval()
     rng = np.random.default_rng(999)
     sprites = data.load_sprites()
@@ -224,14 +269,17 @@ def finish(vae: AutoencoderKL, average: Average, root: Path, device: torch.devic
     for name, styles in {"base": tuple(data.BASE_STYLES), "held-out": tuple(data.HELD_STYLES)}.items():
         scenes = [data.sample_scene(rng, (55, 40, 5), styles) for _ in range(256)]
         sheets[name] = np.stack([data.render(scene, sprites) for scene in scenes])
-    normalise_latents(vae, sheets["base"], device)
+    if not run.decoder_only:
+        normalise_latents(vae, sheets["base"], device)
     for name, images in sheets.items():
         made, facts[f"mse {name} styles"] = reconstruction(vae, images, device)
         pairs = [im for a, b in zip(images[:48], made[:48], strict=True) for im in (a, b)]
         data.save_png(root / f"reconstruction-{name}.png", data.contact_sheet(pairs, 12))
     vae.save_pretrained(root / "final", safe_serialization=True)
+    facts["decoder pictures" if run.decoder_only else "crops"] = run.seen
+    facts["decoder curve" if run.decoder_only else "curve"] = run.curve
     write_json(root / "facts.json", facts)
-    print({k: v for k, v in facts.items() if k != "curve"})
+    print({k: v for k, v in facts.items() if "curve" not in k})
 
 
 if __name__ == "__main__":
