@@ -24,10 +24,9 @@ def make_accelerator(config: TrainImageConfig, dtype: torch.dtype, device: str, 
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     AcceleratorState._reset_state(reset_partial_state=not launched)
     GradientState._reset_state()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"cpu": device == "cpu"}
     if not launched:
         PartialState._reset_state()
-        options["cpu"] = device == "cpu"
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
             os.environ["ACCELERATE_TORCH_DEVICE"] = device

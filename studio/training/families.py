@@ -90,6 +90,12 @@ class Family:
         """Integer inputs of the text encoders that may learn."""
         return {name: _token_ids(self._tokenizer(name), texts) for name in self.text_encoder_names}
 
+    def cut_short(self, texts: Sequence[str]) -> list[str]:
+        """The prompts that are longer than the first text encoder reads."""
+        tokenizer = self.pipe.tokenizer
+        limit = tokenizer.model_max_length
+        return [text for text in texts if len(tokenizer(text, verbose=False).input_ids) > limit]
+
     def _tokenizer(self, encoder: str) -> Any:
         return getattr(self.pipe, encoder.replace("text_encoder", "tokenizer"))
 

@@ -25,6 +25,7 @@ from adapters.formats.fit import fit
 from adapters.progress import Monitor, Progress, Silent
 from studio import devices, settings
 from studio.datasets.cache import fingerprint
+from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.plan import PictureSet, Plan
 from studio.datasets.seeds import global_seed
 from studio.schemas.train_image import TrainImageConfig
@@ -122,7 +123,7 @@ class Training:
     seconds: float = 0.0
 
     # ---------------------------------------------------------------- preparation
-    def prepare(self, report: Any) -> None:
+    def prepare(self, report: FolderReport) -> None:
         """Data, adapters and optimiser."""
         config, family = self.config, self.family
         self.plugins.configure(config)
@@ -151,8 +152,19 @@ class Training:
         self.supply.warm(self.monitor, picks)
         self.validation = [self.supply.assemble([pick], 1) for pick in picks]
         self.prompts = sample_prompts(config, shown.captions)
+        self.monitor.report(Progress("data", message=self._data_summary(report, shown)))
         self._rest()
         self._inject()
+
+    def _data_summary(self, report: FolderReport, shown: PictureSet) -> str:
+        sizes = ", ".join(f"{w} x {h}" for w, h in sorted(set(shown.buckets)))
+        parts = [f"{len(shown)} pictures, {len(set(shown.captions))} different captions, sizes {sizes}"]
+        if report.broken:
+            parts.append(f"left out: {', '.join(sorted(report.broken))}")
+        long = self.family.cut_short(sorted(set(shown.captions)))
+        if long:
+            parts.append(f"{len(long)} captions are longer than the text encoder reads, e.g. '{long[0][:60]}...'")
+        return "; ".join(parts)
 
     def _check_model(self) -> None:
         config, family = self.config, self.family
@@ -168,8 +180,6 @@ class Training:
         config = self.config
         if not config.prior_preservation:
             return None
-        from studio.datasets.pictures import usable_pictures
-
         place = Path(config.class_data).expanduser()
         if not config.class_data:
             size = self.rule.square

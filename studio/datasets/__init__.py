@@ -1,0 +1,1 @@
+"""Training data: pictures and captions on disk, and the batches they become."""
