@@ -25,10 +25,11 @@ def pipeline(choice: ModelChoice) -> Iterator[Any]:
     """
     global _kept
     key = _key(choice)
-    if _kept is None or _kept[0] != key:
+    kept = _kept  # another thread may release it meanwhile; this use goes on with what it has
+    if kept is None or kept[0] != key:
         release()
-        _kept = (key, _load(choice))
-    pipe = _kept[1]
+        kept = _kept = (key, _load(choice))
+    pipe = kept[1]
     try:
         with pipe:
             yield pipe

@@ -66,7 +66,7 @@ def compose(
     if plan:
         _show_plan(chosen, output)
     elif detach:
-        launch.detach("compose", chosen, output)
+        launch.detach("compose", _checked(chosen), output)
     else:
         _make(chosen, threads, out, output)
 
@@ -108,6 +108,15 @@ def _put(target: Any, parts: list[str], value: Any, place: str) -> None:
             target[parts[-1]] = value
     except (KeyError, IndexError, ValueError, TypeError):
         raise InputError(f"--set {place}: there is no such place in the configuration.") from None
+
+
+def _checked(config: ComposeConfig) -> ComposeConfig:
+    """The configuration with its files looked up now, so that a wrong name is told here and not by the worker."""
+    from studio import compose as job
+    from studio import library
+
+    library.resolve_base(config.base)
+    return job.settled(config)
 
 
 def _show_plan(config: ComposeConfig, output: Output) -> None:

@@ -22,6 +22,7 @@ from huey.consumer import Consumer
 from adapters.errors import InputError
 from studio import settings
 from studio.jobs import process, queue, store
+from studio.jobs.execute import release_pipeline
 from studio.jobs.monitor import STOPPING
 
 logger = logging.getLogger("studio.worker")
@@ -110,9 +111,12 @@ def _beat(name: str, consumer: Consumer, idle_seconds: float) -> None:
     me = process.identity()
     while not STOPPING.wait(BEAT_SECONDS):
         store.beat_worker(me["host"], me["pid"])
-        mine = [job for job in store.newest(20, ["running", "cancelling"]) if job.pid == me["pid"]]
+        at_work = [job for job in store.newest(50, ["running", "cancelling"]) if job.host == me["host"]]
+        mine = [job for job in at_work if job.pid == me["pid"]]
         for job in mine:
             store.beat(job.id)
+        if at_work and not mine:
+            release_pipeline()  # somebody else here needs the memory now
         if mine or queue.waiting(name):
             last_work = time.monotonic()
         elif idle_seconds and time.monotonic() - last_work > idle_seconds:

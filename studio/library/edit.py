@@ -55,18 +55,33 @@ def import_base(source: str | os.PathLike[str], name: str | None = None) -> Reco
 def _import(source: str | os.PathLike[str], name: str | None, kind: scan.Kind) -> Record:
     text = os.fspath(source)
     path = Path(text).expanduser()
-    if not path.exists():
-        if not HUB_ID.match(text):
-            raise InputError(f"'{text}' is neither a file, a folder nor a hub id (owner/name).")
-        path = hub.fetch_adapter(text) if kind == "adapter" else hub.fetch_base(text)
-        name = name or text.split("/")[1]
-    path = path.absolute()
+    if path.exists():
+        return _copied(path.absolute(), name, kind, text)
+    if not HUB_ID.match(text):
+        raise InputError(f"'{text}' is neither a file, a folder nor a hub id (owner/name).")
+    name = name or text.split("/")[1]
+    if kind == "adapter":
+        return _copied(hub.fetch_adapter(text), name, kind, text)
+    return _downloaded_base(text, name)
+
+
+def _copied(path: Path, name: str | None, kind: scan.Kind, shown: str) -> Record:
     checked = scan.record(path, kind)
     if checked.problem:
-        raise InputError(f"'{text}' cannot be imported: {checked.problem}.")
+        raise InputError(f"'{shown}' cannot be imported: {checked.problem}.")
     target = _place(name or scan.own_name(path), path, kind)
     _copy(path, target)
     return _record_at(target, kind)
+
+
+def _downloaded_base(repo: str, name: str) -> Record:
+    """Base models are large: fetched straight into the library, under a hidden name until they are whole."""
+    _check_name(name, "base")
+    root = settings.base_folders()[0]
+    draft = hub.fetch_base(repo, root / f".{repo.replace('/', '--')}")
+    shutil.rmtree(draft / ".cache", ignore_errors=True)
+    draft.rename(root / name)
+    return _record_at(root / name, "base")
 
 
 def rename(name: str, new_name: str, kind: scan.Kind = "adapter") -> Record:

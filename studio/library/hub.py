@@ -30,15 +30,19 @@ def fetch_adapter(place: str) -> Path:
     return Path(_asked(repo, lambda: hub.hf_hub_download(repo, file)))
 
 
-def fetch_base(repo: str) -> Path:
-    """Download a pipeline folder and return where it is; raises :class:`InputError` as :func:`fetch_adapter`."""
+def fetch_base(repo: str, folder: Path) -> Path:
+    """Download a pipeline into ``folder`` and return it; what an earlier try has fetched is not fetched again.
+
+    Raises:
+        InputError: as :func:`fetch_adapter`, or the repository is no pipeline.
+    """
     import huggingface_hub as hub
 
-    wanted = ["model_index.json", "README.md", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
-    names = _files(repo)
-    if "model_index.json" not in names:
+    if "model_index.json" not in _files(repo):
         raise InputError(f"'{repo}' on the hub is no pipeline folder (it has no model_index.json).")
-    return Path(_asked(repo, lambda: hub.snapshot_download(repo, allow_patterns=wanted)))
+    wanted = ["model_index.json", "README.md", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    _asked(repo, lambda: hub.snapshot_download(repo, allow_patterns=wanted, local_dir=folder))
+    return folder
 
 
 def _files(repo: str) -> list[str]:

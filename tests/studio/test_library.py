@@ -319,3 +319,17 @@ def test_a_folder_hash_tells_names_and_contents(tmp_path):
     assert cache.sha256(tmp_path / "one") == cache.sha256(tmp_path / "two")
     (tmp_path / "two" / "unet" / "weights").rename(tmp_path / "two" / "unet" / "other")
     assert cache.sha256(tmp_path / "one") != cache.sha256(tmp_path / "two")
+
+
+def test_a_base_from_the_hub_goes_straight_into_the_library(monkeypatch):
+    import huggingface_hub
+
+    def download(repo, allow_patterns, local_dir):
+        local_dir.mkdir(exist_ok=True)
+        (local_dir / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+
+    monkeypatch.setattr(hub, "_files", lambda repo: ["model_index.json"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    record = library.import_base("owner/model", "mine")
+    assert (record.name, record.family, record.path) == ("mine", "sd", places.base_folders()[0] / "mine")
+    assert [path.name for path in record.path.parent.iterdir()] == ["mine"]

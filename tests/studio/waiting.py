@@ -8,7 +8,7 @@ from collections.abc import Callable
 from studio import jobs
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait until ``condition()`` holds; fail when it takes too long."""
     end = time.monotonic() + seconds
     while not condition():
