@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.lora_base import set_adapters_for_text_encoder
 
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress
@@ -205,9 +206,6 @@ def test_te_weight(sd: Bed) -> None:
     pipe = sd.pipe()
     pipe.load_lora_weights(sd.files["a"], adapter_name="a")
     pipe.set_adapters(["a"], [0.8])
-    pipe.text_encoder.set_adapters(["a"], [0.3]) if hasattr(pipe.text_encoder, "set_adapters") else None
-    from diffusers.loaders.lora_base import set_adapters_for_text_encoder
-
     set_adapters_for_text_encoder(["a"], pipe.text_encoder, [0.3])
     composer = MultiLoRAPipeline(sd.pipe())
     composer.load_lora(sd.files["a"], "a", weight=0.8, te_weight=0.3)

@@ -1,0 +1,226 @@
+"""Every family against diffusers and PEFT: merge, switch, composite, and guidance as each family does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.diffusion import MultiLoRAPipeline
+from pipelines.diffusion.families import FAMILIES, detect, family_of
+from tests import tiny
+from tests.pipelines.conftest import PROMPT, Bed, close, latents, peft_latents
+
+OTHERS = ("sdxl", "sd3", "flux")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_family_is_recognised(family: str, tmp_path: Any) -> None:
+    path = tiny.saved(family, tmp_path)
+    assert detect(path).name == family
+    assert family_of(tiny.FAMILIES[family]()).name == family
+    assert FAMILIES[family].denoiser in ("unet", "transformer")
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("method", ["merge", "switch", "composite"])
+def test_one_adapter_is_plain_lora(beds: Callable[[str], Bed], family: str, method: str) -> None:
+    bed = beds(family)
+    pipe = bed.pipe()
+    pipe.load_lora_weights(bed.files["a"], adapter_name="a")
+    close(latents(bed.composer("a"), method), peft_latents(pipe))
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_merge_equals_set_adapters(beds: Callable[[str], Bed], family: str) -> None:
+    bed = beds(family)
+    pipe = bed.pipe()
+    for name in "abc":
+        pipe.load_lora_weights(bed.files[name], adapter_name=name)
+    pipe.set_adapters(["a", "b", "c"], [0.8, 0.5, 1.2])
+    close(latents(bed.composer("a", "b", "c", a=0.8, b=0.5, c=1.2), "merge"), peft_latents(pipe))
+
+
+class Averaged:
+    """The reference for composite: a denoiser that is asked once per adapter, with that adapter's own prompt.
+
+    It stands in for the pipeline's denoiser, so that the pipeline itself does everything else.
+    """
+
+    def __init__(
+        self, pipe: Any, name: str, names: list[str], texts: list[dict[str, Tensor]], given: dict[str, Tensor]
+    ):
+        self.pipe, self.model, self.names, self.texts, self.given = pipe, getattr(pipe, name), names, texts, given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        outputs = []
+        for name, text in zip(self.names, self.texts, strict=True):
+            self.pipe.set_adapters([name])
+            outputs.append(self.model(*args, **self._with_text(kwargs, text))[0])
+        return (torch.stack(outputs).mean(0),)
+
+    def _with_text(self, kwargs: dict[str, Any], text: dict[str, Tensor]) -> dict[str, Any]:
+        """Every tensor equal to one of the first adapter's embeddings, replaced by this adapter's."""
+
+        def swapped(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: swapped(item) for key, item in value.items()}
+            for key, tensor in self.given.items():
+                if isinstance(value, Tensor) and value.shape == tensor.shape and torch.equal(value, tensor):
+                    return text[key]
+            return value
+
+        return {key: swapped(value) for key, value in kwargs.items()}
+
+
+def roles(encoding: Any) -> dict[str, Tensor]:
+    """Everything a pipeline may hand to its denoiser: positive, negative and both halves of each embedding."""
+    found = {f"positive {kind}": tensor for kind, tensor in encoding.positive.items()}
+    for kind, tensor in (encoding.negative or {}).items():
+        found[f"negative {kind}"] = tensor
+        found[f"both {kind}"] = torch.cat([tensor, encoding.positive[kind]])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("sdxl", {}),
+        ("sdxl", {"guidance_scale": 1.0}),
+        ("sd3", {}),
+        ("sd3", {"guidance_scale": 1.0}),
+        ("flux", {}),
+        ("flux", {"true_cfg_scale": 3.0, "negative_prompt": "dull"}),
+    ],
+)
+@pytest.mark.parametrize("adapter_batch", [None, 1])
+@torch.no_grad()
+def test_composite_equals_separate_passes(
+    beds: Callable[[str], Bed], family: str, options: dict[str, Any], adapter_batch: int | None
+) -> None:
+    bed = beds(family)
+    guided = options.get("true_cfg_scale", options.get("guidance_scale", 5.0) if family != "flux" else 1.0) > 1
+    negative = options.get("negative_prompt")
+    pipe = bed.pipe()
+    texts = []
+    for name in "ab":
+        pipe.load_lora_weights(bed.files[name], adapter_name=name)
+    for name in "ab":
+        pipe.set_adapters([name])
+        texts.append(FAMILIES[family].encode(pipe, PROMPT, negative, 1, guided))
+    denoiser = tiny.denoiser_name(pipe)
+    stand_in = Averaged(pipe, denoiser, ["a", "b"], [roles(text) for text in texts], roles(texts[0]))
+    original = getattr(pipe, denoiser).forward
+    model = getattr(pipe, denoiser)
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        model.forward = original
+        try:
+            return stand_in(*args, **kwargs)
+        finally:
+            model.forward = once
+
+    model.forward = once
+    extra = {"true_cfg_scale": options["true_cfg_scale"]} if "true_cfg_scale" in options else {}
+    wanted = pipe(
+        num_inference_steps=4,
+        guidance_scale=options.get("guidance_scale", 5.0),
+        width=32,
+        height=32,
+        generator=[torch.Generator().manual_seed(3)],
+        output_type="latent",
+        **texts[0].call_arguments(),
+        **extra,
+    ).images
+    close(latents(bed.composer("a", "b"), "composite", adapter_batch=adapter_batch, **options), wanted)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_identical_adapters_and_zero_weights(beds: Callable[[str], Bed], family: str) -> None:
+    bed = beds(family)
+    composer = bed.composer("a")
+    composer.load_lora(bed.files["a"], "again")
+    close(latents(composer, "composite"), latents(bed.composer("a"), "merge"))
+    assert torch.equal(latents(bed.composer("a", a=0.0), "composite"), peft_latents(bed.pipe()))
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_switch_and_many_pictures(beds: Callable[[str], Bed], family: str) -> None:
+    bed = beds(family)
+    composer = bed.composer("a", "b")
+    assert torch.equal(latents(composer, "switch", tau=4), latents(bed.composer("a"), "merge"))
+    many = latents(composer, "composite", images=2, seed=7)
+    close(many[1:], latents(composer, "composite", images=1, seed=8))
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_previews_and_pictures(beds: Callable[[str], Bed], family: str) -> None:
+    from tests.pipelines.test_composition import Watcher
+
+    watcher = Watcher()
+    composer: MultiLoRAPipeline = beds(family).composer("a")
+    picture = composer(PROMPT, steps=2, width=32, height=16, monitor=watcher, preview_every=1).images[0]
+    assert picture.size == (32, 16)
+    assert watcher.reports[0].preview.size == (32, 16)
+
+
+def test_flux_without_guidance_embedding() -> None:
+    composer = MultiLoRAPipeline(tiny.flux(guidance_embeds=False))
+    assert torch.isfinite(latents(composer)).all()
+
+
+def test_flow_models_have_flow_samplers(beds: Callable[[str], Bed]) -> None:
+    from adapters.errors import InputError
+
+    composer = beds("sd3").composer("a")
+    assert torch.equal(latents(composer, scheduler="euler"), latents(composer))
+    with pytest.raises(InputError, match="flow-matching"):
+        latents(composer, scheduler="ddim")
+
+
+def test_adapter_of_another_family_is_refused(beds: Callable[[str], Bed]) -> None:
+    from adapters.errors import FamilyError
+
+    with pytest.raises(FamilyError, match="'transformer'"):
+        beds("sd").composer().load_lora(beds("flux").files["a"])
+    with pytest.raises(FamilyError, match=r"(?s)sdxl|no module|shape"):
+        beds("sd").composer().load_lora(beds("sdxl").files["a"])
+    with pytest.raises(FamilyError, match="'unet'"):
+        beds("sd3").composer().load_lora(beds("sd").files["a"])
+
+
+def test_kohya_file_in_sdxls_original_names(beds: Callable[[str], Bed], tmp_path: Any) -> None:
+    """input_blocks / middle_block / output_blocks, as kohya's SDXL trainer writes them, load into the same modules."""
+    from safetensors.torch import save_file
+
+    bed = beds("sdxl")
+    composer = bed.composer("b")
+    layers = composer._loaded["b"].file.parts["unet"]
+    tensors: dict[str, Tensor] = {}
+    for module, layer in layers.items():
+        name = f"lora_unet_{sgm_name(module).replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.A.clone(), layer.B.clone()
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    save_file(tensors, tmp_path / "sgm.safetensors")
+    again = MultiLoRAPipeline(bed.pipe())
+    again.load_lora(tmp_path / "sgm.safetensors")
+    only_unet = MultiLoRAPipeline(bed.pipe())
+    only_unet.load_lora(bed.files["b"], te_weight=0.0)
+    assert torch.equal(latents(again), latents(only_unet))
+
+
+def sgm_name(module: str) -> str:
+    """diffusers' name of an attention layer of the tiny SDXL -> the name in the original code."""
+    places = {
+        "down_blocks.1.attentions.0": "input_blocks.3.1",
+        "mid_block.attentions.0": "middle_block.1",
+        "up_blocks.0.attentions.0": "output_blocks.0.1",
+        "up_blocks.0.attentions.1": "output_blocks.1.1",
+    }
+    for ours, theirs in places.items():
+        if module.startswith(f"{ours}."):
+            return module.replace(ours, theirs, 1)
+    raise AssertionError(module)
