@@ -40,6 +40,7 @@ def adapter(path: Path) -> dict[str, Any]:
         "algorithm": algorithm,
         "layers": sum(counts.values()),
         "ranks": dict(sorted(counts.items())) if len(counts) > 1 else {},
+        **_from_recipe(recipe or {}),
         **{key: card[key] for key in ("description", "license", "base_model") if key in card},
     }
     return {
@@ -52,6 +53,12 @@ def adapter(path: Path) -> dict[str, Any]:
         "recipe": recipe,
         "notes": {key: value for key, value in notes.items() if value},
     }  # fmt: skip
+
+
+def _from_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a person wants to know of a training recipe."""
+    base_model, data, config = (recipe.get(part) or {} for part in ("base", "data", "config"))
+    return {"base_model": base_model.get("name"), "example": data.get("example_prompt"), "mode": config.get("mode")}
 
 
 def base(path: Path) -> dict[str, Any]:
@@ -98,8 +105,8 @@ def preview(path: Path) -> Path | None:
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """The card beside the weights: card.yaml / card.json, or the YAML block on top of README.md."""
-    places = [path / name for name in ("card.yaml", "card.json", "README.md")] if path.is_dir() else [
+    """The card beside the weights: card.yaml / card.json, or the YAML block on top of card.md / README.md."""
+    places = [path / name for name in ("card.yaml", "card.json", "card.md", "README.md")] if path.is_dir() else [
         path.with_suffix(ending) for ending in (".yaml", ".json", ".md")
     ]  # fmt: skip
     for place in places:

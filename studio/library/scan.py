@@ -116,7 +116,7 @@ def _whole(folder: Path, kind: Kind) -> bool:
         return True
     names = [entry.name for entry in _entries(folder)]
     weights = [name for name in names if name.endswith(".safetensors")]
-    cards = {"card.yaml", "card.json", "README.md", "preview.png"}
+    cards = {"card.yaml", "card.json", "card.md", "README.md", "preview.png"}
     return len(weights) == 1 and (bool(cards & set(names)) or weights[0] == "pytorch_lora_weights.safetensors")
 
 

@@ -60,6 +60,18 @@ def test_a_peft_folder_is_one_adapter(shelf):
     assert library.resolve_adapter("style") == shelf / "style"
 
 
+def test_a_training_folder_is_one_adapter(shelf):
+    (shelf / "fox").mkdir()
+    recipe = {"data": {"example_prompt": "a zxq fox"}, "base": {"name": "tinymoji"}, "config": {"mode": "concept"}}
+    diffusers_lora(shelf / "fox" / "fox-8.safetensors", adapter_studio_recipe=json.dumps(recipe))
+    (shelf / "fox" / "card.md").write_text("# fox")
+    record = library.find("fox")
+    assert record.path == shelf / "fox"
+    assert record.notes["example"] == "a zxq fox"
+    assert record.notes["base_model"] == "tinymoji"
+    assert record.notes["mode"] == "concept"
+
+
 def test_a_folder_of_adapters_is_searched(shelf):
     (shelf / "people").mkdir()
     diffusers_lora(shelf / "people" / "ann.safetensors")
