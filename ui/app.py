@@ -42,12 +42,8 @@ class _Pages:
     jobs: jobs.Page
 
 
-def build(local_paths: bool = True) -> gr.Blocks:
-    """The whole app.
-
-    Args:
-        local_paths: pages may import files of the computer the app runs on; off when others can reach it.
-    """
+def build() -> gr.Blocks:
+    """The whole app."""
     os.environ["GRADIO_TEMP_DIR"] = str(pictures.uploads())  # before components are made: they remember it
     app = gr.Blocks(title="Adapter Studio", analytics_enabled=False, fill_width=True, delete_cache=(A_DAY, A_DAY))
     with app:
@@ -58,7 +54,7 @@ def build(local_paths: bool = True) -> gr.Blocks:
             with gr.Tab("Train", id="train", render_children=True):
                 train_page = train.build()
             with gr.Tab("Library", id="library", render_children=True):
-                library_page = library.build(local_paths)
+                library_page = library.build()
             with gr.Tab("Jobs", id="jobs", render_children=True):
                 jobs_page = jobs.build()
         pages = _Pages(tabs, compose_page, train_page, library_page, jobs_page)
@@ -173,7 +169,7 @@ def launch(
     if not password and (share or host not in LOOPBACK):
         raise InputError("Others could reach the app, and with it this computer: give a password too (--password).")
     check_address(host, port)
-    app = build(local_paths=host in LOOPBACK and not share)
+    app = build()
     app.queue(default_concurrency_limit=8)
     app.launch(
         server_name=host, server_port=port, share=share, inbrowser=open_browser, max_file_size=max_upload,

@@ -28,10 +28,13 @@ def tag(word: str, tone: str = "") -> str:
     return f'<span class="as-tag {tone}">{text(word)}</span>'
 
 
+_WIDE = 28
+
+
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
     """A definition list of the pairs that have a value."""
     rows = "".join(
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
+        f"<div{' class=wide' if len(str(value)) > _WIDE else ''}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
         for name, value in pairs
         if value not in (None, "", [], {}, ())
     )
@@ -59,9 +62,9 @@ def file_size(count: float | None) -> str:
         return ""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
-            return f"{count:.0f} {unit}" if unit != "MB" else f"{count:.1f} {unit}"
+            return f"{count:.0f}\u00a0{unit}" if unit != "MB" else f"{count:.1f}\u00a0{unit}"
         count /= 1000
-    return f"{count:.1f} GB"
+    return f"{count:.1f}\u00a0GB"
 
 
 def duration(seconds: float | None) -> str:

@@ -99,7 +99,7 @@ def show(item: Field, value: Any) -> Any:
     if item.kind == "choices":
         return list(value or ())
     if item.kind in ("integer", "number") and item.optional:
-        return "" if value is None else f"{value:g}" if item.kind == "number" else str(value)
+        return "" if value is None else str(value).removesuffix(".0")
     return value
 
 

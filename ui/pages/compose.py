@@ -77,7 +77,8 @@ def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox]:
                                              placeholder="what to avoid (optional)")  # fmt: skip
     with gr.Group(elem_classes="as-card"):
         picker = gr.Dropdown(
-            adapter_choices(), value=None, label="Adapters", info="From your library; order matters for switch.",
+            adapter_choices(), value=None, label="Adapters",
+            info="Choose from your library; their order matters for switch.",
             elem_id="adapter-picker", interactive=True,
         )  # fmt: skip
         adapters = rack.rack()
@@ -128,7 +129,7 @@ def _picture_settings(form: Form) -> gr.Checkbox:
             form[name] = schema_form.widget(KNOWN[name], info=None, elem_id=name, min_width=90)
     with gr.Row(elem_classes="as-seed"):
         form["seed"] = gr.Number(label="Seed", precision=0, value=KNOWN["seed"].default, minimum=0, elem_id="seed",
-                                 min_width=120)  # fmt: skip
+                                 min_width=150)  # fmt: skip
         dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=84, scale=0)
         again = gr.Checkbox(True, label="New seed each time", elem_id="new-seed", min_width=150, container=False)
     dice.click(None, None, form["seed"], js=_RANDOM, show_progress="hidden")
@@ -289,7 +290,7 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
         gr.update(value=[str(path) for path in pictures], visible=bool(pictures), selected_index=None,
                   columns=1 if len(pictures) == 1 else 2)
         if changed else gr.skip(),
-        str(pictures[0]) if changed and pictures else gr.skip(),
+        (str(pictures[0]) if pictures else "") if changed else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
     ]  # fmt: skip
 

@@ -32,8 +32,8 @@ class Page:
     use: gr.Button
 
 
-def build(local_paths: bool = True) -> Page:
-    """Draw the page inside the current tab; ``local_paths`` lets the page import files of the computer it runs on."""
+def build() -> Page:
+    """Draw the page inside the current tab."""
     chosen = gr.State("")
     with gr.Row(elem_classes="as-page"):
         with gr.Column(scale=7, min_width=320):
@@ -43,12 +43,12 @@ def build(local_paths: bool = True) -> Page:
                 search = gr.Textbox(label="Search", show_label=False, placeholder="Search name, family or trigger",
                                     elem_id="library-search", container=False, max_lines=1)  # fmt: skip
             cards = pick_list(elem_id="library-cards")
-            importing = _Import.draw(local_paths)
+            importing = _Import.draw()
         with gr.Column(scale=5, min_width=320, elem_id="library-detail", elem_classes="as-side"):
             detail = _Detail.draw()
     page = Page([shelf, search, chosen], [cards, chosen, *detail.view], chosen, shelf, detail.use)
     _wire_choosing(page, search, cards)
-    _wire_import(page, importing, local_paths)
+    _wire_import(page, importing)
     _wire_changes(page, detail)
     return page
 
@@ -61,13 +61,13 @@ class _Import:
     button: gr.Button
 
     @classmethod
-    def draw(cls, local_paths: bool) -> _Import:
+    def draw(cls) -> _Import:
         with gr.Accordion("Import", open=False, elem_classes="as-more", elem_id="library-import"):
             upload = gr.File(label="Drop a .safetensors adapter", file_types=[".safetensors"], height=110,
                              elem_id="import-file")  # fmt: skip
             place = gr.Textbox(
-                label="Or from the Hugging Face Hub" + (" or this computer" if local_paths else ""),
-                placeholder="owner/repository" + (" or /path/to/file.safetensors" if local_paths else ""),
+                label="Or from the Hugging Face Hub or this computer",
+                placeholder="owner/repository or /path/to/file.safetensors",
                 max_lines=1, elem_id="import-place",
             )  # fmt: skip
             name = gr.Textbox(label="Name in the library", placeholder="its own name", max_lines=1)
@@ -254,14 +254,12 @@ _TO_DETAIL = """() => { if (window.innerWidth < 760)
   document.getElementById('library-detail')?.scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
 
 
-def _wire_import(page: Page, importing: _Import, local_paths: bool) -> None:
+def _wire_import(page: Page, importing: _Import) -> None:
     @polite
     def bring(upload: str | None, place: str, name: str, shelf: Shelf) -> Any:
         source = upload or place.strip()
         if not source:
             raise InputError("Drop a file, or write a hub id, to import.")
-        if not upload and not local_paths and not is_hub_id(source):
-            raise InputError("This studio is open to others, so it imports uploads and hub ids only, no paths.")
         bring_in = library.import_base if shelf == "base" and not upload else library.import_adapter
         record = bring_in(source, name.strip() or None)
         gr.Info(f"'{markup.text(record.name)}' is in the library.", title="Imported")
@@ -273,11 +271,6 @@ def _wire_import(page: Page, importing: _Import, local_paths: bool) -> None:
         [importing.upload, importing.place, importing.name, page.shelf, *page.refresh_outputs],
         show_progress="minimal", show_progress_on=importing.button, api_visibility="private",
     )  # fmt: skip
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether ``text`` is ``owner/repository`` (and perhaps a file in it) rather than a place on this computer."""
-    return text.count("/") >= 1 and not text.startswith(("/", "~", ".", "\\")) and ":" not in text and ".." not in text
 
 
 def _wire_changes(page: Page, detail: _Detail) -> None:

@@ -1,0 +1,207 @@
+"""The app as a person meets it: in a real browser, with real jobs on the embedded base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from studio import images
+from tests.ui.conftest import Tab
+
+pytestmark = pytest.mark.browser
+
+LONG = 240_000
+"""Milliseconds for what a worker must start for: enough on a machine that is busy with other things."""
+
+PAGES = ("compose", "train", "library", "jobs")
+
+
+def choose(page: Any, name: str) -> None:
+    """Pick an adapter with the keyboard."""
+    page.click("#adapter-picker input")
+    page.keyboard.type(name)
+    page.wait_for_selector(f"[role=option]:has-text('{name}')")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f".as-rack-row:has-text('{name}')")
+
+
+def go(page: Any, view: str) -> None:
+    page.click(f"#pages button[role=tab]:text-is('{view.capitalize()}')")
+
+
+def until_done(page: Any, panel: str) -> None:
+    page.wait_for_selector(f"{panel} .as-tag:is(.good, .bad)", timeout=LONG)
+    assert page.inner_text(f"{panel} .as-tag") == "done", page.inner_text(panel)
+
+
+def test_every_page_opens_without_errors_and_is_labelled(tab: Tab) -> None:
+    page = tab.open("compose")
+    for view in PAGES:
+        go(page, view)
+        page.wait_for_timeout(300)
+        assert page.evaluate(_UNLABELLED) == []
+
+
+_UNLABELLED = """() => [...document.querySelectorAll('input:not([type=file]):not([type=hidden]), textarea, button')]
+  .filter((e) => e.offsetParent && !e.closest('label') && !e.getAttribute('aria-label') && !e.title
+                 && !(e.tagName === 'BUTTON' && e.textContent.trim()))
+  .map((e) => e.outerHTML.slice(0, 120))"""
+
+
+def test_nothing_is_wider_than_a_phone(narrow_tab: Tab) -> None:
+    page = narrow_tab.open("compose")
+    for view in PAGES:
+        go(page, view)
+        for more in page.locator(".as-more > button:visible").all():
+            more.click()
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+
+
+def test_compose_with_two_adapters_and_reuse_the_recipe(tab: Tab, tmp_path: Path) -> None:
+    page = tab.open("compose")
+    page.fill("#prompt textarea", "a robot")
+    choose(page, "robot")
+    choose(page, "chalk")
+    page.click(".as-rack-row:has-text('chalk') .as-chip")
+    page.wait_for_function("document.querySelector('#prompt textarea').value.endsWith('in chalk style')")
+    page.fill(".as-rack-row:has-text('robot') input[type=number]", "0.7")
+    page.locator(".as-rack-row:has-text('chalk') .as-span input").first.fill("30")
+    page.click("#method label:has-text('Composite')")
+    page.fill("#steps input", "3")
+    page.fill("#images input", "2")
+    page.click("#generate")
+    until_done(page, "#compose-panel")
+    assert page.locator("#compose-gallery img").count() == 2
+    recipe = page.inner_text("#compose-recipe")
+    assert "a robot, in chalk style" in recipe
+    assert "× 0.7" in recipe
+    assert "30% to 100%" in recipe
+
+    with page.expect_download() as download:
+        page.click("text=Download with recipe")
+    picture = tmp_path / "picture.png"
+    download.value.save_as(picture)
+    config = images.read_recipe(picture)["config"]
+    assert [(use["name"], use["weight"]) for use in config["adapters"]] == [("robot", 0.7), ("chalk", 1.0)]
+    assert (config["steps"], config["images"], config["method"]) == (3, 1, "composite")
+
+    page.fill("#prompt textarea", "something else")
+    page.fill("#steps input", "9")
+    page.click("[aria-label='Remove chalk']")
+    page.click("#reuse")
+    expect_form(page, config)
+
+    page.reload()
+    page.wait_for_selector("#generate")
+    page.click("text=Settings from a picture made earlier")
+    page.set_input_files("#recipe-drop input[type=file]", str(picture))
+    expect_form(page, config)
+
+
+def expect_form(page: Any, config: dict[str, Any]) -> None:
+    page.wait_for_function(f"document.querySelector('#prompt textarea').value === {config['prompt']!r}")
+    page.wait_for_function(f"document.querySelector('#seed input').value === '{config['seed']}'")
+    page.wait_for_function("document.querySelectorAll('.as-rack-row').length === 2")
+    assert page.input_value("#steps input") == "3"
+    assert page.input_value(".as-rack-row:has-text('robot') input[type=number]") == "0.7"
+    assert page.input_value(".as-rack-row:has-text('chalk') .as-span input >> nth=0") == "30"
+    assert page.is_checked("#method input[value=composite]")
+    assert not page.is_checked("#new-seed input")
+
+
+def test_train_five_steps_see_it_in_jobs_and_try_it(tab: Tab, tmp_path: Path) -> None:
+    files = [str(draw(tmp_path / f"photo-{number}.png", number)) for number in range(2)]
+    caption = tmp_path / "photo-1.txt"
+    caption.write_text("a zxq on a table")
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    page = tab.open("train")
+    page.click("#train-start")
+    page.wait_for_selector("text=There are no pictures yet")
+    page.set_input_files("#train-drop input[type=file]", [*files, str(caption), str(broken)])
+    page.wait_for_selector("text='broken.png' cannot be read as a picture.")
+    assert page.locator(".as-caption").count() == 2
+    assert page.input_value(".as-caption:has-text('photo-1') textarea") == "a zxq on a table"
+    page.fill(".as-caption:has-text('photo-0') textarea", "a zxq in the sun")
+    page.click("#train-length label:has-text('Quick')")
+    page.wait_for_function("document.querySelector('#train-steps input').value === '150'")
+    page.fill("#train-name textarea, #train-name input", "zxq-thing")
+    page.fill("#train-trigger textarea, #train-trigger input", "zxq")
+    page.fill("#train-steps input", "5")
+    page.fill("#train-rank input", "2")
+    page.click("#train-start")
+    go(page, "jobs")
+    page.click(".as-job-row:has-text('zxq-thing')")
+    until_done(page, "#jobs-panel")
+    assert "training" in page.inner_text("#job-log")
+    page.click("#job-open")
+    page.wait_for_selector("#loss-plot svg")
+    page.wait_for_selector("#train-panel .as-tag.good")
+    kept = next(iter(sorted((tab.server.home / "datasets").iterdir())))
+    assert sorted(file.read_text().strip() for file in kept.glob("*.txt")) == ["a zxq in the sun", "a zxq on a table"]
+    page.click("#try-it")
+    page.wait_for_selector(".as-rack-row:has-text('zxq-thing')")
+    assert page.input_value("#prompt textarea").endswith("zxq")
+
+
+def draw(path: Path, number: int) -> Path:
+    picture = Image.new("RGB", (96, 80), "white")
+    ImageDraw.Draw(picture).ellipse([20, 10, 70, 60], fill=(200, 40 * number, 40))
+    picture.save(path)
+    return path
+
+
+def test_mistakes_are_sentences_and_work_can_be_cancelled(tab: Tab) -> None:
+    page = tab.open("compose")
+    page.fill("#prompt textarea", " ")
+    page.click("#generate")
+    page.wait_for_selector("text=Write a prompt first")
+    page.fill("#prompt textarea", "a slow one")
+    page.fill("#width input, #width textarea", "wide")
+    page.click("#generate")
+    page.wait_for_selector("text=Width: 'wide' is no number.")
+    page.fill("#width input, #width textarea", "")
+    page.fill("#steps input", "900")
+    page.click("#generate")
+    page.wait_for_selector("#compose-cancel:visible")
+    page.wait_for_selector("#compose-panel .as-tag.work", timeout=LONG)
+    page.click("#compose-cancel")
+    page.wait_for_selector("#compose-panel .as-tag:text-is('cancelled')", timeout=LONG)
+
+
+def test_library_use_rename_trash_restore(tab: Tab, tmp_path: Path) -> None:
+    from tests.ui.conftest import lora
+
+    page = tab.open("library")
+    page.click("#library-import > button")
+    page.set_input_files("#import-file input[type=file]", str(lora(tmp_path / "lamp.safetensors", "lmp lamp", 7)))
+    page.wait_for_selector("#import-file :text('lamp')")
+    page.click("#import-button")
+    page.wait_for_selector("#library-panel h2:text-is('lamp')")
+    assert "lmp lamp" in page.inner_text("#library-panel")
+    page.click("text=Rename or remove")
+    page.fill("#new-name textarea, #new-name input", "old lamp")
+    page.click("#rename")
+    page.wait_for_selector("#library-panel h2:text-is('old lamp')")
+    page.click("#to-trash")
+    page.wait_for_selector(".as-card-item:has-text('old lamp')", state="detached")
+    page.click("#shelf label:has-text('Trash')")
+    page.click(".as-card-item:has-text('old lamp')")
+    page.click("#restore")
+    page.wait_for_selector("#library-panel h2:text-is('old lamp')")
+    page.fill("#library-search textarea, #library-search input", "lmp")
+    page.wait_for_function("document.querySelectorAll('.as-card-item').length === 1")
+    page.click("#use-in-compose")
+    page.wait_for_selector(".as-rack-row:has-text('old lamp')")
+
+
+def test_the_dark_side_is_remembered(tab: Tab) -> None:
+    page = tab.open("compose")
+    page.click("[data-theme-switch]")
+    assert page.evaluate("document.body.classList.contains('dark')")
+    tab.open("jobs")
+    page.wait_for_function("document.body.classList.contains('dark')")

@@ -1,0 +1,187 @@
+"""From recipes to forms and back, and the other pure parts of the pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from adapters import catalogue
+from adapters.errors import InputError
+from studio import methods
+from studio.library import Record
+from studio.schemas.compose import ComposeConfig
+from studio.schemas.train_image import TrainImageConfig
+from studio.training.presets import PRESETS
+from ui import markup, pictures
+from ui.components import loss_plot, rack, schema_form
+from ui.pages import compose, library, train
+
+FOX = Record("fox", Path("/x/fox.safetensors"), "adapter", "sd", rank=8, triggers=("zxq fox",), sha256="f0")
+CLAY = Record("clay", Path("/x/clay.safetensors"), "adapter", "sd", rank=4, sha256="c1")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch, home: Path) -> list[Record]:
+    monkeypatch.setattr("studio.library.adapters", lambda: [FOX, CLAY])
+    return [FOX, CLAY]
+
+
+def recipe(**values: Any) -> dict[str, Any]:
+    config = ComposeConfig.parse({"prompt": "a fox", **values})
+    used = [{"name": use.name, "path": use.path, "sha256": ""} for use in config.adapters]
+    return {"version": 1, "job": "compose", "config": config.model_dump(mode="json"), "adapters": used, "base": {}}
+
+
+# ------------------------------------------------------------------------------------------------ compose
+
+
+@pytest.mark.usefixtures("known")
+def test_a_recipe_fills_the_form_and_the_form_makes_the_same_job() -> None:
+    adapters = [
+        {"name": "fox", "path": "fox", "weight": 0.6, "te_weight": 0.2, "triggers": ["zxq fox"],
+         "schedule": [(0.0, 0.0), (0.2, 0.0), (0.2, 1.0), (1.0, 1.0)], "blocks": {"mid_block": 0.5}},
+        {"name": "clay", "path": "clay", "schedule": [(0.0, 0.3), (1.0, 0.9)]},
+    ]  # fmt: skip
+    made = recipe(adapters=adapters, seed=7, steps=200, method="switch", tau=3, width=64, adapter_batch=2, images=1)
+    values, rows, missing = compose.form_values(made)
+    assert missing == []
+    assert compose.config_of(values, rows) == ComposeConfig.parse(made["config"])
+
+
+def test_every_field_of_a_composition_is_on_the_page() -> None:
+    assert {*compose.NAMES, "adapters"} == set(ComposeConfig.model_fields)
+
+
+@pytest.mark.usefixtures("known")
+def test_a_renamed_adapter_is_found_by_its_hash_and_a_lost_one_named() -> None:
+    made = recipe(adapters=[{"name": "old", "path": "old"}, {"name": "lost", "path": "lost"}])
+    made["adapters"][0]["sha256"] = "c1"
+    _, rows, missing = compose.form_values(made)
+    assert [row["name"] for row in rows] == ["clay"]
+    assert missing == ["lost"]
+
+
+@pytest.mark.usefixtures("known")
+def test_what_a_page_sends_is_checked() -> None:
+    with pytest.raises(InputError, match="no longer in the library"):
+        rack.uses([{"name": "/etc/passwd"}], [FOX])
+    with pytest.raises(InputError, match="weight of 'fox' must be a number"):
+        rack.uses([{"name": "fox", "weight": "much"}], [FOX])
+    with pytest.raises(InputError, match="in the list already"):
+        rack.add([rack.new_row(FOX)], FOX)
+    with pytest.raises(InputError, match="not of a picture"):
+        compose.form_values({"job": "train-image", "config": {}})
+
+
+@given(st.integers(0, 19), st.integers(1, 20))
+def test_a_span_of_steps_survives_as_keyframes(start: int, length: int) -> None:
+    first, last = start / 20, min(1.0, (start + length) / 20)
+    keyframes = rack.keyframes(first, last)
+    ComposeConfig.parse({"adapters": [{"path": "x", "schedule": keyframes}]})
+    assert rack.active_span(keyframes) == (first, last)
+
+
+@pytest.mark.parametrize("schedule", [[(0.0, 0.5)], [(0.0, 0.0), (1.0, 1.0)], [(0.0, 0.0)]])
+def test_other_schedules_stay_as_they_are(schedule: list[tuple[float, float]]) -> None:
+    assert rack.active_span(schedule) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("", "zxq"), ("a dog", "a dog, zxq"), ("a dog, ", "a dog, zxq"), ("a zxq dog", "a zxq dog")],
+)
+def test_trigger_words_are_added_once(prompt: str, expected: str) -> None:
+    assert compose.with_word(prompt, "zxq") == expected
+
+
+def test_methods_read_from_the_text_are_the_catalogue() -> None:
+    assert methods.declared() == catalogue.methods()
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def test_every_field_of_a_training_is_on_the_page() -> None:
+    shown = {"mode", "data", *train.MAIN}
+    grouped = [name for names in train.groups(dict.fromkeys(shown)).values() for name in names]
+    assert sorted([*shown, *grouped]) == sorted(TrainImageConfig.model_fields)
+
+
+@pytest.mark.parametrize(("mode", "length"), [(mode, length) for _, mode in train.KINDS for _, length in train.LENGTHS])
+def test_presets_fill_the_form(mode: str, length: str) -> None:
+    values = schema_form.read_all(train.KNOWN, train.PRESET_FIELDS, train.preset_values(mode, length))
+    assert {"mode": mode, **values}.items() >= PRESETS[f"{mode}-{length}"].items()
+
+
+def test_dropped_pictures_become_a_data_set(home: Path) -> None:
+    place = home / "uploads" / "abc"
+    place.mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(place / "one.png")
+    (place / "one.txt").write_text("a caption")
+    (place / "empty.png").touch()
+    (place / "text.jpg").write_text("no picture")
+    (place / "song.mp3").write_text("no picture")
+    Image.new("RGB", (9, 9)).save(home / "elsewhere.png")
+    items, problems = pictures.receive([*sorted(place.iterdir()), home / "elsewhere.png"])
+    assert [(item["name"], item["caption"], item["size"]) for item in items] == [("one.png", "a caption", "40 × 30")]
+    assert len(problems) == 4
+    again, _ = pictures.receive([place / "one.png"], items)
+    assert len(again) == 1
+    folder = pictures.keep([{**items[0], "caption": "mine"}], "My fox!")
+    assert folder.parent == home / "datasets"
+    assert [(file.name, file.suffix) for file in sorted(folder.iterdir())] == [
+        ("001-one.png", ".png"), ("001-one.txt", ".txt")
+    ]  # fmt: skip
+    assert (folder / "001-one.txt").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("item_id", ["../settings.yaml", "/etc/passwd", "", "missing.png", "../jobs/a.png"])
+@pytest.mark.usefixtures("home")
+def test_no_file_outside_the_uploads_becomes_training_data(item_id: str) -> None:
+    with pytest.raises(InputError, match="no longer there"):
+        pictures.keep([{"id": item_id}], "x")
+    with pytest.raises(InputError, match="no pictures yet"):
+        pictures.keep([], "x")
+
+
+def test_the_loss_is_drawn_with_its_average() -> None:
+    points = [(step, 1.0 / step) for step in range(1, 1001)]
+    drawn = loss_plot.loss_plot([*points, (1001, float("nan"))], validation=[(500, 0.1)], total=2000)
+    assert "at step 1000" in drawn
+    assert "validation" in drawn
+    assert "nan" not in drawn
+    assert len(drawn) < 40_000
+    assert loss_plot.running_average([(1, 4.0), (2, 4.0)]) == [(1, 4.0), (2, pytest.approx(4.0))]
+    assert loss_plot.loss_plot([]) == ""
+
+
+# ------------------------------------------------------------------------------------------------ markup
+
+
+def test_nothing_from_a_file_becomes_markup() -> None:
+    nasty = "<img src=x onerror=alert(1)>\"'"
+    record = Record(nasty, Path("/x") / "a", "adapter", triggers=(nasty,), notes={"description": nasty},
+                    recipe={"a": nasty})  # fmt: skip
+    made = recipe(prompt=nasty)
+    for drawn in (library.card(record, True), library.describe(record), compose.recipe_panel(made),
+                  markup.facts([(nasty, nasty)]), markup.notice(nasty), markup.empty(nasty, nasty)):  # fmt: skip
+        assert "<img src=x" not in drawn
+        assert "&lt;img" in drawn
+
+
+def test_numbers_for_people() -> None:
+    assert [markup.duration(seconds) for seconds in (8, 185, 7800)] == ["8 s", "3 min 5 s", "2 h 10 min"]
+    assert [markup.file_size(size) for size in (0, 12, 13_000, 1_700_000)] == ["", "12\xa0B", "13\xa0kB", "1.7\xa0MB"]
+    assert markup.ago(1000, now=1090) == "2 min ago"
+    assert markup.file_url("/a b/c.png", 3) == "gradio_api/file=/a%20b/c.png?v=3"
