@@ -197,6 +197,8 @@ def test_library_use_rename_trash_restore(tab: Tab, tmp_path: Path) -> None:
     page.wait_for_function("document.querySelectorAll('.as-card-item').length === 1")
     page.click("#use-in-compose")
     page.wait_for_selector(".as-rack-row:has-text('old lamp')")
+    page.click("[aria-label='Remove old lamp']")
+    choose(page, "old lamp")
 
 
 def test_the_dark_side_is_remembered(tab: Tab) -> None:

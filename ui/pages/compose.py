@@ -71,7 +71,13 @@ def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox]:
     form: Form = {}
     with gr.Group(elem_classes="as-card"):
         form["prompt"] = gr.Textbox(
-            label="Prompt", lines=3, max_lines=8, placeholder="a red apple left of a dog", elem_id="prompt", value=""
+            label="Prompt",
+            lines=3,
+            max_lines=8,
+            placeholder="a red apple left of a dog",
+            elem_id="prompt",
+            value="",
+            info="Shift + Enter generates.",
         )
         form["negative_prompt"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=4, value="",
                                              placeholder="what to avoid (optional)")  # fmt: skip
@@ -264,8 +270,9 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
 
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     fields = [page.form[name] for name in NAMES]
-    generate.click(start, [page.new_seed, page.rack, *fields], [page.form["seed"], *view], **private)
-    generate.click(None, None, None, js=_TO_RESULT)
+    for begin in (generate.click, page.form["prompt"].submit):
+        begin(start, [page.new_seed, page.rack, *fields], [page.form["seed"], *view], **private)
+        begin(None, None, None, js=_TO_RESULT)
     result.timer.tick(look, [result.job, result.shown], view, **private)
     cancel.click(stop, result.job, view, **private)
 

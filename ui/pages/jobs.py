@@ -34,7 +34,7 @@ class Page:
 
 def build() -> Page:
     """Draw the page inside the current tab."""
-    chosen, shown = gr.State(""), gr.State("")
+    chosen, shown = gr.State(""), gr.State(())
     timer = gr.Timer(SECONDS, active=False)
     with gr.Row(elem_classes="as-page"):
         with gr.Column(scale=6, min_width=320):
@@ -82,17 +82,20 @@ class _Detail:
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
-def show(chosen: str, which: str, shown: str) -> Any:
-    """The list and the details; nothing changes while everything is as ``shown`` says."""
+def show(chosen: str, which: str, shown: tuple[Any, ...]) -> Any:
+    """The list and the details; what is as ``shown`` says is left alone, so that nothing flickers."""
     listed = _listed(which)
     job = next((job for job in listed if job.id == chosen), None)
     drawn = "".join(row(item, item.id == chosen) for item in listed)
     drawn = f'<div class="as-jobs">{drawn}</div>' if drawn else _nothing(which)
     log = jobs.log(job.id, tail=200) if job else ""
-    state = f"{hash(drawn)} {chosen} {hash(log)} {job.status if job else ''}"
-    if state == shown:
+    pictures = pictures_of(job) if job else []
+    now = (drawn, job.status if job else "", log, job.id if job else "", pictures)
+    if now == tuple(shown):
         return gr.skip()
-    return [drawn, job.id if job else "", state, *_detail(job, log)]
+    same_pictures = bool(shown) and now[-2:] == tuple(shown)[-2:]
+    gallery = gr.skip() if same_pictures else gr.update(visible=bool(pictures), value=pictures)
+    return [drawn, job.id if job else "", now, *_detail(job), gallery, _log(log)]
 
 
 def _listed(which: str) -> list[Job]:
@@ -123,20 +126,21 @@ def row(job: Job, chosen: bool) -> str:
     )
 
 
-def _detail(job: Job | None, log: str) -> list[Any]:
-    off = gr.update(visible=False)
+def _detail(job: Job | None) -> list[Any]:
+    """The panel and which actions it offers."""
     if job is None:
-        return [markup.empty("Choose a job", "Its settings, pictures and log show here."), *[off] * 5,
-                gr.update(visible=False, value=None), ""]  # fmt: skip
-    pictures = pictures_of(job)
-    can_open = job.kind in job_panel.KINDS
+        return [
+            markup.empty("Choose a job", "Its settings, pictures and log show here."),
+            *[gr.update(visible=False)] * 5,
+        ]
     return [
-        describe(job), gr.update(visible=True), gr.update(visible=can_open),
+        describe(job),
+        gr.update(visible=True),
+        gr.update(visible=job.kind in job_panel.KINDS),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
         gr.update(visible=job.status in ("failed", "cancelled", "interrupted")),
         gr.update(visible=not job.active or job.status == "queued"),
-        gr.update(visible=bool(pictures), value=pictures), _log(log),
-    ]  # fmt: skip
+    ]
 
 
 def pictures_of(job: Job) -> list[Any]:
@@ -173,31 +177,31 @@ def _log(log: str) -> str:
 def _wire(page: Page, rows: gr.HTML, filters: gr.Radio, detail: _Detail) -> None:
     @polite
     def choose(which: str, event: gr.EventData) -> Any:
-        return show(picked(event), which, "")
+        return show(picked(event), which, ())
 
     @polite
     def cancel(chosen: str, which: str) -> Any:
         jobs.cancel(chosen)
-        return show(chosen, which, "")
+        return show(chosen, which, ())
 
     @polite
     def resume(chosen: str, which: str) -> Any:
         jobs.resume(chosen)
         jobs.ensure_worker()
-        return show(chosen, which, "")
+        return show(chosen, which, ())
 
     @polite
     def rerun(chosen: str, which: str) -> Any:
         new = jobs.rerun(chosen)
         jobs.ensure_worker()
-        return show(new, which, "")
+        return show(new, which, ())
 
     @polite
     def delete(chosen: str, which: str) -> Any:
         if not chosen:
             return gr.skip()
         jobs.delete(chosen)
-        return show("", which, "")
+        return show("", which, ())
 
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     rows.select(choose, filters, page.refresh_outputs, **private)
