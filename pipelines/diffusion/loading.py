@@ -62,7 +62,7 @@ def open_pipeline(
     kind = getattr(diffusers, chosen_family.pipeline)
     load = kind.from_single_file if Path(source).is_file() else kind.from_pretrained
     try:
-        pipe = load(str(source), torch_dtype=DTYPES[chosen_dtype], **options)
+        pipe = load(str(source), dtype=DTYPES[chosen_dtype], **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"Base model '{source}' could not be opened as {chosen_family.title}: {reason}") from error
