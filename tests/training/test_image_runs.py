@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from adapters.errors import Cancelled, InputError
 from studio.training import train_image
+from studio.training.check import check_data
 from studio.training.image import run
 from studio.training.records import read_curve
 from tests.training import bed
@@ -337,3 +338,25 @@ def test_plugins_join_in_order(bases, pictures, tmp_path):
         "after_step",
     ]
     assert watcher.seen[-1].metrics["doubled"] == 1.0
+
+
+def test_memory_presets_change_nothing(bases, pictures, tmp_path):
+    plain = run(settings(bases("sd"), pictures), tmp_path / "plain")
+    low = run(settings(bases("sd"), pictures, memory="low", sample_prompts=["a cross"]), tmp_path / "low")
+    for key, value in tensors(plain["adapter"]).items():
+        torch.testing.assert_close(tensors(low["adapter"])[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_data_can_be_looked_at_before(tmp_path):
+    data = bed.crosses(tmp_path / "data", count=2, captions=False)
+    (data / "1.txt").write_text("a cross")
+    (data / "bad.png").touch()
+    found = check_data(settings("any", data, mode="concept", trigger="zxq"))
+    assert found == {
+        "pictures": 2,
+        "broken": {"bad.png": "empty file"},
+        "uncaptioned": ["0.png"],
+        "smallest": (32, 32),
+        "largest": (32, 32),
+        "prompts": ["a picture of zxq", "zxq, a cross"],
+    }

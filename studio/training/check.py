@@ -1,0 +1,40 @@
+"""A look at the data before anything is loaded: what would be trained on, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studio.datasets.captions import compose_caption
+from studio.datasets.pictures import scan
+from studio.schemas.train_image import TrainImageConfig
+from studio.training.supply import INSTANCE_PROMPTS
+
+
+def check_data(config: TrainImageConfig) -> dict[str, Any]:
+    """Report on the folder of ``config`` without refusing anything but a missing folder or unreadable captions.
+
+    Returns:
+        ``pictures`` (how many are usable), ``broken`` (name -> reason), ``uncaptioned`` (names), ``smallest`` and
+        ``largest`` (width, height; None without pictures), ``prompts`` (the first five as the model will see them).
+    """
+    report = scan(Path(config.data).expanduser())
+    prompt = config.instance_prompt or INSTANCE_PROMPTS[config.mode]
+    by_area = sorted((picture.size for picture in report.pictures), key=lambda size: size[0] * size[1])
+    return {
+        "pictures": len(report.pictures),
+        "broken": dict(report.broken),
+        "uncaptioned": list(report.uncaptioned),
+        "smallest": by_area[0] if by_area else None,
+        "largest": by_area[-1] if by_area else None,
+        "prompts": [
+            compose_caption(
+                picture.caption,
+                template=config.caption_template,
+                instance_prompt=prompt,
+                trigger=config.trigger,
+                prefix=config.caption_prefix,
+            )
+            for picture in report.pictures[:5]
+        ],
+    }
