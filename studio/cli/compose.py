@@ -83,19 +83,19 @@ def _configuration(
     from studio import images, recipes
 
     recipe = images.read_recipe(picture)
-    changes = _with_settings(dict(recipe["config"]), settings, only_changed=True) | changes
+    whole = [text for text in settings if "." not in text.partition("=")[0]]
+    repeated = recipes.replay(recipe, {**changes, **_with_settings({}, whole)}).model_dump(mode="json")
+    inside = _with_settings(repeated, [text for text in settings if text not in whole])
     threads = recipe.get("made_on", {}).get("threads")
-    return recipes.replay(recipe, changes), threads if isinstance(threads, int) else None
+    return ComposeConfig.parse(inside, source="the recipe"), threads if isinstance(threads, int) else None
 
 
-def _with_settings(values: dict[str, Any], settings: Sequence[str], only_changed: bool = False) -> dict[str, Any]:
-    """``values`` (or only those touched) after every ``key=value`` of ``--set``."""
-    touched = set()
+def _with_settings(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """``values`` after every ``key=value`` of ``--set``."""
     for text in settings:
         place, value = pair("--set", text)
         _put(values, place.split("."), value, place)
-        touched.add(place.split(".")[0])
-    return {key: value for key, value in values.items() if key in touched} if only_changed else values
+    return values
 
 
 def _put(target: Any, parts: list[str], value: Any, place: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from adapters.errors import StudioError
+from studio import failures
 from studio.library import edit, scan
 from studio.schemas.base import JobConfig
 
@@ -12,13 +14,17 @@ from studio.schemas.base import JobConfig
 def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
     """Copy the adapter of ``result`` into the library, with its last sample as preview.
 
-    Returns ``result`` with ``library``: the name under which the library has it.
+    Returns ``result`` with ``library``, the name under which the library has it, or with ``library_problem``, why it
+    has not: the adapter in the job's folder is there all the same.
     """
     name = free_name(str(getattr(config, "name", "")) or "adapter")
-    record = edit.import_adapter(result["adapter"], name)
-    samples = [Path(sample) for sample in result.get("samples") or [] if Path(sample).is_file()]
-    if samples:
-        edit.set_preview(record, samples[-1])
+    try:
+        record = edit.import_adapter(result["adapter"], name)
+        samples = [Path(sample) for sample in result.get("samples") or [] if Path(sample).is_file()]
+        if samples:
+            edit.set_preview(record, samples[-1])
+    except (StudioError, OSError) as error:
+        return {**result, "library_problem": failures.sentence(error)}
     return {**result, "library": record.name}
 
 

@@ -284,6 +284,7 @@ class TestWithAModel:
         code, _, err = ask("compose", "--from", tmp_path / "p.png")
         assert code == 2
         assert "is another file" in err
+        assert ask("compose", "--from", tmp_path / "p.png", "--set", "adapters.0.weight=2")[0] == 2
         assert ask("compose", "--from", tmp_path / "p.png", "--lora", copy, "--out", tmp_path / "q.png")[0] == 0
 
     def test_plan(self, ask, common):
