@@ -5,14 +5,16 @@
 Compared, on the same base, adapters, prompt, seed, sampler and guidance:
 
 composite   ours (one adapter-major batch through the gated engine) against the official program's loop
-            (maszhongming/Multi-LoRA-Composition): per step and adapter ``pipe.set_adapters(adapter)``, then the denoiser
+            (maszhongming/Multi-LoRA-Composition): per step and adapter ``pipe.set_adapters``, then the denoiser
             with ``cross_attention_kwargs={"scale": ...}``; N passes, predictions averaged.
 switch      ours against the official program's callback: ``pipe.set_adapters`` when the turn changes.
 merge       ours against ``pipe.set_adapters(all, weights)`` in diffusers.
 change      writing new gates, per step.
 
-With N adapters in use and 22 loaded (the number of the paper's test set) or only N loaded. Times are medians of CPU time
-of one process with the programs taking turns, so that another load on the machine meets all of them.
+With N adapters in use and 22 loaded (the number of the paper's test set) or only N loaded, at two latent sizes: what we
+save is the walk over all modules and adapters and the small kernels, so the ratio falls as the arithmetic of the base
+model grows ("floor" is the base model alone on the same batch: no composition can be faster). Times are medians of CPU
+time of one process with the programs taking turns, so that another load on the machine meets all of them.
 """
 
 from __future__ import annotations
@@ -32,13 +34,15 @@ from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 3
+SIZES = (8, 16)
+"""Sides of the latents."""
 RANK = 8
 PROMPT = "a flat icon of a red apple left of a dog"
 GUIDANCE = 5.0
 
 
 def tinymoji() -> Any:
-    """The embedded base model; its architecture with random weights until it is in the tree."""
+    """The embedded base model."""
     from diffusers import StableDiffusionPipeline
 
     folder = Path(__file__).parents[1] / "assets/models/tinymoji"
@@ -48,7 +52,7 @@ def tinymoji() -> Any:
 
 
 def random9m() -> Any:
-    """A random Stable Diffusion of 9 million parameters on 16 x 16 latents."""
+    """A random Stable Diffusion of 9 million parameters, heads 32 wide."""
     from tests import tiny
 
     return tiny.sd(
@@ -57,6 +61,7 @@ def random9m() -> Any:
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         layers_per_block=2,
         norm_num_groups=8,
+        attention_head_dim=(2, 3, 4),  # diffusers calls the number of heads so
     )
 
 
@@ -87,6 +92,7 @@ class Official:
 
     def __init__(self, pipe: Any, states: list[dict[str, Tensor]]) -> None:
         self.pipe = pipe
+        self.size = 0
         for k, state in enumerate(states):
             pipe.load_lora_weights(dict(state), adapter_name=f"a{k}")
 
@@ -97,7 +103,7 @@ class Official:
         positive, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
         text = torch.cat([negative, positive])
         pipe.scheduler.set_timesteps(STEPS)
-        latents = start(pipe)
+        latents = start(pipe, self.size)
         for t in pipe.scheduler.timesteps:
             wide = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), t)
             guided = []
@@ -131,7 +137,8 @@ class Official:
             PROMPT,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
-            latents=start(self.pipe),
+            latents=start(self.pipe, self.size),
+            **pixels(self.pipe, self.size),
             output_type="latent",
             cross_attention_kwargs={"scale": 1.0},
             **extra,
@@ -147,6 +154,7 @@ class Ours:
 
         self.merged = MultiLoRAPipeline(pipe)
         self.alone = MultiLoRAPipeline(pipe)
+        self.size = 0
         for k, state in enumerate(states):
             file = parse_diffusers(state, {}, "benchmark")
             self.merged.load_lora(file, f"a{k}", weight=0.8)
@@ -166,20 +174,44 @@ class Ours:
         if (composer._composition.method, composer._composition.adapters) != (method, names):
             composer.compose(method, names)
         result: Tensor = composer(
-            PROMPT, steps=STEPS, guidance_scale=GUIDANCE, output_type="latent", seed=0
+            PROMPT,
+            steps=STEPS,
+            guidance_scale=GUIDANCE,
+            output_type="latent",
+            seed=0,
+            **pixels(composer.pipe, self.size),
         ).images
         return result
 
 
-def start(pipe: Any) -> Tensor:
+def start(pipe: Any, size: int) -> Tensor:
     """The first noise, as seed 0 makes it in our pipeline."""
-    size = pipe.unet.config.sample_size
     return torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0)) * pipe.scheduler.init_noise_sigma
+
+
+def pixels(pipe: Any, size: int) -> dict[str, int]:
+    """The picture's size for latents of ``size`` x ``size``."""
+    return {"width": size * pipe.vae_scale_factor, "height": size * pipe.vae_scale_factor}
+
+
+def floor(pipe: Any, size: int, samples: int) -> Callable[[], Tensor]:
+    """The base model's denoiser alone on a batch, once per step."""
+    latents, time_step = torch.randn(samples, 4, size, size), torch.tensor(500)
+    text = torch.randn(samples, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        for _ in range(STEPS):
+            result: Tensor = pipe.unet(latents, time_step, encoder_hidden_states=text, return_dict=False)[0]
+        return result
+
+    return run
 
 
 def interleaved(programs: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[dict[str, float], float]:
     """Median CPU seconds of each program, and the largest difference of their results."""
-    results = {name: program() for name, program in programs.items()}  # also warms up
+    results = {name: program() for name, program in programs.items() if name != "floor"}
+    programs.get("floor", lambda: None)()  # warm, like the others
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
@@ -208,45 +240,48 @@ def measure(model: str, rounds: int) -> list[dict[str, Any]]:
     """All rows of one model."""
     rows = []
     for count, loaded in ((2, 2), (2, 22), (5, 5), (5, 22)):
-        theirs_pipe, our_pipe = MODELS[model](), MODELS[model]()
+        theirs_pipe, our_pipe, plain = MODELS[model](), MODELS[model](), MODELS[model]()
         states = adapters(our_pipe, loaded)
         theirs, ours = Official(theirs_pipe, states), Ours(our_pipe, states)
-        for method in ("composite", "switch", "merge"):
-            programs = {
-                "theirs": lambda program=getattr(theirs, method), n=count: program(n),
-                "ours": lambda program=getattr(ours, method), n=count: program(n),
-            }
-            times, difference = interleaved(programs, rounds)
-            rows.append(
-                {
+        for size in SIZES:
+            theirs.size = ours.size = size
+            for method in ("composite", "switch", "merge"):
+                programs = {
+                    "theirs": lambda program=getattr(theirs, method), n=count: program(n),
+                    "ours": lambda program=getattr(ours, method), n=count: program(n),
+                    "floor": floor(plain, size, 2 * count if method == "composite" else 2),
+                }
+                times, difference = interleaved(programs, rounds)
+                row = {
                     "model": model,
                     "parameters": sum(p.numel() for p in our_pipe.unet.parameters()),
+                    "latents": size,
                     "method": method,
                     "adapters": count,
                     "loaded": loaded,
-                    "theirs_ms_per_step": round(1000 * times["theirs"] / STEPS, 2),
-                    "ours_ms_per_step": round(1000 * times["ours"] / STEPS, 2),
+                    **{f"{name}_ms_per_step": round(1000 * seconds / STEPS, 1) for name, seconds in times.items()},
                     "ratio": round(times["theirs"] / times["ours"], 2),
                     "largest_difference": difference,
                     "gate_change_ms": round(gate_change(ours, count), 4),
                 }
-            )
-            print(row_text(rows[-1]), flush=True)
+                rows.append(row)
+                print(row_text(row), flush=True)
     return rows
 
 
 HEAD = (
-    "| model | method | N | loaded | theirs, ms/step | ours, ms/step | ratio | largest difference | gate change, ms |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| model | latents | method | N | loaded | theirs, ms/step | ours, ms/step | floor, ms/step | ratio | difference "
+    "| gate change, ms |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def row_text(row: dict[str, Any]) -> str:
     """One line of the table."""
+    times = " | ".join(str(row[f"{name}_ms_per_step"]) for name in ("theirs", "ours", "floor"))
     return (
-        f"| {row['model']} ({row['parameters'] / 1e6:.1f} M) | {row['method']} | {row['adapters']} | {row['loaded']} "
-        f"| {row['theirs_ms_per_step']} | {row['ours_ms_per_step']} | {row['ratio']} "
-        f"| {row['largest_difference']:.1e} | {row['gate_change_ms']} |"
+        f"| {row['model']} ({row['parameters'] / 1e6:.1f} M) | {row['latents']} x {row['latents']} | {row['method']} "
+        f"| {row['adapters']} | {row['loaded']} | {times} | **{row['ratio']}** | {row['largest_difference']:.1e} "
+        f"| {row['gate_change_ms']} |"
     )
 
 
