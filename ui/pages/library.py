@@ -246,8 +246,8 @@ def _wire_choosing(page: Page, search: gr.Textbox, cards: gr.HTML) -> None:
 
     cards.select(choose, [page.shelf, search], page.refresh_outputs, **_PRIVATE)
     cards.select(None, None, None, js=_TO_DETAIL)
-    for change in (page.shelf.input, search.input):
-        change(polite(show), page.refresh_inputs, page.refresh_outputs, **_PRIVATE)
+    for change in (page.shelf.input, search.change):
+        change(polite(show), page.refresh_inputs, page.refresh_outputs, trigger_mode="always_last", **_PRIVATE)
 
 
 _TO_DETAIL = """() => { if (window.innerWidth < 760)
