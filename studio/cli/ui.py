@@ -35,6 +35,10 @@ def ui(
     quiet: Quiet = False,
 ) -> None:
     """Open the web app; it runs until Ctrl-C."""
+    from studio import jobs
+
+    if jobs.list(1, ["queued"]):
+        jobs.ensure_worker()  # what waited when the app or the computer was last switched off
     pages = importlib.import_module("ui.app")
     pages.check_address(host, port)
     address = f"http://{host}:{port}"

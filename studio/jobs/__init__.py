@@ -15,6 +15,7 @@ from studio.jobs.control import (
     resume_here,
     run_here,
     submit,
+    workers,
 )
 from studio.jobs.control import newest as list
 from studio.jobs.kinds import Kind, register
@@ -22,5 +23,5 @@ from studio.jobs.model import ACTIVE, ENDED, STATUSES, Job, ProgressRow, Status
 
 __all__ = [
     "ACTIVE", "ENDED", "STATUSES", "Job", "Kind", "ProgressRow", "Status", "cancel", "delete", "ensure_worker", "get",
-    "history", "list", "log", "register", "rerun", "resume", "resume_here", "run_here", "submit",
+    "history", "list", "log", "register", "rerun", "resume", "resume_here", "run_here", "submit", "workers",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,13 @@ def ensure_worker() -> None:
     waiting = {job.queue for job in store.newest(1000, ["queued"])} - {HERE}
     for name in sorted(waiting or {queue.DEFAULT}):
         worker.ensure(name)
+
+
+def workers() -> Sequence[Mapping[str, Any]]:
+    """The workers that run: queue, host, pid, started."""
+    from studio.jobs import worker
+
+    return worker.running()
 
 
 def _new(kind: str, config: JobConfig, queue_name: str) -> Job:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from studio.jobs.model import Job, Status
 from studio.jobs.monitor import STOPPING, JobMonitor
 
 logger = logging.getLogger("studio.jobs")
+
+BEAT_SECONDS = 5.0
 
 
 class _NotMine(Exception):
@@ -56,7 +59,7 @@ def _claimed(job: Job, also: Monitor | None) -> BaseException | None:
         heartbeat=time.time(), **process.identity(),
     ):  # fmt: skip
         return None
-    with _log_file(job.folder / "log.txt"):
+    with _log_file(job.folder / "log.txt"), _beating(job.id):
         try:
             logger.info("%s job %s %s", job.kind, job.id, "resumes" if job.resuming else "starts")
             result = _run(job, also)
@@ -121,6 +124,22 @@ def _ended(job: Job, error: BaseException) -> None:
 
 def _finish(job_id: str, status: Status, **values: Any) -> None:
     store.change(job_id, ["running", "cancelling"], status=status, finished=time.time(), **values)
+
+
+@contextmanager
+def _beating(job_id: str) -> Iterator[None]:
+    """Give signs of life meanwhile, for machines that cannot look at our processes."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            store.beat(job_id)
+
+    threading.Thread(target=beat, name="job heartbeat", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def _environment() -> dict[str, str]:
 
 
 def running(name: str | None = None) -> list[dict[str, Any]]:
-    """Workers that are alive, of one queue or of all; dead ones are forgotten."""
+    """Workers that are alive, of one queue of this machine or all of them; dead ones are forgotten."""
     found = []
     for row in store.workers():
         if not process.alive(row):
@@ -113,8 +113,6 @@ def _beat(name: str, consumer: Consumer, idle_seconds: float) -> None:
         store.beat_worker(me["host"], me["pid"])
         at_work = [job for job in store.newest(50, ["running", "cancelling"]) if job.host == me["host"]]
         mine = [job for job in at_work if job.pid == me["pid"]]
-        for job in mine:
-            store.beat(job.id)
         if at_work and not mine:
             release_pipeline()  # somebody else here needs the memory now
         if mine or queue.waiting(name):
