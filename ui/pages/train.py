@@ -102,7 +102,7 @@ def _settings() -> Form:
                     form[name] = _widget(name, elem_id=f"train-{name}", min_width=150)
         form["resolution"] = schema_form.widget(KNOWN["resolution"])
         form["sample_prompts"] = schema_form.widget(KNOWN["sample_prompts"], elem_id="train-samples")
-        form["sample_every"] = schema_form.widget(KNOWN["sample_every"])
+        form["sample_every"] = schema_form.widget(KNOWN["sample_every"], elem_id="train-sample-every")
     with gr.Accordion("Pictures from a folder of this computer", open=False, elem_classes="as-more"):
         form["data"] = schema_form.widget(KNOWN["data"], value="", elem_id="train-data")
     for group, names in groups(form).items():
