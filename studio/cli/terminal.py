@@ -79,9 +79,7 @@ class Terminal:
             if self.task is not None:
                 self.bar.remove_task(self.task)
             self.task = self.bar.add_task(progress.stage, total=progress.total or None, facts="")
-        self.bar.update(
-            self.task, completed=progress.step, total=progress.total or None, facts=_facts(progress), refresh=False
-        )
+        self.bar.update(self.task, completed=progress.step, total=progress.total or None, facts=_short(progress))
         if progress.message:
             self.say(progress.message)
         self._show_preview(progress)
@@ -108,6 +106,13 @@ class Terminal:
             self.say(self.stopping)
 
 
+def _short(progress: Progress) -> str:
+    """What fits beside a bar: the loss and the speed."""
+    speed = progress.metrics.get("steps_per_second")
+    parts = [] if progress.loss is None else [f"loss {progress.loss:.4f}"]
+    return "  ".join(parts + ([] if speed is None else [f"{speed:.3g}/s"]))
+
+
 def _facts(progress: Progress) -> str:
     parts = [] if progress.loss is None else [f"loss {progress.loss:.4f}"]
     parts += [f"{name} {value:.3g}" for name, value in progress.metrics.items()]
@@ -119,7 +124,8 @@ def _bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    return Bar(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"), console=Console(stderr=True), transient=True,
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[facts]}"),
     )  # fmt: skip
+    return Bar(*columns, console=Console(stderr=True), transient=True, expand=True)
