@@ -38,6 +38,9 @@ from torch.utils.hooks import RemovableHandle
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
 
+Pair = tuple[Tensor, Tensor]
+"""A (r, in[, kh, kw]) and B (r, out), the scale folded into B."""
+
 TokenGates = Callable[[str, int], Tensor | None]
 """(module path, number of tokens or pixels L) -> strength per token and adapter (L, N), or None = everywhere 1."""
 
@@ -73,6 +76,8 @@ class Gates:
         self.selection: slice | Tensor = slice(0, count)
         self.plain = False  # all strengths in use are 1: nothing to multiply
         self.narrow = narrow  # compute only the columns in use; False keeps all shapes fixed (CUDA graphs)
+        self.version = 0  # counts changes; layers keep what they derive from one version
+        self._setting: tuple[object, ...] = ("off",)
         self.strengths = torch.zeros(1, count, device=device, dtype=dtype)
         self.token_gates: TokenGates | None = None
         self._owners: dict[tuple[int, ...], Tensor] = {}
@@ -80,13 +85,15 @@ class Gates:
 
     def off(self) -> None:
         """The base model."""
-        self.mode = "off"
+        self.mode, self._setting = "off", ("off",)
 
     def joint(self, strengths: Sequence[float]) -> None:
         """The same strengths, one per adapter, for every sample; adapters at 0 outside the others are not computed."""
+        if self._is_set(("joint", *strengths)):
+            return
         used = [i for i, strength in enumerate(strengths) if strength != 0]
         if not used and self.narrow:
-            self.off()
+            self.mode = "off"
             return
         self.first, self.last = (used[0], used[-1] + 1) if self.narrow else (0, self.count)
         self.plain = self.narrow and all(strength == 1 for strength in strengths[self.first : self.last])
@@ -96,10 +103,13 @@ class Gates:
     def per_sample(self, strengths: Tensor) -> None:
         """Strengths (batch, N): each sample its own mixture."""
         self.first, self.last, self.plain, self.mode = 0, self.count, False, "joint"
+        self._setting = ("per sample",)
         self._write(strengths)
 
     def grouped(self, adapters: Sequence[int], strengths: Sequence[float]) -> None:
         """An adapter-major batch of equal blocks: block k uses adapter ``adapters[k]`` alone, at ``strengths[k]``."""
+        if self._is_set(("grouped", *adapters, *strengths)):
+            return
         self.mode, self.blocks = "grouped", len(adapters)
         first = adapters[0]
         run = list(adapters) == list(range(first, first + len(adapters)))
@@ -123,7 +133,13 @@ class Gates:
         self.columns(ranks)
         return self._owners[ranks]
 
+    def _is_set(self, setting: tuple[object, ...]) -> bool:
+        """Whether the gates already are so; remembers the new setting if not."""
+        same, self._setting = setting == self._setting, setting
+        return same
+
     def _write(self, strengths: Tensor) -> None:
+        self.version += 1
         if strengths.shape != self.strengths.shape:
             self.strengths = self.strengths.new_empty(strengths.shape)
             self._columns.clear()
@@ -157,7 +173,9 @@ class GatedLayer:
         self.is_conv = isinstance(module, nn.Conv2d)
         pairs, self.rows = _pairs(name, module, layers, adapters, device, dtype)
         self.A, self.B = _joined(pairs)
-        self._grouped: tuple[Tensor, Tensor] | None = None
+        self._grouped: Pair | None = None
+        self._folded: Pair | None = None
+        self._version = -1
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook: ``output`` with the adapters' part added (in place where that is safe)."""
@@ -192,10 +210,12 @@ class GatedLayer:
         return sum(storage.nbytes() for storage in storages.values())
 
     def _linear(self, x: Tensor, output: Tensor, lo: int, hi: int) -> Tensor:
+        gates = self.gates
+        if gates.narrow and gates.token_gates is None and gates.strengths.shape[0] == 1:
+            A, B = self._with_gates(x)  # the gate is the same everywhere: it is part of B
+            return _add(output, F.linear(x, A).reshape(-1, hi - lo), B)
         A, B = _like(self.A[lo:hi], x), _like(self.B[lo:hi], x)
-        h = F.linear(x, A)
-        if not self.gates.plain or self.gates.token_gates is not None:
-            h = h * self._gate(x, x.shape[-2] if x.ndim == 3 else 0, lo, hi)
+        h = F.linear(x, A) * self._gate(x, x.shape[-2] if x.ndim == 3 else 0, lo, hi)
         return _add(output, h.reshape(-1, hi - lo), B)
 
     def _conv(self, x: Tensor, output: Tensor, lo: int, hi: int) -> Tensor:
@@ -213,11 +233,9 @@ class GatedLayer:
         )
 
     def _linear_groups(self, x: Tensor, output: Tensor) -> Tensor:
-        blocks, selection = self.gates.blocks, self.gates.selection
-        A, B = (_like(tensor[selection], x) for tensor in self._group_tensors())
+        blocks = self.gates.blocks
+        A, B = self._with_gates(x)
         h = torch.bmm(x.reshape(blocks, -1, x.shape[-1]), A)
-        if not self.gates.plain:
-            h = h * self.gates.strengths[0, selection].to(h).view(-1, 1, 1)
         if _in_place(output, h):
             output.view(blocks, -1, output.shape[-1]).baddbmm_(h, B)
             return output
@@ -228,6 +246,26 @@ class GatedLayer:
         strengths = self.gates.strengths[0, self.gates.selection].to(x)
         parts = zip(x.chunk(self.gates.blocks), A, B, strengths, strict=True)
         return output + torch.cat([F.conv2d(strength * _convolve(self.module, z, a), b) for z, a, b, strength in parts])
+
+    def _with_gates(self, x: Tensor) -> Pair:
+        """A and G B of the adapters in use, G shared by all samples; kept until the gates change.
+
+        Joint (R', in) and (R', out), grouped (n, in, r) and (n, r, out).
+        """
+        if self._folded is not None and self._version == self.gates.version and self._folded[0].dtype == x.dtype:
+            return self._folded
+        gates = self.gates
+        if gates.mode == "grouped":
+            A, B = (_like(tensor[gates.selection], x) for tensor in self._group_tensors())
+            gate = gates.strengths[0, gates.selection].view(-1, 1, 1)
+        else:
+            lo, hi = self.offsets[gates.first], self.offsets[gates.last]
+            A, B = _like(self.A[lo:hi], x), _like(self.B[lo:hi], x)
+            gate = gates.columns(self.ranks)[0, lo:hi, None]
+        folded = A, B if gates.plain else B * gate.to(B)
+        if self.A.device == x.device:  # of an offloaded model nothing stays on the device
+            self._folded, self._version = folded, gates.version
+        return folded
 
     def _gate(self, x: Tensor, tokens: int, lo: int, hi: int) -> Tensor:
         """The gate of the columns lo..hi, broadcastable to x's leading dimensions."""
@@ -252,7 +290,7 @@ class GatedLayer:
             return scale[:, :, None, None]
         return scale.view(scale.shape[0], *[1] * (output.ndim - 2), scale.shape[1])
 
-    def _group_tensors(self) -> tuple[Tensor, Tensor]:
+    def _group_tensors(self) -> Pair:
         if self._grouped is None:
             self._grouped = _by_adapter(self.A, self.B, self.ranks, self.offsets, self.is_conv)
         return self._grouped
@@ -309,10 +347,6 @@ class GatedAdapters:
     def nbytes(self) -> int:
         """Memory of the joined matrices."""
         return sum(layer.nbytes() for layer in self.layers)
-
-
-Pair = tuple[Tensor, Tensor]
-"""A (r, in[, kh, kw]) and B (r, out) of one adapter, scale folded into B."""
 
 
 def _pairs(
