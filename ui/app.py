@@ -66,9 +66,14 @@ def build() -> gr.Blocks:
 # ------------------------------------------------------------------------------------------------ between the pages
 
 
+def _choosers(pages: _Pages) -> list[Any]:
+    """Lists whose choices change with the library, in the order of :func:`_choices`."""
+    return [pages.compose.picker, pages.compose.form["base"], pages.train.form["base"]]
+
+
 def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
     """Opening the app, and going from page to page: each shows what is true now."""
-    choices = [pages.compose.picker, pages.compose.form["base"], pages.train.form["base"]]
+    choices = _choosers(pages)
 
     @polite
     def arrive(request: gr.Request) -> Any:
@@ -135,12 +140,17 @@ def _wire_crossings(pages: _Pages) -> None:
         return [gr.Tabs(selected="compose"), gr.Timer(active=False), *compose.follow(job.id, ()), *skipped[1]]
 
     base, prompt = target.form["base"], target.form["prompt"]
-    pages.library.use.click(use, [pages.library.chosen, pages.library.shelf, target.rack],
-                            [pages.tabs, target.rack, base], **_PRIVATE)  # fmt: skip
-    pages.train.try_it.click(try_it, [pages.train.job, target.rack, prompt], [pages.tabs, target.rack, prompt, base],
-                             **_PRIVATE)  # fmt: skip
-    pages.jobs.open.click(open_job, pages.jobs.chosen,
-                          [pages.tabs, pages.jobs.timer, *target.view, *pages.train.view], **_PRIVATE)  # fmt: skip
+    used = pages.library.use.click(
+        use, [pages.library.chosen, pages.library.shelf, target.rack], [pages.tabs, target.rack, base], **_PRIVATE
+    )
+    tried = pages.train.try_it.click(
+        try_it, [pages.train.job, target.rack, prompt], [pages.tabs, target.rack, prompt, base], **_PRIVATE
+    )
+    opened = pages.jobs.open.click(
+        open_job, pages.jobs.chosen, [pages.tabs, pages.jobs.timer, *target.view, *pages.train.view], **_PRIVATE
+    )
+    for arrival in (used, tried, opened):  # a page that was not opened by its tab
+        arrival.then(polite(_choices), None, _choosers(pages), **_PRIVATE)
 
 
 # ------------------------------------------------------------------------------------------------ serving
