@@ -98,6 +98,12 @@ BACKGROUNDS = {
 }  # fmt: skip
 """Background word -> RGB. White is half of all scenes and need not be named."""
 
+SIZES = ((0.72, 0.84), (0.4, 0.47), (0.28, 0.32))
+"""Least and greatest size of a subject in scenes of one, two and three."""
+
+SPREAD = 0.4
+"""How much of the free room a subject's place varies over."""
+
 PLURALS = {"grapes", "cherries", "fries", "scissors", "books", "glasses"}
 MASS = {"corn"}
 
@@ -324,14 +330,14 @@ def sample_scene(
 def place(rng: Generator, names: Sequence[str]) -> tuple[Placed, ...]:
     """Give one to three subjects sizes and places, from left to right, without overlap."""
     number = len(names)
-    low, high = ((0.62, 0.9), (0.36, 0.48), (0.26, 0.32))[number - 1]
+    low, high = SIZES[number - 1]
     placed = []
     for index, name in enumerate(names):
         size = float(rng.uniform(low, high))
         slack_x = (1 / number - size) / 2
-        x = (index + 0.5) / number + float(rng.uniform(-slack_x, slack_x)) * 0.8
+        x = (index + 0.5) / number + float(rng.uniform(-slack_x, slack_x)) * SPREAD
         slack_y = min((1 - size) / 2, 0.16)
-        placed.append(Placed(name, x, 0.5 + float(rng.uniform(-slack_y, slack_y)) * 0.8, size))
+        placed.append(Placed(name, x, 0.5 + float(rng.uniform(-slack_y, slack_y)) * SPREAD, size))
     return tuple(placed)
 
 

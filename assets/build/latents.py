@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
+import assets
 from assets.build import data
 from assets.build.common import build_dir, pick_device, write_atomic, write_text
 
@@ -28,12 +29,21 @@ COUNTS = (55.0, 40.0, 5.0)
 """Relative frequencies of scenes with one, two and three subjects."""
 
 
+def vae_folder() -> Path:
+    """Return the folder of the autoencoder: the one in the build folder, else the shipped model's.
+
+    Raises ``FileNotFoundError`` when there is neither.
+    """
+    shipped = Path(assets.__file__).parent / "models" / "tinymoji" / "vae"
+    for folder in (build_dir() / "vae" / "final", shipped):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError("no autoencoder yet: run `python -m assets.build.vae`")
+
+
 def load_vae(device: torch.device) -> AutoencoderKL:
-    """Return the finished autoencoder. Raises ``FileNotFoundError`` when it has not been trained."""
-    folder = build_dir() / "vae" / "final"
-    if not folder.is_dir():
-        raise FileNotFoundError("no autoencoder yet: run `python -m assets.build.vae`")
-    return AutoencoderKL.from_pretrained(folder).to(device).eval()
+    """Return the autoencoder of :func:`vae_folder`, in fp32, for use."""
+    return AutoencoderKL.from_pretrained(vae_folder(), torch_dtype=torch.float32).to(device).eval()
 
 
 def encoder_digest(weights: dict[str, Tensor]) -> str:
@@ -45,9 +55,9 @@ def encoder_digest(weights: dict[str, Tensor]) -> str:
 
 
 def shard_folder() -> Path:
-    """Return the folder of the shards made with the present encoder, subjects and styles."""
-    weights = load_file(build_dir() / "vae" / "final" / "diffusion_pytorch_model.safetensors")
-    words = [encoder_digest(weights), *data.BASE_CONCEPTS, *data.BASE_STYLES]
+    """Return the folder of the shards made with the present encoder, subjects, styles and sizes."""
+    weights = load_file(vae_folder() / "diffusion_pytorch_model.safetensors")
+    words = [encoder_digest(weights), *data.BASE_CONCEPTS, *data.BASE_STYLES, str((data.SIZES, data.SPREAD))]
     return build_dir() / "latents" / hashlib.sha256("|".join(words).encode()).hexdigest()[:12]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import assets
 from assets.build import data
 from assets.build.common import build_dir, write_text
 
@@ -78,9 +79,12 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> CLIPTokenizer:
-    """Return the tokenizer from the build folder, building it the first time."""
+    """Return the tokenizer from the build folder, else the shipped model's, else a newly built one."""
     folder = build_dir() / "tokenizer"
+    shipped = Path(assets.__file__).parent / "models" / "tinymoji" / "tokenizer"
     if not (folder / "merges.txt").is_file():
+        if (shipped / "merges.txt").is_file():
+            return CLIPTokenizer.from_pretrained(shipped)
         save_tokenizer(new_tokenizer(data.fetch_packages(build_dir())), folder)
     return CLIPTokenizer.from_pretrained(folder)
 

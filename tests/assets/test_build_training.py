@@ -343,3 +343,19 @@ def test_options_have_sensible_defaults() -> None:
     options: argparse.Namespace = base.parse([])
     assert sum(options.mix) == pytest.approx(1.0)
     assert 0 < base.seconds_until("12:00") <= 24 * 3600
+
+
+@pytest.mark.usefixtures("vocabulary")
+def test_training_can_begin_with_an_exported_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "Model", SmallModel)
+    source = SmallModel()
+    source.text_encoder.save_pretrained(tmp_path / "text_encoder")
+    source.unet.save_pretrained(tmp_path / "unet")
+    run = base.Run(tmp_path / "run", torch.device("cpu"), 0.9)
+    run.start_from(tmp_path)
+    for a, b in zip(source.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    run.average.copy_to(run.model)
+    assert torch.equal(next(source.parameters()), next(run.model.parameters()))
+    with pytest.raises(FileNotFoundError, match=r"assets\.build\.base"):
+        base.latest(tmp_path / "none")
