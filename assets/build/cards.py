@@ -83,6 +83,11 @@ def score_lines(scores: dict[str, Any]) -> str:
         ("style of the single-subject pictures recognised", scores["single style"], ""),
         *((f"one subject, {style}", s, "") for style, s in scores["by style"].items()),
     ]
+    for name, most in scores.get("ceiling", {}).items():
+        rows += [
+            (f"one subject: {name}", most["single"], "ceiling"),
+            (f"two subjects: {name}", most["pair"], "ceiling"),
+        ]
     table = "\n".join(f"| {what} | {percent(s)} | {goal} |" for what, s, goal in rows)
     weak = sorted(scores["by subject"].items(), key=lambda item: item[1])[:12]
     missed = ", ".join(f"{name} {share:.0%}" for name, share in weak if share < 0.5) or "none below 50 %"

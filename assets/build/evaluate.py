@@ -21,21 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 
 from assets.build import data
 from assets.build.common import build_dir, pick_device, write_json
 from assets.build.judge import Judge, load_judge
+from assets.build.vae import reconstruction
 
 STEPS = 20
 GUIDANCE = 4.0
 SEEDS = 4
 PAIRS = 312
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
-
-Draw = Callable[[list[str], list[int]], Tensor]
-"""Captions and seeds -> pictures (B, 3, H, W), float in 0..1."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,10 @@ class Case:
     seed: int
     style: str
     names: tuple[str, ...]
+
+
+Draw = Callable[[Sequence[Case]], Tensor]
+"""Cases -> pictures (B, 3, H, W), float in 0..1."""
 
 
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -95,15 +97,49 @@ def pipeline_draw(pipeline: StableDiffusionPipeline, steps: int, guidance: float
     """Return a function that draws with an ordinary pipeline, each picture from its own seed."""
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(captions: list[str], seeds: list[int]) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def draw(cases: Sequence[Case]) -> Tensor:
+        generators = [torch.Generator().manual_seed(case.seed) for case in cases]
         made = pipeline(
-            prompt=captions, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-            height=data.SIZE, width=data.SIZE, output_type="pt",
-        )  # fmt: skip
+            prompt=[case.caption for case in cases],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            height=data.SIZE,
+            width=data.SIZE,
+            output_type="pt",
+        )
         return made.images.float().cpu()
 
     return draw
+
+
+def render_draw(sprites: np.ndarray, vae: AutoencoderKL | None) -> Draw:
+    """Return a function that renders the true art instead, through the autoencoder if one is given.
+
+    What the judge makes of these pictures is the most that a model could reach.
+    """
+
+    def draw(cases: Sequence[Case]) -> Tensor:
+        images = []
+        for case in cases:
+            placed = data.place(np.random.default_rng(case.seed), case.names)
+            images.append(data.render(data.Scene(case.style, placed, "white", case.caption), sprites))
+        stack = np.stack(images)
+        if vae is not None:
+            stack, _ = reconstruction(vae, stack, vae.device)
+        return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 255
+
+    return draw
+
+
+def ceiling(judge: Judge, vae: AutoencoderKL, fraction: float, batch: int) -> dict[str, Any]:
+    """Return the scores of the true art, as it is and after the autoencoder."""
+    sprites = data.load_sprites()
+    made = {}
+    for name, model in (("renders", None), ("renders through the autoencoder", vae)):
+        scores, _ = evaluate(render_draw(sprites, model), judge, fraction, batch)
+        made[name] = {key: scores[key] for key in ("single", "pair", "single style")}
+    return made
 
 
 def judge_case(judge: Judge, images: Tensor, cases: Sequence[Case]) -> list[bool]:
@@ -128,7 +164,7 @@ def run_cases(
     kept: list[Tensor] = []
     for start in range(0, len(cases), batch):
         now = cases[start : start + batch]
-        images = draw([case.caption for case in now], [case.seed for case in now])
+        images = draw(now)
         right += judge_case(judge, images, now)
         styles += judge.classify_style(images).argmax(1).tolist()
         if len(kept) * batch < keep:
@@ -208,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--judge", type=Path, default=None)
     parser.add_argument("--fraction", type=float, default=1.0)
     parser.add_argument("--curve", action="store_true")
+    parser.add_argument("--ceiling", action="store_true", help="score the true art as well (needs the sprites)")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
@@ -220,8 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cards.write_model_card(options.model)
         return
     began = time.monotonic()
-    draw = pipeline_draw(load_pipeline(options.model, options.device), STEPS, GUIDANCE)
+    pipeline = load_pipeline(options.model, options.device)
+    draw = pipeline_draw(pipeline, STEPS, GUIDANCE)
     scores, images = evaluate(draw, judge, options.fraction, options.batch)
+    if options.ceiling:
+        scores["ceiling"] = ceiling(judge, pipeline.vae.float(), options.fraction, options.batch)
     write_json(options.model / "scores.json", scores)
     data.save_png(options.model / "samples.png", sheet(images))
     cards.write_model_card(options.model)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -290,14 +291,23 @@ def test_cases_cover_everything_and_parts_repeat() -> None:
 def test_evaluation_counts_what_the_judge_sees() -> None:
     made = small_judge()
 
-    def draw(captions: list[str], seeds: list[int]) -> torch.Tensor:
-        return torch.stack([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    def draw(cases: Sequence[evaluate.Case]) -> torch.Tensor:
+        return torch.stack([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(c.seed)) for c in cases])
 
     scores, images = evaluate.evaluate(draw, made, 0.01, batch=4)
     assert scores["single"]["pictures"] == 12
     assert scores["pair"]["pictures"] == 3
     assert 0 <= scores["single"]["low"] <= scores["single"]["share"] <= scores["single"]["high"] <= 1
     assert evaluate.sheet(images).dtype == np.uint8
+
+
+def test_true_art_can_be_scored_with_and_without_the_autoencoder() -> None:
+    sprites = np.full((len(data.STYLES), len(data.CONCEPTS), 8, 8, 4), 255, np.uint8)
+    cases = evaluate.pair_cases(2)
+    plain = evaluate.render_draw(sprites, None)(cases)
+    assert plain.shape == (2, 3, data.SIZE, data.SIZE)
+    assert torch.equal(plain, evaluate.render_draw(sprites, None)(cases))
+    assert evaluate.render_draw(sprites, vae.new_vae().eval())(cases).shape == plain.shape
 
 
 def test_card_is_written_with_and_without_scores(tmp_path: Path) -> None:
