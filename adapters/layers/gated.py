@@ -120,17 +120,19 @@ class Gates:
             values[adapter] = strength
         self._write(torch.tensor([values], dtype=torch.float32))
 
-    def columns(self, ranks: tuple[int, ...]) -> Tensor:
-        """G (1 | batch, R) for modules whose adapters have these ranks; shared by all of them."""
-        if ranks not in self._columns:
+    def add_layout(self, ranks: tuple[int, ...]) -> None:
+        """Prepare G for modules whose adapters have these ranks."""
+        if ranks not in self._owners:
             owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
             self._owners[ranks] = owners.to(self.strengths.device)
             self._columns[ranks] = self.strengths[:, self._owners[ranks]]
+
+    def columns(self, ranks: tuple[int, ...]) -> Tensor:
+        """G (1 | batch, R) for modules whose adapters have these ranks; shared by all of them."""
         return self._columns[ranks]
 
     def owners(self, ranks: tuple[int, ...]) -> Tensor:
         """Which adapter each column belongs to (R,)."""
-        self.columns(ranks)
         return self._owners[ranks]
 
     def _is_set(self, setting: tuple[object, ...]) -> bool:
@@ -140,12 +142,13 @@ class Gates:
 
     def _write(self, strengths: Tensor) -> None:
         self.version += 1
-        if strengths.shape != self.strengths.shape:
-            self.strengths = self.strengths.new_empty(strengths.shape)
-            self._columns.clear()
-        self.strengths.copy_(strengths)
-        for ranks, columns in self._columns.items():  # in place: a captured graph reads the same memory
-            torch.index_select(self.strengths, 1, self._owners[ranks], out=columns)
+        if strengths.shape == self.strengths.shape:  # in place: a captured graph reads the same memory
+            self.strengths.copy_(strengths)
+            for ranks, columns in self._columns.items():
+                torch.index_select(self.strengths, 1, self._owners[ranks], out=columns)
+        else:
+            self.strengths = strengths.to(self.strengths).clone()
+            self._columns = {ranks: self.strengths[:, owners] for ranks, owners in self._owners.items()}
 
 
 class GatedLayer:
@@ -168,6 +171,7 @@ class GatedLayer:
         self.name = name
         self.gates = gates
         self.ranks = tuple(layer.rank if layer else 0 for layer in layers)
+        gates.add_layout(self.ranks)
         self.offsets = tuple(sum(self.ranks[:i]) for i in range(len(self.ranks) + 1))
         self.module = module
         self.is_conv = isinstance(module, nn.Conv2d)

@@ -15,7 +15,8 @@ def check_pristine(pipe: Any, components: Iterable[str]) -> None:
     """Refuse a pipeline that already carries, or has swallowed, other adapters.
 
     Raises:
-        InputError: fused LoRAs, PEFT adapters, or fused query-key-value projections (LoRA on them would be ignored).
+        InputError: fused LoRAs, PEFT adapters, fused query-key-value projections (LoRA on them would be ignored), or a
+            compiled model (it may ignore hooks that come after its compilation).
     """
     if getattr(pipe, "_merged_adapters", None):
         raise InputError(
@@ -23,6 +24,11 @@ def check_pristine(pipe: Any, components: Iterable[str]) -> None:
         )
     for component in components:
         model = getattr(pipe, component, None)
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            raise InputError(
+                f"The {component} of this pipeline is compiled, and compiled code may ignore adapters that come later: "
+                "give the pipeline uncompiled."
+            )
         for module in model.modules() if isinstance(model, nn.Module) else ():
             if getattr(module, "merged_adapters", None):
                 raise InputError("LoRAs are fused into this pipeline: call its unfuse_lora() before composing.")

@@ -304,6 +304,23 @@ def test_changing_gates_keeps_the_memory_it_lives_in() -> None:
         assert all(columns.max() == 2.0 for columns in gates._columns.values())
 
 
+def test_changing_gates_compiles_nothing_again(inputs: Tensor) -> None:
+    """With fixed shapes (narrow = False) the gates are data: one compiled graph serves every strength."""
+    from torch._dynamo.testing import CompileCounter
+
+    _, layers = peft_net(CONFIGS[:2])
+    plain = net()
+    engine = GatedAdapters(plain, [Adapter(layer) for layer in layers], CPU, torch.float32, narrow=False)
+    counter = CompileCounter()
+    with engine.attached() as gates, torch.no_grad():
+        gates.joint([1.0, 0.5])
+        compiled = torch.compile(plain, backend=counter)
+        for strengths in ([1.0, 0.5], [0.0, 2.0], [0.3, 0.3], [0.0, 0.0]):
+            gates.joint(strengths)
+            torch.testing.assert_close(compiled(inputs), plain(inputs))
+    assert counter.frame_count == 1
+
+
 def test_large_scales_stay_finite_in_half_precision() -> None:
     """Where s B overflows fp16, the scale moves to A."""
     model = nn.Sequential(nn.Linear(4, 3)).half()

@@ -525,6 +525,10 @@ def test_fused_and_foreign_adapters_are_refused(sd: Bed) -> None:
     pipe.unload_lora_weights()
     with pytest.raises(InputError, match="fused"):  # the weights still hold the adapter
         MultiLoRAPipeline(pipe)
+    compiled = sd.pipe()
+    compiled.unet = torch.compile(compiled.unet)
+    with pytest.raises(InputError, match="compiled"):
+        MultiLoRAPipeline(compiled)
     clean = sd.composer("a")
     clean.pipe.fuse_qkv_projections()
     with pytest.raises(InputError, match="unfuse_qkv_projections"):
