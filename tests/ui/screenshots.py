@@ -18,7 +18,7 @@ from studio import library
 from tests.ui.conftest import CHROMIUM, ROOT, SWITCHES, lora, serve
 
 IMAGES = ROOT / "docs" / "images"
-SIZES = {1280: 860, 390: 844}
+SIZES = {1280: 980, 390: 844}
 PATIENCE = 300_000
 
 
@@ -35,10 +35,11 @@ def main(prompt: str = "") -> None:
         with contextmanager(serve)(home) as server, chromium() as browser:
             page = sheet(browser, 1280)
             page.goto(server.url)
+            page.wait_for_selector("#generate")
             compose(page, names, prompt or ", ".join(filter(None, words)) or "a red apple")
-            shoot(page, "compose")
+            shoot(page, "compose", top=True)
             train(page, sorted(home.glob("jobs/*/picture-*.png")), "apple")
-            shoot(page, "train")
+            shoot(page, "train", top=True)
             look(page, "Jobs", ".as-job-row:has-text('apple')", "#jobs-panel h2")
             shoot(page, "jobs")
             look(page, "Library", f".as-card-item:has-text('{names[0]}')", "#library-panel h2")
@@ -78,6 +79,7 @@ def compose(page: Any, names: list[str], prompt: str) -> None:
     page.locator(".as-rack-row .as-span input").nth(2).fill("20")
     page.click("#method label:has-text('Composite')")
     page.fill("#images input", "4")
+    page.fill("#steps input", "16")
     page.fill("#seed input", "5")
     page.uncheck("#new-seed input")
     page.click("#generate")
@@ -92,10 +94,10 @@ def train(page: Any, pictures: list[Path], name: str) -> None:
     page.fill("#train-name textarea, #train-name input", name)
     page.fill("#train-trigger textarea, #train-trigger input", "zxq")
     page.fill("#train-samples textarea", "a flat icon of zxq")
-    page.fill("#train-steps input", "60")
-    page.fill("#train-sample-every input", "15")
+    page.fill("#train-steps input", "24")
+    page.fill("#train-sample-every input", "6")
     page.click("#train-start")
-    page.wait_for_selector("#samples img >> nth=2")
+    page.wait_for_selector("#samples img >> nth=1")
     page.wait_for_timeout(3000)
 
 
@@ -124,15 +126,15 @@ def phone(browser: Any, url: str, names: list[str]) -> None:
     go(page, "Train")
     page.evaluate("document.querySelector('#train-result').scrollIntoView()")
     shoot(page, "train")
-    page.evaluate("window.scrollTo(0, 0)")
     for view in ("Library", "Jobs"):
         go(page, view)
-        page.evaluate("window.scrollTo(0, 0)")
-        shoot(page, view.lower())
+        shoot(page, view.lower(), top=True)
 
 
-def shoot(page: Any, name: str) -> None:
+def shoot(page: Any, name: str, top: bool = False) -> None:
     """Save what the page shows as docs/images/ui-NAME-WIDTH.png, in 256 colours to stay small."""
+    if top:
+        page.evaluate("window.scrollTo(0, 0)")
     page.mouse.move(2, 2)
     page.wait_for_timeout(700)
     width = page.viewport_size["width"]
