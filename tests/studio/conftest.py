@@ -31,10 +31,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _end_workers() -> None:
-    ours = [row["pid"] for row in store.workers() if process.alive(row)]
-    found = [psutil.Process(pid) for pid in ours if psutil.pid_exists(pid)]
+    """End the workers of this home, and those that this process started and that have not come to work yet."""
+    found = [child for child in psutil.Process().children() if _is_worker(child)]
+    known = {child.pid for child in found}
+    found += [psutil.Process(row["pid"]) for row in store.workers() if process.alive(row) and row["pid"] not in known]
     for worker in found:
         worker.terminate()
     _, slow = psutil.wait_procs(found, timeout=5)
     for worker in slow:
         worker.kill()
+
+
+def _is_worker(candidate: psutil.Process) -> bool:
+    try:
+        return "studio.jobs.worker" in candidate.cmdline()
+    except psutil.Error:
+        return False
