@@ -39,7 +39,8 @@ class JobConfig(BaseModel):
 
     def to_yaml(self) -> str:
         """The complete configuration, replayable with :meth:`from_yaml`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
