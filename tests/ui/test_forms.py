@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from PIL import Image
 
 from adapters import catalogue
 from adapters.errors import InputError
-from studio import methods
+from studio import jobs, methods
 from studio.library import Record
 from studio.schemas.compose import ComposeConfig
 from studio.schemas.train_image import TrainImageConfig
@@ -164,6 +165,26 @@ def test_the_loss_is_drawn_with_its_average() -> None:
     assert len(drawn) < 40_000
     assert loss_plot.running_average([(1, 4.0), (2, 4.0)]) == [(1, 4.0), (2, pytest.approx(4.0))]
     assert loss_plot.loss_plot([]) == ""
+
+
+# ------------------------------------------------------------------------------------------------ running jobs
+
+
+@pytest.mark.parametrize(("kind", "page"), [("compose", compose), ("train-image", train)])
+@pytest.mark.usefixtures("home")
+def test_what_is_shown_of_a_job_fits_the_page(kind: str, page: Any) -> None:
+    with gr.Blocks():
+        view = page.build().view
+    values = {"prompt": "a fox"} if kind == "compose" else {"data": "x", "trigger": "zxq"}
+    job_id = jobs.submit(kind, values)
+    shown = page.follow(job_id, ())
+    assert len(shown) == len(view)
+    assert "waiting for the worker" in shown[3]
+    jobs.cancel(job_id)
+    assert "cancelled" in page.follow(job_id, shown[1])[3]
+    jobs.delete(job_id)
+    with pytest.raises(InputError, match="There is no job"):
+        page.follow(job_id, ())
 
 
 # ------------------------------------------------------------------------------------------------ markup

@@ -260,7 +260,10 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
 
     @polite
     def look(job_id: str, shown: tuple[Any, ...]) -> Any:
-        return follow(job_id, shown)
+        try:
+            return follow(job_id, shown)
+        except InputError:  # deleted meanwhile
+            return ["", (), gr.Timer(active=False), _EMPTY, gr.update(visible=False), "", gr.update(visible=False)]
 
     @polite
     def stop(job_id: str) -> Any:
@@ -291,13 +294,14 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
            job.progress.preview if job.progress else "", len(pictures))  # fmt: skip
     if now == tuple(shown) and job.status != "running":
         return gr.skip()
-    changed = not shown or now[-1] != shown[-1] or job.status != shown[0]
+    changed = not shown or now[-1] != shown[-1]
+    first = not shown or not shown[-1]
     return [
         job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, ahead(job), preview(job)),
-        gr.update(value=[str(path) for path in pictures], visible=bool(pictures), selected_index=None,
+        gr.update(value=[str(path) for path in pictures], visible=bool(pictures),
                   columns=1 if len(pictures) == 1 else 2)
         if changed else gr.skip(),
-        (str(pictures[0]) if pictures else "") if changed else gr.skip(),
+        (str(pictures[0]) if pictures else "") if changed and first else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
     ]  # fmt: skip
 

@@ -216,7 +216,11 @@ def _wire_run(form: Form, captions: gr.HTML, start: gr.Button, result: _Result) 
 
     @polite
     def look(job_id: str, shown: tuple[Any, ...]) -> Any:
-        return follow(job_id, shown)
+        try:
+            return follow(job_id, shown)
+        except InputError:  # deleted meanwhile
+            off = gr.update(visible=False)
+            return ["", (), gr.Timer(active=False), _EMPTY, "", *[off] * 5, gr.skip(), ""]
 
     @polite
     def stop(job_id: str) -> Any:
