@@ -20,6 +20,7 @@ from tests.ui.conftest import CHROMIUM, ROOT, SWITCHES, lora, serve
 IMAGES = ROOT / "docs" / "images"
 SIZES = {1280: 980, 390: 844}
 PATIENCE = 300_000
+LARGEST = 280_000
 
 
 def main(prompt: str = "") -> None:
@@ -132,16 +133,19 @@ def phone(browser: Any, url: str, names: list[str]) -> None:
 
 
 def shoot(page: Any, name: str, top: bool = False) -> None:
-    """Save what the page shows as docs/images/ui-NAME-WIDTH.png, in 256 colours to stay small."""
+    """Save what the page shows as docs/images/ui-NAME-WIDTH.png, in 256 colours if it would be large."""
     if top:
         page.evaluate("window.scrollTo(0, 0)")
     page.mouse.move(2, 2)
     page.wait_for_timeout(700)
     width = page.viewport_size["width"]
+    place = IMAGES / f"ui-{name}-{width}.png"
+    IMAGES.mkdir(parents=True, exist_ok=True)
     with Image.open(io.BytesIO(page.screenshot())) as picture:
-        IMAGES.mkdir(parents=True, exist_ok=True)
-        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        small.save(IMAGES / f"ui-{name}-{width}.png", optimize=True)
+        full = picture.convert("RGB")
+    full.save(place, optimize=True)
+    if place.stat().st_size > LARGEST:
+        full.quantize(256, dither=Image.Dither.NONE).save(place, optimize=True)
 
 
 if __name__ == "__main__":

@@ -190,8 +190,8 @@ class _Result:
             keep = gr.Button("Add to library", size="md", elem_id="keep")
             download = gr.DownloadButton("Download", size="md")
         plot = gr.HTML("", elem_id="loss-plot", apply_default_css=False)
-        samples = gr.Gallery(label="Samples", columns=3, height="auto", object_fit="contain", visible=False,
-                             interactive=False, elem_id="samples")  # fmt: skip
+        samples = gr.Gallery(label="Samples", show_label=False, columns=3, height="auto", object_fit="contain",
+                             visible=False, interactive=False, elem_id="samples")  # fmt: skip
         return cls(job, shown, adapter, timer, panel, plot, samples, cancel, resume, done, try_it, keep, download)
 
     @property
