@@ -1,24 +1,36 @@
-"""Training sets of the shipped adapters: ``python -m assets.build.adapters prepare``.
+"""The shipped adapters: ``python -m assets.build.adapters prepare``, then ``train``, then ``score``.
 
-For every held-out subject a folder of single-subject pictures in the base styles, for every held-out
-style a folder of base subjects in that style; pictures are PNG, captions lie beside them as ``.txt``.
+``prepare`` writes for every held-out subject a folder of single-subject pictures in the base styles, for
+every held-out style a folder of base subjects in that style; pictures are PNG, captions lie beside them
+as ``.txt``. ``train`` runs the studio's own image trainer on them (values in ``configs/``), goes on where
+an interrupted run stopped, and puts the result into ``assets/adapters/NAME``. ``score`` asks the judge
+what it sees in pictures made with one adapter alone, and writes the answer beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import yaml
 
 from assets.build import data
 from assets.build.common import build_dir, write_json, write_text
+from assets.build.evaluate import GUIDANCE, STEPS, Case, score
+from assets.build.judge import Judge, load_judge
 
 CONCEPT_PICTURES = 24
 STYLE_PICTURES = 60
+SCORE_SEEDS = 8
+CONFIGS = Path(__file__).parent / "configs"
+SHIPPED = Path(__file__).parents[1] / "adapters"
 
 
 @dataclass(frozen=True)
@@ -89,14 +101,109 @@ def prepare(target: Path) -> list[Adapter]:
     return made
 
 
+def sample_prompts(adapter: Adapter) -> list[str]:
+    """Return the prompts drawn at the end of training."""
+    if adapter.kind == "concept":
+        return [f"a {style} icon of {data.article(adapter.trigger)}" for style in data.BASE_STYLES]
+    return [f"a {adapter.trigger} icon of {data.article(name)}" for name in ("dog", "red apple", "car")]
+
+
+def training_values(adapter: Adapter, pictures: Path) -> dict[str, Any]:
+    """Return the values of the training job: those of the kind's file in ``configs/`` and the adapter's own."""
+    values: dict[str, Any] = yaml.safe_load((CONFIGS / f"{adapter.kind}.yaml").read_text(encoding="utf-8"))
+    own = {"name": adapter.name, "trigger": adapter.trigger, "sample_prompts": sample_prompts(adapter)}
+    return {**values, **own, "data": _from_home(pictures)}
+
+
+def _from_home(path: Path) -> str:
+    """Return the path with the home folder as ``~``, so that recipes name nobody's machine."""
+    home = Path.home()
+    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else path.as_posix()
+
+
+def train(adapter: Adapter, pictures: Path, runs: Path, shipped: Path) -> Path:
+    """Train one adapter in ``runs`` (going on if it was interrupted) and put it into ``shipped``; return its folder."""
+    from studio.cli.terminal import Terminal
+    from studio.training import train_image
+
+    run, target = runs / adapter.name, shipped / adapter.name
+    values = training_values(adapter, pictures / adapter.name)
+    with Terminal() as monitor:
+        result = train_image(folder=run, monitor=monitor, resume=True, **values)
+    target.mkdir(parents=True, exist_ok=True)
+    for source in (Path(result["adapter"]), run / "config.yaml"):
+        shutil.copy2(source, target / source.name)
+    samples = [np.asarray(data.Image.open(path).convert("RGB")) for path in result["samples"]]
+    data.save_png(target / "preview.png", data.contact_sheet(samples, len(samples)))
+    text = Path(result["card"]).read_text(encoding="utf-8")
+    write_text(target / "card.md", re.sub(r"(!\[sample\]\([^)]*\)\n)+", "![samples](preview.png)\n", text))
+    return target
+
+
+def score_cases(adapter: Adapter, seeds: int = SCORE_SEEDS) -> list[Case]:
+    """Return what is drawn to judge an adapter alone: a subject in every base style, or base subjects in a style."""
+    if adapter.kind == "concept":
+        pairs = [(style, adapter.trigger) for style in data.BASE_STYLES for _ in range(seeds)]
+    else:
+        pairs = [(adapter.trigger, name) for name in list(data.BASE_CONCEPTS)[:: max(1, 104 // (3 * seeds))]]
+    captions = [data.make_caption(style, [name], None) for style, name in pairs]
+    return [Case(captions[i], 90_000 + i, style, (name,)) for i, (style, name) in enumerate(pairs)]
+
+
+def judge_adapter(adapter: Adapter, folder: Path, pipeline: Any, judge: Judge) -> dict[str, Any]:
+    """Draw with this adapter alone and score subject and style; writes ``score.json`` into its folder."""
+    cases = score_cases(adapter)
+    pipeline.load_lora(folder / f"{adapter.name}.safetensors", name=adapter.name)
+    try:
+        drawn = [
+            pipeline(case.caption, steps=STEPS, guidance_scale=GUIDANCE, seed=case.seed).images[0] for case in cases
+        ]
+    finally:
+        pipeline.unload_lora(adapter.name)
+    images = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in drawn])
+    images = images.permute(0, 3, 1, 2).float() / 255
+    subjects, styles = judge.classify(images).argmax(1), judge.classify_style(images).argmax(1)
+    right = {
+        "subject": [int(found) == judge.index(case.names[0]) for found, case in zip(subjects, cases, strict=True)],
+        "style": [judge.styles[int(found)] == case.style for found, case in zip(styles, cases, strict=True)],
+    }
+    result = {"guidance": GUIDANCE, "steps": STEPS, **{name: score(hits) for name, hits in right.items()}}
+    write_json(folder / "score.json", result)
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prepare the training sets."""
+    """Prepare the training sets, train adapters on them, or score what is shipped."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("prepare",))
-    parser.add_argument("--target", type=Path, default=None, help="default: adapters/ in the build folder")
+    parser.add_argument("command", choices=("prepare", "train", "score"))
+    parser.add_argument("names", nargs="*", help="adapters to train or score; all by default")
+    parser.add_argument("--target", type=Path, default=None, help="training sets; default: in the build folder")
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     target = options.target or build_dir() / "adapters"
-    print(f"{len(prepare(target))} training sets in {target}")
+    if options.command == "prepare":
+        print(f"{len(prepare(target))} training sets in {target}")
+        return
+    chosen = _chosen(options.names)
+    if options.command == "train":
+        for adapter in chosen:
+            print(f"wrote {train(adapter, target, build_dir() / 'adapter-runs', SHIPPED)}", flush=True)
+        return
+    from pipelines.diffusion import MultiLoRAPipeline
+
+    pipeline, judge = MultiLoRAPipeline.from_pretrained(SHIPPED.parent / "models" / "tinymoji"), load_judge()
+    for adapter in chosen:
+        if (SHIPPED / adapter.name).is_dir():
+            print(adapter.name, judge_adapter(adapter, SHIPPED / adapter.name, pipeline, judge), flush=True)
+
+
+def _chosen(names: Sequence[str]) -> list[Adapter]:
+    known = {adapter.name: adapter for adapter in shipped_adapters()}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown adapters {', '.join(unknown)}: there are {', '.join(known)}")
+    return [known[name] for name in names or known]
 
 
 if __name__ == "__main__":
