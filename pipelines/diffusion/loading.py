@@ -60,9 +60,11 @@ def open_pipeline(
     chosen_dtype = choose_dtype(dtype, chosen_device, chosen_family)
     chosen_attention = choose_attention(attention)
     kind = getattr(diffusers, chosen_family.pipeline)
-    load = kind.from_single_file if Path(source).is_file() else kind.from_pretrained
     try:
-        pipe = load(str(source), dtype=DTYPES[chosen_dtype], **options)
+        if Path(source).is_file():
+            pipe = kind.from_single_file(str(source), dtype=DTYPES[chosen_dtype], **options)
+        else:
+            pipe = _from_pretrained(kind, str(source), chosen_dtype, options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"Base model '{source}' could not be opened as {chosen_family.title}: {reason}") from error
@@ -73,6 +75,20 @@ def open_pipeline(
         str(source), chosen_family.name, chosen_dtype, str(chosen_device), chosen_attention, memory, tuple(notes)
     )
     return pipe, chosen_family, settings
+
+
+def _from_pretrained(kind: Any, source: str, dtype: str, options: dict[str, Any]) -> Any:
+    """Open a directory or hub id; of files in two precisions take the ones that fit, of files in one take those."""
+    if "variant" in options:
+        return kind.from_pretrained(source, dtype=DTYPES[dtype], **options)
+    first, second = (None, "fp16") if dtype == "fp32" else ("fp16", None)
+    try:
+        return kind.from_pretrained(source, dtype=DTYPES[dtype], variant=first, **options)
+    except (OSError, ValueError) as error:
+        try:
+            return kind.from_pretrained(source, dtype=DTYPES[dtype], variant=second, **options)
+        except (OSError, ValueError) as other:
+            raise (error if first is None else other) from None  # what is wrong with the common files
 
 
 def choose_device(name: str) -> torch.device:

@@ -43,6 +43,24 @@ def test_half_precision(folder: Path, sd: Bed) -> None:
     assert torch.isfinite(found).all()
 
 
+def test_directories_with_one_or_two_precisions(folder: Path, tmp_path: Path) -> None:
+    """Files may be there in fp16 only, in the common precision only, or in both."""
+    pipe = tiny.sd()
+    pipe.unet.conv_in.bias.data += 1  # to tell the files apart
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    pipe.save_pretrained(tmp_path / "both", variant="fp16")
+    tiny.sd().save_pretrained(tmp_path / "both")
+    opened = {
+        (name, dtype): MultiLoRAPipeline.from_pretrained(path, dtype=dtype, device="cpu").pipe.unet.conv_in.bias.float()
+        for name, path in (("half", tmp_path / "half"), ("both", tmp_path / "both"), ("plain", folder))
+        for dtype in ("fp32", "bf16")
+    }
+    plain, changed = tiny.sd().unet.conv_in.bias, pipe.unet.conv_in.bias
+    for key, bias in opened.items():
+        wanted = changed if key[0] == "half" or key == ("both", "bf16") else plain
+        torch.testing.assert_close(bias, wanted.float(), atol=1e-2, rtol=1e-2)
+
+
 def test_auto_dtype_by_device_and_family() -> None:
     gpu = torch.device("cuda")
     assert choose_dtype("auto", torch.device("cpu"), FAMILIES["flux"]) == "fp32"
