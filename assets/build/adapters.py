@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help="adapters to train or score; all by default")
     parser.add_argument("--target", type=Path, default=None, help="training sets; default: in the build folder")
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(options.threads)
     target = options.target or build_dir() / "adapters"
     if options.command == "prepare":
