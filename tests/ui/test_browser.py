@@ -192,7 +192,7 @@ def test_library_use_rename_trash_restore(tab: Tab, tmp_path: Path) -> None:
     page.click("#shelf label:has-text('Trash')")
     page.click(".as-card-item:has-text('old lamp')")
     page.click("#restore")
-    page.wait_for_selector("#library-panel h2:text-is('old lamp')")
+    page.wait_for_selector("#use-in-compose")
     page.fill("#library-search textarea, #library-search input", "lmp")
     page.wait_for_function("document.querySelectorAll('.as-card-item').length === 1")
     page.click("#use-in-compose")
