@@ -203,13 +203,8 @@ def shipped() -> list[Path]:
     """Folders of what ships with the studio."""
     import assets
 
-    found = []
-    for name in ("adapters", "models"):
-        try:
-            found.append(assets.path(name))
-        except FileNotFoundError:
-            continue
-    return found
+    root = Path(assets.__file__).parent
+    return [root / "adapters", root / "models"]
 
 
 def hidden() -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from ui import markup
 
 WIDTH, HEIGHT = 640, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 28
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 28
 _MOST_POINTS = 400
 
 
