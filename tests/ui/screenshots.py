@@ -28,11 +28,12 @@ def main(prompt: str = "") -> None:
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         shipped = [record for record in library.adapters() if record.read_only and not record.problem]
-        if not shipped:
+        chosen = [shipped[0], shipped[-1]] if len(shipped) > 1 else []
+        if not chosen:
             for number, name in enumerate(("robot", "chalk")):
                 lora(home / "library" / "adapters" / f"{name}.safetensors", name, number)
-        names = [record.name for record in shipped[:1] + shipped[-1:]] or ["robot", "chalk"]
-        words = [next(iter(record.triggers), "") for record in shipped[:1] + shipped[-1:]]
+        names = [record.name for record in chosen] or ["robot", "chalk"]
+        words = [next(iter(record.triggers), "") for record in chosen]
         with contextmanager(serve)(home) as server, chromium() as browser:
             page = sheet(browser, 1280)
             page.goto(server.url)
