@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from assets.build import data
+from assets.build.cards import percent
 from assets.build.common import build_dir, write_json, write_text
 from assets.build.evaluate import GUIDANCE, STEPS, Case, score
 from assets.build.judge import Judge, load_judge
@@ -31,6 +32,7 @@ STYLE_PICTURES = 60
 SCORE_SEEDS = 8
 CONFIGS = Path(__file__).parent / "configs"
 SHIPPED = Path(__file__).parents[1] / "adapters"
+SAMPLES = "![samples](samples.png)"
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,8 @@ def train(adapter: Adapter, pictures: Path, runs: Path, shipped: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for source in (Path(result["adapter"]), run / "config.yaml"):
         shutil.copy2(source, target / source.name)
-    samples = [np.asarray(data.Image.open(path).convert("RGB")) for path in result["samples"]]
-    data.save_png(target / "preview.png", data.contact_sheet(samples, len(samples)))
     text = Path(result["card"]).read_text(encoding="utf-8")
-    write_text(target / "card.md", re.sub(r"(!\[sample\]\([^)]*\)\n)+", "![samples](preview.png)\n", text))
+    write_text(target / "card.md", re.sub(r"(!\[sample\]\([^)]*\)\n)+", f"{SAMPLES}\n", text))
     return target
 
 
@@ -151,7 +151,11 @@ def score_cases(adapter: Adapter, seeds: int = SCORE_SEEDS) -> list[Case]:
 
 
 def judge_adapter(adapter: Adapter, folder: Path, pipeline: Any, judge: Judge) -> dict[str, Any]:
-    """Draw with this adapter alone and score subject and style; writes ``score.json`` into its folder."""
+    """Draw with this adapter alone and score subject and style.
+
+    Writes ``score.json``, ``samples.png`` (all pictures that were judged) and ``preview.png`` (the first of them)
+    into the adapter's folder, and the score into its card.
+    """
     cases = score_cases(adapter)
     pipeline.load_lora(folder / f"{adapter.name}.safetensors", name=adapter.name)
     try:
@@ -160,8 +164,10 @@ def judge_adapter(adapter: Adapter, folder: Path, pipeline: Any, judge: Judge) -
         ]
     finally:
         pipeline.unload_lora(adapter.name)
-    images = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in drawn])
-    images = images.permute(0, 3, 1, 2).float() / 255
+    pictures = [np.array(image.convert("RGB")) for image in drawn]
+    data.save_png(folder / "samples.png", data.contact_sheet(pictures, 8))
+    data.save_png(folder / "preview.png", pictures[0])
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     subjects, styles = judge.classify(images).argmax(1), judge.classify_style(images).argmax(1)
     right = {
         "subject": [int(found) == judge.index(case.names[0]) for found, case in zip(subjects, cases, strict=True)],
@@ -169,6 +175,11 @@ def judge_adapter(adapter: Adapter, folder: Path, pipeline: Any, judge: Judge) -
     }
     result = {"guidance": GUIDANCE, "steps": STEPS, **{name: score(hits) for name, hits in right.items()}}
     write_json(folder / "score.json", result)
+    lines = [f"- Judged alone, {name} recognised: {percent(result[name])}" for name in right]
+    card = (folder / "card.md").read_text(encoding="utf-8")
+    kept = re.sub(r"\n(- Judged alone.*\n)*\n!\[samples\].*\n", "\n", card)
+    head, end = kept.split("\nMade with", 1)
+    write_text(folder / "card.md", head.rstrip() + "\n" + "\n".join(lines) + f"\n\n{SAMPLES}\n\nMade with" + end)
     return result
 
 

@@ -150,10 +150,17 @@ class Tab:
 
     def open(self, view: str = "compose") -> Any:
         """Show a page of the app and wait until it is ready."""
+        self.leave()
         self.page.goto(f"{self.server.url}?view={view}")
         self.page.wait_for_selector("#generate", state="attached")
         self.page.wait_for_selector(f"#pages button[role=tab][aria-selected=true]:text-is('{view.capitalize()}')")
         return self.page
+
+    def leave(self) -> None:
+        """Go to an empty page; that requests under way are cut off by that is no error of the app."""
+        seen = len(self.errors)
+        self.page.goto("about:blank")
+        del self.errors[seen:]
 
 
 def tab_of(browser: Any, server: Server, width: int) -> Iterator[Tab]:
