@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from adapters import files
 from adapters.progress import Monitor, Progress, check
-from studio import images, library, loaded, recipes, settings
+from studio import images, library, loaded, recipes
 from studio.schemas.compose import ComposeConfig
 
 PREVIEWS = 5
@@ -34,7 +35,7 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
     with loaded.pipeline(config) as pipe:
         _prepare(pipe, config)
         recipe = recipes.build(config, _made_on(pipe))
-        settings.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
+        files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
         made = [_picture(pipe, config, recipe, folder, monitor, number) for number in range(config.images)]
     return {
         "images": [str(path) for path in made],

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters import files
 from adapters.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,13 +22,7 @@ def save_png(image: Image.Image, path: Path, recipe: dict[str, Any]) -> Path:
 
     info = PngInfo()
     info.add_text(CHUNK, json.dumps(recipe))  # plain ASCII: other characters become \\u escapes
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(draft, format="PNG", pnginfo=info)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+    return files.write(path, lambda part: image.save(part, format="PNG", pnginfo=info), sync=False)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:

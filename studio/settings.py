@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field
 
 from adapters.errors import InputError
+from adapters.files import write_text as write_text  # pages write through the application
 from studio.schemas.base import JobConfig, read_yaml
 
 PREFIX = "ADAPTER_STUDIO_"
@@ -85,13 +86,6 @@ def adapter_folders() -> list[Path]:
 def base_folders() -> list[Path]:
     """Folders searched for base models; imported ones go to the first."""
     return [folder("library", "bases"), *(path.expanduser() for path in load().base_folders)]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all (written beside it, then renamed)."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def _environment() -> dict[str, Any]:

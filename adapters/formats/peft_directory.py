@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from adapters.errors import InputError
+from adapters.files import write_text
 from adapters.formats.keys import Role, guess_component, layer_of, modern_name, refuse_foreign, split_role
 from adapters.formats.lora import COMPONENTS, LoraFile, LoraLayer
 from adapters.formats.peft_config import alpha_of, check_config, config_of
-from adapters.formats.tensors import check_finite, read_tensors, write_atomic, write_tensors
+from adapters.formats.tensors import check_finite, read_tensors, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -96,4 +97,4 @@ def _write_one(path: Path, layers: Mapping[str, LoraLayer]) -> None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude
     text = json.dumps(config_of(layers) | {"inference_mode": True}, indent=2, sort_keys=True)
     write_tensors(path / WEIGHTS[0], tensors, {})
-    write_atomic(path / CONFIG, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+    write_text(path / CONFIG, text + "\n")

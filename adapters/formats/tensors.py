@@ -1,12 +1,10 @@
-"""Tensor files: read whole or not at all, written under a temporary name and then renamed."""
+"""Tensor files: read whole or not at all, written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters import files
 from adapters.errors import InputError
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -43,31 +42,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file; a reader never sees half of it."""
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = {"format": "pt"} | dict(metadata)
-    return write_atomic(path, lambda part: save_file(ready, part, metadata=text))
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let ``write(temporary)`` make the file, then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    part = Path(name)
-    try:
-        write(part)
-        part.chmod(0o644)
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"Could not write '{path}': {error.strerror or error}.") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return files.write(path, lambda part: save_file(ready, part, metadata=text))
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, or of a directory's files in the order of their names."""
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
+    parts = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in parts:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

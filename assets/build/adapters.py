@@ -21,9 +21,10 @@ import numpy as np
 import torch
 import yaml
 
+from adapters.files import write_text
 from assets.build import data
 from assets.build.cards import percent
-from assets.build.common import build_dir, write_json, write_text
+from assets.build.common import build_dir, write_json
 from assets.build.evaluate import GUIDANCE, STEPS, Case, score
 from assets.build.judge import Judge, load_judge
 

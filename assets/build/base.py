@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters import files
 from assets.build import latents as cache
 from assets.build import text
-from assets.build.common import Average, autocast, build_dir, gradient_norm, pick_device, write_atomic, write_json
+from assets.build.common import Average, autocast, build_dir, gradient_norm, pick_device, write_json
 
 DROPOUT = 0.1
 """Share of captions replaced by the empty one, for classifier-free guidance."""
@@ -220,7 +221,7 @@ class Run:
             "model": self.model.state_dict(), "average": self.average.state(), "optimizer": self.optimizer.state_dict(),
             "step": self.step, "samples": self.samples, "spent": self.spent, "curve": self.curve,
         }  # fmt: skip
-        write_atomic(self.file, lambda part: torch.save(state, part))
+        files.write(self.file, lambda part: torch.save(state, part))
         write_json(
             self.file.with_name("curve.json"),
             {"columns": ["step", "samples", "minutes", "loss", "lr"], "rows": self.curve},
@@ -230,7 +231,7 @@ class Run:
         """Write the averaged weights in fp16 as ``average-STEP.pt``, for learning curves."""
         values = {name: value.half() for name, value in self.average.values.items()}
         target = self.file.with_name(f"average-{self.step:06d}.pt")
-        return write_atomic(
+        return files.write(
             target, lambda part: torch.save({"values": values, "step": self.step, "samples": self.samples}, part)
         )
 

@@ -10,8 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from adapters.files import write_text
 from assets.build import data
-from assets.build.common import write_text
 
 UNFINISHED = (
     "**The goals are not reached yet: the training was too short.** Colours, backgrounds and rough outlines follow the "

@@ -1,17 +1,18 @@
-"""Small helpers shared by the build programs: folders, atomic writes, devices, averages, learning rates."""
+"""Small helpers shared by the build programs: folders, JSON, devices, averages, learning rates."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from adapters import files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,33 +27,9 @@ def build_dir() -> Path:
     return root
 
 
-def write_atomic(target: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write(temporary_path)`` make a file, then rename it to ``target``.
-
-    A reader never sees half a file. The temporary file is removed if ``write`` fails; the error is
-    passed on.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def write_text(target: Path, text: str) -> Path:
-    """Write UTF-8 text atomically."""
-    return write_atomic(target, lambda part: part.write_text(text, encoding="utf-8") and None)
-
-
 def write_json(target: Path, value: Any) -> Path:
     """Write ``value`` as indented JSON, atomically."""
-    return write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    return files.write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from assets.build.common import build_dir, write_atomic
+from adapters import files
+from assets.build.common import build_dir
 
 SPRITE = 128
 """Side of a cached sprite in pixels."""
@@ -210,7 +211,7 @@ def load_sprites(styles: dict[str, str] | None = None, concepts: dict[str, str] 
         if not cache.is_file():
             icons = load_icons(fetch_packages(root), icon_set)
             made = np.stack([rasterise(icon_svg(icons, icon, 2 * SPRITE), SPRITE) for icon in concepts.values()])
-            write_atomic(cache, lambda part, made=made: np.save(part, made))  # type: ignore[misc]
+            files.write(cache, lambda part, made=made: np.save(part, made))  # type: ignore[misc]
         stack.append(np.load(cache))
     return np.stack(stack)
 
@@ -385,7 +386,7 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> n
 
 def save_png(target: Path, image: np.ndarray) -> Path:
     """Write a uint8 RGB picture as PNG, atomically."""
-    return write_atomic(target, lambda part: Image.fromarray(image).save(part, format="PNG"))
+    return files.write(target, lambda part: Image.fromarray(image).save(part, format="PNG"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

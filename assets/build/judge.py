@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import assets
+from adapters import files
 from assets.build import data
-from assets.build.common import Average, autocast, build_dir, pick_device, write_atomic, write_json, write_text
+from assets.build.common import Average, autocast, build_dir, pick_device, write_json
 
 INPUT = 64
 EXTRA_SETS = ("noto-v1", "fxemoji", "emojione")
@@ -325,11 +326,11 @@ def save(network: Network, widths: Sequence[int], facts: dict[str, Any], target:
     """Write weights (fp16), config with labels, facts and card into ``target``."""
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
-    write_atomic(target / "model.safetensors", lambda part: save_file(weights, part))
+    files.write(target / "model.safetensors", lambda part: save_file(weights, part))
     config = {"input": INPUT, "widths": list(widths), "labels": list(data.CONCEPTS), "styles": list(data.STYLES)}
     write_json(target / "config.json", config)
     write_json(target / "facts.json", facts)
-    write_text(target / "README.md", card(facts))
+    files.write_text(target / "README.md", card(facts))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

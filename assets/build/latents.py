@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import assets
+from adapters import files
 from assets.build import data
-from assets.build.common import build_dir, pick_device, write_atomic, write_text
+from assets.build.common import build_dir, pick_device
 
 SHARD = 4096
 COUNTS = (55.0, 40.0, 5.0)
@@ -77,8 +78,8 @@ def make_shard(number: int, folder: Path, vae: AutoencoderKL, sprites: np.ndarra
         images = np.stack([data.render(scene, sprites) for scene in scenes[start : start + 64]])
         parts.append(encode_images(vae, images, device).half().cpu().numpy())
     lines = [json.dumps(asdict(scene)) for scene in scenes]
-    write_text(folder / f"{number:04d}.jsonl", "\n".join(lines) + "\n")
-    write_atomic(folder / f"{number:04d}.npy", lambda part: np.save(part, np.concatenate(parts)))
+    files.write_text(folder / f"{number:04d}.jsonl", "\n".join(lines) + "\n")
+    files.write(folder / f"{number:04d}.npy", lambda part: np.save(part, np.concatenate(parts)))
 
 
 def load_shard(stem: Path) -> tuple[np.ndarray, list[dict[str, object]]]:

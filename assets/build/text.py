@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import assets
+from adapters.files import write_text
 from assets.build import data
-from assets.build.common import build_dir, write_text
+from assets.build.common import build_dir
 
 LENGTH = 40
 """Tokens per caption, begin and end included."""

@@ -22,8 +22,9 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn import functional
 
+from adapters import files
 from assets.build import data
-from assets.build.common import Average, autocast, build_dir, pick_device, write_atomic, write_json
+from assets.build.common import Average, autocast, build_dir, pick_device, write_json
 
 CROP = 32
 
@@ -173,7 +174,7 @@ class Training:
             "seen": self.seen,
             "curve": self.curve,
         }
-        write_atomic(self.file, lambda part: torch.save(state, part))
+        files.write(self.file, lambda part: torch.save(state, part))
 
     def reconstruct(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the decoded pictures and the KL term per sample and latent value.

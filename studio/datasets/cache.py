@@ -7,8 +7,6 @@ can never meet an old value.
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from adapters.errors import InputError
+from adapters import files
 
 Tensors = dict[str, torch.Tensor]
 
@@ -66,14 +64,7 @@ class TensorCache:
         if self.folder is None:
             self._memory[key] = value
             return
-        part = self._file(key).with_name(f"{key}.{uuid.uuid4().hex[:8]}.part")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(value, part)
-            os.replace(part, self._file(key))
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise InputError(f"The cache in '{self.folder}' cannot be written: {error}.") from None
+        files.write(self._file(key), lambda part: save_file(value, part), sync=False)
 
     def _file(self, key: str) -> Path:
         assert self.folder is not None

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from adapters import files
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Monitor
 from studio import settings
@@ -223,7 +224,7 @@ def _new(kind: str, config: JobConfig, queue_name: str) -> Job:
         id=job_id, kind=kind, status="queued", config=config.model_dump(mode="json"), created=now, folder=place,
         device=str(getattr(config, "device", "auto")), queue=queue_name, cwd=Path.cwd(),
     )  # fmt: skip
-    settings.write_text(place / "config.yaml", config.to_yaml())
+    files.write_text(place / "config.yaml", config.to_yaml())
     store.insert(job)
     if queue_name == HERE:
         store.change(job_id, ["queued"], heartbeat=now, **process.identity())

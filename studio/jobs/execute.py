@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adapters import files
 from adapters.errors import Cancelled
 from adapters.progress import Monitor
-from studio import devices, failures, settings
+from studio import devices, failures
 from studio.jobs import kinds, process, store
 from studio.jobs.model import Job, Status
 from studio.jobs.monitor import STOPPING, JobMonitor
@@ -63,7 +64,7 @@ def _claimed(job: Job, also: Monitor | None) -> BaseException | None:
         try:
             logger.info("%s job %s %s", job.kind, job.id, "resumes" if job.resuming else "starts")
             result = _run(job, also)
-            settings.write_text(job.folder / "result.json", json.dumps(result, indent=1, default=str))
+            files.write_text(job.folder / "result.json", json.dumps(result, indent=1, default=str))
         except BaseException as error:
             _ended(job, error)
             return error

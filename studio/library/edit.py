@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from adapters import files
 from adapters.errors import InputError
 from studio import settings
 from studio.library import cache, facts, hub, scan
@@ -133,7 +134,7 @@ def trash(name: str, kind: scan.Kind = "adapter") -> Trashed:
     now = time.time()
     place = settings.folder("trash", f"{datetime.fromtimestamp(now):%y%m%d-%H%M%S}-{secrets.token_hex(2)}")
     entry = {"name": record.name, "kind": kind, "original": str(record.path), "deleted": now}
-    settings.write_text(place / "entry.json", json.dumps(entry, indent=1))
+    files.write_text(place / "entry.json", json.dumps(entry, indent=1))
     (place / "files").mkdir()
     for file in _belongings(record.path):
         shutil.move(file, place / "files" / file.name)

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.errors import InputError
+from adapters.files import whole
 from studio.schemas.train_image import TrainImageConfig
-from studio.training.files import whole
 
 FREE_GROUPS = frozenset({"Samples and saving"})
 FREE_KEYS = frozenset({"workers", "memory", "cache_folder", "cache_latents", "cache_text"})

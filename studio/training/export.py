@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from adapters.errors import InputError
+from adapters.files import whole
 from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, write_peft
 from studio.schemas.train_image import TrainImageConfig
 from studio.training.base import DTYPES
-from studio.training.files import whole
 from studio.training.plugin import Layers
 
 RECIPE_ENTRY = "adapter_studio_recipe"

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from adapters.errors import Cancelled, InputError
+from adapters.files import whole
 from adapters.formats import LoraFile, read
 from adapters.formats.fit import fit
 from adapters.progress import Monitor, Progress, Silent
@@ -41,7 +42,6 @@ from studio.training.export import (
     write_card,
 )
 from studio.training.families import Family, family_of
-from studio.training.files import whole
 from studio.training.forward import draw, training_loss, validation_loss
 from studio.training.inject import inject, lora_config, lora_layers, start_from, trainable
 from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups

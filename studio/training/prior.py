@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from adapters.files import whole
 from adapters.progress import Monitor, Progress, check
 from studio.datasets.buckets import Size
 from studio.datasets.cache import key_of
 from studio.datasets.seeds import generator
-from studio.training.files import whole
 
 STEPS = 25
 GUIDANCE = 5.0

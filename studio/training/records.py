@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import InputError, MissingDependencyError
-from studio.training.files import whole
+from adapters.files import whole
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "validation_loss", "seconds")
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "comet_ml": "comet_ml", "aim": "aim"}

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from adapters.files import whole
 from studio.datasets.buckets import Size
 from studio.datasets.seeds import global_seed
 from studio.schemas.train_image import TrainImageConfig
-from studio.training.files import whole
 
 
 @contextmanager

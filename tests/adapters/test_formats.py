@@ -352,7 +352,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
     blocked = tmp_path / "there"
     blocked.mkdir()
     (blocked / "x").write_text("")
-    with pytest.raises(InputError, match="Could not write"):
+    with pytest.raises(InputError, match="could not be written"):
         write_diffusers(file, blocked)
     assert [item.name for item in tmp_path.iterdir()] == ["there"]
 

@@ -13,19 +13,6 @@ from torch import nn
 from assets.build import adapters, base, cards, common, data, evaluate, judge, latents, text, vae
 
 
-def test_write_atomic_leaves_nothing_behind_on_failure(tmp_path: Path) -> None:
-    target = common.write_text(tmp_path / "a" / "note.txt", "first")
-
-    def fail(part: Path) -> None:
-        part.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        common.write_atomic(target, fail)
-    assert target.read_text() == "first"
-    assert [f.name for f in target.parent.iterdir()] == ["note.txt"]
-
-
 def test_average_follows_and_resumes() -> None:
     module = nn.Linear(2, 2)
     average = common.Average(module, 0.9)

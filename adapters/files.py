@@ -1,0 +1,73 @@
+"""Writing files and folders so that a crash, an error or a full disk never leaves half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from adapters.errors import InputError
+
+
+@contextmanager
+def whole(target: Path, sync: bool = True) -> Iterator[Path]:
+    """Give a path beside ``target`` to write a file or folder to, and rename it to ``target`` when all went well.
+
+    Args:
+        target: the file or folder to be; what is there is replaced, and stays when writing fails.
+        sync: also wait until the disk has it, so that not even a power cut leaves half (slow for many small files).
+
+    Raises:
+        InputError: the disk is full or not writable.
+    """
+    # unique, so that threads and processes may write the same file; the ending stays, because writers look at it
+    part = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:12]}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        if sync:
+            _flush(part)
+        if part.is_dir() and target.is_dir():
+            shutil.rmtree(target)
+        part.replace(target)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"'{target}' could not be written ({reason}): free some space or choose another place, and try again; "
+            "what was there before is kept."
+        ) from None
+    finally:
+        _remove(part)
+
+
+def write(target: Path, content: Callable[[Path], object], sync: bool = True) -> Path:
+    """Let ``content(temporary path)`` make the file ``target``; :func:`whole` for what is one call. Returns it."""
+    with whole(target, sync) as part:
+        content(part)
+    return target
+
+
+def write_text(target: Path, text: str, sync: bool = False) -> Path:
+    """Write UTF-8 text, whole or not at all; returns ``target``."""
+    return write(target, lambda part: part.write_text(text, encoding="utf-8"), sync)
+
+
+def _flush(path: Path) -> None:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
