@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from studio.schemas import combinations
 from studio.schemas.compose import ModelChoice
+from studio.schemas.method import MethodFields
 
 Mode = Literal["concept", "style", "captioned"]
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "sgd", "prodigy", "schedulefree-adamw"]
@@ -40,7 +42,7 @@ _OUTPUT = _option("Samples and saving")
 _OUTPUT_MORE = _option("Samples and saving", advanced=True)
 
 
-class TrainImageConfig(ModelChoice):
+class TrainImageConfig(MethodFields, ModelChoice):
     """Train a LoRA of a text-to-image model from a folder of pictures."""
 
     kind: ClassVar[str] = "train-image"
@@ -209,12 +211,6 @@ class TrainImageConfig(ModelChoice):
     )
     use_dora: bool = Field(
         False, description="DoRA: direction and magnitude learn separately.", json_schema_extra=_ADAPTER_MORE
-    )
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
-        "default",
-        description="How the adapter starts (PEFT). pissa and olora start from the base weights; "
-        "what is saved is still an ordinary LoRA, of twice the rank.",
-        json_schema_extra=_ADAPTER_MORE,
     )
     continue_from: str = Field(
         "",
@@ -448,6 +444,9 @@ class TrainImageConfig(ModelChoice):
         for broken, sentence in _REFUSED:
             if broken(self):
                 raise ValueError(sentence)
+        refused = combinations.refusal(self)
+        if refused:
+            raise ValueError(refused)
         return self
 
 
@@ -476,22 +475,6 @@ _REFUSED: list[tuple[Any, str]] = [
     (
         lambda c: c.ema and c.optimizer == "schedulefree-adamw",
         "schedule-free AdamW already averages the weights: switch ema off or choose another optimizer",
-    ),
-    (
-        lambda c: c.init in ("pissa", "olora") and c.dtype not in ("auto", "fp32"),
-        "pissa and olora change the base weights and must compute in fp32: set dtype to fp32 or another init",
-    ),
-    (
-        lambda c: c.init in ("pissa", "olora") and (c.targets == "all" or c.conv_rank > 0),
-        "pissa and olora know linear layers only: choose targets without convolutions or another init",
-    ),
-    (
-        lambda c: c.init in ("pissa", "olora") and c.use_dora,
-        "pissa and olora with DoRA cannot be saved as an ordinary adapter: switch one of them off",
-    ),
-    (
-        lambda c: c.init in ("pissa", "olora") and bool(c.continue_from),
-        "an adapter to continue from replaces the init: set init to 'default'",
     ),
     (
         lambda c: c.snr_gamma is not None and c.family in ("sd3", "flux"),

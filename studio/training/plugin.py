@@ -1,16 +1,18 @@
 """Where a training method joins the loop, independent of the driver.
 
-A method overrides what it needs. Order in one optimiser step: ``step_begin``; per forward pass ``forward_context``
-around the forward and ``loss`` after it; after the last backward ``grads_ready`` (reduced, unscaled, not yet
-clipped); then clipping, the optimiser, EMA, and ``after_step``.
+A method overrides what it needs. Before the first step: ``configure``; ``before_inject``; ``calibrate`` if it
+``needs`` that; then adapters are added, an adapter to continue from is laid in, and ``initialise`` may change how they
+start and what learns; the optimiser is made; ``after_inject``. Order in one optimiser step: ``step_begin``; per forward
+pass ``forward_context`` around the forward and ``loss`` after it; after the last backward ``grads_ready`` (reduced,
+unscaled, not yet clipped); then clipping, the optimiser, EMA, and ``after_step``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,12 +23,45 @@ Layers = dict[str, dict[str, LoraLayer]]
 """Component -> module path -> layer."""
 
 
+Need = Literal["calibration", "logits", "reference", "gradients", "momenta"]
+"""What a plugin asks of the driver: a look at batches before the adapters are added; logits in the outputs; the
+untouched model's logits; gradients of the whole step in ``.grad``; an optimiser with plain momenta."""
+
+Closure = Callable[[], torch.Tensor]
+"""Computes the mean loss of one batch, with gradients."""
+
+
 @dataclass(frozen=True)
 class Handles:
-    """What the driver gives a plugin: trainable models by component name, and the optimiser once it exists."""
+    """What the driver gives a plugin.
+
+    Attributes:
+        models: trainable models by component name.
+        optimizer: the (unwrapped) optimiser, once it exists.
+        steps: optimiser steps of the whole run, 0 where unknown.
+        seed: of the run.
+        adapter: name of the adapter inside the models.
+    """
 
     models: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer | None = None
+    steps: int = 0
+    seed: int = 0
+    adapter: str = "default"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A look at the data before adapters are added.
+
+    ``losses(n)`` yields the training loss of the first n batches of the run, one closure each, on the untouched models
+    in evaluation mode. It must not move the run's data order or random numbers. ``rate`` is the learning rate of the
+    first step.
+    """
+
+    losses: Callable[[int], Iterator[Closure]]
+    seed: int = 0
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +75,27 @@ class Outputs:
     shown: int
 
 
+@dataclass(frozen=True)
+class Answers:
+    """One forward pass of a model that gives logits.
+
+    Attributes:
+        logits: (batch, length, vocabulary), or (batch, classes).
+        labels: (batch, length) with -100 for what does not count, not shifted; or (batch,).
+        reference: the untouched base model's logits of the same inputs, computed when called, without gradients,
+            with adapter, dropout and perturbation off.
+        share: valid labels of this pass over those of the whole optimiser step (1 without accumulation); what a plugin
+            adds to the loss is multiplied by it.
+        shifted: logit t belongs to label t + 1 (causal language models).
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    reference: Callable[[], torch.Tensor]
+    share: float = 1.0
+    shifted: bool = True
+
+
 class Plugin:
     """Base of the methods: does nothing."""
 
@@ -48,8 +104,18 @@ class Plugin:
     def configure(self, config: Any) -> None:
         """Read the configuration; raise :class:`~adapters.errors.InputError` for what cannot be combined."""
 
+    def needs(self) -> frozenset[Need]:
+        """What the driver must provide."""
+        return frozenset()
+
     def before_inject(self, models: Mapping[str, nn.Module]) -> None:
         """The frozen models, before adapters are added."""
+
+    def calibrate(self, models: Mapping[str, nn.Module], calibration: Calibration) -> None:
+        """Look at some batches; called before adapters are added if it is needed, and not when a run is resumed."""
+
+    def initialise(self, handles: Handles) -> None:
+        """The models with plain adapters, before the optimiser: set how they start and what learns."""
 
     def after_inject(self, handles: Handles) -> None:
         """The models with adapters and the optimiser, before the first step."""
@@ -61,7 +127,7 @@ class Plugin:
         """Entered around each forward pass of the training loss."""
         return nullcontext()
 
-    def loss(self, loss: torch.Tensor, outputs: Outputs) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, loss: torch.Tensor, outputs: Outputs | Answers) -> tuple[torch.Tensor, dict[str, float]]:
         """Change the loss of one forward pass; numbers in the second part are logged."""
         return loss, {}
 
@@ -93,9 +159,21 @@ class Plugins:
         for plugin in self.plugins:
             plugin.configure(config)
 
+    def needs(self) -> frozenset[Need]:
+        return frozenset().union(*(plugin.needs() for plugin in self.plugins))
+
     def before_inject(self, models: Mapping[str, nn.Module]) -> None:
         for plugin in self.plugins:
             plugin.before_inject(models)
+
+    def calibrate(self, models: Mapping[str, nn.Module], calibration: Calibration) -> None:
+        for plugin in self.plugins:
+            if "calibration" in plugin.needs():
+                plugin.calibrate(models, calibration)
+
+    def initialise(self, handles: Handles) -> None:
+        for plugin in self.plugins:
+            plugin.initialise(handles)
 
     def after_inject(self, handles: Handles) -> None:
         for plugin in self.plugins:
@@ -112,7 +190,7 @@ class Plugins:
                 stack.enter_context(plugin.forward_context())
             yield
 
-    def loss(self, loss: torch.Tensor, outputs: Outputs) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, loss: torch.Tensor, outputs: Outputs | Answers) -> tuple[torch.Tensor, dict[str, float]]:
         logs: dict[str, float] = {}
         for plugin in self.plugins:
             loss, more = plugin.loss(loss, outputs)
