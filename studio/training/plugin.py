@@ -1,10 +1,10 @@
 """Where a training method joins the loop, independent of the driver.
 
-A method overrides what it needs. Before the first step: ``configure``; ``before_inject``; ``calibrate`` if it
-``needs`` that; then adapters are added, an adapter to continue from is laid in, and ``initialise`` may change how they
-start and what learns; the optimiser is made; ``after_inject``. Order in one optimiser step: ``step_begin``; per forward
-pass ``forward_context`` around the forward and ``loss`` after it; after the last backward ``grads_ready`` (reduced,
-unscaled, not yet clipped); then clipping, the optimiser, EMA, and ``after_step``.
+A method overrides what it needs. Before the first step: ``configure``; ``before_inject``; plain adapters are added (and
+an adapter to continue from is laid in); ``initialise`` may change how they start and what learns; the optimiser is made;
+``after_inject``; ``load_state_dict`` when a run is resumed. Order in one optimiser step: ``step_begin``; per forward pass
+``forward_context`` around the forward and ``loss`` after it; after the last backward ``grads_ready`` (reduced, unscaled,
+not yet clipped); then clipping, the optimiser, EMA, and ``after_step``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,24 @@ Layers = dict[str, dict[str, LoraLayer]]
 
 
 Need = Literal["calibration", "logits", "reference", "gradients", "momenta"]
-"""What a plugin asks of the driver: a look at batches before the adapters are added; logits in the outputs; the
-untouched model's logits; gradients of the whole step in ``.grad``; an optimiser with plain momenta."""
+"""What a plugin asks of the driver: a look at batches before the first step; logits in the outputs; the untouched
+model's logits; gradients of the whole step in ``.grad``; an optimiser with plain momenta."""
 
 Closure = Callable[[], torch.Tensor]
 """Computes the mean loss of one batch, with gradients."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A look at the data before the first step.
+
+    ``losses(n)`` yields the training loss of the first n batches of the run, one closure each. The models are in
+    evaluation mode, their adapters still change nothing, and neither the run's data order nor its random numbers move.
+    ``rate`` is the learning rate of the first step.
+    """
+
+    losses: Callable[[int], Iterator[Closure]]
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,9 @@ class Handles:
     """What the driver gives a plugin.
 
     Attributes:
-        models: trainable models by component name.
+        models: models with adapters by component name.
         optimizer: the (unwrapped) optimiser, once it exists.
+        calibration: for ``initialise``, if a plugin needs it; None when the run is resumed.
         steps: optimiser steps of the whole run, 0 where unknown.
         seed: of the run.
         adapter: name of the adapter inside the models.
@@ -45,23 +59,10 @@ class Handles:
 
     models: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer | None = None
+    calibration: Calibration | None = None
     steps: int = 0
     seed: int = 0
     adapter: str = "default"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A look at the data before adapters are added.
-
-    ``losses(n)`` yields the training loss of the first n batches of the run, one closure each, on the untouched models
-    in evaluation mode. It must not move the run's data order or random numbers. ``rate`` is the learning rate of the
-    first step.
-    """
-
-    losses: Callable[[int], Iterator[Closure]]
-    seed: int = 0
-    rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,6 @@ class Plugin:
 
     def before_inject(self, models: Mapping[str, nn.Module]) -> None:
         """The frozen models, before adapters are added."""
-
-    def calibrate(self, models: Mapping[str, nn.Module], calibration: Calibration) -> None:
-        """Look at some batches; called before adapters are added if it is needed, and not when a run is resumed."""
 
     def initialise(self, handles: Handles) -> None:
         """The models with plain adapters, before the optimiser: set how they start and what learns."""
@@ -165,11 +163,6 @@ class Plugins:
     def before_inject(self, models: Mapping[str, nn.Module]) -> None:
         for plugin in self.plugins:
             plugin.before_inject(models)
-
-    def calibrate(self, models: Mapping[str, nn.Module], calibration: Calibration) -> None:
-        for plugin in self.plugins:
-            if "calibration" in plugin.needs():
-                plugin.calibrate(models, calibration)
 
     def initialise(self, handles: Handles) -> None:
         for plugin in self.plugins:
