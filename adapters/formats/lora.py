@@ -17,6 +17,8 @@ from torch import Tensor
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
+MODEL = "model"
+"""The one component of an adapter that is not for a diffusion pipeline: a language or speech model's."""
 
 
 @dataclass(frozen=True, eq=False)

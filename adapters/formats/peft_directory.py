@@ -16,7 +16,7 @@ from torch import Tensor
 from adapters.errors import InputError
 from adapters.files import write_text
 from adapters.formats.keys import Role, guess_component, layer_of, modern_name, refuse_foreign, split_role
-from adapters.formats.lora import COMPONENTS, LoraFile, LoraLayer
+from adapters.formats.lora import COMPONENTS, MODEL, LoraFile, LoraLayer
 from adapters.formats.peft_config import alpha_of, check_config, config_of
 from adapters.formats.tensors import check_finite, read_tensors, write_tensors
 
@@ -65,11 +65,7 @@ def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer]]:
         if found is None:
             raise InputError(f"'{weights}': key '{key}' is not understood.")
         groups.setdefault(modern_name(found[0].removeprefix(PREFIX)), {})[found[1]] = tensor
-    component = guess_component(groups) or (path.name if path.name in COMPONENTS else "")
-    if not component:
-        raise InputError(
-            f"PEFT directory '{path}' adapts no diffusion model: its layers are like '{next(iter(groups), '')}'."
-        )
+    component = guess_component(groups) or (path.name if path.name in COMPONENTS else MODEL)
     rslora = bool(config.get("use_rslora"))
     return component, {
         module: layer_of(parts, alpha_of(config, module), rslora, module, f"'{weights}'")
