@@ -21,7 +21,7 @@ from studio.schemas.compose import ComposeConfig
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("compose", help="Make pictures with several adapters.")(
-        with_options(ComposeConfig, skip=["adapters"])(compose)
+        with_options(ComposeConfig, skip=["adapters", "regions"])(compose)
     )
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from studio.schemas.base import JobConfig
+from studio.schemas.regions import RegionFields
 
 Strength = tuple[float, float]
 """(progress in [0, 1], strength): one keyframe of a schedule."""
@@ -60,7 +61,7 @@ class ModelChoice(JobConfig):
     )
 
 
-class ComposeConfig(ModelChoice):
+class ComposeConfig(RegionFields, ModelChoice):
     """Make pictures from one prompt with several adapters."""
 
     kind: ClassVar[str] = "compose"

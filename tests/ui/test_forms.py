@@ -16,6 +16,7 @@ from adapters.errors import InputError
 from studio import jobs, methods
 from studio.library import Record
 from studio.schemas.compose import ComposeConfig
+from studio.schemas.regions import RegionFields
 from studio.schemas.train_image import TrainImageConfig
 from studio.training.presets import PRESETS
 from ui import markup, pictures
@@ -61,7 +62,7 @@ def test_a_recipe_fills_the_form_and_the_form_makes_the_same_job() -> None:
 
 
 def test_every_field_of_a_composition_is_on_the_page() -> None:
-    assert {*compose.NAMES, "adapters"} == set(ComposeConfig.model_fields)
+    assert {*compose.NAMES, "adapters", *RegionFields.model_fields} == set(ComposeConfig.model_fields)
 
 
 @pytest.mark.usefixtures("known")

@@ -14,13 +14,14 @@ from adapters.errors import InputError
 from studio import images, jobs, library, methods, recipes
 from studio.jobs import Job
 from studio.schemas.compose import ComposeConfig
+from studio.schemas.regions import RegionFields
 from ui import markup
 from ui.components import job_panel, rack, schema_form
 from ui.components.rack import Row
 from ui.polite import polite, say
 
 KNOWN = schema_form.fields(ComposeConfig)
-NAMES = tuple(name for name in KNOWN if name != "adapters")
+NAMES = tuple(name for name in KNOWN if name != "adapters" and name not in RegionFields.model_fields)
 """Fields with a widget of their own, in the order of the form; the adapters are the rack."""
 
 ADVANCED = ("scheduler", "te_mode", "adapter_batch", "memory", "dtype", "attention", "device", "family")
