@@ -37,26 +37,34 @@ def read_peft(path: Path) -> LoraFile:
         InputError: missing or damaged files, another PEFT method, keys that are not understood.
     """
     if (path / CONFIG).is_file():
-        component, layers = _read_one(path)
+        component, layers, text = _read_one(path)
         parts = {component: layers}
     else:
-        parts = {name: _read_one(path / name)[1] for name in COMPONENTS if (path / name / CONFIG).is_file()}
-    return LoraFile(parts, "peft", path=path)
+        parts, text = {}, {}
+        for name in COMPONENTS:
+            if (path / name / CONFIG).is_file():
+                _, parts[name], own = _read_one(path / name)
+                text |= own
+    return LoraFile(parts, "peft", metadata=text, path=path)
 
 
 def write_peft(file: LoraFile, path: Path) -> Path:
     """Write one PEFT directory, or one per component when there are several; returns ``path``."""
     for component, layers in file.parts.items():
-        _write_one(path if len(file.parts) == 1 else path / component, layers)
+        _write_one(path if len(file.parts) == 1 else path / component, layers, _own_text(file.metadata))
     return path
 
 
-def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer]]:
+def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in ("lora_adapter_metadata", "format")}
+
+
+def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, str]]:
     config = _read_config(path / CONFIG)
     weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if weights is None:
         raise InputError(f"PEFT directory '{path}' has no {WEIGHTS[0]}.")
-    tensors, _ = read_tensors(weights)
+    tensors, text = read_tensors(weights)
     check_finite(tensors, f"'{weights}'")
     refuse_foreign(tensors, f"'{weights}'")
     groups: dict[str, dict[Role, Tensor]] = {}
@@ -67,10 +75,11 @@ def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer]]:
         groups.setdefault(modern_name(found[0].removeprefix(PREFIX)), {})[found[1]] = tensor
     component = guess_component(groups) or (path.name if path.name in COMPONENTS else MODEL)
     rslora = bool(config.get("use_rslora"))
-    return component, {
+    layers = {
         module: layer_of(parts, alpha_of(config, module), rslora, module, f"'{weights}'")
         for module, parts in groups.items()
     }
+    return component, layers, text
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -84,7 +93,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _write_one(path: Path, layers: Mapping[str, LoraLayer]) -> None:
+def _write_one(path: Path, layers: Mapping[str, LoraLayer], metadata: Mapping[str, str]) -> None:
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.A
@@ -92,5 +101,5 @@ def _write_one(path: Path, layers: Mapping[str, LoraLayer]) -> None:
         if layer.magnitude is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude
     text = json.dumps(config_of(layers) | {"inference_mode": True}, indent=2, sort_keys=True)
-    write_tensors(path / WEIGHTS[0], tensors, {})
+    write_tensors(path / WEIGHTS[0], tensors, metadata)
     write_text(path / CONFIG, text + "\n")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.errors import InputError
 from adapters.files import whole
-from studio.schemas.train_image import TrainImageConfig
+from studio.schemas.base import JobConfig
 
 FREE_GROUPS = frozenset({"Samples and saving"})
 FREE_KEYS = frozenset({"workers", "memory", "cache_folder", "cache_latents", "cache_text"})
@@ -103,14 +103,14 @@ def load(path: Path) -> Checkpoint:
         ) from None
 
 
-def check_same_run(saved: Checkpoint, config: TrainImageConfig, data: str) -> None:
+def check_same_run(saved: Checkpoint, config: JobConfig, data: str) -> None:
     """Refuse to resume a run with another configuration or other pictures; output settings may change.
 
     Raises:
         InputError: naming the keys that differ.
     """
     now = config.model_dump(mode="json")
-    differing = [key for key in now if now[key] != saved.config.get(key) and not _free(key)]
+    differing = [key for key in now if now[key] != saved.config.get(key) and not _free(config, key)]
     if differing:
         shown = "; ".join(f"{key}: {saved.config.get(key)!r} -> {now[key]!r}" for key in differing)
         raise InputError(f"This run was started with another configuration ({shown}): set those back, or start anew.")
@@ -118,7 +118,7 @@ def check_same_run(saved: Checkpoint, config: TrainImageConfig, data: str) -> No
         raise InputError("The pictures or captions have changed since this run was started: start anew.")
 
 
-def _free(key: str) -> bool:
-    extra = TrainImageConfig.model_fields[key].json_schema_extra
+def _free(config: JobConfig, key: str) -> bool:
+    extra = type(config).model_fields[key].json_schema_extra
     group = extra.get("group") if isinstance(extra, dict) else None
     return key not in BOUND_KEYS and (key in FREE_KEYS or group in FREE_GROUPS)

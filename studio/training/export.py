@@ -14,6 +14,7 @@ import torch
 from adapters.errors import InputError
 from adapters.files import whole
 from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, write_peft
+from studio.schemas.base import JobConfig
 from studio.schemas.train_image import TrainImageConfig
 from studio.training.base import DTYPES
 from studio.training.plugin import Layers
@@ -39,15 +40,15 @@ def _difference(now: LoraLayer, start: LoraLayer) -> LoraLayer:
 
 
 def make_recipe(
-    config: TrainImageConfig, *, base: Mapping[str, Any], data: Mapping[str, Any], training: Mapping[str, Any]
+    config: JobConfig, *, base: Mapping[str, Any], data: Mapping[str, Any], training: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything needed to make the adapter again, and to know what it is for."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {
         "version": 1,
         "job": config.kind,
-        "name": config.name,
-        "triggers": [config.trigger] if config.trigger else [],
+        "name": getattr(config, "name", ""),
+        "triggers": [word] if (word := getattr(config, "trigger", "")) else [],
         "config": config.model_dump(mode="json"),
         "base": dict(base),
         "data": dict(data),
@@ -57,9 +58,14 @@ def make_recipe(
 
 
 def write_adapter(
-    layers: Layers, folder: Path, name: str, config: TrainImageConfig, recipe: Mapping[str, Any]
+    layers: Layers,
+    folder: Path,
+    name: str,
+    config: TrainImageConfig,
+    recipe: Mapping[str, Any],
+    notes: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Write the adapter in every format asked for; returns format -> path.
+    """Write the adapter in every format asked for, with further text entries ``notes``; returns format -> path.
 
     Raises:
         InputError: numbers that are not finite, or a disk that is full.
@@ -69,7 +75,7 @@ def write_adapter(
     for component, module, layer in file.layers():
         if not (layer.A.isfinite().all() and layer.B.isfinite().all()):
             raise InputError(f"The adapter holds numbers that are not finite in '{component}.{module}': not saved.")
-    metadata = {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}
+    metadata = {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False), **(notes or {})}
     paths = {"diffusers": folder / f"{name}.safetensors"}
     with whole(paths["diffusers"]) as part:
         write_diffusers(file, part, metadata)
@@ -80,7 +86,7 @@ def write_adapter(
     if "peft" in config.export:
         paths["peft"] = folder / f"{name}-peft"
         with whole(paths["peft"]) as part:
-            write_peft(file, part)
+            write_peft(replace(file, metadata=metadata), part)
     return {kind: str(path) for kind, path in paths.items()}
 
 

@@ -29,6 +29,7 @@ from studio.datasets.cache import fingerprint
 from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.plan import PictureSet, Plan
 from studio.datasets.seeds import global_seed
+from studio.schemas.base import JobConfig
 from studio.schemas.train_image import TrainImageConfig
 from studio.training import checkpoint as checkpoints
 from studio.training.base import choose_dtype, load_base
@@ -45,7 +46,7 @@ from studio.training.families import Family, family_of
 from studio.training.forward import draw, training_loss, validation_loss
 from studio.training.inject import inject, lora_config, lora_layers, start_from, trainable
 from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups
-from studio.training.plugin import Handles, Layers, Plugin, Plugins
+from studio.training.plugin import Handles, Layers, Outputs, Plugin, Plugins
 from studio.training.prior import class_folder, draw_class_pictures
 from studio.training.records import LossCurve, check_tracker
 from studio.training.samples import draw_samples, sample_prompts, save_samples
@@ -122,18 +123,29 @@ class Training:
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def asked(self) -> JobConfig:
+        """The configuration as the person gave it: what is recorded, and compared when a run is resumed."""
+        return self.config
+
     # ---------------------------------------------------------------- preparation
     def prepare(self, report: FolderReport) -> None:
         """Data, adapters and optimiser."""
-        config, family = self.config, self.family
-        self.plugins.configure(config)
+        self.plugins.configure(self.config)
         self._check_model()
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.config.tf32
+        self.base_digest = fingerprint(self.family.denoiser)
+        self.prepare_data(report)
+        self._rest()
+        self._inject()
+
+    def prepare_data(self, report: FolderReport) -> None:
+        """What the batches consist of, encoded as far as it is kept."""
+        config, family = self.config, self.family
         self.rule = bucket_rule(config, family)
         self.data_digest = report.digest()
         everything = picture_set(report, self.rule, config)
         shown, held_out = split(everything, config.validation_split, config.seed)
-        self.base_digest = fingerprint(family.denoiser)
         self.plan = Plan(
             shown,
             self._class_pictures(),
@@ -153,8 +165,6 @@ class Training:
         self.validation = [self.supply.assemble([pick], 1) for pick in picks]
         self.prompts = sample_prompts(config, shown.captions)
         self.monitor.report(Progress("data", message=self._data_summary(report, shown)))
-        self._rest()
-        self._inject()
 
     def _data_summary(self, report: FolderReport, shown: PictureSet) -> str:
         sizes = ", ".join(f"{w} x {h}" for w, h in sorted(set(shown.buckets)))
@@ -271,13 +281,13 @@ class Training:
             for old in ("checkpoints", "samples", "saved"):
                 shutil.rmtree(self.folder / old, ignore_errors=True)
         with whole(self.folder / "config.yaml") as part:
-            part.write_text(self.config.to_yaml(), encoding="utf-8")
+            part.write_text(self.asked.to_yaml(), encoding="utf-8")
         self.curve = LossCurve(self.folder / "loss.csv", self.step)
         if self.config.tracker != "none":
             self.accelerator.init_trackers(self.config.name)
 
     def _load(self, saved: Checkpoint) -> None:
-        checkpoints.check_same_run(saved, self.config, self.data_digest)
+        checkpoints.check_same_run(saved, self.asked, self.data_digest)
         with torch.no_grad():
             for name, parameter in self._named_parameters():
                 parameter.copy_(saved.adapter[name])
@@ -307,7 +317,7 @@ class Training:
                 step=self.step,
                 adapter={name: p.detach().cpu().contiguous() for name, p in self._named_parameters()},
                 optimizer=self.optimizer.state_dict(),
-                config=self.config.model_dump(mode="json"),
+                config=self.asked.model_dump(mode="json"),
                 data=self.data_digest,
                 losses=self.losses,
                 seconds=self.seconds,
@@ -370,10 +380,7 @@ class Training:
             batch = next(batches)
             with accelerator.accumulate(self.trainee):
                 with self._dropout_seed(part), self.plugins.forward_context():
-                    draws = draw(batch, config, config.seed)
-                    loss, outputs = training_loss(
-                        self.trainee, self.family, batch, draws, config, accelerator.device, self.dtype
-                    )
+                    loss, outputs = self.forward(batch)
                     loss, logs = self.plugins.loss(loss, outputs)
                 total += loss.detach() / config.gradient_accumulation
                 accelerator.backward(loss)
@@ -392,6 +399,11 @@ class Training:
             self.ema.step(self.parameters)
         self.plugins.after_step(self.step)
         return float(accelerator.reduce(total, "mean")), norm, logs
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, Outputs]:
+        """The loss of one batch of the supply, with gradients."""
+        draws = draw(batch, self.config, self.config.seed)
+        return training_loss(self.trainee, self.family, batch, draws, self.config, self.accelerator.device, self.dtype)
 
     def _set_rates(self) -> None:
         factor = lr_factor(self.step, self.total, self.config)
@@ -442,14 +454,17 @@ class Training:
         """Draw the sample prompts with the weights as they would be saved."""
         if not (self.accelerator.is_main_process and self.prompts):
             return []
-        with self._best_weights():
-            pictures = draw_samples(
-                self.family.pipe, self.prompts, self.rule.square, self.config, self.accelerator.device
-            )
+        with self._best_weights(), self.sampling() as config:
+            pictures = draw_samples(self.family.pipe, self.prompts, self.rule.square, config, self.accelerator.device)
         files = save_samples(pictures, self.folder / "samples", self.step)
         for file in files:
             self.monitor.report(Progress("sampling", self.step, self.total, preview=str(file)))
         return files
+
+    @contextmanager
+    def sampling(self) -> Iterator[TrainImageConfig]:
+        """Around drawing samples: what the pipeline needs for it, and the settings to draw with."""
+        yield self.config
 
     def _layers(self) -> Layers:
         return {name: lora_layers(model) for name, model in self.models.items()}
@@ -463,13 +478,21 @@ class Training:
         if not self.accelerator.is_main_process:
             return
         folder = self.folder / "saved"
-        write_adapter(self._final_layers(), folder, f"{self.config.name}-{self.step:06d}", self.config, self._recipe())
+        self.write(folder, f"{self.config.name}-{self.step:06d}", self._recipe())
         made = sorted(
             {file.name.split(".")[0].removesuffix("-kohya").removesuffix("-peft") for file in folder.iterdir()}
         )
         for name in made[: -self.config.keep_last]:
             for file in folder.glob(f"{name}*"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+    def write(self, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:
+        """Write the adapter as it is now; returns format -> path."""
+        return write_adapter(self._final_layers(), folder, name, self.config, recipe)
+
+    def write_card(self, recipe: dict[str, Any], samples: list[Path]) -> Path:
+        """Write the adapter's card; returns its path."""
+        return write_card(self.folder, recipe, samples)
 
     def _record(self, loss: float, norm: float, took: float, logs: dict[str, float], validation: float | None) -> None:
         if not self.accelerator.is_main_process:
@@ -489,16 +512,11 @@ class Training:
         return self.step * self.config.gradient_accumulation / self.plan.epoch_length
 
     def _recipe(self) -> dict[str, Any]:
-        config, shown = self.config, self.plan.shown
+        config = self.config
         return make_recipe(
-            config,
+            self.asked,
             base={"name": config.base, "family": self.family.name, "digest": self.base_digest},
-            data={
-                "pictures": len(shown),
-                "digest": self.data_digest,
-                "example_prompt": shown.captions[0],
-                "resolution": self.rule.resolution,
-            },
+            data=self.data_facts(),
             training={
                 "steps": self.step,
                 "batch": config.batch_size * config.gradient_accumulation * self.accelerator.num_processes,
@@ -506,6 +524,16 @@ class Training:
                 "seconds": round(self.seconds, 2),
             },
         )
+
+    def data_facts(self) -> dict[str, Any]:
+        """What the recipe says of the data."""
+        shown = self.plan.shown
+        return {
+            "pictures": len(shown),
+            "digest": self.data_digest,
+            "example_prompt": shown.captions[0],
+            "resolution": self.rule.resolution,
+        }
 
     @property
     def _recent_loss(self) -> float:
@@ -519,12 +547,12 @@ class Training:
         if not self.accelerator.is_main_process:
             return {}
         recipe = self._recipe()
-        paths = write_adapter(self._final_layers(), self.folder, self.config.name, self.config, recipe)
+        paths = self.write(self.folder, self.config.name, recipe)
         if not last_due:
             self.sample()
         samples = sorted((self.folder / "samples").glob("*.png"))
         latest = [file for file in samples if file.name.startswith(f"step-{self.step:06d}-")]
-        card = write_card(self.folder, recipe, latest)
+        card = self.write_card(recipe, latest)
         return {
             "adapter": paths["diffusers"],
             "exports": paths,
