@@ -15,7 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from adapters.errors import InputError
-from adapters.formats.keys import Role, guess_component, layer_of, split_component, split_role
+from adapters.formats.keys import (
+    Role,
+    guess_component,
+    layer_of,
+    refuse_unknown,
+    split_component,
+    split_role,
+    written_alpha,
+)
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
 from adapters.formats.peft_config import alpha_of, check_config, config_of
 from adapters.formats.tensors import write_tensors
@@ -36,20 +44,21 @@ def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
         if found is None:
             strange.append(key)
             continue
-        groups.setdefault(split_component(found[0]), {})[found[1]] = tensor
-    _refuse(strange, source)
+        parts = groups.setdefault(split_component(found[0]), {})
+        if found[1] in parts:
+            raise InputError(f"{source}: two tensors say what '{found[0]}' is (one of them is '{key}').")
+        parts[found[1]] = tensor
+    refuse_unknown(strange, source)
     groups = _with_component(groups, source)
     configs = component_configs(metadata, source)
     layers = {}
     for (component, module), parts in groups.items():
-        config = configs.get(component)
-        layers[component, module] = layer_of(
-            parts,
-            _alpha(parts, config, module),
-            bool(config and config.get("use_rslora")),
-            f"{component}.{module}",
-            source,
-        )
+        config, name = configs.get(component), f"{component}.{module}"
+        alpha = written_alpha(parts, name, source)
+        if alpha is None and config is not None:
+            alpha = alpha_of(config, module, source)
+        rslora = bool(config and config.get("use_rslora"))
+        layers[component, module] = layer_of(parts, alpha, rslora, name, source)
     return LoraFile(group_dict(layers), "diffusers", metadata=dict(metadata))
 
 
@@ -59,8 +68,10 @@ def component_configs(metadata: Mapping[str, str], source: str) -> dict[str, dic
         return {}
     try:
         flat = json.loads(metadata[CONFIG_ENTRY])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{source}: its entry '{CONFIG_ENTRY}' is not valid JSON ({error}).") from None
+    if not isinstance(flat, dict):
+        raise InputError(f"{source}: its entry '{CONFIG_ENTRY}' does not hold a PEFT configuration.")
     configs: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, option = key.partition(".")
@@ -89,14 +100,6 @@ def _tensors(name: str, layer: LoraLayer) -> dict[str, Tensor]:
     return made
 
 
-def _alpha(parts: Mapping[Role, Tensor], config: Mapping[str, Any] | None, module: str) -> float:
-    if "alpha" in parts:
-        return float(parts["alpha"].item())
-    if config is not None:
-        return alpha_of(config, module)
-    return float(parts["A"].shape[0]) if "A" in parts else 1.0
-
-
 def _with_component(
     groups: dict[tuple[str, str], dict[Role, Tensor]], source: str
 ) -> dict[tuple[str, str], dict[Role, Tensor]]:
@@ -112,12 +115,3 @@ def _with_component(
 
 def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in (CONFIG_ENTRY, "format")}
-
-
-def _refuse(keys: list[str], source: str) -> None:
-    if keys:
-        shown = ", ".join(f"'{key}'" for key in keys[:3])
-        raise InputError(
-            f"{source}: {len(keys)} keys are not understood ({shown}{', ...' if len(keys) > 3 else ''}); "
-            "readable are LoRA and DoRA as PEFT directories, diffusers and kohya files."
-        )

@@ -68,7 +68,10 @@ def fit_layer(layer: LoraLayer, module: nn.Module, name: str, source: str, base:
         if module.groups != 1 or module.padding_mode != "zeros":
             raise InputError(f"{source}: grouped or non-zero padded convolutions ('{name}') are not supported.")
         wanted = (module.out_channels, module.in_channels, *module.kernel_size)
-        down = layer.A if layer.A.ndim == 4 else layer.A[..., None, None]
+        if layer.A.ndim == 2 and layer.A.shape[1] == module.weight[0].numel():  # LyCORIS writes kernels flat
+            down = layer.A.reshape(layer.A.shape[0], *wanted[1:])
+        else:
+            down = layer.A if layer.A.ndim == 4 else layer.A[..., None, None]
         up = layer.B if layer.B.ndim == 4 else layer.B[..., None, None]
     else:
         raise InputError(f"{source}: '{name}' is a {type(module).__name__}; only Linear and Conv2d take a LoRA here.")

@@ -1,87 +1,56 @@
-"""The grammar of LoRA keys:  [prefix] module path, then what the tensor is.
+"""The grammar of LoRA keys:  [prefix] module path, then what the tensor is (:mod:`adapters.formats.roles`).
 
-    unet.down_blocks.0.attentions.0...attn1.to_q.lora_A.weight            diffusers (PEFT layers)
+    unet.down_blocks.0.attentions.0...attn1.to_q.lora_A.weight            diffusers (PEFT layers), ai-toolkit
     unet.down_blocks.0...attn1.processor.to_q_lora.down.weight            diffusers before PEFT ("attn procs")
     text_encoder.text_model...q_proj.lora_linear_layer.down.weight        diffusers before PEFT, text encoder
     base_model.model.down_blocks.0...to_q.lora_A.weight                   PEFT
-    lora_unet_down_blocks_0_..._to_q.lora_down.weight, .alpha             kohya / webui
+    lora_unet_down_blocks_0_..._to_q.lora_down.weight, .alpha             kohya / webui / LyCORIS
+    lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight      OneTrainer
+    lycoris_transformer_blocks_0_attn_to_q.lokr_w1                        LyCORIS without kohya (SimpleTuner)
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight            ComfyUI and what is made for it
+    double_blocks.0.processor.qkv_lora1.down.weight                       XLabs
+    base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight           fal
 
-What a key says it is but we cannot use yet is refused by the format's name.
+What a key says it is but cannot be composed is refused by the format's name, with the reason.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
+import torch
 from torch import Tensor
 
 from adapters.errors import InputError
+from adapters.formats.factors import factors
 from adapters.formats.lora import COMPONENTS, LoraLayer
+from adapters.formats.roles import Role, split_role
 
-Role = Literal["A", "B", "alpha", "magnitude"]
+__all__ = ["Role", "guess_component", "layer_of", "modern_name", "refuse_foreign", "split_component", "split_role"]
 
-_ROLES: dict[Role, tuple[str, ...]] = {
-    "A": (
-        r"\.lora_A(\.default)?\.weight$",
-        r"\.lora_down\.weight$",
-        r"(\.|_)lora\.down\.weight$",
-        r"\.lora_linear_layer\.down\.weight$",
-    ),
-    "B": (
-        r"\.lora_B(\.default)?\.weight$",
-        r"\.lora_up\.weight$",
-        r"(\.|_)lora\.up\.weight$",
-        r"\.lora_linear_layer\.up\.weight$",
-    ),
-    "alpha": (r"\.alpha$",),
-    "magnitude": (r"\.lora_magnitude_vector(\.default)?(\.weight)?$", r"\.dora_scale$"),
-}
-ROLES = tuple((re.compile(pattern), role) for role, patterns in _ROLES.items() for pattern in patterns)
-"""What the end of a key says that the tensor is."""
-
-FOREIGN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"\.hada_", "LoHa"),
-        (r"\.lokr_", "LoKr"),
-        (r"\.lora_mid\.weight$", "LoCon with a Tucker core (lora_mid)"),
-        (r"\.oft_", "OFT"),
-        (r"\.(a1|a2|b1|b2)\.weight$", "GLoRA"),
-        (r"\.on_input$", "IA3"),
-        (r"\.diff(_b)?$", "full weight differences"),
-        (r"^bundle_emb\.|\.string_to_param", "pivotal tuning with embeddings"),
-        (r"new_concept_embedding", "ED-LoRA"),
-        (r"_lora_embedding_|\.lora_embedding_[AB]", "LoRA on an embedding table"),
-        (r"\.processor\.(qkv|proj)_lora[12]\.", "Flux LoRA of XLabs"),
-        (r"^lora_unet_(double|single)_blocks_", "Flux LoRA of kohya"),
-        (r"^lora_unet_joint_blocks_", "SD3 LoRA of kohya"),
-        (r"^(diffusion_model\.)?(double|single)_blocks\.", "Flux LoRA in Black Forest Labs' names"),
-        (r"^diffusion_model\.", "LoRA in ComfyUI's names"),
-        (r"\.lora_B\.bias$", "LoRA with a bias"),
-        (r"\.vera_lambda", "VeRA"),
+_NEEDS_BASE = "its change depends on the base model's weights, so it is no sum of adapters"
+FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
+    (re.compile(pattern), name, reason)
+    for pattern, name, reason in (
+        (r"\.oft_|\.oft_R|\.boft_", "OFT", _NEEDS_BASE),
+        (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "GLoRA", _NEEDS_BASE),
+        (r"\.on_input$|\.ia3_l", "IA3", _NEEDS_BASE),
+        (r"\.(w|b)_norm$", "trained normalisation layers", "only linear layers and convolutions can be composed"),
+        (r"^bundle_emb\.|\.string_to_param", "pivotal tuning with embeddings",
+         "its words are part of the adapter, and adapters with words of their own are not read yet"),
+        (r"new_concept_embedding", "ED-LoRA", "it is read from its own .pth file only"),
+        (r"_lora_embedding_|\.lora_embedding_[AB]", "LoRA on an embedding table",
+         "only linear layers and convolutions can be composed"),
+        (r"\.lora_B\.bias$|\.(query|key)_norm\.scale$", "LoRA that also trains biases or normalisation (BFL control)",
+         "it belongs to a control pipeline with more input channels, not to the base model"),
+        (r"\.vera_lambda", "VeRA", "its shared random matrices are not in the file"),
     )
-)
-"""Known formats that are not read (yet)."""
+)  # fmt: skip
+"""Known formats that are refused, and why."""
 
-KOHYA = {
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-}
-"""kohya's prefix -> component."""
-
-
-def split_role(key: str) -> tuple[str, Role] | None:
-    """``(module with its prefix, role)`` of a key, or None if it is not a LoRA key."""
-    for pattern, role in ROLES:
-        match = pattern.search(key)
-        if match:
-            return key[: match.start()], role
-    return None
+_WHAT_IS_READ = "readable are LoRA, DoRA, LoCon, LoHa and LoKr as PEFT directories, diffusers, kohya or ComfyUI files"
 
 
 def split_component(module: str) -> tuple[str, str]:
@@ -116,38 +85,72 @@ def guess_component(modules: Iterable[str]) -> str:
 
 
 def refuse_foreign(keys: Iterable[str], source: str) -> None:
-    """Raise :class:`InputError` naming the format if any key belongs to one we do not read."""
+    """Raise :class:`InputError` naming the format, and why, if any key belongs to one we do not read."""
     for key in keys:
-        for pattern, name in FOREIGN:
+        for pattern, name, reason in FOREIGN:
             if pattern.search(key):
-                raise InputError(
-                    f"{source} is in the format '{name}' (key '{key}'), which is not read yet; "
-                    "readable are LoRA and DoRA as PEFT directories, diffusers and kohya files."
-                )
+                raise InputError(f"{source} is in the format '{name}' (key '{key}'): {reason}; {_WHAT_IS_READ}.")
 
 
-def layer_of(parts: Mapping[Role, Tensor], alpha: float, rslora: bool, name: str, source: str) -> LoraLayer:
-    """Build a layer from its tensors, checking that they belong together.
+def refuse_unknown(keys: list[str], source: str) -> None:
+    """Raise :class:`InputError` if there are keys that no format explains."""
+    if keys:
+        shown = ", ".join(f"'{key}'" for key in keys[:3])
+        raise InputError(
+            f"{source}: {len(keys)} keys are not understood ({shown}{', ...' if len(keys) > 3 else ''}); "
+            f"{_WHAT_IS_READ}."
+        )
+
+
+def written_alpha(parts: Mapping[Role, Tensor], name: str, source: str) -> float | None:
+    """The alpha a file holds for a layer, None if it holds none.
 
     Raises:
-        InputError: a half is missing, or the ranks of A and B differ.
+        InputError: not one finite number.
     """
-    missing = [half for half in ("A", "B") if half not in parts]
-    if missing:
-        raise InputError(f"{source}: layer '{name}' has no {' and no '.join(missing)} matrix.")
-    down, up = parts["A"], parts["B"]
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+    if "alpha" not in parts:
+        return None
+    tensor = parts["alpha"]
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise InputError(f"{source}: the alpha of '{name}' is not one number but {tuple(tensor.shape)} {tensor.dtype}.")
+    return float(tensor.item())
+
+
+def layer_of(
+    parts: Mapping[Role, Tensor], alpha: float | None, rslora: bool, name: str, source: str, scaled: bool = False
+) -> LoraLayer:
+    """Build a layer from its tensors, checking that they belong together.
+
+    Args:
+        alpha: numerator of the scale; None = the scale is 1.
+        scaled: PEFT's LoHa and LoKr: alpha is the scale itself.
+
+    Raises:
+        InputError: parts are missing or do not multiply, or the scale is not finite.
+    """
+    made = factors(parts, name, source)
+    rank = made.A.shape[0]
+    plain = made.dim == rank and not scaled
+    if plain:
+        value = float(rank**0.5 if rslora else rank) if alpha is None else alpha
+    else:  # alpha belongs to the rank of the written factors, not to the rank of A
+        dim = 1.0 if scaled else float(made.dim**0.5 if rslora else made.dim)
+        value = float(rank) if alpha is None or (not made.dim and not scaled) else alpha / dim * rank
+    if not math.isfinite(value):
+        raise InputError(f"{source}: the scale of layer '{name}' is not a finite number (alpha {alpha}).")
+    return LoraLayer(made.A, made.B, value, rslora and plain, _magnitude(parts, made.B.shape[0], name, source))
+
+
+def _magnitude(parts: Mapping[Role, Tensor], outputs: int, name: str, source: str) -> Tensor | None:
+    """DoRA's m (out,), if there is one."""
+    if "magnitude" not in parts and "dora_scale" not in parts:
+        return None
+    magnitude = parts["magnitude" if "magnitude" in parts else "dora_scale"]
+    # PEFT writes (out,) or (1, out, 1, 1); kohya and LyCORIS (out, 1) or, with one number per input, (1, in)
+    per_input = "dora_scale" in parts and magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.numel() > 1
+    if per_input or magnitude.numel() != outputs:
         raise InputError(
-            f"{source}: in layer '{name}' A {tuple(down.shape)} and B {tuple(up.shape)} do not multiply to an update."
+            f"{source}: the DoRA magnitude of '{name}' has shape {tuple(magnitude.shape)} for {outputs} outputs; only "
+            "magnitudes per output are supported (older LyCORIS and OneTrainer files have one per input)."
         )
-    if up.ndim == 4 and up.shape[2:] != (1, 1):
-        raise InputError(f"{source}: in layer '{name}' B has a kernel {tuple(up.shape[2:])}; only 1 x 1 is LoRA.")
-    magnitude = parts.get("magnitude")
-    if magnitude is not None:
-        if magnitude.numel() != up.shape[0]:
-            raise InputError(
-                f"{source}: the DoRA magnitude of '{name}' has {magnitude.numel()} numbers for {up.shape[0]} outputs; "
-                "only magnitudes per output are supported."
-            )
-        magnitude = magnitude.flatten()
-    return LoraLayer(down, up, alpha, rslora, magnitude)
+    return magnitude.flatten().to(torch.float32)

@@ -5,6 +5,7 @@ Read from ``adapter_config.json`` (PEFT) or from the safetensors entry ``lora_ad
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,16 +14,27 @@ from typing import Any
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
 
+KINDS = ("LORA", "LOHA", "LOKR")
+"""PEFT's methods that are read."""
+
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
+_LONGEST_PATTERN = 500
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """PEFT's name of the method."""
+    return str(config.get("peft_type") or "LORA").rpartition(".")[2].upper()
+
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
-    """Refuse what is not a plain LoRA or DoRA.
+    """Refuse what is not a LoRA, DoRA, LoHa or LoKr.
 
     Raises:
         InputError: another method, trained biases, or whole modules saved beside the LoRA.
     """
-    kind = str(config.get("peft_type") or "LORA").rpartition(".")[2].upper()
-    if kind != "LORA":
-        raise InputError(f"{source} holds a {kind} adapter; only LoRA and DoRA are read yet.")
+    kind = kind_of(config)
+    if kind not in KINDS:
+        raise InputError(f"{source} holds a {kind} adapter; of PEFT's methods {', '.join(KINDS)} are read.")
     if config.get("modules_to_save"):
         raise InputError(
             f"{source} also replaces whole modules ({config['modules_to_save']}), which cannot be composed."
@@ -35,10 +47,26 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         )
 
 
-def alpha_of(config: Mapping[str, Any], module: str) -> float:
-    """The alpha of one module: a pattern's, or the common one (PEFT's default is 8)."""
-    pattern = config.get("alpha_pattern") or {}
-    return float(_of_pattern(pattern, module, config.get("lora_alpha", 8)))
+def alpha_of(config: Mapping[str, Any], module: str, source: str) -> float:
+    """The alpha of one module: a pattern's, or the common one (PEFT's default is 8).
+
+    Raises:
+        InputError: an alpha that is no number, or a pattern that is not one.
+    """
+    common = "lora_alpha" if kind_of(config) == "LORA" else "alpha"
+    return _number(_of_pattern(config, "alpha_pattern", module, config.get(common, 8), source), source)
+
+
+def scale_of(config: Mapping[str, Any], module: str, source: str) -> float:
+    """PEFT's scale of a LoHa or LoKr, alpha / r, which does not look at the tensors.
+
+    Raises:
+        InputError: a rank or alpha that cannot be.
+    """
+    rank = _number(_of_pattern(config, "rank_pattern", module, config.get("r", 8), source), source)
+    if rank < 1:
+        raise InputError(f"{source} says that '{module}' has rank {rank:g}.")
+    return alpha_of(config, module, source) / rank
 
 
 def config_of(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
@@ -64,6 +92,25 @@ def config_of(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     }
 
 
-def _of_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+def _of_pattern(config: Mapping[str, Any], entry: str, module: str, default: Any, source: str) -> Any:
     """PEFT's rule: the first key that is the module's name or the end of it, as a regular expression."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    patterns = config.get(entry) or {}
+    if not isinstance(patterns, Mapping):
+        raise InputError(f"{source}: its {entry} is not a table.")
+    for key, value in patterns.items():
+        if module == key or module.endswith(f".{key}"):
+            return value
+        if len(key) > _LONGEST_PATTERN or key.count("*") + key.count("+") > 4 or _REPEATED_GROUP.search(key):
+            raise InputError(f"{source}: the {entry} key '{key[:60]}' could take forever to match.")
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise InputError(f"{source}: the {entry} key '{key[:60]}' is no pattern ({error}).") from None
+    return default
+
+
+def _number(value: Any, source: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{source} has a rank or alpha that is not a finite number: {str(value)[:60]}.")
+    return float(value)

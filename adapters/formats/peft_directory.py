@@ -17,7 +17,7 @@ from adapters.errors import InputError
 from adapters.files import write_text
 from adapters.formats.keys import Role, guess_component, layer_of, modern_name, refuse_foreign, split_role
 from adapters.formats.lora import COMPONENTS, MODEL, LoraFile, LoraLayer
-from adapters.formats.peft_config import alpha_of, check_config, config_of
+from adapters.formats.peft_config import alpha_of, check_config, config_of, kind_of, scale_of
 from adapters.formats.tensors import check_finite, read_tensors, write_tensors
 
 CONFIG = "adapter_config.json"
@@ -74,9 +74,11 @@ def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, str]]:
             raise InputError(f"'{weights}': key '{key}' is not understood.")
         groups.setdefault(modern_name(found[0].removeprefix(PREFIX)), {})[found[1]] = tensor
     component = guess_component(groups) or (path.name if path.name in COMPONENTS else MODEL)
-    rslora = bool(config.get("use_rslora"))
+    rslora, source = bool(config.get("use_rslora")), f"'{weights}'"
+    plain = kind_of(config) == "LORA"
+    number = alpha_of if plain else scale_of
     layers = {
-        module: layer_of(parts, alpha_of(config, module), rslora, module, f"'{weights}'")
+        module: layer_of(parts, number(config, module, source), rslora, module, source, scaled=not plain)
         for module, parts in groups.items()
     }
     return component, layers, text
@@ -85,7 +87,7 @@ def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, str]]:
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"'{path}' is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"'{path}' does not hold a PEFT configuration.")

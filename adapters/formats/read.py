@@ -34,11 +34,12 @@ def read(path: str | Path) -> LoraFile:
         raise InputError(f"{source} holds no tensors.")
     refuse_foreign(tensors, source)
     check_finite(tensors, source)
-    if any(key.startswith(PREFIX) for key in tensors):
+    original = is_kohya(tensors)
+    if not original and any(key.startswith(PREFIX) for key in tensors):
         raise InputError(
             f"{source} has PEFT's keys, but '{CONFIG}' with its alpha is missing beside it: copy the whole directory."
         )
-    parse = parse_kohya if is_kohya(tensors) else parse_diffusers
+    parse = parse_kohya if original else parse_diffusers
     return replace(parse(tensors, metadata, source), path=file, sha256=sha256(file))
 
 

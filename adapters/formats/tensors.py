@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,12 +30,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+                tensors = {name: _usable(file.get_tensor(name), name, path) for name in file.keys()}  # noqa: SIM118
+                return tensors, dict(file.metadata() or {})
+        except InputError:
+            raise
+        except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
             raise InputError(f"Adapter file '{path}' is not a readable safetensors file: {error}") from None
     if path.suffix in PICKLED:
         return _read_pickle(path), {}
-    raise InputError(f"Adapter file '{path}' has the ending '{path.suffix}'; known are {', '.join(SUFFIXES)}.")
+    ending = f"the ending '{path.suffix}'" if path.suffix else "no ending"
+    raise InputError(
+        f"'{path}' has {ending}; an adapter is a folder of PEFT or a file ending in {', '.join(SUFFIXES)}."
+    )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -68,8 +74,11 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """A checkpoint of plain tensors; never runs code from the file."""
     try:
+        _refuse_packed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # torch raises many kinds for what is not a checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"'{path}' cannot be read as plain tensors, and nothing else in it is ever run ({reason}). "
@@ -77,6 +86,28 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise InputError(f"'{path}' does not hold a flat table of tensors, as LoRA files do.")
-    return content
+    size = path.stat().st_size
+    for name, tensor in content.items():
+        # views can claim any shape over a few stored numbers
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() * tensor.element_size() > size:
+            raise InputError(f"'{path}': the tensor '{name[:80]}' {tuple(tensor.shape)} is not stored in the file.")
+    return {name: _usable(tensor, name, path) for name, tensor in content.items()}
+
+
+def _refuse_packed(path: Path) -> None:
+    """torch never compresses its files; one that is could unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise InputError(f"'{path}' is a compressed archive; torch's own files are not. It is not opened.")
+
+
+def _usable(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor in a type one can compute with: 8-bit floating point becomes fp32."""
+    if tensor.is_complex() or tensor.is_quantized:
+        raise InputError(f"'{path}': the tensor '{name[:80]}' holds {tensor.dtype} numbers, which no adapter has.")
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor

@@ -276,24 +276,23 @@ def test_half_a_layer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "name"),
+    ("key", "name", "reason"),
     [
-        ("lora_unet_down_blocks_0_conv.hada_w1_a", "LoHa"),
-        ("lora_unet_down_blocks_0_conv.lokr_w1", "LoKr"),
-        ("lora_unet_down_blocks_0_conv.lora_mid.weight", "Tucker"),
-        ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "Flux LoRA of kohya"),
-        ("lora_unet_joint_blocks_0_x_block_attn_proj.lora_down.weight", "SD3 LoRA of kohya"),
-        ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
-        ("lora_unet_down_blocks_0_conv.diff", "full weight differences"),
-        ("bundle_emb.toy.string_to_param.*", "pivotal"),
-        ("diffusion_model.layers.0.to_q.lora_A.weight", "ComfyUI"),
+        ("lora_unet_down_blocks_0_conv.oft_blocks", "OFT", "depends on the base model"),
+        ("lora_unet_down_blocks_0_conv.a1.weight", "GLoRA", "depends on the base model"),
+        ("lora_unet_down_blocks_0_conv.on_input", "IA3", "depends on the base model"),
+        ("lora_unet_down_blocks_0_norm.w_norm", "normalisation", "only linear layers"),
+        ("transformer.x_embedder.lora_B.bias", "biases", "control pipeline"),
+        ("bundle_emb.toy.string_to_param.*", "pivotal", "words"),
     ],
 )
-def test_formats_of_the_next_issue_are_refused_by_name(key: str, name: str, tmp_path: Path) -> None:
+def test_formats_that_cannot_be_composed_are_refused_with_the_reason(
+    key: str, name: str, reason: str, tmp_path: Path
+) -> None:
     message = refused({key: torch.ones(2, 2)}, tmp_path)
     assert name in message
-    assert "not read yet" in message
-    assert len({label for _, label in FOREIGN}) == len(FOREIGN)
+    assert reason in message
+    assert len({label for _, label, _ in FOREIGN}) == len(FOREIGN)
 
 
 def test_damaged_empty_and_missing_files(tmp_path: Path) -> None:
@@ -327,7 +326,7 @@ def test_peft_keys_without_their_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "VERA"}, "VERA"),
         ({"modules_to_save": ["conv"]}, "whole modules"),
         ({"bias": "all"}, "biases"),
         ({"lora_bias": True}, "biases"),

@@ -1,0 +1,168 @@
+"""Modules of SD3 and Flux as their authors' code calls them, in diffusers' names.
+
+Kohya, ComfyUI, XLabs, fal and BFL write adapters for the original modules, which join what diffusers keeps apart:
+
+    qkv       (3 h, h)        rows of q, k and v             -> three layers
+    linear1   (3 h + m, h)    rows of q, k, v and the MLP    -> four layers
+    adaLN of the last layer   rows of shift, then scale      -> diffusers has scale first
+
+An update is cut with its rows: B is cut, A is shared. Where a file holds one small LoRA per part (a block-diagonal B)
+the columns that are zero go, so each part has its own rank again. Dots and underscores are the same here, since kohya
+writes only underscores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from adapters.errors import InputError
+from adapters.formats.lora import LoraLayer
+
+_START = re.compile(r"(double_blocks|single_blocks|joint_blocks)_\d+_")
+_SELF = ("attn.to_q", "attn.to_k", "attn.to_v")
+_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+
+_INSIDE: dict[str, dict[str, tuple[str, ...]]] = {
+    "double_blocks": {
+        "img_mod_lin": ("norm1.linear",),
+        "img_attn_qkv": _SELF,
+        "img_attn_proj": ("attn.to_out.0",),
+        "img_mlp_0": ("ff.net.0.proj",),
+        "img_mlp_2": ("ff.net.2",),
+        "txt_mod_lin": ("norm1_context.linear",),
+        "txt_attn_qkv": _ADDED,
+        "txt_attn_proj": ("attn.to_add_out",),
+        "txt_mlp_0": ("ff_context.net.0.proj",),
+        "txt_mlp_2": ("ff_context.net.2",),
+        "qkv_lora1": _SELF,  # XLabs
+        "qkv_lora2": _ADDED,
+        "proj_lora1": ("attn.to_out.0",),
+        "proj_lora2": ("attn.to_add_out",),
+    },
+    "single_blocks": {
+        "modulation_lin": ("norm.linear",),
+        "linear1": (*_SELF, "proj_mlp"),
+        "linear2": ("proj_out",),
+        "qkv": _SELF,  # XLabs
+        "proj": ("proj_out",),
+    },
+    "joint_blocks": {
+        "x_block_adaLN_modulation_1": ("norm1.linear",),
+        "x_block_attn_qkv": _SELF,
+        "x_block_attn_proj": ("attn.to_out.0",),
+        "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+        "x_block_attn2_proj": ("attn2.to_out.0",),
+        "x_block_mlp_fc1": ("ff.net.0.proj",),
+        "x_block_mlp_fc2": ("ff.net.2",),
+        "context_block_adaLN_modulation_1": ("norm1_context.linear",),
+        "context_block_attn_qkv": _ADDED,
+        "context_block_attn_proj": ("attn.to_add_out",),
+        "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+        "context_block_mlp_fc2": ("ff_context.net.2",),
+    },
+}
+_BLOCKS = {
+    "double_blocks": "transformer_blocks",
+    "single_blocks": "single_transformer_blocks",
+    "joint_blocks": "transformer_blocks",
+}
+_OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "x_embedder_proj": "pos_embed.proj",
+    "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
+    "final_layer_linear": "proj_out",
+    "final_layer_adaLN_modulation_1": "norm_out.linear",
+}
+
+
+def is_original(module: str) -> bool:
+    """True for a block of SD3 or Flux in its authors' names (dotted or flat)."""
+    return bool(_START.match(module.replace(".", "_")))
+
+
+def is_flux(modules: Mapping[str, LoraLayer]) -> bool:
+    """True if these modules are Flux's."""
+    return any(name.replace(".", "_").startswith(("double_blocks_", "single_blocks_")) for name in modules)
+
+
+def renamed(layers: Mapping[str, LoraLayer], source: str) -> dict[str, LoraLayer]:
+    """``layers`` of the denoiser with diffusers' module names.
+
+    Raises:
+        InputError: a module neither SD3 nor Flux has, rows that cannot be cut, or two layers for one module.
+    """
+    made: dict[str, LoraLayer] = {}
+    for written, layer in layers.items():
+        for name, part in _parts(written, layer, source).items():
+            if name in made:
+                raise InputError(f"{source}: two layers for the module '{name}'.")
+            made[name] = part
+    return made
+
+
+def _parts(written: str, layer: LoraLayer, source: str) -> dict[str, LoraLayer]:
+    flat = written.replace(".", "_")
+    if flat in _OUTSIDE:
+        name = _OUTSIDE[flat]
+        return {name: _swapped(layer) if name == "norm_out.linear" else layer}
+    kind, _, rest = flat.partition("_blocks_")
+    number, _, inner = rest.partition("_")
+    targets = _INSIDE.get(f"{kind}_blocks", {}).get(inner)
+    if targets is None or not number.isdigit():
+        raise InputError(f"{source}: neither SD3 nor Flux has a module '{written}' that can be adapted.")
+    block = f"{_BLOCKS[f'{kind}_blocks']}.{int(number)}"
+    if targets == ("norm1_context.linear",) and layer.B.shape[0] == 2 * layer.A.shape[1]:
+        layer = _swapped(layer)  # the last block of SD3 only shifts and scales its text
+    pieces = [layer] if len(targets) == 1 else _split(layer, len(targets), written, source)
+    return {f"{block}.{target}": piece for target, piece in zip(targets, pieces, strict=True)}
+
+
+def _split(layer: LoraLayer, count: int, written: str, source: str) -> list[LoraLayer]:
+    """One layer per group of rows: three of h rows and, of four, the rest."""
+    rows, hidden = layer.B.shape[0], layer.A.shape[1]
+    sizes = [rows // 3] * 3 if count == 3 else [hidden, hidden, hidden, rows - 3 * hidden]
+    if layer.A.ndim != 2 or sum(sizes) != rows or min(sizes) < 1:
+        raise InputError(
+            f"{source}: '{written}' joins {count} layers, but its {rows} rows for {hidden} inputs cannot be cut so."
+        )
+    magnitudes = [None] * count if layer.magnitude is None else list(layer.magnitude.split(sizes))
+    return [
+        _trimmed(replace(layer, B=B, magnitude=magnitude))
+        for B, magnitude in zip(layer.B.split(sizes), magnitudes, strict=True)
+    ]
+
+
+def _trimmed(layer: LoraLayer) -> LoraLayer:
+    """Without the columns of B that are zero (at least one stays), at the same scale."""
+    used: Tensor = layer.B.flatten(2).ne(0).any(2).any(0) if layer.B.ndim > 2 else layer.B.ne(0).any(0)
+    if bool(used.all()) or not bool(used.any()):
+        return layer
+    rank = int(used.sum())
+    alpha = layer.scale * (rank**0.5 if layer.rslora else rank)
+    return replace(layer, A=layer.A[used], B=layer.B[:, used].contiguous(), alpha=alpha)
+
+
+def _swapped(layer: LoraLayer) -> LoraLayer:
+    """Rows [shift, scale] as [scale, shift]."""
+
+    def swap(tensor: Tensor) -> Tensor:
+        shift, scale = tensor.chunk(2)
+        return torch.cat([scale, shift])
+
+    return replace(layer, B=swap(layer.B), magnitude=None if layer.magnitude is None else swap(layer.magnitude))
