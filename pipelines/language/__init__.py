@@ -1,0 +1,1 @@
+"""Language models: opening them with their tokenizer, laying adapters on them, letting them answer."""

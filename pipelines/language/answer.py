@@ -1,0 +1,138 @@
+"""Letting a model answer: a conversation in, pieces of text out as they are made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from queue import Queue
+from typing import Any
+
+import torch
+
+from adapters.errors import InputError
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to answer.
+
+    Attributes:
+        max_tokens: most new tokens.
+        temperature: 0 always takes the likeliest token; higher is more varied.
+        top_p: only the likeliest tokens that together have this probability.
+        repetition_penalty: above 1 avoids words said before.
+        seed: of the dice.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 0.95
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+def stream(model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], manner: Manner) -> Iterator[str]:
+    """The answer to ``messages`` in pieces; closing the iterator stops the model.
+
+    Without a chat template the contents are written below each other and continued.
+
+    Raises:
+        InputError: nothing was asked, or it is longer than the model reads.
+    """
+    inputs = prompt(tokenizer, messages, next(model.parameters()).device)
+    _check_room(model, inputs["input_ids"].shape[1], manner)
+    pieces: Queue[Any] = Queue()
+    asked_to_stop = threading.Event()
+    speaker = threading.Thread(
+        target=_speak, args=(model, tokenizer, inputs, manner, pieces, asked_to_stop), name="answer", daemon=True
+    )
+    speaker.start()
+    try:
+        while True:
+            piece = pieces.get()
+            if piece is None:
+                return
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        asked_to_stop.set()
+        speaker.join()
+
+
+def prompt(tokenizer: Any, messages: Sequence[dict[str, str]], device: Any) -> dict[str, torch.Tensor]:
+    """The conversation as the model reads it, up to where its answer begins; raises :class:`InputError` if empty."""
+    if not messages or not messages[-1]["content"].strip():
+        raise InputError("There is nothing to answer: write a message first.")
+    if tokenizer.chat_template:
+        made = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        made = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
+    return {name: made[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int, system: str = "") -> list[str]:
+    """The likeliest answers to single questions."""
+    answers = []
+    for question in prompts:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        inputs = prompt(tokenizer, messages, next(model.parameters()).device)
+        with torch.no_grad():
+            made = model.generate(**inputs, **_options(model, tokenizer, Manner(max_tokens=max_tokens)))
+        answers.append(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    return answers
+
+
+def _check_room(model: Any, length: int, manner: Manner) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and length + manner.max_tokens > longest:
+        raise InputError(
+            f"The conversation has {length} tokens; with {manner.max_tokens} new ones that is more than the "
+            f"{longest} this model reads: clear the conversation, or ask for fewer tokens."
+        )
+
+
+def _options(model: Any, tokenizer: Any, manner: Manner) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "max_new_tokens": manner.max_tokens, "do_sample": manner.temperature > 0,
+        "pad_token_id": tokenizer.pad_token_id, "repetition_penalty": manner.repetition_penalty, "use_cache": True,
+    }  # fmt: skip
+    if manner.temperature > 0:
+        options |= {"temperature": manner.temperature, "top_p": manner.top_p}
+    ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
+    if ends:
+        options["eos_token_id"] = sorted(ends)
+    return options
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _speak(
+    model: Any, tokenizer: Any, inputs: dict[str, Any], manner: Manner, pieces: Queue[Any], stop: threading.Event
+) -> None:
+    """Generate in this thread and put text, an error, and at last None into ``pieces``."""
+    from transformers import StoppingCriteriaList, TextStreamer
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                pieces.put(text)
+
+    streamer: Any = Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stopping: Any = StoppingCriteriaList([lambda ids, scores, **_: torch.full((len(ids),), stop.is_set())])
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(manner.seed)
+            options = _options(model, tokenizer, manner)
+            model.generate(**inputs, **options, streamer=streamer, stopping_criteria=stopping)
+    except BaseException as error:
+        pieces.put(error)
+    finally:
+        pieces.put(None)

@@ -1,0 +1,199 @@
+"""Opening a language model: a transformers directory or hub id, its tokenizer, in the right precision and task.
+
+Only safetensors and torch weights without code are read (``trust_remote_code`` stays off).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from adapters.errors import FamilyError, InputError, MissingDependencyError
+
+Task = Literal["causal", "classification", "masked"]
+Quantization = Literal["none", "4bit", "8bit"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class LanguageModel:
+    """A loaded base.
+
+    Attributes:
+        model: the transformers model, frozen and in evaluation mode.
+        tokenizer: with a padding token and, if there is one, a chat template.
+        source: where it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    @property
+    def architecture(self) -> str:
+        """The model type of transformers ("llama", "bert", ...)."""
+        return str(self.model.config.model_type)
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens the model reads, None where it says nothing."""
+        for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+            found = getattr(self.model.config, name, None)
+            if isinstance(found, int) and found > 0:
+                # RoBERTa counts its positions from behind the padding index
+                offset = 2 if self.architecture in ("roberta", "xlm-roberta", "camembert") else 0
+                return found - offset
+        return None
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Precision of the frozen weights; ``auto`` is fp32 on CPU, bf16 on GPUs that have it, else fp16.
+
+    Raises:
+        InputError: fp16 on CPU.
+    """
+    if dtype == "fp16" and device.type == "cpu":
+        raise InputError("fp16 needs a GPU: set dtype to fp32 or bf16.")
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+def open_model(
+    source: str | Path,
+    task: Task = "causal",
+    *,
+    labels: Sequence[str] = (),
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    attention: str = "auto",
+    quantization: Quantization = "none",
+    chat_template: str = "",
+) -> LanguageModel:
+    """Load a base for a task.
+
+    Args:
+        labels: classification: the names of the classes, in the order of the head's outputs.
+        device: a resolved torch device.
+        quantization: keep the linear layers in 4 (nf4) or 8 bits.
+        chat_template: Jinja text that replaces the tokenizer's own.
+
+    Raises:
+        InputError: no such model, another kind of model, damaged files, or offline.
+        MissingDependencyError: quantization without bitsandbytes.
+    """
+    source, device = str(source), torch.device(device)
+    config = _opened(source, lambda: _auto().AutoConfig.from_pretrained(source))
+    kind = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
+            "masked": "AutoModelForMaskedLM"}[task]  # fmt: skip
+    auto = getattr(_auto(), kind)
+    if type(config) not in auto._model_mapping:
+        raise FamilyError(
+            f"'{source}' is a {config.model_type} model, which cannot do the task '{task}': {_OTHER_TASK[task]}."
+        )
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device)}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    if task == "classification":
+        if len(labels) < 2:
+            raise InputError(f"Classification needs at least two labels, found {len(labels)}.")
+        options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)),
+                    "label2id": {label: number for number, label in enumerate(labels)}}  # fmt: skip
+    if quantization != "none":
+        options |= quantized(quantization, options["dtype"], device)
+    tokenizer = open_tokenizer(source, chat_template)
+    model = _opened(source, lambda: auto.from_pretrained(source, **options))
+    if quantization == "none":
+        model.to(device)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return LanguageModel(model.requires_grad_(False).eval(), tokenizer, source)
+
+
+_OTHER_TASK = {
+    "causal": "choose a model that writes (Llama, Qwen, SmolLM, GPT ...), or the task 'masked' or 'classification'",
+    "classification": "choose another base",
+    "masked": "choose a model that fills gaps (BERT, RoBERTa ...), or the task 'causal'",
+}
+
+
+def open_tokenizer(source: str, chat_template: str = "") -> Any:
+    """The tokenizer of ``source``, with a padding token.
+
+    Raises:
+        InputError: there is none, or it has neither a padding nor an end token.
+    """
+    tokenizer = _opened(source, lambda: _auto().AutoTokenizer.from_pretrained(source), "tokenizer")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"The tokenizer of '{source}' has neither a padding nor an end token: choose another base.")
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template:
+        tokenizer.chat_template = chat_template
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def quantized(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a base in 4 bits (nf4, double quantised, as QLoRA: arXiv 2305.14314) or 8.
+
+    Raises:
+        MissingDependencyError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependencyError("bitsandbytes", "bnb", f"A base in {quantization}")
+    kind: Any = _auto().BitsAndBytesConfig
+    if quantization == "8bit":
+        chosen = kind(load_in_8bit=True)
+    else:
+        chosen = kind(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return {"quantization_config": chosen, "device_map": {"": device}}
+
+
+def _auto() -> Any:
+    import transformers
+
+    return transformers
+
+
+def _opened(source: str, load: Callable[[], Any], what: str = "model") -> Any:
+    """What ``load`` gives; the many errors of loading become one sentence."""
+    place = Path(source)
+    if place.is_dir() and not (place / "config.json").is_file():
+        other = " (it is an image pipeline)" if (place / "model_index.json").is_file() else ""
+        raise InputError(f"'{source}' is no language model: it has no config.json{other}.")
+    if place.is_file():
+        raise InputError(f"'{source}' is one file: give the directory of a transformers model.")
+    try:
+        return load()
+    except MissingDependencyError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if place.exists():
+            raise InputError(f"The {what} in '{source}' cannot be loaded ({reason}).") from None
+        raise InputError(
+            f"'{source}' is neither a local model nor can it be fetched from the hub ({reason}): "
+            "check the name and the network."
+        ) from None
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise InputError(f"The {what} in '{source}' is damaged ({error}).") from None
+        raise
