@@ -15,7 +15,7 @@ NOISE = {
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
 }
-FLOW = {"euler": "FlowMatchEulerDiscreteScheduler"}
+FLOW = {"euler": "FlowMatchEulerDiscreteScheduler", "lcm": "FlowMatchLCMScheduler"}
 
 
 def sampler(name: str, own: Any, flow: bool) -> Any:

@@ -91,7 +91,7 @@ class DistillConfig(ModelChoice):
     )
     styles: list[str] = Field(
         default_factory=list,
-        description="Adapters that teacher and student both have, as name or name:weight: the result is stacked on them.",
+        description="Adapters that teacher and student both have, as name or name:weight: the result goes on top.",
         json_schema_extra=_GUIDANCE,
     )
     force: bool = Field(

@@ -3,7 +3,8 @@
 A family knows which part of the pipeline is the denoiser, which text encoders can learn, how words become
 conditioning, how pictures become latents and how the denoiser is called. The loop knows none of that.
 
-Conditioning is a dictionary of tensors with the batch in front; ``tokens`` are its integer inputs.
+Conditioning is a dictionary of tensors with the batch in front; ``tokens`` are its integer inputs, ``guidance`` is the
+embedded guidance of UNets that take one.
 """
 
 from __future__ import annotations
@@ -109,6 +110,10 @@ class Family:
         with torch.no_grad():
             return self.encode({k: v.to(device) for k, v in self.tokens(texts).items()}, self.text_encoders)
 
+    def null_condition(self, text: str = "") -> Tensors:
+        """Conditioning (batch 1) that the family's pipeline uses for "no prompt" in guidance."""
+        return self.condition([text])
+
     def size_condition(self, original: Size, placement: Placement) -> Tensors:
         """Conditioning of one picture's size and cut, without batch (SDXL)."""
         return {}
@@ -132,7 +137,9 @@ class StableDiffusion(Family):
 
     def predict(self, denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, given: Tensors) -> torch.Tensor:
         words = given["words"].to(noisy.dtype)
-        predicted: torch.Tensor = denoiser(noisy, times, encoder_hidden_states=words, return_dict=False)[0]
+        predicted: torch.Tensor = denoiser(
+            noisy, times, encoder_hidden_states=words, timestep_cond=given.get("guidance"), return_dict=False
+        )[0]
         return predicted
 
 
@@ -147,6 +154,12 @@ class StableDiffusionXL(Family):
         words = torch.cat([outputs[name].hidden_states[-2] for name in self.text_encoder_names], dim=-1)
         return {"words": words, "pooled": outputs["text_encoder_2"][0]}
 
+    def null_condition(self, text: str = "") -> Tensors:
+        given = self.condition([text])
+        if not text and self.pipe.config.force_zeros_for_empty_prompt:
+            return {name: torch.zeros_like(value) for name, value in given.items()}
+        return given
+
     def size_condition(self, original: Size, placement: Placement) -> Tensors:
         numbers = [*reversed(original), placement.top, placement.left, *reversed(placement.size)]
         return {"time_ids": torch.tensor(numbers, dtype=torch.float32)}
@@ -155,7 +168,12 @@ class StableDiffusionXL(Family):
         added = {"text_embeds": given["pooled"].to(noisy.dtype), "time_ids": given["time_ids"].to(noisy.dtype)}
         words = given["words"].to(noisy.dtype)
         predicted: torch.Tensor = denoiser(
-            noisy, times, encoder_hidden_states=words, added_cond_kwargs=added, return_dict=False
+            noisy,
+            times,
+            encoder_hidden_states=words,
+            timestep_cond=given.get("guidance"),
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]
         return predicted
 

@@ -5,7 +5,8 @@ prediction one DDIM step leads from a knot t to the next one t' < t, and the two
 
     L = d( f(z_t, t),  stop_gradient f(z_t', t') ),      z_t' = ddim(z_t, eps_w(z_t, t), t -> t')
 
-    f(z, t) = c_skip z + c_out x0(z, t),   c_skip = s^2 / ((10 t)^2 + s^2),   c_out = 10 t / sqrt((10 t)^2 + s^2),  s = 0.5
+    f(z, t) = c_skip z + c_out x0(z, t),   s = 0.5
+    c_skip = s^2 / ((10 t)^2 + s^2),       c_out = 10 t / sqrt((10 t)^2 + s^2)
 
 Both f are the student (no averaged copy for a LoRA); d is the squared distance or the pseudo-Huber distance
 sqrt(e^2 + c^2) - c. The knots are every (T / knots)-th level. For rectified flow, x0 = z - sigma v already gives

@@ -19,6 +19,8 @@ from adapters.errors import FamilyError, InputError
 from adapters.formats.tensors import read_tensors, write_tensors
 
 WIDTH = 256
+NAME = "w-embedding"
+"""Part of the name of the file with the projection."""
 KEY = "time_embedding.cond_proj.weight"
 
 

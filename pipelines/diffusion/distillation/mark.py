@@ -1,14 +1,14 @@
 """How a LoRA file says that it is distilled: plain text entries of the safetensors header.
 
-    distilled_guidance   w that is built in ("fixed"); the UNet input's default ("embedding")
-    w_ref                guidance at weight 1 ("strength"): weight = (w - 1) / (w_ref - 1)
-    w_min, w_max         trained range of w, where w can be chosen
-    cfg_convention       "imagen": eps_w = eps_null + w (eps_c - eps_null)
-    null_prompt          what stood for "no prompt"; any other negative prompt has no effect
-    prediction_type, guidance_rescale, guidance_interval, base, base_config_hash
-    distilled_objective  "guidance", or "consistency" (few steps)
-    distilled_steps, distilled_sampler   what it is made for, where that differs from the base
-    w_embedding          file with the guidance embedding, beside the LoRA
+distilled_guidance   w that is built in ("fixed"); the UNet input's default ("embedding")
+w_ref                guidance at weight 1 ("strength"): weight = (w - 1) / (w_ref - 1)
+w_min, w_max         trained range of w, where w can be chosen
+cfg_convention       "imagen": eps_w = eps_null + w (eps_c - eps_null)
+null_prompt          what stood for "no prompt"; any other negative prompt has no effect
+prediction_type, guidance_rescale, guidance_interval, base, base_config_hash
+distilled_objective  "guidance", or "consistency" (few steps)
+distilled_steps, distilled_sampler   what it is made for, where that differs from the base
+w_embedding          file with the guidance embedding, beside the LoRA
 """
 
 from __future__ import annotations

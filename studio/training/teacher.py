@@ -1,0 +1,88 @@
+"""The guided teacher: the base (with the styles it is to include), asked twice, the student's adapter off."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from adapters.errors import InputError
+from pipelines.diffusion.distillation.consistency import DiffusionPath, FlowPath, Path
+from pipelines.diffusion.distillation.guidance import guided, within
+from pipelines.diffusion.distillation.student import Student, first_not_finite
+from studio.schemas.distill import DistillConfig
+from studio.training.families import Family, Tensors
+from studio.training.objective import Diffusion, FlowMatching
+
+
+def path_of(family: Family, knots: int) -> Path:
+    """The family's sampling path with ``knots`` knots.
+
+    Raises:
+        InputError: knots the noise schedule has not, or an epsilon model with no signal left at its last level.
+    """
+    process: Any = family.process
+    if isinstance(process, FlowMatching):
+        return FlowPath(process.default_shift, knots)
+    path = DiffusionPath(process.alphas_cumprod, process.prediction, knots)
+    if process.prediction == "epsilon" and not bool(process.alphas_cumprod[path.start()[-1]] > 0):
+        raise InputError(
+            "The base predicts epsilon and its last noise level has no signal left (zero terminal SNR), where its path "
+            "is undefined: distil with states 'data' and objective 'guidance', or a base that predicts v."
+        )
+    return path
+
+
+class Teacher:
+    """What the student is to answer.
+
+    Args:
+        family: of the base; its denoiser is shared with the student.
+        config: guidance, rescale and interval.
+        null: conditioning (batch 1) of the null prompt.
+        student: the switch of the adapter, once there is one.
+    """
+
+    def __init__(self, family: Family, config: DistillConfig, null: Tensors, student: Student | None = None) -> None:
+        self.family, self.config, self.null, self.student = family, config, null, student
+
+    @torch.no_grad()
+    def __call__(self, noisy: torch.Tensor, times: torch.Tensor, given: Tensors, w: torch.Tensor) -> torch.Tensor:
+        """The guided prediction in fp32, both halves in one batch.
+
+        Args:
+            noisy: states (batch, ...) in the base's precision.
+            times: their levels (batch,).
+            given: conditioning of the prompts.
+            w: guidance (batch,).
+
+        Raises:
+            InputError: numbers that are not finite; names the level.
+        """
+        config = self.config
+        null = {name: value.to(noisy.device).expand(len(noisy), *value.shape[1:]) for name, value in self.null.items()}
+        both = {
+            name: torch.cat([null.get(name, value).to(value), value])
+            for name, value in given.items()
+            if name != "guidance"
+        }
+        with self.student.off() if self.student is not None else nullcontext():
+            predicted = self.family.predict(
+                self.family.denoiser, torch.cat([noisy, noisy]), torch.cat([times, times]), both
+            )
+        without, with_prompt = predicted.float().chunk(2)
+        w = within(w.to(noisy.device), self.level(times), config.guidance_from, config.guidance_to)
+        target = guided(without, with_prompt, w, config.guidance_rescale)
+        bad = first_not_finite(target)
+        if bad is not None:
+            raise InputError(
+                f"The teacher's prediction is not finite at noise level {float(times[bad]):g} with guidance "
+                f"{float(w[bad]):g}: compute in bf16 or fp32, or lower guidance."
+            )
+        return target
+
+    def level(self, times: torch.Tensor) -> torch.Tensor:
+        """Noise levels in [0, 1] of the family's own levels."""
+        process = self.family.process
+        return times / len(process.alphas_cumprod) if isinstance(process, Diffusion) else times.float()
