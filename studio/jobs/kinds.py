@@ -97,3 +97,12 @@ register(
         afterwards="studio.library.adopt:trained",
     )
 )
+register(
+    Kind(
+        "distill",
+        "studio.schemas.distill:DistillConfig",
+        "studio.training.distillation:run",
+        continues=True,
+        afterwards="studio.library.adopt:trained",
+    )
+)

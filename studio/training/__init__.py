@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.progress import Monitor
 
 if TYPE_CHECKING:
+    from studio.schemas.distill import DistillConfig
     from studio.schemas.train_image import TrainImageConfig
 
 
@@ -47,4 +48,33 @@ def train_image(
     return run(config, Path(folder), monitor or Silent(), resume)
 
 
-__all__ = ["train_image"]
+def distill(
+    config: DistillConfig | None = None,
+    *,
+    folder: str | os.PathLike[str],
+    monitor: Monitor | None = None,
+    resume: bool = False,
+    **values: Any,
+) -> dict[str, Any]:
+    """Distil guidance, or most of the steps, into a LoRA and return its result (:func:`studio.training.distillation.run`).
+
+    Args:
+        config: the whole configuration; or leave it out and give ``values``.
+        folder: where the run lives.
+
+    Raises:
+        InputError: both ``config`` and ``values``, or a value that cannot be used.
+    """
+    from pathlib import Path
+
+    from adapters.errors import InputError
+    from adapters.progress import Silent
+    from studio.schemas.distill import DistillConfig
+    from studio.training.distillation import run
+
+    if config is not None and values:
+        raise InputError("Give distill either a config or single values, not both.")
+    return run(config or DistillConfig.parse(values), Path(folder), monitor or Silent(), resume)
+
+
+__all__ = ["distill", "train_image"]

@@ -1,0 +1,40 @@
+"""``studio train distill``: guidance, or most of the steps, become part of a LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from studio import hush
+from studio.cli import launch, training_run
+from studio.cli.output import Json, Output, Quiet
+from studio.cli.schema_options import with_options
+from studio.schemas.base import read_yaml
+from studio.schemas.distill import DistillConfig
+
+HELP = "Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA."
+
+
+def register(group: typer.Typer) -> None:
+    """Add the command to the group ``train``."""
+    group.command("distill", help=HELP)(with_options(DistillConfig)(distill))
+
+
+def distill(
+    fields: dict[str, Any],
+    config: Annotated[Path | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
+    folder: training_run.Folder = None,
+    resume: training_run.Resume = False,
+    detach: launch.Detach = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Distil guidance or few-step sampling into a LoRA."""
+    output = Output(json, quiet)
+    hush.remarks()
+    training_run.check_place(folder, resume)
+    values = {**(read_yaml(config) if config else {}), **fields}
+    chosen = DistillConfig.parse(values, source=str(config or "train distill"))
+    training_run.begin("studio.training.distillation:run", chosen, folder, resume, detach, output)
