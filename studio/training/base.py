@@ -17,7 +17,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def choose_dtype(config: TrainImageConfig, device: torch.device) -> torch.dtype:
     """Precision of the frozen weights and of the products.
 
-    ``auto`` is fp32 on CPU, bf16 on GPUs that have it, else fp16; pissa and olora always compute in fp32.
+    ``auto`` is fp32 on CPU, bf16 on GPUs that have it, else fp16.
 
     Raises:
         InputError: fp16 on CPU.
@@ -26,7 +26,7 @@ def choose_dtype(config: TrainImageConfig, device: torch.device) -> torch.dtype:
         raise InputError("Training in fp16 needs a GPU: set dtype to fp32 or bf16.")
     if config.dtype != "auto":
         return DTYPES[config.dtype]
-    if device.type == "cpu" or config.init in ("pissa", "olora"):
+    if device.type == "cpu":
         return torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float16

@@ -23,22 +23,6 @@ RECIPE_ENTRY = "adapter_studio_recipe"
 """Name of the safetensors text entry that holds the recipe as JSON."""
 
 
-def without_start(now: Layers, start: Layers) -> Layers:
-    """The change since ``start`` as one LoRA of twice the rank: ``B A - B0 A0 = [B, -B0] [A; A0]``.
-
-    PiSSA and OLoRA move ``s B0 A0`` out of the base weights when they begin; this is the update of the untouched base.
-    """
-    return {
-        component: {name: _difference(layer, start[component][name]) for name, layer in layers.items()}
-        for component, layers in now.items()
-    }
-
-
-def _difference(now: LoraLayer, start: LoraLayer) -> LoraLayer:
-    alpha = now.alpha * (2**0.5 if now.rslora else 2)  # the same scale at twice the rank
-    return replace(now, A=torch.cat([now.A, start.A]), B=torch.cat([now.B, -start.B], dim=1), alpha=alpha)
-
-
 def make_recipe(
     config: JobConfig, *, base: Mapping[str, Any], data: Mapping[str, Any], training: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,15 @@ from studio.training.device import make_accelerator
 from studio.training.export import (
     check_exports,
     make_recipe,
-    without_start,
     write_adapter,
     write_card,
 )
 from studio.training.families import Family, family_of
 from studio.training.forward import draw, training_loss, validation_loss
 from studio.training.inject import inject, lora_config, lora_layers, start_from, trainable
+from studio.training.methods import plugins_for
 from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups
-from studio.training.plugin import Handles, Layers, Outputs, Plugin, Plugins
+from studio.training.plugin import Calibration, Closure, Handles, Layers, Outputs, Plugin, Plugins
 from studio.training.prior import class_folder, draw_class_pictures
 from studio.training.records import LossCurve, check_tracker
 from studio.training.samples import draw_samples, sample_prompts, save_samples
@@ -97,7 +98,9 @@ def run(
     accelerator = make_accelerator(config, dtype, device, folder)
     family = family_of(load_base(config, dtype, accelerator.device))
     listening = monitor if accelerator.is_main_process else SILENT
-    training = Training(config, folder, listening, accelerator, dtype, family, Plugins(plugins))
+    together = Plugins([*plugins_for(config), *plugins])
+    training = Training(config, folder, listening, accelerator, dtype, family, together)
+    training.resuming = resume and bool(checkpoints.existing(folder / "checkpoints"))
     with global_seed(config.seed, "run", accelerator.process_index):
         try:
             training.prepare(report)
@@ -119,6 +122,7 @@ class Training:
     family: Family
     plugins: Plugins
 
+    resuming: bool = False
     step: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -233,7 +237,8 @@ class Training:
         if earlier is not None:
             start_from(models, earlier)
         self.models = models
-        self.start: Layers = self._layers() if config.init in ("pissa", "olora") else {}
+        self.trainee: Any = Trainee(family, encoders)
+        self.plugins.initialise(self._handles(calibration=self._calibration()))
         if config.gradient_checkpointing or config.memory == "low":
             family.denoiser.enable_gradient_checkpointing()
             for encoder in encoders.values():
@@ -243,13 +248,30 @@ class Training:
         groups = parameter_groups(models, family.denoiser_name, config)
         optimizer = make_optimizer(groups, config)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        trainee = Trainee(family, encoders)
         if config.compile:
             family.denoiser.compile()
-        self.trainee, self.optimizer = self.accelerator.prepare(trainee, optimizer)
-        self.plugins.after_inject(Handles(models, self.optimizer.optimizer))
+        self.trainee, self.optimizer = self.accelerator.prepare(self.trainee, optimizer)
+        self.plugins.after_inject(self._handles(optimizer=self.optimizer.optimizer))
         self.ema = self._make_ema()
         self.trainee.train()
+
+    def _handles(self, **more: Any) -> Handles:
+        return Handles(self.models, steps=self.total, seed=self.config.seed, **more)
+
+    def _calibration(self) -> Calibration | None:
+        """A look at the first batches, if a plugin needs one; a run that is taken up has had it."""
+        if "calibration" not in self.plugins.needs() or self.resuming:
+            return None
+
+        def losses(count: int) -> Iterator[Closure]:
+            for batch in self.supply.stream(0, count):
+                yield partial(self._calibrating_loss, batch)
+
+        return Calibration(losses, self.config.learning_rate * lr_factor(0, self.total, self.config))
+
+    def _calibrating_loss(self, batch: Any) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.forward(batch)[0]
 
     def _earlier_adapter(self, models: dict[str, Any]) -> LoraFile | None:
         """The adapter to continue from, laid onto the models as they are before the injection."""
@@ -472,7 +494,7 @@ class Training:
     def _final_layers(self) -> Layers:
         with self._best_weights():
             layers = self._layers()
-        return self.plugins.finalize(without_start(layers, self.start) if self.start else layers)
+        return self.plugins.finalize(layers)
 
     def _save_intermediate(self) -> None:
         if not self.accelerator.is_main_process:

@@ -14,6 +14,8 @@ from torch import nn
 
 from adapters.errors import InputError
 from adapters.formats.lora import LoraFile, LoraLayer
+from adapters.initialise.plain import in_peft
+from adapters.layers.variant import read_layers
 from studio.schemas.train_image import TrainImageConfig
 
 ADAPTER = "default"
@@ -100,7 +102,7 @@ def lora_config(model: nn.Module, config: TrainImageConfig, text: bool = False) 
         alpha_pattern=alphas,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights=True if config.init == "default" else config.init,
+        init_lora_weights=in_peft(config.init),
     )
     _check_ranks(model, targets, made)
     return made
@@ -170,16 +172,8 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapter of ``model`` as it is now: module path -> a copy of its layer."""
-    found = {}
-    for name, module in adapted_layers(model).items():
-        a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-        rslora = model.peft_config[ADAPTER].use_rslora  # type: ignore[index, union-attr]
-        magnitudes = getattr(module, "lora_magnitude_vector", {})
-        magnitude = magnitudes[ADAPTER].weight.detach().clone().flatten().cpu() if ADAPTER in magnitudes else None
-        alpha = module.scaling[ADAPTER] * (a.shape[0] ** 0.5 if rslora else a.shape[0])
-        found[name] = LoraLayer(a.detach().clone().cpu(), b.detach().clone().cpu(), alpha, rslora, magnitude)
-    return found
+    """The adapter of ``model`` as it is now, an ordinary LoRA: module path -> a copy of its layer."""
+    return read_layers(model, ADAPTER)
 
 
 def start_from(models: Mapping[str, nn.Module], file: LoraFile) -> None:

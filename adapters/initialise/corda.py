@@ -1,0 +1,56 @@
+"""CorDA: Context-Oriented Decomposition Adaptation of Large Language Models, arXiv 2406.05223.
+
+With C the second moment of the layer's inputs (in, in), damped until it can be inverted:
+
+    W0 C = U S V^T,   W0 = U S V^T C^-1,   B0 = U_i (S_i / s)^(1/2),   A0 = (S_i / s)^(1/2) V_i^T C^-1
+
+over the r largest i (instruction-previewed, ``ipm``: learn along what the data uses) or the r smallest (knowledge-
+preserved, ``kpm``: keep what the data uses). Inputs are scaled by the largest magnitude of their batch, as in the
+authors' code. The paper subtracts s B0 A0 from W0; here it is an offset. Trained: A and B. Stored: an ordinary LoRA of
+rank 2r.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapters.catalogue import Method
+from adapters.errors import InputError
+
+METHOD = Method(
+    name="corda",
+    title="CorDA",
+    summary="Starts from each weight as your data uses it: learn along those directions (ipm) or keep them (kpm).",
+    stage="initialise",
+    makes="ordinary LoRA",
+    paper="CorDA, arXiv 2406.05223",
+    entry="adapters.initialise.corda:corda_factors",
+)
+
+
+def corda_factors(W0: Tensor, moment: Tensor, rank: int, scale: float, mode: str = "ipm") -> tuple[Tensor, Tensor]:
+    """A0 (r, in) and B0 (out, r) of a weight (out, in) and its inputs' second moment (in, in).
+
+    Raises:
+        InputError: the inputs were all zero.
+    """
+    damped, inverse = _invertible(moment)
+    U, S, Vh = torch.linalg.svd(W0 @ damped, full_matrices=False)
+    chosen = slice(None, rank) if mode == "ipm" else slice(S.numel() - rank, None)
+    root = (S[chosen] / scale).sqrt()
+    return root[:, None] * (Vh[chosen] @ inverse), U[:, chosen] * root
+
+
+def _invertible(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The moment with a share of its mean on the diagonal, doubled until its inverse is good, and the inverse."""
+    identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+    mean, damp = moment.diagonal().mean(), 0.01
+    if not float(mean) > 0:
+        raise InputError("CorDA found only zero inputs in a layer: give it other batches, or leave the layer out.")
+    while True:
+        damped = moment + damp * mean * identity
+        inverse = torch.linalg.inv(damped)
+        if float(torch.dist(damped @ inverse, identity)) < 0.05:
+            return damped, inverse
+        damp *= 2

@@ -1,0 +1,163 @@
+"""What data-driven starts need to know of a model: gradients of weights and second moments of inputs.
+
+The base stays frozen, and may be quantised: a hook keeps a layer's input x, another gets delta = dL/dy, and
+delta^T x is the gradient of the weight. Sums are in fp32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+from transformers.pytorch_utils import Conv1D
+
+from adapters.errors import InputError
+
+Closure = Callable[[], Tensor]
+"""Computes the mean loss of one batch, with gradients."""
+
+
+def capture_gradients(layers: Mapping[str, nn.Module], losses: Iterable[Closure], count: int) -> dict[str, Tensor]:
+    """Mean over ``count`` batches of dL/dW: name -> G (out, in * kernel), fp32, on the CPU.
+
+    Args:
+        layers: the frozen modules (Linear, Conv1D, Conv2d or quantised Linear) by name.
+        losses: one closure per batch; at least ``count``.
+
+    Raises:
+        InputError: fewer batches than asked, a layer of another type, or one that got no gradient (names listed).
+    """
+    _check_types(layers)
+    total: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, x: Tensor, delta: Tensor) -> None:
+        found = weight_gradient(module, x, delta).cpu()
+        total[name] = total[name] + found if name in total else found
+
+    with _watched(layers, keep):
+        done = 0
+        for closure in losses:
+            with torch.enable_grad():
+                closure().backward()
+            done += 1
+            if done == count:
+                break
+    if done < count:
+        raise InputError(f"The start looks at {count} batches, but there are only {done}: set init_batches to {done}.")
+    missing = [name for name in layers if name not in total]
+    if missing:
+        raise InputError(
+            f"{len(missing)} layers got no gradient ({', '.join(missing[:5])}): they do not take part in the loss; "
+            "leave them out of the targets."
+        )
+    return {name: gradient / count for name, gradient in total.items()}
+
+
+@torch.no_grad()
+def capture_moments(
+    layers: Mapping[str, nn.Module], losses: Iterable[Closure], count: int, scaled: bool = False
+) -> dict[str, Tensor]:
+    """Mean over batches of X^T X of the layers' inputs: name -> (in * kernel, in * kernel), fp32, on the CPU.
+
+    Args:
+        scaled: divide the inputs of each call by their largest value (CorDA).
+
+    Raises:
+        InputError: fewer batches than asked, or a layer that was never called.
+    """
+    _check_types(layers)
+    total: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            rows = input_rows(module, args[0])
+            if scaled:
+                rows = rows / rows.max().abs().clamp_min(torch.finfo(rows.dtype).tiny)
+            found = (rows.T @ rows).cpu()
+            total[name] = total[name] + found if name in total else found
+
+        return see
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    done = 0
+    try:
+        for closure in losses:
+            closure()
+            done += 1
+            if done == count:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    if done < count:
+        raise InputError(f"The start looks at {count} batches, but there are only {done}: set init_batches to {done}.")
+    missing = [name for name in layers if name not in total]
+    if missing:
+        raise InputError(f"{len(missing)} layers are never called ({', '.join(missing[:5])}): leave them out.")
+    return {name: moment / count for name, moment in total.items()}
+
+
+@torch.no_grad()
+def weight_gradient(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+    """dL/dW (out, in * kernel) in fp32 (or x's higher precision) from a layer's input and its output's gradient."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    x, delta = x.to(precise), delta.to(precise)
+    if isinstance(module, nn.Conv2d):
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        found = conv2d_weight(x, shape, delta, module.stride, module.padding, module.dilation, module.groups)
+        return found.flatten(1)
+    return delta.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """The inputs of a layer as rows (calls, in * kernel), fp32; a convolution's are its patches."""
+    precise = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if isinstance(module, nn.Conv2d):
+        if isinstance(module.padding, str):
+            raise InputError(f"Convolutions with padding '{module.padding}' cannot be looked at patch by patch.")
+        patches = F.unfold(precise, module.kernel_size, module.dilation, module.padding, module.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+    return precise.flatten(0, -2)
+
+
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module], keep: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside, every call of a layer reports (name, module, input, gradient of the output) in its backward pass."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = args[0].detach()
+            if output.requires_grad:
+                output.register_hook(lambda delta: keep(name, module, x, delta))
+                return output
+            leaf = output.detach().requires_grad_()  # everything below is frozen: the graph begins here
+            leaf.register_hook(lambda delta: keep(name, module, x, delta))
+            return leaf.clone()
+
+        return see
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_types(layers: Mapping[str, nn.Module]) -> None:
+    strange = [
+        f"{name} ({type(module).__name__})"
+        for name, module in layers.items()
+        if isinstance(module, nn.Embedding)
+        or not (isinstance(module, nn.Linear | nn.Conv2d | Conv1D) or hasattr(module, "in_features"))
+    ]
+    if strange:
+        raise InputError(
+            f"This start knows linear layers and 2-d convolutions, not {', '.join(strange[:5])}: "
+            "leave those out of the targets."
+        )

@@ -1,0 +1,314 @@
+"""One PEFT layer variant made of independent parts, so that training methods combine.
+
+    y = base(x) + s f(drop(x); A, B) - s B0 A0 drop(x) + e(x)
+
+PEFT allows one ``LoraVariant`` per layer and adapter; ours is attached after a plain injection and holds
+
+- an offset (A0, B0), frozen: the model at the start is the pre-trained one although A and B are not zero, the base is
+  never changed, and the update is s (B A - B0 A0), an ordinary LoRA of rank 2r;
+- a core R (r, r) between A and B (LoRA-SB): the update is s B R A;
+- a rule f, how gradients flow (ALLoRA), otherwise plain autograd;
+- a perturbation e(x), used in training mode only.
+
+Nothing of it is in PEFT's state dict: :func:`read_layers` gives the ordinary LoRA. On quantised bases it works as on
+others, as the base is only called. A layer without parts has no variant and is PEFT's own, to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Conv2d as LoraConv2d
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import LoraLayer as PeftLayer
+from peft.tuners.lora.layer import LoraVariant
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters.errors import InputError
+from adapters.formats.lora import LoraLayer
+
+OFFSET = "studio_offset"
+CORE = "lora_R"
+PREFIX = "base_model.model."
+
+
+class Rule(Protocol):
+    """How gradients flow through the trained pair."""
+
+    def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
+        """B A x (without s) for the layer's input."""
+
+
+class Perturbation(Protocol):
+    """What is added in training."""
+
+    def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
+        """e(x), shaped like the layer's output, or None for nothing."""
+
+
+class Offset(nn.Module):
+    """The frozen start of a pair: A0 and B0, moved and cast with the model, in no state dict."""
+
+    def __init__(self, A0: Tensor, B0: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("A0", A0, persistent=False)
+        self.register_buffer("B0", B0, persistent=False)
+
+
+class StudioVariant(LoraVariant):
+    """The parts of one adapter on one layer."""
+
+    def __init__(self) -> None:
+        self.rule: Rule | None = None
+        self.perturbation: Perturbation | None = None
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """``result`` (the base's output) with the adapter's part."""
+        if isinstance(module, LoraEmbedding):
+            return _embedding(module, active_adapter, x, result)
+        return self._linear(module, active_adapter, x, result)
+
+    def _linear(self, module: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        down, up, scale = module.lora_A[adapter], module.lora_B[adapter], module.scaling[adapter]
+        dropped = module.lora_dropout[adapter](x)
+        core = _part(module, CORE, adapter)
+        if self.rule is not None:
+            update = self.rule(module, adapter, dropped)
+        elif core is not None:
+            update = up(_through(core, down(dropped), isinstance(module, LoraConv2d)))
+        else:
+            update = up(down(dropped))
+        result = result + update * scale
+        offset = _part(module, OFFSET, adapter)
+        if offset is not None:
+            result = result - product(module, adapter, dropped, offset.A0, offset.B0) * scale
+        if self.perturbation is not None and module.training:
+            extra = self.perturbation(module, adapter, x)
+            result = result if extra is None else result + extra
+        return result
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        """The merged weight, a new tensor."""
+        return orig_weight + delta_like(module, active_adapter, orig_weight)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        """Merge in place."""
+        orig_weight.data += delta_like(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        """The weight before merging."""
+        return orig_weight - delta_like(module, active_adapter, orig_weight)
+
+
+# ------------------------------------------------------------------------------------------------ layers of a model
+
+
+def adapted(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
+    """PEFT LoRA layers that hold ``adapter``, by the base model's module path."""
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, PeftLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+    }
+
+
+def attach(layer: Any, adapter: str = "default") -> StudioVariant:
+    """The layer's :class:`StudioVariant`, new if there is none.
+
+    Raises:
+        InputError: the layer already has a variant of PEFT's (DoRA ...).
+    """
+    present = layer.lora_variant.get(adapter)
+    if present is None:
+        present = layer.lora_variant[adapter] = StudioVariant()
+    if not isinstance(present, StudioVariant):
+        kind = type(present).__name__
+        raise InputError(f"This layer is already of PEFT's kind {kind}, which takes no other training method.")
+    return present
+
+
+def set_offset(layer: Any, A: Tensor, B: Tensor, adapter: str = "default") -> None:
+    """Start the pair at A (r, in...) and B (out, r...) without changing the model: both are also kept as offset."""
+    attach(layer, adapter)
+    down, up = pair(layer, adapter)
+    with torch.no_grad():
+        down.copy_(A.reshape(down.shape))
+        up.copy_(B.reshape(up.shape))
+    _store(layer, OFFSET, adapter, Offset(down.detach().clone(), up.detach().clone()))
+
+
+def set_offset_buffers(layer: Any, A0: Tensor, B0: Tensor, adapter: str = "default") -> None:
+    """Take back offsets that :func:`offset_of` gave, leaving A and B alone."""
+    attach(layer, adapter)
+    down, up = pair(layer, adapter)
+    _store(layer, OFFSET, adapter, Offset(A0.to(down).reshape(down.shape), B0.to(up).reshape(up.shape)))
+
+
+def offset_of(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor] | None:
+    """(A0, B0), or None."""
+    offset = _part(layer, OFFSET, adapter)
+    return None if offset is None else (offset.A0, offset.B0)
+
+
+def set_core(layer: Any, R: Tensor, adapter: str = "default") -> Tensor:
+    """Put a trained R (r, r) between A and B and freeze both; returns R."""
+    attach(layer, adapter)
+    down, _ = pair(layer, adapter)
+    core = nn.Linear(R.shape[1], R.shape[0], bias=False, device=down.device, dtype=down.dtype)
+    with torch.no_grad():
+        core.weight.copy_(R)
+    if CORE not in layer.adapter_layer_names:  # so that PEFT freezes and activates it with the rest
+        layer.adapter_layer_names = (*layer.adapter_layer_names, CORE)
+    _store(layer, CORE, adapter, core)
+    freeze(layer, "lora_A", adapter)
+    freeze(layer, "lora_B", adapter)
+    return core.weight
+
+
+def core_of(layer: Any, adapter: str = "default") -> Tensor | None:
+    """R, or None."""
+    core = _part(layer, CORE, adapter)
+    return None if core is None else core.weight
+
+
+def freeze(layer: Any, weight: str, adapter: str = "default") -> None:
+    """Freeze ``"lora_A"`` or ``"lora_B"`` for good: PEFT's ``set_adapter`` does not thaw it.
+
+    PEFT's function for that is private. Should it go, the weight is frozen all the same but only until the next
+    ``set_adapter``; a test watches over it.
+    """
+    getattr(layer, weight)[adapter].requires_grad_(False)
+    try:
+        from peft.tuners.lora.variants import _register_frozen_peft_weight
+    except ImportError:
+        return
+    _register_frozen_peft_weight(layer, adapter, weight)
+
+
+def pair(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
+    """The parameters A (r, in...) and B (out, r...) of a layer."""
+    if adapter in layer.lora_A:
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+
+
+@torch.no_grad()
+def effective(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
+    """(L, R) with update s L R: L (out, k), R (k, in * kernel), detached, in fp32 or the adapter's higher dtype."""
+    down, up = (_precise(tensor.detach().flatten(1)) for tensor in pair(layer, adapter))
+    core, offset = core_of(layer, adapter), offset_of(layer, adapter)
+    if core is not None:
+        up = up @ _precise(core.detach())
+    if offset is not None:
+        A0, B0 = (_precise(tensor.flatten(1)).to(down) for tensor in offset)
+        down, up = torch.cat([down, A0]), torch.cat([up, -B0], dim=1)
+    return up, down
+
+
+def base_weight(layer: Any) -> Tensor:
+    """W0 (out, in * kernel) of a layer, dequantised, outputs first whatever the layer stores."""
+    base = layer.get_base_layer() if isinstance(layer, PeftLayer) else layer
+    weight = dequantize_module_weight(base)
+    if isinstance(base, Conv1D | nn.Embedding) or getattr(layer, "fan_in_fan_out", False):
+        return weight.detach().T
+    return weight.detach().flatten(1)
+
+
+def delta_like(layer: Any, adapter: str, weight: Tensor) -> Tensor:
+    """s L R in the shape and dtype of the layer's own weight."""
+    left, right = effective(layer, adapter)
+    delta = layer.scaling[adapter] * (left @ right)
+    if getattr(layer, "fan_in_fan_out", False) or isinstance(layer, LoraEmbedding):
+        delta = delta.T
+    return delta.reshape(weight.shape).to(weight)
+
+
+def read_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
+    """The adapter of ``model`` as an ordinary LoRA of the untouched base: module path -> copy of its layer (CPU).
+
+    Raises:
+        InputError: the adapter is on embeddings, which files with lora_A and lora_B do not hold.
+    """
+    found = {}
+    for name, layer in adapted(model, adapter).items():
+        if adapter not in layer.lora_A:
+            raise InputError(f"The adapter on the embedding '{name}' cannot be saved as an ordinary LoRA.")
+        down, up = pair(layer, adapter)
+        plain = core_of(layer, adapter) is None and offset_of(layer, adapter) is None
+        if plain:
+            A, B = down.detach().clone(), up.detach().clone()
+        else:
+            left, right = effective(layer, adapter)
+            A, B = right.reshape(-1, *down.shape[1:]), left.reshape(left.shape[0], -1, *up.shape[2:])
+        rank = A.shape[0]
+        rslora = bool(layer.use_rslora.get(adapter, False))
+        magnitudes = getattr(layer, "lora_magnitude_vector", {})
+        magnitude = magnitudes[adapter].weight.detach().clone().flatten().cpu() if adapter in magnitudes else None
+        alpha = layer.scaling[adapter] * (math.sqrt(rank) if rslora else rank)
+        found[name] = LoraLayer(A.to(down.dtype).cpu().contiguous(), B.to(up.dtype).cpu().contiguous(), alpha, rslora,
+                                magnitude)  # fmt: skip
+    return found
+
+
+@contextmanager
+def without_perturbation(model: nn.Module, adapter: str = "default") -> Iterator[None]:
+    """Inside, no layer of ``model`` is perturbed."""
+    variants = [layer.lora_variant.get(adapter) for layer in adapted(model, adapter).values()]
+    held = [(v, v.perturbation) for v in variants if isinstance(v, StudioVariant)]
+    try:
+        for variant, _ in held:
+            variant.perturbation = None
+        yield
+    finally:
+        for variant, perturbation in held:
+            variant.perturbation = perturbation
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+def product(layer: Any, adapter: str, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """up down x with the layer's own geometry (stride, padding): down (k, in...), up (out, k...)."""
+    module = layer.lora_A[adapter]
+    if isinstance(module, nn.Conv2d):
+        down = down.reshape(-1, *module.weight.shape[1:])
+        hidden = F.conv2d(x, down, None, module.stride, module.padding, module.dilation, module.groups)
+        return F.conv2d(hidden, up.reshape(up.shape[0], -1, 1, 1))
+    return F.linear(F.linear(x, down), up)
+
+
+def _through(core: nn.Module, hidden: Tensor, convolution: bool) -> Tensor:
+    return core(hidden.movedim(1, -1)).movedim(-1, 1) if convolution else core(hidden)
+
+
+def _embedding(layer: Any, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    down, up = pair(layer, adapter)
+    update = F.embedding(x, down.T) @ up.T
+    offset = offset_of(layer, adapter)
+    if offset is not None:
+        update = update - F.embedding(x, offset[0].T) @ offset[1].T
+    size = layer._get_embed_scale()
+    update = update * layer.scaling[adapter]
+    return result + (update if size is None else update * size.to(update))
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _store(layer: Any, kind: str, adapter: str, part: nn.Module) -> None:
+    if not hasattr(layer, kind):
+        setattr(layer, kind, nn.ModuleDict())
+    getattr(layer, kind)[adapter] = part
+
+
+def _part(layer: Any, kind: str, adapter: str) -> Any:
+    parts = getattr(layer, kind, None)
+    return parts[adapter] if parts is not None and adapter in parts else None

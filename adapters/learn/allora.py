@@ -1,0 +1,159 @@
+"""ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws, arXiv 2410.09692.
+
+    y = W0 x + B A x   (no factor s, no dropout)
+    n_i = |(B A)_i|,   a_i = 1 / sqrt(n_i + 1 / eta^2)   per output row i
+    gB = diag(a) D A^T,   gA = B^T diag(a) D,   gx = (W0 + B A)^T delta (unscaled),   D = sum over tokens of delta x^T
+
+Rows that are still zero learn eta times faster, so B leaves zero quickly and then slows down. a is constant for
+autograd. n is taken from r x r Gram matrices, never from B A itself; of a layer with an offset it is the norm of the
+change since the start. Trained: A and B. Stored: an ordinary LoRA with alpha = r.
+
+The paper's formulas were rebuilt from secondary sources. Adam-like optimisers divide the size of gradients away, so the
+rule is for SGD; :class:`ScaledSteps` (our extension) scales the optimiser's update by a instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from adapters.catalogue import Method
+from adapters.layers.variant import offset_of, pair
+from adapters.low_rank import row_norms_squared
+
+METHOD = Method(
+    name="allora",
+    title="ALLoRA",
+    summary="Larger gradients for output rows that are still near zero, no scale and no dropout to choose; for SGD.",
+    stage="learn",
+    makes="ordinary LoRA",
+    paper="ALLoRA, arXiv 2410.09692",
+    entry="adapters.learn.allora:AlloraRule",
+)
+
+
+def row_factors(left: Tensor, right: Tensor, eta: float) -> Tensor:
+    """a_i of the update left (out, k) right (k, in): (out,), in fp32 or higher."""
+    precise = torch.promote_types(left.dtype, torch.float32)
+    n = row_norms_squared(left.to(precise), right.to(precise)).sqrt()
+    return torch.rsqrt(n + eta**-2)
+
+
+class AlloraRule:
+    """The rule of a layer (:class:`adapters.layers.variant.Rule`): ordinary forward, scaled parameter gradients."""
+
+    def __init__(self, eta: float = 2.0) -> None:
+        self.eta = eta
+
+    def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
+        A, B = pair(layer, adapter)
+        module = layer.lora_A[adapter]
+        offset = offset_of(layer, adapter)
+        geometry = (module.stride, module.padding, module.dilation) if isinstance(module, nn.Conv2d) else None
+        found: Tensor = _Scaled.apply(x, A, B, self.eta, geometry, offset)
+        return found
+
+
+class _Scaled(torch.autograd.Function):
+    """B A x whose parameter gradients are scaled by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, eta: float, geometry: Any, offset: Any) -> Tensor:
+        h = F.linear(x, A) if geometry is None else F.conv2d(x, A, None, *geometry)
+        ctx.save_for_backward(x, h, A, B, *(offset or ()))
+        ctx.eta, ctx.geometry = eta, geometry
+        return F.linear(h, B) if geometry is None else F.conv2d(h, B)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        x, h, A, B, *offset = ctx.saved_tensors
+        left, right = B.flatten(1), A.flatten(1)
+        if offset:
+            right, left = torch.cat([right, offset[0].flatten(1)]), torch.cat([left, -offset[1].flatten(1)], dim=1)
+        a = row_factors(left, right, ctx.eta).to(g.dtype)
+        x_, h_, A_, B_ = (tensor.to(g.dtype) for tensor in (x, h, A, B))
+        need_x, need_A, need_B = ctx.needs_input_grad[:3]
+        gx = gA = gB = None
+        if ctx.geometry is None:
+            scaled = g * a
+            if need_x:
+                gx = (g @ B_) @ A_
+            if need_A:
+                gA = (scaled @ B_).flatten(0, -2).T @ x_.flatten(0, -2)
+            if need_B:
+                gB = scaled.flatten(0, -2).T @ h_.flatten(0, -2)
+        else:
+            stride, padding, dilation = ctx.geometry
+            scaled = g * a[:, None, None]
+            up = B_.flatten(1).T[..., None, None]  # (r, out, 1, 1): the way back through B
+            if need_x:
+                gx = conv2d_input(x_.shape, A_, F.conv2d(g, up), stride, padding, dilation)
+            if need_A:
+                gA = conv2d_weight(x_, A_.shape, F.conv2d(scaled, up), stride, padding, dilation)
+            if need_B:
+                gB = torch.einsum("bohw,brhw->or", scaled, h_)[..., None, None]
+        return (
+            None if gx is None else gx.to(x.dtype),
+            None if gA is None else gA.to(A.dtype),
+            None if gB is None else gB.to(B.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class ScaledSteps:
+    """Our extension for Adam-like optimisers: the update itself is scaled.
+
+    B <- B_old + diag(a) (B_new - B_old), and A likewise with the mean of a.
+
+    Args:
+        layers: adapted PEFT layers by name.
+    """
+
+    def __init__(self, layers: Mapping[str, Any], eta: float, adapter: str = "default") -> None:
+        self.layers, self.eta, self.adapter = list(layers.values()), eta, adapter
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._handles: list[Any] = []
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act around every step of ``optimizer`` from now on."""
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self.before()),
+            optimizer.register_step_post_hook(lambda *_: self.after()),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimiser alone again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Remember A, B and a."""
+        self._before = []
+        for A, B, offset in self._tensors():
+            left, right = B.flatten(1), A.flatten(1)
+            if offset is not None:
+                right = torch.cat([right, offset[0].flatten(1)])
+                left = torch.cat([left, -offset[1].flatten(1)], dim=1)
+            self._before.append((A.clone(), B.clone(), row_factors(left, right, self.eta)))
+
+    @torch.no_grad()
+    def after(self) -> None:
+        """Scale what the optimiser has changed."""
+        for (A, B, _), (old_A, old_B, a) in zip(self._tensors(), self._before, strict=True):
+            B.copy_(old_B + a.view(-1, *[1] * (B.ndim - 1)).to(B) * (B - old_B))
+            if A.requires_grad:
+                A.copy_(old_A + a.mean().to(A) * (A - old_A))
+
+    def _tensors(self) -> Iterable[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
+        for layer in self.layers:
+            A, B = pair(layer, self.adapter)
+            yield A, B, offset_of(layer, self.adapter)

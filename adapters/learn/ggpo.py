@@ -1,0 +1,154 @@
+"""LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning via Gradient-Guided Perturbation Optimization, arXiv
+2502.14538v1, and Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape, arXiv 2409.14396.
+
+Forward and backward at W' + E, the step at W', with W' = W0 + s B A and G its gradient in the step before:
+
+    GGPO   std_i = sigma sqrt(|W'_i|^2 + beta |G_i|^2) / sqrt(in),   E_ij ~ N(0, std_i^2)
+    Flat   std_i = sigma |W'_i| / sqrt(in)
+
+One E per optimiser step, drawn row block by row block from a seed of (run, step, layer): it is never kept, the second
+forward of gradient checkpointing sees the same one, W0 is never written to. The paper's later versions describe another
+method (:mod:`adapters.learn.mgpo`); this formula was rebuilt from ports of the first, ``mix="sd-scripts"`` is one of
+them: (sigma |W'_i| + beta |G_i|^2) / sqrt(out). Trained: A and B. Stored: an ordinary LoRA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
+
+from adapters.catalogue import Method
+from adapters.layers.variant import base_weight
+from adapters.learn.direction import gradient_row_norms, weight_row_norms
+
+METHODS = (
+    Method(
+        name="ggpo",
+        title="LoRA-GGPO",
+        summary="Trains at randomly disturbed weights, more where weights and gradients are large: flatter minima, "
+        "smoother loss at high rank.",
+        stage="learn",
+        makes="ordinary LoRA",
+        paper="LoRA-GGPO, arXiv 2502.14538v1",
+        entry="adapters.learn.ggpo:RowNoise",
+    ),
+    Method(
+        name="flat",
+        title="Flat-LoRA",
+        summary="Trains at randomly disturbed weights, in proportion to their rows: flatter minima.",
+        stage="learn",
+        makes="ordinary LoRA",
+        paper="Flat-LoRA, arXiv 2409.14396",
+        entry="adapters.learn.ggpo:RowNoise",
+    ),
+)
+
+BLOCK = 1 << 22
+"""Numbers of E that exist at a time."""
+
+
+def row_deviations(
+    weight: Tensor, gradient: Tensor | None, sigma: float, beta: float, columns: int, mix: str = "sqrt"
+) -> Tensor:
+    """std (out,) from |W'_i|^2 and |G_i|^2 (None in the first step) of a layer with ``columns`` inputs."""
+    if gradient is None:
+        gradient = torch.zeros_like(weight)
+    if mix == "sd-scripts":
+        return (sigma * weight.sqrt() + beta * gradient) / weight.numel() ** 0.5
+    return sigma * (weight + beta * gradient).sqrt() / columns**0.5
+
+
+def noise_seed(run: int, step: int, layer: str) -> int:
+    """The seed of E in one step of one layer."""
+    digest = hashlib.blake2b(f"{run}/{step}/{layer}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def noise_blocks(deviations: Tensor, columns: int, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """E (out, columns) as (first row, rows), always the same for a seed."""
+    rows = max(1, BLOCK // columns)
+    for number, first in enumerate(range(0, deviations.numel(), rows)):
+        part = deviations[first : first + rows]
+        generator = torch.Generator(deviations.device).manual_seed(seed + number)
+        noise = torch.randn(part.numel(), columns, generator=generator, device=part.device, dtype=part.dtype)
+        yield first, noise * part[:, None]
+
+
+class RowNoise:
+    """The perturbation of one layer (:class:`adapters.layers.variant.Perturbation`), off until :meth:`begin`.
+
+    Args:
+        name: of the layer, part of its seed.
+        beta: 0 is Flat-LoRA.
+    """
+
+    def __init__(self, layer: Any, name: str, sigma: float, beta: float, mix: str = "sqrt", run: int = 0) -> None:
+        self.name, self.sigma, self.beta, self.mix, self.run = name, sigma, beta, mix, run
+        W0 = base_weight(layer)
+        self.base_squared = W0.to(torch.promote_types(W0.dtype, torch.float32)).square().sum(1)
+        self.columns = W0.shape[1]
+        self.gradient: Tensor | None = None
+        self.deviations: Tensor | None = None
+        self.seed = 0
+
+    def begin(self, layer: Any, adapter: str, step: int, strength: float = 1.0) -> None:
+        """Set E for an optimiser step; ``strength`` multiplies sigma (schedules)."""
+        weight = weight_row_norms(layer, adapter, self.base_squared)
+        gradient = None if self.gradient is None else self.gradient.to(weight)
+        self.deviations = row_deviations(weight, gradient, strength * self.sigma, self.beta, self.columns, self.mix)
+        self.seed = noise_seed(self.run, step, self.name)
+
+    def end(self, layer: Any, adapter: str) -> None:
+        """Gradients are in: remember their size, and be off."""
+        self.deviations = None
+        if self.beta:
+            self.gradient = gradient_row_norms(layer, adapter)
+
+    def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
+        if self.deviations is None:
+            return None
+        module = layer.lora_A[adapter]
+        geometry: Any = None
+        shape: Any = ()
+        if isinstance(module, nn.Conv2d):
+            geometry, shape = (module.stride, module.padding, module.dilation), module.weight.shape[1:]
+        found: Tensor = _Noise.apply(x, self.deviations, self.columns, self.seed, geometry, shape)
+        return found
+
+
+class _Noise(torch.autograd.Function):
+    """E x, and E^T for what flows to earlier layers; E is drawn again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, deviations: Tensor, columns: int, seed: int, geometry: Any, shape: Any) -> Tensor:
+        ctx.save_for_backward(deviations)
+        ctx.columns, ctx.seed, ctx.geometry, ctx.shape = columns, seed, geometry, shape
+        ctx.like = x.shape, x.dtype
+        parts = []
+        for _, E in noise_blocks(deviations, columns, seed):
+            E = E.to(x.dtype)
+            parts.append(F.linear(x, E) if geometry is None else F.conv2d(x, E.reshape(-1, *shape), None, *geometry))
+        return torch.cat(parts, dim=-1 if geometry is None else 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        (g,) = grads
+        (deviations,) = ctx.saved_tensors
+        size, dtype = ctx.like
+        total = torch.zeros(size, dtype=g.dtype, device=g.device)
+        for first, E in noise_blocks(deviations, ctx.columns, ctx.seed):
+            E, rows = E.to(g.dtype), slice(first, first + E.shape[0])
+            if ctx.geometry is None:
+                total += g[..., rows] @ E
+            else:
+                stride, padding, dilation = ctx.geometry
+                total += conv2d_input(size, E.reshape(-1, *ctx.shape), g[:, rows], stride, padding, dilation)
+        return total.to(dtype), None, None, None, None, None

@@ -1,0 +1,109 @@
+"""LoRA-MGPO: Mitigating Double Descent in Low-Rank Adaptation via Momentum-Guided Perturbation Optimization, arXiv
+2502.14538v3 (EMNLP 2025 Findings).
+
+With the optimiser's momenta mA, mB and W' = W0 + s B A:
+
+    D = s (mB A + B mA),   gbar = running mean of |G|_F,   k = min(1 / gbar, 10)  (1 in the beginning)
+    E = -rho k D / |D|_F   (the authors' code: ahead along the step; SAM's direction is +)
+
+Forward and backward at W' + E, the step at W'. E has rank 2r at most and is one more low-rank branch: no dense matrix,
+W0 is never written to, quantised bases work. Nothing is disturbed while there are no momenta. Trained: A and B. Stored:
+an ordinary LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.catalogue import Method
+from adapters.errors import InputError
+from adapters.layers.variant import product
+from adapters.learn.direction import Change, direction, gradient_row_norms
+from adapters.low_rank import norm
+
+METHOD = Method(
+    name="mgpo",
+    title="LoRA-MGPO",
+    summary="Trains at weights moved along the momentum: smoother loss at high rank, at almost no cost.",
+    stage="learn",
+    makes="ordinary LoRA",
+    paper="LoRA-MGPO, arXiv 2502.14538",
+    entry="adapters.learn.mgpo:MomentumBranch",
+)
+
+LARGEST = 10.0
+"""Cap of k."""
+
+
+def momentum_of(optimizer: torch.optim.Optimizer) -> Change:
+    """The momentum of a parameter in ``optimizer`` (``exp_avg`` or ``momentum_buffer``), None before the first step.
+
+    Raises:
+        InputError: (when called) the state is there but holds no plain momentum of the parameter's shape.
+    """
+
+    def look(parameter: Tensor) -> Tensor | None:
+        state = optimizer.state.get(parameter) or {}
+        found = state.get("exp_avg", state.get("momentum_buffer"))
+        if found is None and not state:
+            return None
+        if found is None and set(state) <= {"momentum_buffer"}:
+            return None
+        if not isinstance(found, Tensor) or found.shape != parameter.shape or not found.is_floating_point():
+            raise InputError(
+                f"mgpo finds no plain momentum in {type(optimizer).__name__} (sharded or quantised state?): "
+                "use adamw or sgd on whole parameters, or perturb 'ggpo'."
+            )
+        return found
+
+    return look
+
+
+class MomentumBranch:
+    """The perturbation of one layer (:class:`adapters.layers.variant.Perturbation`), off until :meth:`begin`.
+
+    Args:
+        sign: -1 downhill (authors' code), +1 uphill (SAM).
+    """
+
+    def __init__(self, rho: float, ema: float = 0.9, sign: float = -1.0) -> None:
+        self.rho, self.ema, self.sign = rho, ema, sign
+        self.mean_norm: float | None = None
+        self.branch: tuple[Tensor, Tensor, float] | None = None
+
+    @property
+    def adaptive(self) -> float:
+        """k."""
+        return 1.0 if self.mean_norm is None else min(1 / (self.mean_norm + 1e-12), LARGEST)
+
+    @torch.no_grad()
+    def begin(self, layer: Any, adapter: str, momentum: Change) -> None:
+        """Set E for an optimiser step from the momenta."""
+        self.branch = None
+        found = direction(layer, adapter, momentum)
+        if found is None:
+            return
+        left, right = found
+        scale = float(layer.scaling[adapter])
+        size = scale * float(norm(left, right))
+        if not 1e-12 < size < float("inf"):
+            return
+        self.branch = left, right, self.sign * self.rho * self.adaptive * scale / (size + 1e-12)
+
+    def end(self, layer: Any, adapter: str) -> None:
+        """Gradients are in: update the running mean of their norm, and be off."""
+        self.branch = None
+        rows = gradient_row_norms(layer, adapter)
+        if rows is None:
+            return
+        size = float(rows.sum().sqrt())
+        self.mean_norm = size if self.mean_norm is None else self.ema * self.mean_norm + (1 - self.ema) * size
+
+    def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
+        if self.branch is None:
+            return None
+        left, right, factor = self.branch
+        return product(layer, adapter, x, right.to(x), (factor * left).to(x))
