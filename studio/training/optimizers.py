@@ -14,7 +14,9 @@ from torch import nn
 
 from adapters.errors import InputError, MissingDependencyError
 from studio.schemas.train_image import TrainImageConfig
+from studio.schemas.train_language import TrainLanguageConfig
 
+Config = TrainImageConfig | TrainLanguageConfig
 Groups = list[dict[str, Any]]
 
 
@@ -22,7 +24,7 @@ Groups = list[dict[str, Any]]
 class Entry:
     """One optimiser: how it is made, and the package and extra it needs beyond torch and transformers."""
 
-    make: Callable[[Groups, TrainImageConfig], torch.optim.Optimizer]
+    make: Callable[[Groups, Config], torch.optim.Optimizer]
     package: str = ""
     extra: str = ""
 
@@ -31,12 +33,12 @@ class Entry:
         return not self.package or importlib.util.find_spec(self.package) is not None
 
 
-def _adamw(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, config: Config) -> torch.optim.Optimizer:
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
 
 
-def _adamw8bit(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+def _adamw8bit(groups: Groups, config: Config) -> torch.optim.Optimizer:
     import bitsandbytes
 
     made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
@@ -45,7 +47,7 @@ def _adamw8bit(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimize
     return made
 
 
-def _adafactor(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+def _adafactor(groups: Groups, config: Config) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     kind: Any = Adafactor
@@ -53,11 +55,11 @@ def _adafactor(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimize
     return made
 
 
-def _sgd(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+def _sgd(groups: Groups, config: Config) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=config.beta1)
 
 
-def _prodigy(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+def _prodigy(groups: Groups, config: Config) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
     made: torch.optim.Optimizer = Prodigy(
@@ -71,7 +73,7 @@ def _prodigy(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
     return made
 
 
-def _schedulefree(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+def _schedulefree(groups: Groups, config: Config) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
     made: torch.optim.Optimizer = AdamWScheduleFree(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
@@ -88,7 +90,7 @@ OPTIMIZERS: dict[str, Entry] = {
 }
 
 
-def make_optimizer(groups: Groups, config: TrainImageConfig) -> torch.optim.Optimizer:
+def make_optimizer(groups: Groups, config: Config) -> torch.optim.Optimizer:
     """The configured optimiser over ``groups``.
 
     Raises:
@@ -109,16 +111,19 @@ def make_optimizer(groups: Groups, config: TrainImageConfig) -> torch.optim.Opti
     return entry.make(groups, config)
 
 
-def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: TrainImageConfig) -> Groups:
-    """Groups by component and matrix (A, B, other), with the learning rates of LoRA+ (Hayou 2024, arXiv 2402.12354)."""
-    text_rate = config.text_encoder_learning_rate
+def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: Config) -> Groups:
+    """Groups by component and matrix (A, B, other), with the learning rates of LoRA+ (Hayou 2024, arXiv 2402.12354).
+
+    ``denoiser`` is the component that learns at ``learning_rate``; others are text encoders.
+    """
+    text_rate = getattr(config, "text_encoder_learning_rate", None)
     if text_rate is None:
         text_rate = config.learning_rate if config.optimizer == "prodigy" else config.learning_rate / 2
     groups: Groups = []
     for name, model in models.items():
         rate, ratio = config.learning_rate, config.loraplus_ratio
         if name != denoiser:
-            rate, ratio = text_rate, config.text_encoder_loraplus_ratio
+            rate, ratio = text_rate, getattr(config, "text_encoder_loraplus_ratio", 1.0)
         parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "other": []}
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -137,7 +142,7 @@ def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: TrainI
     return groups
 
 
-def lr_factor(step: int, total: int, config: TrainImageConfig) -> float:
+def lr_factor(step: int, total: int, config: Config) -> float:
     """Factor on the learning rate at ``step`` (0 .. total): linear warm-up, then the schedule down to min_lr_ratio."""
     warmup = config.warmup_steps or round(config.warmup_ratio * total)
     if step < warmup:
