@@ -21,7 +21,7 @@ from torch import Tensor
 from adapters.errors import InputError
 from adapters.formats.roles import Role
 
-LIMIT = 2**28
+LIMIT = 2**27
 """Most numbers in one layer; real adapters stay far below, a damaged or hostile file may claim anything."""
 
 Pair = tuple[Tensor, Tensor]
@@ -102,6 +102,7 @@ def _loha(parts: Mapping[Role, Tensor]) -> Factors:
     if kernel != other or _sizes(first) != _sizes(second):
         raise ValueError("both products have the same size")
     (B1, A1), (B2, A2) = first, second
+    _check_inner(first, second)
     dim = parts["w1_b"].shape[0]
     out, columns = _sizes(first)
     rank = B1.shape[1] * B2.shape[1]
@@ -145,9 +146,7 @@ def _lokr(parts: Mapping[Role, Tensor]) -> Factors:
     else:
         second = _matrix(parts["k2_a"]), _matrix(parts["k2_b"])
         dim = second[0].shape[1]
-    for B, A in (first, second):
-        if B.shape[1] != A.shape[0]:
-            raise ValueError("a product's inner sizes are equal")
+    _check_inner(first, second)
     (out1, in1), (out2, in2) = _sizes(first), _sizes(second)
     out, columns = out1 * out2, in1 * in2
     rank = first[0].shape[1] * second[0].shape[1]
@@ -194,6 +193,11 @@ def _kernel(A: Tensor, kernel: tuple[int, ...]) -> Tensor:
 
 def _sizes(pair: Pair) -> tuple[int, int]:
     return pair[0].shape[0], pair[1].shape[1]
+
+
+def _check_inner(*pairs: Pair) -> None:
+    if any(B.shape[1] != A.shape[0] for B, A in pairs):
+        raise ValueError("a product's inner sizes are equal")
 
 
 def _check_size(out: int, columns: int, rank: int) -> None:
