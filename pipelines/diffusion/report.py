@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.methods.step import Step
 
 
@@ -24,6 +25,7 @@ class LoraReport:
         triggers: words that call it.
         blocks: factor per block prefix.
         schedule: keyframes (progress, factor).
+        distilled: what is built into it, if it is distilled.
     """
 
     name: str
@@ -39,12 +41,14 @@ class LoraReport:
     triggers: tuple[str, ...] = ()
     blocks: Mapping[str, float] = field(default_factory=dict)
     schedule: tuple[tuple[float, float], ...] = ()
+    distilled: Mark | None = None
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count} in {component}" for component, count in self.layers.items())
         ranks = "/".join(map(str, self.ranks))
         kind = "DoRA" if self.dora else "LoRA"
-        return f"{self.name}: {kind} of rank {ranks}, layers {layers}, weight {self.weight:g} ({self.format})"
+        built_in = f"; {self.distilled}" if self.distilled else ""
+        return f"{self.name}: {kind} of rank {ranks}, layers {layers}, weight {self.weight:g} ({self.format}){built_in}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Using distilled adapters: guidance is inside them, so a second pass would guide twice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapters.errors import InputError
+from adapters.formats import LoraFile
+from pipelines.diffusion.distillation import embedding
+from pipelines.diffusion.distillation.mark import Mark, config_hash, read_mark
+
+METHODS = ("merge",)
+"""Composition methods in which an adapter acts in every prediction, as a distilled one must."""
+
+GUIDANCE = 5.0
+"""Guidance of a call that names none, without a distilled adapter."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A distilled adapter in a pipeline: its mark and, where it has one, its guidance embedding."""
+
+    mark: Mark
+    embedding: Tensor | None = None
+
+
+def distilled(file: LoraFile, name: str, pipe: Any, denoiser: str) -> Distilled | None:
+    """What ``file`` says of its distillation; None for ordinary adapters. Warns when it was made for another base.
+
+    Raises:
+        InputError: damaged entries, or the guidance embedding is not beside the file.
+    """
+    mark = read_mark(file.metadata)
+    if mark is None:
+        return None
+    model = getattr(pipe, denoiser)
+    predicts = pipe.scheduler.config.get("prediction_type")
+    if mark.prediction_type in ("epsilon", "v_prediction", "sample") and predicts not in (None, mark.prediction_type):
+        warnings.warn(
+            f"'{name}' was distilled for a base that predicts {mark.prediction_type}; this one predicts {predicts}.",
+            stacklevel=3,
+        )
+    if mark.config_hash and mark.config_hash != config_hash(model):
+        warnings.warn(
+            f"'{name}' was distilled on the base '{mark.base}', whose configuration differs from this one's: its "
+            "guidance may come out weaker or stronger.",
+            stacklevel=3,
+        )
+    if not mark.embedding:
+        return Distilled(mark)
+    if file.path is None:
+        raise InputError(f"'{name}' has a guidance embedding in a file beside it: load it from its file.")
+    folder = file.path if file.path.is_dir() else file.path.parent
+    return Distilled(mark, embedding.read(folder / Path(mark.embedding).name))
+
+
+def check_use(
+    active: Mapping[str, tuple[Mark, float]], method: str, guidance: float | None, allow_double: bool
+) -> tuple[float, Mark | None]:
+    """The guidance of a call, and the mark of the distilled adapter at work in it.
+
+    Args:
+        active: name -> (mark, weight) of the distilled adapters whose weight is not 0.
+        method: how adapters are composed.
+        guidance: what was asked for; None = what fits.
+        allow_double: guide a second time on purpose.
+
+    Raises:
+        InputError: guidance on top of built-in guidance, two distilled adapters, or a method that would use the
+            adapter in some predictions only.
+    """
+    if not active:
+        return GUIDANCE if guidance is None else guidance, None
+    if len(active) > 1:
+        raise InputError(f"Two distilled adapters guide twice ({', '.join(active)}): keep one of them.")
+    name, (mark, weight) = next(iter(active.items()))
+    if method not in METHODS:
+        raise InputError(
+            f"'{name}' is distilled and must act in every prediction, which '{method}' does not do: use method 'merge'."
+        )
+    if mark.mode == "embedding":
+        chosen = mark.guidance if guidance is None else guidance
+        _warn_outside(name, mark, chosen)
+        return chosen, mark
+    if guidance is not None and guidance > 1 and not allow_double:
+        raise InputError(
+            f"'{name}' has guidance {mark.guidance_at(weight):g} built in, so guidance_scale {guidance:g} guides a second "
+            "time: set guidance_scale to 1 (allow_double_guidance does it all the same)."
+        )
+    if mark.mode == "strength":
+        _warn_outside(name, mark, mark.guidance_at(weight))
+    return 1.0 if guidance is None else guidance, mark
+
+
+def merged_mark(marks: Sequence[tuple[Mark, float]]) -> dict[str, str]:
+    """Text entries of one LoRA made of several, of which one is distilled (at a weight); {} when none is.
+
+    Raises:
+        InputError: two are, or one needs its guidance embedding beside it.
+    """
+    if not marks:
+        return {}
+    if len(marks) > 1:
+        raise InputError("Two distilled adapters cannot become one file: keep one of them.")
+    mark, weight = marks[0]
+    if mark.mode == "embedding":
+        raise InputError("An adapter with a guidance embedding cannot become part of one ordinary LoRA.")
+    w = mark.guidance_at(weight)
+    return Mark(**{**vars(mark), "mode": "fixed", "guidance": w, "low": w, "high": w}).to_metadata()
+
+
+def _warn_outside(name: str, mark: Mark, w: float) -> None:
+    if mark.outside(w):
+        warnings.warn(
+            f"Guidance {w:g} is outside what '{name}' has practised ({mark.low:g} to {mark.high:g}).", stacklevel=4
+        )
