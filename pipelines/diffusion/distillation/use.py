@@ -90,8 +90,8 @@ def check_use(
         return chosen, mark
     if guidance is not None and guidance > 1 and not allow_double:
         raise InputError(
-            f"'{name}' has guidance {mark.guidance_at(weight):g} built in, so guidance_scale {guidance:g} guides a second "
-            "time: set guidance_scale to 1 (allow_double_guidance does it all the same)."
+            f"'{name}' has guidance {mark.guidance_at(weight):g} built in and guidance_scale {guidance:g} would guide "
+            "again: set guidance_scale to 1 (allow_double_guidance does it all the same)."
         )
     if mark.mode == "strength":
         _warn_outside(name, mark, mark.guidance_at(weight))
