@@ -101,7 +101,7 @@ def _picture(
         config.prompt, negative_prompt=config.negative_prompt, steps=config.steps,
         guidance_scale=config.guidance_scale, seed=seed, images=1, width=config.width, height=config.height,
         scheduler=config.scheduler, monitor=_Part(monitor, number, config.images),
-        preview_every=max(1, config.steps // PREVIEWS),
+        preview_every=max(1, config.steps // PREVIEWS), allow_double_guidance=config.allow_double_guidance,
     )  # fmt: skip
     path = images.save_png(out.images[0], folder / f"picture-{seed}.png", recipes.for_picture(recipe, seed))
     monitor.report(Progress("saved", number + 1, config.images, preview=path, message=f"picture {path.name}"))

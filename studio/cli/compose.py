@@ -14,6 +14,7 @@ from studio import hush
 from studio.cli import launch, lora_option
 from studio.cli.output import Json, Output, Quiet, duration
 from studio.cli.schema_options import pair, with_options
+from studio.distilled import suited
 from studio.schemas.base import read_yaml
 from studio.schemas.compose import ComposeConfig
 
@@ -78,8 +79,8 @@ def _configuration(
     if file is not None and picture is not None:
         raise InputError("Give either a configuration file or --from, not both.")
     if picture is None:
-        values = {**(read_yaml(file) if file else {}), **changes}
-        return ComposeConfig.parse(_with_settings(values, settings), source=str(file or "compose")), None
+        values = _with_settings({**(read_yaml(file) if file else {}), **changes}, settings)
+        return ComposeConfig.parse({**suited(values), **values}, source=str(file or "compose")), None
     from studio import images, recipes
 
     recipe = images.read_recipe(picture)

@@ -79,6 +79,9 @@ class ComposeConfig(RegionFields, ModelChoice):
     )
     steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
     guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 switches it off.")
+    allow_double_guidance: bool = Field(
+        False, description="Guide on top of the guidance that a distilled adapter has built in."
+    )
     scheduler: Literal["default", "ddim", "dpm++", "euler", "euler_a", "unipc", "lcm"] = Field(
         "default", description="Sampler; default = the base model's own."
     )

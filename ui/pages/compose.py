@@ -24,7 +24,8 @@ KNOWN = schema_form.fields(ComposeConfig)
 NAMES = tuple(name for name in KNOWN if name != "adapters" and name not in RegionFields.model_fields)
 """Fields with a widget of their own, in the order of the form; the adapters are the rack."""
 
-ADVANCED = ("scheduler", "te_mode", "adapter_batch", "memory", "dtype", "attention", "device", "family")
+ADVANCED = ("scheduler", "te_mode", "adapter_batch", "allow_double_guidance", "memory", "dtype", "attention", "device",
+            "family")  # fmt: skip
 SECONDS = 0.7
 
 Form = dict[str, Any]

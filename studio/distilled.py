@@ -1,0 +1,89 @@
+"""What a composition needs to know of distilled adapters before anything is loaded.
+
+Read from the text entries in the head of an adapter file, as :mod:`pipelines.diffusion.distillation.mark` writes them,
+so that pages and commands need no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InputError
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """How a distilled adapter is to be used.
+
+    Attributes:
+        mode: how its guidance is chosen: "fixed", "strength" (by the weight) or "embedding" (by guidance_scale).
+        guidance: what is built in at weight 1.
+        low, high: practised range of guidance.
+        steps, sampler: what it is made for (0 and "" = as the base).
+    """
+
+    mode: str
+    guidance: float
+    low: float
+    high: float
+    steps: int = 0
+    sampler: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """Values of a composition that suit it."""
+        chosen: dict[str, Any] = {"guidance_scale": self.guidance if self.mode == "embedding" else 1.0}
+        if self.steps:
+            chosen["steps"] = self.steps
+        if self.sampler:
+            chosen["scheduler"] = self.sampler
+        return chosen
+
+
+def of(path: Path) -> Distilled | None:
+    """What the adapter at ``path`` says; None for ordinary adapters and for what cannot be read."""
+    from studio.library import facts, header
+
+    try:
+        return of_entries(header.read(facts.weight_file(path)).metadata)
+    except (InputError, OSError):
+        return None
+
+
+def of_entries(entries: Mapping[str, str]) -> Distilled | None:
+    """The same from the text entries themselves."""
+    if "w_ref" not in entries and "distilled_guidance" not in entries:
+        return None
+    try:
+        guidance = float(entries.get("w_ref") or entries["distilled_guidance"])
+        return Distilled(
+            mode="strength" if "w_ref" in entries else "embedding" if entries.get("w_embedding") else "fixed",
+            guidance=guidance,
+            low=float(entries.get("w_min", guidance)),
+            high=float(entries.get("w_max", guidance)),
+            steps=int(entries.get("distilled_steps", 0)),
+            sampler=entries.get("distilled_sampler", ""),
+        )
+    except ValueError:
+        return None
+
+
+def suited(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that suit the distilled adapter among ``values["adapters"]``; {} when there is none.
+
+    Adapters that are not there are passed over: whoever loads them will say so.
+    """
+    from studio import library
+
+    for use in values.get("adapters") or ():
+        if not isinstance(use, Mapping) or use.get("weight") == 0:
+            continue
+        try:
+            found = of(library.resolve_adapter(str(use.get("path", ""))))
+        except InputError:
+            continue
+        if found is not None:
+            return found.settings()
+    return {}
