@@ -55,16 +55,20 @@ def factors(parts: Mapping[Role, Tensor], name: str, source: str) -> Factors:
     for role, tensor in parts.items():
         if role != "alpha" and not tensor.is_floating_point():
             raise InputError(f"{source}: layer '{name}' holds {tensor.dtype} numbers; adapters are floating point.")
+    form = forms[0] if forms else "LoRA"
     try:
-        if not forms or forms[0] == "LoRA":
-            return _lora(parts, name, source)
-        return {"LoHa": _loha, "LoKr": _lokr, "difference": _difference}[forms[0]](parts)
+        made = _FORMS[form](parts)
+    except InputError:
+        raise
     except KeyError as missing:
-        raise InputError(f"{source}: the {forms[0]} layer '{name}' has no {missing.args[0]}.") from None
+        raise InputError(f"{source}: the {form} layer '{name}' has no {missing.args[0]}.") from None
     except (RuntimeError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in parts.items())
         reason = str(error).splitlines()[0]
         raise InputError(f"{source}: the parts of layer '{name}' do not fit each other ({shapes}): {reason}") from None
+    if not bool(torch.isfinite(made.A).all() and torch.isfinite(made.B).all()):
+        raise InputError(f"{source}: the numbers of layer '{name}' are so large that their product is infinite.")
+    return made
 
 
 MARKS: Mapping[str, tuple[Role, ...]] = {
@@ -76,15 +80,12 @@ MARKS: Mapping[str, tuple[Role, ...]] = {
 """Which tensors belong to which form."""
 
 
-def _lora(parts: Mapping[Role, Tensor], name: str, source: str) -> Factors:
-    missing = [half for half in ("A", "B") if half not in parts]
-    if missing:
-        raise InputError(f"{source}: layer '{name}' has no {' and no '.join(missing)} matrix.")
+def _lora(parts: Mapping[Role, Tensor]) -> Factors:
     A, B = parts["A"], parts["B"]
-    if A.ndim not in (2, 4) or B.ndim not in (2, 4) or 0 in (*A.shape, *B.shape) or A.shape[0] == 0:
+    if A.ndim not in (2, 4) or B.ndim not in (2, 4) or 0 in (*A.shape, *B.shape):
         raise ValueError("a LoRA has two matrices, or kernels, that are not empty")
     if B.ndim == 4 and B.shape[2:] != (1, 1):
-        raise InputError(f"{source}: in layer '{name}' B has a kernel {tuple(B.shape[2:])}; only 1 x 1 is LoRA.")
+        raise ValueError("B has a kernel, and only 1 x 1 is LoRA")
     dim = A.shape[0]
     if "mid" in parts:
         core = parts["mid"]
@@ -164,6 +165,9 @@ def _difference(parts: Mapping[Role, Tensor]) -> Factors:
         raise ValueError("only the weights of linear layers and convolutions can be composed")
     _check_size(whole.shape[0], whole[0].numel(), min(whole.shape[0], whole[0].numel()))
     return _whole(whole.flatten(1), tuple(whole.shape[2:]), 0)
+
+
+_FORMS = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr, "difference": _difference}
 
 
 def _whole(matrix: Tensor, kernel: tuple[int, ...], dim: int) -> Factors:

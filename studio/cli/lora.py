@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapters.errors import InputError, nearest
+from studio import hush
 from studio.cli import lora_option
-from studio.cli.output import Json, Output, Quiet, facts, size
+from studio.cli.output import Json, Output, Quiet, facts, size, table
+from studio.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from adapters.formats import LoraFile
@@ -23,7 +25,7 @@ Base = Annotated[
     str | None, typer.Option("--base", help="Base model that resolves module names (kohya files need it).")
 ]
 
-group = typer.Typer(help="Adapter files: inspect, convert, merge.", no_args_is_help=True)
+group = typer.Typer(help="Adapter files: inspect, convert, merge, extract.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -111,6 +113,40 @@ def merge(
     Output(json, quiet).result(values, f"Written to {written} (rank {max(merged.file.ranks())}{note})")
 
 
+@group.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model before: name in the library, hub id, folder or file.")],
+    tuned: Annotated[str, typer.Argument(help="The model after fine-tuning, of the same family.")],
+    out: Out,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Largest rank of a layer.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Share of every layer's change to keep, in (0, 1].")
+    ] = None,
+    to: Format = "diffusers",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write what fine-tuning changed as a LoRA: the nearest one of that rank, with each layer's error."""
+    from adapters.merging.extract import extract as difference
+
+    output = Output(json, quiet)
+    hush.remarks()
+    _known_format(to)
+    with Terminal(quiet) as terminal:
+        made = difference(_models(base)[0], _models(tuned)[0], rank, energy, terminal)
+    written = _write(made.file, out, to)
+    place, worst = made.worst
+    values = {
+        "path": str(written), "format": to, "layers": made.file.counts(), "ranks": list(made.file.ranks()),
+        "errors": made.errors, "left_out": made.left_out,
+    }  # fmt: skip
+    rows = sorted(made.errors.items(), key=lambda item: -item[1])
+    output.result(values, lambda: table(["layer", "error"], [(name, f"{error:.4f}") for name, error in rows]))
+    output.note(f"Written to {written}; largest relative error {worst:.3g} at {place}.")
+    if made.left_out:
+        output.note(f"{len(made.left_out)} parameters differ that no LoRA holds (norms, biases, embeddings).")
+
+
 def _read(path: Path) -> LoraFile:
     from adapters import formats
 
@@ -123,8 +159,7 @@ def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
     Raises:
         InputError: names cannot be told without a base model, or the format is unknown.
     """
-    if to not in FORMATS:
-        raise InputError(f"There is no format '{to}'{nearest(to, FORMATS)}: known are {', '.join(FORMATS)}.")
+    _known_format(to)
     if base is None:
         if any(file.flat for file in files) and (to != "kohya" or not all(file.flat for file in files)):
             raise InputError("kohya files write module names without dots: say with --base which model they belong to.")
@@ -134,6 +169,11 @@ def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
 
     models, unet_config = _models(base)
     return [fit(modern_blocks(file, unet_config), models, f"'{base}'") for file in files]
+
+
+def _known_format(to: str) -> None:
+    if to not in FORMATS:
+        raise InputError(f"There is no format '{to}'{nearest(to, FORMATS)}: known are {', '.join(FORMATS)}.")
 
 
 def _models(base: str) -> tuple[dict[str, Any], Any]:

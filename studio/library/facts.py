@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def adapter(path: Path) -> dict[str, Any]:
     """
     weights = weight_file(path)
     if weights.suffix != ".safetensors":
+        if not weights.suffix:
+            raise InputError("it has no ending; adapters are PEFT folders and files ending in .safetensors")
         raise InputError(f"{weights.suffix} files are not looked into: studio lora convert makes .safetensors of them")
     head = header.read(weights)
     algorithm = header.algorithm(head.shapes)
@@ -61,12 +64,44 @@ def _from_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     return {"base_model": base_model.get("name"), "example": data.get("example_prompt"), "mode": config.get("mode")}
 
 
+_LANGUAGE_HEADS = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForSequenceClassification|ForPreTraining)$")
+
+
+def is_language_model(folder: Path) -> bool:
+    """Whether the folder is a transformers model that reads and writes text."""
+    if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+        return False
+    try:
+        heads = _json(folder / "config.json").get("architectures") or ()
+    except InputError:
+        return False
+    return isinstance(heads, list) and any(_LANGUAGE_HEADS.search(str(head)) for head in heads)
+
+
+def _language_model(folder: Path) -> dict[str, Any]:
+    config = _json(folder / "config.json")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise InputError("its tokenizer is missing (tokenizer.json)")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError("its weights are missing (.safetensors)")
+    card = _card(folder)
+    notes = {
+        "architecture": config.get("model_type"), "width": config.get("hidden_size"),
+        "layers": config.get("num_hidden_layers"), "heads": config.get("architectures"),
+        **{key: card[key] for key in ("description", "license") if key in card},
+    }  # fmt: skip
+    return {"family": "language", "format": "transformers",
+            "notes": {key: value for key, value in notes.items() if value}}  # fmt: skip
+
+
 def base(path: Path) -> dict[str, Any]:
-    """Facts of the base model at ``path``: a pipeline folder or a single file.
+    """Facts of the base model at ``path``: a pipeline folder, a language model's folder or a single file.
 
     Raises:
         InputError: it is not a usable base model; the message is the reason alone.
     """
+    if path.is_dir() and is_language_model(path):
+        return _language_model(path)
     if path.is_dir():
         index = _json(path / "model_index.json")
         name = str(index.get("_class_name", ""))

@@ -33,7 +33,7 @@ def read(path: Path) -> Header:
             raise InputError("not a safetensors file, or cut off" if size else "empty file")
         try:
             head = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
             raise InputError("not a safetensors file: its head is not JSON") from None
     try:
         metadata = {str(key): str(value) for key, value in head.pop("__metadata__", {}).items()}
@@ -46,10 +46,10 @@ def read(path: Path) -> Header:
     return Header(shapes, metadata)
 
 
-_DOWN = re.compile(r"(.*?)[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.down|to_\w+_lora\.down)"
+_DOWN = re.compile(r"(.*?)[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.down|\w+_lora[12]?\.down)"
                    r"(?:\.[\w-]+)?\.weight$")  # fmt: skip
 _OTHER = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "dora_scale": "DoRA",
-          "lora_magnitude_vector": "DoRA"}  # fmt: skip
+          "lora_magnitude_vector": "DoRA", "diff": "difference"}  # fmt: skip
 
 
 def ranks(shapes: Shapes) -> Counter[int]:
@@ -73,6 +73,8 @@ def adapter_format(shapes: Shapes) -> str:
         return "kohya"
     if any(name.startswith("base_model.model.") for name in names):
         return "peft"
+    if any(name.startswith(("diffusion_model.", "text_encoders.")) for name in names):
+        return "comfyui"
     if any(".processor." in name for name in names):
         return "attention processors"
     return "diffusers" if any(_DOWN.match(name) for name in names) else "other"
@@ -81,16 +83,26 @@ def adapter_format(shapes: Shapes) -> str:
 def adapter_family(header: Header) -> str:
     """The family of base models an adapter belongs to, judged by module names and widths."""
     names = "\n".join(header.shapes)
+    if _LANGUAGE.search(names):
+        return "language"
     if re.search(r"single_transformer_blocks|single_blocks|double_blocks", names):
         return "flux"
     if re.search(r"joint_blocks|attn[._]add_q_proj", names):
         return "sd3"
-    if re.search(r"text_encoder_2|lora_te2|lora_te1", names) or _context_width(header.shapes) == 2048:
+    if re.search(r"text_encoder_2|lora_te2|lora_te1|text_encoders\.clip_g", names) or _context_width(header.shapes) == 2048:
         return "sdxl"
     hint = " ".join(header.metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version"))
     if re.search(r"sdxl|stable-diffusion-xl", hint, re.I):
         return "sdxl"
-    return "sd" if re.search(r"down_blocks|up_blocks|mid_block|input_blocks|lora_unet|text_model", names) else "unknown"
+    return "sd" if re.search(r"down_blocks|up_blocks|mid_block|input_blocks|lora_unet|text_model|clip_l", names) else "unknown"
+
+
+_LANGUAGE = re.compile(
+    r"^base_model\.model\.(model\.layers\.\d|(model\.)?(transformer|gpt_neox|backbone)\.(h|layers)\.\d|"
+    r"(bert|roberta|distilbert|deberta|electra|albert|model)\.(encoder\.layer|transformer\.layer|layers)\b)",
+    re.MULTILINE,
+)
+"""PEFT's keys of decoders and of BERT's family; speech models have encoder.layers and decoder.layers instead."""
 
 
 def _context_width(shapes: Shapes) -> int | None:
@@ -152,6 +164,6 @@ def metadata_json(header: Header, key: str) -> dict[str, Any] | None:
     """A metadata value that is a JSON object, else None."""
     try:
         value = json.loads(header.metadata.get(key, ""))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
