@@ -89,12 +89,19 @@ def adapter_family(header: Header) -> str:
         return "flux"
     if re.search(r"joint_blocks|attn[._]add_q_proj", names):
         return "sd3"
-    if re.search(r"text_encoder_2|lora_te2|lora_te1|text_encoders\.clip_g", names) or _context_width(header.shapes) == 2048:
+    if (
+        re.search(r"text_encoder_2|lora_te2|lora_te1|text_encoders\.clip_g", names)
+        or _context_width(header.shapes) == 2048
+    ):
         return "sdxl"
     hint = " ".join(header.metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version"))
     if re.search(r"sdxl|stable-diffusion-xl", hint, re.I):
         return "sdxl"
-    return "sd" if re.search(r"down_blocks|up_blocks|mid_block|input_blocks|lora_unet|text_model|clip_l", names) else "unknown"
+    return (
+        "sd"
+        if re.search(r"down_blocks|up_blocks|mid_block|input_blocks|lora_unet|text_model|clip_l", names)
+        else "unknown"
+    )
 
 
 _LANGUAGE = re.compile(
