@@ -1,6 +1,6 @@
 """One PEFT layer variant made of independent parts, so that training methods combine.
 
-    y = base(x) + s f(drop(x); A, B) - s B0 A0 drop(x) + e(x)
+    y = base(x) + s (f(drop(x); A, B) - B0 A0 drop(x)) + e(x)
 
 PEFT allows one ``LoraVariant`` per layer and adapter; ours is attached after a plain injection and holds
 
@@ -29,6 +29,7 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import InputError
@@ -85,10 +86,10 @@ class StudioVariant(LoraVariant):
             update = up(_through(core, down(dropped), isinstance(module, LoraConv2d)))
         else:
             update = up(down(dropped))
-        result = result + update * scale
         offset = _part(module, OFFSET, adapter)
-        if offset is not None:
-            result = result - product(module, adapter, dropped, offset.A0, offset.B0) * scale
+        if offset is not None:  # equal products cancel to the bit
+            update = update - product(module, adapter, dropped, offset.A0, offset.B0)
+        result = result + update * scale
         if self.perturbation is not None and module.training:
             extra = self.perturbation(module, adapter, x)
             result = result if extra is None else result + extra
@@ -161,7 +162,7 @@ def set_core(layer: Any, R: Tensor, adapter: str = "default") -> Tensor:
     """Put a trained R (r, r) between A and B and freeze both; returns R."""
     attach(layer, adapter)
     down, _ = pair(layer, adapter)
-    core = nn.Linear(R.shape[1], R.shape[0], bias=False, device=down.device, dtype=down.dtype)
+    core = skip_init(nn.Linear, R.shape[1], R.shape[0], bias=False, device=down.device, dtype=down.dtype)
     with torch.no_grad():
         core.weight.copy_(R)
     if CORE not in layer.adapter_layer_names:  # so that PEFT freezes and activates it with the rest

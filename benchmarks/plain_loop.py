@@ -1,0 +1,149 @@
+"""The training methods in the smallest loop that drives them: a language model, a data function, one optimiser."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from adapters.initialise.plain import in_peft
+from studio.schemas.method import MethodFields, RegulariserFields
+from studio.training.methods import plugins_for
+from studio.training.plugin import Answers, Calibration, Closure, Handles, Plugins
+
+Data = Callable[[int], Tensor]
+"""Token ids (batch, length) of batch number n."""
+
+
+class Recipe(MethodFields, RegulariserFields):
+    """One run: the method's fields and the few a loop needs."""
+
+    rank: int = 4
+    alpha: float | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    dropout: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    max_grad_norm: float = 0.0
+    seed: int = 0
+    steps: int = 150
+    accumulation: int = 1
+    checkpointing: bool = False
+
+
+@dataclass
+class Run:
+    """A finished (or stopped) run."""
+
+    model: PeftModel
+    optimizer: torch.optim.Optimizer
+    plugins: Plugins
+    losses: list[float] = field(default_factory=list)
+    logs: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    times: list[float] = field(default_factory=list)
+
+
+def prepare(base: nn.Module, recipe: Recipe, data: Data, targets: list[str], resuming: bool = False) -> Run:
+    """Adapter, plugins and optimiser on ``base`` (which is not changed)."""
+    torch.manual_seed(recipe.seed)
+    made = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha or recipe.rank,  # type: ignore[arg-type]
+        lora_dropout=recipe.dropout,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        target_modules=targets,
+        init_lora_weights=in_peft(recipe.init),
+    )
+    model: Any = get_peft_model(base, made)  # type: ignore[arg-type]
+    plugins = Plugins(plugins_for(recipe))
+    plugins.configure(recipe)
+
+    def loss_of(ids: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=ids, labels=ids).loss
+        return found
+
+    def losses(count: int) -> Iterator[Closure]:
+        for number in range(count):
+            yield partial(loss_of, data(number))
+
+    calibration = None
+    if "calibration" in plugins.needs() and not resuming:
+        calibration = Calibration(losses, recipe.learning_rate)
+    handles = Handles({"model": model}, calibration=calibration, steps=recipe.steps, seed=recipe.seed)
+    plugins.initialise(handles)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, recipe.learning_rate, momentum=recipe.beta1)
+    else:
+        optimizer = torch.optim.AdamW(
+            parameters, recipe.learning_rate, betas=(recipe.beta1, 0.999), weight_decay=recipe.weight_decay
+        )
+    plugins.after_inject(Handles({"model": model}, optimizer, None, recipe.steps, recipe.seed))
+    if recipe.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.enable_input_require_grads()
+    model.train()
+    return Run(model, optimizer, plugins)
+
+
+def go_on(run: Run, recipe: Recipe, data: Data, start: int = 0, stop: int | None = None) -> Run:
+    """Optimiser steps ``start`` .. ``stop - 1``; step n sees batch n, cut into ``accumulation`` parts."""
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    for step in range(start, recipe.steps if stop is None else stop):
+        began = time.perf_counter()
+        run.plugins.step_begin(step)
+        total, logs = 0.0, {}
+        for ids in data(step).chunk(recipe.accumulation):
+            with run.plugins.forward_context():
+                loss, logs = one_pass(run, ids, 1 / recipe.accumulation)
+            loss.backward()
+            total += float(loss.detach())
+        run.plugins.grads_ready(step)
+        if recipe.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.plugins.after_step(step)
+        run.times.append(time.perf_counter() - began)
+        run.losses.append(total)
+        run.logs.append(logs)
+    run.seconds = sum(run.times)
+    return run
+
+
+def one_pass(run: Run, ids: Tensor, share: float) -> tuple[Tensor, dict[str, float]]:
+    """One forward pass: its share of the step's loss, and what plugins say of it."""
+    output = run.model(input_ids=ids, labels=ids)
+    answers = Answers(output.logits, ids, partial(reference, run.model, ids), share)
+    loss: Tensor = share * output.loss
+    return run.plugins.loss(loss, answers)
+
+
+@torch.no_grad()
+def reference(model: PeftModel, ids: Tensor) -> Tensor:
+    """The untouched base model's logits."""
+    was = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            logits: Tensor = model(input_ids=ids).logits
+            return logits
+    finally:
+        model.train(was)
+
+
+def train(base: nn.Module, recipe: Recipe, data: Data, targets: list[str]) -> Run:
+    """A whole run."""
+    return go_on(prepare(base, recipe, data, targets), recipe, data)
