@@ -163,7 +163,9 @@ class Laid:
 
     def _plain(self) -> nn.Module:
         """The module names of the base as they were before the adapters came."""
-        return _Names({_without_wrapper(name): module for name, module in self._wrapped.base_model.model.named_modules()})
+        return _Names(
+            {_without_wrapper(name): module for name, module in self._wrapped.base_model.model.named_modules()}
+        )
 
 
 def _without_wrapper(name: str) -> str:

@@ -29,11 +29,14 @@ class LanguageModel:
         model: the transformers model, frozen and in evaluation mode.
         tokenizer: with a padding token and, if there is one, a chat template.
         source: where it came from.
+        fresh: modules that the checkpoint has no weights for (a new classification head): whoever trains must train
+            and save them.
     """
 
     model: Any
     tokenizer: Any
     source: str
+    fresh: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -117,12 +120,17 @@ def open_model(
     if quantization != "none":
         options |= quantized(quantization, options["dtype"], device)
     tokenizer = open_tokenizer(source, chat_template)
-    model = _opened(source, lambda: auto.from_pretrained(source, **options))
+    model, report = _opened(source, lambda: auto.from_pretrained(source, output_loading_info=True, **options))
+    fresh = sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]})
+    if fresh and task != "classification":
+        raise InputError(
+            f"The weights in '{source}' are not whole: '{fresh[0]}' and {len(fresh) - 1} more are missing."
+        )
     if quantization == "none":
         model.to(device)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return LanguageModel(model.requires_grad_(False).eval(), tokenizer, source)
+    return LanguageModel(model.requires_grad_(False).eval(), tokenizer, source, tuple(fresh))
 
 
 _OTHER_TASK = {
@@ -141,7 +149,9 @@ def open_tokenizer(source: str, chat_template: str = "") -> Any:
     tokenizer = _opened(source, lambda: _auto().AutoTokenizer.from_pretrained(source), "tokenizer")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"The tokenizer of '{source}' has neither a padding nor an end token: choose another base.")
+            raise InputError(
+                f"The tokenizer of '{source}' has neither a padding nor an end token: choose another base."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template:
         tokenizer.chat_template = chat_template

@@ -14,7 +14,7 @@ _TABLES = """
 create table if not exists facts (path text primary key, stamp text not null, facts text not null);
 create table if not exists hashes (path text primary key, stamp text not null, sha256 text not null);
 """
-_VERSION = 2
+_VERSION = 3
 """Raised when facts are gathered differently, which makes what is remembered worthless."""
 
 

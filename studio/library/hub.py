@@ -34,13 +34,17 @@ def fetch_base(repo: str, folder: Path) -> Path:
     """Download a pipeline into ``folder`` and return it; what an earlier try has fetched is not fetched again.
 
     Raises:
-        InputError: as :func:`fetch_adapter`, or the repository is no pipeline.
+        InputError: as :func:`fetch_adapter`, or the repository is neither a pipeline nor a language model.
     """
     import huggingface_hub as hub
 
-    if "model_index.json" not in _files(repo):
-        raise InputError(f"'{repo}' on the hub is no pipeline folder (it has no model_index.json).")
-    wanted = ["model_index.json", "README.md", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    names = _files(repo)
+    if "model_index.json" in names:
+        wanted = ["model_index.json", "README.md", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    elif "config.json" in names and any(name.startswith(("tokenizer", "vocab")) for name in names):
+        wanted = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "model*.safetensors"]
+    else:
+        raise InputError(f"'{repo}' on the hub is neither an image pipeline nor a language model.")
     _asked(repo, lambda: hub.snapshot_download(repo, allow_patterns=wanted, local_dir=folder))
     return folder
 

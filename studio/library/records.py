@@ -18,8 +18,8 @@ class Record:
         name: what commands and pages call it, unique among its sort.
         path: the file, or the folder when it is one.
         kind: "adapter" or "base".
-        family: "sd", "sdxl", "sd3", "flux", or "unknown".
-        format: "kohya", "diffusers", "peft" ... for adapters; "diffusers" or "single file" for bases.
+        family: "sd", "sdxl", "sd3", "flux", "language", or "unknown".
+        format: "kohya", "diffusers", "peft" ... for adapters; "diffusers", "transformers" or "single file" for bases.
         rank: the most common rank of an adapter, None for bases and for what has no rank.
         targets: the modules an adapter changes, as ``component.module`` ("unet.to_q").
         size: bytes.

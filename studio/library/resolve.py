@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from adapters.errors import InputError, nearest
-from studio.library import scan
+from studio.library import scan, smollm2
 from studio.library.records import Record
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,6 +63,8 @@ def resolve_base(name_or_path: str | Path) -> str:
     path = Path(text).expanduser()
     if path.exists():
         return str(_usable(scan.record(path.absolute(), "base")).path)
+    if text == smollm2.NAME:  # not unpacked yet
+        return str(smollm2.prepare())
     if HUB_ID.fullmatch(text) and not text.endswith(".safetensors"):
         return text
     return str(find(text, "base").path)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import assets
 from adapters.errors import InputError
 from studio import settings
-from studio.library import cache, facts
+from studio.library import cache, facts, smollm2
 from studio.library.records import Record, Source
 
 Kind = Literal["adapter", "base"]
@@ -34,6 +34,8 @@ def roots(kind: Kind) -> Iterator[tuple[Path, Source]]:
     yield own, "library"
     for folder in further:
         yield folder, "folder"
+    if kind == "base" and smollm2.ready():
+        yield smollm2.folder().parent, "embedded"
     try:
         yield assets.path("adapters" if kind == "adapter" else "models"), "embedded"
     except FileNotFoundError:
@@ -111,7 +113,7 @@ def _entries(folder: Path) -> Iterable[Path]:
 def _whole(folder: Path, kind: Kind) -> bool:
     """Whether the folder is one adapter (or base) rather than a place that holds some."""
     if kind == "base":
-        return (folder / "model_index.json").is_file()
+        return (folder / "model_index.json").is_file() or facts.is_language_model(folder)
     if (folder / "adapter_config.json").is_file():
         return True
     names = [entry.name for entry in _entries(folder)]

@@ -244,12 +244,8 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     sample_every: int = Field(
         0, ge=0, description="Answer them every so many steps; 0 = only at the end.", json_schema_extra=_OUTPUT
     )
-    sample_at_start: bool = Field(
-        False, description="Also before the first step.", json_schema_extra=_OUTPUT_MORE
-    )
-    sample_tokens: int = Field(
-        48, ge=1, description="Most tokens of a sample answer.", json_schema_extra=_OUTPUT_MORE
-    )
+    sample_at_start: bool = Field(False, description="Also before the first step.", json_schema_extra=_OUTPUT_MORE)
+    sample_tokens: int = Field(48, ge=1, description="Most tokens of a sample answer.", json_schema_extra=_OUTPUT_MORE)
     validation_every: int = Field(
         50, ge=1, description="Steps between measurements, when rows are kept out.", json_schema_extra=_OUTPUT_MORE
     )

@@ -1,0 +1,118 @@
+"""From a trained language adapter to a PEFT directory that any program loads, with its recipe, and a card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters import files
+from adapters.errors import InputError
+from adapters.formats import LoraLayer
+from adapters.formats.peft_config import config_of
+from adapters.formats.peft_directory import CONFIG, PREFIX, WEIGHTS
+from adapters.formats.tensors import write_tensors
+from studio.schemas.train_language import TrainLanguageConfig
+from studio.training.base import DTYPES
+from studio.training.export import RECIPE_ENTRY
+from studio.training.language_layers import TASK_TYPES
+
+HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What other programs call the bases that we have under a name of our own."""
+
+
+def write_adapter(
+    layers: Mapping[str, LoraLayer],
+    heads: Mapping[str, torch.Tensor],
+    folder: Path,
+    config: TrainLanguageConfig,
+    recipe: Mapping[str, Any],
+    transposed: bool = False,
+) -> Path:
+    """Write the PEFT directory ``folder / NAME`` and return it.
+
+    Args:
+        layers: module path -> layer.
+        heads: whole trained modules (a classification head), tensors by PEFT's keys.
+        transposed: the base's layers keep their weights transposed (GPT-2).
+
+    Raises:
+        InputError: numbers that are not finite, or a disk that is full.
+    """
+    dtype = DTYPES[config.save_dtype]
+    tensors: dict[str, torch.Tensor] = {}
+    kept = {name: replace(layer, A=layer.A.to(dtype), B=layer.B.to(dtype)) for name, layer in layers.items()}
+    for name, layer in kept.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.A.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.B.contiguous()
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude.to(dtype)
+    tensors |= {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in heads.items()}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"The adapter holds numbers that are not finite in '{broken[0]}': not saved.")
+    described = config_of(kept) | {
+        "task_type": TASK_TYPES[config.task],
+        "base_model_name_or_path": HUB_NAMES.get(config.base, config.base),
+        "modules_to_save": sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in heads}) or None,
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+    }
+    target = folder / config.name
+    with files.whole(target) as part:
+        part.mkdir()
+        entries = {"format": "pt", RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}
+        write_tensors(part / WEIGHTS[0], tensors, entries)
+        files.write_text(part / CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
+        files.write_text(part / "README.md", card(recipe))
+    return target
+
+
+def card(recipe: Mapping[str, Any]) -> str:
+    """The adapter's card: what it is, how it was made, how it is loaded."""
+    config, training, data, base = recipe["config"], recipe["training"], recipe["data"], recipe["base"]
+    measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["validation"].items())
+    labels = ", ".join(data.get("labels") or ())
+    said = f"A {config['task']} adapter trained on {data['rows']} rows of {data['source']}."
+    lines = [
+        "---",
+        f"base_model: {json.dumps(HUB_NAMES.get(base['name'], base['name']))}",
+        "library_name: peft",
+        f"description: {json.dumps(said)}",
+        "---",
+        f"# {recipe['name']}",
+        "",
+        f"A LoRA for **{base['name']}** ({base['architecture']}), task {config['task']}"
+        + (f", labels: {labels}." if labels else "."),
+        "",
+        f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}, start: {config['init']}",
+        f"- {training['steps']} steps of {training['batch']} samples on {data['rows']} rows, {config['optimizer']} at "
+        f"{config['learning_rate']:g}, final loss {training['loss']:.4f}",
+        *([f"- On {data['held_out']} rows kept out: {measured}"] if measured else []),
+        f"- Digest of the base weights: `{base['digest']}`",
+        f"- Data digest: `{data['digest']}`",
+        "",
+        "```python",
+        f"from transformers import {_AUTO[config['task']]}",
+        "from peft import PeftModel",
+        "",
+        f"model = {_AUTO[config['task']]}.from_pretrained({base['name']!r}"
+        + (f", num_labels={len(data['labels'])})" if labels else ")"),
+        f"model = PeftModel.from_pretrained(model, {recipe['name']!r})",
+        "```",
+        "",
+        f"Made with adapter-studio; the whole recipe is in the weights' metadata (`{RECIPE_ENTRY}`).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "masked": "AutoModelForMaskedLM",
+}

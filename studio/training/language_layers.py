@@ -1,0 +1,106 @@
+"""Which layers of a language model get an adapter, and the PEFT configuration that puts them there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from adapters.errors import InputError
+from adapters.initialise.plain import in_peft
+from pipelines.language.adapters import sizes
+from studio.schemas.train_language import TrainLanguageConfig
+
+ATTENTION = (
+    r"(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|Wqkv|c_attn|query_key_value|query|key|value|[qkv]_lin|out_lin|"
+    r"attn\.c_proj|attention\.dense|attn\.dense|self_attn\.dense|attention\.output\.dense|attn\.Wo)"
+)
+HEADS = r"(.*\.)?(lm_head|embed_out|score|classifier|pre_classifier|pooler|cls|qa_outputs|vocab_\w+)(\..*)?"
+"""Output layers, which 'linear' leaves alone as other trainers do."""
+
+TASK_TYPES = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS", "masked": None}
+
+
+def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
+    """Names of the layers of ``model`` that ``config`` chooses.
+
+    Raises:
+        InputError: no layer matches (near names are shown), or a layer is smaller than its rank.
+    """
+    layers = {name: module for name, module in model.named_modules() if _linear(module)}
+    if config.target_regex:
+        chosen = [name for name in layers if re.fullmatch(config.target_regex, name)]
+    else:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        inner = [name for name, module in layers.items() if module is not head and not re.fullmatch(HEADS, name)]
+        wanted = rf"(.*\.)?{ATTENTION}" if config.targets == "attention" else r".*"
+        chosen = [name for name in inner if re.fullmatch(wanted, name)]
+    if config.exclude_regex:
+        chosen = [name for name in chosen if not re.fullmatch(config.exclude_regex, name)]
+    if not chosen:
+        raise InputError(_no_match(type(model).__name__, config, list(layers)))
+    return chosen
+
+
+def peft_config(model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = ()) -> LoraConfig:
+    """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole."""
+    targets = [name for name in find_targets(model, config) if name not in fresh]
+    _check_ranks(model, targets, config)
+    conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha or config.rank,  # type: ignore[arg-type]  # a float works and alpha is one
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=in_peft(config.init),
+        task_type=TASK_TYPES[config.task],
+        fan_in_fan_out=conv1d,
+        modules_to_save=list(fresh) or None,
+    )
+
+
+def add_adapter(model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = ()) -> PeftModel:
+    """``model`` with a new adapter in fp32; nothing else learns but the ``fresh`` modules (a new head)."""
+    made = peft_config(model, config, fresh)
+    if config.quantization != "none":
+        from peft import prepare_model_for_kbit_training
+
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+    wrapped: Any = get_peft_model(model, made)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped  # type: ignore[no-any-return]
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _check_ranks(model: nn.Module, targets: list[str], config: TrainLanguageConfig) -> None:
+    for name in targets:
+        patterns = config.rank_pattern.items()
+        rank = next((r for key, r in patterns if re.match(rf"(.*\.)?({key})$", name)), config.rank)
+        outputs, inputs = sizes(model.get_submodule(name))
+        if rank > min(outputs, inputs):
+            raise InputError(
+                f"Rank {rank} is larger than the layer '{name}' ({outputs} x {inputs}): use at most "
+                f"{min(outputs, inputs)}, or leave the layer out with exclude_regex."
+            )
+        if config.init == "orthogonal" and rank % 2:
+            raise InputError(f"The orthogonal init needs even ranks, '{name}' has {rank}.")
+
+
+def _no_match(model: str, config: TrainLanguageConfig, names: list[str]) -> str:
+    tried = f"target_regex '{config.target_regex}'" if config.target_regex else f"targets '{config.targets}'"
+    plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", config.target_regex or config.targets).strip(".")
+    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names[:3]
+    return f"No layer of {model} matches {tried}; it has layers such as {', '.join(near)}."

@@ -1,0 +1,242 @@
+"""The language driver: it learns, equals plain PEFT, resumes exactly, and what it saves is an ordinary adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from adapters.errors import Cancelled, InputError
+from studio.datasets.seeds import global_seed
+from studio.training.language import check_packing, existing, run
+from studio.training.language_data import Collate, RunSampler, encode, read_rows
+from studio.training.optimizers import lr_factor
+from studio.training.records import read_curve
+from tests.language.conftest import Watcher, settings, write_rows
+
+
+def weights(result: dict) -> dict[str, torch.Tensor]:
+    return load_file(Path(result["adapter"]) / "adapter_model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_methods_it_is_plain_peft_to_the_bit(bases, chats, tmp_path):
+    """Twenty steps of a loop written out here, with PEFT's own LoRA and torch's AdamW."""
+    config = settings(bases("llama"), chats, steps=20)
+    watcher = Watcher()
+    made = weights(run(config, tmp_path / "run", watcher))
+
+    model = AutoModelForCausalLM.from_pretrained(bases("llama")).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(bases("llama"))
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    with global_seed(config.seed, "init"):
+        peft = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=targets, task_type="CAUSAL_LM"))
+    samples = encode(read_rows(config), tokenizer, config, None).shown
+    order = list(RunSampler(len(samples), 20 * 4, config.seed))
+    a = [p for name, p in peft.named_parameters() if "lora_A" in name]
+    b = [p for name, p in peft.named_parameters() if "lora_B" in name]
+    optimizer = torch.optim.AdamW([{"params": a}, {"params": b}], lr=1e-2, weight_decay=0, fused=True)
+    collate, losses = Collate(tokenizer.pad_token_id), []
+    peft.train()
+    for step in range(20):
+        batch = collate([samples[number] for number in order[4 * step : 4 * step + 4]])
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * lr_factor(step, 20, config)
+        count = (batch["labels"][:, 1:] != -100).sum()
+        logits = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rows, wanted = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(rows, wanted, reduction="sum") / count
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peft.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert watcher.losses == pytest.approx(losses, rel=2e-6)
+    state = {name: p for name, p in peft.state_dict().items() if "lora_" in name}
+    for name, tensor in made.items():
+        assert torch.allclose(tensor, state[name.replace(".weight", ".default.weight")], atol=1e-5), name
+    assert losses[-1] < losses[0]
+
+
+def test_stopped_and_resumed_is_the_uninterrupted_run(bases, chats, tmp_path):
+    """With dropout, accumulation and several passes over the data; bit by bit, also the loss curve."""
+    config = settings(bases("llama"), chats, steps=9, dropout=0.2, batch_size=2, gradient_accumulation=2,
+                      validation_split=0.2, validation_every=3, sample_prompts=["red1?"], sample_every=4)  # fmt: skip
+    whole = run(config, tmp_path / "whole", Watcher())
+    with pytest.raises(Cancelled, match="step 4 of 9"):
+        run(config, tmp_path / "part", Watcher(stop_at=4))
+    assert [place.name for place in existing(tmp_path / "part" / "checkpoints")] == ["checkpoint-4"]
+    resumed = run(config, tmp_path / "part", Watcher(), resume=True)
+    assert same(weights(whole), weights(resumed))
+    curves = [[row["loss"] for row in read_curve(tmp_path / name / "loss.csv")] for name in ("whole", "part")]
+    assert curves[0] == curves[1]
+    assert whole["validation"] == resumed["validation"]
+    answers = [(tmp_path / name / "answers.jsonl").read_text() for name in ("whole", "part")]
+    assert answers[0] == answers[1]
+
+
+def test_resume_refuses_another_configuration(bases, chats, tmp_path):
+    with pytest.raises(Cancelled):
+        run(settings(bases("llama"), chats), tmp_path, Watcher(stop_at=2))
+    with pytest.raises(InputError, match="learning_rate"):
+        run(settings(bases("llama"), chats, learning_rate=1e-3), tmp_path, Watcher(), resume=True)
+
+
+def test_accumulated_batches_are_the_large_batch(bases, chats, tmp_path):
+    """The loss is one mean over all learnt tokens of the step, however they are cut into passes."""
+    large = run(settings(bases("llama"), chats, batch_size=8), tmp_path / "large", Watcher())
+    small = run(settings(bases("llama"), chats, batch_size=2, gradient_accumulation=4), tmp_path / "small", Watcher())
+    first, second = weights(large), weights(small)
+    assert all(torch.allclose(first[name], second[name], atol=2e-5) for name in first)
+
+
+def test_the_adapter_is_what_stock_peft_loads(bases, chats, tmp_path):
+    """On the untouched base, with the logits the training ended with."""
+    config = settings(bases("llama"), chats, steps=8, validation_split=0.25, use_rslora=True, alpha=3.0,
+                      rank_pattern={"q_proj": 4})  # fmt: skip
+    result = run(config, tmp_path, Watcher())
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")), result["adapter"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(bases("llama"))
+    samples = encode(read_rows(config), tokenizer, config, None).held_out
+    total = count = 0.0
+    for sample in samples:
+        logits = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(sample["labels"][1:])
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        count += int((labels != -100).sum())
+    assert total / count == pytest.approx(result["validation"][-1]["validation_loss"], rel=1e-5)
+    assert result["validation"][-1]["perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
+    described = json.loads((Path(result["adapter"]) / "adapter_config.json").read_text())
+    assert (described["task_type"], described["base_model_name_or_path"]) == ("CAUSAL_LM", str(bases("llama")))
+
+
+@pytest.mark.parametrize("method", [
+    {"init": "pissa"}, {"init": "lora_ga", "use_rslora": True}, {"init": "lora_sb"},
+    {"perturb": "ggpo", "reg": "ba", "init": "pissa"}, {"freeze_a": True, "perturb": "mgpo"},
+    {"grad_rule": "allora", "optimizer": "sgd", "reg": "ba"},
+], ids=lambda values: "-".join(map(str, values.values())))  # fmt: skip
+def test_methods_train_stop_resume_and_leave_an_ordinary_adapter(bases, chats, tmp_path, method):
+    config = settings(
+        bases("llama"), chats, steps=5, init_batches=2, validation_split=0.25, validation_every=5, **method
+    )
+    whole = run(config, tmp_path / "whole", Watcher())
+    assert all(torch.tensor(float(row["loss"])).isfinite() for row in read_curve(tmp_path / "whole" / "loss.csv"))
+    with pytest.raises(Cancelled):
+        run(config, tmp_path / "part", Watcher(stop_at=2))
+    assert same(weights(whole), weights(run(config, tmp_path / "part", Watcher(), resume=True)))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")), whole["adapter"]).eval()
+    sample = encode(read_rows(config), AutoTokenizer.from_pretrained(bases("llama")), config, None).held_out
+    loss = [model(input_ids=torch.tensor([s["input_ids"]]), labels=torch.tensor([s["labels"]])).loss for s in sample]
+    counts = [sum(label != -100 for label in s["labels"][1:]) for s in sample]
+    mean = sum(float(value) * count for value, count in zip(loss, counts, strict=True)) / sum(counts)
+    assert mean == pytest.approx(whole["validation"][-1]["validation_loss"], rel=1e-4)
+
+
+def test_the_base_is_never_changed(bases, chats, tmp_path):
+    before = load_file(bases("llama") / "model.safetensors")
+    run(settings(bases("llama"), chats, init="pissa"), tmp_path, Watcher())
+    assert same(before, load_file(bases("llama") / "model.safetensors"))
+
+
+def test_packed_rows_learn_what_single_ones_learn(bases, chats, tmp_path):
+    """One step over all samples: packed and apart have the same loss and the same gradient."""
+    apart = run(settings(bases("llama"), chats, steps=1, batch_size=12), tmp_path / "apart", watch := Watcher())
+    config = settings(bases("llama"), chats, packing=True)
+    packed_rows = len(encode(read_rows(config), AutoTokenizer.from_pretrained(bases("llama")), config, None).shown)
+    assert packed_rows <= 6  # two or three of about thirty tokens in each row of 96
+    packed = run(
+        config.model_copy(update={"steps": 1, "batch_size": packed_rows}),
+        tmp_path / "packed",
+        watch_packed := Watcher(),
+    )
+    assert watch_packed.losses == pytest.approx(watch.losses, rel=1e-5)
+    first, second = weights(apart), weights(packed)
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+
+
+def test_packing_is_refused_where_samples_would_mix(bases, chats):
+    from pipelines.language.loading import open_model
+
+    base = open_model(bases("llama"))
+    config = settings(bases("llama"), chats, packing=True)
+    samples = encode(read_rows(config), base.tokenizer, config, None)
+    base.model.config.use_cache = False
+    check_packing(base, samples)
+    plain = base.model.forward
+    base.model.forward = lambda position_ids=None, **rest: plain(**rest)  # a model that ignores positions
+    with pytest.raises(InputError, match="set packing to false"):
+        check_packing(base, samples)
+
+
+def test_classification(bases, tmp_path):
+    """It learns which letter a text is made of; the head is saved with the adapter and stock PEFT gives the same."""
+    rows = [{"text": letter * count, "label": letter} for letter in "xyz" for count in range(2, 6)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    config = settings(bases("bert"), data, task="classification", steps=60, batch_size=12, learning_rate=2e-3, rank=4,
+                      validation_data=str(data), validation_every=60, sample_prompts=["yyy"])  # fmt: skip
+    result = run(config, tmp_path / "run", Watcher())
+    assert result["labels"] == ["x", "y", "z"]
+    last = result["validation"][-1]
+    assert last["accuracy"] >= 0.9
+    assert last["macro_f1"] >= 0.9
+    base = AutoModelForSequenceClassification.from_pretrained(bases("bert"), num_labels=3)
+    model = PeftModel.from_pretrained(base, result["adapter"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(bases("bert"))
+    right = 0
+    for row in rows:
+        guess = model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax().item()
+        right += "xyz"[guess] == row["label"]
+    assert right / len(rows) == pytest.approx(last["accuracy"])
+    assert '"answer": "y' in (tmp_path / "run" / "answers.jsonl").read_text()
+
+
+def test_masked_language_model_resumes_exactly(bases, tmp_path):
+    data = write_rows(
+        tmp_path / "rows.jsonl", [{"text": f"the number {n} is {'odd' if n % 2 else 'even'}"} for n in range(8)]
+    )
+    config = settings(bases("bert"), data, task="masked", steps=6, validation_split=0.25, validation_every=3,
+                      dropout=0.1, sample_prompts=["the number 3 is o<mask>d"])  # fmt: skip
+    whole = run(config, tmp_path / "whole", Watcher())
+    with pytest.raises(Cancelled):
+        run(config, tmp_path / "part", Watcher(stop_at=4))
+    assert same(weights(whole), weights(run(config, tmp_path / "part", Watcher(), resume=True)))
+    PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(bases("bert")), whole["adapter"])
+
+
+def test_gpt2s_transposed_layers(bases, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"say {n}", "completion": str(n)} for n in range(8)])
+    result = run(
+        settings(bases("gpt2"), data, validation_split=0.25, init="lora_ga", init_batches=2),
+        tmp_path / "run",
+        Watcher(),
+    )
+    base = AutoModelForCausalLM.from_pretrained(bases("gpt2"))
+    tokenizer = AutoTokenizer.from_pretrained(bases("gpt2"))
+    model = PeftModel.from_pretrained(base, result["adapter"]).eval()
+    config = settings(bases("gpt2"), data, validation_split=0.25)
+    batch = Collate(tokenizer.pad_token_id)(encode(read_rows(config), tokenizer, config, None).held_out)
+    assert float(model(**batch).loss) == pytest.approx(result["validation"][-1]["validation_loss"], rel=1e-4)
+
+
+def test_continue_from_an_adapter(bases, chats, tmp_path):
+    first = run(settings(bases("llama"), chats, steps=6), tmp_path / "first", Watcher())
+    watcher = Watcher()
+    again = settings(bases("llama"), chats, steps=1, continue_from=first["adapter"], learning_rate=1e-12)
+    second = run(again, tmp_path / "second", watcher)
+    before, after = weights(first), weights(second)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    with pytest.raises(InputError, match="is for 64 inputs, the model has 96"):
+        run(settings(bases("wide"), chats, continue_from=first["adapter"]), tmp_path / "third", Watcher())
