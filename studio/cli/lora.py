@@ -128,12 +128,13 @@ def extract(
 ) -> None:  # fmt: skip
     """Write what fine-tuning changed as a LoRA: the nearest one of that rank, with each layer's error."""
     from adapters.merging.extract import extract as difference
+    from studio.fitted import models
 
     output = Output(json, quiet)
     hush.remarks()
     _known_format(to)
     with Terminal(quiet) as terminal:
-        made = difference(_models(base)[0], _models(tuned)[0], rank, energy, terminal)
+        made = difference(models(base)[0], models(tuned)[0], rank, energy, terminal)
     written = _write(made.file, out, to)
     place, worst = made.worst
     values = {
@@ -164,27 +165,14 @@ def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
         if any(file.flat for file in files) and (to != "kohya" or not all(file.flat for file in files)):
             raise InputError("kohya files write module names without dots: say with --base which model they belong to.")
         return files
-    from adapters.formats.fit import fit
-    from pipelines.diffusion.loading import modern_blocks
+    from studio.fitted import fitted
 
-    models, unet_config = _models(base)
-    return [fit(modern_blocks(file, unet_config), models, f"'{base}'") for file in files]
+    return fitted(files, base)
 
 
 def _known_format(to: str) -> None:
     if to not in FORMATS:
         raise InputError(f"There is no format '{to}'{nearest(to, FORMATS)}: known are {', '.join(FORMATS)}.")
-
-
-def _models(base: str) -> tuple[dict[str, Any], Any]:
-    """The parts of a base model that adapters change, and its UNet's configuration."""
-    from adapters.formats.lora import COMPONENTS
-    from pipelines.diffusion.loading import open_pipeline
-    from studio import library
-
-    pipe = open_pipeline(library.resolve_base(base), device="cpu")[0]
-    models = {name: getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name, None) is not None}
-    return models, models["unet"].config if "unet" in models else None
 
 
 def _write(file: LoraFile, out: Path, to: str) -> Path:
