@@ -2,10 +2,10 @@
 
     python -m benchmarks.interference BLEED.json [--json]
 
-``BLEED.json`` holds what another benchmark measured, ``{"fox + robot": 0.31, ...}`` (share of pictures in which a concept
-turns up where it should not). Printed are both numbers of every pair and their rank correlation (Spearman's rho) with an
-interval: pairs are drawn again with replacement, 2000 times, and the middle 95 % of the rhos is given; the p-value is
-that of a permutation test, exact for few pairs. With 21 pairs of seven adapters a rho below 0.43 may be chance.
+``BLEED.json`` holds what another benchmark measured, ``{"fox + robot": 0.31, ...}`` (share of pictures in which a
+concept turns up where it should not). Printed are both numbers of every pair and their rank correlation (Spearman's
+rho) with an interval: pairs are drawn again with replacement, 2000 times, and the middle 95 % of the rhos is given;
+the p-value is that of a permutation test, exact for few pairs.
 
 Other programs call :func:`validate` with their measurements.
 """
