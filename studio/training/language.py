@@ -221,14 +221,29 @@ class LanguageTraining:
         if config.gradient_checkpointing:
             options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
         return TrainingArguments(
-            output_dir=str(self.folder / "checkpoints"), max_steps=self.total, seed=config.seed,
-            per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=config.gradient_accumulation,
-            max_grad_norm=config.max_grad_norm, learning_rate=config.learning_rate, use_cpu=device == "cpu",
-            bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, dataloader_num_workers=config.workers,
-            neftune_noise_alpha=config.neftune_alpha, remove_unused_columns=False, label_names=["labels"], save_strategy="no", logging_strategy="no",
-            eval_strategy="no", report_to=[] if config.tracker == "none" else [config.tracker], disable_tqdm=True,
-            run_name=config.name, ddp_find_unused_parameters=False, **options,
-        )  # fmt: skip
+            output_dir=str(self.folder / "checkpoints"),
+            run_name=config.name,
+            max_steps=self.total,
+            seed=config.seed,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            max_grad_norm=config.max_grad_norm,
+            learning_rate=config.learning_rate,
+            use_cpu=device == "cpu",
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            dataloader_num_workers=config.workers,
+            neftune_noise_alpha=config.neftune_alpha,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            save_strategy="no",
+            logging_strategy="no",
+            eval_strategy="no",
+            report_to=[] if config.tracker == "none" else [config.tracker],
+            disable_tqdm=True,
+            ddp_find_unused_parameters=False,
+            **options,
+        )
 
     # ---------------------------------------------------------------- start and resume
     def _restore(self, resume: bool) -> Path | None:
@@ -338,9 +353,9 @@ class LanguageTraining:
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            with self._best_weights(), global_seed(self.config.seed, "answers"), torch.no_grad():
-                with self.trainer.accelerator.autocast():
-                    answers = self._answers()
+            autocast = self.trainer.accelerator.autocast()
+            with self._best_weights(), global_seed(self.config.seed, "answers"), torch.no_grad(), autocast:
+                answers = self._answers()
         finally:
             for module, training in modes.items():
                 module.training = training
