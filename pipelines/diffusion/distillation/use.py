@@ -15,7 +15,7 @@ from adapters.formats import LoraFile
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark, config_hash, read_mark
 
-METHODS = ("merge",)
+COMPOSABLE = ("merge",)
 """Composition methods in which an adapter acts in every prediction, as a distilled one must."""
 
 GUIDANCE = 5.0
@@ -80,7 +80,7 @@ def check_use(
     if len(active) > 1:
         raise InputError(f"Two distilled adapters guide twice ({', '.join(active)}): keep one of them.")
     name, (mark, weight) = next(iter(active.items()))
-    if method not in METHODS:
+    if method not in COMPOSABLE:
         raise InputError(
             f"'{name}' is distilled and must act in every prediction, which '{method}' does not do: use method 'merge'."
         )
