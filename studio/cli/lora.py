@@ -11,6 +11,7 @@ from adapters.errors import InputError, nearest
 from studio import hush
 from studio.cli import lora_option
 from studio.cli.output import Json, Output, Quiet, facts, size, table
+from studio.cli.schema_options import pair
 from studio.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -89,27 +90,33 @@ def merge(
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="Cut to this rank; exact (all ranks added) when not given.")
     ] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="How: see  studio methods --stage merging.  concatenate is the exact sum.")
+    ] = "concatenate",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, such as mu=1.")
+    ] = None,
     to: Format = "diffusers",
     base: Base = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Write several adapters as one ordinary LoRA."""
-    from adapters.merging.concatenate import concatenate
-    from studio import library
+    from studio import library, merging
 
     uses = [lora_option.parse(text) for text in adapters]
     if any("schedule" in use for use in uses):
         raise InputError("A LoRA file has no steps: leave out the @start-end ranges, or use studio compose.")
     files = _named([_read(library.resolve_adapter(use["path"])) for use in uses], base, to)
-    merged = concatenate(files, [float(use.get("weight", 1.0)) for use in uses], rank=rank)
+    weights = [float(use.get("weight", 1.0)) for use in uses]
+    merged = merging.merge(method, files, weights, rank, dict(pair("--set", text) for text in set_ or []))
     written = _write(merged.file, out, to)
     worst = max(merged.errors.items(), key=lambda item: item[1], default=("", 0.0))
     values = {
-        "path": str(written), "format": to, "ranks": list(merged.file.ranks()),
+        "path": str(written), "format": to, "method": method, "ranks": list(merged.file.ranks()),
         "largest_error": worst[1], "largest_error_at": worst[0],
     }  # fmt: skip
-    note = f", largest relative error {worst[1]:.3g} at {worst[0]}" if merged.errors else ", exact"
+    note = f", largest relative error {worst[1]:.3g} at {worst[0]}" if merged.errors else ""
     Output(json, quiet).result(values, f"Written to {written} (rank {max(merged.file.ranks())}{note})")
 
 
