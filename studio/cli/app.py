@@ -18,6 +18,7 @@ from adapters.errors import Cancelled, StudioError
 COMMANDS: dict[str, str] = {
     "compose": "Make pictures with several adapters.",
     "train": "Train an adapter.",
+    "chat": "Talk to a language model, with adapters.",
     "demo": "Compose the shipped adapters with every method, side by side.",
     "methods": "List the methods and the papers they come from.",
     "library": "Adapters and base models: list, show, import, rename, delete.",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from studio import hush
-from studio.cli import distill, launch, training_run
+from studio.cli import distill, launch, train_language, training_run
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
 from studio.schemas.base import read_yaml
@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
         with_options(TrainImageConfig)(image)
     )
     distill.register(group)
+    train_language.register(group)
     app.add_typer(group, name="train")
 
 

@@ -106,3 +106,12 @@ register(
         afterwards="studio.library.adopt:trained",
     )
 )
+register(
+    Kind(
+        "train-language",
+        "studio.schemas.train_language:TrainLanguageConfig",
+        "studio.training.language:run",
+        continues=True,
+        afterwards="studio.library.adopt:trained",
+    )
+)

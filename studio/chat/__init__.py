@@ -1,0 +1,75 @@
+"""Talking to a language model with adapters: in this process (``session``) or in one of its own (``client``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from adapters.errors import InputError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Who answers: the base with these adapters (name or path, strength), their updates added; none = the base."""
+
+    name: str
+    adapters: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One turn: a base, and for every voice its conversation so far, ending with what is asked.
+
+    Attributes:
+        base: library name, directory or hub id.
+        voices: in the order in which they answer.
+        conversations: one per voice.
+        manner: fields of :class:`pipelines.language.answer.Manner`.
+    """
+
+    base: str
+    voices: tuple[Voice, ...]
+    conversations: tuple[tuple[Message, ...], ...]
+    device: str = "auto"
+    dtype: str = "auto"
+    manner: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Question:
+        """What :meth:`as_json` gave."""
+        voices = tuple(
+            Voice(str(voice["name"]), tuple((str(name), float(weight)) for name, weight in voice["adapters"]))
+            for voice in values["voices"]
+        )
+        talks = tuple(tuple(dict(message) for message in talk) for talk in values["conversations"])
+        return cls(values["base"], voices, talks, values["device"], values["dtype"], dict(values["manner"]))
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """``name`` or ``name:0.7`` as (name or path, strength).
+
+    Raises:
+        InputError: there is no name.
+    """
+    name, colon, weight = text.rpartition(":")
+    try:
+        parsed = (name, float(weight)) if colon else (text, 1.0)
+    except ValueError:  # a path with a colon
+        parsed = (text, 1.0)
+    if not parsed[0].strip():
+        raise InputError(f"An adapter is name[:strength], got '{text}'.")
+    return parsed
+
+
+def voices_of(adapters: Iterable[tuple[str, float]], compare: bool) -> tuple[Voice, ...]:
+    """One voice with all adapters at once; or, to compare, the base alone and each adapter by itself."""
+    chosen = tuple(adapters)
+    if not compare:
+        return (Voice(" + ".join(name for name, _ in chosen) or "base", chosen),)
+    return (Voice("base"), *(Voice(name, ((name, weight),)) for name, weight in chosen))

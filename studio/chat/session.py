@@ -1,0 +1,100 @@
+"""One loaded base with the adapters that were asked for so far; answers come in pieces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+from adapters.errors import InputError
+from pipelines.language.adapters import Laid
+from pipelines.language.answer import Manner, stream
+from pipelines.language.loading import LanguageModel, open_model
+from studio import devices, hush, library
+from studio.chat import Message, Question, Voice
+from studio.datasets.cache import fingerprint
+from studio.library import scan
+
+Event = dict[str, Any]
+"""``event`` and what belongs to it: "loading" (text), "remark" (text), "begin" (voice), "piece" (voice, text), "end"
+(voice, words, seconds)."""
+
+
+class Session:
+    """Keeps the last base and its adapters loaded."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, str, str] | None = None
+        self._base: LanguageModel | None = None
+        self._laid: Laid | None = None
+        self._digest = ""
+
+    def ask(self, question: Question, stopped: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Let every voice answer in turn.
+
+        Raises:
+            InputError: the base or an adapter cannot be used, or they do not belong together.
+        """
+        if len(question.voices) != len(question.conversations):
+            raise InputError("Every voice needs its conversation.")
+        yield from self._load(question)
+        for number, (voice, messages) in enumerate(zip(question.voices, question.conversations, strict=True)):
+            if stopped():
+                return
+            yield from self._answer(number, voice, messages, Manner(**question.manner), stopped)
+
+    def _load(self, question: Question) -> Iterator[Event]:
+        key = (question.base, question.device, question.dtype)
+        if self._key != key:
+            yield {"event": "loading", "text": f"Loading {question.base} ..."}
+            self.release()
+            hush.loading_bars()
+            device = devices.resolve(question.device)
+            self._base = open_model(library.resolve_base(question.base), dtype=question.dtype, device=device)
+            self._laid = Laid(self._base.model, question.base)
+            self._key = key
+        assert self._laid is not None
+        for name in dict.fromkeys(name for voice in question.voices for name, _ in voice.adapters):
+            if name in self._laid.names:
+                continue
+            yield {"event": "loading", "text": f"Loading {name} ..."}
+            path = library.resolve_adapter(name)
+            remark = self._made_on_another(name, scan.record(path, "adapter").recipe)
+            self._laid.add(name, path)
+            if remark:
+                yield {"event": "remark", "text": remark}
+
+    def _answer(
+        self, number: int, voice: Voice, messages: Sequence[Message], manner: Manner, stopped: Callable[[], bool]
+    ) -> Iterator[Event]:
+        assert self._laid is not None
+        assert self._base is not None
+        begun, pieces = time.monotonic(), 0
+        yield {"event": "begin", "voice": number}
+        with (
+            self._laid.speaking(dict(voice.adapters)) as model,
+            closing(stream(model, self._base.tokenizer, messages, manner)) as answer,
+        ):
+            for piece in answer:
+                pieces += 1
+                yield {"event": "piece", "voice": number, "text": piece}
+                if stopped():
+                    break
+        yield {"event": "end", "voice": number, "words": pieces, "seconds": round(time.monotonic() - begun, 3)}
+
+    def _made_on_another(self, name: str, recipe: dict[str, Any] | None) -> str:
+        """A remark when the recipe names other base weights than those loaded (of the same shape, it will still run)."""
+        digest = ((recipe or {}).get("base") or {}).get("digest")
+        if not digest or self._base is None or self._laid is None:
+            return ""
+        if not self._digest and not self._laid.names:  # before the first adapter: the weights are the base's own
+            self._digest = fingerprint(self._base.model)
+        if not self._digest or self._digest == digest:
+            return ""
+        return f"'{name}' was trained on other weights than this base's ({(recipe or {})['base'].get('name')})."
+
+    def release(self) -> None:
+        """Free the memory."""
+        self._key = self._base = self._laid = None
+        self._digest = ""

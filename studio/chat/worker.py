@@ -1,0 +1,71 @@
+"""The process that talks for the web app: questions in as JSON lines, events out; it ends when nobody asks any more.
+
+{"question": {...}}  ->  {"event": "piece", ...} ... {"event": "done"} or {"event": "error", "text": ...}
+{"stop": true}       ->  the answer under way ends where it is
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from typing import Any, TextIO
+
+from studio import failures, hush
+from studio.chat import Question
+
+IDLE_SECONDS = 600.0
+
+
+def main(source: TextIO, target: TextIO, idle: float = IDLE_SECONDS) -> None:
+    """Answer questions from ``source`` until it ends, or until there is none for ``idle`` seconds."""
+    hush.remarks()
+    questions: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    stop = threading.Event()
+
+    def listen() -> None:
+        for line in source:
+            asked = json.loads(line)
+            if asked.get("stop"):
+                stop.set()
+            else:
+                questions.put(asked["question"])
+        stop.set()
+        questions.put(None)
+
+    def say(event: dict[str, Any]) -> None:
+        print(json.dumps(event, ensure_ascii=False), file=target, flush=True)
+
+    threading.Thread(target=listen, name="questions", daemon=True).start()
+    session: Any = None
+    while True:
+        try:
+            asked = questions.get(timeout=idle)
+        except queue.Empty:
+            return
+        if asked is None:
+            return
+        stop.clear()
+        try:
+            if session is None:
+                from studio.chat.session import Session
+
+                session = Session()
+            for event in session.ask(Question.from_json(asked), stop.is_set):
+                say(event)
+            say({"event": "done"})
+        except Exception as error:
+            if not failures.expected(error):
+                import traceback
+
+                traceback.print_exc()
+            say({"event": "error", "text": failures.sentence(error)})
+
+
+if __name__ == "__main__":
+    # libraries print where they like: keep our channel to ourselves
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    main(sys.stdin, channel)

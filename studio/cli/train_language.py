@@ -1,0 +1,66 @@
+"""``studio train language``: adapters of language models from rows of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from studio import hush
+from studio.cli import launch, training_run
+from studio.cli.output import Json, Output, Quiet
+from studio.cli.schema_options import with_options
+from studio.schemas.base import read_yaml
+from studio.schemas.train_language import TrainLanguageConfig
+
+HELP = "Train a LoRA of a language model from rows of text."
+
+
+def register(group: typer.Typer) -> None:
+    """Add the command to the group ``train``."""
+    group.command("language", help=HELP)(with_options(TrainLanguageConfig)(language))
+
+
+def language(
+    fields: dict[str, Any],
+    config: Annotated[Path | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only read the data and show what would be learnt.", rich_help_panel="Output"),
+    ] = False,
+    folder: training_run.Folder = None,
+    resume: training_run.Resume = False,
+    detach: launch.Detach = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a LoRA of a language model."""
+    output = Output(json, quiet)
+    hush.remarks()
+    training_run.check_place(folder, resume)
+    values = {**(read_yaml(config) if config else {}), **fields}
+    chosen = TrainLanguageConfig.parse(values, source=str(config or "train language"))
+    if check:
+        _show(chosen, output)
+        return
+    from studio.schemas import combinations
+
+    for sentence in combinations.warnings(chosen):
+        output.note(sentence)
+    training_run.begin("studio.training.language:run", chosen, folder, resume, detach, output)
+
+
+def _show(config: TrainLanguageConfig, output: Output) -> None:
+    from studio.training.language_check import check_data
+
+    found = check_data(config)
+    lengths = found["tokens"]
+    text = (
+        f"{found['rows']} rows, {found['held_out']} kept out; {found['samples']} samples of {lengths['shortest']} to "
+        f"{lengths['longest']} tokens (mean {lengths['mean']:.0f}); learnt tokens: {found['learnt']:.0%}\n"
+        + (f"{found['remark']}\n" if found["remark"] else "")
+        + (f"labels: {', '.join(found['labels'])}\n" if found["labels"] else "")
+        + f"\nThe first sample, what is learnt in [[ ]]:\n{found['example']}"
+    )
+    output.result(found, text)
