@@ -264,9 +264,9 @@ def test_capture_refuses():
     with pytest.raises(InputError, match="set init_batches to 1"):
         capture_gradients({"x": layer}, [lambda: layer(torch.randn(2, 3)).sum()], 2)
     unused = nn.Linear(3, 3)
-    with pytest.raises(InputError, match="no gradient .y"):
+    with pytest.raises(InputError, match=r"no gradient .y"):
         capture_gradients({"x": layer, "y": unused}, [lambda: layer(torch.randn(2, 3)).sum()], 1)
-    with pytest.raises(InputError, match="not x .Embedding"):
+    with pytest.raises(InputError, match=r"not x .Embedding"):
         capture_gradients({"x": nn.Embedding(3, 3)}, [], 1)
 
 

@@ -204,7 +204,7 @@ def test_hard_spectrum_falls_back_to_the_exact_one():
 
 
 def test_products_follow_the_geometry():
-    model, layer, x = wrapped("conv")
+    _, layer, x = wrapped("conv")
     down, up = variant.pair(layer)
     found = variant.product(layer, "default", x, down.flatten(1), up.flatten(1))
     torch.testing.assert_close(found, F.conv2d(F.conv2d(x, down, None, 2, 1), up))

@@ -1,0 +1,523 @@
+"""Every training method on bed T (see ``benchmarks/dialects.py``) against plain LoRA, PEFT's own and full fine-tuning.
+
+    python -m benchmarks.training_methods                     # all experiments, 3 seeds, about 12 minutes on one core
+    python -m benchmarks.training_methods starts --seeds 1    # some of them
+
+Each experiment replaces its part of ``benchmarks/results/training_methods.json``; the tables (``.md``) and plots
+(``.png``, with matplotlib) are made from that. A threshold is written down with what came out, passed or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from benchmarks import dialects
+from benchmarks.plain_loop import Data, Recipe, Run, go_on, prepare, reference, train
+
+RESULTS = Path(__file__).parent / "results"
+NAME = "training_methods"
+Row = dict[str, Any]
+Found = dict[str, Any]
+
+
+def fresh(seed: int, size: int = 32, noise: float = dialects.NOISE) -> Data:
+    """New sequences of the new dialect in every batch."""
+    return lambda number: dialects.batch(dialects.NEW, size, seed, number, noise)
+
+
+def fixed(seed: int, total: int = 64, size: int = 16, noise: float = dialects.NOISE) -> Data:
+    """Batches from ``total`` sequences seen again and again."""
+    everything = dialects.batch(dialects.NEW, total, 1000 + seed, 0, noise)
+
+    def pick(number: int) -> Tensor:
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(31 * seed + number))
+        return everything[order[:size]]
+
+    return pick
+
+
+def mean(values: Sequence[float], first: int = 0, last: int | None = None) -> float:
+    """Mean of a stretch."""
+    return statistics.fmean(values[first:last])
+
+
+def curves(base: dict[str, Any], data: Callable[[int], Data], seeds: int) -> list[list[float]]:
+    """Training losses of a recipe, one list per seed."""
+    return [
+        train(dialects.model(), Recipe(**base, seed=seed), data(seed), dialects.TARGETS).losses for seed in range(seeds)
+    ]
+
+
+def check(name: str, value: float, limit: float, below: bool = True) -> Row:
+    """A threshold with what came out."""
+    return {
+        "threshold": f"{name} {'<=' if below else '>='} {limit:g}",
+        "measured": round(value, 4),
+        "passed": bool(value <= limit if below else value >= limit),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ starts
+
+
+def starts(seeds: int) -> Found:
+    """Rank 4, alpha 8, rank-stabilised, AdamW 1e-3, batches of 32, 150 steps."""
+    shared: dict[str, Any] = {"rank": 4, "alpha": 8, "use_rslora": True, "steps": 150}
+    runs = {"plain LoRA (default)": curves(shared, fresh, seeds)}
+    for init in ("gaussian", "orthogonal", "pissa", "olora", "corda", "eva", "lora_ga"):
+        runs[init] = curves({**shared, "init": init}, fresh, seeds)
+    runs["PEFT's lora_ga"] = [_peft_lora_ga(seed, 150) for seed in range(seeds)]
+    runs["lora_sb, rank 16, lr 5e-3"] = curves(
+        {**shared, "init": "lora_sb", "rank": 16, "alpha": 16, "use_rslora": False, "learning_rate": 5e-3}, fresh, seeds
+    )
+    runs["ffa (A frozen), lr 4e-3"] = curves({**shared, "freeze_a": True, "learning_rate": 4e-3}, fresh, seeds)
+    runs["full fine-tuning, lr 3e-4"] = [_full(seed, 150)[1] for seed in range(seeds)]
+    plain = runs["plain LoRA (default)"]
+    rows = [
+        {
+            "start": name,
+            "10-20": _over(found, 10, 20),
+            "40-50": _over(found, 40, 50),
+            "140-150": _over(found, 140, 150),
+            "40-50 over default": statistics.fmean(
+                mean(a, 40, 50) / mean(b, 40, 50) for a, b in zip(found, plain, strict=True)
+            ),
+            "steps to default's step 100": statistics.fmean(_steps_to(a, b) for a, b in zip(found, plain, strict=True)),
+        }
+        for name, found in runs.items()
+    ]
+    ga = next(row for row in rows if row["start"] == "lora_ga")
+    # default reaches its own level at about this step, as smoothing sees it
+    own = statistics.fmean(_steps_to(b, b) for b in plain)
+    return {
+        "rows": rows,
+        "checks": [
+            check("lora_ga: loss at 40-50 over default", ga["40-50 over default"], 0.88),
+            check("lora_ga: steps to default's step-100 loss over default's", ga["steps to default's step 100"] / own,
+                  0.85),
+        ],
+        "curves": {name: [mean([c[i] for c in found]) for i in range(150)] for name, found in runs.items()},
+    }  # fmt: skip
+
+
+def _over(runs: list[list[float]], first: int, last: int) -> float:
+    return statistics.fmean(mean(run, first, last) for run in runs)
+
+
+def _smooth(losses: list[float], width: int = 8) -> list[float]:
+    return [mean(losses[max(0, i - width + 1) : i + 1]) for i in range(len(losses))]
+
+
+def _steps_to(losses: list[float], default: list[float]) -> int:
+    """First step whose 8-step mean is as low as default's at step 100 (the last step if never)."""
+    level = _smooth(default)[100]
+    return next((i for i, value in enumerate(_smooth(losses)) if i >= 7 and value <= level), len(losses))
+
+
+def _peft_lora_ga(seed: int, steps: int) -> list[float]:
+    """PEFT's own LoRA-GA on the same data, seeds, batches and optimiser."""
+    from peft import preprocess_loraga
+    from peft.tuners.lora import LoraGAConfig
+
+    torch.manual_seed(seed)
+    base, data = dialects.model(), fresh(seed)
+    made = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=dialects.TARGETS,
+                      init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())  # fmt: skip
+
+    def look() -> None:
+        for number in range(8):
+            ids = data(number)
+            base(input_ids=ids, labels=ids).loss.backward()
+
+    preprocess_loraga(base, made, look)
+    return _loop(get_peft_model(base, made), data, steps, 1e-3)
+
+
+def _full(seed: int, steps: int, rate: float = 3e-4) -> tuple[Any, list[float]]:
+    base = dialects.model().requires_grad_(True)
+    return base, _loop(base, fresh(seed), steps, rate)
+
+
+def _loop(model: Any, data: Data, steps: int, rate: float) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
+    model.train()
+    losses = []
+    for step in range(steps):
+        ids = data(step)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------ ALLoRA
+
+
+def allora(seeds: int) -> Found:
+    """Rank 4, batches of 32, 120 steps; SGD without momentum, and AdamW."""
+    rows, at = [], {}
+    sgd = {"optimizer": "sgd", "beta1": 0.0}
+    for optimizer, rate in ((sgd, 0.1), (sgd, 0.3), ({}, 1e-3), ({}, 3e-3)):
+        for name, more in {
+            "LoRA, alpha = r": {},
+            "LoRA, alpha = 4r": {"alpha": 16},
+            "ALLoRA, eta 2": {"grad_rule": "allora", "allora_eta": 2},
+            "ALLoRA, eta 4": {"grad_rule": "allora", "allora_eta": 4},
+            "ALLoRA, eta 2, lr mode (ours)": {"grad_rule": "allora", "allora_eta": 2, "allora_mode": "lr"},
+        }.items():
+            if optimizer and "lr mode" in name:
+                continue
+            found = curves({"rank": 4, "steps": 120, "learning_rate": rate, **optimizer, **more}, fresh, seeds)
+            row = {
+                "optimiser": f"{'SGD' if optimizer else 'AdamW'} {rate:g}", "method": name,
+                "40-50": _over(found, 40, 50), "110-120": _over(found, 110, 120),
+            }  # fmt: skip
+            rows.append(row)
+            at[row["optimiser"], name] = row
+    first, strong = at["SGD 0.1", "ALLoRA, eta 4"], at["SGD 0.3", "ALLoRA, eta 4"]
+    adam = [
+        abs(at[f"AdamW {r}", "ALLoRA, eta 2"]["110-120"] - at[f"AdamW {r}", "LoRA, alpha = r"]["110-120"])
+        for r in ("0.001", "0.003")
+    ]
+    best = min(at["SGD 0.1", f"LoRA, alpha = {a}"]["40-50"] for a in ("r", "4r"))
+    return {
+        "rows": rows,
+        "checks": [
+            check("SGD 0.1, eta 4: loss at 40-50 over the better LoRA", first["40-50"] / best, 0.8),
+            check("SGD 0.3, eta 4: final loss over LoRA alpha = 4r",
+                  strong["110-120"] / at["SGD 0.3", "LoRA, alpha = 4r"]["110-120"], 0.9),
+            check("AdamW: |ALLoRA eta 2 - LoRA alpha = r| at the end (no gain expected)", max(adam), 0.15),
+        ],
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ perturbations
+
+
+def perturbations(seeds: int) -> Found:
+    """64 fixed sequences, batches of 16, rank 8, alpha 16, AdamW 2e-3, 200 steps: the overfitting regime."""
+    shared: dict[str, Any] = {"rank": 8, "alpha": 16, "learning_rate": 2e-3, "steps": 200}
+    rows = []
+    for name, more in {
+        "plain": {},
+        "GGPO, sigma 0.2, beta 1": {"perturb": "ggpo", "perturb_sigma": 0.2, "perturb_beta": 1},
+        "GGPO, sigma 0.1, beta 1": {"perturb": "ggpo", "perturb_sigma": 0.1, "perturb_beta": 1},
+        "Flat, sigma 0.1": {"perturb": "flat", "perturb_sigma": 0.1},
+        "MGPO, rho 0.05": {"perturb": "mgpo", "perturb_rho": 0.05},
+        "MGPO, rho 0.05, uphill": {"perturb": "mgpo", "perturb_rho": 0.05, "perturb_direction": "uphill"},
+    }.items():
+        values = []
+        for seed in range(seeds):
+            run = train(dialects.model(), Recipe(**shared, **more, seed=seed), fixed(seed), dialects.TARGETS)
+            values.append((_seen(run, seed), dialects.loss_on(run.model, (dialects.NEW,)), _sharpness(run, seed)))
+        rows.append({"method": name, **{key: statistics.fmean(v[i] for v in values)
+                                        for i, key in enumerate(("train", "test", "sharpness"))}})  # fmt: skip
+    at = {row["method"]: row for row in rows}
+    plain, strong = at["plain"], at["GGPO, sigma 0.2, beta 1"]
+    return {
+        "rows": rows,
+        "checks": [
+            check("GGPO 0.2: sharpness over plain", strong["sharpness"] / plain["sharpness"], 0.75),
+            check("GGPO 0.2: test loss minus plain's", strong["test"] - plain["test"], -0.03),
+            check("MGPO: sharpness over plain", at["MGPO, rho 0.05"]["sharpness"] / plain["sharpness"], 0.95),
+        ],
+    }
+
+
+@torch.no_grad()
+def _seen(run: Run, seed: int) -> float:
+    """Loss on the sequences it was trained on."""
+    ids = dialects.batch(dialects.NEW, 64, 1000 + seed, 0)
+    run.model.eval()
+    return float(run.model(input_ids=ids, labels=ids).loss)
+
+
+@torch.no_grad()
+def _sharpness(run: Run, seed: int, size: float = 0.15, draws: int = 6) -> float:
+    """Mean rise of the training loss under Gaussian noise of ``size`` |W'_i| / sqrt(in) on every adapted weight."""
+    flat: Any = run.model.merge_and_unload()
+    ids = dialects.batch(dialects.NEW, 64, 1000 + seed, 0)
+    before = float(flat(input_ids=ids, labels=ids).loss)
+    weights = [p for name, p in flat.named_parameters() if name.split(".")[-2] in dialects.TARGETS]
+    generator, rises = torch.Generator().manual_seed(seed), []
+    for _ in range(draws):
+        kept = [weight.clone() for weight in weights]
+        for weight in weights:
+            deviation = size * weight.norm(dim=1, keepdim=True) / weight.shape[1] ** 0.5
+            weight.add_(torch.randn(weight.shape, generator=generator) * deviation)
+        rises.append(float(flat(input_ids=ids, labels=ids).loss) - before)
+        for weight, value in zip(weights, kept, strict=True):
+            weight.copy_(value)
+    return statistics.fmean(rises)
+
+
+def double_descent(seeds: int) -> Found:
+    """The same data at a high rate (AdamW 6e-3, 140 steps, alpha 2r): how far the loss rises again."""
+    rows, lines = [], {}
+    for name, more in {
+        "rank 8": {"rank": 8, "alpha": 16},
+        "rank 48": {"rank": 48, "alpha": 96},
+        "rank 48, GGPO sigma 0.2": {"rank": 48, "alpha": 96, "perturb": "ggpo", "perturb_sigma": 0.2,
+                                    "perturb_beta": 1},
+        "rank 48, MGPO rho 0.05": {"rank": 48, "alpha": 96, "perturb": "mgpo"},
+    }.items():  # fmt: skip
+        runs = curves({"learning_rate": 6e-3, "steps": 140, **more}, fixed, seeds)
+        rebounds = [_rebound(run) for run in runs]
+        rows.append({"method": name, "rebound": statistics.fmean(rebounds),
+                     "per seed": [round(value, 3) for value in rebounds], "final": _over(runs, 132, 140)})  # fmt: skip
+        lines[name] = [mean([run[i] for run in runs]) for i in range(140)]
+    at = {row["method"]: row["rebound"] for row in rows}
+    return {
+        "rows": rows,
+        "checks": [
+            check("rebound at rank 48 over rank 8", at["rank 48"] / at["rank 8"], 3, below=False),
+            check("rank 48: GGPO's rebound over plain's", at["rank 48, GGPO sigma 0.2"] / at["rank 48"], 0.65),
+            check("rank 48: MGPO's rebound over plain's", at["rank 48, MGPO rho 0.05"] / at["rank 48"], 0.65),
+        ],
+        "curves": lines,
+    }
+
+
+def _rebound(losses: list[float]) -> float:
+    """Largest rise of the 8-step mean over its running minimum."""
+    smooth = [mean(losses[i : i + 8]) for i in range(len(losses) - 7)]
+    lowest, largest = smooth[0], 0.0
+    for value in smooth:
+        lowest = min(lowest, value)
+        largest = max(largest, value - lowest)
+    return largest
+
+
+# ------------------------------------------------------------------------------------------------ BA-LoRA
+
+
+def regularisers(seeds: int) -> Found:
+    """64 sequences with 30 % noise, PiSSA rank 8, AdamW 2e-3, batches of 16, 150 steps; K 8, constant weights."""
+    shared: dict[str, Any] = {
+        "rank": 8, "init": "pissa", "learning_rate": 2e-3, "steps": 150, "reg": "ba", "ba_topk": 8, "ba_k": 10,
+        "ba_schedule": "constant",
+    }  # fmt: skip
+    none = {"ba_l1": 0, "ba_l2": 0, "ba_l3": 0}
+    rows = []
+    for name, more in {
+        "none": none,
+        "paper weights and schedule": {"ba_schedule": "paper"},
+        "consistency 0.15": {**none, "ba_l1": 0.15},
+        "diversity 0.05": {**none, "ba_l2": 0.05},
+        "spectral 0.05, Frobenius": {**none, "ba_l3": 0.05},
+        "spectral 0.5, nuclear": {**none, "ba_l3": 0.5, "ba_norm": "nuclear"},
+    }.items():
+        values = []
+        for seed in range(seeds):
+            recipe = Recipe(**{**shared, **more}, seed=seed)
+            run = train(dialects.model(), recipe, fixed(seed, noise=0.3), dialects.TARGETS)
+            values.append(_answers(run))
+        rows.append({"method": name, **{key: statistics.fmean(v[key] for v in values) for key in values[0]}})
+    at = {row["method"]: row for row in rows}
+    base = at["none"]
+    return {
+        "rows": rows,
+        "checks": [
+            check("consistency 0.15: KL to the base over none", at["consistency 0.15"]["KL"] / base["KL"], 0.97),
+            check("consistency 0.15: loss on the old dialects minus none's",
+                  at["consistency 0.15"]["old"] - base["old"], 0),
+            check("diversity 0.05: entropy minus none's", at["diversity 0.05"]["entropy"] - base["entropy"], 0.01,
+                  below=False),
+            check("spectral 0.5 nuclear: share minus none's", at["spectral 0.5, nuclear"]["share"] - base["share"],
+                  0.03, below=False),
+            check("paper weights: test loss minus none's", at["paper weights and schedule"]["test"] - base["test"],
+                  0.02),
+        ],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _answers(run: Run) -> dict[str, float]:
+    """What the regularisers act on, measured on fresh sequences of the new dialect."""
+    ids = dialects.sequences(dialects.NEW, 256, torch.Generator().manual_seed(5))
+    run.model.eval()
+    ours = run.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    theirs = reference(run.model, ids)[:, :-1].flatten(0, 1)
+    log_p, log_q = (torch.log_softmax(z / 2, -1) for z in (theirs, ours))
+    top = torch.softmax(ours.topk(8).values, -1)
+    values = torch.linalg.svdvals(ours)
+    return {
+        "test": dialects.loss_on(run.model, (dialects.NEW,)),
+        "old": dialects.loss_on(run.model, dialects.OLD),
+        "KL": float(4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+        "entropy": float(-(top * top.log()).sum(-1).mean()),
+        "share": float(values[:10].sum() / values.sum()),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+COSTS: dict[str, dict[str, Any]] = {
+    "plain LoRA": {},
+    "offset (pissa)": {"init": "pissa"},
+    "lora_sb": {"init": "lora_sb", "init_batches": 1},
+    "ffa": {"freeze_a": True},
+    "allora": {"grad_rule": "allora"},
+    "ggpo": {"perturb": "ggpo"},
+    "flat": {"perturb": "flat"},
+    "mgpo": {"perturb": "mgpo"},
+    "ba": {"reg": "ba"},
+}
+
+
+def cost(seeds: int) -> Found:
+    """Median step time of each method over plain LoRA (rounds alternate), and peak memory of a process of its own."""
+    runs = {
+        name: prepare(dialects.model(), Recipe(rank=8, steps=10**6, **more), fresh(0), dialects.TARGETS)
+        for name, more in COSTS.items()
+    }
+    recipes = {name: Recipe(rank=8, steps=10**6, **more) for name, more in COSTS.items()}
+    for step in range(5 + 12 * seeds):
+        for name, run in runs.items():
+            go_on(run, recipes[name], fresh(0), step, step + 1)
+    plain = statistics.median(runs["plain LoRA"].times[5:])
+    memory = {name: _memory(name) for name in COSTS}
+    rows = []
+    for name, run in runs.items():
+        took = statistics.median(run.times[5:])
+        rows.append({"method": name, "ms per step": 1000 * took, "time over plain": took / plain,
+                     "peak MB": memory[name], "MB over plain": memory[name] - memory["plain LoRA"]})  # fmt: skip
+    at = {row["method"]: row["time over plain"] for row in rows}
+    limits = {"offset (pissa)": 1.3, "mgpo": 1.3, "ggpo": 1.6, "ba": 1.6}
+    return {"rows": rows, "checks": [check(f"{name}: step time over plain", at[name], v) for name, v in limits.items()]}
+
+
+def _memory(name: str) -> float:
+    """Peak resident memory of five steps on a wider model, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.training_methods", "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def print_memory(name: str) -> None:
+    """For :func:`_memory`: width 512, 4 layers, sequences of 14, batch 32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+                    max_position_embeddings=14, tie_word_embeddings=False)
+    ).requires_grad_(False)  # fmt: skip
+    recipe = Recipe(rank=8, steps=5, **COSTS[name])
+    go_on(prepare(base, recipe, fresh(0), dialects.TARGETS), recipe, fresh(0))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+EXPERIMENTS: dict[str, Callable[[int], Found]] = {
+    "starts": starts,
+    "allora": allora,
+    "perturbations": perturbations,
+    "double_descent": double_descent,
+    "regularisers": regularisers,
+    "cost": cost,
+}
+
+
+def write(found: dict[str, Any]) -> None:
+    """Tables and plots of everything measured so far."""
+    text = ["# Training methods on bed T", "", f"`python -m benchmarks.{NAME}`; {_machine()}.", ""]
+    for name in EXPERIMENTS:
+        if name not in found:
+            continue
+        part = found[name]
+        text += [f"## {name.replace('_', ' ')}", "", part["about"], "", *_table(part["rows"]), ""]
+        text += [f"{part['seeds']} seeds, {part['seconds']} s.", "", *_table(part["checks"]), ""]
+    (RESULTS / f"{NAME}.md").write_text("\n".join(text))
+    _plot(found)
+
+
+def _table(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    keys = list(rows[0])
+    return [f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)] + [
+        f"| {' | '.join(_cell(row.get(key, '')) for key in keys)} |" for row in rows
+    ]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "passed" if value else "**not met**"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _plot(found: dict[str, Any]) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = [name for name in ("starts", "double_descent") if name in found]
+    if not drawn:
+        return
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(6.5 * len(drawn), 4.5), squeeze=False)
+    for axis, name in zip(axes[0], drawn, strict=True):
+        for label, line in found[name]["curves"].items():
+            axis.plot(_smooth(line, 4), label=label, linewidth=1.2)
+        axis.set(title=f"{name.replace('_', ' ')} (mean of {found[name]['seeds']} seeds, 4-step mean)",
+                 xlabel="step", ylabel="training loss")  # fmt: skip
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
+
+
+def _machine() -> str:
+    cores = torch.get_num_threads()
+    return f"torch {torch.__version__}, {platform.machine()}, {cores} thread{'s' if cores > 1 else ''}"
+
+
+def main() -> None:
+    """Run what is asked for and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; all when none is named")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if given.memory_of:
+        print_memory(given.memory_of)
+        return
+    file = RESULTS / f"{NAME}.json"
+    for name in given.experiments or EXPERIMENTS:
+        began = time.perf_counter()
+        part = EXPERIMENTS[name](given.seeds)
+        part |= {"about": EXPERIMENTS[name].__doc__, "seeds": given.seeds,
+                 "seconds": round(time.perf_counter() - began, 1), "machine": _machine()}  # fmt: skip
+        found = json.loads(file.read_text()) if file.exists() else {}
+        found[name] = part
+        file.write_text(json.dumps(found, indent=1))
+        write(found)
+        print(name, f"{part['seconds']} s")
+        for line in (*_table(part["rows"]), *_table(part["checks"])):
+            print("  " + line)
+
+
+if __name__ == "__main__":
+    main()
