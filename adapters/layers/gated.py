@@ -25,7 +25,7 @@ model exactly as it was. Changing gates writes a few numbers; no module is visit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -42,7 +42,8 @@ Pair = tuple[Tensor, Tensor]
 """A (r, in[, kh, kw]) and B (r, out), the scale folded into B."""
 
 TokenGates = Callable[[str, int], Tensor | None]
-"""(module path, number of tokens or pixels L) -> strength per token and adapter (L, N), or None = everywhere 1."""
+"""(module path, number of tokens or pixels L; 0 = the input has no places) -> strength per token and adapter (L, N), or
+(1, N) without places, or None = everywhere 1. The same tensor must come back as long as nothing has changed."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Gates:
         self.token_gates: TokenGates | None = None
         self._owners: dict[tuple[int, ...], Tensor] = {}
         self._columns: dict[tuple[int, ...], Tensor] = {}
+        self._token_columns: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def off(self) -> None:
         """The base model."""
@@ -134,6 +136,23 @@ class Gates:
     def owners(self, ranks: tuple[int, ...]) -> Tensor:
         """Which adapter each column belongs to (R,)."""
         return self._owners[ranks]
+
+    def tokens_to(self, token_gates: TokenGates | None) -> None:
+        """Let strengths depend on the place (None: no more)."""
+        self.token_gates = token_gates
+        self._token_columns.clear()
+
+    def token_columns(self, name: str, tokens: int, ranks: tuple[int, ...], lo: int, hi: int, like: Tensor) -> Any:
+        """Strength per place of the columns lo..hi, (1, L | 1, hi - lo), or None; kept while the gates stay."""
+        mask = self.token_gates(name, tokens) if self.token_gates else None
+        if mask is None:
+            return None
+        key = (id(mask), ranks, lo, hi, like.dtype, like.device)
+        kept = self._token_columns.get(key)
+        if kept is None or kept[0] is not mask:
+            columns = mask.to(like)[None, :, self._owners[ranks][lo:hi].to(like.device)]
+            kept = self._token_columns[key] = mask, columns
+        return kept[1]
 
     def _is_set(self, setting: tuple[object, ...]) -> bool:
         """Whether the gates already are so; remembers the new setting if not."""
@@ -275,15 +294,30 @@ class GatedLayer:
         """The gate of the columns lo..hi, broadcastable to x's leading dimensions."""
         columns = self.gates.columns(self.ranks)[:, lo:hi].to(x)
         gate = columns if x.ndim == 2 else columns.view(columns.shape[0], *[1] * (x.ndim - 2), hi - lo)
-        mask = self.gates.token_gates(self.name, tokens) if self.gates.token_gates and tokens else None
-        if mask is not None:
-            gate = gate * mask.to(x)[None, :, self.gates.owners(self.ranks)[lo:hi].to(mask.device)]
-        return gate
+        places = self.gates.token_columns(self.name, tokens, self.ranks, lo, hi, x)
+        if places is None:
+            return gate
+        places = places if x.ndim > 2 else places[0]
+        return places if self.gates.plain else gate * places
+
+    def delta_rows(self, x: Tensor, strengths: Tensor) -> Tensor:
+        """The update alone, once for every row of strengths (rows, N): x (batch, in) -> (batch, rows, out)."""
+        A, B = _like(self.A, x), _like(self.B, x)
+        gate = strengths.to(x)[:, self.gates.owners(self.ranks).to(x.device)]
+        return (F.linear(x, A)[:, None] * gate) @ B
 
     def _row_scale(self, output: Tensor) -> Tensor:
         """sum_i g_i d_i, shaped to multiply ``output``."""
         assert self.rows is not None
         rows = _like(self.rows, output)
+        tokens = output.shape[2] * output.shape[3] if self.is_conv else output.shape[-2] if output.ndim == 3 else 0
+        places = self.gates.token_gates(self.name, tokens) if self.gates.token_gates else None
+        if places is not None:
+            scale = (self.gates.strengths.to(output)[:, None] * places.to(output)) @ rows  # (1 | b, L, out)
+            if self.is_conv:
+                size = output.shape[2:] if scale.shape[1] > 1 else (1, 1)
+                return scale.transpose(1, 2).unflatten(2, size)
+            return scale if output.ndim == 3 else scale[:, 0]
         if self.gates.mode == "grouped":
             strengths = self.gates.strengths[0, self.gates.selection].to(output)
             per_block = strengths[:, None] * rows[self.gates.selection]
@@ -334,19 +368,21 @@ class GatedAdapters:
         ]
 
     @contextmanager
-    def attached(self) -> Iterator[Gates]:
-        """Let the adapters act (gates start "off"); afterwards the model is exactly what it was."""
+    def attached(self, without: Collection[str] = ()) -> Iterator[Gates]:
+        """Let the adapters act (gates start "off"), but not on the modules named in ``without``; afterwards the model
+        is exactly what it was."""
         handles: list[RemovableHandle] = []
         try:
             for layer in self.layers:
-                handles.append(layer.module.register_forward_hook(layer))
+                if layer.name not in without:
+                    handles.append(layer.module.register_forward_hook(layer))
             self.gates.off()
             yield self.gates
         finally:
             for handle in handles:
                 handle.remove()
             self.gates.off()
-            self.gates.token_gates = None
+            self.gates.tokens_to(None)
 
     def nbytes(self) -> int:
         """Memory of the joined matrices."""

@@ -67,15 +67,32 @@ class Denoising:
             stack.callback(after.remove)
             yield self
 
+    def predictions(self, step: Step) -> list[int]:
+        """The separate predictions of a step, by number; none where all adapters are in one."""
+        return list(range(len(step.active))) if step.separate and len(step.active) > 1 else []
+
+    def set_gates(self, step: Step, predictions: Sequence[int], batch: int) -> None:
+        """Gates for some of the step's predictions, each of ``batch`` samples."""
+        adapters = [step.active[k] for k in predictions]
+        strengths = [step.gates[i] for i in adapters]
+        if len(adapters) == 1:
+            self.gates.joint([strengths[0] if i == adapters[0] else 0.0 for i in range(len(step.gates))])
+        else:
+            self.gates.grouped(adapters, strengths)
+
+    def reduce(self, predictions: Tensor) -> Tensor:
+        """All predictions (predictions * batch, ...) as one (batch, ...)."""
+        return reduce(predictions, len(self.steps[min(self.step, len(self.steps) - 1)].active))
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Set the gates of this step and widen the batch where adapters predict separately."""
         self.calls += 1
         step = self.steps[min(self.step, len(self.steps) - 1)]
-        if not step.separate or len(step.active) < 2:
+        predictions = self.predictions(step)
+        if not predictions:
             self._pending = None
             self.gates.joint(step.gates)
             return self._with_text(args, kwargs, [0], 1)
-        predictions = list(range(len(step.active)))
         size = self.adapter_batch or len(predictions)
         chunks = [predictions[i : i + size] for i in range(0, len(predictions), size)]
         self._pending = (args, kwargs), chunks
@@ -92,18 +109,12 @@ class Denoising:
             more_args, more_kwargs = self._chunk(given, named, step, chunk)
             parts.append(_tensor(module.forward(*more_args, **more_kwargs)))
         self._pending = None
-        reduced = reduce(torch.cat(parts) if len(parts) > 1 else parts[0], len(step.active))
-        return _replaced(output, reduced)
+        return _replaced(output, self.reduce(torch.cat(parts) if len(parts) > 1 else parts[0]))
 
     def _chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, predictions: list[int]) -> Arguments:
         """Gates and arguments for some of the step's predictions."""
-        adapters = [step.active[k] for k in predictions]
-        strengths = [step.gates[i] for i in adapters]
-        if len(adapters) == 1:
-            self.gates.joint([strengths[0] if i == adapters[0] else 0.0 for i in range(len(step.gates))])
-        else:
-            self.gates.grouped(adapters, strengths)
-        return self._with_text(args, kwargs, predictions, len(adapters))
+        self.set_gates(step, predictions, _batch(args, kwargs))
+        return self._with_text(args, kwargs, predictions, len(predictions))
 
     def _with_text(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], predictions: list[int], count: int

@@ -13,11 +13,11 @@ call fails or is cancelled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,11 +31,24 @@ from adapters.progress import Monitor, Progress, Silent, check
 from pipelines.diffusion import methods
 from pipelines.diffusion.checks import block_factor, check_blocks, check_call, check_pristine, check_weight
 from pipelines.diffusion.denoise import Denoising
+from pipelines.diffusion.distillation import embedding
+from pipelines.diffusion.distillation.mark import Mark
+from pipelines.diffusion.distillation.use import Distilled, check_use, distilled, merged_mark
 from pipelines.diffusion.families import Encoding, Family, family_of
 from pipelines.diffusion.loading import Settings, modern_blocks, open_pipeline
+from pipelines.diffusion.methods.situation import Situation
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.preview import preview
-from pipelines.diffusion.report import LoraReport, Plan
+from pipelines.diffusion.regions.region import (
+    CROSS_LAYERS,
+    REGIONAL,
+    PlacedRegion,
+    Region,
+    RegionOptions,
+    check_options,
+    check_regions,
+)
+from pipelines.diffusion.report import LoraReport, Plan, report_region
 from pipelines.diffusion.samplers import count_steps, sampler
 from pipelines.diffusion.schedule import Keyframes, check_keyframes, factor_at
 from pipelines.diffusion.text import Voices, resolve_mode, voices_of_step
@@ -45,11 +58,12 @@ WRITERS = {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_pef
 
 @dataclass(frozen=True)
 class Output:
-    """The pictures of a call (PIL images, or latents if asked) and the plan they followed."""
+    """The pictures of a call (PIL images, or latents if asked), the plan they followed and where its regions were."""
 
     images: Any
     plan: Plan
     flagged: tuple[bool, ...] = ()
+    regions: tuple[PlacedRegion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Loaded:
 
     report: LoraReport
     file: LoraFile
+    distilled: Distilled | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,40 @@ class Composition:
     tau: int = 1
     te_mode: str = "auto"
     adapter_batch: int | None = None
+    regions: tuple[Region, ...] | Literal["auto"] = ()
+    options: RegionOptions = field(default_factory=RegionOptions)
+
+    @property
+    def regional(self) -> bool:
+        return self.method in REGIONAL
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks for.
+
+    Attributes:
+        size: height and width of the pictures.
+        call: what the diffusers pipeline is told unchanged.
+    """
+
+    prompt: str
+    negative: str
+    images: int
+    guided: bool
+    seed: int
+    size: tuple[int, int]
+    call: Mapping[str, Any]
+    monitor: Monitor
+    preview_every: int
+
+    def generators(self) -> list[torch.Generator]:
+        """One per picture, so that a picture is the same whatever the number of pictures."""
+        return [torch.Generator().manual_seed(self.seed + k) for k in range(self.images)]
+
+
+Between = Callable[[int, torch.Tensor], dict[str, Any]]
+"""(number of the next step, latents) -> what changes before it: {} or {"latents": ...}."""
 
 
 @dataclass
@@ -160,6 +209,7 @@ class MultiLoRAPipeline:
             modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None)), self._models(), base
         )
         factors = check_blocks(blocks or {}, fitted.parts, self.family.denoiser)
+        special = distilled(file, chosen, self.pipe, self.family.denoiser)
         report = LoraReport(
             name=chosen,
             path=str(file.path or ""),
@@ -174,8 +224,9 @@ class MultiLoRAPipeline:
             triggers=tuple(triggers),
             blocks=factors,
             schedule=keyframes,
+            distilled=special.mark if special else None,
         )
-        self._loaded[chosen] = Loaded(report, fitted)
+        self._loaded[chosen] = Loaded(report, fitted, special)
         self._engines = None
         return report
 
@@ -200,6 +251,8 @@ class MultiLoRAPipeline:
         tau: int = 1,
         te_mode: str = "auto",
         adapter_batch: int | None = None,
+        regions: str | Sequence[Region | Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> MultiLoRAPipeline:
         """Choose how the adapters are combined in the next calls; returns the pipeline.
 
@@ -208,10 +261,14 @@ class MultiLoRAPipeline:
             adapters: which of the loaded ones, in order (all if left out).
             tau: switch: steps per turn.
             te_mode: text encoder LoRAs: "auto", "per_adapter", "official" or "merged".
-            adapter_batch: composite: adapters denoised together (all if left out).
+            adapter_batch: composite: adapters denoised together (all if left out); output: regions together.
+            regions: parts of the picture with adapters and prompts of their own, or "auto" (regional methods only);
+                adapters in no region act everywhere.
+            options: how regions are used, see :class:`pipelines.diffusion.regions.RegionOptions`.
 
         Raises:
-            InputError: unknown method, adapter or mode; an adapter named twice; a number below 1.
+            InputError: unknown method, adapter, mode or option; an adapter named twice; a number below 1; regions that
+                cannot be.
         """
         methods.find(method)
         resolve_mode(te_mode, method)
@@ -224,17 +281,26 @@ class MultiLoRAPipeline:
             self._need(name)
         if chosen and len(set(chosen)) != len(chosen):
             raise InputError(f"An adapter is named twice in the composition: {', '.join(chosen)}.")
-        self._composition = Composition(method, chosen, tau, te_mode, adapter_batch)
+        if method in REGIONAL and te_mode != "auto":
+            raise InputError(
+                f"With regions every prompt is encoded with its own region's adapters: leave te_mode '{te_mode}' out."
+            )
+        found = check_regions(method, regions, self._loaded if chosen is None else chosen)
+        how = check_options(method, self.family.flow, options)
+        if how.refine is None:
+            how = replace(how, refine=method == "lora-composer" and self._is_sd15())
+        self._composition = Composition(method, chosen, tau, te_mode, adapter_batch, found, how)
         return self
 
-    def plan(self, steps: int = 25, guidance_scale: float = 5.0, scheduler: str = "default") -> Plan:
-        """What a call with these numbers would do.
+    def plan(self, steps: int = 25, guidance_scale: float | None = None, scheduler: str = "default") -> Plan:
+        """What a call with these numbers would do (guidance as in a call).
 
         Raises:
             InputError: the composition cannot be done (for example a DoRA adapter with a fading schedule).
         """
         count = count_steps(sampler(scheduler, self.pipe.scheduler, self.family.flow), steps, self.family.flow)
-        plan, _ = self._planned(count, guidance_scale > 1)
+        guidance, mark = check_use(self._active_marks(), self._composition.method, guidance_scale, True)
+        plan, _ = self._planned(count, guidance > 1 and not (mark and mark.mode == "embedding"))
         return plan
 
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:
@@ -273,6 +339,7 @@ class MultiLoRAPipeline:
             for item in loaded
         ]
         merged = concatenate([item.file for item in loaded], weights, factors, rank)
+        merged = replace(merged, file=replace(merged.file, metadata=self._merged_entries(loaded)))
         WRITERS[format](merged.file, Path(path))
         return merged
 
@@ -283,7 +350,7 @@ class MultiLoRAPipeline:
         prompt: str,
         negative_prompt: str = "",
         steps: int = 25,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         seed: int = 0,
         images: int = 1,
         width: int | None = None,
@@ -293,58 +360,52 @@ class MultiLoRAPipeline:
         preview_every: int = 0,
         true_cfg_scale: float = 1.0,
         output_type: str = "pil",
+        allow_double_guidance: bool = False,
     ) -> Output:
         """Make pictures; picture k uses the seed ``seed + k`` whatever the number of pictures.
 
         Args:
             prompt, negative_prompt: what to draw and what to avoid.
             steps: denoising steps.
-            guidance_scale: classifier-free guidance (1 = off); Flux: its distilled guidance.
+            guidance_scale: classifier-free guidance (1 = off); Flux: its distilled guidance. Left out it is 5, with a
+                distilled adapter 1 (or, if that takes the guidance as an input, what it was made for).
             width, height: pixels; the base model's own size if left out.
             scheduler: sampler by name.
             monitor: is told every step and may cancel.
             preview_every: steps between previews in the reports (0 = none).
             true_cfg_scale: Flux: real guidance with the negative prompt (1 = off).
             output_type: "pil", or "latent" for the denoised latents.
+            allow_double_guidance: guide on top of the guidance that a distilled adapter has built in.
 
         Raises:
             InputError: a number or composition that cannot be done; out of memory (with what to do).
             Cancelled: the monitor asked to stop.
         """
-        monitor = monitor or Silent()
+        flow_flux = self.family.name == "flux"
+        wanted = true_cfg_scale if flow_flux else guidance_scale
+        guidance, mark = check_use(self._active_marks(), self._composition.method, wanted, allow_double_guidance)
+        guidance_scale = 5.0 if flow_flux and guidance_scale is None else guidance_scale if flow_flux else guidance
+        assert guidance_scale is not None
         check_call(self.family, self.pipe, steps, guidance_scale, images, (width, height), seed)
         check_pristine(self.pipe, self._components())
-        flow_flux = self.family.name == "flux"
-        guided = (true_cfg_scale if flow_flux else guidance_scale) > 1
+        guided = guidance > 1 and not (mark and mark.mode == "embedding")
+        call: dict[str, Any] = {
+            "width": width, "height": height, "num_inference_steps": steps, "guidance_scale": guidance_scale,
+            "output_type": output_type, **({"true_cfg_scale": true_cfg_scale} if flow_flux else {}),
+        }  # fmt: skip
+        size = self._pixels(width, height)
+        asked = Asked(prompt, negative_prompt, images, guided, seed, size, call, monitor or Silent(), preview_every)
         with torch.no_grad(), self._scheduler(scheduler) as fresh:
-            plan, voices = self._planned(count_steps(fresh, steps, self.family.flow), guided)
-            engines = self._built()
+            plan, voices = self._planned(count_steps(fresh, steps, self.family.flow), guided, prompt)
             try:
-                encodings = self._encode(engines, voices, prompt, negative_prompt or None, images, guided)
-                arguments: dict[str, Any] = dict(encodings[voices[0][0]].call_arguments())
-                generators = [torch.Generator().manual_seed(seed + k) for k in range(images)]
-                size = {"width": width, "height": height}
-                if flow_flux:
-                    arguments |= {"true_cfg_scale": true_cfg_scale}
-                with ExitStack() as stack:
-                    gates = stack.enter_context(engines.denoiser.attached())
-                    run = Denoising(
-                        self.family, gates, plan.steps, voices, encodings, voices[0][0], self._composition.adapter_batch
-                    )
-                    stack.enter_context(run.attached(self._denoiser()))
-                    result = self.pipe(
-                        **arguments,
-                        **size,
-                        num_inference_steps=steps,
-                        guidance_scale=guidance_scale,
-                        generator=generators,
-                        output_type=output_type,
-                        callback_on_step_end=self._reporter(run, monitor, len(plan.steps), preview_every, size),
-                    )
+                if self._composition.regional:
+                    result, places = self._regional(plan, asked)
+                else:
+                    result, places = self._everywhere(plan, voices, asked), ()
             except torch.OutOfMemoryError as error:
                 raise InputError(self._memory_advice(plan)) from error
         flagged = getattr(result, "nsfw_content_detected", None) or ()
-        return Output(result.images, plan, tuple(bool(flag) for flag in flagged))
+        return Output(result.images, plan, tuple(bool(flag) for flag in flagged), places)
 
     def __enter__(self) -> MultiLoRAPipeline:
         return self
@@ -357,11 +418,73 @@ class MultiLoRAPipeline:
 
     # Parts of a call
 
-    def _planned(self, count: int, guided: bool) -> tuple[Plan, list[list[Voices]]]:
+    def _everywhere(self, plan: Plan, voices: Sequence[Sequence[Voices]], asked: Asked) -> Any:
+        """A call whose adapters have no regions; returns what the diffusers pipeline returned."""
+        engines = self._built()
+        encodings = self._encode(engines, voices, asked)
+        given = voices[0][0]
+        with self._guidance_input(), engines.denoiser.attached() as gates:
+            kind = methods.runner(self._composition.method)
+            run = kind(self.family, gates, plan.steps, voices, encodings, given, self._composition.adapter_batch)
+            with run.attached(self._denoiser()):
+                return self._draw(run, asked, encodings[given].call_arguments(), asked.generators())
+
+    def _regional(self, plan: Plan, asked: Asked) -> tuple[Any, tuple[PlacedRegion, ...]]:
+        """A call with regions; returns what the diffusers pipeline returned, and where the regions were."""
+        from pipelines.diffusion.regions.run import RegionalCall
+
+        call = RegionalCall(self, plan, self._with_places(self._chosen()), self._composition.options, asked)
+        with call.attached() as run:
+            generators = asked.generators()
+            result = self._draw(run, asked, call.arguments() | call.start(generators), generators, call.between)
+        return result, call.placed()
+
+    def _draw(
+        self, run: Any, asked: Asked, arguments: Mapping[str, Any], generators: Any, between: Between | None = None
+    ) -> Any:
+        """Let the diffusers pipeline draw, while ``run`` is attached."""
+        return self.pipe(
+            **asked.call,
+            **arguments,
+            generator=generators,
+            callback_on_step_end=self._reporter(run, asked, between),
+        )
+
+    def encode_rows(
+        self, texts: Sequence[tuple[str, str]], regions: Sequence[Region], images: int, guided: bool
+    ) -> list[Encoding]:
+        """The text of the background and of every region, each by the text encoders with its own adapters.
+
+        Args:
+            texts: (prompt, negative prompt), the background's first.
+        """
+        loaded, engines = self._chosen(), self._built()
+        placed = {name for region in regions for name in region.adapters}
+        made = []
+        with ExitStack() as stack:
+            gates = [stack.enter_context(engine.attached()) for engine in engines.text.values()]
+            for (prompt, negative), region in zip(texts, (None, *regions), strict=True):
+                strengths = []
+                for item in loaded:
+                    own = region is not None and item.report.name in region.adapters
+                    strength = 1.0 if item.report.dora else item.report.te_weight
+                    factor = region.scale if region is not None and own else 1.0
+                    strengths.append(strength * factor if own or item.report.name not in placed else 0.0)
+                for gate in gates:
+                    gate.joint(strengths)
+                made.append(self.family.encode(self.pipe, prompt, negative or None, images, guided))
+        return made
+
+    def _planned(self, count: int, guided: bool, prompt: str | None = None) -> tuple[Plan, list[list[Voices]]]:
         """The plan of ``count`` steps, and the encoding of each prediction of each step."""
         chosen, loaded = self._composition, self._chosen()
         mode = resolve_mode(chosen.te_mode, chosen.method)
-        steps = methods.plan_steps(chosen.method, self._strengths(loaded, count), tau=chosen.tau)
+        strengths = self._strengths(loaded, count)
+        regions = self._with_places(loaded)
+        steps = methods.plan_steps(
+            chosen.method, strengths, tau=chosen.tau, members=self._members(loaded, regions),
+            factors=self._factors(loaded, regions, count), situation=self._situation(loaded, prompt),
+        )  # fmt: skip
         speaking = {
             i: item.report.te_weight
             for i, item in enumerate(loaded)
@@ -375,10 +498,67 @@ class MultiLoRAPipeline:
             steps=tuple(steps),
             guided=guided,
             adapter_batch=chosen.adapter_batch,
-            encodings=len({voice for row in voices for voice in row}),
+            encodings=len(regions) + 1 if regions else len({voice for row in voices for voice in row}),
             memory=self._built().denoiser.nbytes(),
+            regions=tuple(report_region(region) for region in regions),
+            options=chosen.options.to_dict() if chosen.regional else {},
+            warnings=tuple(self._scope_warnings(loaded, regions)),
         )
         return plan, voices
+
+    def _situation(self, loaded: Sequence[Loaded], prompt: str | None) -> Situation:
+        """What methods may look at that weigh adapters by their layers or by the prompt."""
+
+        def embed(text: str) -> torch.Tensor:
+            with torch.no_grad():
+                return self.family.encode(self.pipe, text, None, 1, False).positive["embeds"][0].float().mean(0)
+
+        return Situation(
+            names=tuple(item.report.name for item in loaded),
+            layers=tuple(item.file.parts.get(self.family.denoiser, {}) for item in loaded),
+            triggers=tuple(item.report.triggers for item in loaded),
+            prompt=prompt,
+            embed=embed,
+        )
+
+    def _with_places(self, loaded: Sequence[Loaded]) -> tuple[Region, ...]:
+        """The regions; automatic ones are one per adapter, and have no place yet."""
+        if self._composition.regions == "auto":
+            return tuple(Region((item.report.name,), words=item.report.triggers) for item in loaded)
+        return self._composition.regions
+
+    @staticmethod
+    def _members(loaded: Sequence[Loaded], regions: Sequence[Region]) -> list[tuple[int, ...]]:
+        """The numbers of the adapters of each region."""
+        numbers = {item.report.name: i for i, item in enumerate(loaded)}
+        return [tuple(numbers[name] for name in region.adapters) for region in regions]
+
+    @staticmethod
+    def _factors(loaded: Sequence[Loaded], regions: Sequence[Region], count: int) -> list[list[float]]:
+        """Scale times schedule of every region at every step."""
+        rows = [[region.scale * factor_at(region.schedule, k / count) for region in regions] for k in range(count)]
+        dora = {item.report.name for item in loaded if item.report.dora}
+        for i, region in enumerate(regions):
+            faded = next((row[i] for row in rows if row[i] not in (0, 1)), None)
+            if faded is not None and dora.intersection(region.adapters):
+                raise InputError(
+                    f"'{', '.join(dora.intersection(region.adapters))}' is a DoRA adapter: a region may switch it on "
+                    f"and off (1 and 0) but not fade it (it asks for {faded:g}); use weight to set its strength."
+                )
+        return rows
+
+    def _scope_warnings(self, loaded: Sequence[Loaded], regions: Sequence[Region]) -> list[str]:
+        if not regions or self._composition.options.scope != "cross":
+            return []
+        from pipelines.diffusion.regions.run import check_scope
+
+        placed = {name for region in regions for name in region.adapters}
+        return check_scope([item for item in loaded if item.report.name in placed], self.family.denoiser)
+
+    def _is_sd15(self) -> bool:
+        """A model of Stable Diffusion 1.5's size, for which LoRA-Composer's constants were chosen."""
+        widths = getattr(self._denoiser().config, "block_out_channels", ())
+        return self.family.name == "sd" and tuple(widths) == (320, 640, 1280, 1280)
 
     def _strengths(self, loaded: Sequence[Loaded], count: int) -> methods.Strengths:
         """Weight times schedule of every adapter at every step (of a DoRA adapter: the schedule alone, 0 or 1)."""
@@ -403,7 +583,7 @@ class MultiLoRAPipeline:
     def _built(self) -> Engines:
         """The joined adapters of the current composition (kept until it changes)."""
         loaded = self._chosen()
-        key = tuple((item.report.name, item.report.sha256) for item in loaded)
+        key = (self._crossing(), *((item.report.name, item.report.sha256) for item in loaded))
         if self._engines is None or self._engines.key != key:
             made = Engines(key, self._engine(self.family.denoiser, loaded))
             for component in self.family.text_encoders:
@@ -412,12 +592,25 @@ class MultiLoRAPipeline:
             self._engines = made
         return self._engines
 
+    def _crossing(self) -> tuple[str, ...]:
+        """The adapters that only act in cross-attention."""
+        chosen = self._composition
+        if not chosen.regional or chosen.options.scope != "cross":
+            return ()
+        regions = self._with_places(self._chosen())
+        return tuple(sorted({name for region in regions for name in region.adapters}))
+
     def _engine(self, component: str, loaded: Sequence[Loaded]) -> GatedAdapters:
         model = getattr(self.pipe, component)
         strong = "weight" if component == self.family.denoiser else "te_weight"
+        crossing = self._crossing() if component == self.family.denoiser else ()
         parts = [
             Adapter(
-                layers := item.file.parts.get(component, {}),
+                layers := {
+                    name: layer
+                    for name, layer in item.file.parts.get(component, {}).items()
+                    if item.report.name not in crossing or name.endswith(CROSS_LAYERS)
+                },
                 {name: block_factor(f"{component}.{name}", item.report.blocks) for name in layers},
                 getattr(item.report, strong) if item.report.dora else 1.0,
             )
@@ -430,10 +623,7 @@ class MultiLoRAPipeline:
         self,
         engines: Engines,
         voices: Sequence[Sequence[Voices]],
-        prompt: str,
-        negative: str | None,
-        images: int,
-        guided: bool,
+        asked: Asked,
     ) -> dict[Voices, Encoding]:
         """The prompt encoded once for every set of text encoder LoRAs that some prediction needs."""
         loaded = self._chosen()
@@ -447,7 +637,9 @@ class MultiLoRAPipeline:
                 ]
                 for gate in gates:
                     gate.joint(strengths)
-                made[voice] = self.family.encode(self.pipe, prompt, negative, images, guided)
+                made[voice] = self.family.encode(
+                    self.pipe, asked.prompt, asked.negative or None, asked.images, asked.guided
+                )
         return made
 
     @contextmanager
@@ -463,28 +655,27 @@ class MultiLoRAPipeline:
             self.pipe.scheduler = own
             self.pipe.set_progress_bar_config(**bar)
 
-    def _reporter(
-        self, run: Denoising, monitor: Monitor, total: int, preview_every: int, size: Mapping[str, int | None]
-    ) -> Any:
-        """diffusers' callback: move to the next step, report it, stop if asked."""
+    def _reporter(self, run: Any, asked: Asked, between: Between | None) -> Any:
+        """diffusers' callback: move to the next step, correct the latents (``between``), report, stop if asked."""
+        total, every = len(run.steps), asked.preview_every
 
         def on_step_end(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             run.step = index + 1
             picture = None
-            if preview_every and (index + 1) % preview_every == 0 and index + 1 < total:
-                picture = preview(pipe, tensors["latents"], *self._pixels(size))
-            monitor.report(Progress("sampling", index + 1, total, preview=picture))
-            check(monitor)
-            return {}
+            if every and (index + 1) % every == 0 and index + 1 < total:
+                picture = preview(pipe, tensors["latents"], *asked.size)
+            asked.monitor.report(Progress("sampling", index + 1, total, preview=picture))
+            check(asked.monitor)
+            return between(index + 1, tensors["latents"]) if between and index + 1 < total else {}
 
         return on_step_end
 
-    def _pixels(self, size: Mapping[str, int | None]) -> tuple[int, int]:
+    def _pixels(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Height and width of the pictures of a call."""
         own = getattr(self.pipe, "default_sample_size", None) or self._denoiser().config.sample_size
         own = own if isinstance(own, int) else own[0]
         default = own * self.pipe.vae_scale_factor
-        return size["height"] or default, size["width"] or default
+        return height or default, width or default
 
     def _memory_advice(self, plan: Plan) -> str:
         together = self._composition.adapter_batch or len(plan.adapters)
@@ -493,6 +684,32 @@ class MultiLoRAPipeline:
                 f"Out of memory with {together} adapters denoised together: set adapter_batch=1, or memory='balanced'."
             )
         return "Out of memory: use memory='balanced' or 'low', fewer images at once, or a smaller size."
+
+    # Distilled adapters
+
+    def _active_marks(self) -> dict[str, tuple[Mark, float]]:
+        """Name -> (mark, weight) of the distilled adapters of the composition that are at work."""
+        found = [(item, item.distilled) for item in self._chosen()]
+        return {
+            item.report.name: (special.mark, item.report.weight)
+            for item, special in found
+            if special is not None and item.report.weight != 0
+        }
+
+    @contextmanager
+    def _guidance_input(self) -> Iterator[None]:
+        """Inside, the denoiser takes the guidance as an input if the distilled adapter at work needs that."""
+        weights = [item.distilled.embedding for item in self._chosen() if item.distilled and item.report.weight != 0]
+        with ExitStack() as stack:
+            for weight in weights:
+                if weight is not None:
+                    stack.enter_context(embedding.attached(self._denoiser(), weight))
+            yield
+
+    def _merged_entries(self, loaded: Sequence[Loaded]) -> dict[str, str]:
+        return merged_mark(
+            [(item.distilled.mark, item.report.weight) for item in loaded if item.distilled and item.report.weight != 0]
+        )
 
     # Small things
 

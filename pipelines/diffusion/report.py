@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.methods.step import Step
+from pipelines.diffusion.regions.region import Region
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,36 @@ class LoraReport:
 
 
 @dataclass(frozen=True)
+class RegionReport:
+    """A region: its place (a box, a mask, or neither: found by itself), adapters, texts and strength."""
+
+    name: str
+    box: tuple[float, float, float, float] | None
+    masked: bool
+    adapters: tuple[str, ...]
+    prompt: str
+    negative: str | None
+    scale: float
+    schedule: tuple[tuple[float, float], ...]
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{edge:.3g}" for edge in self.box) if self.box else ""
+        place = f"box {numbers}" if self.box else "mask" if self.masked else "place found by itself"
+        text = f"'{self.prompt}'" if self.prompt else "the whole prompt"
+        faded = f" x {self.scale:g}" if self.scale != 1 else ""
+        times = " by schedule" if self.schedule else ""
+        return f"region {self.name}: {place}; {', '.join(self.adapters)}{faded}{times}; {text}"
+
+
+def report_region(region: Region) -> RegionReport:
+    """What is told about a region."""
+    return RegionReport(
+        region.title, region.box, region.mask is not None, region.adapters, region.prompt, region.negative,
+        region.scale, tuple(region.schedule),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a call will do.
 
@@ -62,6 +93,8 @@ class Plan:
         adapter_batch: predictions in one call of the denoiser (None = all).
         encodings: how often the prompt is encoded.
         memory: bytes of the adapters' joined matrices.
+        regions, options: where adapters act and how (regional methods).
+        warnings: what may surprise.
     """
 
     method: str
@@ -72,6 +105,9 @@ class Plan:
     adapter_batch: int | None
     encodings: int
     memory: int
+    regions: tuple[RegionReport, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def gates(self) -> list[tuple[float, ...]]:
@@ -96,6 +132,9 @@ class Plan:
             "adapter_batch": self.adapter_batch,
             "encodings": self.encodings,
             "memory": self.memory,
+            "regions": [asdict(region) for region in self.regions],
+            "options": dict(self.options),
+            "warnings": list(self.warnings),
         }
 
     def __str__(self) -> str:
@@ -105,12 +144,17 @@ class Plan:
             f"{self.method} of {', '.join(self.adapters) or 'no adapter'}; text encoders {self.te_mode}",
             f"{len(self.steps)} steps, {self.forwards} predictions per picture{halves}, "
             f"{self.encodings} prompt encodings, {self.memory / 2**20:.1f} MiB of adapters",
+            *(f"  {region}" for region in self.regions),
         ]
+        if self.regions:
+            parts = [name for name in ("self_mask", "reinit", "refine") if self.options.get(name)]
+            lines.append(f"  scope {', '.join([self.options['scope'], *parts])}")
         for first, last, step in _runs(self.steps):
             used = ", ".join(f"{self.adapters[i]} {step.gates[i]:g}" for i in step.active) or "base model alone"
-            apart = " (each alone, averaged)" if step.separate and len(step.active) > 1 else ""
+            alone = " (each region alone, blended)" if step.rows else " (each alone, averaged)"
+            apart = alone if step.separate and step.forwards > 1 else ""
             lines.append(f"  step {first}{f'-{last}' if last > first else ''}: {used}{apart}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {text}" for text in self.warnings)])
 
 
 def _runs(steps: tuple[Step, ...]) -> list[tuple[int, int, Step]]:

@@ -1,7 +1,7 @@
 """Regions of a picture: where which adapters act, and how. A part of the composition's schema.
 
-:class:`RegionFields` is inherited by :class:`~studio.schemas.compose.ComposeConfig`. Its fields are flat like all others:
-one field is one YAML key, one flag and one widget, in the group "Regions".
+:class:`RegionFields` is inherited by :class:`~studio.schemas.compose.ComposeConfig`. Its fields are flat like all
+others: one field is one YAML key, one flag and one widget, in the group "Regions".
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class RegionFields(BaseModel):
     )  # fmt: skip
     trust_region: float | None = Field(
         0.05, gt=0, allow_inf_nan=False,
-        description="refine: largest correction per step as a share of the latents' size; empty = no limit (the paper).",
+        description="refine: largest correction per step as a share of the latents' size; empty = none (the paper).",
         json_schema_extra=_REGIONS_MORE,
     )  # fmt: skip
     capture: int | None = Field(

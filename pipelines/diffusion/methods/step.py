@@ -12,10 +12,13 @@ class Step:
     Attributes:
         gates: strength of every adapter, in order; 0 = not used in this step.
         separate: True: one prediction per used adapter, then their mean; False: all used adapters in one prediction.
+        rows: with regions: the strengths outside all regions, then those inside each of them; ``gates`` is then the
+            largest strength of each adapter, and ``separate`` means one prediction per row.
     """
 
     gates: tuple[float, ...]
     separate: bool = False
+    rows: tuple[tuple[float, ...], ...] = ()
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -25,7 +28,7 @@ class Step:
     @property
     def forwards(self) -> int:
         """Predictions of the denoiser per picture and guidance half."""
-        return max(1, len(self.active)) if self.separate else 1
+        return max(1, len(self.rows or self.active)) if self.separate else 1
 
 
 Strengths = tuple[tuple[float, ...], ...]

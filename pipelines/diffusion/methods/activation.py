@@ -1,0 +1,32 @@
+"""Regions inside the network: each adapter's update is added only to the activations of its own region.
+
+    y = W0 x + sum_i share_i(cell) g_i s_i B_i A_i x        for every layer on picture cells, in one pass
+
+with shares as in :mod:`pipelines.diffusion.regions.masks`, resized to each layer's grid. Layers on text have no place
+in the picture. In a UNet each region therefore has its own keys and values in cross-attention, from its own prompt with
+its own adapters (as in LoRA-Composer, arXiv 2403.11627). In SD3 and Flux the prompts of all regions stand one after the
+other in the text sequence; an adapter acts on its own segment, and segment and region see each other and no other
+region's segment. Layers without any place (time embedding) get the adapter at the region's share of the picture, but
+the time vector of a UNet's residual blocks is masked where it meets the picture.
+"""
+
+from __future__ import annotations
+
+from adapters.catalogue import Method
+from pipelines.diffusion.methods.step import Step, Strengths
+from pipelines.diffusion.regions.rows import Factors, Members, regional_steps
+
+METHOD = Method(
+    name="activation",
+    title="Regions: masked adapters",
+    summary="All regions in one pass, each adapter masked to its region in every layer: fast, for every kind of LoRA.",
+    stage="compose",
+    makes="picture",
+    paper="",
+    entry="pipelines.diffusion.methods.activation:steps",
+)
+
+
+def steps(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
+    """One prediction per step with a row of strengths per region."""
+    return regional_steps(strengths, members, factors, separate=False)

@@ -1,0 +1,30 @@
+"""LoRA-Composer: several concepts in one picture, each in its region, without training.
+
+"LoRA-Composer: Leveraging Low-Rank Adaptation for Multi-Concept Customization in Training-Free Diffusion Models"
+(arXiv 2403.11627): concept injection (:mod:`pipelines.diffusion.methods.cross`), concept isolation in self-attention
+(``self_mask``), latent re-initialisation (``reinit``) and refinement by attention losses (``refine``: concept
+enhancement with ``gaussian`` and ``fill_loss``, and ``region_loss``). Each part can be switched off. Ours:
+``scope="spatial"`` (all layers of an adapter, masked), masks of any shape, the rule for overlaps, SDXL, and a trust
+region for the refinement.
+"""
+
+from __future__ import annotations
+
+from adapters.catalogue import Method
+from pipelines.diffusion.methods.step import Step, Strengths
+from pipelines.diffusion.regions.rows import Factors, Members, regional_steps
+
+METHOD = Method(
+    name="lora-composer",
+    title="LoRA-Composer",
+    summary="Concepts in their regions, kept apart, started from fitting noise and corrected on the way; for UNets.",
+    stage="compose",
+    makes="picture",
+    paper="LoRA-Composer, arXiv 2403.11627",
+    entry="pipelines.diffusion.methods.lora_composer:steps",
+)
+
+
+def steps(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
+    """One prediction per step with a row of strengths per region."""
+    return regional_steps(strengths, members, factors, separate=False)

@@ -1,0 +1,68 @@
+"""W-Composite: the mean of LoRA Composite, weighted by how close an adapter is to the prompt.
+
+"Prompt-aware" weighting of multi-LoRA composition (arXiv 2606.03792), W-Composite:
+
+    eps = sum_i w_i eps_i,     w_i = max(0.05, cos(e(prompt), e(triggers of i))), divided by their sum
+
+with e(.) the mean-pooled text embedding and eps_i the denoiser with adapter i alone. Equal weights are LoRA Composite.
+Adapters that are not used in a step take no part in its mean. N predictions per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.catalogue import Method
+from pipelines.diffusion.denoise import Denoising
+from pipelines.diffusion.methods.situation import Situation, normalised
+from pipelines.diffusion.methods.step import Step, Strengths
+
+METHOD = Method(
+    name="w-composite",
+    title="W-Composite",
+    summary="LoRA Composite whose mean is weighted by how close each adapter's trigger words are to the prompt.",
+    stage="compose",
+    makes="picture",
+    paper="Prompt-aware multi-LoRA composition (W-Switch, W-Composite), arXiv 2606.03792",
+    entry="pipelines.diffusion.methods.w_composite:steps",
+)
+
+
+@dataclass(frozen=True)
+class WeightedStep(Step):
+    """A step whose predictions have shares of their own, one per adapter."""
+
+    shares: tuple[float, ...] = ()
+
+
+class Run(Denoising):
+    """Reduces by shares instead of a plain mean."""
+
+    def reduce(self, predictions: Tensor) -> Tensor:
+        step = self.steps[min(self.step, len(self.steps) - 1)]
+        assert isinstance(step, WeightedStep)
+        return weighted(predictions, [step.shares[i] for i in step.active])
+
+
+def steps(strengths: Strengths, situation: Situation) -> list[Step]:
+    """Separate predictions per step; without a prompt (a plan) all shares are equal."""
+    situation.need_triggers("w-composite")
+    count = len(strengths[0]) if strengths else 0
+    shares = weights(situation) if situation.prompt is not None else (1 / max(count, 1),) * count
+    return [WeightedStep(row, separate=True, shares=shares) for row in strengths]
+
+
+def weights(situation: Situation) -> tuple[float, ...]:
+    """w_i, summing to 1."""
+    prompt = situation.prompt or ""
+    return normalised([situation.closeness(prompt, ", ".join(words)) for words in situation.triggers])
+
+
+def weighted(predictions: Tensor, shares: list[float]) -> Tensor:
+    """Adapter-major (n * batch, ...) -> (batch, ...), with shares that are made to sum to 1."""
+    parts = predictions.view(len(shares), -1, *predictions.shape[1:])
+    factors = torch.tensor(shares, dtype=torch.float32, device=parts.device)
+    return torch.einsum("n,n...->...", (factors / factors.sum()).to(parts), parts)

@@ -1,0 +1,53 @@
+"""W-Switch: turns as in LoRA Switch, the longer the more of the prompt an adapter is about.
+
+"Prompt-aware" weighting of multi-LoRA composition (arXiv 2606.03792), W-Switch. With e(.) the mean-pooled text
+embedding,
+
+    w_i   = max(0.05, 1 - cos(e(prompt), e(prompt without the triggers of i))),  then divided by their sum
+    turn  = max(1, round(tau w_i / max_j w_j))  steps
+
+An adapter whose words change the meaning of the prompt much keeps the pen for tau steps, others for fewer. Equal
+weights are LoRA Switch. One prediction per step. (The paper's option to keep the last steps for a character is not
+here: a schedule does it.)
+"""
+
+from __future__ import annotations
+
+from adapters.catalogue import Method
+from pipelines.diffusion.methods.situation import Situation, normalised, without
+from pipelines.diffusion.methods.step import Step, Strengths
+
+METHOD = Method(
+    name="w-switch",
+    title="W-Switch",
+    summary="LoRA Switch whose turns (up to tau steps) follow how much of the prompt an adapter is about.",
+    stage="compose",
+    makes="picture",
+    paper="Prompt-aware multi-LoRA composition (W-Switch, W-Composite), arXiv 2606.03792",
+    entry="pipelines.diffusion.methods.w_switch:steps",
+)
+
+
+def steps(strengths: Strengths, situation: Situation, tau: int = 1) -> list[Step]:
+    """One prediction per step with the adapter whose turn it is; without a prompt (a plan) all turns are tau."""
+    situation.need_triggers("w-switch")
+    count = len(strengths[0]) if strengths else 0
+    turns = lengths(weights(situation), tau) if situation.prompt is not None else [tau] * count
+    order = [i for i, length in enumerate(turns) for _ in range(length)]
+    return [
+        Step(tuple(value if i == order[k % len(order)] else 0.0 for i, value in enumerate(row)))
+        if order
+        else Step(row)
+        for k, row in enumerate(strengths)
+    ]
+
+
+def weights(situation: Situation) -> tuple[float, ...]:
+    """w_i, summing to 1."""
+    prompt = situation.prompt or ""
+    return normalised([1 - situation.closeness(prompt, without(prompt, words)) for words in situation.triggers])
+
+
+def lengths(shares: tuple[float, ...], tau: int) -> list[int]:
+    """Steps per turn of every adapter."""
+    return [max(1, round(tau * share / max(shares))) for share in shares]

@@ -1,0 +1,70 @@
+"""Regions at the output: one prediction per row, blended by the regions' shares on the latents (method ``output``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.layers.gated import Gates
+from pipelines.diffusion.denoise import Denoising
+from pipelines.diffusion.families import Encoding, Family
+from pipelines.diffusion.methods.step import Step
+from pipelines.diffusion.regions.masks import Place, level
+from pipelines.diffusion.text import Voices
+
+
+class Blending(Denoising):
+    """One run: the batch once per row (row-major), each with its strengths and its text, and the blended result.
+
+    Args:
+        encodings: the encoding of row k is called ``(k,)``; the pipeline itself was given that of the background.
+        places: the regions' places.
+        grid: height and width of the grid of latent cells (of Flux: of its packed tokens).
+        See :class:`Denoising` for the others.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        gates: Gates,
+        steps: Sequence[Step],
+        encodings: Mapping[Voices, Encoding],
+        places: Sequence[Place],
+        grid: tuple[int, int],
+        adapter_batch: int | None = None,
+    ) -> None:
+        rows = list(range(len(places) + 1))
+        voices = [[(row,) for row in rows]] * len(steps)
+        super().__init__(family, gates, steps, voices, encodings, (0,), adapter_batch)
+        self.shares = level(places, *grid, hard=False, device=torch.device("cpu")).shares
+        self.used = [row for row in rows if bool((self.shares[row] > 0).any())]
+        self.grid = grid
+
+    def predictions(self, step: Step) -> list[int]:
+        """The rows with a share of the picture."""
+        return self.used
+
+    def set_gates(self, step: Step, predictions: Sequence[int], batch: int) -> None:
+        """Row-major strengths for every sample."""
+        rows = [step.rows[row] for row in predictions]
+        if len(rows) == 1:
+            self.gates.joint(rows[0])
+        elif rows[0]:
+            self.gates.per_sample(torch.tensor(rows).repeat_interleave(batch, 0))
+
+    def reduce(self, predictions: Tensor) -> Tensor:
+        """Blend a row-major batch: (rows * batch, ...) -> (batch, ...)."""
+        rows = predictions.view(len(self.used), -1, *predictions.shape[1:])
+        shares = self.shares[self.used].to(predictions)
+        if predictions.ndim == 3:  # packed tokens (batch, cells, channels)
+            return (rows * shares[:, None, :, None]).sum(0)
+        return (rows * shares.view(len(self.used), 1, 1, *self.grid)).sum(0)
+
+
+def latent_grid(family: Any, pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """The cells of a prediction for a picture of this size: latents, or Flux's packed tokens."""
+    factor = pipe.vae_scale_factor * (2 if family.name == "flux" else 1)
+    return height // factor, width // factor

@@ -1,0 +1,199 @@
+"""Regions on token grids: which cell belongs to whom, at every resolution of the network.
+
+With m_i the mask of region i on a grid of L = h w cells, the share of region i in a cell is
+
+    share_i = m_i / max(1, sum_j m_j),      share of the background = 1 - sum_i share_i,
+
+so shares add up to 1 everywhere. Where regions overlap they are averaged (at every level: predictions, activations,
+attention outputs); where a mask is soft the background has the rest. Masks are *soft* (area averages of the mask on the
+grid) or *hard* (0 or 1; a box has the rows ceil(y0 h) to floor(y1 h), as LoRA-Composer has it, a mask the cells of
+which it covers half).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.errors import InputError
+from pipelines.diffusion.regions.pictures import open_mask
+from pipelines.diffusion.regions.region import Box, Region
+
+ROUND = 1e-6
+"""Edges this close to a cell border lie on it (thirds are not exact in binary)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A region's place: a box, or a mask (height, width) in [0, 1] of any resolution."""
+
+    box: Box | None
+    mask: Tensor | None
+
+    def soft(self, height: int, width: int) -> Tensor:
+        """Share of every cell of a grid that lies inside: (height, width) in [0, 1]."""
+        if self.box is not None:
+            x0, y0, x1, y1 = self.box
+            return covered(y0, y1, height)[:, None] * covered(x0, x1, width)[None, :]
+        assert self.mask is not None
+        return F.adaptive_avg_pool2d(self.mask[None, None], (height, width))[0, 0].clamp(0, 1)
+
+    def hard(self, height: int, width: int) -> Tensor:
+        """The cells of a grid that belong to the region: (height, width) of 0 and 1."""
+        if self.box is None:
+            return (self.soft(height, width) >= 0.5).float()
+        x0, y0, x1, y1 = self.box
+        rows, columns = cells(y0, y1, height), cells(x0, x1, width)
+        made = torch.zeros(height, width)
+        made[rows[0] : rows[1], columns[0] : columns[1]] = 1
+        return made
+
+
+def covered(start: float, end: float, count: int) -> Tensor:
+    """How much of each of ``count`` equal cells the stretch from ``start`` to ``end`` (fractions) covers."""
+    left = torch.arange(count, dtype=torch.float64)
+    share = (torch.clamp(left + 1, max=end * count) - torch.clamp(left, min=start * count)).clamp(0, 1)
+    share[share < ROUND] = 0
+    share[share > 1 - ROUND] = 1
+    return share.float()
+
+
+def cells(start: float, end: float, count: int) -> tuple[int, int]:
+    """First cell and end (exclusive) of the cells that lie wholly between ``start`` and ``end`` (fractions)."""
+    return math.ceil(start * count - ROUND), math.floor(end * count + ROUND)
+
+
+def place(region: Region) -> Place:
+    """Where a region is.
+
+    Raises:
+        InputError: its mask cannot be read or is empty.
+    """
+    if region.box is not None:
+        return Place(region.box, None)
+    if isinstance(region.mask, Tensor):
+        mask = region.mask.detach().float().cpu()
+        if (
+            mask.ndim != 2
+            or not bool(torch.isfinite(mask).all())
+            or mask.min() < 0
+            or mask.max() > 1
+            or mask.max() == 0
+        ):
+            raise InputError(
+                f"The mask of region '{region.title}' must be (height, width) in [0, 1] and not empty, "
+                f"got shape {tuple(mask.shape)}."
+            )
+        return Place(None, mask)
+    image: Any = open_mask(region.mask)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width)
+    return Place(None, pixels.float() / 255)
+
+
+def check_ratio(places: Sequence[Place], titles: Sequence[str], height: int, width: int) -> None:
+    """Refuse masks of another shape than the picture.
+
+    Raises:
+        InputError: naming both shapes.
+    """
+    for one, title in zip(places, titles, strict=True):
+        if one.mask is None:
+            continue
+        rows, columns = one.mask.shape
+        wanted = width / height
+        # a mask may be rounded to whole pixels, so allow one of them
+        if (
+            not (columns - 1) / (rows + 1) <= wanted <= (columns + 1) / max(1, rows - 1)
+            and columns * height != rows * width
+        ):
+            raise InputError(
+                f"The mask of region '{title}' is {columns} x {rows} and the picture {width} x {height}: "
+                "a mask must have the picture's shape."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """The regions on one grid.
+
+    ``shares`` (1 + N, L): row 0 is the background. The cells of every region with a share are its *group*; groups are
+    padded to equal length n, so that all of them are attended in one call: ``index`` (G n,) says which cell each slot
+    reads, ``rows`` (G,) which row each group is. Back on the grid, cell l is the sum over m of
+    ``weights[m, l] * slot[gather[m, l]]``.
+    """
+
+    height: int
+    width: int
+    shares: Tensor
+    rows: tuple[int, ...]
+    index: Tensor
+    gather: Tensor
+    weights: Tensor
+    extra: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def slots(self) -> int:
+        """Length n of a group."""
+        return self.index.numel() // len(self.rows)
+
+    @cached_property
+    def slot_rows(self) -> Tensor:
+        """The row each slot belongs to (G n,)."""
+        return torch.tensor(self.rows, device=self.index.device).repeat_interleave(self.slots)
+
+    @cached_property
+    def allowed(self) -> Tensor | None:
+        """Which cell may look at which (L, L), or None where all may: two cells that both lie in regions but share
+        none do not see each other (equal to LoRA-Composer's mask for disjoint boxes, and defined for overlaps)."""
+        inside = self.shares[1:] > 0
+        somewhere = inside.any(0)
+        together = (inside.float().T @ inside.float()) > 0
+        blocked = somewhere[:, None] & somewhere[None, :] & ~together
+        return ~blocked if bool(blocked.any()) else None
+
+
+def level(places: Sequence[Place], height: int, width: int, hard: bool, device: torch.device) -> Level:
+    """The regions on a grid of ``height`` x ``width`` cells."""
+    masks = [(one.hard if hard else one.soft)(height, width).flatten() for one in places]
+    return level_of(torch.stack(masks), height, width, device)
+
+
+def level_of(masks: Tensor, height: int, width: int, device: torch.device) -> Level:
+    """The level of masks (N, L) in [0, 1]."""
+    shares = masks / masks.sum(0).clamp(min=1)
+    rest = (1 - shares.sum(0)).clamp(min=0)
+    rest[rest < ROUND] = 0
+    shares = torch.cat([rest[None], shares])
+    rows = [row for row in range(len(shares)) if bool((shares[row] > 0).any())]
+    members = [shares[row].nonzero().flatten() for row in rows]
+    length = max(len(member) for member in members)
+    index = torch.cat([torch.cat([member, member[:1].expand(length - len(member))]) for member in members])
+    overlap = int((shares > 0).sum(0).max())
+    gather = torch.zeros(overlap, height * width, dtype=torch.long)
+    weights = torch.zeros(overlap, height * width)
+    filled = torch.zeros(height * width, dtype=torch.long)
+    for group, (row, member) in enumerate(zip(rows, members, strict=True)):
+        gather[filled[member], member] = group * length + torch.arange(len(member))
+        weights[filled[member], member] = shares[row, member]
+        filled[member] += 1
+    return Level(height, width, shares.to(device), tuple(rows), index.to(device), gather.to(device), weights.to(device))
+
+
+def grids(height: int, width: int) -> list[tuple[int, int]]:
+    """The grids of a UNet on latents of this size, finest first: every downsampling halves and rounds up."""
+    made = [(height, width)]
+    while made[-1] != (1, 1):
+        rows, columns = made[-1]
+        made.append((-(-rows // 2), -(-columns // 2)))
+    return made

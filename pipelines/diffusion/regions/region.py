@@ -1,0 +1,221 @@
+"""What a person says about regions, and the checks on it that need no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from adapters.errors import InputError, nearest
+from pipelines.diffusion.checks import check_weight
+from pipelines.diffusion.schedule import Keyframes, check_keyframes
+
+Box = tuple[float, float, float, float]
+Scope = Literal["cross", "spatial"]
+
+REGIONAL = ("output", "activation", "cross", "lora-composer")
+"""Composition methods that use regions."""
+
+CROSS_LAYERS = ("attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+"""The layers of an adapter that the scope "cross" uses."""
+
+PARTS = ("self_mask", "reinit", "refine")
+"""LoRA-Composer's parts that can be switched."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the picture with adapters of its own.
+
+    Attributes:
+        adapters: names of loaded adapters that act here (and in other regions that name them), nowhere else.
+        box: x0, y0, x1, y1 as fractions of width and height; the end is exclusive.
+        mask: instead of a box: file, ``data:`` URI, PIL image or tensor (height, width) in [0, 1], 1 inside.
+        prompt, negative: what to draw and avoid here ("" and None: what the call says).
+        scale: factor on the weights of its adapters.
+        schedule: keyframes (progress, factor).
+        words: words of the prompt that name the subject (its adapters' triggers if left out).
+        name: what to call it (its adapters' names if left out).
+    """
+
+    adapters: tuple[str, ...]
+    box: Box | None = None
+    mask: Any = None
+    prompt: str = ""
+    negative: str | None = None
+    scale: float = 1.0
+    schedule: Keyframes = ()
+    words: tuple[str, ...] = ()
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.name or "+".join(self.adapters)
+
+
+@dataclass(frozen=True)
+class RegionOptions:
+    """How regions are used; None = as the method says.
+
+    Attributes:
+        scope: "cross" (cross-attention layers of an adapter) or "spatial" (all its layers, masked).
+        self_mask: regions do not attend to each other.
+        reinit: start from rearranged noise.
+        refine: correct the latents by attention losses.
+        gaussian, fill_loss, region_loss: terms of the refinement.
+        refine_rate: its step size (the paper's code: 20).
+        trust_region: largest correction per step as a share of the latents' norm (None: no limit).
+        capture: attention is read where the latents are this many times smaller (None: 4, finer for small pictures).
+        auto_steps: share of the steps made to find automatic regions.
+    """
+
+    scope: Scope | None = None
+    self_mask: bool | None = None
+    reinit: bool | None = None
+    refine: bool | None = None
+    gaussian: bool = True
+    fill_loss: bool = True
+    region_loss: bool = True
+    refine_rate: float = 20.0
+    trust_region: float | None = 0.05
+    capture: int | None = None
+    auto_steps: float = 0.3
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedRegion:
+    """Where a region was: ``mask`` is a PIL image ("L") of the picture's size, white inside."""
+
+    name: str
+    box: Box | None
+    mask: Any
+    adapters: tuple[str, ...] = field(default=())
+
+
+def check_regions(
+    method: str, regions: str | Sequence[Region | Mapping[str, Any]] | None, adapters: Iterable[str]
+) -> tuple[Region, ...] | Literal["auto"]:
+    """The regions as :class:`Region` objects, with every number checked.
+
+    Raises:
+        InputError: regions for a method without them or none for one that needs them; no, a wrong or an unknown
+            adapter; a box that is none; no place at all; a number that is not finite.
+    """
+    if method not in REGIONAL:
+        if regions:
+            raise InputError(f"'{method}' has no regions: choose {', '.join(REGIONAL)}, or leave the regions out.")
+        return ()
+    if not regions:
+        raise InputError(f"'{method}' needs regions: give some, or 'auto'.")
+    known = tuple(adapters)
+    if isinstance(regions, str):
+        if regions != "auto":
+            raise InputError(f"regions is a list of regions or 'auto', got '{regions}'.")
+        if not known:
+            raise InputError("Automatic regions need at least one adapter.")
+        return "auto"
+    return tuple(_checked(region, number, known) for number, region in enumerate(regions, 1))
+
+
+def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> RegionOptions:
+    """The options as an object with scope and parts decided, except ``refine``, which depends on the model.
+
+    Raises:
+        InputError: an unknown option, one the method or the family cannot do, a number out of range.
+    """
+    known = [item.name for item in fields(RegionOptions)]
+    for name in options:
+        if name not in known:
+            raise InputError(f"compose has no option '{name}'{nearest(name, known)}.")
+    made = RegionOptions(**options)
+    if method not in REGIONAL:
+        if made != RegionOptions():
+            raise InputError(f"'{method}' has no regions, so it takes no {', '.join(options)}.")
+        return made
+    if made.scope not in (None, "cross", "spatial"):
+        raise InputError(f"Unknown scope '{made.scope}': possible are cross, spatial.")
+    own: Scope = "spatial" if method in ("output", "activation") else "cross"
+    if method != "lora-composer" and made.scope not in (None, own):
+        other = "activation" if made.scope == "spatial" else "cross"
+        raise InputError(f"'{method}' always has the scope '{own}': choose the method '{other}' or 'lora-composer'.")
+    asked = [name for name in PARTS if getattr(made, name)]
+    if method == "output" and asked:
+        raise InputError(f"'output' makes separate predictions and has no {', '.join(asked)}: use 'lora-composer'.")
+    if flow and (method in ("cross", "lora-composer") or made.reinit or made.refine):
+        raise InputError(
+            "This family has no separate cross-attention, which 'cross', 'lora-composer', reinit and refine work on: "
+            "use 'activation' or 'output'."
+        )
+    for name in ("refine_rate", "trust_region", "auto_steps"):
+        value = getattr(made, name)
+        if value is not None and check_weight(value, name) <= 0:
+            raise InputError(f"{name} must be above 0, got {value}.")
+    if made.auto_steps > 1:
+        raise InputError(f"auto_steps is a share of the steps, at most 1, got {made.auto_steps}.")
+    if made.capture is not None and made.capture < 1:
+        raise InputError(f"capture must be at least 1, got {made.capture}.")
+    whole = method == "lora-composer"
+    return replace(
+        made,
+        scope=made.scope or own,
+        self_mask=whole if made.self_mask is None else made.self_mask,
+        reinit=whole if made.reinit is None else made.reinit,
+        refine=False if made.refine is None and not whole else made.refine,
+    )
+
+
+def _checked(given: Region | Mapping[str, Any], number: int, known: Sequence[str]) -> Region:
+    if isinstance(given, Mapping):
+        names = [item.name for item in fields(Region)]
+        for key in given:
+            if key not in names:
+                raise InputError(f"Region {number} has no value '{key}'{nearest(str(key), names)}.")
+        if "adapters" not in given:
+            raise InputError(f"Region {number} has no adapters.")
+        given = Region(**given)
+    adapters = (given.adapters,) if isinstance(given.adapters, str) else tuple(given.adapters)
+    if not adapters:
+        raise InputError(f"Region {number} has no adapter.")
+    for name in adapters:
+        if name not in known:
+            raise InputError(
+                f"Region {number} names the adapter '{name}'{nearest(name, known)}, which is not part of the "
+                f"composition: it has {', '.join(known) or 'none'}."
+            )
+    if len(set(adapters)) != len(adapters):
+        raise InputError(f"Region {number} names an adapter twice.")
+    title = given.name or "+".join(adapters)
+    mask = given.mask if not isinstance(given.mask, str | Path) or str(given.mask) else None
+    if (given.box is None) == (mask is None):
+        raise InputError(f"Region {number} ('{title}') needs a box or a mask, and not both.")
+    box = None if given.box is None else check_box(given.box, f"Region {number} ('{title}')")
+    words = (given.words,) if isinstance(given.words, str) else tuple(given.words)
+    return replace(
+        given,
+        adapters=adapters,
+        box=box,
+        mask=mask,
+        scale=check_weight(given.scale, f"The scale of region {number}"),
+        schedule=check_keyframes(given.schedule or (), f"region {number}"),
+        words=words,
+    )
+
+
+def check_box(box: Sequence[float], what: str) -> Box:
+    """The box as four floats.
+
+    Raises:
+        InputError: not four numbers in [0, 1], or without an inside.
+    """
+    numbers = tuple(float(edge) for edge in box)
+    if len(numbers) != 4 or not all(math.isfinite(edge) and 0 <= edge <= 1 for edge in numbers):
+        raise InputError(f"{what}: a box is x0, y0, x1, y1 between 0 and 1, got {list(box)}.")
+    x0, y0, x1, y1 = numbers
+    if x1 <= x0 or y1 <= y0:
+        raise InputError(f"{what}: a box needs x0 < x1 and y0 < y1, got {list(box)}.")
+    return x0, y0, x1, y1
