@@ -1,4 +1,4 @@
-"""The web app: four pages over the jobs and the library, served to this computer only unless told otherwise."""
+"""The web app: five pages over the jobs and the library, served to this computer only unless told otherwise."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from studio import library as shelves
 from studio import settings
 from ui import markup, pictures
 from ui.components import rack
-from ui.pages import compose, jobs, library, train
+from ui.pages import compose, jobs, language, library, train
 from ui.polite import polite
 from ui.theme import STATIC, StudioTheme, css, script
 
-TABS = ("compose", "train", "library", "jobs")
+TABS = ("compose", "train", "language", "library", "jobs")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 A_DAY = 86400
 
@@ -38,6 +38,7 @@ class _Pages:
     tabs: gr.Tabs
     compose: compose.Page
     train: train.Page
+    language: language.Page
     library: library.Page
     jobs: jobs.Page
 
@@ -53,11 +54,13 @@ def build() -> gr.Blocks:
                 compose_page = compose.build()
             with gr.Tab("Train", id="train", render_children=True):
                 train_page = train.build()
+            with gr.Tab("Language", id="language", render_children=True):
+                language_page = language.build()
             with gr.Tab("Library", id="library", render_children=True):
                 library_page = library.build()
             with gr.Tab("Jobs", id="jobs", render_children=True):
                 jobs_page = jobs.build()
-        pages = _Pages(tabs, compose_page, train_page, library_page, jobs_page)
+        pages = _Pages(tabs, compose_page, train_page, language_page, library_page, jobs_page)
         _wire_tabs(app, pages)
         _wire_crossings(pages)
     return app
@@ -68,7 +71,9 @@ def build() -> gr.Blocks:
 
 def _choosers(pages: _Pages) -> list[Any]:
     """Lists whose choices change with the library, in the order of :func:`_choices`."""
-    return [pages.compose.picker, pages.compose.form["base"], pages.train.form["base"]]
+    distilling = pages.train.distill.form
+    return [pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
+            distilling["styles"], pages.language.base, pages.language.adapters]  # fmt: skip
 
 
 def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
@@ -88,6 +93,8 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
     app.load(arrive, None, [pages.tabs, pages.jobs.timer, *choices], **_PRIVATE)
     app.load(lambda: _latest("compose", compose.follow), None, pages.compose.view, **_PRIVATE)
     app.load(lambda: _latest("train-image", train.follow), None, pages.train.view, **_PRIVATE)
+    app.load(lambda: _latest("distill", train.follow), None, pages.train.distill.view, **_PRIVATE)
+    app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
     app.load(polite(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
     app.load(polite(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
     pages.tabs.select(go, None, [pages.jobs.timer, *choices], **_PRIVATE)
@@ -103,8 +110,9 @@ _ADDRESS = """() => setTimeout(() => {
 
 
 def _choices() -> list[Any]:
-    bases = compose.base_choices()
-    return [gr.update(choices=compose.adapter_choices()), gr.update(choices=bases), gr.update(choices=bases)]
+    adapters, bases = gr.update(choices=compose.adapter_choices()), gr.update(choices=compose.base_choices())
+    models, voices = gr.update(choices=language.base_choices()), gr.update(choices=language.adapter_choices())
+    return [adapters, bases, bases, bases, adapters, models, voices]
 
 
 def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any]) -> Any:
@@ -118,9 +126,13 @@ def _wire_crossings(pages: _Pages) -> None:
 
     @polite
     def use(chosen: str, shelf: str, rows: list[rack.Row]) -> Any:
+        record = shelves.find(chosen, "base" if shelf == "base" else "adapter")
+        if record.family == "language":
+            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record)]
+        skipped = [gr.skip()] * 3
         if shelf == "base":
-            return [gr.Tabs(selected="compose"), gr.skip(), chosen]
-        return [gr.Tabs(selected="compose"), rack.add(rows, shelves.find(chosen)), gr.skip()]
+            return [gr.Tabs(selected="compose"), gr.skip(), chosen, *skipped]
+        return [gr.Tabs(selected="compose"), rack.add(rows, record), gr.skip(), *skipped]
 
     @polite
     def try_it(job_id: str, rows: list[rack.Row], prompt: str) -> Any:
@@ -134,22 +146,32 @@ def _wire_crossings(pages: _Pages) -> None:
     @polite
     def open_job(job_id: str) -> Any:
         job = job_store.get(job_id)
-        skipped = [gr.skip()] * len(target.view), [gr.skip()] * len(pages.train.view)
-        if job.kind == "train-image":
-            return [gr.Tabs(selected="train"), gr.Timer(active=False), *skipped[0], *train.follow(job.id, ())]
-        return [gr.Tabs(selected="compose"), gr.Timer(active=False), *compose.follow(job.id, ()), *skipped[1]]
+        views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
+                 "train-language": pages.language.jobs_view}  # fmt: skip
+        shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
+        follow = {"compose": compose.follow, "train-language": language.open_job}.get(job.kind, train.follow)
+        shown[job.kind] = list(follow(job.id, ()))
+        way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
+        switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
+        tab = gr.Tabs(selected={"compose": "compose", "train-language": "language"}.get(job.kind, "train"))
+        return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
 
     base, prompt = target.form["base"], target.form["prompt"]
     used = pages.library.use.click(
-        use, [pages.library.chosen, pages.library.shelf, target.rack], [pages.tabs, target.rack, base], **_PRIVATE
-    )
-    tried = pages.train.try_it.click(
-        try_it, [pages.train.job, target.rack, prompt], [pages.tabs, target.rack, prompt, base], **_PRIVATE
-    )
+        use, [pages.library.chosen, pages.library.shelf, target.rack],
+        [pages.tabs, target.rack, base, pages.language.mode, pages.language.base, pages.language.adapters], **_PRIVATE,
+    )  # fmt: skip
+    tried = [
+        page.try_it.click(try_it, [page.job, target.rack, prompt], [pages.tabs, target.rack, prompt, base], **_PRIVATE)
+        for page in (pages.train, pages.train.distill)
+    ]
     opened = pages.jobs.open.click(
-        open_job, pages.jobs.chosen, [pages.tabs, pages.jobs.timer, *target.view, *pages.train.view], **_PRIVATE
-    )
-    for arrival in (used, tried, opened):  # a page that was not opened by its tab
+        open_job, pages.jobs.chosen,
+        [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,
+         *pages.language.jobs_view],
+        **_PRIVATE,
+    )  # fmt: skip
+    for arrival in (used, *tried, opened):  # a page that was not opened by its tab
         arrival.then(polite(_choices), None, _choosers(pages), **_PRIVATE)
 
 

@@ -33,6 +33,7 @@ from pipelines.diffusion.samplers import sampler
 from studio import devices
 from studio.datasets.cache import key_of
 from studio.datasets.pictures import FolderReport
+from studio.datasets.prompts import read_prompts
 from studio.datasets.seeds import global_seed, uniform
 from studio.schemas.distill import DistillConfig
 from studio.schemas.train_image import TrainImageConfig
@@ -51,7 +52,6 @@ from studio.training.recorded import (
     RecordedSupply,
     digest,
     prepare_folder,
-    read_prompts,
     record,
 )
 from studio.training.records import check_tracker

@@ -42,22 +42,6 @@ class RecordedBatch:
     numbers: list[int]
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file, one per line.
-
-    Raises:
-        InputError: it is missing, no text, or empty.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The prompts in '{file}' cannot be read: {error}.") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"There are no prompts in '{file}': write one per line.")
-    return prompts
-
-
 class Conditions:
     """Conditioning of prompts and one picture size, encoded once."""
 

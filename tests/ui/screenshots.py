@@ -99,7 +99,7 @@ def train(page: Any, pictures: list[Path], name: str) -> None:
     page.fill("#train-steps input", "24")
     page.fill("#train-sample-every input", "6")
     page.click("#train-start")
-    page.wait_for_selector("#samples img >> nth=1")
+    page.wait_for_selector("#train-samples-drawn img >> nth=1")
     page.wait_for_timeout(3000)
 
 

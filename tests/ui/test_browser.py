@@ -140,11 +140,11 @@ def test_train_five_steps_see_it_in_jobs_and_try_it(tab: Tab, tmp_path: Path) ->
     until_done(page, "#jobs-panel")
     assert "training" in page.inner_text("#job-log")
     page.click("#job-open")
-    page.wait_for_selector("#loss-plot svg")
+    page.wait_for_selector("#train-loss-plot svg")
     page.wait_for_selector("#train-panel .as-tag.good")
     kept = next(iter(sorted((tab.server.home / "datasets").iterdir())))
     assert sorted(file.read_text().strip() for file in kept.glob("*.txt")) == ["a zxq in the sun", "a zxq on a table"]
-    page.click("#try-it")
+    page.click("#train-try-it")
     page.wait_for_selector(".as-rack-row:has-text('zxq-thing')")
     assert page.input_value("#prompt textarea").endswith("zxq")
 

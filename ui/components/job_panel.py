@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from studio import jobs
 from studio.jobs import Job
 from ui import markup
 
@@ -11,7 +12,7 @@ TONES = {
     "queued": "wait", "running": "work", "cancelling": "wait", "done": "good", "failed": "bad", "cancelled": "",
     "interrupted": "bad",
 }  # fmt: skip
-KINDS = {"compose": "Compose", "train-image": "Train"}
+KINDS = {"compose": "Compose", "train-image": "Train", "distill": "Distill", "train-language": "Language"}
 
 
 def status_tag(job: Job) -> str:
@@ -34,6 +35,14 @@ def job_panel(job: Job, ahead: int = 0, preview: str | None = None) -> str:
     error = markup.notice(job.error, "error") if job.error else ""
     times = f'<div class="as-job-times">{markup.text(timing(job, fraction))}</div>' if job.active else ""
     return f'<div class="as-job" role="status">{picture}<div class="as-job-body">{head}{bar}{times}{error}</div></div>'
+
+
+def ahead(job: Job) -> int:
+    """How many jobs come before a waiting one."""
+    if job.status != "queued":
+        return 0
+    waiting = jobs.list(1000, jobs.ACTIVE)
+    return sum(other.created < job.created for other in waiting)
 
 
 def stage(job: Job, ahead: int = 0) -> str:

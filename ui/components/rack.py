@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
+from studio import distilled
 from studio.library import Record
 from ui import markup
 from ui.theme import script
@@ -33,8 +34,20 @@ def new_row(record: Record) -> Row:
     return {
         "name": record.name, "facts": short_facts(record), "preview": markup.file_url(record.preview, record.modified),
         "triggers": list(record.triggers), "weight": 1.0, "start": 0.0, "end": 1.0, "schedule": [], "te_weight": None,
-        "blocks": {},
+        "blocks": {}, "distilled": _distilled(record),
     }  # fmt: skip
+
+
+def _distilled(record: Record) -> dict[str, Any] | None:
+    """What is built into a distilled adapter, as plain values; None for others."""
+    found = distilled.of(record.path)
+    return vars(found) if found else None
+
+
+def suit(rows: Sequence[Row] | None) -> distilled.Distilled | None:
+    """The distilled adapter among the rows that is at work."""
+    found = [row["distilled"] for row in rows or () if row.get("distilled") and row.get("weight") != 0]
+    return distilled.Distilled(**found[0]) if found else None
 
 
 def short_facts(record: Record) -> str:
@@ -44,7 +57,7 @@ def short_facts(record: Record) -> str:
 
 def family_name(family: str) -> str:
     """How people write a model family."""
-    written = {"sd": "SD 1.5/2", "sdxl": "SDXL", "sd3": "SD 3", "flux": "Flux"}
+    written = {"sd": "SD 1.5/2", "sdxl": "SDXL", "sd3": "SD 3", "flux": "Flux", "language": "language"}
     return written.get(family, "unknown family")
 
 

@@ -42,6 +42,8 @@ class Page:
     new_seed: gr.Checkbox
     view: list[Any]
     """Components that :func:`follow` fills."""
+    suited: gr.State
+    """Which distilled adapter the settings suit."""
 
     @property
     def outputs(self) -> list[gr.components.Component]:
@@ -59,7 +61,7 @@ def build() -> Page:
                 cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="compose-cancel", scale=1)
         with gr.Column(scale=7, min_width=320, elem_id="compose-result"):
             result = _Result.draw()
-    page = Page(form, adapters, picker, new_seed, [*result.followed, cancel])
+    page = Page(form, adapters, picker, new_seed, [*result.followed, cancel], gr.State(""))
     _wire_rack(page)
     _wire_run(page, result, generate, cancel)
     _wire_recipes(page, result)
@@ -150,13 +152,13 @@ _RANDOM = "() => Math.floor(Math.random() * 2147483647)"
 
 def adapter_choices() -> list[tuple[str, str]]:
     """Usable adapters as choices: shown with family and rank."""
-    usable = [record for record in library.adapters() if not record.problem]
+    usable = [record for record in library.adapters() if not record.problem and record.family != "language"]
     return [(f"{record.name}   {rack.short_facts(record)}", record.name) for record in usable]
 
 
 def base_choices() -> list[tuple[str, str]]:
     """Usable base models as choices."""
-    usable = [record for record in library.bases() if not record.problem]
+    usable = [record for record in library.bases() if not record.problem and record.family != "language"]
     return [(f"{record.name}   {rack.family_name(record.family)}", record.name) for record in usable]
 
 
@@ -175,8 +177,30 @@ def _wire_rack(page: Page) -> None:
 
     page.picker.input(add, [page.picker, page.rack], [page.picker, page.rack], show_progress="hidden",
                       api_visibility="private")  # fmt: skip
+    follow_distilled = [page.form[name] for name in ("guidance_scale", "steps", "scheduler")]
+    page.rack.change(suit, [page.rack, page.suited], [page.suited, *follow_distilled], show_progress="hidden",
+                     api_visibility="private")  # fmt: skip
     prompt = page.form["prompt"]
     page.rack.insert_word(insert, prompt, prompt, show_progress="hidden", api_visibility="private")
+
+
+def suit(rows: list[Row], before: str) -> Any:
+    """Settings that suit the distilled adapter in the rack; the usual ones when it has gone.
+
+    Only a change of which one it is changes settings: what the person then chooses stays.
+    """
+    found = rack.suit(rows)
+    now = repr(found) if found else ""
+    if now == before:
+        return [gr.skip()] * 4
+    values = {name: KNOWN[name].default for name in ("guidance_scale", "steps", "scheduler")}
+    values |= found.settings() if found else {}
+    fixed = found is not None and found.mode != "embedding"
+    info = None
+    if found is not None:
+        info = "built into the adapter" if fixed else f"{found.low:g} to {found.high:g} practised"
+    guidance = gr.update(value=values["guidance_scale"], interactive=not fixed, info=info)
+    return [now, guidance, values["steps"], values["scheduler"]]
 
 
 def with_word(prompt: str, word: str) -> str:
@@ -308,12 +332,7 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
     ]  # fmt: skip
 
 
-def ahead(job: Job) -> int:
-    """How many jobs come before a waiting one."""
-    if job.status != "queued":
-        return 0
-    waiting = jobs.list(1000, jobs.ACTIVE)
-    return sum(other.created < job.created for other in waiting)
+ahead = job_panel.ahead
 
 
 def preview(job: Job) -> str | None:

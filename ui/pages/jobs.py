@@ -145,7 +145,7 @@ def _detail(job: Job | None) -> list[Any]:
 
 def pictures_of(job: Job) -> list[Any]:
     """The pictures a job has made, whatever its kind."""
-    if job.kind == "train-image":
+    if job.kind in ("train-image", "distill"):
         return list(train.samples(job)[:8])
     return [str(path) for path in compose.made(job)]
 
@@ -160,7 +160,7 @@ def describe(job: Job) -> str:
     settings = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)
     return (
         f'<article class="as-detail"><h2>{markup.text(job_panel.job_title(job))}</h2>'
-        f"{job_panel.job_panel(job, compose.ahead(job))}{markup.facts(pairs)}"
+        f"{job_panel.job_panel(job, job_panel.ahead(job))}{markup.facts(pairs)}"
         f"<details><summary>Settings</summary><pre tabindex=0>{markup.text(settings)}</pre></details></article>"
     )
 

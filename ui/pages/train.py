@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import jobs, library
-from studio.jobs import Job
+from studio import jobs
 from studio.schemas.train_image import TrainImageConfig
 from studio.training.presets import PRESETS
 from ui import markup, pictures
-from ui.components import job_panel, loss_plot, schema_form
-from ui.pages import compose
+from ui.components import schema_form, training_run
+from ui.components.training_run import add_to_library, follow, made, samples
+from ui.pages import compose, distill
 from ui.pictures import Item
 from ui.polite import polite, say
 from ui.theme import script
@@ -32,7 +30,9 @@ MAIN = ("name", "trigger", "instance_prompt", "base", "steps", "rank", "learning
 KINDS = [("A concept", "concept"), ("A style", "style"), ("A captioned set", "captioned")]
 LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
 FIRST_PRESET = "concept-normal"
-SECONDS = 1.0
+
+WAYS = [("Learn pictures", "pictures"), ("Distil the model", "distill")]
+"""What a training can be for; each has a form of its own."""
 
 Form = dict[str, Any]
 
@@ -46,21 +46,40 @@ class Page:
     try_it: gr.Button
     view: list[Any]
     """Components that :func:`follow` fills."""
+    way: gr.Radio
+    learning: gr.Row
+    distilling: gr.Row
+    distill: distill.Page
+
+    @property
+    def switch(self) -> list[Any]:
+        """Components that :func:`show_way` fills."""
+        return [self.way, self.learning, self.distilling]
 
 
 def build() -> Page:
     """Draw the page inside the current tab."""
-    with gr.Row(elem_classes="as-page"):
+    way = gr.Radio(WAYS, value="pictures", label="What for", elem_classes="as-choices as-way", elem_id="train-way")
+    with gr.Row(elem_classes="as-page") as learning:
         with gr.Column(scale=6, min_width=320, elem_classes="as-form"):
             drop, captions = _picture_card()
             form = _settings()
             with gr.Row(elem_classes="as-actions"):
                 start = gr.Button("Start training", variant="primary", elem_id="train-start", scale=3)
-        with gr.Column(scale=6, min_width=320, elem_id="train-result"):
-            result = _Result.draw()
+        with gr.Column(scale=6, min_width=320, elem_id="train-result", elem_classes="as-training-result"):
+            result = training_run.Run.draw("train", _EMPTY)
+    with gr.Row(elem_classes="as-page", visible=False) as distilling:
+        distill_page = distill.build()
+    page = Page(form, result.job, result.try_it, result.view, way, learning, distilling, distill_page)
+    way.input(show_way, way, page.switch, show_progress="hidden", api_visibility="private")
     _wire_pictures(drop, captions)
-    _wire_run(form, captions, start, result)
-    return Page(form, result.job, result.try_it, result.view)
+    result.follow_job(start, _begin, [captions, *(form[name] for name in NAMES)])
+    return page
+
+
+def show_way(way: str) -> list[Any]:
+    """The form of a way to train, and not the others."""
+    return [way, gr.update(visible=way == "pictures"), gr.update(visible=way == "distill")]
 
 
 # ------------------------------------------------------------------------------------------------ the form
@@ -158,98 +177,14 @@ def _wire_pictures(drop: gr.File, captions: gr.HTML) -> None:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-@dataclass
-class _Result:
-    """The right side: progress, loss, samples, what to do with the adapter."""
-
-    job: gr.State
-    shown: gr.State
-    adapter: gr.State
-    timer: gr.Timer
-    panel: gr.HTML
-    plot: gr.HTML
-    samples: gr.Gallery
-    cancel: gr.Button
-    resume: gr.Button
-    done: gr.Row
-    try_it: gr.Button
-    keep: gr.Button
-    download: gr.DownloadButton
-
-    @classmethod
-    def draw(cls) -> _Result:
-        job, shown, adapter = gr.State(""), gr.State(()), gr.State("")
-        timer = gr.Timer(SECONDS, active=False)
-        panel = gr.HTML(_EMPTY, elem_id="train-panel", apply_default_css=False)
-        with gr.Row(elem_classes="as-actions-row"):
-            cancel = gr.Button("Cancel and keep what is learnt", variant="stop", visible=False, size="md",
-                               elem_id="train-cancel")  # fmt: skip
-            resume = gr.Button("Resume", visible=False, size="md", elem_id="train-resume")
-        with gr.Row(visible=False, elem_classes="as-actions-row", elem_id="train-done") as done:
-            try_it = gr.Button("Try it in Compose", variant="primary", size="md", elem_id="try-it")
-            keep = gr.Button("Add to library", size="md", elem_id="keep")
-            download = gr.DownloadButton("Download", size="md")
-        plot = gr.HTML("", elem_id="loss-plot", apply_default_css=False)
-        samples = gr.Gallery(label="Samples", show_label=False, columns=3, height="auto", object_fit="contain",
-                             visible=False, interactive=False, elem_id="samples")  # fmt: skip
-        return cls(job, shown, adapter, timer, panel, plot, samples, cancel, resume, done, try_it, keep, download)
-
-    @property
-    def view(self) -> list[Any]:
-        return [self.job, self.shown, self.timer, self.panel, self.plot, self.samples, self.cancel, self.resume,
-                self.done, self.keep, self.download, self.adapter]  # fmt: skip
-
-
 _EMPTY = markup.empty(
     "The training shows itself here",
     "Drop pictures, give the adapter a name and a trigger word, and start. Loss and samples appear while it learns.",
 )
 
 
-def _wire_run(form: Form, captions: gr.HTML, start: gr.Button, result: _Result) -> None:
-    @polite
-    def begin(items: list[Item], *values: Any) -> Any:
-        config = config_of(items, values)
-        job_id = jobs.submit("train-image", config)
-        jobs.ensure_worker()
-        return follow(job_id, ())
-
-    @polite
-    def look(job_id: str, shown: tuple[Any, ...]) -> Any:
-        try:
-            return follow(job_id, shown)
-        except InputError:  # deleted meanwhile
-            off = gr.update(visible=False)
-            return ["", (), gr.Timer(active=False), _EMPTY, "", *[off] * 5, gr.skip(), ""]
-
-    @polite
-    def stop(job_id: str) -> Any:
-        jobs.cancel(job_id)
-        return follow(job_id, ())
-
-    @polite
-    def go_on(job_id: str) -> Any:
-        jobs.resume(job_id)
-        jobs.ensure_worker()
-        return follow(job_id, ())
-
-    @polite
-    def keep(job_id: str) -> Any:
-        name = add_to_library(jobs.get(job_id))
-        gr.Info(f"It is in the library as '{markup.text(name)}'.", title="Added")
-        return name
-
-    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    start.click(begin, [captions, *(form[name] for name in NAMES)], result.view, **private)
-    start.click(None, None, None, js=_TO_RESULT)
-    result.timer.tick(look, [result.job, result.shown], result.view, **private)
-    result.cancel.click(stop, result.job, result.view, **private)
-    result.resume.click(go_on, result.job, result.view, **private)
-    result.keep.click(keep, result.job, result.adapter, **private)
-
-
-_TO_RESULT = """() => { if (window.innerWidth < 760)
-  document.getElementById('train-result')?.scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
+def _begin(items: list[Item], *values: Any) -> str:
+    return jobs.submit("train-image", config_of(items, values))
 
 
 def config_of(items: Sequence[Item], values: Sequence[Any]) -> TrainImageConfig:
@@ -267,90 +202,4 @@ def config_of(items: Sequence[Item], values: Sequence[Any]) -> TrainImageConfig:
     return parsed
 
 
-def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
-    """What the right side shows of a job; nothing changes while ``shown`` is still true."""
-    if not job_id:
-        return gr.skip()
-    job = jobs.get(job_id)
-    drawn = samples(job)
-    now = (job.id, job.status, job.progress.step if job.progress else 0, job.progress.stage if job.progress else "",
-           len(drawn))  # fmt: skip
-    if now == tuple(shown) and job.status != "running":
-        return gr.skip()
-    new_samples = not shown or (now[0], now[-1]) != (shown[0], shown[-1])
-    adapter = made(job)
-    return [
-        job.id, now, gr.Timer(active=job.active), job_panel.job_panel(job, compose.ahead(job)),
-        _kept(job) + _plot(job),
-        gr.update(value=drawn, visible=bool(drawn)) if new_samples else gr.skip(),
-        gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
-        gr.update(visible=job.status in ("cancelled", "interrupted", "failed")),
-        gr.update(visible=adapter is not None),
-        gr.update(visible=adapter is not None and not in_library(job)),
-        gr.update(value=str(adapter)) if adapter and adapter.is_file() else gr.skip(),
-        gr.skip() if shown and shown[0] == job.id else "",
-    ]  # fmt: skip
-
-
-_CANCEL = "Cancel and keep what is learnt"
-
-
-def _plot(job: Job) -> str:
-    rows = jobs.history(job.id)
-    losses = [(row.step, row.loss) for row in rows if row.loss is not None]
-    checks = [(row.step, row.metrics["validation_loss"]) for row in rows if "validation_loss" in row.metrics]
-    return loss_plot.loss_plot(losses, checks, total=int(job.config.get("steps") or 0))
-
-
-def _kept(job: Job) -> str:
-    name = in_library(job) if job.status == "done" else ""
-    return markup.notice(f"The adapter is in your library as '{name}'.", "info") if name else ""
-
-
-def samples(job: Job) -> list[tuple[str, str]]:
-    """Sample pictures with their step as caption, the latest first."""
-    files = sorted(job.folder.rglob("step-*.png"), reverse=True)
-    return [(str(file), f"step {step_of(file)}") for file in files if not file.name.startswith(".")]
-
-
-def step_of(file: Path) -> int:
-    """The step in a sample's name (``step-000050-0.png``)."""
-    found = re.match(r"step-(\d+)", file.stem)
-    return int(found.group(1)) if found else 0
-
-
-def in_library(job: Job) -> str:
-    """Under which name the job itself put its adapter into the library; empty when it did not, or it is gone."""
-    name = str((job.result or {}).get("library") or "")
-    return name if name and any(record.name == name for record in library.adapters()) else ""
-
-
-def made(job: Job) -> Path | None:
-    """The adapter a finished training made."""
-    place = (job.result or {}).get("adapter")
-    path = Path(str(place)) if place else None
-    return path if path and path.exists() else None
-
-
-def add_to_library(job: Job) -> str:
-    """Put the adapter of a finished training into the library and return its name there; once is enough.
-
-    Raises:
-        InputError: there is no adapter yet.
-    """
-    if name := in_library(job):
-        return name
-    path = made(job)
-    if path is None:
-        raise InputError("This training has made no adapter yet.")
-    wanted = str(job.config.get("name") or path.stem)
-    known = {record.name.lower(): record for record in library.adapters()}
-    digest = library.sha256(path)
-    same = [record for record in known.values() if record.size == path.stat().st_size and not record.problem]
-    for record in same:
-        if library.sha256(record.path) == digest:
-            return record.name
-    name, number = wanted, 2
-    while name.lower() in known:
-        name, number = f"{wanted}-{number}", number + 1
-    return library.import_adapter(path, name).name
+__all__ = ["Page", "add_to_library", "build", "config_of", "follow", "made", "samples", "show_way"]

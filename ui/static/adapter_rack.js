@@ -15,17 +15,33 @@ const make = (tag, attributes = {}, ...children) => {
 };
 const clamp = (value, low, high) => Math.min(high, Math.max(low, Number.isFinite(value) ? value : low));
 
+// What a distilled adapter stands for at its weight, and whether it has practised that.
+function builtIn(row) {
+  const { mode, guidance, low, high, steps } = row.distilled || {};
+  const few = steps ? `, for ${steps} steps` : '';
+  if (mode === 'embedding') return `Distilled: choose guidance ${low} to ${high} below${few}.`;
+  const now = 1 + row.weight * (guidance - 1);
+  const outside = mode === 'strength' && (now < low || now > high) ? ` (practised ${low} to ${high})` : '';
+  const about = mode === 'strength' || row.weight === 1 ? '' : 'about ';
+  return `Distilled: ${about}guidance ${Math.round(now * 10) / 10} built in${outside}${few}.`;
+}
+
 function weightControl(row) {
   const number = make('input', { type: 'number', step: '0.05', value: row.weight, 'aria-label': `Weight of ${row.name}` });
   const slider = make('input', {
     type: 'range', min: '-1', max: '2', step: '0.05', value: row.weight, 'aria-label': `Weight of ${row.name}, slider`,
   });
-  const fill = () => slider.style.setProperty('--fill', `${((clamp(row.weight, -1, 2) + 1) / 3) * 100}%`);
+  const words = make('output', { class: 'as-rack-built-in' });
+  const fill = () => {
+    slider.style.setProperty('--fill', `${((clamp(row.weight, -1, 2) + 1) / 3) * 100}%`);
+    words.textContent = builtIn(row);
+  };
   const change = (value) => { if (Number.isFinite(value)) { row.weight = value; fill(); publish(); } };
   slider.addEventListener('input', () => { number.value = slider.value; change(parseFloat(slider.value)); });
   number.addEventListener('input', () => { slider.value = number.value; change(parseFloat(number.value)); });
   fill();
-  return make('div', { class: 'as-rack-line' }, make('span', { class: 'as-rack-label' }, 'Weight'), slider, number);
+  const line = make('div', { class: 'as-rack-line' }, make('span', { class: 'as-rack-label' }, 'Weight'), slider, number);
+  return row.distilled ? make('div', {}, line, words) : line;
 }
 
 function scheduleControl(row) {

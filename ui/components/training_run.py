@@ -1,0 +1,206 @@
+"""A training as its page shows it: progress, loss, samples, and what to do with the adapter.
+
+Shared by the pages that start trainings; ``prefix`` keeps the names of their elements apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from adapters.errors import InputError
+from studio import jobs, library
+from studio.jobs import Job
+from ui import markup
+from ui.components import job_panel, loss_plot
+from ui.polite import polite
+
+SECONDS = 1.0
+_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+@dataclass
+class Run:
+    """The right side of a page that starts trainings."""
+
+    job: gr.State
+    shown: gr.State
+    adapter: gr.State
+    timer: gr.Timer
+    panel: gr.HTML
+    plot: gr.HTML
+    samples: gr.Gallery
+    cancel: gr.Button
+    resume: gr.Button
+    done: gr.Row
+    try_it: gr.Button
+    keep: gr.Button
+    download: gr.DownloadButton
+    empty: str
+
+    @classmethod
+    def draw(cls, prefix: str, empty: str) -> Run:
+        """Draw it; ``empty`` stands there before a training does."""
+        job, shown, adapter = gr.State(""), gr.State(()), gr.State("")
+        timer = gr.Timer(SECONDS, active=False)
+        panel = gr.HTML(empty, elem_id=f"{prefix}-panel", apply_default_css=False)
+        with gr.Row(elem_classes="as-actions-row"):
+            cancel = gr.Button("Cancel and keep what is learnt", variant="stop", visible=False, size="md",
+                               elem_id=f"{prefix}-cancel")  # fmt: skip
+            resume = gr.Button("Resume", visible=False, size="md", elem_id=f"{prefix}-resume")
+        with gr.Row(visible=False, elem_classes="as-actions-row", elem_id=f"{prefix}-done") as done:
+            try_it = gr.Button("Try it in Compose", variant="primary", size="md", elem_id=f"{prefix}-try-it")
+            keep = gr.Button("Add to library", size="md", elem_id=f"{prefix}-keep")
+            download = gr.DownloadButton("Download", size="md")
+        plot = gr.HTML("", elem_id=f"{prefix}-loss-plot", apply_default_css=False)
+        samples = gr.Gallery(label="Samples", show_label=False, columns=3, height="auto", object_fit="contain",
+                             visible=False, interactive=False, elem_id=f"{prefix}-samples-drawn")  # fmt: skip
+        return cls(
+            job, shown, adapter, timer, panel, plot, samples, cancel, resume, done, try_it, keep, download, empty
+        )
+
+    @property
+    def view(self) -> list[Any]:
+        return [self.job, self.shown, self.timer, self.panel, self.plot, self.samples, self.cancel, self.resume,
+                self.done, self.keep, self.download, self.adapter]  # fmt: skip
+
+    def follow_job(self, start: gr.Button, begin: Callable[..., str], inputs: list[Any]) -> None:
+        """Let ``start`` call ``begin(*inputs)``, which submits a job and returns its id, and show how it goes."""
+
+        @polite
+        def started(*values: Any) -> Any:
+            job_id = begin(*values)
+            jobs.ensure_worker()
+            return follow(job_id, ())
+
+        @polite
+        def look(job_id: str, shown: tuple[Any, ...]) -> Any:
+            try:
+                return follow(job_id, shown)
+            except InputError:  # deleted meanwhile
+                off = gr.update(visible=False)
+                return ["", (), gr.Timer(active=False), self.empty, "", *[off] * 5, gr.skip(), ""]
+
+        @polite
+        def stop(job_id: str) -> Any:
+            jobs.cancel(job_id)
+            return follow(job_id, ())
+
+        @polite
+        def go_on(job_id: str) -> Any:
+            jobs.resume(job_id)
+            jobs.ensure_worker()
+            return follow(job_id, ())
+
+        @polite
+        def keep(job_id: str) -> Any:
+            name = add_to_library(jobs.get(job_id))
+            gr.Info(f"It is in the library as '{markup.text(name)}'.", title="Added")
+            return name
+
+        start.click(started, inputs, self.view, **_PRIVATE)
+        start.click(None, None, None, js=_TO_RESULT)
+        self.timer.tick(look, [self.job, self.shown], self.view, **_PRIVATE)
+        self.cancel.click(stop, self.job, self.view, **_PRIVATE)
+        self.resume.click(go_on, self.job, self.view, **_PRIVATE)
+        self.keep.click(keep, self.job, self.adapter, **_PRIVATE)
+
+
+_TO_RESULT = """() => { if (window.innerWidth < 760)
+  [...document.querySelectorAll('.as-training-result')].find((e) => e.offsetParent)
+    ?.scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
+
+
+def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
+    """What the right side shows of a job; nothing changes while ``shown`` is still true."""
+    if not job_id:
+        return gr.skip()
+    job = jobs.get(job_id)
+    drawn = samples(job)
+    now = (job.id, job.status, job.progress.step if job.progress else 0, job.progress.stage if job.progress else "",
+           len(drawn))  # fmt: skip
+    if now == tuple(shown) and job.status != "running":
+        return gr.skip()
+    new_samples = not shown or (now[0], now[-1]) != (shown[0], shown[-1])
+    adapter = made(job)
+    return [
+        job.id, now, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
+        _kept(job) + _plot(job),
+        gr.update(value=drawn, visible=bool(drawn)) if new_samples else gr.skip(),
+        gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
+        gr.update(visible=job.status in ("cancelled", "interrupted", "failed")),
+        gr.update(visible=adapter is not None),
+        gr.update(visible=adapter is not None and not in_library(job)),
+        gr.update(value=str(adapter)) if adapter and adapter.is_file() else gr.skip(),
+        gr.skip() if shown and shown[0] == job.id else "",
+    ]  # fmt: skip
+
+
+_CANCEL = "Cancel and keep what is learnt"
+
+
+def _plot(job: Job) -> str:
+    rows = jobs.history(job.id)
+    losses = [(row.step, row.loss) for row in rows if row.loss is not None]
+    checks = [(row.step, row.metrics["validation_loss"]) for row in rows if "validation_loss" in row.metrics]
+    return loss_plot.loss_plot(losses, checks, total=int(job.config.get("steps") or 0))
+
+
+def _kept(job: Job) -> str:
+    name = in_library(job) if job.status == "done" else ""
+    return markup.notice(f"The adapter is in your library as '{name}'.", "info") if name else ""
+
+
+def samples(job: Job) -> list[tuple[str, str]]:
+    """Sample pictures with their step as caption, the latest first; what a teacher drew comes last."""
+    files = sorted(job.folder.rglob("step-*.png"), reverse=True)
+    drawn = [(str(file), f"step {step_of(file)}") for file in files if not file.name.startswith(".")]
+    return [*drawn, *((str(file), "teacher") for file in sorted(job.folder.glob("samples/teacher-*.png")))]
+
+
+def step_of(file: Path) -> int:
+    """The step in a sample's name (``step-000050-0.png``)."""
+    found = re.match(r"step-(\d+)", file.stem)
+    return int(found.group(1)) if found else 0
+
+
+def in_library(job: Job) -> str:
+    """Under which name the job itself put its adapter into the library; empty when it did not, or it is gone."""
+    name = str((job.result or {}).get("library") or "")
+    return name if name and any(record.name == name for record in library.adapters()) else ""
+
+
+def made(job: Job) -> Path | None:
+    """The adapter a finished training made."""
+    place = (job.result or {}).get("adapter")
+    path = Path(str(place)) if place else None
+    return path if path and path.exists() else None
+
+
+def add_to_library(job: Job) -> str:
+    """Put the adapter of a finished training into the library and return its name there; once is enough.
+
+    Raises:
+        InputError: there is no adapter yet.
+    """
+    if name := in_library(job):
+        return name
+    path = made(job)
+    if path is None:
+        raise InputError("This training has made no adapter yet.")
+    wanted = str(job.config.get("name") or path.stem)
+    known = {record.name.lower(): record for record in library.adapters()}
+    digest = library.sha256(path)
+    same = [record for record in known.values() if record.size == path.stat().st_size and not record.problem]
+    for record in same:
+        if library.sha256(record.path) == digest:
+            return record.name
+    name, number = wanted, 2
+    while name.lower() in known:
+        name, number = f"{wanted}-{number}", number + 1
+    return library.import_adapter(path, name).name

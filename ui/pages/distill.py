@@ -1,0 +1,149 @@
+"""Distil, a way to train: guidance, or most of the steps, become part of an adapter. No pictures are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from studio import jobs
+from studio.datasets.prompts import keep_prompts
+from studio.schemas.distill import DistillConfig
+from ui import markup
+from ui.components import schema_form, training_run
+from ui.pages import compose
+
+KNOWN = schema_form.fields(DistillConfig)
+NAMES = tuple(KNOWN)
+
+MAIN = ("objective", "name", "guidance", "guidance_mode", "prompts", "base", "styles", "steps", "rank", "learning_rate",
+        "batch_size", "trajectory_count", "inference_steps", "sample_prompts", "sample_every")  # fmt: skip
+"""Fields shown at once; the rest stands in groups below."""
+
+OBJECTIVES = [("Twice as fast", "guidance"), ("A few steps", "consistency")]
+MODES = [("Fixed", "fixed"), ("By weight", "strength"), ("As a setting", "embedding")]
+
+OBJECTIVE_HELP = {
+    "guidance": "Guidance becomes part of the adapter: one pass per step instead of two, the same number of steps.",
+    "consistency": "Pictures in two to eight steps with the LCM sampler, guidance built in. Takes longer to learn.",
+}
+MODE_HELP = {
+    "fixed": "One guidance is built in. Any program that loads a LoRA can use it, with guidance set to 1.",
+    "strength": "The adapter's weight chooses the guidance: weight 1 is the value above, weight 0 none.",
+    "embedding": "Guidance stays a setting from 1 on. Needs a second file beside the LoRA; SD 1.5/2 and SDXL only.",
+}
+
+Form = dict[str, Any]
+
+
+@dataclass
+class Page:
+    """What other pages may fill."""
+
+    form: Form
+    job: gr.State
+    try_it: gr.Button
+    view: list[Any]
+    """Components that :func:`ui.components.training_run.follow` fills."""
+
+
+def build() -> Page:
+    """Draw the form and the result inside the current row."""
+    with gr.Column(scale=6, min_width=320, elem_classes="as-form"):
+        form = _settings()
+        with gr.Row(elem_classes="as-actions"):
+            start = gr.Button("Start distilling", variant="primary", elem_id="distill-start", scale=3)
+    with gr.Column(scale=6, min_width=320, elem_classes="as-training-result"):
+        result = training_run.Run.draw("distill", _EMPTY)
+    result.follow_job(start, _begin, [form[name] for name in NAMES])
+    return Page(form, result.job, result.try_it, result.view)
+
+
+_EMPTY = markup.empty(
+    "The distillation shows itself here",
+    "The base model teaches an adapter of itself. Loss, samples and what the guided base draws appear while it learns.",
+)
+
+
+def _settings() -> Form:
+    form: Form = {}
+    with gr.Group(elem_classes="as-card"):
+        form["objective"] = _choice("objective", OBJECTIVES, OBJECTIVE_HELP, "What it should save")
+        form["name"] = schema_form.widget(KNOWN["name"], elem_id="distill-name")
+        form["prompts"] = gr.Textbox(
+            label="Prompts", lines=4, max_lines=10, value="", elem_id="distill-prompts",
+            info="One per line, of the kind you will draw; twenty to two hundred work well.",
+            placeholder="a flat icon of a red apple\na bold icon of a dog",
+        )  # fmt: skip
+    with gr.Group(elem_classes="as-card"):
+        form["guidance"] = schema_form.widget(KNOWN["guidance"], elem_id="distill-guidance")
+        form["guidance_mode"] = _choice("guidance_mode", MODES, MODE_HELP, "How guidance is chosen later")
+    with gr.Group(elem_classes="as-card"):
+        form["base"] = gr.Dropdown(
+            compose.base_choices(), value=KNOWN["base"].default, label="Base model", info=KNOWN["base"].help,
+            allow_custom_value=True, interactive=True, elem_id="distill-base",
+        )  # fmt: skip
+        form["styles"] = gr.Dropdown(
+            compose.adapter_choices(), value=[], multiselect=True, label="On top of", info=KNOWN["styles"].help,
+            allow_custom_value=True, interactive=True, elem_id="distill-styles",
+        )  # fmt: skip
+        for pair in (("steps", "rank"), ("learning_rate", "batch_size"), ("trajectory_count", "inference_steps")):
+            with gr.Row():
+                for name in pair:
+                    form[name] = schema_form.widget(KNOWN[name], elem_id=f"distill-{name}", min_width=150)
+        form["sample_prompts"] = schema_form.widget(KNOWN["sample_prompts"], elem_id="distill-samples")
+        form["sample_every"] = schema_form.widget(KNOWN["sample_every"])
+    for group, names in groups().items():
+        with gr.Accordion(group, open=False, elem_classes="as-more"):
+            for name in names:
+                form[name] = schema_form.widget(KNOWN[name])
+    form["objective"].change(
+        lambda objective: gr.update(visible=objective == "consistency"),
+        form["objective"], form["inference_steps"], show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    return form
+
+
+def _choice(name: str, choices: list[tuple[str, str]], words: dict[str, str], label: str) -> gr.Radio:
+    """Cards to choose from, with a sentence about the chosen one."""
+    first = KNOWN[name].default
+    radio = gr.Radio(choices, value=first, label=label, elem_classes="as-choices", elem_id=f"distill-{name}")
+    shown = gr.HTML(_sentence(words[first]), elem_classes="as-help", apply_default_css=False)
+    radio.change(
+        lambda value: _sentence(words.get(value, "")), radio, shown, show_progress="hidden", api_visibility="private"
+    )
+    return radio
+
+
+def _sentence(text: str) -> str:
+    return f"<p>{markup.text(text)}</p>"
+
+
+def groups() -> dict[str, list[str]]:
+    """The fields that are not in :data:`MAIN` by the group of the schema, those that are needed often first."""
+    found: dict[str, list[str]] = {}
+    for item in sorted(KNOWN.values(), key=lambda item: item.advanced):
+        if item.name not in MAIN:
+            found.setdefault(item.group, []).append(item.name)
+    order = [*dict.fromkeys(item.group for item in KNOWN.values() if item.group != "Base model"), "Base model"]
+    return {"Model and device" if group == "Base model" else group: found[group] for group in order if group in found}
+
+
+def config_of(values: Sequence[Any]) -> DistillConfig:
+    """The job that a filled form asks for; prompts that were written become a file.
+
+    Raises:
+        InputError: no prompts and no pictures, or a value that cannot work.
+    """
+    by_name = dict(zip(NAMES, values, strict=True))
+    written, styles = str(by_name.pop("prompts") or ""), list(by_name.pop("styles") or [])
+    config = schema_form.read_all(KNOWN, list(by_name), by_name.values()) | {"styles": styles}
+    if written.strip() or not str(config["data"]).strip():
+        config["prompts"] = str(keep_prompts(written, str(config["name"])))
+    return DistillConfig.parse(config, source="the form")
+
+
+def _begin(*values: Any) -> str:
+    return jobs.submit("distill", config_of(values))
