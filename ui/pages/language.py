@@ -1,0 +1,509 @@
+"""Language: talk to a model with adapters, compare adapters side by side, train one from a file of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from adapters.errors import InputError, StudioError
+from studio import jobs, library, settings
+from studio.chat import Message, Question, Voice, voices_of
+from studio.chat.client import Client
+from studio.datasets import texts
+from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
+from studio.jobs import Job
+from studio.schemas.train_language import TrainLanguageConfig
+from ui import markup
+from ui.components import job_panel, loss_plot, schema_form
+from ui.polite import polite, say
+
+KNOWN = schema_form.fields(TrainLanguageConfig)
+NAMES = tuple(name for name in KNOWN if name != "data")
+EMBEDDED = "smollm2"
+COLUMNS = 4
+"""Voices that fit side by side: the base and three adapters."""
+SECONDS = 1.0
+
+Form = dict[str, Any]
+_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+CLIENT = Client()
+"""The process that holds the model; the app itself never loads one."""
+
+
+@dataclass
+class Page:
+    """What other pages may fill."""
+
+    base: gr.Dropdown
+    adapters: gr.Dropdown
+    mode: gr.Radio
+    view: list[Any]
+    """Components that :func:`follow` fills."""
+
+    @property
+    def jobs_view(self) -> list[Any]:
+        """Components that :func:`open_job` fills."""
+        return [self.mode, *self.view]
+
+
+def build() -> Page:
+    """Draw the page inside the current tab."""
+    with gr.Row(elem_classes="as-page"):
+        with gr.Column(scale=4, min_width=320, elem_classes="as-form"):
+            mode = gr.Radio([("Chat", "chat"), ("Train from a file", "train")], value="chat", show_label=False,
+                            container=False, elem_classes="as-choices", elem_id="language-mode",
+                            label="What to do")  # fmt: skip
+            with gr.Group(elem_classes="as-card"):
+                base = gr.Dropdown(
+                    base_choices(), value=EMBEDDED, label="Language model", allow_custom_value=True, interactive=True,
+                    info="From your library, or a hub id. smollm2 comes with the studio.", elem_id="language-base",
+                )  # fmt: skip
+            with gr.Column(elem_classes="as-form") as chat_side:
+                adapters, together, manner = _chat_settings()
+            with gr.Column(elem_classes="as-form", visible=False) as train_side:
+                form, drop, rows, preview, start = _train_settings()
+        with gr.Column(scale=8, min_width=320) as chat_result:
+            chat = _Chat.draw()
+        with gr.Column(scale=8, min_width=320, visible=False, elem_id="language-result") as train_result:
+            result = _Result.draw()
+    mode.change(
+        lambda chosen: [gr.update(visible=chosen == "chat")] * 2 + [gr.update(visible=chosen == "train")] * 2,
+        mode, [chat_side, chat_result, train_side, train_result], **_PRIVATE,
+    )  # fmt: skip
+    _wire_chat(chat, base, adapters, together, manner)
+    _wire_train(form, base, drop, rows, preview, start, result)
+    page = Page(base, adapters, mode, result.view)
+    _wire_crossing(page, result)
+    return page
+
+
+def base_choices() -> list[tuple[str, str]]:
+    """Usable language models; the embedded one also before it is unpacked."""
+    found = [record for record in library.bases() if record.family == "language" and not record.problem]
+    names = {record.name: f"{record.name}   {record.notes.get('architecture', '')}" for record in found}
+    return [(text, name) for name, text in ({EMBEDDED: f"{EMBEDDED}   llama"} | names).items()]
+
+
+def adapter_choices() -> list[tuple[str, str]]:
+    """Usable adapters of language models."""
+    found = [record for record in library.adapters() if record.family == "language" and not record.problem]
+    return [(f"{record.name}   rank {record.rank}", record.name) for record in found]
+
+
+# ------------------------------------------------------------------------------------------------ talking
+
+
+def _chat_settings() -> tuple[gr.Dropdown, gr.Radio, Form]:
+    with gr.Group(elem_classes="as-card"):
+        adapters = gr.Dropdown(
+            adapter_choices(), value=[], multiselect=True, label="Adapters", interactive=True,
+            info="Choose from your library; none = the base alone.", elem_id="language-adapters",
+        )  # fmt: skip
+        together = gr.Radio(
+            [("All at once", "together"), ("Side by side with the base", "compare")], value="together",
+            label="Several adapters", elem_classes="as-choices", elem_id="language-compare",
+        )  # fmt: skip
+    manner: Form = {}
+    with gr.Group(elem_classes="as-card"):
+        manner["system"] = gr.Textbox(label="System message", lines=1, max_lines=4, value="",
+                                      placeholder="How the model should behave (optional)",
+                                      elem_id="language-system")  # fmt: skip
+        with gr.Row():
+            manner["temperature"] = gr.Number(0.0, label="Temperature", minimum=0, maximum=5, step=0.1, min_width=100,
+                                              info="0 = likeliest words")  # fmt: skip
+            manner["max_tokens"] = gr.Number(200, label="Longest answer", minimum=1, precision=0, min_width=100,
+                                             info="tokens", elem_id="language-tokens")  # fmt: skip
+            manner["seed"] = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=100, info="of the dice")
+    return adapters, together, manner
+
+
+@dataclass
+class _Chat:
+    """The conversations and what is written below them."""
+
+    boxes: list[gr.Chatbot]
+    status: gr.HTML
+    message: gr.Textbox
+    send: gr.Button
+    stop: gr.Button
+    clear: gr.Button
+
+    @classmethod
+    def draw(cls) -> _Chat:
+        with gr.Row(equal_height=True, elem_id="language-voices"):
+            boxes = [
+                gr.Chatbot([], label="base", height=460, min_width=220, visible=number == 0, buttons=["copy_all"],
+                           elem_id=f"language-voice-{number}", placeholder="Ask something below.",
+                           feedback_options=None, allow_tags=False)
+                for number in range(COLUMNS)
+            ]  # fmt: skip
+        status = gr.HTML("", elem_id="language-status", apply_default_css=False)
+        message = gr.Textbox(label="Your message", lines=2, max_lines=8, placeholder="What is a heron?",
+                             elem_id="language-message", info="Shift + Enter sends.")  # fmt: skip
+        with gr.Row(elem_classes="as-actions-row"):
+            send = gr.Button("Send", variant="primary", elem_id="language-send", scale=3)
+            stop = gr.Button("Stop", variant="stop", elem_id="language-stop", scale=1, min_width=80)
+            clear = gr.Button("New conversation", elem_id="language-clear", scale=2)
+        return cls(boxes, status, message, send, stop, clear)
+
+
+def voices(adapters: Sequence[str] | None, together: str) -> tuple[Voice, ...]:
+    """Who answers; raises :class:`InputError` when they do not fit side by side."""
+    found = voices_of([(name, 1.0) for name in adapters or ()], together == "compare")
+    if len(found) > COLUMNS:
+        raise InputError(f"Side by side there is room for {COLUMNS - 1} adapters: remove some.")
+    return found
+
+
+def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: gr.Radio, manner: Form) -> None:
+    @polite
+    def fresh(chosen: list[str], how: str) -> Any:
+        """Empty conversations under the names of the voices."""
+        present = voices(chosen, how)
+        return [
+            gr.update(
+                value=[], visible=number < len(present), label=present[number].name if number < len(present) else ""
+            )
+            for number in range(COLUMNS)
+        ] + [""]
+
+    def ask(
+        text: str, name: str, chosen: list[str], how: str, system: str, temperature: float, tokens: float, seed: float,
+        *talks: list[Message],
+    ) -> Iterator[Any]:  # fmt: skip
+        kept = [plain(talk) for talk in talks]
+        try:
+            if not (text or "").strip():
+                raise InputError("Write a message first.")
+            present = voices(chosen, how)
+            manners = {"temperature": float(temperature or 0), "max_tokens": int(tokens or 200), "seed": int(seed or 0)}
+            yield from _answers(text.strip(), str(name or EMBEDDED), present, system or "", manners, kept)
+        except StudioError as error:
+            say(str(error))
+            yield [text, markup.notice(str(error)), *kept]
+
+    inputs = [
+        chat.message,
+        base,
+        adapters,
+        together,
+        *(manner[n] for n in ("system", "temperature", "max_tokens", "seed")),
+    ]
+    outputs = [chat.message, chat.status, *chat.boxes]
+    for begin in (chat.send.click, chat.message.submit):
+        begin(ask, [*inputs, *chat.boxes], outputs, **_PRIVATE)
+    chat.stop.click(polite(lambda: CLIENT.stop()), None, None, queue=False, **_PRIVATE)
+    for changed in (adapters.change, together.change, base.change, chat.clear.click):
+        changed(fresh, [adapters, together], [*chat.boxes, chat.status], **_PRIVATE)
+
+
+def plain(talk: Sequence[Mapping[str, Any]] | None) -> list[Message]:
+    """A chat box's messages as role and text."""
+    found = []
+    for message in talk or ():
+        content = message.get("content")
+        if isinstance(content, list):  # parts, as newer versions of the chat box keep them
+            content = "".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in content)
+        found.append({"role": str(message["role"]), "content": str(content or "")})
+    return found
+
+
+def _answers(
+    text: str, base: str, present: tuple[Voice, ...], system: str, manner: Mapping[str, Any], kept: list[list[Message]]
+) -> Iterator[Any]:
+    """The boxes as the answers come in; the message field is emptied at once."""
+    boxes = [[*talk, {"role": "user", "content": text}] for talk in kept[: len(present)]]
+    start = [{"role": "system", "content": system}] if system.strip() else []
+    question = Question(base, present, tuple((*start, *box) for box in boxes), manner=manner)
+    rest = [gr.skip()] * (COLUMNS - len(present))
+    yield ["", _status(f"{base} is asked ..."), *boxes, *rest]
+    with closing(CLIENT.ask(question)) as events:
+        remarks = ""
+        for event in events:
+            if event["event"] == "begin":
+                boxes[event["voice"]].append({"role": "assistant", "content": ""})
+            elif event["event"] == "piece":
+                boxes[event["voice"]][-1]["content"] += event["text"]
+            elif event["event"] == "remark":
+                remarks += markup.notice(event["text"], "info")
+            shown = event["text"] if event["event"] == "loading" else "answering ..."
+            yield ["", remarks + _status(shown), *boxes, *rest]
+    yield ["", remarks, *boxes, *rest]
+
+
+def _status(text: str) -> str:
+    return f'<p class="as-help" role="status">{markup.text(text)}</p>'
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def _train_settings() -> tuple[Form, gr.File, gr.State, gr.HTML, gr.Button]:
+    form: Form = {}
+    with gr.Group(elem_classes="as-card"):
+        gr.HTML(markup.heading("Rows", "A file of prompts with completions, conversations, texts or labelled texts."),
+                apply_default_css=False)  # fmt: skip
+        drop = gr.File(
+            label="Drop a file here", file_types=[".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"], height=110,
+            elem_id="language-drop", show_label=False,
+        )  # fmt: skip
+        rows = gr.State("")
+        preview = gr.HTML("", elem_id="language-preview", apply_default_css=False)
+    with gr.Group(elem_classes="as-card"):
+        for pair in (("name", "task"), ("steps", "rank"), ("learning_rate", "batch_size"),
+                     ("max_length", "validation_split")):  # fmt: skip
+            with gr.Row():
+                for name in pair:
+                    start_value = {"value": "my-adapter"} if name == "name" else {}
+                    form[name] = schema_form.widget(
+                        KNOWN[name], elem_id=f"language-{name}", min_width=140, **start_value
+                    )
+        for name in ("system_prompt", "sample_prompts", "packing"):
+            form[name] = schema_form.widget(KNOWN[name], elem_id=f"language-{name.replace('_', '-')}")
+    for group, names in groups([*form, "base", "data"]).items():
+        with gr.Accordion(group, open=False, elem_classes="as-more"):
+            for name in names:
+                form[name] = schema_form.widget(KNOWN[name])
+    with gr.Row(elem_classes="as-actions"):
+        start = gr.Button("Start training", variant="primary", elem_id="language-start")
+    return form, drop, rows, preview, start
+
+
+def groups(shown: Sequence[str]) -> dict[str, list[str]]:
+    """The fields not in ``shown`` by the group of the schema, those that are needed often first."""
+    found: dict[str, list[str]] = {}
+    for item in sorted(KNOWN.values(), key=lambda item: item.advanced):
+        if item.name not in shown:
+            found.setdefault(item.group, []).append(item.name)
+    order = dict.fromkeys(item.group for item in KNOWN.values())
+    return {group: found[group] for group in order if group in found}
+
+
+def keep(file: str | Path) -> Path:
+    """Copy a dropped file to where jobs find it later, under the hash of what is in it."""
+    source = Path(file)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    target = settings.folder("datasets", f"rows-{digest}") / source.name
+    if not target.is_file():
+        shutil.copyfile(source, target)
+    return target
+
+
+def describe(file: Path, task: str) -> str:
+    """The first rows of a file as a training would understand them.
+
+    Raises:
+        InputError: as the training itself.
+    """
+    report = texts.scan(str(file))
+    broken = f"{len(report.broken)} unreadable ({', '.join(map(report.place, list(report.broken)[:5]))})"
+    texts.usable_rows(report, skip_broken=True)
+    understood: list[Any] = (
+        list(labelled_texts(report, Columns())) if task == "classification"
+        else list(plain_texts(report, Columns())) if task == "masked" else conversations(report, Columns())
+    )  # fmt: skip
+    shown = "".join(f"<li>{_example(item)}</li>" for item in understood[:3])
+    facts = f"{len(report.rows)} rows" + (f", {broken}" if report.broken else "")
+    return (
+        f'<section class="as-recipe" aria-label="Rows"><p><strong>{markup.text(file.name)}</strong>: '
+        f"{markup.text(facts)}; columns {markup.text(', '.join(report.columns))}</p><ul>{shown}</ul></section>"
+    )
+
+
+def _example(item: Any) -> str:
+    if isinstance(item, Conversation):
+        turns = (
+            f"{markup.tag(message['role'])} {markup.text(_short(message['content']))}" for message in item.messages
+        )
+        return "<br>".join(turns)
+    label = f"{markup.tag(item.label)} " if item.label is not None else ""
+    return f"{label}{markup.text(_short(item.text))}"
+
+
+def _short(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def config_of(data: str, base: str, values: Sequence[Any]) -> TrainLanguageConfig:
+    """The job that a filled form asks for; raises :class:`InputError` for what cannot work."""
+    if not data:
+        raise InputError("There are no rows yet: drop a file first.")
+    names = [name for name in NAMES if name != "base"]
+    config = schema_form.read_all(KNOWN, names, values)
+    return TrainLanguageConfig.parse({**config, "base": base or EMBEDDED, "data": data}, source="the form")
+
+
+@dataclass
+class _Result:
+    """The right side of training: progress, loss, answers, what to do with the adapter."""
+
+    job: gr.State
+    timer: gr.Timer
+    panel: gr.HTML
+    plot: gr.HTML
+    answers: gr.HTML
+    cancel: gr.Button
+    resume: gr.Button
+    talk: gr.Button
+
+    @classmethod
+    def draw(cls) -> _Result:
+        job = gr.State("")
+        timer = gr.Timer(SECONDS, active=False)
+        panel = gr.HTML(_EMPTY, elem_id="language-panel", apply_default_css=False)
+        with gr.Row(elem_classes="as-actions-row"):
+            cancel = gr.Button(_CANCEL, variant="stop", visible=False, size="md", elem_id="language-cancel")
+            resume = gr.Button("Resume", visible=False, size="md", elem_id="language-resume")
+            talk = gr.Button("Chat with it", variant="primary", visible=False, size="md", elem_id="language-talk")
+        plot = gr.HTML("", elem_id="language-plot", apply_default_css=False)
+        answers = gr.HTML("", elem_id="language-answers", apply_default_css=False)
+        return cls(job, timer, panel, plot, answers, cancel, resume, talk)
+
+    @property
+    def view(self) -> list[Any]:
+        return [self.job, self.timer, self.panel, self.plot, self.answers, self.cancel, self.resume, self.talk]
+
+
+_CANCEL = "Cancel and keep what is learnt"
+_EMPTY = markup.empty(
+    "The training shows itself here",
+    "Drop a file of rows, give the adapter a name, and start. Loss, measures and answers appear while it learns.",
+)
+
+
+def _wire_train(
+    form: Form, base: gr.Dropdown, drop: gr.File, rows: gr.State, preview: gr.HTML, start: gr.Button, result: _Result
+) -> None:
+    @polite
+    def dropped(file: str | None, task: str) -> Any:
+        if not file:
+            return "", ""
+        place = keep(file)
+        try:
+            return str(place), describe(place, task)
+        except StudioError as error:
+            return str(place), markup.notice(str(error))
+
+    @polite
+    def look_again(data: str, task: str) -> Any:
+        try:
+            return describe(Path(data), task) if data else ""
+        except StudioError as error:
+            return markup.notice(str(error))
+
+    @polite
+    def begin(data: str, name: str, *values: Any) -> Any:
+        job_id = jobs.submit("train-language", config_of(data, name, values))
+        jobs.ensure_worker()
+        return follow(job_id)
+
+    @polite
+    def look(job_id: str) -> Any:
+        try:
+            return follow(job_id)
+        except InputError:  # deleted meanwhile
+            return ["", gr.Timer(active=False), _EMPTY, "", "", *[gr.update(visible=False)] * 3]
+
+    @polite
+    def stop(job_id: str) -> Any:
+        jobs.cancel(job_id)
+        return follow(job_id)
+
+    @polite
+    def go_on(job_id: str) -> Any:
+        jobs.resume(job_id)
+        jobs.ensure_worker()
+        return follow(job_id)
+
+    drop.change(dropped, [drop, form["task"]], [rows, preview], **_PRIVATE)
+    form["task"].change(look_again, [rows, form["task"]], preview, **_PRIVATE)
+    fields = [form[name] for name in NAMES if name != "base"]
+    start.click(begin, [rows, base, *fields], result.view, **_PRIVATE)
+    result.timer.tick(look, result.job, result.view, **_PRIVATE)
+    result.cancel.click(stop, result.job, result.view, **_PRIVATE)
+    result.resume.click(go_on, result.job, result.view, **_PRIVATE)
+
+
+def _wire_crossing(page: Page, result: _Result) -> None:
+    @polite
+    def talk(job_id: str) -> Any:
+        job = jobs.get(job_id)
+        name = str((job.result or {}).get("library") or "")
+        return [
+            "chat",
+            job.config.get("base") or EMBEDDED,
+            gr.update(choices=adapter_choices(), value=[name] if name else []),
+        ]
+
+    result.talk.click(talk, result.job, [page.mode, page.base, page.adapters], **_PRIVATE)
+
+
+def use(record: library.Record) -> list[Any]:
+    """Values of mode, base and adapters with which the page uses something from the library."""
+    if record.kind == "base":
+        return ["chat", record.name, gr.skip()]
+    return ["chat", gr.skip(), gr.update(choices=adapter_choices(), value=[record.name])]
+
+
+def open_job(job_id: str, shown: tuple[Any, ...]) -> list[Any]:
+    """Values of :attr:`Page.jobs_view`."""
+    return ["train", *follow(job_id, shown)]
+
+
+def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
+    """What the right side shows of a training."""
+    if not job_id:
+        return gr.skip()
+    job = jobs.get(job_id)
+    name = str((job.result or {}).get("library") or "")
+    kept = markup.notice(f"The adapter is in your library as '{name}'.", "info") if name else ""
+    usable = bool(name) and job.config.get("task") == "causal"
+    return [
+        job.id, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
+        kept + _plot(job) + _measures(job),
+        answers(job), gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
+        gr.update(visible=job.status in ("cancelled", "interrupted", "failed")), gr.update(visible=usable),
+    ]  # fmt: skip
+
+
+def _plot(job: Job) -> str:
+    rows = jobs.history(job.id)
+    losses = [(row.step, row.loss) for row in rows if row.loss is not None]
+    checks = [(row.step, row.metrics["validation_loss"]) for row in rows if "validation_loss" in row.metrics]
+    return loss_plot.loss_plot(losses, checks, total=int(job.config.get("steps") or 0))
+
+
+def _measures(job: Job) -> str:
+    """The latest measures on the rows kept out."""
+    found = (job.result or {}).get("validation") or []
+    if not found:
+        return ""
+    last = found[-1]
+    names = {"validation_loss": "Validation loss", "perplexity": "Perplexity", "accuracy": "Accuracy",
+             "macro_f1": "Macro F1"}  # fmt: skip
+    return markup.facts((title, f"{last[name]:.4g}") for name, title in names.items() if name in last)
+
+
+def answers(job: Job) -> str:
+    """The answers to the sample prompts so far, the latest first."""
+    file = job.folder / "answers.jsonl"
+    if not file.is_file():
+        return ""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = "".join(
+        f"<tr><td>{line['step']}</td><td>{markup.text(line['prompt'])}</td><td>{markup.text(line['answer'])}</td></tr>"
+        for line in reversed(lines[-40:])
+    )
+    return (
+        '<section class="as-answers"><h3>Answers while it learns</h3><table><thead><tr><th>Step</th><th>Prompt</th>'
+        f"<th>Answer</th></tr></thead><tbody>{rows}</tbody></table></section>"
+    )
