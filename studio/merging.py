@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from adapters.merging.concatenate import Merged
 
 DEFAULT = "concatenate"
+RECORD = "adapter_studio_merge"
+"""Text entry of a merged file that says how it was made, as JSON."""
 
 
 @cache
@@ -63,4 +67,15 @@ def merge(
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise InputError(f"The method '{method}' has no option '{name}'{nearest(name, known)}: {has}.")
     merged: Merged = function(files, weights, rank=rank, **(options or {}))
-    return merged
+    record = {
+        "method": method,
+        "rank": rank,
+        "options": dict(options or {}),
+        "adapters": [
+            {"name": file.path.stem if file.path else "", "sha256": file.sha256, "weight": weight}
+            for file, weight in zip(files, weights, strict=True)
+        ],
+        "layers": {name: dict(values) for name, values in merged.report.items()},
+    }
+    metadata = {**merged.file.metadata, RECORD: json.dumps(record)}
+    return replace(merged, file=replace(merged.file, metadata=metadata))

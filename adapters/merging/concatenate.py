@@ -10,7 +10,8 @@ rank-k matrix is nearer), computed on the small factors: B A = (Q_B R_B)(Q_A R_A
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -31,10 +32,12 @@ METHOD = Method(
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The merged adapter and, per "component.module", |cut - exact| / |exact| (empty when nothing was cut)."""
+    """The merged adapter, per "component.module" |cut - exact| / |exact| (empty when nothing was cut), and what else
+    the method has to say of a layer."""
 
     file: LoraFile
     errors: Mapping[str, float]
+    report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def concatenate(
@@ -54,31 +57,53 @@ def concatenate(
     Raises:
         InputError: nothing to merge, a DoRA adapter (not a sum), or a rank below 1.
     """
-    if not files:
-        raise InputError("There is no adapter to merge.")
-    if any(file.is_dora() for file in files):
-        raise InputError("A DoRA adapter rescales the base weight and cannot be written as a sum of LoRAs.")
     if rank is not None and rank < 1:
         raise InputError(f"The rank of a merged LoRA must be at least 1, got {rank}.")
-    scaled: dict[tuple[str, str], list[tuple[LoraLayer, float]]] = {}
+    scaled = summands(files, weights, factors)
+    layers: dict[tuple[str, str], LoraLayer] = {}
+    errors: dict[str, float] = {}
+    for (component, module), parts in scaled.items():
+        exact = join(parts)
+        if rank is None or exact.rank <= rank:
+            layers[component, module] = exact
+        else:
+            layers[component, module], errors[f"{component}.{module}"] = cut(exact, rank)
+    return Merged(LoraFile(group_dict(layers)), errors)
+
+
+def summands(
+    files: Sequence[LoraFile],
+    weights: Sequence[Mapping[str, float] | float],
+    factors: Sequence[Mapping[str, float]] = (),
+) -> dict[tuple[str, str], list[tuple[LoraLayer, float]]]:
+    """(component, module) -> the layers that adapt it, each with its strength (other than 0), in the files' order.
+
+    Raises:
+        InputError: nothing to merge, as many weights as files are not given, a DoRA adapter, or different shapes.
+    """
+    if not files:
+        raise InputError("There is no adapter to merge.")
+    if len(weights) != len(files):
+        raise InputError(f"{len(files)} adapters need {len(files)} weights, got {len(weights)}.")
+    if any(file.is_dora() for file in files):
+        raise InputError("A DoRA adapter rescales the base weight and cannot be written as a sum of LoRAs.")
+    found: dict[tuple[str, str], list[tuple[LoraLayer, float]]] = {}
     for k, (file, weight) in enumerate(zip(files, weights, strict=True)):
         extra = factors[k] if factors else {}
         for component, module, layer in file.layers():
             strength = weight if isinstance(weight, int | float) else weight.get(component, 0.0)
             strength *= extra.get(f"{component}.{module}", 1.0)
             if strength != 0:
-                scaled.setdefault((component, module), []).append((layer, strength))
-    if not scaled:
+                found.setdefault((component, module), []).append((layer, strength))
+    if not found:
         raise InputError("Every weight is 0: the merged LoRA would be empty.")
-    layers: dict[tuple[str, str], LoraLayer] = {}
-    errors: dict[str, float] = {}
-    for (component, module), summands in scaled.items():
-        exact = join(summands)
-        if rank is None or exact.rank <= rank:
-            layers[component, module] = exact
-        else:
-            layers[component, module], errors[f"{component}.{module}"] = cut(exact, rank)
-    return Merged(LoraFile(group_dict(layers)), errors)
+    for (component, module), parts in found.items():
+        shapes = {(layer.B.shape[0], tuple(layer.A.shape[1:])) for layer, _ in parts}
+        if len(shapes) > 1:
+            raise InputError(f"The adapters have different shapes in '{component}.{module}': not of one base model.")
+        if not all(bool(t.isfinite().all()) for layer, _ in parts for t in (layer.A, layer.B)):
+            raise InputError(f"An adapter holds numbers that are not finite in '{component}.{module}'.")
+    return found
 
 
 def join(summands: Sequence[tuple[LoraLayer, float]]) -> LoraLayer:

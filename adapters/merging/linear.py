@@ -1,0 +1,74 @@
+"""Two plain baselines: the nearest LoRA of a rank to the exact sum, and the mean of the factors.
+
+svd: sum_i w_i s_i B_i A_i, cut to a rank (Eckart-Young: nothing of that rank is nearer).
+linear: A = sum_i sqrt(w_i s_i) A_i, B = sum_i sqrt(w_i s_i) B_i, what PEFT calls "linear". Equal ranks only. B A holds
+cross terms B_i A_j that no adapter has learnt, and the order of the ranks matters: a baseline, not a recommendation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from adapters.catalogue import Method
+from adapters.errors import InputError
+from adapters.formats.lora import LoraFile, LoraLayer, group_dict
+from adapters.merging.concatenate import Merged, concatenate, cut, join, summands
+
+METHODS = (
+    Method(
+        name="svd",
+        title="SVD of the sum",
+        summary="The exact sum of the adapters, cut to the rank of one of them with the smallest possible error.",
+        stage="merging",
+        makes="ordinary LoRA",
+        paper="",
+        entry="adapters.merging.linear:svd",
+    ),
+    Method(
+        name="linear",
+        title="Sum of factors",
+        summary="Adds the A's and the B's apart, as PEFT's 'linear' does: a baseline with cross terms.",
+        stage="merging",
+        makes="ordinary LoRA",
+        paper="",
+        entry="adapters.merging.linear:linear",
+    ),
+)
+
+
+def svd(files: Sequence[LoraFile], weights: Sequence[Mapping[str, float] | float], rank: int | None = None) -> Merged:
+    """The exact sum cut to ``rank`` (None = the adapters' largest)."""
+    if not files:
+        raise InputError("There is no adapter to merge.")
+    return concatenate(files, weights, rank=rank or max(rank for file in files for rank in file.ranks()))
+
+
+def linear(
+    files: Sequence[LoraFile], weights: Sequence[Mapping[str, float] | float], rank: int | None = None
+) -> Merged:
+    """Factors added apart; ``errors`` is the relative distance to the exact sum.
+
+    Raises:
+        InputError: different ranks in one layer, or a negative weight (whose root there is not).
+    """
+    layers: dict[tuple[str, str], LoraLayer] = {}
+    errors: dict[str, float] = {}
+    for (component, module), parts in summands(files, weights).items():
+        name = f"{component}.{module}"
+        if len({layer.rank for layer, _ in parts}) > 1:
+            raise InputError(f"The sum of factors needs equal ranks, which '{name}' has not: use svd or lego.")
+        if any(weight < 0 for _, weight in parts):
+            raise InputError("The sum of factors takes the root of every weight: none may be negative.")
+        roots = [(weight * layer.scale) ** 0.5 for layer, weight in parts]
+        A = torch.stack([root * layer.A.float() for root, (layer, _) in zip(roots, parts, strict=True)]).sum(0)
+        B = torch.stack([root * layer.B.float() for root, (layer, _) in zip(roots, parts, strict=True)]).sum(0)
+        merged = LoraLayer(A, B, alpha=float(A.shape[0]))
+        if rank is not None and rank < merged.rank:
+            merged, _ = cut(merged, rank)
+        exact = join(parts).delta()
+        size = torch.linalg.vector_norm(exact)
+        errors[name] = float(torch.linalg.vector_norm(merged.delta() - exact) / size) if size > 0 else 0.0
+        layers[component, module] = merged
+    return Merged(LoraFile(group_dict(layers)), errors)
