@@ -30,7 +30,6 @@ from adapters.merging.concatenate import Merged, concatenate
 from adapters.progress import Monitor, Progress, Silent, check
 from pipelines.diffusion import methods
 from pipelines.diffusion.checks import block_factor, check_blocks, check_call, check_pristine, check_weight
-from pipelines.diffusion.denoise import Denoising
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.distillation.use import Distilled, check_use, distilled, merged_mark
@@ -292,15 +291,21 @@ class MultiLoRAPipeline:
         self._composition = Composition(method, chosen, tau, te_mode, adapter_batch, found, how)
         return self
 
-    def plan(self, steps: int = 25, guidance_scale: float | None = None, scheduler: str = "default") -> Plan:
-        """What a call with these numbers would do (guidance as in a call).
+    def plan(
+        self,
+        steps: int = 25,
+        guidance_scale: float | None = None,
+        scheduler: str = "default",
+        prompt: str | None = None,
+    ) -> Plan:
+        """What a call with these numbers would do (guidance as in a call; some methods also go by the prompt).
 
         Raises:
             InputError: the composition cannot be done (for example a DoRA adapter with a fading schedule).
         """
         count = count_steps(sampler(scheduler, self.pipe.scheduler, self.family.flow), steps, self.family.flow)
         guidance, mark = check_use(self._active_marks(), self._composition.method, guidance_scale, True)
-        plan, _ = self._planned(count, guidance > 1 and not (mark and mark.mode == "embedding"))
+        plan, _ = self._planned(count, guidance > 1 and not (mark and mark.mode == "embedding"), prompt)
         return plan
 
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:

@@ -20,6 +20,9 @@ from pipelines.diffusion.methods.step import Step
 
 TextMode = Literal["auto", "per_adapter", "official", "merged"]
 MODES: tuple[TextMode, ...] = ("auto", "per_adapter", "official", "merged")
+JOINT = ("merge", "k-lora")
+"""Methods with several adapters in one prediction."""
+
 Voices = tuple[int, ...]
 """The adapters whose text encoder LoRAs are active in an encoding."""
 
@@ -33,9 +36,11 @@ def resolve_mode(mode: str, method: str) -> TextMode:
     if mode not in MODES:
         raise InputError(f"Unknown te_mode '{mode}': possible are {', '.join(MODES)}.")
     if mode == "auto":
-        return "merged" if method == "merge" else "per_adapter"
-    if mode == "per_adapter" and method == "merge":
-        raise InputError("te_mode 'per_adapter' needs a method with one adapter per prediction; merge uses 'merged'.")
+        return "merged" if method in JOINT else "per_adapter"
+    if mode == "per_adapter" and method in JOINT:
+        raise InputError(
+            f"te_mode 'per_adapter' needs a method with one adapter per prediction; {method} uses 'merged'."
+        )
     return next(known for known in MODES if known == mode)
 
 

@@ -1,4 +1,8 @@
-"""Composition methods, one per file: a ``METHOD`` entry and a function ``steps(strengths, ...) -> list[Step]``."""
+"""Composition methods, one per file: a ``METHOD`` entry and a function ``steps(strengths, ...) -> list[Step]``.
+
+A method that does more in a step than its gates say also has a class ``Run``, a
+:class:`pipelines.diffusion.denoise.Denoising` of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from adapters.catalogue import Method
 from adapters.errors import InputError, nearest
 from pipelines.diffusion.methods.step import Step, Strengths
 
-__all__ = ["Step", "Strengths", "find", "names", "plan_steps"]
+__all__ = ["Step", "Strengths", "find", "names", "plan_steps", "runner"]
 
 
 @cache
@@ -43,3 +47,11 @@ def plan_steps(name: str, strengths: Strengths, **options: Any) -> list[Step]:
     known = inspect.signature(steps).parameters
     made: list[Step] = steps(strengths, **{key: value for key, value in options.items() if key in known})
     return made
+
+
+def runner(name: str) -> Any:
+    """The class that does the method's steps: its own ``Run``, or :class:`pipelines.diffusion.denoise.Denoising`."""
+    from pipelines.diffusion.denoise import Denoising
+
+    module = importlib.import_module(find(name).entry.partition(":")[0])
+    return getattr(module, "Run", Denoising)

@@ -7,8 +7,8 @@ description; two of its parts are approximated here (below). Adapter d leads:
 
 Leadership goes round in turns of tau steps, in the order of high-frequency content: the share of |F(eps_i - eps_0)|^2
 beyond 0.4 of the highest frequency, measured once at the first step (the authors' program goes by the words in the
-file's name). All predictions are made every 2 steps in the first 3/8 of the steps, every 3 until 7/8, and every 2 after;
-in between only the leader predicts, and the others keep their distance from it:
+file's name). All predictions are made every 2 steps in the first 3/8 of the steps, every 3 until 7/8, and every 2
+after; in between only the leader predicts, and the others keep their distance from it:
 
     eps ~ eps_d(t) + sum_i w_i (eps_i(t') - eps_d(t'))        t' the last step at which all were predicted
 
@@ -32,7 +32,7 @@ from pipelines.diffusion.methods.switch import turn
 METHOD = Method(
     name="cmlora",
     title="Cached Multi-LoRA",
-    summary="Composite with a leading adapter that goes round; between refreshes only the leader predicts (approximate).",
+    summary="Composite with a leader that goes round; between refreshes only the leader predicts (approximate).",
     stage="compose",
     makes="picture",
     paper="Cached Multi-LoRA Composition for Multi-Concept Image Generation, arXiv 2502.04923 (approximated)",
@@ -141,7 +141,7 @@ def shares(count: int, leader: int) -> list[float]:
 
 
 def high_frequency(difference: Tensor) -> float:
-    """Share of the energy of (batch, channels, height, width) at high radial frequencies (packed latents: by tokens)."""
+    """Share of the energy of (batch, channels, height, width), or of (batch, tokens, width), at high frequencies."""
     field = difference.float()
     if field.ndim < 4:  # tokens of a transformer: frequencies along the sequence
         field = field.transpose(1, 2)[:, :, None, :]

@@ -20,7 +20,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
@@ -116,8 +115,3 @@ def _crossing(concept: float, style: float) -> float:
     if style == 0:
         return 2.0  # nothing to change to
     return (concept / style - START) / GAIN
-
-
-def chosen(step: LayerStep) -> Tensor:
-    """How many layers each adapter has in a step (N,)."""
-    return torch.tensor(list(step.layers.values())).sum(0)

@@ -39,7 +39,7 @@ class Situation:
         silent = [name for name, words in zip(self.names, self.triggers, strict=True) if not words]
         if silent:
             raise InputError(
-                f"'{method}' weighs adapters by their trigger words, and {', '.join(silent)} has none: give it triggers."
+                f"'{method}' weighs adapters by their trigger words; give {', '.join(silent)} triggers, there are none."
             )
 
     def closeness(self, first: str, second: str) -> float:

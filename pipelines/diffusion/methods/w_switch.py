@@ -35,9 +35,7 @@ def steps(strengths: Strengths, situation: Situation, tau: int = 1) -> list[Step
     turns = lengths(weights(situation), tau) if situation.prompt is not None else [tau] * count
     order = [i for i, length in enumerate(turns) for _ in range(length)]
     return [
-        Step(tuple(value if i == order[k % len(order)] else 0.0 for i, value in enumerate(row)))
-        if order
-        else Step(row)
+        Step(tuple(value if i == order[k % len(order)] else 0.0 for i, value in enumerate(row))) if order else Step(row)
         for k, row in enumerate(strengths)
     ]
 
