@@ -11,6 +11,7 @@ from adapters import files
 from adapters.progress import Monitor, Progress, check
 from studio import images, library, loaded, recipes
 from studio.schemas.compose import ComposeConfig
+from studio.schemas.regions import Region, RegionFields
 
 PREVIEWS = 5
 """Previews shown while one picture is made."""
@@ -38,7 +39,8 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
         files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
         made = [_picture(pipe, config, recipe, folder, monitor, number) for number in range(config.images)]
     return {
-        "images": [str(path) for path in made],
+        "images": [str(path) for path, _ in made],
+        "regions": made[0][1],
         "recipe": str(folder / "recipe.json"),
         "adapters": [entry["name"] for entry in recipe["adapters"]],
         "base": config.base,
@@ -57,9 +59,10 @@ def plan(config: ComposeConfig) -> Any:
 
 
 def settled(config: ComposeConfig) -> ComposeConfig:
-    """``config`` with nothing left to guess: every adapter has a name and its trigger words.
+    """``config`` with nothing left to guess: every adapter has a name and its trigger words, masks are inside.
 
-    A missing name is the file's own, made unique by a number; missing triggers are those the library knows.
+    A missing name is the file's own, made unique by a number; missing triggers are those the library knows. A mask's
+    file is read now and kept as a ``data:`` URI, so that the recipe repeats without the file.
     """
     taken = {use.name for use in config.adapters}
     uses = []
@@ -67,7 +70,16 @@ def settled(config: ComposeConfig) -> ComposeConfig:
         name = use.name or _free(Path(use.path).stem or "adapter", taken)
         taken.add(name)
         uses.append(use.model_copy(update={"name": name, "triggers": use.triggers or _known_triggers(use.path)}))
-    return config.model_copy(update={"adapters": uses})
+    regions = config.regions if config.regions == "auto" else [_with_mask(region) for region in config.regions]
+    return config.model_copy(update={"adapters": uses, "regions": regions})
+
+
+def _with_mask(region: Region) -> Region:
+    if not region.mask:
+        return region
+    from pipelines.diffusion.regions.pictures import as_uri, open_mask
+
+    return region.model_copy(update={"mask": as_uri(open_mask(region.mask))})
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -88,13 +100,22 @@ def _prepare(pipe: Any, config: ComposeConfig) -> None:
         )  # fmt: skip
     pipe.compose(
         config.method, adapters=[use.name for use in config.adapters], tau=config.tau, te_mode=config.te_mode,
-        adapter_batch=config.adapter_batch,
+        adapter_batch=config.adapter_batch, regions=_regions(config),
+        **{name: getattr(config, name) for name in RegionFields.model_fields if name != "regions"},
     )  # fmt: skip
+
+
+def _regions(config: ComposeConfig) -> Any:
+    """The regions as the pipeline takes them."""
+    if config.regions == "auto":
+        return "auto"
+    return [{**region.model_dump(), "mask": region.mask or None} for region in config.regions]
 
 
 def _picture(
     pipe: Any, config: ComposeConfig, recipe: dict[str, Any], folder: Path, monitor: Monitor, number: int
-) -> Path:
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Make picture ``number``; returns its path and where its regions were."""
     check(monitor)
     seed = config.seed + number
     out = pipe(
@@ -104,8 +125,18 @@ def _picture(
         preview_every=max(1, config.steps // PREVIEWS), allow_double_guidance=config.allow_double_guidance,
     )  # fmt: skip
     path = images.save_png(out.images[0], folder / f"picture-{seed}.png", recipes.for_picture(recipe, seed))
+    places = [_place(region, folder, seed, i) for i, region in enumerate(out.regions, 1)]
     monitor.report(Progress("saved", number + 1, config.images, preview=path, message=f"picture {path.name}"))
-    return path
+    return path, places
+
+
+def _place(region: Any, folder: Path, seed: int, number: int) -> dict[str, Any]:
+    """A region for the job's result; the mask of one without a box is written as a picture."""
+    mask = None
+    if region.box is None:
+        mask = folder / f"region-{seed}-{number}.png"
+        files.write(mask, region.mask.save, sync=False)
+    return {"name": region.name, "box": region.box and list(region.box), "mask": mask and str(mask)}
 
 
 class _Part:

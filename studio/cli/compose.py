@@ -11,12 +11,13 @@ import typer
 
 from adapters.errors import InputError
 from studio import hush
-from studio.cli import launch, lora_option
+from studio.cli import launch, lora_option, region_option
 from studio.cli.output import Json, Output, Quiet, duration
 from studio.cli.schema_options import pair, with_options
 from studio.distilled import suited
 from studio.schemas.base import read_yaml
 from studio.schemas.compose import ComposeConfig
+from studio.schemas.regions import DEFAULT_METHOD, REGIONAL_METHODS
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +36,22 @@ def compose(
             "--lora", "-l", metavar=lora_option.FORM,
             help="An adapter with its strength and the part of the steps it is at work; give it several times.",
             rich_help_panel="Adapters",
+        ),
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--region", "-r", metavar=region_option.FORM,
+            help="A part of the picture with its own adapters and prompt; PLACE is left, right, top, bottom, all, "
+            "x0,y0,x1,y1 between 0 and 1, or a mask picture. Give it several times.",
+            rich_help_panel="Regions",
+        ),
+    ] = None,
+    regions: Annotated[
+        str | None,
+        typer.Option(
+            "--regions", metavar="auto|none|FILE", rich_help_panel="Regions",
+            help="auto: every adapter finds its place by itself; or a YAML file with a list of regions.",
         ),
     ] = None,
     from_: Annotated[
@@ -61,6 +78,7 @@ def compose(
     output = Output(json, quiet)
     hush.remarks()
     changes = {**fields, **({"adapters": [lora_option.parse(text) for text in lora]} if lora else {})}
+    changes = {**_regions(region, regions), **changes}
     chosen, threads = _configuration(config, from_, changes, set_ or [])
     if out is not None and detach:
         raise InputError("--out and --detach exclude each other: the worker keeps its pictures in the job's folder.")
@@ -79,16 +97,47 @@ def _configuration(
     if file is not None and picture is not None:
         raise InputError("Give either a configuration file or --from, not both.")
     if picture is None:
-        values = _with_settings({**(read_yaml(file) if file else {}), **changes}, settings)
+        values = _with_settings(_with_places({**(read_yaml(file) if file else {}), **changes}), settings)
         return ComposeConfig.parse({**suited(values), **values}, source=str(file or "compose")), None
     from studio import images, recipes
 
     recipe = images.read_recipe(picture)
+    if "regions" in changes and "method" not in changes:
+        kept = recipe["config"].get("method")
+        changes["method"] = _fitting_method(kept, bool(changes["regions"]))
     whole = [text for text in settings if "." not in text.partition("=")[0]]
     repeated = recipes.replay(recipe, {**changes, **_with_settings({}, whole)}).model_dump(mode="json")
     inside = _with_settings(repeated, [text for text in settings if text not in whole])
     threads = recipe.get("made_on", {}).get("threads")
     return ComposeConfig.parse(inside, source="the recipe"), threads if isinstance(threads, int) else None
+
+
+def _regions(region: Sequence[str] | None, regions: str | None) -> dict[str, Any]:
+    """What ``--region`` and ``--regions`` say."""
+    if region and regions:
+        raise InputError("Give either --region (several times) or --regions, not both.")
+    if regions:
+        return region_option.read(regions)
+    return {"regions": [region_option.parse(text) for text in region]} if region else {}
+
+
+def _fitting_method(kept: Any, regional: bool) -> Any:
+    """The recipe's method where it can be kept, now that there are regions or none."""
+    if (kept in REGIONAL_METHODS) == regional:
+        return kept
+    return DEFAULT_METHOD if regional else "merge"
+
+
+def _with_places(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with every adapter that a region names, taken from the library where ``adapters`` has it not."""
+    regions = values.get("regions")
+    uses = values.get("adapters") or []
+    if not isinstance(regions, list) or not isinstance(uses, list):
+        return values
+    known = {use.get("name") or Path(str(use.get("path", ""))).stem for use in uses if isinstance(use, dict)}
+    wanted = [name for region in regions if isinstance(region, dict) for name in region.get("adapters") or []]
+    more = [{"name": name, "path": name} for name in dict.fromkeys(map(str, wanted)) if name not in known]
+    return {**values, "adapters": [*uses, *more]} if more else values
 
 
 def _with_settings(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def parse(text: str) -> dict[str, Any]:
     rest = text
     if match := _RANGE.fullmatch(rest):
         rest = match.group(1)
-        use["schedule"] = _window(text, float(match.group(2)), float(match.group(3)))
+        use["schedule"] = window("--lora", text, float(match.group(2)), float(match.group(3)))
     if match := _WEIGHT.fullmatch(rest):
         rest = match.group(1)
         use["weight"] = float(match.group(2))
@@ -39,10 +39,10 @@ def parse(text: str) -> dict[str, Any]:
     return use
 
 
-def _window(text: str, start: float, end: float) -> list[list[float]]:
+def window(flag: str, text: str, start: float, end: float) -> list[list[float]]:
     """Keyframes that are 1 from ``start`` until before ``end``; two at one place are a jump."""
     if not 0 <= start < end <= 1:
-        raise InputError(f"--lora '{text}': the range after @ must lie between 0 and 1 and go upwards, as in @0-0.4.")
+        raise InputError(f"{flag} '{text}': the range after @ must lie between 0 and 1 and go upwards, as in @0-0.4.")
     before = [[0.0, 0.0], [start, 0.0]] if start > 0 else []
     after = [[end, 0.0], [1.0, 0.0]] if end < 1 else []
     return [*before, [start, 1.0], [end, 1.0], *after]

@@ -135,7 +135,8 @@ def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> Region
     made = RegionOptions(**options)
     if method not in REGIONAL:
         if made != RegionOptions():
-            raise InputError(f"'{method}' has no regions, so it takes no {', '.join(options)}.")
+            changed = [item.name for item in fields(made) if getattr(made, item.name) != item.default]
+            raise InputError(f"'{method}' has no regions, so {', '.join(changed)} would do nothing: leave it out.")
         return made
     if made.scope not in (None, "cross", "spatial"):
         raise InputError(f"Unknown scope '{made.scope}': possible are cross, spatial.")
