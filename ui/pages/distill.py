@@ -92,7 +92,9 @@ def _settings() -> Form:
         for pair in (("steps", "rank"), ("learning_rate", "batch_size"), ("trajectory_count", "inference_steps")):
             with gr.Row():
                 for name in pair:
-                    form[name] = schema_form.widget(KNOWN[name], elem_id=f"distill-{name}", min_width=150)
+                    form[name] = schema_form.widget(
+                        KNOWN[name], elem_id=f"distill-{name}", min_width=150, visible=name != "inference_steps"
+                    )
         form["sample_prompts"] = schema_form.widget(KNOWN["sample_prompts"], elem_id="distill-samples")
         form["sample_every"] = schema_form.widget(KNOWN["sample_every"])
     for group, names in groups().items():
