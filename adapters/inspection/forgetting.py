@@ -1,0 +1,81 @@
+"""Forgetting: how much a model's loss on old data rises when an adapter is on (arXiv 2410.21228), with controls.
+
+The caller gives a function that measures the loss on the same data (same batches, same noise) every time it is called.
+Adapters are added to the weights for the measurement and taken out again to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters.errors import InputError
+from adapters.formats.lora import LoraFile
+from adapters.inspection.intruders import Found, shrink, soften, update_norm
+
+Measure = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of the adapter: how it was made, its |dW|, and the losses by name."""
+
+    variant: str
+    strength: float
+    norm: float
+    losses: Mapping[str, float]
+
+
+@contextmanager
+@torch.no_grad()
+def added(models: Mapping[str, nn.Module], file: LoraFile) -> Iterator[None]:
+    """Inside, the adapter is part of the weights; outside, they are what they were, to the bit.
+
+    Raises:
+        InputError: a layer that the models do not have.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for component, name, layer in file.layers():
+            try:
+                module = models[component].get_submodule(name)
+            except (KeyError, AttributeError):
+                raise InputError(f"The base has no '{component}.{name}', which the adapter changes.") from None
+            weight: Tensor = module.weight.data  # type: ignore[assignment]
+            change = layer.delta()
+            change = change.flatten(1).T if isinstance(module, Conv1D | nn.Embedding) else change
+            kept.append((weight, weight.clone()))
+            weight.copy_((weight.float() + change.reshape(weight.shape).to(weight.device)).to(weight.dtype))
+        yield
+    finally:
+        for weight, before in reversed(kept):
+            weight.copy_(before)
+
+
+def sweep(
+    models: Mapping[str, nn.Module],
+    file: LoraFile,
+    found: Mapping[tuple[str, str], Sequence[Found]],
+    measures: Mapping[str, Measure],
+    strengths: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0),
+) -> list[Row]:
+    """Losses of the base, of the adapter softened by every lambda, and of the whole update shrunk to the same norm."""
+    rows = [Row("base", 0.0, 0.0, {name: measure() for name, measure in measures.items()})]
+    whole = update_norm(file)
+    for strength in strengths:
+        softened, _ = soften(file, found, strength)
+        norm = update_norm(softened)
+        variants = [("intruders scaled", strength, softened)]
+        if strength != 1:
+            factor = norm / whole if whole else 1.0
+            variants.append(("whole update shrunk", factor, shrink(file, factor)))
+        for name, value, variant in variants:
+            with added(models, variant):
+                losses = {key: measure() for key, measure in measures.items()}
+            rows.append(Row(name if strength != 1 else "adapter", value, update_norm(variant), losses))
+    return rows
