@@ -1,0 +1,129 @@
+"""Photos as the network wants them, and the way back to the pixels of the file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from adapters.errors import InputError
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Network pixel = file pixel * scale - crop, per axis (x, y); ``size`` is the file's (width, height)."""
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    crop: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)
+
+    def intrinsics(self, focal: float, height: int, width: int) -> tuple[float, float, float, float]:
+        """fx, fy, cx, cy in the file's pixels (pixel centres at whole numbers)."""
+        (sx, sy), (x, y) = self.scale, self.crop
+        # The centres of pixels map as (i + 1/2) * scale = j + crop + 1/2.
+        return focal / sx, focal / sy, (width / 2 + x + 0.5) / sx - 0.5, (height / 2 + y + 0.5) / sy - 0.5
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture: ``pixels (3, H, W)`` in [0, 1], where it came from and how to go back."""
+
+    pixels: Tensor
+    affine: Affine
+    name: str
+    sha256: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+    def facts(self) -> dict[str, Any]:
+        """What ``scene.json`` keeps."""
+        return {"name": self.name, "sha256": self.sha256, "height": self.size[0], "width": self.size[1],
+                "affine": asdict(self.affine)}  # fmt: skip
+
+
+def read_photo(path: str | Path, size: int = 512, patch: int = 16, square_ok: bool = False) -> Photo:
+    """Read a picture file. Raises :class:`InputError` when it cannot be read as a picture."""
+    file = Path(path)
+    try:
+        data = file.read_bytes()
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"There is no picture '{file}'.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise InputError(f"'{file.name}' cannot be read as a picture.") from None
+    return prepare(picture, file.name, hashlib.sha256(data).hexdigest(), size, patch, square_ok)
+
+
+def prepare(
+    picture: Image.Image, name: str, sha256: str = "", size: int = 512, patch: int = 16, square_ok: bool = False
+) -> Photo:
+    """Resize and crop as the networks were trained.
+
+    ``size`` 224: the short side becomes 224, then the middle square. Otherwise the long side becomes ``size``; then the
+    middle, with sides that are multiples of the patch; a square is cut to 4:3 unless ``square_ok``. Portraits stay
+    portraits.
+
+    Raises:
+        InputError: the picture is so small or narrow that nothing would be left.
+    """
+    width, height = picture.size
+    if size == 224:
+        long = round(224 * max(width / height, height / width))
+        new = (long, 224) if width > height else (224, long)
+    else:
+        ratio = size / max(width, height)
+        new = (round(width * ratio), round(height * ratio))
+    if min(new) < 1:
+        raise InputError(f"'{name}' is too narrow: {width} x {height} pixels.")
+    shrinks = max(new) < max(width, height)
+    resized = picture.resize(new, Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC)
+    cx, cy = new[0] // 2, new[1] // 2
+    if size == 224:
+        half_w = half_h = min(cx, cy)
+    else:
+        half_w, half_h = (2 * c // patch * patch / 2 for c in (cx, cy))
+        if not square_ok and half_w == half_h:
+            half_h = 3 * half_w / 4 // (patch / 2) * (patch / 2)
+    if min(half_w, half_h) * 2 < patch:
+        raise InputError(f"'{name}' is too narrow: {width} x {height} pixels leave less than a patch of {patch}.")
+    box = (int(cx - half_w), int(cy - half_h), int(cx + half_w), int(cy + half_h))
+    array = np.asarray(resized.crop(box), dtype=np.float32) / 255
+    affine = Affine((new[0] / width, new[1] / height), (box[0], box[1]), (width, height))
+    return Photo(torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous(), affine, name, sha256)
+
+
+def read_video(path: str | Path, seconds: float, limit: int = 60) -> list[Image.Image]:
+    """A frame of a video every so many ``seconds``, at most ``limit``.
+
+    Raises:
+        InputError: the file is no video, holds no frame, or ``seconds`` is not positive.
+    """
+    import cv2
+
+    if seconds <= 0:
+        raise InputError("The time between frames must be more than 0 seconds.")
+    stream = cv2.VideoCapture(str(path))
+    rate = stream.get(cv2.CAP_PROP_FPS) or 25.0
+    frames: list[Image.Image] = []
+    number = 0
+    while len(frames) < limit:
+        good, frame = stream.read()
+        if not good:
+            break
+        if number >= len(frames) * seconds * rate:
+            frames.append(Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
+        number += 1
+    stream.release()
+    if not frames:
+        raise InputError(f"'{Path(path).name}' holds no frames that can be read: give a video file or pictures.")
+    return frames

@@ -1,0 +1,117 @@
+"""Asking the network about many pairs: each image is encoded once, pairs are decoded in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import InputError
+from adapters.progress import Monitor, Progress, Silent, check
+from pipelines.geometry.images import Photo
+from pipelines.geometry.network import Encoded
+from pipelines.geometry.pairs import Pair
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Pointmaps of ordered pairs, each view padded to the same number of pixels ``P``.
+
+    Shapes: points1, points2 ``(E, P, 3)`` in the frame of the pair's first image; confidence1, confidence2 ``(E, P)``,
+    0 where a pixel is padding. ``sizes`` are (height, width) of the images.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    pairs: tuple[Pair, ...]
+    points1: Tensor
+    points2: Tensor
+    confidence1: Tensor
+    confidence2: Tensor
+    encodings: int = 0
+
+    def map1(self, edge: int) -> tuple[Tensor, Tensor]:
+        """Pointmap ``(H, W, 3)`` and confidence ``(H, W)`` of an edge's first view."""
+        return _shaped(self.points1[edge], self.confidence1[edge], self.sizes[self.pairs[edge][0]])
+
+    def map2(self, edge: int) -> tuple[Tensor, Tensor]:
+        """The same of its second view."""
+        return _shaped(self.points2[edge], self.confidence2[edge], self.sizes[self.pairs[edge][1]])
+
+    def to(self, device: Any) -> Predictions:
+        """Move the tensors."""
+        names = ("points1", "points2", "confidence1", "confidence2")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+def _shaped(points: Tensor, confidence: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    count = size[0] * size[1]
+    return points[:count].unflatten(0, size), confidence[:count].unflatten(0, size)
+
+
+def precision(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """Half precision for encoder and decoders (the heads leave it): ``auto`` is bf16 on GPUs, fp32 elsewhere."""
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if dtype == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module, photos: Sequence[Photo], pairs: Sequence[Pair], chunk: int = 8, dtype: str = "auto",
+    monitor: Monitor | None = None,
+) -> Predictions:  # fmt: skip
+    """Pointmaps of all ``pairs``; on return they lie on the CPU in fp32.
+
+    Args:
+        network: a :class:`~pipelines.geometry.network.PointmapNetwork`, with or without an adapter around it.
+        chunk: pairs decoded together; only pairs of equal sizes share a chunk.
+
+    Raises:
+        InputError: no pairs; non-finite predictions.
+        adapters.errors.Cancelled: ``monitor`` said so.
+    """
+    monitor = monitor or Silent()
+    if not pairs:
+        raise InputError("There are no image pairs to look at.")
+    device = next(network.parameters()).device
+    encoded: list[Encoded] = []
+    with precision(device, dtype):
+        for number, photo in enumerate(photos):
+            check(monitor)
+            monitor.report(Progress("images", number, len(photos)))
+            encoded.append(network.encode(photo.pixels[None].to(device) * 2 - 1))  # type: ignore[operator]
+    sizes = tuple(photo.size for photo in photos)
+    room = max(h * w for h, w in sizes)
+    count = len(pairs)
+    out = [torch.zeros(count, room, 3), torch.zeros(count, room, 3), torch.zeros(count, room), torch.zeros(count, room)]
+    done = 0
+    for group in _chunks(pairs, sizes, chunk):
+        check(monitor)
+        sides = [
+            Encoded(torch.cat([encoded[pairs[e][side]].tokens for e in group]), encoded[pairs[group[0]][side]].grid)
+            for side in (0, 1)
+        ]
+        with precision(device, dtype):
+            answers = network.decode(*sides)  # type: ignore[operator]
+        for side, (points, confidence) in enumerate(answers):
+            flat = points.flatten(1, 2).float().cpu()
+            if not flat.isfinite().all():
+                raise InputError("The network gave points that are not finite: its weights or the adapter are broken.")
+            out[side][group, : flat.shape[1]] = flat
+            out[2 + side][group, : flat.shape[1]] = confidence.flatten(1).float().cpu()
+        done += len(group)
+        monitor.report(Progress("pairs", done, count))
+    return Predictions(sizes, tuple(pairs), *out, encodings=len(photos))
+
+
+def _chunks(pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], chunk: int) -> list[list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for edge, (i, j) in enumerate(pairs):
+        groups.setdefault((sizes[i], sizes[j]), []).append(edge)
+    return [group[k : k + chunk] for group in groups.values() for k in range(0, len(group), max(1, chunk))]
