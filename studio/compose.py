@@ -55,7 +55,7 @@ def plan(config: ComposeConfig) -> Any:
     config = settled(config)
     with loaded.pipeline(config) as pipe:
         _prepare(pipe, config)
-        return pipe.plan(config.steps, config.guidance_scale, config.scheduler)
+        return pipe.plan(config.steps, config.guidance_scale, config.scheduler, config.prompt)
 
 
 def settled(config: ComposeConfig) -> ComposeConfig:
