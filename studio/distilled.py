@@ -13,6 +13,9 @@ from typing import Any
 
 from adapters.errors import InputError
 
+EMBEDDING = "-w-embedding-"
+"""Part of the name of a file that holds the guidance embedding of the LoRA beside it."""
+
 
 @dataclass(frozen=True)
 class Distilled:
@@ -50,6 +53,17 @@ def of(path: Path) -> Distilled | None:
         return of_entries(header.read(facts.weight_file(path)).metadata)
     except (InputError, OSError):
         return None
+
+
+def companion(path: Path) -> Path | None:
+    """The guidance embedding beside the adapter file ``path``, if it has one and it is there."""
+    from studio.library import facts, header
+
+    try:
+        name = Path(header.read(facts.weight_file(path)).metadata.get("w_embedding", "")).name
+    except (InputError, OSError):
+        return None
+    return path.parent / name if name and EMBEDDING in name and (path.parent / name).is_file() else None
 
 
 def of_entries(entries: Mapping[str, str]) -> Distilled | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adapters import files
 from adapters.errors import InputError
-from studio import settings
+from studio import distilled, settings
 from studio.library import cache, facts, hub, scan
 from studio.library.records import Record
 from studio.library.resolve import HUB_ID, find
@@ -209,6 +209,9 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copy2(source, draft)
             for file in _belongings(source)[1:]:
                 shutil.copy2(file, target.parent / _renamed(file, source, target.stem).name)
+            embedding = distilled.companion(source)
+            if embedding is not None:
+                shutil.copy2(embedding, target.parent / embedding.name)
         draft.replace(target)
     finally:
         if draft.is_dir():

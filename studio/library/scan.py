@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import assets
 from adapters.errors import InputError
-from studio import settings
+from studio import distilled, settings
 from studio.library import cache, facts, smollm2
 from studio.library.records import Record, Source
 
@@ -94,6 +94,8 @@ def _candidates(root: Path, kind: Kind, depth: int = 0) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_file():
+            if distilled.EMBEDDING in entry.name:  # belongs to the LoRA beside it
+                continue
             if entry.suffix == ".safetensors" or (kind == "adapter" and entry.suffix in PICKLES):
                 yield entry
         elif entry.is_dir():

@@ -16,12 +16,13 @@ from adapters.errors import InputError
 from studio import jobs, methods
 from studio.library import Record
 from studio.schemas.compose import ComposeConfig
+from studio.schemas.distill import DistillConfig
 from studio.schemas.regions import RegionFields
 from studio.schemas.train_image import TrainImageConfig
 from studio.training.presets import PRESETS
 from ui import markup, pictures
 from ui.components import loss_plot, rack, schema_form
-from ui.pages import compose, library, train
+from ui.pages import compose, distill, library, train
 
 FOX = Record("fox", Path("/x/fox.safetensors"), "adapter", "sd", rank=8, triggers=("zxq fox",), sha256="f0")
 CLAY = Record("clay", Path("/x/clay.safetensors"), "adapter", "sd", rank=4, sha256="c1")
@@ -207,3 +208,51 @@ def test_numbers_for_people() -> None:
     assert [markup.file_size(size) for size in (0, 12, 13_000, 1_700_000)] == ["", "12\xa0B", "13\xa0kB", "1.7\xa0MB"]
     assert markup.ago(1000, now=1090) == "2 min ago"
     assert markup.file_url("/a b/c.png", 3) == "gradio_api/file=/a%20b/c.png?v=3"
+
+
+# ------------------------------------------------------------------------------------------------ distillation
+
+
+def marked(folder: Path, **entries: str) -> Record:
+    """A file that says how it was distilled."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    path = folder / "swift.safetensors"
+    save_file({"unet.x.to_q.lora_A.weight": np.zeros((2, 4), "float32")}, path, metadata=entries)
+    return Record("swift", path, "adapter", "sd", rank=2)
+
+
+def test_every_field_of_a_distillation_is_on_the_page() -> None:
+    grouped = [name for names in distill.groups().values() for name in names]
+    assert sorted([*distill.MAIN, *grouped]) == sorted(DistillConfig.model_fields)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_filled_distillation_form_is_a_job() -> None:
+    values = {name: schema_form.show(item, item.default) for name, item in distill.KNOWN.items()}
+    values |= {"prompts": "a dog\n\n a cat ", "styles": ["fox"], "guidance": 4, "objective": "consistency"}
+    config = distill.config_of([values[name] for name in distill.NAMES])
+    assert Path(config.prompts).read_text() == "a dog\na cat\n"
+    assert (config.styles, config.guidance, config.objective) == (["fox"], 4.0, "consistency")
+    with pytest.raises(InputError, match="no prompts yet"):
+        distill.config_of([{**values, "prompts": " "}[name] for name in distill.NAMES])
+    from_folder = distill.config_of([{**values, "prompts": "", "data": "x"}[name] for name in distill.NAMES])
+    assert (from_folder.prompts, from_folder.data) == ("", "x")
+
+
+def test_compose_suits_itself_to_a_distilled_adapter_once(tmp_path: Path) -> None:
+    few = {"distilled_guidance": "4.0", "distilled_steps": "4", "distilled_sampler": "lcm"}
+    row = rack.new_row(marked(tmp_path, **few))
+    now, guidance, steps, sampler = compose.suit([row], "")
+    assert (guidance["value"], guidance["interactive"], steps, sampler) == (1.0, False, 4, "lcm")
+    assert compose.suit([row], now) == [gr.skip()] * 4
+    _, guidance, steps, sampler = compose.suit([], now)
+    assert (guidance["value"], guidance["interactive"], steps, sampler) == (5.0, True, 25, "default")
+    assert compose.suit([{**row, "weight": 0}], "") == [gr.skip()] * 4
+    row = rack.new_row(marked(tmp_path, distilled_guidance="4", w_min="1", w_max="6.4", w_embedding="e.safetensors"))
+    _, guidance, steps, _ = compose.suit([row], "")
+    assert (guidance["value"], guidance["interactive"], guidance["info"]) == (4.0, True, "1 to 6.4 practised")
+    assert steps == 25
+    assert rack.new_row(marked(tmp_path))["distilled"] is None
+    assert rack.new_row(marked(tmp_path, w_ref="four"))["distilled"] is None
