@@ -166,7 +166,8 @@ class Level:
 def level(places: Sequence[Place], height: int, width: int, hard: bool, device: torch.device) -> Level:
     """The regions on a grid of ``height`` x ``width`` cells."""
     masks = [(one.hard if hard else one.soft)(height, width).flatten() for one in places]
-    return level_of(torch.stack(masks), height, width, device)
+    stacked = torch.stack(masks) if masks else torch.zeros(0, height * width)
+    return level_of(stacked, height, width, device)
 
 
 def level_of(masks: Tensor, height: int, width: int, device: torch.device) -> Level:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +13,20 @@ from torch import Tensor
 
 from adapters.errors import InputError
 from adapters.formats import LoraFile
+from adapters.progress import Monitor, Progress
 from pipelines.diffusion.families import Encoding
+from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.regions import masks
+from pipelines.diffusion.regions.automatic import assigned
 from pipelines.diffusion.regions.blend import Blending, latent_grid
+from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
 from pipelines.diffusion.regions.joint import RegionalTransformer, joined
 from pipelines.diffusion.regions.masks import Place
+from pipelines.diffusion.regions.refine import Refinement, loss
 from pipelines.diffusion.regions.region import CROSS_LAYERS, PlacedRegion, Region, RegionOptions
+from pipelines.diffusion.regions.reinit import bounds, rearranged
 from pipelines.diffusion.regions.unet import RegionalUNet, RowText
+from pipelines.diffusion.regions.words import positions, subject_words
 from pipelines.diffusion.text import Voices
 
 if TYPE_CHECKING:
@@ -48,23 +57,91 @@ class RegionalCall:
     ) -> None:
         self.composer, self.plan, self.regions, self.options, self.asked = composer, plan, regions, options, asked
         self.size = asked.size
-        self.places = [masks.place(region) for region in regions]
-        check_places(self.places, regions, latent_grid(composer.family, composer.pipe, *asked.size), asked.size)
+        self.grid = latent_grid(composer.family, composer.pipe, *asked.size)
         texts = [(asked.prompt, asked.negative)]
         texts += [
             (region.prompt or asked.prompt, asked.negative if region.negative is None else region.negative)
             for region in regions
         ]
         self.encodings = composer.encode_rows(texts, regions, asked.images, asked.guided)
-        self.run = self._run()
+        automatic = all(region.box is None and region.mask is None for region in regions)
+        self.places = self._found() if automatic else [masks.place(region) for region in regions]
+        check_places(self.places, regions, self.grid, asked.size)
+        self.run = self._run(self.plan.steps, self.encodings, self.places)
+        self.attention = self._attention() if options.reinit or options.refine else None
 
     def start(self, generators: Sequence[torch.Generator]) -> dict[str, Any]:
         """The latents to begin with, where they are not the usual noise."""
-        return {}
+        if self.attention is None:
+            return {}
+        pipe, scheduler = self.composer.pipe, self.composer.pipe.scheduler
+        scheduler.set_timesteps(self.asked.call["num_inference_steps"], device=pipe._execution_device)
+        latents = pipe.prepare_latents(
+            self.asked.images, pipe.unet.config.in_channels, *self.size, self.encodings[0].positive["embeds"].dtype,
+            pipe._execution_device, list(generators), None,
+        )  # fmt: skip
+        begun = self.attention.start(latents)
+        # the pipeline multiplies by the sampler's first sigma, which prepare_latents has done already
+        return {"latents": begun / scheduler.init_noise_sigma}
 
     def between(self, step: int, latents: Tensor) -> dict[str, Any]:
         """The latents corrected before step number ``step``."""
-        return {}
+        if self.attention is None or self.attention.refinement is None:
+            return {}
+        return {"latents": self.attention.refinement(latents, step)}
+
+    def _attention(self) -> Attending:
+        """LoRA-Composer's parts that look at attention maps."""
+        assert isinstance(self.run, RegionalUNet)
+        tokens = [self.tokens(region) for region in self.regions]
+        return Attending(self.composer, self.run, self.options, self.places, self.encodings[0], tokens, self.size)
+
+    def tokens(self, region: Region) -> list[int]:
+        """Positions of the words that name a region's subject in its prompt.
+
+        Raises:
+            InputError: there are no such words.
+        """
+        prompt = region.prompt or self.asked.prompt
+        triggers = [word for name in region.adapters for word in self.composer.adapters[name].triggers]
+        words = subject_words(region.words, triggers, prompt, region.title)
+        return positions(self.composer.pipe.tokenizer, prompt, words, region.title)
+
+    def _found(self) -> list[Place]:
+        """Places of automatic regions, from the attention of the first steps with all adapters everywhere.
+
+        Raises:
+            InputError: a family without separate cross-attention; no words for a subject.
+        """
+        composer, asked = self.composer, self.asked
+        if composer.family.flow:
+            raise InputError(
+                f"Automatic regions read cross-attention, which {composer.family.title} has not: give boxes or masks."
+            )
+        tokens = [self.tokens(region) for region in self.regions]
+        everywhere = [replace(step, rows=(step.gates,)) for step in self.plan.steps]
+        encoding = composer.encode_rows([(asked.prompt, asked.negative)], (), asked.images, asked.guided)
+        run = RegionalUNet(
+            composer._denoiser(), composer._built().denoiser, everywhere, [row_text(encoding[0])], [],
+            hard=True, self_mask=False, guided=asked.guided,
+        )  # fmt: skip
+        factor = capture_factor(run.unet, self.grid, self.options.capture)
+        layers = [name for name, size in factors(run.unet).items() if size == factor]
+        count = math.ceil(self.options.auto_steps * len(everywhere))
+        run.capture = capture = Capture(run, layers, [0], stop=False, last=asked.images)
+
+        def enough(step: int, latents: Tensor) -> dict[str, Any]:
+            if step >= count:
+                raise Captured
+            return {}
+
+        part = replace(asked, monitor=Quiet(asked.monitor), preview_every=0)
+        with run.attached(run.unet), suppress(Captured):
+            composer._draw(run, part, encoding[0].call_arguments(), part.generators(), enough)
+        found = capture.cross_maps().mean(0)[0]  # (cells, tokens), over the pictures
+        rows, columns = (-(-side // factor) for side in self.grid)
+        subjects = torch.stack([found[:, chosen].sum(1).view(rows, columns) for chosen in tokens])
+        return [Place(None, mask.cpu()) for mask in assigned(subjects, self.grid)]
 
     @property
     def hard(self) -> bool:
@@ -97,23 +174,131 @@ class RegionalCall:
             made.append(PlacedRegion(region.title, place.box, Image.fromarray(pixels.numpy(), "L"), region.adapters))
         return tuple(made)
 
-    def _run(self) -> Run:
-        composer, plan, options = self.composer, self.plan, self.options
+    def _run(self, steps: Sequence[Step], encodings: Sequence[Encoding], places: Sequence[Place]) -> Run:
+        composer, options = self.composer, self.options
         denoiser, engine = composer._denoiser(), composer._built().denoiser
-        if plan.method == "output":
-            grid = latent_grid(composer.family, composer.pipe, *self.size)
-            named: dict[Voices, Encoding] = {(row,): encoding for row, encoding in enumerate(self.encodings)}
-            return Blending(composer.family, engine.gates, plan.steps, named, self.places, grid, plan.adapter_batch)
+        if self.plan.method == "output":
+            named: dict[Voices, Encoding] = {(row,): encoding for row, encoding in enumerate(encodings)}
+            batch = self.plan.adapter_batch
+            return Blending(composer.family, engine.gates, steps, named, places, self.grid, batch)
         if composer.family.flow:
             factor = composer.pipe.vae_scale_factor * 2
             grid = self.size[0] // factor, self.size[1] // factor
-            segment = self.encodings[0].positive["embeds"].shape[1]
-            return RegionalTransformer(
-                denoiser, engine, plan.steps, self.places, grid, segment, bool(options.self_mask)
-            )
-        texts = [row_text(encoding) for encoding in self.encodings]
+            segment = encodings[0].positive["embeds"].shape[1]
+            return RegionalTransformer(denoiser, engine, steps, places, grid, segment, bool(options.self_mask))
+        texts = [row_text(encoding) for encoding in encodings]
         return RegionalUNet(
-            denoiser, engine, plan.steps, texts, self.places, self.hard, bool(options.self_mask), self.asked.guided
+            denoiser, engine, steps, texts, places, self.hard, bool(options.self_mask), self.asked.guided
+        )
+
+
+class Quiet:
+    """Passes on only the wish to stop."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def report(self, progress: Progress) -> None:
+        self.monitor.report(replace(progress, stage="looking for places", total=0))
+
+    def cancelled(self) -> bool:
+        return self.monitor.cancelled()
+
+
+class Attending:
+    """What looks at attention maps before and between steps: re-initialisation and refinement.
+
+    Args:
+        composer, run, options: of the call.
+        places: the regions' places.
+        encoding: the background's text, which the forward pass is given.
+        tokens: positions of each region's subject in its prompt.
+        size: height and width of the picture.
+    """
+
+    def __init__(
+        self,
+        composer: MultiLoRAPipeline,
+        run: RegionalUNet,
+        options: RegionOptions,
+        places: Sequence[Place],
+        encoding: Encoding,
+        tokens: Sequence[Sequence[int]],
+        size: tuple[int, int],
+    ) -> None:
+        self.pipe, self.run, self.options, self.tokens = composer.pipe, run, options, tokens
+        grid = latent_grid(composer.family, composer.pipe, *size)
+        self.factor = capture_factor(run.unet, grid, options.capture)
+        self.layers = [name for name, factor in factors(run.unet).items() if factor == self.factor]
+        step = composer.pipe.vae_scale_factor * self.factor
+        if size[0] % step or size[1] % step:
+            raise InputError(
+                f"Reading attention needs a width and height that are multiples of {step}, got {size[1]} x {size[0]}."
+            )
+        self.masks = [place.hard(grid[0] // self.factor, grid[1] // self.factor) for place in places]
+        for number, mask in enumerate(self.masks, 1):
+            check_cells(mask, number, self.factor)
+        self.stop = composer.settings.memory != "low"  # offloaded layers must be left in order
+        self.conditions = conditions(composer, encoding, size)
+        refining = options.refine
+        self.refinement = Refinement(len(run.steps), options, self.measure) if refining else None
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The first latents, rearranged and corrected as asked."""
+        if self.options.reinit:
+            found = self.maps(noise, 0, with_self=False).cross_maps()  # (batch, regions, cells, tokens)
+            rows, columns = self.masks[0].shape
+            summed = [found[:, i, :, chosen].sum(-1) for i, chosen in enumerate(self.tokens)]
+            attention = torch.stack(summed, 1)
+            attention = attention.view(*attention.shape[:2], rows, columns)
+            noise = rearranged(noise, attention, self.masks, self.factor)
+        return self.refinement(noise, 0) if self.refinement else noise
+
+    def measure(self, latents: Tensor, step: int) -> Tensor:
+        """The loss of every sample."""
+        found = self.maps(latents, step, with_self=self.options.region_loss)
+        self_ = found.self_maps() if self.options.region_loss else None
+        return loss(found.cross_maps(), self_, self.tokens, self.masks, self.options)
+
+    def maps(self, latents: Tensor, step: int, with_self: bool) -> Capture:
+        """The maps of a conditional pass on ``latents`` before step number ``step``."""
+        scheduler, unet = self.pipe.scheduler, self.run.unet
+        time = scheduler.timesteps[step]
+        rows = range(1, len(self.masks) + 1)
+        capture = Capture(self.run, self.layers, rows, with_self, self.stop)
+        sample = scheduler.scale_model_input(latents, time).to(next(unet.parameters()).dtype)
+        own = [parameter.requires_grad for parameter in unet.parameters()]
+        try:
+            unet.requires_grad_(False)
+            return maps(self.run, capture, sample, {"timestep": time, **self.conditions})
+        finally:
+            for parameter, wanted in zip(unet.parameters(), own, strict=True):
+                parameter.requires_grad_(wanted)
+
+
+def conditions(composer: MultiLoRAPipeline, encoding: Encoding, size: tuple[int, int]) -> dict[str, Any]:
+    """The arguments of a UNet besides sample and time, for the positive half."""
+    text = encoding.positive["embeds"]
+    if composer.family.name != "sdxl":
+        return {"encoder_hidden_states": text}
+    pipe, pooled = composer.pipe, encoding.positive["pooled"]
+    width = pipe.text_encoder_2.config.projection_dim if pipe.text_encoder_2 is not None else pooled.shape[-1]
+    ids = pipe._get_add_time_ids(size, (0, 0), size, dtype=text.dtype, text_encoder_projection_dim=width)
+    times = ids.to(text.device).repeat(len(text), 1)
+    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
+
+
+def check_cells(mask: Tensor, number: int, factor: int) -> None:
+    """Refuse a region that attention maps cannot resolve.
+
+    Raises:
+        InputError: fewer than two cells high or wide.
+    """
+    inside = mask.bool()
+    if not bool(inside.any()) or min(bounds(inside)[1] - bounds(inside)[0], bounds(inside)[3] - bounds(inside)[2]) < 2:
+        raise InputError(
+            f"Region {number} is less than 2 cells high or wide where attention is read (latents / {factor}): make it "
+            "larger, choose a smaller capture, or switch reinit and refine off."
         )
 
 
