@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.lora import LoraLayer as PeftLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -158,7 +159,7 @@ class Laid:
 
     def _lora(self, name: str) -> Iterator[tuple[str, Any]]:
         for where, module in self._wrapped.named_modules():
-            if name in getattr(module, "scaling", {}):
+            if isinstance(module, PeftLayer) and name in module.scaling:  # attention has a number of this name
                 yield where, module
 
     def _plain(self) -> nn.Module:

@@ -84,7 +84,7 @@ class Session:
         yield {"event": "end", "voice": number, "words": pieces, "seconds": round(time.monotonic() - begun, 3)}
 
     def _made_on_another(self, name: str, recipe: dict[str, Any] | None) -> str:
-        """A remark when the recipe names other base weights than those loaded (of the same shape, it will still run)."""
+        """A remark when the recipe names other base weights than those loaded: of the same shape, it still runs."""
         digest = ((recipe or {}).get("base") or {}).get("digest")
         if not digest or self._base is None or self._laid is None:
             return ""

@@ -166,7 +166,7 @@ class StudioTrainerMixin:
         """The trainer's loss, changed by the plugins while training."""
         learning = bool(model.training) and bool(self.plugins.plugins)
         labels = inputs.get("labels") if learning else None
-        given = {name: value for name, value in inputs.items() if name != "labels"} if learning else {}
+        given = dict(inputs) if learning else {}  # with the labels, from which encoder-decoders make their input
         with self.plugins.forward_context() if learning else nullcontext():
             loss, outputs = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **options

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "gradio", "huey", "huggingface_hub", "PIL", "numpy")
 
 SUBCOMMANDS = [
-    "train image", "train language", "library list", "library import", "library show", "jobs list", "jobs watch", "jobs resume",
-    "lora inspect", "lora merge",
+    "train image", "train language", "library list", "library import", "library show", "jobs list",
+    "jobs watch", "jobs resume", "lora inspect", "lora merge",
 ]  # fmt: skip
 
 PROGRAM = """

