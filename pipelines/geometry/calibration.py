@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -356,20 +355,13 @@ def save_adapter(model: Any, folder: Path, scene: dict[str, Any], half: bool = F
     """Write an ordinary PEFT adapter with ``scene.json`` beside it: whole or not at all."""
     from safetensors.torch import load_file, save_file
 
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with files.whole(folder) as part:
         model.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)
         if half:
             tensors = {k: v.half() for k, v in load_file(part / "adapter_model.safetensors").items()}
             save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         files.write_text(part / "scene.json", json.dumps(scene, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

@@ -125,9 +125,9 @@ def spanning_tree_start(predictions: Predictions, threshold: float = 3.0, focals
 def strongest(predictions: Predictions) -> Tensor:
     """For every image the largest confidence ``(N, P)`` that any edge gives a pixel, in either role."""
     out = torch.zeros(len(predictions.sizes), predictions.confidence1.shape[1])
-    for side, confidence in ((0, predictions.confidence1), (1, predictions.confidence2)):
-        index = torch.tensor([pair[side] for pair in predictions.pairs])
-        out.index_reduce_(0, index, confidence.cpu(), "amax")
+    for (i, j), first, second in zip(predictions.pairs, predictions.confidence1, predictions.confidence2, strict=True):
+        out[i] = torch.maximum(out[i], first.cpu())
+        out[j] = torch.maximum(out[j], second.cpu())
     return out
 
 

@@ -1,0 +1,309 @@
+"""Opening weights of the DUSt3R family, strictly and safely.
+
+Accepted are the public ``.pth`` files ({"args": Namespace, "model": tensors}, read without unpickling code), folders and
+hub repositories with ``config.json`` and ``model.safetensors``, and MASt3R's (points only). Every tensor must find its
+place; nothing missing is ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.errors import InputError
+from pipelines.geometry.network import NetworkConfig, PointmapNetwork
+
+NONCOMMERCIAL = "CC BY-NC-SA 4.0: not for commercial use"
+PUBLIC = {
+    f"naver/DUSt3R_ViTLarge_BaseDecoder_{size}": NONCOMMERCIAL for size in ("224_linear", "512_linear", "512_dpt")
+}
+"""Public checkpoints and the licence of their weights."""
+
+_KNOWN = {
+    "img_size", "patch_size", "enc_embed_dim", "enc_depth", "enc_num_heads", "dec_embed_dim", "dec_depth",
+    "dec_num_heads", "mlp_ratio", "head_type", "depth_mode", "conf_mode",
+}  # fmt: skip
+_IGNORED = {
+    "patch_embed_cls", "output_mode", "landscape_only", "freeze", "mask_ratio", "norm_im2_in_dec", "norm_layer",
+    "two_confs", "desc_conf_mode", "pos_embed", "rope_base", "licence", "model_type", "architectures",
+}  # fmt: skip
+_LOCAL_FEATURES = "head_local_features."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Opened weights: the network, what to call it, its hash and its licence."""
+
+    network: PointmapNetwork
+    name: str
+    sha256: str
+    licence: str
+    notes: tuple[str, ...] = ()
+
+
+def open_checkpoint(source: str | Path, device: Any = "cpu") -> Checkpoint:
+    """Open a ``.pth`` file, a folder or a hub id.
+
+    Raises:
+        InputError: nothing there, unreadable, keys missing or unexpected, or shapes that do not fit.
+    """
+    place = Path(source)
+    if place.is_dir():
+        config, tensors, licence = _folder(place)
+        file = place / "model.safetensors"
+    elif place.is_file():
+        config, tensors = _pth(place)
+        file, licence = place, _licence_of(place.name)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        folder = _download(str(source))
+        config, tensors, licence = _folder(folder)
+        file, licence = folder / "model.safetensors", PUBLIC.get(str(source), licence)
+    else:
+        raise InputError(f"There is no checkpoint '{source}': give a .pth file, a folder or a hub id (owner/name).")
+    notes: list[str] = []
+    network = build(config, tensors, notes)
+    return Checkpoint(network.to(device).eval(), place.name, sha256_of(file), licence, tuple(notes))
+
+
+def licence_of(source: str | Path) -> str:
+    """The licence of weights, known before they are loaded."""
+    place = Path(source)
+    if (place / "config.json").is_file():
+        try:
+            said = json.loads((place / "config.json").read_text("utf-8")).get("licence", "")
+        except ValueError:
+            said = ""
+        return str(said) or _licence_of(place.name)
+    return PUBLIC.get(str(source)) or _licence_of(place.name)
+
+
+def _licence_of(name: str) -> str:
+    known = any(word in name.lower() for word in ("dust3r_vit", "mast3r", "croco"))
+    return NONCOMMERCIAL if known else "unknown: ask whoever made these weights"
+
+
+def sha256_of(file: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _folder(place: Path) -> tuple[NetworkConfig, dict[str, Tensor], str]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        values = json.loads((place / "config.json").read_text("utf-8"))
+        tensors = load_file(place / "model.safetensors")
+    except FileNotFoundError:
+        raise InputError(f"'{place}' must hold config.json and model.safetensors.") from None
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"The checkpoint '{place.name}' is damaged: {error}") from None
+    return config_from(values), tensors, licence_of(place)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:
+        raise InputError(f"'{name}' cannot be fetched from the hub ({type(error).__name__}): download it first.") from None
+
+
+def _pth(file: Path) -> tuple[NetworkConfig, dict[str, Tensor]]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise InputError(
+            f"'{file.name}' cannot be opened safely as a checkpoint ({type(error).__name__}): it is damaged or holds more "
+            "than tensors and settings."
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise InputError(f"'{file.name}' is no checkpoint of this family: there is no 'model' in it.")
+    tensors = content["model"]
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"'{file.name}': 'model' must hold tensors only.")
+    if "croco_kwargs" in content:
+        raise InputError(
+            f"'{file.name}' is a CroCo encoder and decoder without heads: it can start a training but not reconstruct."
+        )
+    arguments = content.get("args")
+    text = getattr(arguments, "model", None) if isinstance(arguments, argparse.Namespace) else None
+    if not isinstance(text, str):
+        raise InputError(f"'{file.name}' does not say which model it is (args.model is missing).")
+    return config_from(parse_constructor(text)), tensors
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def parse_constructor(text: str) -> dict[str, Any]:
+    """Keyword arguments of an expression like ``AsymmetricCroCo3DStereo(head_type='dpt', ...)``; nothing is run.
+
+    Raises:
+        InputError: anything but one such call with literal values (``inf`` and ``-inf`` are literals here).
+    """
+    problem = InputError("The checkpoint's model expression is not understood: one call with plain values is expected.")
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise problem from None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise problem
+    if call.func.id not in ("AsymmetricCroCo3DStereo", "AsymmetricMASt3R"):
+        raise InputError(f"'{call.func.id}' is no model of this family.")
+    values: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg not in _KNOWN | _IGNORED:
+            raise InputError(f"The checkpoint's model expression has an unknown argument '{keyword.arg}'.")
+        values[keyword.arg] = _literal(keyword.value, problem)
+    return values
+
+
+def _literal(node: ast.expr, problem: InputError) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, bool, type(None))):
+        return node.value
+    if isinstance(node, ast.Name) and node.id == "inf":
+        return math.inf
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _literal(node.operand, problem)
+        if isinstance(value, (int, float)):
+            return -value
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_literal(item, problem) for item in node.elts)
+    raise problem
+
+
+def config_from(values: Mapping[str, Any]) -> NetworkConfig:
+    """The network that ``config.json`` or a constructor's arguments describe.
+
+    Raises:
+        InputError: an unknown key, or a variant that is not supported.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError("config.json must hold names and values.")
+    unknown = sorted(set(values) - _KNOWN - _IGNORED)
+    if unknown:
+        raise InputError(f"The model's configuration has unknown entries: {', '.join(unknown)}.")
+    for name, allowed in (
+        ("pos_embed", ("RoPE100",)), ("norm_im2_in_dec", (True,)),
+        ("output_mode", ("pts3d", "pts3d+desc24")), ("patch_embed_cls", ("PatchEmbedDust3R", "ManyAR_PatchEmbed")),
+    ):  # fmt: skip
+        if values.get(name, allowed[0]) not in allowed:
+            raise InputError(f"The model's {name} '{values[name]}' is not supported: {' or '.join(map(str, allowed))}.")
+    chosen = {name: values[name] for name in _KNOWN if name in values}
+    if chosen.get("head_type") == "catmlp+dpt":
+        chosen["head_type"] = "dpt"
+    for name in ("img_size", "depth_mode", "conf_mode"):
+        if name in chosen:
+            many = chosen[name]
+            many = (many, many) if isinstance(many, int) else tuple(many)
+            chosen[name] = tuple(_number(v) if k else v for k, v in enumerate(many)) if name != "img_size" else many
+    assert set(chosen) <= {f.name for f in fields(NetworkConfig)}
+    try:
+        return NetworkConfig(**chosen)
+    except (TypeError, ZeroDivisionError):
+        raise InputError(f"The model's configuration is not understood: {dict(chosen)}.") from None
+
+
+def _number(value: Any) -> float:
+    """Numbers, also as JSON has them when they are infinite."""
+    return float(value) if isinstance(value, (int, float, str)) else math.nan
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+def build(config: NetworkConfig, tensors: Mapping[str, Tensor], notes: list[str] | None = None) -> PointmapNetwork:
+    """A network with these weights in fp32.
+
+    Raises:
+        InputError: keys missing or left over, aliases that contradict each other, wrong shapes, or values not finite.
+    """
+    tensors = dict(tensors)
+    extra = [key for key in tensors if _LOCAL_FEATURES in key]
+    for key in extra:
+        del tensors[key]
+    if extra and notes is not None:
+        notes.append("descriptor heads are left out: points only")
+    with torch.device("meta"):
+        network = PointmapNetwork(config)
+    wanted = {key: value.shape for key, value in network.state_dict().items()}
+    _complete_aliases(tensors, wanted)
+    tensors.setdefault("mask_token", torch.zeros(wanted["mask_token"]))
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or unexpected:
+        raise InputError(
+            f"The weights do not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})."
+        )
+    wrong = [key for key in wanted if tensors[key].shape != wanted[key]]
+    if wrong:
+        key = wrong[0]
+        raise InputError(
+            f"'{key}' has the shape {tuple(tensors[key].shape)}, the model wants {tuple(wanted[key])} "
+            f"({len(wrong)} such)."
+        )
+    network = network.to_empty(device="cpu")
+    network.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=True)
+    if not all(p.isfinite().all() for p in network.parameters()):
+        raise InputError("The weights hold values that are not finite: the file is damaged.")
+    return network
+
+
+def _complete_aliases(tensors: dict[str, Tensor], wanted: Mapping[str, Any]) -> None:
+    """``layerN_rn`` and ``layer_rn.(N-1)`` are one tensor: files may hold both or either."""
+    for key in wanted:
+        found = re.fullmatch(r"(.*\.scratch)\.layer(\d)_rn\.weight", key)
+        if not found:
+            continue
+        other = f"{found[1]}.layer_rn.{int(found[2]) - 1}.weight"
+        a, b = tensors.get(key), tensors.get(other)
+        if a is not None and b is not None and not (a.shape == b.shape and torch.equal(a, b)):
+            raise InputError(f"'{key}' and '{other}' must be the same tensor, and differ.")
+        for name in (key, other):
+            if name not in tensors and (a is not None or b is not None):
+                tensors[name] = a if a is not None else b  # type: ignore[assignment]
+
+
+def from_croco(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trunk weights for a training that starts from CroCo v2: the second decoder is a copy of the first."""
+    kept = {key: value for key, value in tensors.items() if not key.startswith("prediction_head.")}
+    copies = {
+        key.replace("dec_blocks.", "dec_blocks2.", 1): v.clone() for key, v in kept.items() if key.startswith("dec_blocks.")
+    }
+    return {**copies, **kept}
+
+
+def save_folder(network: PointmapNetwork, folder: Path, licence: str, dtype: torch.dtype = torch.float16) -> Path:
+    """Write ``config.json`` and ``model.safetensors`` (aliases once)."""
+    from safetensors.torch import save_file
+
+    from adapters import files
+
+    tensors = {k: v.to(dtype).contiguous() for k, v in network.state_dict().items() if ".layer_rn." not in k}
+    files.write(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    values = {**network.config.to_dict(), "pos_embed": "RoPE100", "licence": licence}
+    values["depth_mode"] = ["exp", "-inf", "inf"] if network.config.depth_mode[0] == "exp" else values["depth_mode"]
+    values["conf_mode"] = [values["conf_mode"][0], 1, "inf"]
+    files.write_text(folder / "config.json", json.dumps(values, indent=1) + "\n")
+    return folder
