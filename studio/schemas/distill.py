@@ -19,12 +19,12 @@ from studio.schemas.train_image import LrSchedule, Optimizer, TrainImageConfig
 Objective = Literal["guidance", "consistency"]
 GuidanceMode = Literal["fixed", "strength", "embedding"]
 
-_GUIDANCE = {"group": "Guidance", "advanced": False}
-_GUIDANCE_MORE = {"group": "Guidance", "advanced": True}
-_STATES = {"group": "What it practises on", "advanced": False}
-_STATES_MORE = {"group": "What it practises on", "advanced": True}
-_STEPS = {"group": "Few steps", "advanced": False}
-_STEPS_MORE = {"group": "Few steps", "advanced": True}
+_GUIDANCE: dict[str, Any] = {"group": "Guidance", "advanced": False}
+_GUIDANCE_MORE: dict[str, Any] = {"group": "Guidance", "advanced": True}
+_STATES: dict[str, Any] = {"group": "What it practises on", "advanced": False}
+_STATES_MORE: dict[str, Any] = {"group": "What it practises on", "advanced": True}
+_STEPS: dict[str, Any] = {"group": "Few steps", "advanced": False}
+_STEPS_MORE: dict[str, Any] = {"group": "Few steps", "advanced": True}
 
 
 def _as_in_image(name: str, **changes: Any) -> Any:

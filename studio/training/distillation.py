@@ -87,7 +87,7 @@ def run(config: DistillConfig, folder: Path, monitor: Monitor = SILENT, resume: 
     )
     with global_seed(config.seed, "run", accelerator.process_index):
         try:
-            job.prepare(report)  # type: ignore[arg-type]  # prompts may come without pictures
+            job.prepare(report)
             job.restore(resume)
             return job.train()
         finally:
@@ -115,7 +115,7 @@ class Distillation(Training):
         return self.distillation
 
     # ---------------------------------------------------------------- preparation
-    def prepare_data(self, report: FolderReport | None) -> None:  # type: ignore[override]
+    def prepare_data(self, report: FolderReport | None) -> None:
         wanted, family = self.distillation, self.family
         self.path = path_of(family, wanted.knots) if self._needs_path else None
         self._attach_styles()

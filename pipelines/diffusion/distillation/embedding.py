@@ -32,8 +32,8 @@ def sinusoid(w: Tensor, width: int = WIDTH) -> Tensor:
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 
 
-def add_projection(unet: Any) -> nn.Parameter:
-    """Give ``unet`` a learning projection that starts at zero; returns its weight (channels, width).
+def add_projection(unet: Any) -> None:
+    """Give ``unet`` a learning projection (width -> channels) that starts at zero.
 
     Raises:
         InputError: the denoiser is no UNet with a time embedding.
@@ -44,7 +44,6 @@ def add_projection(unet: Any) -> nn.Parameter:
     nn.init.zeros_(projection.weight)
     place.cond_proj = projection
     projection.requires_grad_(True)
-    return projection.weight
 
 
 @contextmanager
