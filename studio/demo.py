@@ -14,6 +14,7 @@ from adapters.progress import Monitor, Progress, check
 from studio import compose, library, methods
 from studio.library import Record
 from studio.schemas.compose import ComposeConfig
+from studio.schemas.regions import REGIONAL_METHODS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +23,8 @@ BASE = "tinymoji"
 STEPS = 20
 LOOK = "flat"
 """The drawing style named in prompts without a style adapter."""
+LEFT_AND_RIGHT = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+"""The regions of two subjects."""
 
 _CELL, _LABEL, _LEFT, _GAP = 128, 22, 190, 6
 
@@ -96,9 +99,15 @@ def scenes(records: Sequence[Record]) -> list[Scene]:
 
 def columns(scene: Scene) -> list[Cell]:
     """The pictures of one row."""
-    first, second = scene.pair
     alone = [Cell("base", (), "merge"), *(Cell(record.name, (record,), "merge") for record in scene.pair)]
-    return [*alone, *(Cell(method.name, (first, second), method.name) for method in methods.stage("compose"))]
+    return [*alone, *(Cell(method.name, scene.pair, method.name) for method in methods.stage("compose")
+                      if _suits(method.name, scene))]  # fmt: skip
+
+
+def _suits(method: str, scene: Scene) -> bool:
+    """Regions are for two subjects; K-LoRA is for a subject and a style."""
+    styled = _is_style(scene.pair[1])
+    return not styled if method in REGIONAL_METHODS else styled or method != "k-lora"
 
 
 def _two_subjects(left: Record, right: Record) -> Scene:
@@ -125,7 +134,12 @@ def _thing(record: Record) -> str:
 
 def _config(scene: Scene, cell: Cell, base: str, steps: int, seed: int) -> ComposeConfig:
     uses = [{"name": record.name, "path": record.name, "triggers": list(record.triggers)} for record in cell.adapters]
-    values = {"prompt": scene.prompt, "adapters": uses, "method": cell.method}
+    values: dict[str, Any] = {"prompt": scene.prompt, "adapters": uses, "method": cell.method}
+    if cell.method in REGIONAL_METHODS:
+        halves = zip(cell.adapters, LEFT_AND_RIGHT, strict=True)
+        values["regions"] = [
+            {"adapters": [record.name], "box": box, "prompt": f"{_thing(record)} icon"} for record, box in halves
+        ]
     return ComposeConfig.parse({**values, "base": base, "steps": steps, "seed": seed}, source="the demonstration")
 
 

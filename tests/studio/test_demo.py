@@ -33,10 +33,12 @@ def shipped(tmp_path, monkeypatch) -> Path:
 def test_every_method_side_by_side(shipped, tmp_path, capsys):
     code = run(["demo", "--out", str(tmp_path / "out"), "--steps", "1", "--json", "--quiet"])
     result = json.loads(capsys.readouterr().out)
-    assert code == 0
+    assert code == 0, result
     assert result["prompts"] == ["a flat icon of a fox left of an owl", "a 3d icon of an owl"]
-    labels = ["base", "fox", "owl", "composite", "merge", "switch"]
+    labels = ["base", "fox", "owl", "activation", "composite", "merge", "output", "switch", "w-switch"]
     assert {Path(path).name for path in result["pictures"]} >= {f"1-{label}.png" for label in labels}
+    assert (tmp_path / "out" / "2-k-lora.png").is_file()  # a subject in a style
+    assert not (tmp_path / "out" / "2-output.png").exists()
     config = images.read_recipe(tmp_path / "out" / "1-composite.png")["config"]
     assert (config["method"], [use["name"] for use in config["adapters"]]) == ("composite", ["fox", "owl"])
     with Image.open(result["grid"]) as grid:
