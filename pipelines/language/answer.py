@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any
@@ -32,7 +32,9 @@ class Manner:
     seed: int = 0
 
 
-def stream(model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], manner: Manner) -> Iterator[str]:
+def stream(
+    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], manner: Manner
+) -> Generator[str, None, None]:
     """The answer to ``messages`` in pieces; closing the iterator stops the model.
 
     Without a chat template the contents are written below each other and continued.

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from adapters.errors import InputError
@@ -24,7 +24,7 @@ class Client:
         self._process: subprocess.Popen[str] | None = None
         self._busy = threading.Lock()
 
-    def ask(self, question: Question) -> Iterator[Event]:
+    def ask(self, question: Question) -> Generator[Event, None, None]:
         """The events of an answer (see :mod:`studio.chat.session`); closing the iterator stops the model.
 
         Raises:

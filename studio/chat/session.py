@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -30,7 +30,7 @@ class Session:
         self._laid: Laid | None = None
         self._digest = ""
 
-    def ask(self, question: Question, stopped: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    def ask(self, question: Question, stopped: Callable[[], bool] = lambda: False) -> Generator[Event, None, None]:
         """Let every voice answer in turn.
 
         Raises:

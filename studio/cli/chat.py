@@ -92,8 +92,10 @@ class _Talk:
             talk.append({"role": "user", "content": text})
         question = Question(self.base, self.voices, tuple(map(tuple, self.conversations)), self.device, self.dtype,
                             self.manner)  # fmt: skip
-        answers = [{"voice": voice.name, "adapters": [list(pair) for pair in voice.adapters], "text": ""}
-                   for voice in self.voices]  # fmt: skip
+        answers: list[dict[str, Any]] = [
+            {"voice": voice.name, "adapters": [list(pair) for pair in voice.adapters], "text": ""}
+            for voice in self.voices
+        ]
         events = self.session.ask(question)
         try:
             with closing(events):

@@ -114,7 +114,7 @@ def _summary(rows: Rows, samples: Samples) -> str:
     return "; ".join([*parts, *filter(None, [samples.remark])])
 
 
-class LanguageTrainer(StudioTrainerMixin, Trainer):
+class LanguageTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the mixin takes what any trainer takes
     """Transformers' trainer with the methods of the studio, its order of samples and its optimisers."""
 
     def __init__(self, *, training: LanguageTraining, **options: Any) -> None:
@@ -183,7 +183,8 @@ class LanguageTraining:
         with global_seed(config.seed, "init"):
             self.model: Any = add_adapter(self.base.model, config, self.base.fresh)
         if earlier is not None:
-            start_from({MODEL: self.model.base_model.model}, earlier)
+            bare: Any = self.model.base_model.model
+            start_from({MODEL: bare}, earlier)
         self.collate = Collate(tokenizer.pad_token_id, config.packing, config.task == "classification")
         self.total = config.steps
         if config.epochs:

@@ -71,9 +71,10 @@ def add_adapter(model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = 
     """``model`` with a new adapter in fp32; nothing else learns but the ``fresh`` modules (a new head)."""
     made = peft_config(model, config, fresh)
     if config.quantization != "none":
-        from peft import prepare_model_for_kbit_training
+        import peft
 
-        prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+        prepare: Any = peft.prepare_model_for_kbit_training
+        prepare(model, use_gradient_checkpointing=config.gradient_checkpointing)
     wrapped: Any = get_peft_model(model, made)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:

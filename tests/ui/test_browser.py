@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.flaky(reruns=2)]
 LONG = 240_000
 """Milliseconds for what a worker must start for: enough on a machine that is busy with other things."""
 
-PAGES = ("compose", "train", "library", "jobs")
+PAGES = ("compose", "train", "language", "library", "jobs")
 
 
 def choose(page: Any, name: str) -> None:
