@@ -86,6 +86,8 @@ class _Detail:
     rename: gr.Button
     trash: gr.Button
     restore: gr.Button
+    empty: gr.Accordion
+    empty_for_good: gr.Button
 
     @classmethod
     def draw(cls) -> _Detail:
@@ -99,11 +101,14 @@ class _Detail:
                 rename = gr.Button("Rename", size="md", elem_id="rename")
                 trash = gr.Button("Move to trash", variant="stop", size="md", elem_id="to-trash")
         restore = gr.Button("Restore", variant="primary", size="md", visible=False, elem_id="restore")
-        return cls(panel, use, actions, download, changes, new_name, rename, trash, restore)
+        with gr.Accordion("Empty the trash", open=False, visible=False, elem_classes="as-more") as empty:
+            gr.Markdown("Everything in the trash is deleted from the disk and cannot be brought back.")
+            empty_for_good = gr.Button("Delete for good", variant="stop", size="md", elem_id="empty-trash")
+        return cls(panel, use, actions, download, changes, new_name, rename, trash, restore, empty, empty_for_good)
 
     @property
     def view(self) -> list[Any]:
-        return [self.panel, self.actions, self.download, self.changes, self.new_name, self.restore]
+        return [self.panel, self.actions, self.download, self.changes, self.new_name, self.restore, self.empty]
 
 
 # ------------------------------------------------------------------------------------------------ what is shown
@@ -172,12 +177,13 @@ def _nothing(shelf: Shelf, search: str) -> str:
 def _detail(record: Record | None) -> list[Any]:
     if record is None:
         hint = markup.empty("Choose something", "Its facts, trigger words and recipe show here.")
-        return [hint, *(gr.update(visible=False) for _ in range(3)), "", gr.update(visible=False)]
+        return [hint, *(gr.update(visible=False) for _ in range(3)), "", *(gr.update(visible=False) for _ in range(2))]
     usable = not record.problem
     file = record.path if record.path.is_file() and record.kind == "adapter" else None
     download = gr.update(visible=file is not None, value=str(file) if file else None)
     changes = gr.update(visible=not record.read_only)
-    return [describe(record), gr.update(visible=usable), download, changes, record.name, gr.update(visible=False)]
+    trash_only = [gr.update(visible=False) for _ in range(2)]
+    return [describe(record), gr.update(visible=usable), download, changes, record.name, *trash_only]
 
 
 def describe(record: Record) -> str:
@@ -218,7 +224,8 @@ def _show_trash(search: str, chosen: str) -> list[Any]:
     empty = markup.empty("The trash is empty", "What you remove from the library waits here and can be restored.")
     panel = _trash_panel(item) if item else markup.empty("Choose something", "It can be restored to where it was.")
     hidden = [gr.update(visible=False) for _ in range(3)]
-    return [_shelf(cards, empty), item.id if item else "", panel, *hidden, "", gr.update(visible=item is not None)]
+    below = [gr.update(visible=item is not None), gr.update(visible=bool(items))]
+    return [_shelf(cards, empty), item.id if item else "", panel, *hidden, "", *below]
 
 
 def _trash_card(item: Trashed, chosen: bool) -> str:
@@ -290,7 +297,14 @@ def _wire_changes(page: Page, detail: _Detail) -> None:
         record = library.restore(chosen)
         return [record.kind, *show(record.kind, words, record.name)]
 
+    @polite
+    def delete_for_good(words: str) -> Any:
+        number = library.empty_trash()
+        gr.Info(f"{number} thing{'s' if number != 1 else ''} deleted for good.", title="Trash emptied")
+        return show("trash", words, "")
+
     shelf, search = page.refresh_inputs[0], page.refresh_inputs[1]
+    detail.empty_for_good.click(delete_for_good, [search], page.refresh_outputs, **_PRIVATE)
     detail.rename.click(rename, [page.chosen, detail.new_name, shelf, search], page.refresh_outputs, **_PRIVATE)
     detail.trash.click(trash, [page.chosen, shelf, search], page.refresh_outputs, **_PRIVATE)
     detail.restore.click(restore, [page.chosen, search], [shelf, *page.refresh_outputs], **_PRIVATE)
