@@ -56,7 +56,7 @@ def distill(
     resume: bool = False,
     **values: Any,
 ) -> dict[str, Any]:
-    """Distil guidance, or most of the steps, into a LoRA and return its result (:func:`studio.training.distillation.run`).
+    """Distil guidance, or most of the steps, into a LoRA; see :func:`studio.training.distillation.run` for the result.
 
     Args:
         config: the whole configuration; or leave it out and give ``values``.

@@ -87,7 +87,7 @@ def run(config: DistillConfig, folder: Path, monitor: Monitor = SILENT, resume: 
     )
     with global_seed(config.seed, "run", accelerator.process_index):
         try:
-            job.prepare(report)
+            job.prepare(report)  # type: ignore[arg-type]  # prompts may come without pictures
             job.restore(resume)
             return job.train()
         finally:
@@ -271,7 +271,9 @@ class Distillation(Training):
         given = {name: value.to(device) for name, value in batch.given.items()}
         low, high = self.distillation.guidance_range
         w = (low + (high - low) * uniform(config.seed, "guidance", batch.numbers)).to(device)
-        return _State(noisy, times, given, w, self.teacher(noisy.to(self.dtype), times, given, w))
+        with self.accelerator.autocast():
+            target = self.teacher(noisy.to(self.dtype), times, given, w)
+        return _State(noisy, times, given, w, target)
 
     def _student(self, noisy: torch.Tensor, times: torch.Tensor, given: Tensors, w: torch.Tensor) -> torch.Tensor:
         """The student's one pass, which knows w as the mode says."""

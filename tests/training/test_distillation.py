@@ -312,6 +312,14 @@ def test_checkpointing_and_samples_change_nothing(bases, prompts, tmp_path):
         torch.testing.assert_close(load_file(other["adapter"])[key], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["guidance", "consistency"])
+def test_bf16_keeps_the_adapter_in_fp32(objective, bases, pictures, tmp_path):
+    wanted = config(bases("sdxl"), "", states="data", data=str(pictures), dtype="bf16", objective=objective, steps=2)
+    result = run(wanted, tmp_path)
+    assert np.isfinite(result["loss"])
+    assert all(value.dtype == torch.float32 for value in load_file(result["adapter"]).values())
+
+
 def test_trajectories_are_shared_between_runs_and_stopped_recordings_go_on(bases, prompts, tmp_path):
     shared = str(tmp_path / "shared")
     many = {"trajectory_count": 20, "trajectories": shared, "steps": 2}
