@@ -367,6 +367,202 @@ def _answers(run: Run) -> dict[str, float]:
     }
 
 
+# ------------------------------------------------------------------------------------------------ intruders
+
+
+def intruders(seeds: int) -> Found:
+    """Intruder dimensions (k 10, eps 0.5, 14 matrices) after 150 steps, and what scaling them does, with the control."""
+    from adapters.formats import LoraFile
+    from adapters.inspection.forgetting import sweep
+    from adapters.inspection.intruders import between, inspect, weights_of
+    from adapters.layers.variant import read_layers
+
+    weights = weights_of({"model": dialects.model()})
+    rows: list[Row] = []
+    for name, more in {
+        "LoRA, rank 4, alpha 8, lr 1e-3": {"rank": 4, "alpha": 8},
+        "LoRA, rank 4, alpha 8, lr 5e-3": {"rank": 4, "alpha": 8, "learning_rate": 5e-3},
+        "rank-stabilised, rank 4, alpha 8, lr 1e-3": {"rank": 4, "alpha": 8, "use_rslora": True},
+        "LoRA-GA, rank 4, alpha 8, lr 1e-3": {"rank": 4, "alpha": 8, "use_rslora": True, "init": "lora_ga"},
+        "LoRA, rank 1, alpha 2, lr 5e-3": {"rank": 1, "alpha": 2, "learning_rate": 5e-3},
+        "LoRA, rank 32, alpha 64, lr 1e-3": {"rank": 32, "alpha": 64},
+        "PiSSA, rank 4, alpha 8, lr 1e-3": {"rank": 4, "alpha": 8, "init": "pissa"},
+    }.items():
+        counts = []
+        for seed in range(seeds):
+            run = train(dialects.model(), Recipe(**more, seed=seed), fresh(seed), dialects.TARGETS)
+            counts.append(inspect(LoraFile({"model": read_layers(run.model)}), weights)[0].total)
+        rows.append({"training": name, "intruders": statistics.fmean(counts), "per seed": counts})
+    counts = []
+    for seed in range(seeds):
+        tuned = between({"model": dialects.model()}, {"model": _full(seed, 150)[0]})
+        chosen = {n: layer for n, layer in tuned.parts["model"].items() if n.split(".")[-1] in dialects.TARGETS}
+        counts.append(inspect(LoraFile({"model": chosen}), weights)[0].total)
+    rows.append({"training": "full fine-tuning, lr 3e-4", "intruders": statistics.fmean(counts), "per seed": counts})
+    at = {row["training"]: row["intruders"] for row in rows}
+
+    recipe = Recipe(rank=4, alpha=8, learning_rate=2e-3, steps=200)
+    run = train(dialects.model(), recipe, fresh(0), dialects.TARGETS)
+    file, base = LoraFile({"model": read_layers(run.model)}), dialects.model()
+    _, found = inspect(file, weights)
+    measures = {
+        "new": lambda: dialects.loss_on(base, (dialects.NEW,)),
+        "old": lambda: dialects.loss_on(base, dialects.OLD),
+    }
+    swept = sweep({"model": base}, file, found, measures, (1.0, 0.9, 0.75, 0.5))
+    table = [
+        {"training": f"{row.variant}, factor {row.strength:.3f}", "intruders": "", "per seed": "",
+         "|dW|": row.norm, "loss new": row.losses["new"], "loss old": row.losses["old"]}
+        for row in swept
+    ]  # fmt: skip
+    untouched, whole = swept[0].losses["old"], swept[1].losses
+    softer = {row.strength: row.losses for row in swept if row.variant == "intruders scaled"}
+    falling = [whole["old"], *(softer[value]["old"] for value in (0.9, 0.75, 0.5))]
+    return {
+        "rows": [{**row, "|dW|": "", "loss new": "", "loss old": ""} for row in rows] + table,
+        "checks": [
+            check("full fine-tuning: intruders", at["full fine-tuning, lr 3e-4"], 2),
+            check("LoRA rank 4, lr 5e-3: intruders", at["LoRA, rank 4, alpha 8, lr 5e-3"], 20, below=False),
+            check("lambda 0.75: forgetting over the adapter's",
+                  (softer[0.75]["old"] - untouched) / (whole["old"] - untouched), 0.8),
+            check("lambda 0.75: loss on the new dialect over the adapter's", softer[0.75]["new"] / whole["new"], 1.15),
+            check("old loss from lambda 1 to 0.5: largest rise on the way (monotone fall)",
+                  max(b - a for a, b in zip(falling, falling[1:], strict=False)), 0),
+        ],
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def merging(seeds: int) -> Found:
+    """Merges of rank 8 LoRAs (alpha 8, AdamW 4e-3, 100 steps): share of predictable tokens guessed right (at most 0.91).
+
+    ranks: three LoRAs of one dialect, same start, other data, their ranks permuted. pruned: one LoRA to fewer ranks.
+    2, 4: LoRAs of that many new dialects (told apart by their first token) as one, mean over the dialects.
+    """
+    import adapters.merging.concatenate as exact
+    from adapters.formats import LoraFile, LoraLayer
+    from adapters.inspection.forgetting import added
+    from adapters.layers.variant import read_layers
+    from adapters.merging.dare import dare
+    from adapters.merging.lego import lego
+    from adapters.merging.linear import linear, svd
+    from adapters.merging.magnitude import magnitude
+    from adapters.merging.ties import ties
+
+    base = dialects.model()
+
+    def learnt(dialect: int, start: int, data: int) -> LoraFile:
+        recipe = Recipe(rank=8, alpha=8, learning_rate=4e-3, steps=100, seed=start)
+        pick: Data = lambda number: dialects.batch(dialect, 32, data, number)  # noqa: E731
+        return LoraFile({"model": read_layers(train(dialects.model(), recipe, pick, dialects.TARGETS).model)})
+
+    def permuted(file: LoraFile, seed: int) -> LoraFile:
+        g = torch.Generator().manual_seed(seed)
+        layers = {}
+        for name, layer in file.parts["model"].items():
+            order = torch.randperm(layer.rank, generator=g)
+            layers[name] = LoraLayer(layer.A[order], layer.B[:, order], layer.alpha)
+        return LoraFile({"model": layers})
+
+    @torch.no_grad()
+    def right(file: LoraFile, of: Sequence[int]) -> float:
+        with added({"model": base}, file):
+            shares = []
+            for dialect in of:
+                ids = dialects.sequences(dialect, 256, torch.Generator().manual_seed(77 + dialect))
+                guessed = base(input_ids=ids).logits[:, 1:-1].argmax(-1)
+                shares.append(float((guessed == ids[:, 2:]).float().mean()))
+        return statistics.fmean(shares)
+
+    found: dict[tuple[str, str], list[float]] = {}
+    for seed in range(seeds):
+        same = [permuted(learnt(3, seed, 10 * seed + copy), 50 * seed + copy) for copy in range(3)]
+        third = [1 / 3] * 3
+        tried = {
+            "one alone": same[0],
+            "exact mean, rank 24": exact.concatenate(same, third).file,
+            "LEGO, rank 4": lego(same, [1] * 3, rank=4).file,
+            "LEGO, rank 8": lego(same, [1] * 3, rank=8).file,
+            "LEGO, rank 8, no reweighting":
+                lego(same, [1] * 3, rank=8, parameter_norm="none", output_reweight=False).file,
+            "LEGO, rank 12": lego(same, [1] * 3, rank=12).file,
+            "SVD of the mean, rank 8": svd(same, third).file,
+            "mean of factors, rank 8": linear(same, [1 / 9] * 3).file,
+        }  # fmt: skip
+        for name, file in tried.items():
+            found.setdefault(("ranks", name), []).append(right(file, (3,)))
+        for rank in (4, 2):
+            for name, file in {
+                f"LEGO to rank {rank}": lego(same[:1], [1], rank=rank).file,
+                f"LEGO to rank {rank}, no reweighting":
+                    lego(same[:1], [1], rank=rank, parameter_norm="none", output_reweight=False).file,
+                f"SVD to rank {rank}": svd(same[:1], [1], rank=rank).file,
+            }.items():  # fmt: skip
+                found.setdefault(("pruned", name), []).append(right(file, (3,)))
+        several = [same[0], *(learnt(dialect, seed, 10 * seed) for dialect in (4, 5, 6))]
+        for n in (2, 4):
+            some, mean_, of = several[:n], [1 / n] * n, range(3, 3 + n)
+            for name, file in {
+                "each alone": None,
+                "exact mean": exact.concatenate(some, mean_).file,
+                "LEGO, rank 8": lego(some, [1] * n, rank=8).file,
+                "LEGO, rank 16": lego(some, [1] * n, rank=16).file,
+                "LEGO, rank 16, unit halves": lego(some, [1] * n, rank=16, features="unit_halves").file,
+                "SVD of the mean, rank 16": svd(some, mean_, rank=16).file,
+                "TIES, rank 16": ties(some, [1] * n, rank=16).file,
+                "DARE, rank 16": dare(some, mean_, rank=16).file,
+                "magnitude, rank 16": magnitude(some, mean_, rank=16).file,
+                "mean of factors, rank 8": linear(some, [1 / n**2] * n).file,
+                "PEFT's ties on factors": _peft_ties(some),
+            }.items():
+                if file is None:
+                    value = statistics.fmean(right(one, (d,)) for one, d in zip(some, of, strict=True))
+                else:
+                    value = right(file, of)
+                found.setdefault((f"{n} dialects", name), []).append(value)
+    rows = [
+        {"experiment": part, "merge": name, "right": statistics.fmean(values),
+         "per seed": [round(value, 3) for value in values]}
+        for (part, name), values in found.items()
+    ]  # fmt: skip
+    at = {(row["experiment"], row["merge"]): row["right"] for row in rows}
+    alone = at["ranks", "one alone"]
+    lego_16 = statistics.fmean(at[f"{n} dialects", "LEGO, rank 16"] for n in (2, 4))
+    others = {
+        name: statistics.fmean(at[f"{n} dialects", name] for n in (2, 4))
+        for name in ("mean of factors, rank 8", "PEFT's ties on factors")
+    }
+    return {
+        "rows": rows,
+        "checks": [
+            check("ranks permuted: LEGO rank 8 over one alone", at["ranks", "LEGO, rank 8"] / alone, 0.8, below=False),
+            check("ranks permuted: mean of factors over one alone", at["ranks", "mean of factors, rank 8"] / alone, 0.4),
+            check("ranks permuted: LEGO rank 8 minus without reweighting",
+                  at["ranks", "LEGO, rank 8"] - at["ranks", "LEGO, rank 8, no reweighting"], 0, below=False),
+            *(check(f"2 and 4 dialects: LEGO rank 16 minus {name}", lego_16 - value, 0, below=False)
+              for name, value in others.items()),
+        ],
+    }  # fmt: skip
+
+
+def _peft_ties(files: Sequence[Any]) -> Any:
+    """PEFT's combination_type="ties" as it is: A's and B's apart."""
+    from peft.utils.merge_utils import ties
+
+    from adapters.formats import LoraFile, LoraLayer
+
+    layers = {}
+    for name in files[0].parts["model"]:
+        some = [file.parts["model"][name] for file in files]
+        ones = torch.ones(len(some))
+        A = ties([layer.A for layer in some], ones, density=0.2)
+        B = ties([layer.B for layer in some], ones, density=0.2)
+        layers[name] = LoraLayer(A, B, some[0].alpha)
+    return LoraFile({"model": layers})
+
+
 # ------------------------------------------------------------------------------------------------ cost
 
 COSTS: dict[str, dict[str, Any]] = {
@@ -433,6 +629,8 @@ EXPERIMENTS: dict[str, Callable[[int], Found]] = {
     "perturbations": perturbations,
     "double_descent": double_descent,
     "regularisers": regularisers,
+    "intruders": intruders,
+    "merging": merging,
     "cost": cost,
 }
 
