@@ -115,3 +115,4 @@ register(
         afterwards="studio.library.adopt:trained",
     )
 )
+register(Kind("reconstruct", "studio.schemas.reconstruct:ReconstructConfig", "studio.reconstruct:run"))

@@ -1,0 +1,80 @@
+"""What a reconstruction will cost, told before it starts: memory by arithmetic, time by a short measurement."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.geometry.network import NetworkConfig, PointmapNetwork
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak and seconds for the pairs and the alignment (calibration: ``training``)."""
+
+    pairs: int
+    parameters: int
+    memory: int
+    network_seconds: float
+    training_seconds: float
+
+    def __str__(self) -> str:
+        text = f"{self.pairs} ordered pairs, about {self.memory / 2**30:.1f} GB and {self.network_seconds:.0f} s"
+        return text + (f", calibration {self.training_seconds:.0f} s more" if self.training_seconds else "")
+
+
+def flops(config: NetworkConfig, height: int, width: int) -> tuple[float, float]:
+    """Floating point operations of encoding one image and of decoding one ordered pair (products only)."""
+    tokens = height * width / config.patch_size**2
+    e, d = config.enc_embed_dim, config.dec_embed_dim
+    inner = 2 * config.mlp_ratio
+    encode = config.enc_depth * (2 * tokens * e * e * (4 + inner) + 4 * tokens * tokens * e)
+    decode = 2 * config.dec_depth * (2 * tokens * d * d * (8 + inner) + 8 * tokens * tokens * d)
+    if config.head_type == "dpt":  # two full-resolution convolutions outweigh everything else in the head
+        decode += 2 * 2 * height * width * 9 * (128 * 128 + 256 * 128 / 4 + 5 * 256 * 256 / 16)
+    else:
+        decode += 2 * 2 * tokens * d * 4 * config.patch_size**2
+    return encode, decode
+
+
+def speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of matrix products here, measured for a few hundredths of a second."""
+    size = 2048 if device.type == "cuda" else 384
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    begun, count = 0.0, 0
+    for count in range(1, 40):
+        if count == 2:
+            begun = time.perf_counter()
+        b = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if count > 2 and time.perf_counter() - begun > 0.05:
+            break
+    del b
+    return (count - 1) * 2 * size**3 / (time.perf_counter() - begun)
+
+
+def estimate(
+    config: NetworkConfig, images: int, pairs: int, height: int, width: int, device: torch.device, chunk: int = 8,
+    epochs: int = 0,
+) -> Estimate:  # fmt: skip
+    """Cost of ``images`` pictures of a size and ``pairs`` ordered pairs; ``epochs`` > 0 adds calibration.
+
+    Memory: weights in fp32, cached tokens, one chunk's activations, predictions and Adam's state of the alignment.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in PointmapNetwork(config).parameters())
+    tokens = height * width // config.patch_size**2
+    cache = images * tokens * config.enc_embed_dim * 4
+    head = 256 * (height // 2) * (width // 2) * 3 if config.head_type == "dpt" else 8 * height * width
+    work = chunk * 2 * 4 * (head + tokens * config.dec_embed_dim * (config.dec_depth + 12))
+    kept = pairs * height * width * 8 * 4 * 4  # points, confidence, distances, gradients
+    train = 2 * 2 * tokens * 4 * (config.enc_embed_dim * config.enc_depth * 14 + config.dec_embed_dim * config.dec_depth * 36)
+    encode, decode = flops(config, height, width)
+    pace = speed(device, torch.bfloat16 if device.type == "cuda" else torch.float32) * 0.5
+    seconds = (images * encode + pairs * decode) / pace
+    training = epochs * pairs * (2 * encode + decode) * 3 / pace
+    memory = parameters * 4 + cache + kept + (max(work, train) if epochs else work)
+    return Estimate(pairs, parameters, memory, seconds, training)

@@ -1,0 +1,294 @@
+"""A finished scene as one file, and its exports: GLB, PLY, COLMAP, nerfstudio, npz.
+
+Inside, cameras are camera-to-world in OpenCV's axes. GLB: three.js' axes, the first camera upright. transforms.json:
+OpenGL cameras. COLMAP: world-to-camera quaternions and PINHOLE intrinsics in the pixels of the original file, whose
+pixel centres lie at halves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adapters import files
+from adapters.errors import InputError
+from pipelines.geometry.alignment import Alignment
+from pipelines.geometry.cameras import matrix_quaternion
+from pipelines.geometry.images import Affine, Photo
+
+Array = NDArray[Any]
+TO_GL = np.diag([1.0, -1.0, -1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """``N`` pictures with cameras, depth and confidence; every picture keeps its own size.
+
+    Attributes:
+        poses: ``(N, 4, 4)`` camera-to-world. focals: ``(N,)`` in network pixels.
+        images: uint8 ``(H, W, 3)``; depth, confidence: ``(H, W)``.
+    """
+
+    names: tuple[str, ...]
+    affines: tuple[Affine, ...]
+    poses: Array
+    focals: Array
+    images: tuple[Array, ...]
+    depth: tuple[Array, ...]
+    confidence: tuple[Array, ...]
+
+    @classmethod
+    def of(cls, scene: Alignment, photos: Sequence[Photo]) -> Reconstruction:
+        """From an alignment and its pictures."""
+        each = range(len(photos))
+        return cls(
+            tuple(p.name for p in photos), tuple(p.affine for p in photos), scene.poses.double().numpy(),
+            scene.focals.double().numpy(),
+            tuple((p.pixels.permute(1, 2, 0) * 255).round().byte().numpy() for p in photos),
+            tuple(scene.depth_map(n).numpy() for n in each), tuple(scene.confidence_map(n).numpy() for n in each),
+        )  # fmt: skip
+
+    def points(self, n: int) -> Array:
+        """World points ``(H, W, 3)``."""
+        height, width = self.depth[n].shape
+        v, u = np.mgrid[:height, :width].astype(np.float64)
+        own = np.stack([(u - width / 2) / self.focals[n], (v - height / 2) / self.focals[n], np.ones_like(u)], -1)
+        return (own * self.depth[n][..., None]) @ self.poses[n][:3, :3].T + self.poses[n][:3, 3]
+
+    def save(self, file: Path) -> Path:
+        """Write everything as one npz (no pickles)."""
+        values: dict[str, Any] = {
+            "poses": self.poses, "focals": self.focals,
+            "about": np.array(json.dumps({"names": self.names, "affines": [asdict(a) for a in self.affines]})),
+        }  # fmt: skip
+        for n in range(len(self.names)):
+            values |= {f"image_{n}": self.images[n], f"depth_{n}": self.depth[n].astype(np.float32),
+                       f"confidence_{n}": self.confidence[n].astype(np.float32)}  # fmt: skip
+        return files.write(file, lambda part: np.savez_compressed(part, **values))
+
+    @classmethod
+    def load(cls, file: Path) -> Reconstruction:
+        """Read it back. Raises :class:`InputError` for anything else."""
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                about = json.loads(str(kept["about"]))
+                each = range(len(about["names"]))
+                affines = tuple(Affine(tuple(a["scale"]), tuple(a["crop"]), tuple(a["size"])) for a in about["affines"])
+                return cls(
+                    tuple(about["names"]), affines, kept["poses"], kept["focals"],
+                    tuple(kept[f"image_{n}"] for n in each), tuple(kept[f"depth_{n}"] for n in each),
+                    tuple(kept[f"confidence_{n}"] for n in each),
+                )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"'{file.name}' is no reconstruction of this studio: {error}") from None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pixels are shown or written.
+
+    Attributes:
+        confidence: least raw confidence (the network's own scale, always above 1).
+        percentile: drop this share of the least confident pixels too, in per cent.
+        frame: one picture's number, or None for all.
+        hide: background to leave out, judged by colour.
+        limit: most points; a random but fixed choice.
+
+    Raises:
+        InputError: a percentile outside [0, 100) or a limit below 1.
+    """
+
+    confidence: float = 1.0
+    percentile: float = 20.0
+    frame: int | None = None
+    hide: Literal["nothing", "black", "white"] = "nothing"
+    limit: int = 500_000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.percentile < 100 or self.limit < 1:
+            raise InputError("The percentile must lie between 0 and 100 and the number of points be 1 or more.")
+
+
+def masks(scene: Reconstruction, choice: Selection) -> list[Array]:
+    """Chosen pixels ``(H, W)`` of every picture."""
+    everything = np.concatenate([c.ravel() for c in scene.confidence])
+    least = max(choice.confidence, float(np.percentile(everything, choice.percentile)))
+    out = []
+    for n, confidence in enumerate(scene.confidence):
+        mask = (confidence >= least) & (confidence > 0) & np.isfinite(scene.depth[n])
+        if choice.frame is not None and choice.frame != n:
+            mask = np.zeros_like(mask)
+        if choice.hide == "black":
+            mask &= scene.images[n].astype(int).sum(-1) >= 24
+        elif choice.hide == "white":
+            mask &= scene.images[n].min(-1) <= 240
+        out.append(mask)
+    return out
+
+
+def cloud(scene: Reconstruction, choice: Selection) -> tuple[Array, Array, Array]:
+    """Chosen points ``(M, 3)``, colours uint8 ``(M, 3)`` and confidences ``(M,)``.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    chosen = masks(scene, choice)
+    points = np.concatenate([scene.points(n)[mask] for n, mask in enumerate(chosen)])
+    colours = np.concatenate([scene.images[n][mask] for n, mask in enumerate(chosen)])
+    confidence = np.concatenate([scene.confidence[n][mask] for n, mask in enumerate(chosen)])
+    if len(points) == 0:
+        raise InputError("No point is confident enough: lower the confidence threshold.")
+    if len(points) > choice.limit:
+        kept = np.sort(np.random.default_rng(0).choice(len(points), choice.limit, replace=False))
+        points, colours, confidence = points[kept], colours[kept], confidence[kept]
+    return points, colours, confidence
+
+
+def triangles(scene: Reconstruction, choice: Selection, tear: float = 0.05) -> tuple[Array, Array, Array]:
+    """Vertices, colours and faces ``(F, 3)``: neighbouring pixels joined unless depth jumps by more than ``tear``."""
+    vertices, colours, faces, base = [], [], [], 0
+    for n, mask in enumerate(masks(scene, choice)):
+        height, width = mask.shape
+        index = np.arange(height * width).reshape(height, width)
+        a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
+        quads = np.stack([a, c, b, b, c, d], -1).reshape(-1, 3)
+        depth, kept = scene.depth[n].ravel(), mask.ravel()
+        corner = depth[quads]
+        good = kept[quads].all(1) & (np.ptp(corner, axis=1) < tear * corner.mean(1))
+        vertices.append(scene.points(n).reshape(-1, 3))
+        colours.append(scene.images[n].reshape(-1, 3))
+        faces.append(quads[good] + base)
+        base += height * width
+    joined = np.concatenate(faces)
+    if len(joined) == 0:
+        raise InputError("No surface is confident enough: lower the confidence threshold.")
+    return np.concatenate(vertices), np.concatenate(colours), joined
+
+
+# ------------------------------------------------------------------------------------------------ exports
+
+
+def write_glb(
+    scene: Reconstruction, file: Path, choice: Selection | None = None, mesh: bool = False, cameras: bool = True,
+    camera_size: float = 5.0,
+) -> int:  # fmt: skip
+    """Write points or a mesh, and the cameras as pyramids (``camera_size`` per cent of the scene); returns the points."""
+    import trimesh
+
+    choice = choice or Selection()
+    upright = TO_GL @ np.linalg.inv(scene.poses[0])
+    out = trimesh.Scene()
+    if mesh:
+        vertices, colours, faces = triangles(scene, choice)
+        shown = trimesh.Trimesh(vertices, faces, vertex_colors=colours, process=False)
+        shown.remove_unreferenced_vertices()
+        out.add_geometry(shown)
+        points = np.asarray(shown.vertices)
+    else:
+        points, colours, _ = cloud(scene, choice)
+        out.add_geometry(trimesh.PointCloud(points, colors=colours))
+    if cameras:
+        extent = float(np.linalg.norm(np.percentile(points, 90, 0) - np.percentile(points, 10, 0)))
+        for n in range(len(scene.names)):
+            out.add_geometry(_pyramid(scene, n, extent * camera_size / 100))
+    out.apply_transform(upright)
+    files.write(file, lambda part: part.write_bytes(out.export(file_type="glb")))
+    return len(points)
+
+
+_COLOURS = ((230, 85, 60), (60, 130, 230), (60, 170, 90), (235, 170, 40), (150, 90, 200), (40, 175, 185))
+
+
+def _pyramid(scene: Reconstruction, n: int, size: float) -> Any:
+    """A camera: thin bars from its centre to the corners of its picture."""
+    import trimesh
+
+    height, width = scene.depth[n].shape
+    x, y = width / 2 / scene.focals[n] * size, height / 2 / scene.focals[n] * size
+    corners = np.array([[-x, -y, size], [x, -y, size], [x, y, size], [-x, y, size], [0, 0, 0]])
+    edges = [(0, 1), (1, 2), (2, 3), (3, 0), *((4, k) for k in range(4))]
+    bars = [trimesh.creation.cylinder(size * 0.03, segment=corners[[a, b]], sections=5) for a, b in edges]
+    made = trimesh.util.concatenate(bars)
+    made.visual.vertex_colors = (*_COLOURS[n % len(_COLOURS)], 255)
+    made.apply_transform(scene.poses[n])
+    return made
+
+
+def write_ply(scene: Reconstruction, file: Path, choice: Selection | None = None) -> int:
+    """Write a binary PLY with x y z, red green blue and confidence; returns the number of points."""
+    points, colours, confidence = cloud(scene, choice or Selection())
+    kind = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"),
+                     ("confidence", "<f4")])  # fmt: skip
+    rows = np.empty(len(points), kind)
+    for k, name in enumerate(("x", "y", "z")):
+        rows[name], rows[("red", "green", "blue")[k]] = points[:, k], colours[:, k]
+    rows["confidence"] = confidence
+    types = {"<f4": "float", "|u1": "uchar"}
+    head = "".join(f"property {types[kind[name].str]} {name}\n" for name in kind.names or ())
+    text = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{head}end_header\n"
+    files.write(file, lambda part: part.write_bytes(text.encode() + rows.tobytes()))
+    return len(rows)
+
+
+def _intrinsics(scene: Reconstruction, n: int) -> tuple[float, float, float, float, int, int]:
+    height, width = scene.depth[n].shape
+    affine = scene.affines[n]
+    whole = affine.size if affine.size != (0, 0) else (width, height)
+    return (*affine.intrinsics(float(scene.focals[n]), height, width), *whole)
+
+
+def write_colmap(scene: Reconstruction, folder: Path, choice: Selection | None = None) -> Path:
+    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``."""
+    cameras, images = ["# CAMERA_ID MODEL WIDTH HEIGHT fx fy cx cy"], ["# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME"]
+    for n, name in enumerate(scene.names):
+        fx, fy, cx, cy, width, height = _intrinsics(scene, n)
+        cameras.append(f"{n + 1} PINHOLE {width} {height} {fx:.9g} {fy:.9g} {cx + 0.5:.9g} {cy + 0.5:.9g}")
+        view = np.linalg.inv(scene.poses[n])
+        x, y, z, w = matrix_quaternion(torch.from_numpy(view[:3, :3])).tolist()
+        shift = " ".join(f"{value:.9g}" for value in view[:3, 3])
+        images += [f"{n + 1} {w:.9g} {x:.9g} {y:.9g} {z:.9g} {shift} {n + 1} {name}", ""]
+    points, colours, _ = cloud(scene, choice or Selection())
+    rows = ["# POINT3D_ID X Y Z R G B ERROR TRACK[]"]
+    rows += [
+        f"{k + 1} {x:.6g} {y:.6g} {z:.6g} {r} {g} {b} 0" for k, ((x, y, z), (r, g, b)) in enumerate(zip(points, colours, strict=True))
+    ]  # fmt: skip
+    with files.whole(folder, sync=False) as part:
+        part.mkdir()
+        for name, lines in (("cameras", cameras), ("images", images), ("points3D", rows)):
+            (part / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_nerfstudio(scene: Reconstruction, folder: Path, choice: Selection | None = None) -> Path:
+    """Write ``transforms.json`` (OpenGL cameras, intrinsics of the original files) and ``sparse_pc.ply``."""
+    frames = []
+    for n, name in enumerate(scene.names):
+        fx, fy, cx, cy, width, height = _intrinsics(scene, n)
+        frames.append({
+            "file_path": f"images/{name}", "transform_matrix": (scene.poses[n] @ TO_GL).tolist(), "fl_x": fx, "fl_y": fy,
+            "cx": cx + 0.5, "cy": cy + 0.5, "w": width, "h": height,
+        })  # fmt: skip
+    whole = {"camera_model": "OPENCV", "ply_file_path": "sparse_pc.ply", "frames": frames}
+    with files.whole(folder, sync=False) as part:
+        part.mkdir()
+        (part / "transforms.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        write_ply(scene, part / "sparse_pc.ply", choice)
+    return folder
+
+
+def depth_picture(depth: Tensor | Array) -> Array:
+    """Depth or confidence as an uint8 ``(H, W, 3)`` picture: the 2nd to the 98th percentile from dark to light."""
+    import cv2
+
+    values = np.asarray(depth, np.float64)
+    low, high = np.percentile(values, [2, 98])
+    grey = ((values - low) / max(high - low, 1e-9)).clip(0, 1)
+    return cv2.cvtColor(cv2.applyColorMap((grey * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
