@@ -91,7 +91,7 @@ def _place(key: str) -> tuple[str, str]:
 
 
 def _named(file: LoraFile, source: str) -> LoraFile:
-    """``file`` with diffusers' names for the blocks of SD3 and Flux, and all its names flat."""
+    """``file`` with diffusers' names for the blocks of SD3 and Flux, and flat names if any name has to be."""
     parts = {component: dict(layers) for component, layers in file.parts.items()}
     denoiser = parts.get("unet", {})
     if any(original_names.is_original(name) for name in denoiser):
@@ -100,6 +100,8 @@ def _named(file: LoraFile, source: str) -> LoraFile:
         if original_names.is_flux(denoiser) and "text_encoder_3" in parts:  # T5 is Flux's second encoder
             parts["text_encoder_2"] = parts.pop("text_encoder_3")
         parts["transformer"] = original_names.renamed(parts.pop("unet"), source)
+        if len(parts) == 1:
+            return file.with_parts(parts)  # no name is flat any more: such a file converts without a model
     flat: dict[str, dict[str, LoraLayer]] = {}
     for component, layers in parts.items():
         flat[component] = {name.replace(".", "_"): layer for name, layer in layers.items()}

@@ -247,10 +247,10 @@ def _advice(subjects: Sequence[Subject], pairs: Sequence[Pair], strengths: Mappi
         return Advice("merge", weights, False, (*reasons, f"{text[0].upper()}{text[1:]}: all at once is enough."))
     styles = {kinds[worst.first], kinds[worst.second]}
     if "style" in styles and len(subjects) == 2:
+        text = f"{part}: in turns they never mix inside a step"
         if styles == {"style", "concept"}:
-            text = "a projection takes the style's directions out of the concept and leaves one ordinary LoRA"
-            return Advice("np-lora", weights, False, (*reasons, f"{part}: {text}."))
-        return Advice("switch", weights, False, (*reasons, f"{part}: in turns they never mix inside a step."))
+            text += "; or write one LoRA that keeps them apart with  studio lora merge CONCEPT STYLE --method np-lora"
+        return Advice("switch", weights, False, (*reasons, f"{text}."))
     if worst.level == "medium" and styles != {"concept"}:
         text = "in turns they never mix inside a step, at the price of one adapter"
         return Advice("switch", weights, False, (*reasons, f"{part}: {text}; regions keep them apart altogether."))

@@ -101,8 +101,8 @@ def test_advice_follows_what_was_found() -> None:
     assert diagnose(same).pairs[0].level == "high"
     assert diagnose(same).advice.regions
     styled = [same[0], Subject("b", file(x=layer(0)), kind="style")]
-    assert diagnose(styled).advice.method == "np-lora"
-    assert "subspaces" in diagnose(styled).advice.reasons[-1]
+    assert diagnose(styled).advice.method == "switch"
+    assert "np-lora" in diagnose(styled).advice.reasons[-1]
     json.dumps(diagnose(same).to_dict())
 
 
