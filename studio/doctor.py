@@ -46,6 +46,15 @@ def report(adapters: Sequence[str | Path], prompt: str = "", weights: Sequence[f
     return diagnose(adapters, prompt, weights).to_dict()
 
 
+def report_apart(adapters: Sequence[str | Path], prompt: str = "", weights: Sequence[float] = ()) -> dict[str, Any]:
+    """:func:`report` in a process of its own, so that the one that serves pages never loads torch."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(report, adapters, prompt, weights).result()
+
+
 def picture(diagnosis: Diagnosis) -> Image.Image:
     """Interference of every pair as a coloured table, and of the worst pairs block by block."""
     from PIL import Image, ImageDraw, ImageFont

@@ -91,7 +91,7 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
         return [gr.Timer(active=event.value == "Jobs"), *_choices()]
 
     app.load(arrive, None, [pages.tabs, pages.jobs.timer, *choices], **_PRIVATE)
-    app.load(lambda: _latest("compose", compose.follow), None, pages.compose.view, **_PRIVATE)
+    app.load(lambda: _latest("compose", compose.follow, "compare"), None, pages.compose.view, **_PRIVATE)
     app.load(lambda: _latest("train-image", train.follow), None, pages.train.view, **_PRIVATE)
     app.load(lambda: _latest("distill", train.follow), None, pages.train.distill.view, **_PRIVATE)
     app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
@@ -115,9 +115,9 @@ def _choices() -> list[Any]:
     return [adapters, bases, bases, bases, adapters, models, voices]
 
 
-def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any]) -> Any:
-    found = job_store.list(1, (), kind)
-    return follow(found[0].id, ()) if found else gr.skip()
+def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], other: str = "") -> Any:
+    found = [job for name in filter(None, (kind, other)) for job in job_store.list(1, (), name)]
+    return follow(max(found, key=lambda job: job.created).id, ()) if found else gr.skip()
 
 
 def _wire_crossings(pages: _Pages) -> None:
@@ -149,11 +149,12 @@ def _wire_crossings(pages: _Pages) -> None:
         views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
                  "train-language": pages.language.jobs_view}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
-        follow = {"compose": compose.follow, "train-language": language.open_job}.get(job.kind, train.follow)
-        shown[job.kind] = list(follow(job.id, ()))
+        kind = "compose" if job.kind == "compare" else job.kind
+        follow = {"compose": compose.follow, "train-language": language.open_job}.get(kind, train.follow)
+        shown[kind] = list(follow(job.id, ()))
         way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
         switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
-        tab = gr.Tabs(selected={"compose": "compose", "train-language": "language"}.get(job.kind, "train"))
+        tab = gr.Tabs(selected={"compose": "compose", "train-language": "language"}.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
 
     base, prompt = target.form["base"], target.form["prompt"]

@@ -88,6 +88,7 @@ def _load(place: str) -> Any:
 
 
 register(Kind("compose", "studio.schemas.compose:ComposeConfig", "studio.compose:run", keeps_pipeline=True))
+register(Kind("compare", "studio.schemas.compare:CompareConfig", "studio.compare:run", keeps_pipeline=True))
 register(
     Kind(
         "train-image",

@@ -12,7 +12,10 @@ TONES = {
     "queued": "wait", "running": "work", "cancelling": "wait", "done": "good", "failed": "bad", "cancelled": "",
     "interrupted": "bad",
 }  # fmt: skip
-KINDS = {"compose": "Compose", "train-image": "Train", "distill": "Distill", "train-language": "Language"}
+KINDS = {
+    "compose": "Compose", "compare": "Compare", "train-image": "Train", "distill": "Distill",
+    "train-language": "Language",
+}  # fmt: skip
 
 
 def status_tag(job: Job) -> str:

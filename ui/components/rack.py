@@ -83,9 +83,30 @@ def _use(row: Mapping[str, Any], known: Mapping[str, Record]) -> dict[str, Any]:
         raise InputError(f"'{name}' is no longer in the library: remove it from the list or restore it there.")
     schedule = row.get("schedule") or keyframes(_number(row, "start", 0.0), _number(row, "end", 1.0))
     return {
-        "name": name, "path": name, "weight": _number(row, "weight", 1.0), "te_weight": row.get("te_weight"),
-        "triggers": list(known[name].triggers), "blocks": dict(row.get("blocks") or {}), "schedule": schedule,
+        "name": name, "path": name, "weight": _number(row, "weight", 1.0),
+        "te_weight": None if row.get("te_weight") is None else _number(row, "te_weight", 1.0),
+        "triggers": list(known[name].triggers), "blocks": blocks(row), "schedule": schedule,
     }  # fmt: skip
+
+
+def blocks(row: Mapping[str, Any]) -> dict[str, float]:
+    """The factors per block of a row: a mapping, or what was written, one ``prefix: factor`` per line."""
+    given = row.get("blocks") or {}
+    if not isinstance(given, str):
+        return dict(given)
+    found: dict[str, float] = {}
+    for line in filter(None, map(str.strip, given.splitlines())):
+        prefix, _, factor = line.rpartition(":")
+        try:
+            found[prefix.strip()] = float(factor)
+        except ValueError:
+            prefix = ""
+        if not prefix.strip():
+            raise InputError(
+                f"Block factors of '{row.get('name')}': write one 'prefix: factor' per line, as in 'down_blocks.1: "
+                f"0.5', got '{line}'."
+            )
+    return found
 
 
 def rows_of(
@@ -110,6 +131,13 @@ def rows_of(
             "schedule": [] if span else use.get("schedule"),
         })  # fmt: skip
     return found, missing
+
+
+def renamed(config: Mapping[str, Any], known: Iterable[Record], hashes: Mapping[str, str]) -> dict[str, str]:
+    """Name in a recipe -> name of the row, for the adapters that :func:`rows_of` finds."""
+    records = list(known)
+    found = {str(use.get("name")): _match(use, records, hashes) for use in config.get("adapters") or ()}
+    return {name: record.name for name, record in found.items() if record is not None}
 
 
 def _match(use: Mapping[str, Any], records: Sequence[Record], hashes: Mapping[str, str]) -> Record | None:

@@ -13,11 +13,15 @@ import gradio as gr
 from adapters.errors import InputError
 from studio import images, jobs, library, methods, recipes
 from studio.jobs import Job
+from studio.schemas.compare import CompareConfig
 from studio.schemas.compose import ComposeConfig
 from studio.schemas.regions import RegionFields
 from ui import markup
-from ui.components import job_panel, rack, schema_form
+from ui.components import advice, canvas, job_panel, rack, schema_form
+from ui.components.advice import Advice
 from ui.components.rack import Row
+from ui.pages import compose_regions
+from ui.pages.compose_regions import Where
 from ui.polite import polite, say
 
 KNOWN = schema_form.fields(ComposeConfig)
@@ -40,6 +44,9 @@ class Page:
     rack: gr.HTML
     picker: gr.Dropdown
     new_seed: gr.Checkbox
+    where: Where
+    compare: Compare
+    advice: Advice
     view: list[Any]
     """Components that :func:`follow` fills."""
     suited: gr.State
@@ -47,22 +54,39 @@ class Page:
 
     @property
     def outputs(self) -> list[gr.components.Component]:
-        """Every setting: the fields in the order of :data:`NAMES`, the rack, whether each run gets a new seed."""
-        return [*(self.form[name] for name in NAMES), self.rack, self.new_seed]
+        """Every setting: the fields in the order of :data:`NAMES`, the rack, whether each run gets a new seed, whether
+        methods are compared, where adapters act."""
+        return [*(self.form[name] for name in NAMES), self.rack, self.new_seed, *self.compare.outputs,
+                *self.where.outputs, *self.where.options.values()]  # fmt: skip
+
+
+@dataclass
+class Compare:
+    """Several methods at once."""
+
+    on: gr.Checkbox
+    methods: gr.CheckboxGroup
+    one: gr.Column
+    """What is asked of a single method."""
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.on, self.methods, self.one]
 
 
 def build() -> Page:
     """Draw the page inside the current tab."""
     with gr.Row(elem_classes="as-page"):
         with gr.Column(scale=5, min_width=320, elem_classes="as-form"):
-            form, adapters, picker, new_seed = _settings()
+            settings = _settings()
             with gr.Row(elem_classes="as-actions"):
                 generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
                 cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="compose-cancel", scale=1)
         with gr.Column(scale=7, min_width=320, elem_id="compose-result"):
             result = _Result.draw()
-    page = Page(form, adapters, picker, new_seed, [*result.followed, cancel], gr.State(""))
+    page = Page(*settings, [*result.followed, cancel], gr.State(""))
     _wire_rack(page)
+    _wire_where(page)
     _wire_run(page, result, generate, cancel)
     _wire_recipes(page, result)
     return page
@@ -71,7 +95,7 @@ def build() -> Page:
 # ------------------------------------------------------------------------------------------------ the settings
 
 
-def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox]:
+def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox, Where, Compare, Advice]:
     form: Form = {}
     with gr.Group(elem_classes="as-card"):
         form["prompt"] = gr.Textbox(
@@ -92,27 +116,70 @@ def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox]:
             elem_id="adapter-picker", interactive=True,
         )  # fmt: skip
         adapters = rack.rack()
+        doctor = advice.draw()
     with gr.Group(elem_classes="as-card"):
-        _method_settings(form)
+        where = compose_regions.draw()
+    with gr.Group(elem_classes="as-card"):
+        compare = _method_settings(form)
     with gr.Group(elem_classes="as-card"):
         new_seed = _picture_settings(form)
     with gr.Accordion("Advanced", open=False, elem_classes="as-more"):
         for name in ADVANCED:
             form[name] = schema_form.widget(KNOWN[name])
-    return form, adapters, picker, new_seed
+    return form, adapters, picker, new_seed, where, compare, doctor
 
 
-def _method_settings(form: Form) -> None:
-    offered = methods.stage("compose")
-    names = [(method.title or method.name, method.name) for method in offered] or [("Merge", "merge")]
+def _method_settings(form: Form) -> Compare:
+    names = compose_regions.offered(compose_regions.EVERYWHERE)
     default = KNOWN["method"].default
-    form["method"] = gr.Radio(names, value=default, label="Method", elem_classes="as-choices", elem_id="method")
-    summary = gr.HTML(_method_help(default), elem_classes="as-help", apply_default_css=False)
-    form["tau"] = schema_form.widget(KNOWN["tau"], label="Steps per turn", visible=False, elem_id="tau")
+    with gr.Column(elem_classes="as-plain") as one:
+        form["method"] = gr.Radio(names, value=default, label="Method", elem_classes="as-choices", elem_id="method")
+        summary = gr.HTML(_method_help(default), elem_classes="as-help", apply_default_css=False)
+        form["tau"] = schema_form.widget(KNOWN["tau"], label="Steps per turn", visible=False, elem_id="tau")
+    many = gr.CheckboxGroup(names, value=[name for _, name in names], label="Methods to compare", visible=False,
+                            elem_id="compare-methods", info="One picture each, all from the same seed.")  # fmt: skip
+    on = gr.Checkbox(False, label="Compare methods side by side", container=False, elem_id="compare")
     form["method"].change(
         lambda name: (_method_help(name), gr.update(visible="switch" in str(name))),
         form["method"], [summary, form["tau"]], show_progress="hidden", api_visibility="private",
     )  # fmt: skip
+    on.input(lambda chosen: [gr.update(visible=chosen), gr.update(visible=not chosen)], on, [many, one],
+             show_progress="hidden", api_visibility="private")  # fmt: skip
+    return Compare(on, many, one)
+
+
+def _wire_where(page: Page) -> None:
+    """Which methods are offered follows where adapters act; the doctor may change both."""
+    where, method, many = page.where, page.form["method"], page.compare.methods
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def chosen(mode: str, name: str) -> Any:
+        return [*compose_regions.switch(mode), *_offer(mode, name)]
+
+    @polite
+    def follow(rows: list[Row], report: Mapping[str, Any] | None, mode: str, name: str, drawn: list[Any]) -> Any:
+        changed, advised, regions = advice.followed(rows, report)
+        if regions and mode != compose_regions.AUTO:
+            mode, drawn = compose_regions.DRAWN, drawn or canvas.columns([row["name"] for row in changed])
+        elif not regions and advised:
+            mode = compose_regions.EVERYWHERE
+        told, shown, more = compose_regions.switch(mode)
+        return [changed, mode, told, {**shown, "value": drawn}, more, *_offer(mode, advised or name)]
+
+    where.mode.input(chosen, [where.mode, method], [*where.outputs[1:], method, many], **private)
+    where.canvas.edit_found(lambda name: [compose_regions.DRAWN, *chosen(compose_regions.DRAWN, name)], method,
+                            [*where.outputs, method, many], **private)  # fmt: skip
+    page.advice.follow.click(follow, [page.rack, page.advice.report, where.mode, method, where.canvas],
+                             [page.rack, *where.outputs, method, many], **private)  # fmt: skip
+    advice.wire(page.advice, page.rack, page.form["prompt"])
+    compose_regions.wire(where, page.form)
+
+
+def _offer(mode: str, name: str) -> list[Any]:
+    """Updates of the method and of the methods to compare for a mode."""
+    names = compose_regions.offered(mode)
+    return [gr.update(choices=names, value=compose_regions.suitable(mode, name)),
+            gr.update(choices=names, value=[name for _, name in names])]  # fmt: skip
 
 
 def _method_title(name: str) -> str:
@@ -215,11 +282,29 @@ def with_word(prompt: str, word: str) -> str:
 # ------------------------------------------------------------------------------------------------ making pictures
 
 
-def config_of(values: Sequence[Any], rows: Sequence[Row] | None) -> ComposeConfig:
-    """The job that a filled form asks for; raises :class:`InputError` for what cannot work."""
+def config_of(
+    values: Sequence[Any],
+    rows: Sequence[Row] | None,
+    where: Sequence[Any] = (compose_regions.EVERYWHERE, []),
+    compare: Sequence[str] = (),
+) -> ComposeConfig:
+    """The job that a filled form asks for; raises :class:`InputError` for what cannot work.
+
+    Args:
+        values: of the fields, in the order of :data:`NAMES`.
+        rows: the adapters.
+        where: values of :attr:`Where.inputs`.
+        compare: methods to make side by side instead of the form's one.
+    """
     config = schema_form.read_all(KNOWN, NAMES, values)
     config["adapters"] = rack.uses(rows, library.adapters())
-    parsed = ComposeConfig.parse(config, source="the form")
+    compose_regions.check(where[0], rows)
+    config |= compose_regions.read(*where)
+    if compare:
+        config["method"] = compare[0]
+        parsed: ComposeConfig = CompareConfig.parse({**config, "methods": compare}, source="the form")
+    else:
+        parsed = ComposeConfig.parse(config, source="the form")
     if not parsed.prompt.strip():
         raise InputError("Write a prompt first: a few words about what to draw.")
     return parsed
@@ -240,6 +325,7 @@ class _Result:
     reuse: gr.Button
     reuse_seed: gr.Button
     download: gr.DownloadButton
+    grid: gr.DownloadButton
     drop: gr.File
 
     @classmethod
@@ -255,15 +341,16 @@ class _Result:
             reuse = gr.Button("Reuse these settings", size="md", elem_id="reuse")
             reuse_seed = gr.Button("Reuse the seed", size="md")
             download = gr.DownloadButton("Download with recipe", size="md")
+            grid = gr.DownloadButton("Download side by side", size="md", visible=False, elem_id="download-grid")
         recipe = gr.HTML("", elem_id="compose-recipe", apply_default_css=False)
         with gr.Accordion("Settings from a picture made earlier", open=False, elem_classes="as-more"):
             drop = gr.File(label="Drop a PNG made by Adapter Studio", file_types=[".png", ".json"], height=110,
                            elem_id="recipe-drop")  # fmt: skip
-        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, drop)
+        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, grid, drop)
 
     @property
     def followed(self) -> list[Any]:
-        return [self.job, self.shown, self.timer, self.panel, self.gallery, self.chosen]
+        return [self.job, self.shown, self.timer, self.panel, self.gallery, self.chosen, self.grid]
 
 
 _EMPTY = markup.empty(
@@ -276,11 +363,13 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
     view = page.view
 
     @polite
-    def start(new_seed: bool, rows: list[Row], *values: Any) -> Any:
-        config = config_of(values, rows)
+    def start(new_seed: bool, rows: list[Row], many: bool, compared: list[str], *values: Any) -> Any:
+        if many and not compared:
+            raise InputError("Choose at least one method to compare, or make a picture with one method.")
+        config = config_of(values[: len(NAMES)], rows, values[len(NAMES) :], compared if many else ())
         if new_seed:
             config.seed = secrets.randbelow(2**31)
-        job_id = jobs.submit("compose", config)
+        job_id = jobs.submit(config.kind, config)
         jobs.ensure_worker()
         return [config.seed, *follow(job_id, ())]
 
@@ -289,7 +378,8 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
         try:
             return follow(job_id, shown)
         except InputError:  # deleted meanwhile
-            return ["", (), gr.Timer(active=False), _EMPTY, gr.update(visible=False), "", gr.update(visible=False)]
+            hidden = gr.update(visible=False)
+            return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, hidden]
 
     @polite
     def stop(job_id: str) -> Any:
@@ -300,7 +390,8 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     fields = [page.form[name] for name in NAMES]
     for begin in (generate.click, page.form["prompt"].submit):
-        begin(start, [page.new_seed, page.rack, *fields], [page.form["seed"], *view], **private)
+        begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, *fields, *page.where.inputs],
+              [page.form["seed"], *view], **private)  # fmt: skip
         begin(None, None, None, js=_TO_RESULT)
     result.timer.tick(look, [result.job, result.shown], view, **private)
     cancel.click(stop, result.job, view, **private)
@@ -322,12 +413,13 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
         return gr.skip()
     changed = not shown or now[-1] != shown[-1]
     first = not shown or not shown[-1]
+    grid = (job.result or {}).get("grid")
     return [
         job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, ahead(job), preview(job)),
-        gr.update(value=[str(path) for path in pictures], visible=bool(pictures),
-                  columns=1 if len(pictures) == 1 else 2)
+        gr.update(value=captioned(job, pictures), visible=bool(pictures), columns=1 if len(pictures) == 1 else 2)
         if changed else gr.skip(),
         (str(pictures[0]) if pictures else "") if changed and first else gr.skip(),
+        gr.update(visible=bool(grid), value=grid or None),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
     ]  # fmt: skip
 
@@ -351,8 +443,16 @@ def made(job: Job) -> list[Path]:
     """The pictures a job has made so far."""
     named = [Path(path) for path in (job.result or {}).get("images", ())]
     return [path for path in named if path.is_file()] or sorted(
-        job.folder.glob("picture-*.png"), key=lambda path: path.stat().st_mtime
+        job.folder.glob("*/picture-*.png" if job.kind == "compare" else "picture-*.png"),
+        key=lambda path: path.stat().st_mtime,
     )
+
+
+def captioned(job: Job, pictures: Sequence[Path]) -> list[Any]:
+    """Pictures for a gallery; those of a comparison carry their method's name."""
+    if job.kind != "compare":
+        return [str(path) for path in pictures]
+    return [(str(path), _method_title(path.parent.name)) for path in pictures]
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -365,10 +465,11 @@ def _wire_recipes(page: Page, result: _Result) -> None:
         return str(pictures[index]) if index < len(pictures) else gr.skip()
 
     @polite
-    def describe(path: str) -> Any:
+    def describe(path: str, job_id: str) -> Any:
         if not path:
-            return "", gr.update(visible=False), gr.skip()
-        return recipe_panel(images.read_recipe(path)), gr.update(visible=True), gr.update(value=path)
+            return "", gr.update(visible=False), gr.skip(), compose_regions.result(None, "")
+        behind = compose_regions.result(jobs.get(job_id) if job_id else None, path)
+        return recipe_panel(images.read_recipe(path)), gr.update(visible=True), gr.update(value=path), behind
 
     @polite
     def reuse(path: str) -> Any:
@@ -384,7 +485,8 @@ def _wire_recipes(page: Page, result: _Result) -> None:
 
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     result.gallery.select(choose, result.job, result.chosen, **private)
-    result.chosen.change(describe, result.chosen, [result.recipe, result.actions, result.download], **private)
+    result.chosen.change(describe, [result.chosen, result.job],
+                         [result.recipe, result.actions, result.download, page.where.canvas], **private)  # fmt: skip
     result.reuse.click(reuse, result.chosen, page.outputs, **private)
     result.reuse_seed.click(reuse_seed, result.chosen, page.form["seed"], **private)
     result.drop.upload(dropped, result.drop, page.outputs, **private)
@@ -400,7 +502,10 @@ def fill(recipe: Mapping[str, Any]) -> list[Any]:
         say(str(error), title="Filled in, with a difference")
     if missing:
         say(f"Not in the library, left out: {', '.join(missing)}.", title="Adapters missing")
-    return [*values, rows, False]
+    config = ComposeConfig.parse(recipe["config"], source="the recipe").model_dump(mode="json")
+    where = compose_regions.fill(config, compose_regions.names_here(recipe))
+    values[NAMES.index("method")], many = _offer(where[0], config["method"])
+    return [*values, rows, False, False, {**many, "visible": False}, gr.update(visible=True), *where]
 
 
 def form_values(recipe: Mapping[str, Any]) -> tuple[list[Any], list[Row], list[str]]:
@@ -429,9 +534,10 @@ def recipe_panel(recipe: Mapping[str, Any]) -> str:
         ("Scheduler", config.get("scheduler") if config.get("scheduler") != "default" else ""),
         ("Avoided", config.get("negative_prompt")),
     ]  # fmt: skip
+    body = f"<ul>{used}</ul>" if used else ""
     return (
         f'<section class="as-recipe" aria-label="Recipe"><h3>Recipe</h3><blockquote>{markup.text(config.get("prompt"))}'
-        f"</blockquote>{f'<ul>{used}</ul>' if used else ''}{markup.facts(pairs)}</section>"
+        f"</blockquote>{body}{compose_regions.mini(config)}{markup.facts(pairs)}</section>"
     )
 
 

@@ -147,7 +147,7 @@ def pictures_of(job: Job) -> list[Any]:
     """The pictures a job has made, whatever its kind."""
     if job.kind in ("train-image", "distill"):
         return list(train.samples(job)[:8])
-    return [str(path) for path in compose.made(job)]
+    return compose.captioned(job, compose.made(job))
 
 
 def describe(job: Job) -> str:

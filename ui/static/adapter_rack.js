@@ -4,6 +4,11 @@ const tones = ['a', 'b', 'c', 'd', 'e', 'f'];
 let rows = [];
 
 const publish = () => { props.value = rows.map((row) => ({ ...row })); };
+// Regions offer the adapters that are here.
+const announce = () => document.dispatchEvent(new CustomEvent('as-rack', {
+  detail: rows.map(({ name, triggers }) => ({ name, triggers })),
+}));
+document.addEventListener('as-rack-wanted', announce);
 const make = (tag, attributes = {}, ...children) => {
   const node = document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) {
@@ -76,6 +81,29 @@ function scheduleControl(row) {
   return make('div', { class: 'as-rack-line' }, make('span', { class: 'as-rack-label' }, 'Active'), range, words);
 }
 
+// Strength in the text encoders and factors per block: for few people, so folded.
+function moreControl(row) {
+  const encoder = make('input', {
+    type: 'number', step: '0.05', placeholder: 'same', value: row.te_weight, 'aria-label': `Text encoder weight of ${row.name}`,
+  });
+  encoder.addEventListener('input', () => {
+    const value = parseFloat(encoder.value);
+    row.te_weight = Number.isFinite(value) ? value : null;
+    publish();
+  });
+  const blocks = make('textarea', {
+    rows: '2', placeholder: 'down_blocks.1: 0.5', spellcheck: 'false', 'aria-label': `Block factors of ${row.name}, one per line`,
+  });
+  blocks.value = typeof row.blocks === 'string' ? row.blocks
+    : Object.entries(row.blocks || {}).map(([prefix, factor]) => `${prefix}: ${factor}`).join('\n');
+  blocks.addEventListener('input', () => { row.blocks = blocks.value; publish(); });
+  const used = (row.te_weight !== null && row.te_weight !== undefined) || blocks.value;
+  return make('details', { class: 'as-fold', open: used ? '' : null }, make('summary', {}, 'Advanced'),
+    make('div', { class: 'as-rack-line' }, make('span', { class: 'as-rack-label' }, 'Text'),
+      make('span', { class: 'as-rack-custom' }, 'weight in the text encoders'), encoder),
+    make('label', { class: 'as-rack-blocks' }, make('span', { class: 'as-rack-label' }, 'Factor per block, one per line'), blocks));
+}
+
 function triggerChips(row) {
   if (!row.triggers || !row.triggers.length) return '';
   const chips = row.triggers.map((word) => make('button', {
@@ -96,10 +124,11 @@ function drawRow(row, index) {
   const title = make('div', { class: 'as-rack-title' }, make('strong', {}, row.name), make('span', {}, row.facts || ''));
   const head = make('div', { class: 'as-rack-head' }, portrait(row), title, remove);
   return make('li', { class: `as-rack-row tone-${tones[index % tones.length]}` },
-    head, triggerChips(row), weightControl(row), scheduleControl(row));
+    head, triggerChips(row), weightControl(row), scheduleControl(row), moreControl(row));
 }
 
 function draw() {
+  announce();
   if (!rows.length) {
     rack.replaceChildren(make('li', { class: 'as-rack-none' }, 'No adapter yet: the base model draws alone. Choose one above.'));
     return;
