@@ -1,0 +1,43 @@
+"""The size of a picture before it is made: what a page draws regions on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from adapters.errors import InputError
+from studio import library
+
+USUAL = {"sd": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
+"""Sides of pictures of models whose folder is not here, by family."""
+
+
+def size(base: str, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    """Width and height in pixels; what is not given is the base model's own side."""
+    if width and height:
+        return width, height
+    own = side(base)
+    return width or own, height or own
+
+
+def side(base: str) -> int:
+    """The side of the square pictures that a base model makes by itself."""
+    try:
+        folder = Path(library.resolve_base(base))
+        family = next((record.family for record in library.bases() if record.path == folder), "")
+    except InputError:
+        return 512
+    for part in ("unet", "transformer"):
+        cells = _config(folder / part).get("sample_size")
+        blocks = _config(folder / "vae").get("block_out_channels")
+        if isinstance(cells, int) and isinstance(blocks, list) and blocks:
+            return int(cells * 2 ** (len(blocks) - 1))
+    return USUAL.get(family, 512)
+
+
+def _config(folder: Path) -> dict[str, object]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
