@@ -14,7 +14,7 @@ from pipelines.language.loading import LanguageModel, open_model
 from studio import devices, hush, library
 from studio.chat import Message, Question, Voice
 from studio.datasets.cache import fingerprint
-from studio.library import scan
+from studio.library import scan, smollm2
 
 Event = dict[str, Any]
 """``event`` and what belongs to it: "loading" (text), "remark" (text), "begin" (voice), "piece" (voice, text), "end"
@@ -47,7 +47,9 @@ class Session:
     def _load(self, question: Question) -> Iterator[Event]:
         key = (question.base, question.device, question.dtype)
         if self._key != key:
-            yield {"event": "loading", "text": f"Loading {question.base} ..."}
+            first = question.base == smollm2.NAME and not smollm2.ready()
+            once = " for the first time: it is unpacked, which takes a minute" if first else ""
+            yield {"event": "loading", "text": f"Loading {question.base}{once} ..."}
             self.release()
             hush.loading_bars()
             device = devices.resolve(question.device)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -149,8 +150,19 @@ class LanguageTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the
         return self.training.with_gaps(batch, "calibration", number) if self.training.config.task == "masked" else batch
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
-        super()._save_checkpoint(*args, **options)
-        self.training.complete_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        """The trainer's files, then the mark that they are whole; a full disk is said in one sentence."""
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **options)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            shutil.rmtree(place, ignore_errors=True)
+            raise InputError(
+                f"The checkpoint '{place}' could not be written ({error}): free some space and resume; what was saved "
+                "before is kept."
+            ) from None
+        self.training.complete_checkpoint(place)
 
 
 @dataclass
@@ -282,8 +294,10 @@ class LanguageTraining:
             "data": self.rows.digest, "losses": self.losses, "seconds": self.seconds, "validation": self.validation,
         }  # fmt: skip
         files.write_text(place / MARK, json.dumps(mark), sync=True)
-        for old in existing(place.parent)[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
+        kept = existing(place.parent)[-self.config.keep_checkpoints :]
+        for old in place.parent.glob("checkpoint-*"):  # also what a crash left unfinished
+            if old not in kept:
+                shutil.rmtree(old)
 
     # ---------------------------------------------------------------- the run
     def train(self) -> dict[str, Any]:

@@ -95,6 +95,26 @@ def test_resume_refuses_another_configuration(bases, chats, tmp_path):
         run(settings(bases("llama"), chats, learning_rate=1e-3), tmp_path, Watcher(), resume=True)
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(bases, chats, tmp_path, monkeypatch):
+    from studio.training import trainer_mixin
+
+    config = settings(bases("llama"), chats, steps=6, checkpoint_every=2)
+    write = trainer_mixin.files.write
+
+    def full(target, *rest, **options):
+        if "checkpoint-4" in str(target):
+            raise OSError(28, "No space left on device")
+        return write(target, *rest, **options)
+
+    monkeypatch.setattr(trainer_mixin.files, "write", full)
+    with pytest.raises(InputError, match=r"checkpoint-4' could not be written .*No space left"):
+        run(config, tmp_path, Watcher())
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
+    assert run(config, tmp_path, Watcher(), resume=True)["steps"] == 6
+
+
 def test_accumulated_batches_are_the_large_batch(bases, chats, tmp_path):
     """The loss is one mean over all learnt tokens of the step, however they are cut into passes."""
     large = run(settings(bases("llama"), chats, batch_size=8), tmp_path / "large", Watcher())
@@ -240,3 +260,20 @@ def test_continue_from_an_adapter(bases, chats, tmp_path):
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     with pytest.raises(InputError, match="is for 64 inputs, the model has 96"):
         run(settings(bases("wide"), chats, continue_from=first["adapter"]), tmp_path / "third", Watcher())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["default", "pissa", "lora_ga"])
+@pytest.mark.parametrize("rule", ["plain", "allora"])
+@pytest.mark.parametrize("perturb", ["none", "ggpo", "mgpo"])
+@pytest.mark.parametrize("reg", ["none", "ba"])
+def test_the_matrix_of_methods(bases, chats, tmp_path, init, rule, perturb, reg):
+    """Five steps of every combination: finite losses, and stock PEFT gives the logits of the trained model."""
+    config = settings(bases("llama"), chats, init=init, grad_rule=rule, perturb=perturb, reg=reg, init_batches=2,
+                      validation_split=0.25, validation_every=5)  # fmt: skip
+    result = run(config, tmp_path, watcher := Watcher())
+    assert all(torch.tensor(watcher.losses).isfinite())
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")), result["adapter"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(bases("llama"))
+    batch = Collate(tokenizer.pad_token_id)(encode(read_rows(config), tokenizer, config, None).held_out)
+    assert float(model(**batch).loss) == pytest.approx(result["validation"][-1]["validation_loss"], rel=1e-5)
