@@ -212,6 +212,29 @@ def test_kohya_file_in_sdxls_original_names(beds: Callable[[str], Bed], tmp_path
     assert torch.equal(latents(again), latents(only_unet))
 
 
+@pytest.mark.parametrize("written", ["ComfyUI", "difference"])
+def test_other_files_in_sdxls_original_names(written: str, beds: Callable[[str], Bed], tmp_path: Any) -> None:
+    """The same blocks with ComfyUI's dots, and with LyCORIS' whole differences."""
+    from safetensors.torch import save_file
+
+    bed = beds("sdxl")
+    layers = bed.composer("b")._loaded["b"].file.parts["unet"]
+    tensors: dict[str, Tensor] = {}
+    for module, layer in layers.items():
+        if written == "ComfyUI":
+            name = f"diffusion_model.{sgm_name(module)}"
+            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.A.clone(), layer.B.clone()
+            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+        else:
+            tensors[f"lora_unet_{sgm_name(module).replace('.', '_')}.diff"] = layer.delta()
+    save_file(tensors, tmp_path / "sgm.safetensors")
+    again = MultiLoRAPipeline(bed.pipe())
+    assert again.load_lora(tmp_path / "sgm.safetensors").layers == {"unet": len(layers)}
+    found = again._loaded["sgm"].file.parts["unet"]
+    for module, layer in layers.items():
+        torch.testing.assert_close(found[module].delta(), layer.delta())
+
+
 def sgm_name(module: str) -> str:
     """diffusers' name of an attention layer of the tiny SDXL -> the name in the original code."""
     places = {
