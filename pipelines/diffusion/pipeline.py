@@ -529,7 +529,7 @@ class MultiLoRAPipeline:
     def _with_places(self, loaded: Sequence[Loaded]) -> tuple[Region, ...]:
         """The regions; automatic ones are one per adapter, and have no place yet."""
         if self._composition.regions == "auto":
-            return tuple(Region((item.report.name,), words=item.report.triggers) for item in loaded)
+            return tuple(Region((item.report.name,)) for item in loaded)
         return self._composition.regions
 
     @staticmethod

@@ -263,15 +263,15 @@ def test_nothing_changes_where_all_windows_are_the_regions_themselves() -> None:
 @pytest.mark.parametrize("scope", ["cross", "spatial"])
 def test_all_parts_together(beds: Any, family: str, scope: str) -> None:
     composer = beds(family).composer("a", "b")
-    full = regional(composer, "lora-composer", *TWO, scope=scope, refine=True)
-    again = regional(composer, "lora-composer", *TWO, scope=scope, refine=True)
+    full = regional(composer, "lora-composer", *TWO, scope=scope, refine=True, seed=8)
+    again = regional(composer, "lora-composer", *TWO, scope=scope, refine=True, seed=8)
     assert torch.equal(full, again)
     assert bool(torch.isfinite(full).all())
     for part in ("self_mask", "reinit", "refine"):
-        without = regional(composer, "lora-composer", *TWO, scope=scope, **{"refine": True, part: False})
+        without = regional(composer, "lora-composer", *TWO, scope=scope, seed=8, **{"refine": True, part: False})
         assert not torch.equal(without, full), part
     for term in ("gaussian", "fill_loss"):
-        without = regional(composer, "lora-composer", *TWO, scope=scope, **{"refine": True, term: False})
+        without = regional(composer, "lora-composer", *TWO, scope=scope, seed=8, **{"refine": True, term: False})
         assert not torch.equal(without, full), term
     # the two regions fill the picture, so isolation leaves nothing outside to look at
     open_ = {"scope": scope, "refine": True, "self_mask": False}
@@ -337,6 +337,7 @@ def test_automatic_regions(sd: Bed) -> None:
     places = [mask.view(32, 32).float() / 255 for mask in masks]
     drawn = (Region(("a",), mask=places[0]), Region(("b",), mask=places[1]))
     close(out.images, regional(composer, "activation", *drawn, prompt="an apple and a cat"))
+    composer.compose("activation", regions="auto")
     with pytest.raises(InputError, match="which word"):
         composer("nothing of them", **CALL)
 

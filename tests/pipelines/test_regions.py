@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.errors import InputError
 from pipelines.diffusion import MultiLoRAPipeline
 from pipelines.diffusion.regions import Region
 from tests import tiny
@@ -19,7 +20,11 @@ UNETS = ("sd", "sdxl")
 
 def regional(composer: MultiLoRAPipeline, method: str, *regions: Region, **options: Any) -> torch.Tensor:
     """The denoised latents of a short run with regions."""
-    how = {key: options.pop(key) for key in list(options) if key not in CALL and key not in ("prompt", "images")}
+    how = {
+        key: options.pop(key)
+        for key in list(options)
+        if key not in CALL and key not in ("prompt", "images", "scheduler")
+    }
     composer.compose(method, regions=list(regions), **how)
     result: torch.Tensor = composer(options.pop("prompt", PROMPT), **(CALL | options)).images
     return result
@@ -76,3 +81,173 @@ def test_adapters_in_no_region_act_everywhere(beds: Any, method: str) -> None:
     composer = bed.composer("a", "b", "c")
     wanted = latents(bed.composer("b", "c"), "merge")
     close(regional(composer, method, Region(("a",), box=LEFT, scale=0)), wanted)
+
+
+# Several regions
+
+
+@pytest.mark.parametrize("method", ["output", "activation", "cross"])
+@pytest.mark.parametrize("family", UNETS)
+def test_two_halves_with_the_same_adapter_are_one_region(beds: Any, family: str, method: str) -> None:
+    composer = beds(family).composer("a", "c") if method != "cross" else beds(family).composer("a")
+    names = tuple(composer.adapters)
+    halves = regional(composer, method, Region(names, box=LEFT), Region(names, box=RIGHT))
+    close(halves, regional(composer, method, Region(names, box=ALL)))
+
+
+@pytest.mark.parametrize("method", ["output", "activation", "cross"])
+def test_order_and_duplicates_change_nothing(sd: Bed, method: str) -> None:
+    composer = sd.composer("a", "b")
+    one = Region(("a",), box=(0, 0, 0.75, 1), prompt="a cat")
+    two = Region(("b",), box=(0.5, 0, 1, 1), prompt="a dog")
+    found = regional(composer, method, one, two)
+    close(regional(composer, method, two, one), found)
+    single = regional(composer, method, one)
+    close(regional(composer, method, one, one), single)
+    assert not torch.allclose(found, single)
+
+
+def test_a_prediction_is_each_regions_own(sd: Bed) -> None:
+    """``output`` with one step, against as many plain runs, cut at the border."""
+    composer = sd.composer("a", "b")
+    regions = Region(("a",), box=LEFT, prompt="a cat", negative="red"), Region(("b",), box=(0.5, 0, 0.75, 1))
+    found = regional(composer, "output", *regions, steps=1, adapter_batch=2)
+    left = latents(sd.composer("a"), "merge", prompt="a cat", steps=1, negative_prompt="red")
+    middle = latents(sd.composer("b"), "merge", steps=1)
+    rest = latents(sd.composer(), "merge", steps=1)
+    close(found, torch.cat([left[..., :8], middle[..., 8:12], rest[..., 12:]], -1))
+
+
+@pytest.mark.parametrize("method", ["activation", "output"])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_regions_differ_in_joint_transformers(beds: Any, family: str, method: str) -> None:
+    composer = beds(family).composer("a", "b")
+    one, two = Region(("a",), box=LEFT, prompt="a cat"), Region(("b",), box=RIGHT, prompt="a dog")
+    found = regional(composer, method, one, two)
+    close(regional(composer, method, two, one), found)
+    assert not torch.allclose(found, regional(composer, method, one, Region(("b",), box=RIGHT, prompt="a cat")))
+    if method == "activation":
+        assert not torch.allclose(found, regional(composer, method, one, two, self_mask=True))
+
+
+def test_a_mask_is_the_box_it_draws(sd: Bed) -> None:
+    mask = torch.zeros(32, 32)
+    mask[:, :16] = 1
+    composer = sd.composer("a", "b")
+    for method in ("output", "activation", "cross"):
+        drawn = regional(composer, method, Region(("a",), mask=mask, prompt="a cat"))
+        assert torch.equal(drawn, regional(composer, method, Region(("a",), box=LEFT, prompt="a cat")))
+
+
+def test_kept_keys_are_those_made_anew(sd: Bed) -> None:
+    """A schedule that changes nothing makes keys and values again at every step."""
+    composer = sd.composer("a")
+    kept = regional(composer, "cross", Region(("a",), box=LEFT, prompt="a cat"))
+    calls: list[int] = []
+    composer.pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    assert torch.equal(kept, regional(composer, "cross", Region(("a",), box=LEFT, prompt="a cat")))
+    assert len(calls) == 2  # once per row, whatever the number of steps
+    flutter = [(0, 1), (0.25, 1), (0.25, 1 + 1e-7), (0.5, 1), (1, 1)]
+    again = regional(composer, "cross", Region(("a",), box=LEFT, prompt="a cat", schedule=flutter))
+    assert len(calls) > 4
+    close(again, kept, 1e-4)
+
+
+def test_a_schedule_of_half_the_steps(sd: Bed) -> None:
+    composer = sd.composer("a")
+    on = [(0, 1), (0.5, 1), (0.5, 0), (1, 0)]
+    found = regional(composer, "activation", Region(("a",), box=ALL, schedule=on))
+    wanted = MultiLoRAPipeline(sd.pipe())
+    wanted.load_lora(sd.files["a"], "a", schedule=on)
+    close(found, latents(wanted, "merge"))
+
+
+def test_pictures_of_a_batch_are_those_made_alone(sd: Bed) -> None:
+    composer = sd.composer("a", "b")
+    regions = Region(("a",), box=LEFT, prompt="a cat"), Region(("b",), box=RIGHT, prompt="a dog")
+    for method in ("output", "activation", "cross"):
+        both = regional(composer, method, *regions, images=2)
+        close(both[1:], regional(composer, method, *regions, seed=CALL["seed"] + 1), 1e-4)
+
+
+def test_the_plan_shows_regions_and_warns_of_unused_layers(sd: Bed) -> None:
+    composer = sd.composer("a", "b")
+    composer.compose("cross", regions=[Region(("a",), box=LEFT, prompt="a cat", scale=0.5)])
+    plan = composer.plan(steps=4)
+    assert "region a: box 0, 0, 0.5, 1; a x 0.5; 'a cat'" in str(plan)
+    assert any("'a' lie outside of cross-attention" in text for text in plan.warnings)
+    assert plan.to_dict()["regions"][0]["scale"] == 0.5
+    assert plan.to_dict()["options"]["scope"] == "cross"
+    composer.compose("output", regions=[Region(("a",), box=LEFT)])
+    assert composer.plan(steps=4).forwards == 8
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("method", "regions", "options", "sentence"),
+    [
+        ("activation", [Region(("a",), box=(0, 0, 1.2, 1))], {}, "between 0 and 1"),
+        ("activation", [Region(("a",), box=(0.5, 0, 0.5, 1))], {}, "x0 < x1"),
+        ("activation", [Region(("a",), box=(0, 0.7, 1, 0.2))], {}, "y0 < y1"),
+        ("activation", [Region((), box=ALL)], {}, "has no adapter"),
+        ("activation", [{"box": ALL}], {}, "has no adapters"),
+        ("activation", [{"box": ALL, "adapter": "a"}], {}, "did you mean 'adapters'"),
+        ("activation", [Region(("cat",), box=ALL)], {}, "names the adapter 'cat'"),
+        ("activation", [Region(("a", "a"), box=ALL)], {}, "twice"),
+        ("activation", [Region(("a",))], {}, "needs a box or a mask"),
+        ("activation", [Region(("a",), box=ALL, mask="x.png")], {}, "and not both"),
+        ("activation", [Region(("a",), box=ALL, scale=float("nan"))], {}, "finite"),
+        ("activation", [Region(("a",), box=ALL, schedule=[(0.5, 1), (0.2, 1)])], {}, "not in order"),
+        ("activation", [Region(("a",), mask="nothing.png")], {}, "does not exist"),
+        ("activation", [Region(("a",), mask="data:text/plain,hello")], {}, "is no picture"),
+        ("activation", [Region(("a",), mask=torch.zeros(8, 8))], {}, "not empty"),
+        ("activation", [Region(("a",), mask=torch.ones(8, 16))], {}, "must have the picture's shape"),
+        ("activation", [Region(("a",), box=(0, 0, 0.01, 1))], {}, "covers no whole cell"),
+        ("activation", [], {}, "needs regions"),
+        ("activation", "atuo", {}, "'auto', got 'atuo'"),
+        ("merge", [Region(("a",), box=ALL)], {}, "has no regions"),
+        ("merge", None, {"refine": True}, "refine would do nothing"),
+        ("cross", [Region(("c",), box=ALL)], {}, "no layer in cross-attention"),
+        ("cross", [Region(("a",), box=ALL)], {"scope": "spatial"}, "always has the scope 'cross'"),
+        ("lora-composer", [Region(("a",), box=ALL)], {"scope": "sptial"}, "Unknown scope"),
+        ("lora-composer", [Region(("a",), box=ALL)], {"trust_region": 0}, "above 0"),
+        ("lora-composer", [Region(("a",), box=ALL)], {"refin": True}, "did you mean 'refine'"),
+        ("lora-composer", [Region(("a",), box=ALL, words=("apple",))], {"capture": 3}, "capture 3"),
+        ("lora-composer", [Region(("a",), box=ALL)], {}, "which word of"),
+        ("lora-composer", [Region(("a",), box=ALL, words=("dog",))], {}, "does not hold the word 'dog'"),
+        ("lora-composer", [Region(("a",), box=ALL, words=("<c1>",), prompt="a <c1>")], {}, "does not know the concept"),
+        ("lora-composer", [Region(("a",), box=ALL, words=("zz",), prompt="abcdefghijklm zz")], {}, "behind the 16 tok"),
+        ("lora-composer", [Region(("a",), box=(0, 0, 0.15, 1), words=("apple",))], {}, "less than 2 cells"),
+        ("output", [Region(("a",), box=ALL)], {"reinit": True}, "separate predictions"),
+        ("output", [Region(("a",), box=ALL)], {"te_mode": "merged"}, "leave te_mode"),
+    ],
+)
+def test_bad_input_is_a_sentence(sd: Bed, method: str, regions: Any, options: Any, sentence: str) -> None:
+    composer = sd.composer("a", "b", "c")
+    with pytest.raises(InputError, match=sentence):
+        composer.compose(method, regions=regions, **options)(PROMPT, **CALL)
+
+
+@pytest.mark.parametrize("method", ["cross", "lora-composer"])
+def test_joint_transformers_have_no_cross_attention(beds: Any, method: str) -> None:
+    with pytest.raises(InputError, match="no separate cross-attention"):
+        beds("flux").composer("a").compose(method, regions=[Region(("a",), box=ALL)])
+
+
+def test_sliced_attention_is_refused(sd: Bed) -> None:
+    composer = sd.composer("a")
+    composer.pipe.enable_attention_slicing()
+    composer.compose("cross", regions=[Region(("a",), box=ALL)])
+    with pytest.raises(InputError, match="attention slicing"):
+        composer(PROMPT, **CALL)
+
+
+def test_a_size_that_attention_maps_do_not_divide(sd: Bed) -> None:
+    composer = sd.composer("a")
+    composer.compose("lora-composer", regions=[Region(("a",), box=ALL, words=("apple",))], capture=2)
+    with pytest.raises(InputError, match="multiples of 4"):
+        composer(PROMPT, **(CALL | {"width": 34}))

@@ -1,0 +1,144 @@
+"""Regions through the composition job and the command: the same bits again, the plan, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from adapters.errors import InputError
+from adapters.progress import Silent
+from studio import compose, images, loaded, recipes
+from studio.cli import region_option
+from studio.cli.app import run
+from studio.schemas.compose import ComposeConfig
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion, two adapters for it, and a mask."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.saved("sd", folder)
+    for seed, name in ((1, "cat"), (2, "dog")):
+        tiny.lora_file(tiny.sd(), folder, seed=seed).rename(folder / f"{name}.safetensors")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(folder / "right.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    loaded.release()
+    yield
+    loaded.release()
+
+
+def config(model: Path, **changes: object) -> ComposeConfig:
+    values = {
+        "base": str(model / "tiny-sd-0"), "prompt": "a cat and a dog", "steps": 3, "device": "cpu",
+        "method": "activation",
+        "adapters": [{"name": name, "path": str(model / f"{name}.safetensors")} for name in ("cat", "dog")],
+        "regions": [
+            {"box": [0, 0, 0.5, 1], "adapters": ["cat"], "prompt": "a cat"},
+            {"mask": str(model / "right.png"), "adapters": ["dog"], "prompt": "a dog"},
+        ],
+    }  # fmt: skip
+    return ComposeConfig.parse({**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("activation", {}), ("output", {}), ("lora-composer", {"refine": True})],
+)
+def test_a_recipe_repeats_without_the_masks_file(model, tmp_path, method, changes):
+    mask = tmp_path / "mask.png"
+    mask.write_bytes((model / "right.png").read_bytes())
+    regions = [
+        {"box": [0, 0, 0.5, 1], "adapters": ["cat"], "prompt": "a cat", "words": ["cat"]},
+        {"mask": str(mask), "adapters": ["dog"], "prompt": "a dog", "words": ["dog"]},
+    ]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = compose.run(config(model, method=method, regions=regions, **changes), tmp_path / "a", Silent())
+    mask.unlink()
+    loaded.release()
+    again = compose.run(recipes.replay(images.read_recipe(first["images"][0])), tmp_path / "b", Silent())
+    assert Path(again["images"][0]).read_bytes() == Path(first["images"][0]).read_bytes()
+    assert first["regions"][0] == {"name": "cat", "box": [0, 0, 0.5, 1], "mask": None}
+    assert Image.open(first["regions"][1]["mask"]).getextrema() == (0, 255)
+
+
+def test_the_command_from_flags_to_the_same_picture(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--base", str(model / "tiny-sd-0"), "--steps", "3", "--prompt", "a cat and a dog"]
+    for name in ("cat", "dog"):
+        flags += ["--lora", f"{name}={model / name}.safetensors"]
+    places = ["--region", "left=cat*0.8@0-0.7: a cat", "--region", f"{model / 'right.png'}=dog: a dog"]
+    assert run(["compose", *flags, *places, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "activation of cat, dog" in said
+    assert "region cat: box 0, 0, 0.5, 1; cat x 0.8 by schedule; 'a cat'" in said
+    assert "region dog: mask; dog; 'a dog'" in said
+    assert run(["compose", *flags, *places, "--out", "one.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["regions"][1]["name"] == "dog"
+    assert run(["compose", "--from", "one.png", "--out", "two.png"]) == 0
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    Path("layout.yaml").write_text(
+        "method: cross\nregions:\n- {box: [0, 0, 0.5, 1], adapters: [cat]}\n", encoding="utf-8"
+    )
+    assert run(["compose", "--from", "one.png", "--regions", "layout.yaml", "--plan"]) == 0
+    assert "cross of cat, dog" in capsys.readouterr().out
+    assert run(["compose", "--from", "one.png", "--regions", "none", "--plan"]) == 0
+    assert "merge of cat, dog" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--region", "fox"], "--region wants PLACE=ADAPTER"),
+        (["--region", "0,0,1=fox"], "a box is four numbers"),
+        (["--region", "0,0,2,1=fox"], "regions.0.box: a box is x0, y0, x1, y1 between 0 and 1"),
+        (["--region", "nowhere.png=fox"], "is no mask picture, no box"),
+        (["--region", "left=fox@0.9-0.1"], "must lie between 0 and 1 and go upwards"),
+        (["--region", "left=fox", "--regions", "auto"], "not both"),
+        (["--region", "left=fox", "--method", "merge"], "'merge' has no regions"),
+        (["--method", "cross"], "'cross' needs regions"),
+        (["--regions", "nothing.yaml"], "does not exist"),
+        (["--regions", "auto", "--method", "switch"], "'switch' has no regions"),
+        (["--region", "left=nobody: a fox"], "nobody"),
+    ],
+)
+def test_wrong_regions_are_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["compose", *arguments, "--plan"]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+def test_a_region_in_one_word():
+    assert region_option.parse("0, .25, .5,1=fox+clay*0.5: a fox: red") == {
+        "box": [0.0, 0.25, 0.5, 1.0], "adapters": ["fox", "clay"], "scale": 0.5, "prompt": "a fox: red",
+    }  # fmt: skip
+    assert region_option.parse("top=fox") == {"box": [0.0, 0.0, 1.0, 0.5], "adapters": ["fox"]}
+
+
+def test_transparent_paint_is_a_mask(tmp_path):
+    from pipelines.diffusion.regions.pictures import as_uri, open_mask
+
+    paint = Image.new("RGBA", (8, 8))
+    paint.paste((10, 20, 30, 255), (0, 0, 4, 8))
+    mask = open_mask(paint)
+    assert [mask.getpixel((x, 0)) for x in (0, 7)] == [255, 0]
+    assert open_mask(as_uri(mask)).tobytes() == mask.tobytes()
+    with pytest.raises(InputError, match="is empty"):
+        open_mask(Image.new("L", (8, 8)))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(InputError, match="no readable picture"):
+        open_mask(tmp_path / "broken.png")
+    with pytest.raises(InputError, match="no readable picture"):
+        open_mask("data:image/png;base64,@@@")
