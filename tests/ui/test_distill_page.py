@@ -29,7 +29,7 @@ def test_distil_two_steps_and_compose_with_it(tab: Tab) -> None:
     for name, value in (("steps", "2"), ("rank", "2"), ("batch_size", "1"), ("trajectory_count", "1")):
         page.fill(f"#distill-{name} input", value)
     page.click("#distill-start")
-    page.wait_for_selector("#distill-panel .as-tag:is(.good, .bad)", timeout=LONG)
+    page.wait_for_selector("#distill-panel .as-tag:is(.good, .bad)", timeout=3 * LONG)  # records paths, too
     assert page.inner_text("#distill-panel .as-tag") == "done", page.inner_text("#distill-panel")
     page.click("#distill-try-it")
     page.wait_for_selector(".as-rack-row:has-text('swift') .as-rack-built-in:has-text('guidance 7.5 built in')")
