@@ -64,7 +64,7 @@ def widget(item: Field, **changes: Any) -> gr.components.Component:
     if item.kind == "flag":
         return gr.Checkbox(**options)
     if item.kind == "choice":
-        return gr.Dropdown(choices=list(item.choices), **options)
+        return gr.Dropdown(**{"choices": list(item.choices), **options})
     if item.kind == "choices":
         return gr.CheckboxGroup(choices=list(item.choices), **options)
     if item.kind in ("integer", "number") and item.optional:

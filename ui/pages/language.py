@@ -22,7 +22,7 @@ from studio.datasets.conversations import Columns, Conversation, conversations, 
 from studio.jobs import Job
 from studio.schemas.train_language import TrainLanguageConfig
 from ui import markup
-from ui.components import job_panel, loss_plot, schema_form
+from ui.components import job_panel, loss_plot, method_help, schema_form
 from ui.polite import polite, say
 
 KNOWN = schema_form.fields(TrainLanguageConfig)
@@ -271,8 +271,13 @@ def _train_settings() -> tuple[Form, gr.File, gr.State, gr.HTML, gr.Button]:
             form[name] = schema_form.widget(KNOWN[name], elem_id=f"language-{name.replace('_', '-')}")
     for group, names in groups([*form, "base", "data"]).items():
         with gr.Accordion(group, open=False, elem_classes="as-more"):
+            place = gr.Column() if group == "Method" else None
             for name in names:
-                form[name] = schema_form.widget(KNOWN[name])
+                form[name] = (method_help if place else schema_form).widget(KNOWN[name])
+        if place:
+            methods = place
+    with methods:
+        method_help.watch(form, KNOWN)
     with gr.Row(elem_classes="as-actions"):
         start = gr.Button("Start training", variant="primary", elem_id="language-start")
     return form, drop, rows, preview, start

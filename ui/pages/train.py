@@ -13,7 +13,7 @@ from studio import jobs
 from studio.schemas.train_image import TrainImageConfig
 from studio.training.presets import PRESETS
 from ui import markup, pictures
-from ui.components import schema_form, training_run
+from ui.components import method_help, schema_form, training_run
 from ui.components.training_run import add_to_library, follow, made, samples
 from ui.pages import compose, distill
 from ui.pictures import Item
@@ -26,6 +26,9 @@ NAMES = tuple(KNOWN)
 MAIN = ("name", "trigger", "instance_prompt", "base", "steps", "rank", "learning_rate", "batch_size", "resolution",
         "sample_prompts", "sample_every")  # fmt: skip
 """Fields shown at once; ``mode`` and ``data`` are the cards on top, the rest stands in groups below."""
+
+METHOD = "Method"
+"""The group of the schema that says how an adapter starts and learns."""
 
 KINDS = [("A concept", "concept"), ("A style", "style"), ("A captioned set", "captioned")]
 LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
@@ -124,10 +127,16 @@ def _settings() -> Form:
         form["sample_every"] = schema_form.widget(KNOWN["sample_every"], elem_id="train-sample-every")
     with gr.Accordion("Pictures from a folder of this computer", open=False, elem_classes="as-more"):
         form["data"] = schema_form.widget(KNOWN["data"], value="", elem_id="train-data")
+    with gr.Accordion(METHOD, open=False, elem_classes="as-more", elem_id="train-method"):
+        place = gr.Column()
+        for name in groups(form)[METHOD]:
+            form[name] = _widget(name)
     for group, names in groups(form).items():
         with gr.Accordion(group, open=False, elem_classes="as-more"):
             for name in names:
                 form[name] = _widget(name)
+    with place:
+        method_help.watch(form, KNOWN)
     for chooser in (form["mode"], length):
         chooser.input(preset_values, [form["mode"], length], [form[name] for name in PRESET_FIELDS],
                       show_progress="hidden", api_visibility="private")  # fmt: skip
@@ -137,7 +146,8 @@ def _settings() -> Form:
 def _widget(name: str, **options: Any) -> gr.components.Component:
     """The widget of a field, at the value of the preset that is chosen first."""
     value = PRESETS[FIRST_PRESET].get(name, KNOWN[name].default)
-    return schema_form.widget(KNOWN[name], value=schema_form.show(KNOWN[name], value), **options)
+    make = method_help.widget if KNOWN[name].group == METHOD else schema_form.widget
+    return make(KNOWN[name], value=schema_form.show(KNOWN[name], value), **options)
 
 
 def groups(shown: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -1,0 +1,77 @@
+"""Training methods on the pages: the catalogue's names and sentences, the combinations table's warnings."""
+
+from __future__ import annotations
+
+import gradio as gr
+import pytest
+
+from studio import methods
+from studio.schemas import combinations
+from studio.schemas.train_image import TrainImageConfig
+from studio.schemas.train_language import TrainLanguageConfig
+from ui.components import method_help, schema_form
+from ui.pages import train
+
+SCHEMAS = (TrainImageConfig, TrainLanguageConfig)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_method_of_the_core_can_be_chosen_and_explains_itself(schema):
+    known = schema_form.fields(schema)
+    offered = {
+        (stage, value)
+        for name, stage in method_help.STAGES.items() if name in known
+        for value in known[name].choices
+    } | {("learn", method) for name, method in method_help.SWITCHES.items() if name in known}  # fmt: skip
+    for method in methods.declared():
+        if method.entry.startswith(("adapters.initialise", "adapters.learn")) and method.name != "ba":
+            assert (method.stage, method.name) in offered
+    for name in method_help.STAGES:
+        if name in known:
+            assert [value for _, value in method_help.choices(known[name])] == list(known[name].choices)
+
+
+def test_sentences_follow_the_choice():
+    text = method_help.explain({"init": "lora_ga", "perturb": "mgpo", "freeze_a": True, "optimizer": "adamw"})
+    by_name = {method.name: method for method in methods.declared()}
+    for name in ("lora_ga", "mgpo", "ffa"):
+        assert by_name[name].title in text
+        assert by_name[name].summary.split(":")[0].split(",")[0] in text
+    assert "switch use_rslora on" in text
+    refused = method_help.explain({"grad_rule": "allora", "alpha": 3, "rank": 4, "optimizer": "adamw"})
+    assert "no scaling factor" in refused
+    assert "divide the gradient" in refused
+
+
+def test_watched_fields_are_those_the_table_reads():
+    class Seen:
+        def __init__(self) -> None:
+            self.names: set[str] = set()
+
+        def __getattr__(self, name: str):
+            self.names.add(name)
+            raise AttributeError
+
+    everything: set[str] = set()
+    for init in ("default", "lora_ga", "lora_sb", "orthogonal"):
+        for rule in (*combinations.REFUSED, *combinations.WARNED):
+            seen = Seen()
+            values = {"init": init, "grad_rule": "allora", "perturb": "mgpo", "freeze_a": True, "reg": "ba",
+                      "allora_mode": "lr", "optimizer": "sgd"}  # fmt: skip
+
+            class Config:
+                def __getattr__(self, name: str, seen=seen, values=values):
+                    seen.names.add(name)
+                    if name in values:
+                        return values[name]
+                    raise AttributeError(name)
+
+            rule.applies(combinations._Fields(Config()))
+            everything |= seen.names
+    assert everything - {"fused_loss"} <= set(method_help.WATCHED)
+
+
+def test_the_page_has_the_help():
+    with gr.Blocks():
+        page = train.build()
+    assert page.form["init"].choices[0] == ("Kaiming-uniform", "default")

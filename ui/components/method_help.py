@@ -1,0 +1,73 @@
+"""Training methods on a form: names and a sentence each from the catalogue, warnings from the combinations table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+
+from adapters.errors import InputError
+from studio import methods
+from studio.schemas import combinations
+from ui import markup
+from ui.components import schema_form
+from ui.components.schema_form import Field
+from ui.polite import polite
+
+STAGES = {"init": "initialise", "grad_rule": "learn", "perturb": "learn", "reg": "learn"}
+"""Fields whose values are methods of the catalogue, and the stage those are in."""
+
+SWITCHES = {"freeze_a": "ffa"}
+"""Fields that switch one method on."""
+
+WATCHED = (*STAGES, *SWITCHES, "allora_mode", "perturb_sigma", "optimizer", "beta1", "rank", "alpha", "conv_rank",
+           "conv_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "dropout", "loraplus_ratio",
+           "continue_from")  # fmt: skip
+"""Fields the table of combinations reads."""
+
+
+def choices(item: Field) -> list[tuple[str, str]]:
+    """What a method field's menu shows: the methods' titles; values that are no method keep their name."""
+    titles = {method.name: method.title for method in methods.declared() if method.stage == STAGES[item.name]}
+    return [(titles.get(value, value), value) for value in item.choices]
+
+
+def widget(item: Field, **options: Any) -> gr.components.Component:
+    """The widget of a field, with the catalogue's titles where it chooses a method."""
+    if item.name in STAGES:
+        options.setdefault("choices", choices(item))
+    return schema_form.widget(item, elem_id=f"method-{item.name.replace('_', '-')}", **options)
+
+
+def explain(values: Mapping[str, Any]) -> str:
+    """HTML: a sentence for every method that is chosen, then what does not go together or may surprise."""
+    known: dict[tuple[str, Any], Any] = {(method.stage, method.name): method for method in methods.declared()}
+    chosen = [known.get((stage, values.get(name))) for name, stage in STAGES.items()]
+    chosen += [known.get(("learn", method)) for name, method in SWITCHES.items() if values.get(name)]
+    lines = "".join(f"<p><b>{markup.text(m.title)}</b>: {markup.text(m.summary)}</p>" for m in chosen if m is not None)
+    config = SimpleNamespace(**values)
+    refused = combinations.refusal(config)
+    problem = f"{refused[0].upper()}{refused[1:]}." if refused else ""
+    notes = [markup.notice(problem), *(markup.notice(text, "info") for text in combinations.warnings(config))]
+    return f'<div class="as-help">{lines}</div>{"".join(notes)}'
+
+
+def watch(form: Mapping[str, Any], known: Mapping[str, Field]) -> gr.HTML:
+    """Draw the explanation here and keep it true while the form changes."""
+    names = [name for name in WATCHED if name in form]
+    shown = gr.HTML(
+        explain({name: known[name].default for name in names}), elem_id="method-help", apply_default_css=False
+    )
+
+    @polite
+    def changed(*values: Any) -> str:
+        try:
+            return explain(schema_form.read_all(known, names, values))
+        except InputError as error:  # a number that is still being written
+            return markup.notice(str(error))
+
+    for name in names:
+        form[name].change(changed, [form[n] for n in names], shown, show_progress="hidden", api_visibility="private")
+    return shown
