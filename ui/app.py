@@ -1,4 +1,4 @@
-"""The web app: five pages over the jobs and the library, served to this computer only unless told otherwise."""
+"""The web app: six pages over the jobs and the library, served to this computer only unless told otherwise."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from studio import library as shelves
 from studio import settings
 from ui import markup, pictures
 from ui.components import rack
-from ui.pages import compose, jobs, language, library, train
+from ui.pages import compose, jobs, language, library, reconstruct, train
 from ui.polite import polite
 from ui.theme import STATIC, StudioTheme, css, script
 
-TABS = ("compose", "train", "language", "library", "jobs")
+TABS = ("compose", "train", "language", "reconstruct", "library", "jobs")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 A_DAY = 86400
 
@@ -39,6 +39,7 @@ class _Pages:
     compose: compose.Page
     train: train.Page
     language: language.Page
+    reconstruct: reconstruct.Page
     library: library.Page
     jobs: jobs.Page
 
@@ -56,11 +57,13 @@ def build() -> gr.Blocks:
                 train_page = train.build()
             with gr.Tab("Language", id="language", render_children=True):
                 language_page = language.build()
+            with gr.Tab("Reconstruct", id="reconstruct", render_children=True):
+                reconstruct_page = reconstruct.build()
             with gr.Tab("Library", id="library", render_children=True):
                 library_page = library.build()
             with gr.Tab("Jobs", id="jobs", render_children=True):
                 jobs_page = jobs.build()
-        pages = _Pages(tabs, compose_page, train_page, language_page, library_page, jobs_page)
+        pages = _Pages(tabs, compose_page, train_page, language_page, reconstruct_page, library_page, jobs_page)
         _wire_tabs(app, pages)
         _wire_crossings(pages)
     return app
@@ -73,7 +76,7 @@ def _choosers(pages: _Pages) -> list[Any]:
     """Lists whose choices change with the library, in the order of :func:`_choices`."""
     distilling = pages.train.distill.form
     return [pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
-            distilling["styles"], pages.language.base, pages.language.adapters]  # fmt: skip
+            distilling["styles"], pages.language.base, pages.language.adapters, pages.reconstruct.form["adapter"]]  # fmt: skip
 
 
 def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
@@ -95,6 +98,7 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
     app.load(lambda: _latest("train-image", train.follow), None, pages.train.view, **_PRIVATE)
     app.load(lambda: _latest("distill", train.follow), None, pages.train.distill.view, **_PRIVATE)
     app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
+    app.load(lambda: _latest("reconstruct", reconstruct.follow), None, pages.reconstruct.view, **_PRIVATE)
     app.load(polite(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
     app.load(polite(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
     pages.tabs.select(go, None, [pages.jobs.timer, *choices], **_PRIVATE)
@@ -112,7 +116,7 @@ _ADDRESS = """() => setTimeout(() => {
 def _choices() -> list[Any]:
     adapters, bases = gr.update(choices=compose.adapter_choices()), gr.update(choices=compose.base_choices())
     models, voices = gr.update(choices=language.base_choices()), gr.update(choices=language.adapter_choices())
-    return [adapters, bases, bases, bases, adapters, models, voices]
+    return [adapters, bases, bases, bases, adapters, models, voices, gr.update(choices=reconstruct.adapter_choices())]
 
 
 def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], other: str = "") -> Any:
@@ -147,14 +151,15 @@ def _wire_crossings(pages: _Pages) -> None:
     def open_job(job_id: str) -> Any:
         job = job_store.get(job_id)
         views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
-                 "train-language": pages.language.jobs_view}  # fmt: skip
+                 "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
         kind = "compose" if job.kind == "compare" else job.kind
-        follow = {"compose": compose.follow, "train-language": language.open_job}.get(kind, train.follow)
+        follow = {"compose": compose.follow, "train-language": language.open_job,
+                  "reconstruct": reconstruct.follow}.get(kind, train.follow)
         shown[kind] = list(follow(job.id, ()))
         way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
         switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
-        tab = gr.Tabs(selected={"compose": "compose", "train-language": "language"}.get(kind, "train"))
+        tab = gr.Tabs(selected={"compose": "compose", "train-language": "language", "reconstruct": kind}.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
 
     base, prompt = target.form["base"], target.form["prompt"]
@@ -169,7 +174,7 @@ def _wire_crossings(pages: _Pages) -> None:
     opened = pages.jobs.open.click(
         open_job, pages.jobs.chosen,
         [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,
-         *pages.language.jobs_view],
+         *pages.language.jobs_view, *pages.reconstruct.view],
         **_PRIVATE,
     )  # fmt: skip
     for arrival in (used, *tried, opened):  # a page that was not opened by its tab
@@ -227,7 +232,7 @@ def shipped() -> list[Path]:
     import assets
 
     root = Path(assets.__file__).parent
-    return [root / "adapters", root / "models"]
+    return [root / "adapters", root / "models", root / "scenes"]
 
 
 def hidden() -> list[str]:

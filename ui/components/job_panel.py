@@ -14,7 +14,7 @@ TONES = {
 }  # fmt: skip
 KINDS = {
     "compose": "Compose", "compare": "Compare", "train-image": "Train", "distill": "Distill",
-    "train-language": "Language",
+    "train-language": "Language", "reconstruct": "Reconstruct",
 }  # fmt: skip
 
 

@@ -1,0 +1,325 @@
+"""Reconstruct: photos of a scene in, 3D out; if asked, the model first calibrates itself to the scene."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from adapters.errors import InputError
+from studio import jobs
+from studio import reconstruct as work
+from studio.jobs import Job
+from studio.schemas.reconstruct import ReconstructConfig
+from ui import markup
+from ui.components import job_panel, schema_form
+from ui.polite import polite, say
+
+KNOWN = schema_form.fields(ReconstructConfig)
+NAMES = tuple(name for name in KNOWN if name != "images")
+CALIBRATION = ("rank", "preset", "epochs", "lr", "mu", "cutoff", "seed")
+ADVANCED = ("name", "size", "graph", "many", "steps", "schedule", "chunk", "seconds_per_frame", "dtype", "device")
+OUTPUT = ("confidence", "percentile", "mesh", "cameras", "max_points")
+SECONDS = 0.8
+MODELS = ["dust3r-tiny", *(f"naver/DUSt3R_ViTLarge_BaseDecoder_{kind}" for kind in ("512_dpt", "512_linear", "224_linear"))]
+
+_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+Form = dict[str, Any]
+
+
+@dataclass
+class Page:
+    """What other pages may fill."""
+
+    form: Form
+    view: list[Any]
+    """Components that :func:`follow` fills."""
+
+
+@dataclass
+class _Result:
+    job: gr.State
+    shown: gr.State
+    timer: gr.Timer
+    panel: gr.HTML
+    cancel: gr.Button
+    body: gr.Column
+    before: gr.Model3D
+    after: gr.Model3D
+    gallery: gr.Gallery
+    table: gr.HTML
+    frame: gr.Dropdown
+    points: gr.HTML
+
+    @property
+    def view(self) -> list[Any]:
+        return [self.job, self.shown, self.timer, self.panel, self.cancel, self.body, self.before, self.after,
+                self.gallery, self.table, self.frame, self.points]  # fmt: skip
+
+
+def build() -> Page:
+    """Draw the page inside the current tab."""
+    form: Form = {}
+    with gr.Row(elem_classes="as-page"):
+        with gr.Column(scale=4, min_width=320, elem_classes="as-form"):
+            drop, sample, chosen = _pictures()
+            _settings(form)
+            with gr.Row(elem_classes="as-actions"):
+                start = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct-start", scale=3)
+                cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="reconstruct-cancel", scale=1)
+        with gr.Column(scale=8, min_width=320, elem_id="reconstruct-result"):
+            result = _draw_result(form, cancel)
+    page = Page(form, result.view)
+    _wire_pictures(drop, sample, chosen)
+    _wire_run(page, result, drop, start)
+    return page
+
+
+# ------------------------------------------------------------------------------------------------ the settings
+
+
+def _pictures() -> tuple[gr.File, gr.Button, gr.Gallery]:
+    with gr.Group(elem_classes="as-card"):
+        drop = gr.File(
+            label="Photos of one scene, or a video", file_count="multiple", height=150, elem_id="reconstruct-drop",
+            file_types=["image", "video"],
+        )  # fmt: skip
+        chosen = gr.Gallery(label="Pictures", show_label=False, columns=5, height="auto", visible=False, interactive=False,
+                            object_fit="cover", buttons=[])  # fmt: skip
+        sample = gr.Button("Use the sample scene", size="md", elem_id="reconstruct-sample")
+    return drop, sample, chosen
+
+
+def _settings(form: Form) -> None:
+    with gr.Group(elem_classes="as-card"):
+        form["model"] = gr.Dropdown(MODELS, value=KNOWN["model"].default, label="Model", allow_custom_value=True,
+                                    info=KNOWN["model"].help, elem_id="reconstruct-model", interactive=True)  # fmt: skip
+        said = gr.HTML(_licence(KNOWN["model"].default), elem_classes="as-help", apply_default_css=False)
+        form["accept_licence"] = schema_form.widget(KNOWN["accept_licence"], label="I accept this licence", info=None)
+        form["adapter"] = gr.Dropdown(
+            adapter_choices(), value="", label="Adapter of a scene", allow_custom_value=True, interactive=True,
+            info=KNOWN["adapter"].help, elem_id="reconstruct-adapter",
+        )  # fmt: skip
+    form["model"].change(lambda name: _licence(str(name)), form["model"], said, **_PRIVATE)
+    with gr.Group(elem_classes="as-card"):
+        form["calibrate"] = schema_form.widget(KNOWN["calibrate"], label="Calibrate to this scene", elem_id="calibrate")
+        with gr.Accordion("How to calibrate", open=False, elem_classes="as-more"):
+            for name in CALIBRATION:
+                form[name] = schema_form.widget(KNOWN[name])
+    with gr.Accordion("Advanced", open=False, elem_classes="as-more"):
+        for name in ADVANCED:
+            form[name] = schema_form.widget(KNOWN[name], elem_id=f"reconstruct-{name}")
+
+
+def _licence(model: str) -> str:
+    try:
+        said = work.licence(model)
+    except InputError as error:
+        said = str(error)
+    return f"<p>Licence of these weights: {markup.text(said)}</p>"
+
+
+def adapter_choices() -> list[tuple[str, str]]:
+    """Adapters that earlier reconstructions have made, newest first."""
+    found = [job for job in jobs.list(100, (), "reconstruct") if (job.result or {}).get("adapter")]
+    return [("none", ""), *((f"{job.config.get('name')}   {job.id}", str((job.result or {})["adapter"])) for job in found)]
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+_EMPTY = markup.empty(
+    "Your scene appears here",
+    "Give three or more photos of one scene from different places, or try the sample scene, and press Reconstruct.",
+)
+
+
+def _draw_result(form: Form, cancel: gr.Button) -> _Result:
+    job, shown = gr.State(""), gr.State(())
+    timer = gr.Timer(SECONDS, active=False)
+    panel = gr.HTML(_EMPTY, elem_id="reconstruct-panel", apply_default_css=False)
+    with gr.Column(visible=False) as body:
+        with gr.Row():
+            looks: dict[str, Any] = {"clear_color": (0.93, 0.93, 0.95, 1.0), "height": 420, "interactive": False,
+                                     "camera_position": (180, 70, None)}  # fmt: skip
+            before = gr.Model3D(label="Before calibration", visible=False, elem_id="scene-before", **looks)
+            after = gr.Model3D(label="Scene", elem_id="scene-after", **looks)
+        points = gr.HTML("", elem_id="scene-points", elem_classes="as-help", apply_default_css=False)
+        with gr.Group(elem_classes="as-card"):
+            with gr.Row():
+                form["percentile"] = gr.Slider(0, 95, KNOWN["percentile"].default, step=1, label="Leave out least sure, %",
+                                               elem_id="scene-percentile", min_width=150)  # fmt: skip
+                form["confidence"] = gr.Slider(1, 20, KNOWN["confidence"].default, step=0.1, label="Least confidence",
+                                               elem_id="scene-confidence", min_width=150)  # fmt: skip
+                size = gr.Slider(1, 20, 5, step=1, label="Camera size, % of the scene", min_width=150)
+            with gr.Row():
+                form["mesh"] = schema_form.widget(KNOWN["mesh"], label="Surfaces", info=None, min_width=110, elem_id="scene-mesh")
+                form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=110)
+                frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=130, interactive=True)
+                hide = gr.Dropdown(["nothing", "black", "white"], value="nothing", label="Hide background",
+                                   min_width=130, interactive=True)  # fmt: skip
+                form["max_points"] = schema_form.widget(KNOWN["max_points"], label="Most points", info=None, min_width=120)
+        with gr.Row(elem_classes="as-actions-row"):
+            kind = gr.Dropdown(list(work.EXPORTS), value="glb", label="Download as", min_width=120, interactive=True)
+            make = gr.Button("Prepare the file", size="md", elem_id="scene-export")
+            download = gr.DownloadButton("Download", size="md", interactive=False, elem_id="scene-download")
+        gallery = gr.Gallery(label="Picture, depth, confidence", columns=3, height="auto", interactive=False,
+                             object_fit="contain", elem_id="scene-pictures", buttons=["download", "fullscreen"])  # fmt: skip
+        table = gr.HTML("", apply_default_css=False, elem_id="scene-cameras")
+    result = _Result(job, shown, timer, panel, cancel, body, before, after, gallery, table, frame, points)
+    controls = [form["confidence"], form["percentile"], form["mesh"], form["cameras"], size, frame, hide, form["max_points"]]
+
+    @polite
+    def show(job_id: str, *values: Any) -> Any:
+        if not job_id:
+            return gr.skip()
+        file, count = exported(jobs.get(job_id), "glb", values)
+        return gr.update(value=str(file)), _count(count)
+
+    @polite
+    def prepare(job_id: str, wanted: str, *values: Any) -> Any:
+        file, _ = exported(jobs.get(job_id), wanted, values)
+        return gr.update(value=str(file), interactive=True)
+
+    for control in controls:
+        event = control.release if isinstance(control, gr.Slider) else control.input
+        event(show, [job, *controls], [after, points], show_progress="minimal", api_visibility="private",
+              concurrency_limit=1)  # fmt: skip
+    make.click(prepare, [job, kind, *controls], download, **_PRIVATE)
+    return result
+
+
+def _count(points: int) -> str:
+    return f"<p>{points:,} points</p>"
+
+
+def exported(job: Job, kind: str, values: Sequence[Any]) -> tuple[Path, int]:
+    """A file of a finished scene with other settings, made from what was kept; equal settings give the same file."""
+    confidence, percentile, mesh, cameras, size, frame, hide, limit = values
+    scene = Path((job.result or {}).get("scene", ""))
+    if not scene.is_file():
+        raise InputError("There is no finished scene yet.")
+    name = hashlib.sha256(repr((kind, *values)).encode()).hexdigest()[:12]
+    folder = job.folder / "exports"
+    folder.mkdir(exist_ok=True)
+    whole = kind in ("colmap", "nerfstudio")
+    target = folder / (f"{kind}-{name}" if whole else f"scene-{name}.{kind}")
+    file, count = target.with_suffix(".zip") if whole else target, target.with_suffix(".points")
+    if not file.is_file() or not count.is_file():
+        number = None if frame is None or int(frame) < 0 else int(frame)
+        _, points = work.export(
+            scene, target, kind, float(confidence), float(percentile), bool(mesh), bool(cameras), float(size), number,
+            str(hide), int(limit),
+        )  # fmt: skip
+        if whole:
+            shutil.make_archive(str(target), "zip", target)
+        count.write_text(str(points))
+    return file, int(count.read_text())
+
+
+# ------------------------------------------------------------------------------------------------ at work
+
+
+def sample_scene() -> list[str]:
+    """The pictures of the shipped scene."""
+    import assets
+
+    try:
+        return sorted(str(file) for file in assets.path("scenes/room").glob("*.png"))
+    except FileNotFoundError:
+        raise InputError("The sample scene is not in this installation.") from None
+
+
+def _wire_pictures(drop: gr.File, sample: gr.Button, chosen: gr.Gallery) -> None:
+    def gallery(paths: Any) -> Any:
+        shown = [str(path) for path in paths or () if Path(path).suffix.lower() not in work.VIDEOS]
+        return gr.update(value=shown, visible=bool(shown))
+
+    @polite
+    def take_sample() -> Any:
+        paths = sample_scene()
+        return paths, gallery(paths)
+
+    drop.change(gallery, drop, chosen, **_PRIVATE)
+    sample.click(take_sample, None, [drop, chosen], **_PRIVATE)
+
+
+def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> None:
+    fields = [page.form[name] for name in NAMES]
+
+    @polite
+    def begin(paths: Any, *values: Any) -> Any:
+        config = schema_form.read_all(KNOWN, NAMES, values)
+        config["adapter"] = config["adapter"] or ""
+        parsed = ReconstructConfig.parse({**config, "images": [str(path) for path in paths or ()]}, source="the form")
+        if not parsed.images:
+            raise InputError("There are no pictures yet: drop some, or use the sample scene.")
+        job_id = jobs.submit("reconstruct", parsed)
+        jobs.ensure_worker()
+        return follow(job_id, ())
+
+    @polite
+    def look(job_id: str, shown: tuple[Any, ...]) -> Any:
+        try:
+            return follow(job_id, shown)
+        except InputError:  # deleted meanwhile
+            return follow_nothing()
+
+    @polite
+    def stop(job_id: str) -> Any:
+        if job_id:
+            jobs.cancel(job_id)
+        return follow(job_id, ())
+
+    start.click(begin, [drop, *fields], page.view, **_PRIVATE)
+    result.timer.tick(look, [result.job, result.shown], page.view, **_PRIVATE)
+    result.cancel.click(stop, result.job, page.view, **_PRIVATE)
+
+
+def follow_nothing() -> list[Any]:
+    """The empty page."""
+    return ["", (), gr.Timer(active=False), _EMPTY, gr.update(visible=False), gr.update(visible=False), *([gr.skip()] * 6)]
+
+
+def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
+    """What the right side shows of a job; nothing changes while ``shown`` is still true."""
+    if not job_id:
+        return gr.skip()
+    job = jobs.get(job_id)
+    now = (job.id, job.status, job.progress.step if job.progress else 0, job.progress.stage if job.progress else "")
+    if now == tuple(shown) and job.status != "running":
+        return gr.skip()
+    head = [
+        job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
+        gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
+    ]  # fmt: skip
+    result = job.result or {}
+    if job.status != "done" or not Path(result.get("glb", "")).is_file():
+        return [*head, gr.update(visible=False), *([gr.skip()] * 6)]
+    for sentence in result.get("warnings", ()):
+        if shown:
+            say(sentence, title="Note")
+    names = [camera["picture"] for camera in result["cameras"]]
+    before = result.get("before", "")
+    return [
+        *head, gr.update(visible=True), gr.update(value=before or None, visible=bool(before)),
+        gr.update(value=result["glb"], label="After calibration" if before else "Scene"),
+        [path for path in result["pictures"] if Path(path).is_file()], _table(result),
+        gr.update(choices=[("All pictures", -1), *((name, n) for n, name in enumerate(names))], value=-1),
+        _count(result["points"]),
+    ]  # fmt: skip
+
+
+def _table(result: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{markup.text(c['picture'])}</td><td>{c['focal']}</td>"
+        f"<td>{', '.join(f'{x:.3f}' for x in c['centre'])}</td></tr>"
+        for c in result["cameras"]
+    )
+    head = "<tr><th>Picture</th><th>Focal, px</th><th>Camera centre</th></tr>"
+    return f'<table class="as-table">{head}{rows}</table>'
