@@ -93,7 +93,9 @@ def _check(config: ReconstructConfig) -> None:
         raise InputError("There are no pictures: give three or more of one scene, from different places.")
     said = licence(config.model)
     if "not for commercial" in said and not config.accept_licence:
-        raise InputError(f"The weights '{config.model}' come under {said}. If that suits you, say so: --accept-licence.")
+        raise InputError(
+            f"The weights '{config.model}' come under {said}. If that suits you, say so: --accept-licence."
+        )
     if config.calibrate and config.adapter:
         raise InputError("Calibrate anew or use an adapter of earlier, not both.")
 
@@ -143,11 +145,19 @@ def _aligned(told: Any, config: ReconstructConfig, monitor: Monitor) -> Any:
 
 
 def _calibrated(
-    config: ReconstructConfig, opened: Any, network: Any, photos: Sequence[Any], told: Any, folder: Path, monitor: Monitor
+    config: ReconstructConfig,
+    opened: Any,
+    network: Any,
+    photos: Sequence[Any],
+    told: Any,
+    folder: Path,
+    monitor: Monitor,
 ) -> dict[str, Any]:
     from pipelines.geometry import calibration
 
-    recipe = calibration.Recipe(config.rank, config.preset, config.epochs, lr=config.lr, seed=config.seed, dtype=config.dtype)
+    recipe = calibration.Recipe(
+        config.rank, config.preset, config.epochs, lr=config.lr, seed=config.seed, dtype=config.dtype
+    )
     model, robust, labels, losses = calibration.calibrate(
         network, [photos], [told], recipe, config.mu, min(100, config.steps // 3), config.cutoff, config.steps,
         monitor=monitor,
@@ -186,7 +196,11 @@ def _save(scene: Any, photos: Sequence[Any], folder: Path, config: ReconstructCo
     points = reconstruction.write_glb(kept, folder / "scene.glb", _selection(config), config.mesh, config.cameras)
     pictures = []
     for n in range(len(photos)):
-        row = [kept.images[n], reconstruction.depth_picture(kept.depth[n]), reconstruction.depth_picture(kept.confidence[n])]
+        row = [
+            kept.images[n],
+            reconstruction.depth_picture(kept.depth[n]),
+            reconstruction.depth_picture(kept.confidence[n]),
+        ]
         for word, array in zip(("picture", "depth", "confidence"), row, strict=True):
             file = folder / f"{word}-{n:03}.png"
             Image.fromarray(array).save(file)

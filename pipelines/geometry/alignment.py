@@ -81,7 +81,9 @@ def transformed(confidence: Tensor, kind: Transform = "log") -> Tensor:
     return torch.where(real, value, 0.0)
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: Literal["cosine", "linear"], floor: float = 1e-6) -> float:
+def learning_rate(
+    step: int, steps: int, peak: float, schedule: Literal["cosine", "linear"], floor: float = 1e-6
+) -> float:
     """Rate before step ``step`` of ``steps``."""
     t = step / steps
     if schedule == "linear":
@@ -100,9 +102,7 @@ def _expm1(x: Tensor) -> Tensor:
 class _Variables:
     """What Adam moves, and how it becomes cameras."""
 
-    def __init__(
-        self, predictions: Predictions, poses: Tensor | None, focals: Tensor | None, threshold: float
-    ) -> None:
+    def __init__(self, predictions: Predictions, poses: Tensor | None, focals: Tensor | None, threshold: float) -> None:
         start = spanning_tree_start(predictions.to("cpu"), threshold, focals)
         if poses is not None:
             _onto_known(start, poses)

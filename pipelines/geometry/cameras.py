@@ -78,9 +78,7 @@ def _ratio(weight: Tensor, q: Tensor, u: Tensor) -> Tensor:
     return (weight * (q * u).sum(-1)).sum() / (weight * (q * q).sum(-1)).sum().clamp_min(1e-12)
 
 
-def solve_pnp(
-    points: Tensor, valid: Tensor, focal: float | None, rounds: int = 100
-) -> tuple[Tensor, float] | None:
+def solve_pnp(points: Tensor, valid: Tensor, focal: float | None, rounds: int = 100) -> tuple[Tensor, float] | None:
     """Pose (camera to the points' frame) and focal of the camera that saw a pointmap ``(H, W, 3)``.
 
     An unknown focal is searched among 21 values from half to three times the longer side: most inliers win. None when
@@ -101,7 +99,13 @@ def solve_pnp(
         camera = np.array([[guess, 0, width / 2], [0, guess, height / 2], [0, 0, 1]], float)
         try:
             found, turn, shift, inliers = cv2.solvePnPRansac(
-                world, image, camera, np.zeros(4), iterationsCount=rounds, reprojectionError=5.0, flags=cv2.SOLVEPNP_SQPNP
+                world,
+                image,
+                camera,
+                np.zeros(4),
+                iterationsCount=rounds,
+                reprojectionError=5.0,
+                flags=cv2.SOLVEPNP_SQPNP,
             )
         except cv2.error:
             continue

@@ -125,7 +125,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:
-        raise InputError(f"'{name}' cannot be fetched from the hub ({type(error).__name__}): download it first.") from None
+        raise InputError(
+            f"'{name}' cannot be fetched from the hub ({type(error).__name__}): download it first."
+        ) from None
 
 
 def _pth(file: Path) -> tuple[NetworkConfig, dict[str, Tensor]]:
@@ -289,7 +291,9 @@ def from_croco(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Trunk weights for a training that starts from CroCo v2: the second decoder is a copy of the first."""
     kept = {key: value for key, value in tensors.items() if not key.startswith("prediction_head.")}
     copies = {
-        key.replace("dec_blocks.", "dec_blocks2.", 1): v.clone() for key, v in kept.items() if key.startswith("dec_blocks.")
+        key.replace("dec_blocks.", "dec_blocks2.", 1): v.clone()
+        for key, v in kept.items()
+        if key.startswith("dec_blocks.")
     }
     return {**copies, **kept}
 

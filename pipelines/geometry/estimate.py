@@ -71,7 +71,13 @@ def estimate(
     head = 256 * (height // 2) * (width // 2) * 3 if config.head_type == "dpt" else 8 * height * width
     work = chunk * 2 * 4 * (head + tokens * config.dec_embed_dim * (config.dec_depth + 12))
     kept = pairs * height * width * 8 * 4 * 4  # points, confidence, distances, gradients
-    train = 2 * 2 * tokens * 4 * (config.enc_embed_dim * config.enc_depth * 14 + config.dec_embed_dim * config.dec_depth * 36)
+    train = (
+        2
+        * 2
+        * tokens
+        * 4
+        * (config.enc_embed_dim * config.enc_depth * 14 + config.dec_embed_dim * config.dec_depth * 36)
+    )
     encode, decode = flops(config, height, width)
     pace = speed(device, torch.bfloat16 if device.type == "cuda" else torch.float32) * 0.5
     seconds = (images * encode + pairs * decode) / pace

@@ -116,7 +116,9 @@ def spanning_tree_start(predictions: Predictions, threshold: float = 3.0, focals
             world[i] = move(first)
     confidence = strongest(predictions)
     for n in range(count):
-        poses[n] = poses[n] if poses[n] is not None else _by_pnp(predictions, n, world[n], confidence[n], focals, threshold)
+        poses[n] = (
+            poses[n] if poses[n] is not None else _by_pnp(predictions, n, world[n], confidence[n], focals, threshold)
+        )
     placed = torch.stack([points for points in world if points is not None])
     pose = torch.stack([p for p in poses if p is not None])
     return _normalised(predictions, placed, pose, focals)

@@ -53,7 +53,9 @@ class ReconstructConfig(JobConfig):
     seed: int = _f(0, _CALIBRATE, "Seed of the adapter.", ge=0)
 
     confidence: float = _f(1.0, _OUTPUT, "Least confidence of a point (the network's own scale, from 1 up).", ge=0)
-    percentile: float = _f(20.0, _OUTPUT, "Leave out this share of the least confident points, in per cent.", ge=0, lt=100)
+    percentile: float = _f(
+        20.0, _OUTPUT, "Leave out this share of the least confident points, in per cent.", ge=0, lt=100
+    )
     mesh: bool = _f(False, _OUTPUT, "Surfaces instead of points.")
     cameras: bool = _f(True, _OUTPUT, "Show the cameras.")
     max_points: int = _f(500_000, _OUTPUT, "Most points in a file.", ge=1)

@@ -49,11 +49,15 @@ def room(seed: int, views: int = 6, size: int = 24, spread: float = 90.0, confid
             points[side].append(scale * (world[n] @ inverse[i, :3, :3].T + inverse[i, :3, 3]))
     shape = (len(pairs), size * size)
     sure = [confidence + 2 * torch.rand(shape, generator=generator) for _ in range(2)]
-    made = Predictions(((size, size),) * views, tuple(pairs), torch.stack(points[0]), torch.stack(points[1]), *sure, views)
+    made = Predictions(
+        ((size, size),) * views, tuple(pairs), torch.stack(points[0]), torch.stack(points[1]), *sure, views
+    )
     return Room(seen, made, torch.ones(2, *shape, dtype=torch.bool))
 
 
-def spoil(clean: Room, seed: int, degrees: tuple[float, float] = (6, 20), outliers: float = 0.07, wide: float = 40) -> Room:
+def spoil(
+    clean: Room, seed: int, degrees: tuple[float, float] = (6, 20), outliers: float = 0.07, wide: float = 40
+) -> Room:
     """Turn and rescale the second view of every wide pair, scatter some pixels, and stay confident about it."""
     from dataclasses import replace
 

@@ -109,7 +109,9 @@ def test_calibrated_confidence_finds_the_outliers_that_raw_confidence_hides() ->
     for seed in range(3):
         made = spoil(room(10 + seed, views=5, size=12), seed)
         scene = robust_alignment(made.predictions, steps=200)
-        raw.append(metrics.ranking(torch.stack([made.predictions.confidence1, made.predictions.confidence2]), made.good))
+        raw.append(
+            metrics.ranking(torch.stack([made.predictions.confidence1, made.predictions.confidence2]), made.good)
+        )
         found.append(metrics.ranking(scene.weights, made.good))
     assert np.median(found) >= 0.7
     assert abs(np.median(raw) - 0.5) < 0.05
@@ -211,7 +213,9 @@ class _StopAt:
 def test_training_can_be_stopped(network: PointmapNetwork, known: tuple[list[Photo], calibration.Labels]) -> None:
     photos, labels = known
     with pytest.raises(Cancelled):
-        calibration.train_adapter(calibration.with_lora(network, 2), [photos], [labels], Recipe(rank=2), _StopAt("calibrate"))
+        calibration.train_adapter(
+            calibration.with_lora(network, 2), [photos], [labels], Recipe(rank=2), _StopAt("calibrate")
+        )
 
 
 def test_nothing_half_written_is_left(network: PointmapNetwork, tmp_path: Path, monkeypatch: Any) -> None:

@@ -26,7 +26,10 @@ CALIBRATION = ("rank", "preset", "epochs", "lr", "mu", "cutoff", "seed")
 ADVANCED = ("name", "size", "graph", "many", "steps", "schedule", "chunk", "seconds_per_frame", "dtype", "device")
 OUTPUT = ("confidence", "percentile", "mesh", "cameras", "max_points")
 SECONDS = 0.8
-MODELS = ["dust3r-tiny", *(f"naver/DUSt3R_ViTLarge_BaseDecoder_{kind}" for kind in ("512_dpt", "512_linear", "224_linear"))]
+MODELS = [
+    "dust3r-tiny",
+    *(f"naver/DUSt3R_ViTLarge_BaseDecoder_{kind}" for kind in ("512_dpt", "512_linear", "224_linear")),
+]
 
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 Form = dict[str, Any]
@@ -127,7 +130,10 @@ def _licence(model: str) -> str:
 def adapter_choices() -> list[tuple[str, str]]:
     """Adapters that earlier reconstructions have made, newest first."""
     found = [job for job in jobs.list(100, (), "reconstruct") if (job.result or {}).get("adapter")]
-    return [("none", ""), *((f"{job.config.get('name')}   {job.id}", str((job.result or {})["adapter"])) for job in found)]
+    return [
+        ("none", ""),
+        *((f"{job.config.get('name')}   {job.id}", str((job.result or {})["adapter"])) for job in found),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ the result
@@ -158,12 +164,16 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                                                elem_id="scene-confidence", min_width=150)  # fmt: skip
                 size = gr.Slider(1, 20, 5, step=1, label="Camera size, % of the scene", min_width=150)
             with gr.Row():
-                form["mesh"] = schema_form.widget(KNOWN["mesh"], label="Surfaces", info=None, min_width=110, elem_id="scene-mesh")
+                form["mesh"] = schema_form.widget(
+                    KNOWN["mesh"], label="Surfaces", info=None, min_width=110, elem_id="scene-mesh"
+                )
                 form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=110)
                 frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=130, interactive=True)
                 hide = gr.Dropdown(["nothing", "black", "white"], value="nothing", label="Hide background",
                                    min_width=130, interactive=True)  # fmt: skip
-                form["max_points"] = schema_form.widget(KNOWN["max_points"], label="Most points", info=None, min_width=120)
+                form["max_points"] = schema_form.widget(
+                    KNOWN["max_points"], label="Most points", info=None, min_width=120
+                )
         with gr.Row(elem_classes="as-actions-row"):
             kind = gr.Dropdown(list(work.EXPORTS), value="glb", label="Download as", min_width=120, interactive=True)
             make = gr.Button("Prepare the file", size="md", elem_id="scene-export")
@@ -172,7 +182,16 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                              object_fit="contain", elem_id="scene-pictures", buttons=["download", "fullscreen"])  # fmt: skip
         table = gr.HTML("", apply_default_css=False, elem_id="scene-cameras")
     result = _Result(job, shown, timer, panel, cancel, body, before, after, gallery, table, frame, points)
-    controls = [form["confidence"], form["percentile"], form["mesh"], form["cameras"], size, frame, hide, form["max_points"]]
+    controls = [
+        form["confidence"],
+        form["percentile"],
+        form["mesh"],
+        form["cameras"],
+        size,
+        frame,
+        hide,
+        form["max_points"],
+    ]
 
     @polite
     def show(job_id: str, *values: Any) -> Any:
@@ -283,7 +302,15 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
 
 def follow_nothing() -> list[Any]:
     """The empty page."""
-    return ["", (), gr.Timer(active=False), _EMPTY, gr.update(visible=False), gr.update(visible=False), *([gr.skip()] * 6)]
+    return [
+        "",
+        (),
+        gr.Timer(active=False),
+        _EMPTY,
+        gr.update(visible=False),
+        gr.update(visible=False),
+        *([gr.skip()] * 6),
+    ]
 
 
 def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
