@@ -152,7 +152,7 @@ def mini(config: Mapping[str, Any]) -> str:
             x0, y0, x1, y1 = (100 * edge for edge in region["box"])
             shapes += f'<rect class="{tone}" x="{x0:g}" y="{y0:g}" width="{x1 - x0:g}" height="{y1 - y0:g}" rx="3"/>'
         what = region.get("name") or " + ".join(region.get("adapters", ()))
-        more = [markup.text(region["prompt"])] if region.get("prompt") else []
+        more = [f"“{markup.text(region['prompt'])}”"] if region.get("prompt") else []
         more += [] if region.get("scale", 1) == 1 else [f"× {region['scale']:g}"]
         more += [] if region.get("box") else ["painted"]
         rows += f'<li class="{tone}"><b>{number}</b> {markup.text(what)} <span>{", ".join(more)}</span></li>'

@@ -25,6 +25,7 @@ const make = (tag, attributes = {}, ...children) => {
   return node;
 };
 const clamp = (value, low, high) => Math.min(high, Math.max(low, Number.isFinite(value) ? value : low));
+const penOf = (paint) => paint.getContext('2d', { willReadFrequently: true });
 const round = (value) => Math.round(value * 1000) / 1000;
 const percent = (value) => Math.round(value * 1000) / 10;
 const publish = () => { props.value = regions.map((region) => ({ ...region })); };
@@ -35,6 +36,7 @@ const toneOf = (region) => {
 };
 const titleOf = (region, index) => region.name || region.adapters.join(' + ') || `Region ${index + 1}`;
 const triggersOf = (region) => offered.filter((adapter) => region.adapters.includes(adapter.name)).flatMap((adapter) => adapter.triggers || []);
+const labelOf = (region, index) => `${index + 1} ${region.name || region.adapters.join(' + ') || 'no adapter'}`;
 const blank = () => ({ name: '', box: null, mask: '', adapters: [], prompt: '', negative: null, scale: 1, schedule: [], words: [] });
 
 // ------------------------------------------------------------------------------------------------ regions
@@ -108,7 +110,7 @@ async function paintFrom(source, paint) {
   const image = new Image();
   image.src = source;
   try { await image.decode(); } catch { return 0; }
-  const pen = paint.getContext('2d');
+  const pen = penOf(paint);
   pen.drawImage(image, 0, 0, paint.width, paint.height);
   const pixels = pen.getImageData(0, 0, paint.width, paint.height);
   for (let i = 0; i < pixels.data.length; i += 4) {
@@ -131,14 +133,14 @@ function keepPaint(region) {
 }
 
 function coverage(paint) {
-  const { data } = paint.getContext('2d').getImageData(0, 0, paint.width, paint.height);
+  const { data } = penOf(paint).getImageData(0, 0, paint.width, paint.height);
   let sum = 0;
   for (let i = 3; i < data.length; i += 4) sum += data[i];
   return sum / (255 * paint.width * paint.height);
 }
 
 function bounds(paint) {
-  const { data } = paint.getContext('2d').getImageData(0, 0, paint.width, paint.height);
+  const { data } = penOf(paint).getImageData(0, 0, paint.width, paint.height);
   let [left, top, right, bottom] = [paint.width, paint.height, 0, 0];
   for (let y = 0; y < paint.height; y += 1) {
     for (let x = 0; x < paint.width; x += 1) {
@@ -157,7 +159,7 @@ function refit() {
     const old = paints.get(region);
     if (!old || (old.width === width && old.height === height)) continue;
     const paint = make('canvas', { width, height });
-    paint.getContext('2d').drawImage(old, 0, 0, width, height);
+    penOf(paint).drawImage(old, 0, 0, width, height);
     paints.set(region, paint);
     if (region.mask) keepPaint(region);
   }
@@ -165,7 +167,7 @@ function refit() {
 
 function stroke(region, from, to) {
   const paint = paintOf(region);
-  const pen = paint.getContext('2d');
+  const pen = penOf(paint);
   pen.globalCompositeOperation = tool === 'erase' ? 'destination-out' : 'source-over';
   pen.strokeStyle = 'white';
   pen.lineCap = pen.lineJoin = 'round';
@@ -213,7 +215,7 @@ function drawBox(region, index) {
     'aria-label': `${titleOf(region, index)}: left ${words[0]}, top ${words[1]}, right ${words[2]}, bottom ${words[3]} percent. `
       + 'Arrow keys move it, with Shift they change its size, Delete removes it.',
     onkeydown: (event) => keys(event, index), onfocus: () => select(index),
-  }, make('b', {}, `${index + 1} ${titleOf(region, index)}`), ...HANDLES.map((side) => make('i', { class: `handle ${side}`, 'data-side': side })));
+  }, make('b', {}, labelOf(region, index)), ...HANDLES.map((side) => make('i', { class: `handle ${side}`, 'data-side': side })));
   place(node, region.box);
   return node;
 }
@@ -223,7 +225,7 @@ function drawPaint(region, index) {
   const tone = toneOf(region);
   const label = make('button', {
     type: 'button', class: 'as-paint-label', onclick: () => select(index), 'aria-label': `Choose ${titleOf(region, index)}`,
-  }, `${index + 1} ${titleOf(region, index)}`);
+  }, labelOf(region, index));
   centre(label, bounds(paint));
   layers.append(make('div', { class: `as-region painted tone-${tone}${index === selected ? ' selected' : ''}`, 'data-index': index },
     tinted(paint, tone), label));
@@ -407,7 +409,7 @@ function drawTools() {
   const look = make('input', { type: 'checkbox', id: 'regions-look' });
   look.checked = showPicture;
   look.addEventListener('change', () => { showPicture = look.checked; drawPlaces(); });
-  const behind = props.picture ? make('label', { class: 'as-tools-look' }, look, 'Picture behind') : '';
+  const behind = props.picture ? make('label', { class: 'as-tools-look' }, look, 'Picture') : '';
   if (props.mode === 'auto') {
     const keep = (props.found || []).length
       ? make('button', { type: 'button', class: 'as-quiet', id: 'keep-found', onclick: keepFound }, 'Edit these places') : '';
@@ -430,7 +432,7 @@ function drawCard(region, index) {
     field.addEventListener('input', () => {
       region[key] = to(field.value);
       publish();
-      if (key === 'name') layers.querySelector(`[data-index="${index}"] :is(b, button)`).textContent = `${index + 1} ${titleOf(region, index)}`;
+      if (key === 'name') layers.querySelector(`[data-index="${index}"] :is(b, button)`).textContent = labelOf(region, index);
     });
     return field;
   };
@@ -470,7 +472,7 @@ function drawCard(region, index) {
 
 function drawNumbers() {
   const rows = regions.map((region, index) => {
-    const head = make('th', { scope: 'row' }, `${index + 1} ${titleOf(region, index)}`);
+    const head = make('th', { scope: 'row' }, labelOf(region, index));
     if (!region.box) {
       const area = bounds(paintOf(region));
       const swap = area ? make('button', { type: 'button', class: 'as-link', onclick: () => {
