@@ -67,6 +67,7 @@ class Agd(nn.Module):
         return answer
 
 
+@torch.no_grad()
 def states_of(pipe: Any, captions: list[str], w: float, knots: int) -> dict[str, Tensor]:
     """Guided paths of ``captions``: states, levels, words and targets."""
     path = DiffusionPath(pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, knots)
@@ -76,8 +77,7 @@ def states_of(pipe: Any, captions: list[str], w: float, knots: int) -> dict[str,
         both = pipe.unet(torch.cat([state, state]), torch.cat([level, level]), torch.cat([null, words])).sample
         return guided(*both.chunk(2), w)
 
-    with torch.no_grad():
-        states, targets = follow(path, torch.randn(len(captions), 4, 16, 16, generator=_dice(1)), predict)
+    states, targets = follow(path, torch.randn(len(captions), 4, 16, 16, generator=_dice(1)), predict)
     levels = path.start().flip(0)
     return {
         "states": states.flatten(0, 1), "targets": targets.flatten(0, 1), "levels": levels.repeat(len(captions)),

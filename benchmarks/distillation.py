@@ -191,6 +191,7 @@ def held_prompts(count: int) -> list[str]:
     return [prompt for prompt in prompts(10 * count, seed=99) if prompt not in seen][:count]
 
 
+@torch.no_grad()
 def held_states(w: float, count: int, knots: int) -> dict[str, Tensor]:
     """States of guided paths for ``count`` unseen prompts, with the two predictions of the base there."""
     pipe = pipeline()
@@ -206,8 +207,7 @@ def held_states(w: float, count: int, knots: int) -> dict[str, Tensor]:
         return guided(without, with_prompt, w)
 
     start = torch.randn(len(captions), 4, 16, 16, generator=torch.Generator().manual_seed(4711))
-    with torch.no_grad():
-        states, _ = follow(path, start, predict)
+    states, _ = follow(path, start, predict)
     levels = path.start().flip(0)
     without, with_prompt = (torch.stack([half[k] for half in halves], 1).flatten(0, 1) for k in (0, 1))
     return {
