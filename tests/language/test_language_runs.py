@@ -144,7 +144,7 @@ def test_the_adapter_is_what_stock_peft_loads(bases, chats, tmp_path):
 
 
 @pytest.mark.parametrize("method", [
-    {"init": "pissa"}, {"init": "lora_ga", "use_rslora": True}, {"init": "lora_sb"},
+    {"init": "lora_ga", "use_rslora": True}, {"init": "lora_sb"},
     {"perturb": "ggpo", "reg": "ba", "init": "pissa"}, {"freeze_a": True, "perturb": "mgpo"},
     {"grad_rule": "allora", "optimizer": "sgd", "reg": "ba"},
 ], ids=lambda values: "-".join(map(str, values.values())))  # fmt: skip

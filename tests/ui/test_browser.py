@@ -30,7 +30,15 @@ def choose(page: Any, name: str) -> None:
 
 
 def go(page: Any, view: str) -> None:
-    page.click(f"#pages button[role=tab]:text-is('{view.capitalize()}')")
+    """Open a page by its tab, or by the menu at the end of the bar where a narrow window leaves no room for it."""
+    tab = page.locator(f"#pages button[role=tab]:text-is('{view.capitalize()}')")
+    more = page.locator(f"#pages .overflow-dropdown button:text-is('{view.capitalize()}')")
+    tab.or_(more).first.wait_for(state="attached")
+    if tab.count() and tab.first.is_visible():
+        tab.first.click()
+        return
+    page.click("#pages .overflow-menu > button")
+    more.click()
 
 
 def until_done(page: Any, panel: str) -> None:
