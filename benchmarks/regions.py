@@ -93,7 +93,7 @@ class Bench:
         chosen = (method, count, tuple(options.items()))
         names = [f"a{k}" for k in range(max(1, count))]
         regions = [
-            {"adapters": (name,), "box": box, "prompt": PROMPT, "words": ("apple",)}
+            {"adapters": (name,), "box": box, "prompt": "an apple", "words": ("apple",)}
             for name, box in zip(names[:count], QUARTERS, strict=False)
         ]
         self.composer.compose(method, names, regions=regions or None, **options)

@@ -63,6 +63,7 @@ class LoraFile:
         flat: module paths are kohya's, with "_" where the model has "."; ``fit`` resolves them.
         metadata: the text entries of the file.
         path, sha256: where it came from; empty for what was made in memory.
+        embeddings: of an ED-LoRA, its words: word -> (cross-attention layers, width of the text).
     """
 
     parts: Mapping[str, Mapping[str, LoraLayer]]
@@ -71,6 +72,7 @@ class LoraFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
     sha256: str = ""
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[str, str, LoraLayer]]:
         """(component, module path, layer), in a fixed order."""

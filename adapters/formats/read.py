@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adapters.errors import InputError
 from adapters.formats.diffusers_file import parse_diffusers
+from adapters.formats.ed_lora import read_ed_lora
 from adapters.formats.keys import refuse_foreign
 from adapters.formats.kohya import is_kohya, parse_kohya
 from adapters.formats.lora import LoraFile
@@ -28,6 +29,8 @@ def read(path: str | Path) -> LoraFile:
     file = _only_file(place) if place.is_dir() else place
     if file.name in WEIGHTS and (file.parent / CONFIG).is_file():
         return replace(read_peft(file.parent), sha256=sha256(file.parent))
+    if words := read_ed_lora(file):
+        return words
     tensors, metadata = read_tensors(file)
     source = f"'{file.name}'"
     if not tensors:

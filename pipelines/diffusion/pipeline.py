@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from adapters.errors import InputError, nearest
+from adapters.errors import FamilyError, InputError, nearest
 from adapters.formats import LoraFile, read, write_diffusers, write_kohya, write_peft
 from adapters.formats.fit import fit
 from adapters.layers.gated import Adapter, GatedAdapters
@@ -41,6 +41,7 @@ from pipelines.diffusion.preview import preview
 from pipelines.diffusion.regions.region import (
     CROSS_LAYERS,
     REGIONAL,
+    SPEAKING,
     PlacedRegion,
     Region,
     RegionOptions,
@@ -208,6 +209,8 @@ class MultiLoRAPipeline:
             modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None)), self._models(), base
         )
         factors = check_blocks(blocks or {}, fitted.parts, self.family.denoiser)
+        if file.embeddings:
+            self._check_words(file, chosen)
         special = distilled(file, chosen, self.pipe, self.family.denoiser)
         report = LoraReport(
             name=chosen,
@@ -220,7 +223,7 @@ class MultiLoRAPipeline:
             parameters=fitted.parameters(),
             weight=weight,
             te_weight=te_weight,
-            triggers=tuple(triggers),
+            triggers=tuple(triggers) or tuple(file.embeddings),
             blocks=factors,
             schedule=keyframes,
             distilled=special.mark if special else None,
@@ -477,13 +480,47 @@ class MultiLoRAPipeline:
                     strengths.append(strength * factor if own or item.report.name not in placed else 0.0)
                 for gate in gates:
                     gate.joint(strengths)
-                made.append(self.family.encode(self.pipe, prompt, negative or None, images, guided))
+                encoding = self.family.encode(self.pipe, prompt, negative or None, images, guided)
+                words = self._words(region)
+                made.append(self._with_words(encoding, prompt, words) if words else encoding)
         return made
+
+    def _words(self, region: Region | None) -> dict[str, torch.Tensor]:
+        """The words with embeddings of their own that the region's adapters bring."""
+        names = region.adapters if region else ()
+        return {word: rows for name in names for word, rows in self._loaded[name].file.embeddings.items()}
+
+    def _with_words(self, encoding: Encoding, prompt: str, words: Mapping[str, torch.Tensor]) -> Encoding:
+        """The encoding with one text per cross-attention layer beside it ("layers", (layers, tokens, width))."""
+        from pipelines.diffusion.regions.concepts import expanded, speaking
+
+        prompts: Any = expanded(prompt, words)
+        with speaking(self.pipe, words):
+            made = self.family.encode(self.pipe, prompts, None, 1, False)
+        return Encoding({**encoding.positive, "layers": made.positive["embeds"]}, encoding.negative)
+
+    def _check_words(self, file: LoraFile, name: str) -> None:
+        """Refuse the words of an ED-LoRA that this model cannot use."""
+        from pipelines.diffusion.regions.concepts import check_words
+        from pipelines.diffusion.regions.unet import ordered_blocks
+
+        if self.family.name != "sd":
+            raise FamilyError(f"'{name}' is an ED-LoRA, made for Stable Diffusion 1.x; this is {self.family.title}.")
+        known = {word: rows for item in self._loaded.values() for word, rows in item.file.embeddings.items()}
+        layers = len(ordered_blocks(self._denoiser()))
+        width = self.pipe.text_encoder.config.hidden_size
+        check_words(file.embeddings, known, layers, width, self.pipe.tokenizer, name)
 
     def _planned(self, count: int, guided: bool, prompt: str | None = None) -> tuple[Plan, list[list[Voices]]]:
         """The plan of ``count`` steps, and the encoding of each prediction of each step."""
         chosen, loaded = self._composition, self._chosen()
         mode = resolve_mode(chosen.te_mode, chosen.method)
+        with_words = [item.report.name for item in loaded if item.file.embeddings]
+        if with_words and chosen.method not in SPEAKING:
+            raise InputError(
+                f"'{with_words[0]}' has a word with an embedding per layer, which only regions inside the network "
+                f"read: choose {', '.join(SPEAKING)}."
+            )
         strengths = self._strengths(loaded, count)
         regions = self._with_places(loaded)
         steps = methods.plan_steps(

@@ -21,6 +21,9 @@ REGIONAL = ("output", "activation", "cross", "lora-composer")
 CROSS_LAYERS = ("attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 """The layers of an adapter that the scope "cross" uses."""
 
+SPEAKING = ("activation", "cross", "lora-composer")
+"""Methods in which each cross-attention layer may read a text of its own."""
+
 PARTS = ("self_mask", "reinit", "refine")
 """LoRA-Composer's parts that can be switched."""
 

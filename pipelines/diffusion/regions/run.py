@@ -20,6 +20,7 @@ from pipelines.diffusion.regions import masks
 from pipelines.diffusion.regions.automatic import assigned
 from pipelines.diffusion.regions.blend import Blending, latent_grid
 from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
+from pipelines.diffusion.regions.concepts import with_words
 from pipelines.diffusion.regions.joint import RegionalTransformer, joined
 from pipelines.diffusion.regions.masks import Place
 from pipelines.diffusion.regions.refine import Refinement, loss
@@ -105,7 +106,9 @@ class RegionalCall:
         prompt = region.prompt or self.asked.prompt
         triggers = [word for name in region.adapters for word in self.composer.adapters[name].triggers]
         words = subject_words(region.words, triggers, prompt, region.title)
-        return positions(self.composer.pipe.tokenizer, prompt, words, region.title)
+        own = self.composer._words(region)
+        tokenizer = with_words(self.composer.pipe.tokenizer, own) if own else self.composer.pipe.tokenizer
+        return positions(tokenizer, prompt, words, region.title)
 
     def _found(self) -> list[Place]:
         """Places of automatic regions, from the attention of the first steps with all adapters everywhere.
@@ -303,9 +306,10 @@ def check_cells(mask: Tensor, number: int, factor: int) -> None:
 
 
 def row_text(encoding: Encoding) -> RowText:
-    """The text of one picture of an encoding, the same for every layer."""
+    """The text of one picture of an encoding: the same for every layer, or one for each (ED-LoRA)."""
     negative = encoding.negative
-    return RowText(encoding.positive["embeds"][:1], None if negative is None else negative["embeds"][:1])
+    positive = encoding.positive.get("layers", encoding.positive["embeds"][:1])
+    return RowText(positive, None if negative is None else negative["embeds"][:1])
 
 
 def check_places(
