@@ -85,7 +85,7 @@ def _language_model(folder: Path) -> dict[str, Any]:
     if not any(folder.glob("*.safetensors")):
         raise InputError("its weights are missing (.safetensors)")
     card = _card(folder)
-    notes = {
+    notes: dict[str, Any] = {
         "architecture": config.get("model_type"), "width": config.get("hidden_size"),
         "layers": config.get("num_hidden_layers"), "heads": config.get("architectures"),
         **{key: card[key] for key in ("description", "license") if key in card},
