@@ -127,6 +127,11 @@ REFUSED: tuple[Rule, ...] = (
         "mgpo follows the momentum, and beta1 is 0: set beta1 above 0, or perturb to 'ggpo'",
     ),
     Rule(
+        lambda c: bool(c.intruders_every) and bool(c.use_dora),
+        "intruder dimensions are counted during training for plain low-rank layers only: set intruders_every to 0, or "
+        "inspect the finished adapter",
+    ),
+    Rule(
         lambda c: c.freeze_a and c.init == "orthogonal",
         "the orthogonal start shares its directions between A and B: with freeze_a choose another init",
     ),

@@ -17,10 +17,13 @@ from torch import Tensor
 from adapters.errors import InputError
 from adapters.initialise import start
 from adapters.initialise.start import Start
+from adapters.inspection.intruders import Spectrum, find, spectrum
 from adapters.layers.variant import (
     adapted,
     attach,
+    base_weight,
     core_of,
+    effective,
     offset_of,
     pair,
     set_core,
@@ -55,6 +58,8 @@ def plugins_for(config: Any) -> list[Plugin]:
         chosen.append(PerturbationPlugin)
     if getattr(config, "reg", "none") == "ba":
         chosen.append(BiasPlugin)
+    if config.intruders_every:
+        chosen.append(IntruderPlugin)
     return [make() for make in chosen]
 
 
@@ -350,6 +355,36 @@ class BiasPlugin(Plugin):
             warnings.warn(text, stacklevel=3)
 
 
+class IntruderPlugin(Plugin):
+    """Counts intruder dimensions now and then; the number is in the logs of the steps after."""
+
+    name = "intruders"
+
+    def configure(self, config: Any) -> None:
+        self.every = config.intruders_every
+        self.logs: dict[str, float] = {}
+
+    def after_inject(self, handles: Handles) -> None:
+        self.layers, self.adapter = _matrices(handles), handles.adapter
+        self.bases: dict[str, Spectrum] = {}
+
+    def after_step(self, step: int) -> None:
+        if (step + 1) % self.every:
+            return
+        total = 0
+        for name, layer in self.layers.items():
+            W0 = base_weight(layer).cpu()
+            if name not in self.bases:
+                self.bases[name] = spectrum(W0)
+            left, right = (tensor.cpu() for tensor in effective(layer, self.adapter))
+            k = min(10, *W0.shape)
+            total += len(find(W0, layer.scaling[self.adapter] * left, right, k, base=self.bases[name]).intruders)
+        self.logs = {"intruders": float(total)}
+
+    def loss(self, loss: Tensor, outputs: Outputs | Answers) -> tuple[Tensor, dict[str, float]]:
+        return loss, self.logs
+
+
 def _matrices(handles: Handles) -> dict[str, Any]:
     """Adapted linear layers and convolutions (adapters of embeddings stay plain)."""
     found = {name: layer for name, layer in layers_of(handles).items() if handles.adapter in layer.lora_A}
@@ -383,6 +418,7 @@ __all__ = [
     "AlloraPlugin",
     "BiasPlugin",
     "FreezePlugin",
+    "IntruderPlugin",
     "PerturbationPlugin",
     "StartPlugin",
     "layers_of",

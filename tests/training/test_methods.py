@@ -222,6 +222,15 @@ def test_scale_is_checked_in_the_layers_too():
         plugins_for(recipe(grad_rule="allora", alpha=16))
 
 
+def test_intruders_are_counted_while_training():
+    from adapters.inspection.intruders import inspect, weights_of
+
+    run = train(dialects.model(), recipe(steps=4, intruders_every=2, learning_rate=0.05), data, dialects.TARGETS)
+    assert [("intruders" in logs) for logs in run.logs] == [False, False, True, True]
+    file = LoraFile({"model": read_layers(run.model)})
+    assert run.plugins.plugins[0].logs["intruders"] == inspect(file, weights_of({"model": dialects.model()}))[0].total
+
+
 def test_pictures_have_no_logits():
     from studio.training.plugin import Outputs
 
