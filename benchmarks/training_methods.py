@@ -10,13 +10,11 @@ Each experiment replaces its part of ``benchmarks/results/training_methods.json`
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from benchmarks import dialects
-from benchmarks.plain_loop import Data, Recipe, Run, go_on, prepare, reference, train
+from benchmarks.plain_loop import Data, Recipe, Run, go_on, one_pass, prepare, reference, train
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "training_methods"
@@ -371,7 +369,7 @@ def _answers(run: Run) -> dict[str, float]:
 
 
 def intruders(seeds: int) -> Found:
-    """Intruder dimensions (k 10, eps 0.5, 14 matrices) after 150 steps, and what scaling them does, with the control."""
+    """Intruder dimensions (k 10, eps 0.5, 14 matrices) after 150 steps; what scaling them does, with the control."""
     from adapters.formats import LoraFile
     from adapters.inspection.forgetting import sweep
     from adapters.inspection.intruders import between, inspect, weights_of
@@ -427,7 +425,7 @@ def intruders(seeds: int) -> Found:
                   (softer[0.75]["old"] - untouched) / (whole["old"] - untouched), 0.8),
             check("lambda 0.75: loss on the new dialect over the adapter's", softer[0.75]["new"] / whole["new"], 1.15),
             check("old loss from lambda 1 to 0.5: largest rise on the way (monotone fall)",
-                  max(b - a for a, b in zip(falling, falling[1:], strict=False)), 0),
+                  max(b - a for a, b in itertools.pairwise(falling)), 0),
         ],
     }  # fmt: skip
 
@@ -436,7 +434,7 @@ def intruders(seeds: int) -> Found:
 
 
 def merging(seeds: int) -> Found:
-    """Merges of rank 8 LoRAs (alpha 8, AdamW 4e-3, 100 steps): share of predictable tokens guessed right (at most 0.91).
+    """Merges of rank 8 LoRAs (alpha 8, AdamW 4e-3, 100 steps): share of tokens guessed right (at most 0.91).
 
     ranks: three LoRAs of one dialect, same start, other data, their ranks permuted. pruned: one LoRA to fewer ranks.
     2, 4: LoRAs of that many new dialects (told apart by their first token) as one, mean over the dialects.
@@ -538,7 +536,8 @@ def merging(seeds: int) -> Found:
         "rows": rows,
         "checks": [
             check("ranks permuted: LEGO rank 8 over one alone", at["ranks", "LEGO, rank 8"] / alone, 0.8, below=False),
-            check("ranks permuted: mean of factors over one alone", at["ranks", "mean of factors, rank 8"] / alone, 0.4),
+            check("ranks permuted: mean of factors over one alone",
+                  at["ranks", "mean of factors, rank 8"] / alone, 0.4),
             check("ranks permuted: LEGO rank 8 minus without reweighting",
                   at["ranks", "LEGO, rank 8"] - at["ranks", "LEGO, rank 8, no reweighting"], 0, below=False),
             *(check(f"2 and 4 dialects: LEGO rank 16 minus {name}", lego_16 - value, 0, below=False)
@@ -579,7 +578,7 @@ COSTS: dict[str, dict[str, Any]] = {
 
 
 def cost(seeds: int) -> Found:
-    """Median step time of each method over plain LoRA (rounds alternate), and peak memory of a process of its own."""
+    """Median step time of each method over plain LoRA (rounds alternate), and what a forward pass keeps in memory."""
     runs = {
         name: prepare(dialects.model(), Recipe(rank=8, steps=10**6, **more), fresh(0), dialects.TARGETS)
         for name, more in COSTS.items()
@@ -589,36 +588,42 @@ def cost(seeds: int) -> Found:
         for name, run in runs.items():
             go_on(run, recipes[name], fresh(0), step, step + 1)
     plain = statistics.median(runs["plain LoRA"].times[5:])
-    memory = {name: _memory(name) for name in COSTS}
+    memory = {name: _kept(name) for name in COSTS}
     rows = []
     for name, run in runs.items():
         took = statistics.median(run.times[5:])
         rows.append({"method": name, "ms per step": 1000 * took, "time over plain": took / plain,
-                     "peak MB": memory[name], "MB over plain": memory[name] - memory["plain LoRA"]})  # fmt: skip
+                     "kept MB": memory[name], "kept over plain": memory[name] / memory["plain LoRA"]})  # fmt: skip
     at = {row["method"]: row["time over plain"] for row in rows}
     limits = {"offset (pissa)": 1.3, "mgpo": 1.3, "ggpo": 1.6, "ba": 1.6}
     return {"rows": rows, "checks": [check(f"{name}: step time over plain", at[name], v) for name, v in limits.items()]}
 
 
-def _memory(name: str) -> float:
-    """Peak resident memory of five steps on a wider model, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.training_methods", "--memory-of", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    return float(done.stdout.strip().splitlines()[-1])
-
-
-def print_memory(name: str) -> None:
-    """For :func:`_memory`: width 512, 4 layers, sequences of 14, batch 32."""
+def _kept(name: str) -> float:
+    """MB that one forward pass keeps for the backward pass (width 512, 2 layers, batch 32), parameters not counted."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     base = LlamaForCausalLM(
-        LlamaConfig(vocab_size=32, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        LlamaConfig(vocab_size=32, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
                     max_position_embeddings=14, tie_word_embeddings=False)
     ).requires_grad_(False)  # fmt: skip
     recipe = Recipe(rank=8, steps=5, **COSTS[name])
-    go_on(prepare(base, recipe, fresh(0), dialects.TARGETS), recipe, fresh(0))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    run = go_on(prepare(base, recipe, fresh(0), dialects.TARGETS), recipe, fresh(0), 0, 2)
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in run.model.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    run.plugins.step_begin(2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = one_pass(run, fresh(0)(2), 1.0)
+    del loss
+    return sum(kept.values()) / 2**20
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -696,12 +701,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; all when none is named")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if given.memory_of:
-        print_memory(given.memory_of)
-        return
     file = RESULTS / f"{NAME}.json"
     for name in given.experiments or EXPERIMENTS:
         began = time.perf_counter()
