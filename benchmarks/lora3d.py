@@ -93,7 +93,7 @@ def one_scene(open_base: Callable[[], Any], seed: int, views: int, recipe: Recip
         return scene, calibration.pseudo_labels(scene, pairs)
 
     begun = time.perf_counter()
-    scene, own = robust(half)
+    _, own = robust(half)
     kept = float(torch.cat([own.valid1, own.valid2]).double().mean())
     told = inference.predict(open_base(), photos_of(half), pairs)
     plain = alignment.align(told, steps)
@@ -127,12 +127,12 @@ def report(result: dict[str, Any]) -> str:
         f"{gates['ratio']:.2f} times as much (at least {GATE_SHIFT}).", "",
     ]  # fmt: skip
     if gates["void"]:
-        lines += ["**The gates are missed: the claim that self-calibration helps is void for this base.** It is trained too "
-                  "little to be a base worth calibrating; nothing is claimed from it.", ""]  # fmt: skip
+        lines += ["**The gates are missed: the claim that self-calibration helps is void for this base.** It is "
+                  "trained too little to be a base worth calibrating; nothing is claimed from it.", ""]  # fmt: skip
     if result["scenes"]:
         lines += [f"{len(result['scenes'])} unseen scene(s), {result['views']} calibration and as many test views, "
-                  f"{result['steps']} alignment steps, rank {result['recipe']['rank']}, {result['recipe']['epochs']} epochs. "
-                  "Median of error over the base's (below 1 is better):", "",
+                  f"{result['steps']} alignment steps, rank {result['recipe']['rank']}, {result['recipe']['epochs']} "
+                  "epochs. Median of error over the base's (below 1 is better):", "",
                   "| labels | pair error | near pairs | ATE | scenes improved |", "|---|---|---|---|---|"]  # fmt: skip
         for arm in ("self", "raw confidence", "other scene", "pre-training pairs", "true labels"):
             cells = [

@@ -85,7 +85,8 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
     monitor.report(Progress("saving"))
     made = _save(scene, photos, folder, config)
     return {**result, **made, "images": len(photos), "pairs": len(graph), "encodings": told.encodings,
-            "loss": scene.losses[-1] if scene.losses else None, "seconds": round(time.monotonic() - begun, 2)}  # fmt: skip
+            "loss": scene.losses[-1] if scene.losses else None,
+            "seconds": round(time.monotonic() - begun, 2)}  # fmt: skip
 
 
 def _check(config: ReconstructConfig) -> None:
@@ -111,8 +112,10 @@ def _photos(config: ReconstructConfig, network: Any, monitor: Monitor) -> list[A
         raise InputError("Give either pictures or one video.")
     if videos:
         frames = images.read_video(videos[0], config.seconds_per_frame)
-        photos = [images.prepare(frame, f"frame-{n:04}.png", hashlib.sha256(frame.tobytes()).hexdigest(), size, patch, square)
-                  for n, frame in enumerate(frames)]  # fmt: skip
+        photos = []
+        for n, frame in enumerate(frames):
+            digest = hashlib.sha256(frame.tobytes()).hexdigest()
+            photos.append(images.prepare(frame, f"frame-{n:04}.png", digest, size, patch, square))
     else:
         photos = []
         for path in given:
@@ -131,11 +134,11 @@ def _warnings(photos: Sequence[Any]) -> list[str]:
 def _aligned(told: Any, config: ReconstructConfig, monitor: Monitor) -> Any:
     import torch
 
-    from pipelines.geometry import alignment, initialise
+    from pipelines.geometry import alignment, cameras, initialise
 
     if len(told.sizes) == 1:
         focals = initialise.own_focals(told)
-        ones = alignment.Similarity(torch.ones(1), torch.eye(3)[None], torch.zeros(1, 3))
+        ones = cameras.Similarity(torch.ones(1), torch.eye(3)[None], torch.zeros(1, 3))
         flat = torch.zeros(2, 1, told.points1.shape[1])
         return alignment.Alignment(told.sizes, torch.eye(4)[None], focals, told.points1[..., 2].clamp_min(1e-4),
                                    initialise.strongest(told), flat, flat, ones)  # fmt: skip
@@ -210,8 +213,8 @@ def _save(scene: Any, photos: Sequence[Any], folder: Path, config: ReconstructCo
         for n, name in enumerate(kept.names)
     ]
     files.write_text(folder / "cameras.json", json.dumps(cameras, indent=1))
-    return {"scene": str(folder / "scene.npz"), "glb": str(folder / "scene.glb"), "points": points, "pictures": pictures,
-            "cameras": cameras}  # fmt: skip
+    return {"scene": str(folder / "scene.npz"), "glb": str(folder / "scene.glb"), "points": points,
+            "pictures": pictures, "cameras": cameras}  # fmt: skip
 
 
 def export(

@@ -3,8 +3,8 @@
 Scenes are rendered on the fly (``assets.build.scenes3d``); each step's scenes are drawn from (seed, step) alone. Every
 scene is seen from several near views (azimuths within 40 degrees); each is encoded once and all ordered pairs are
 decoded. A checkpoint (weights, averages, optimizer, step, curve) is written every few minutes and on SIGTERM or Ctrl-C;
-the same command goes on from it, on this or another machine, CPU or GPU. The learning rate warms up after every start and
-falls to zero over the last ``--decay-for`` minutes.
+the same command goes on from it, on this or another machine, CPU or GPU. The learning rate warms up after every start
+and falls to zero over the last ``--decay-for`` minutes.
 
     python -m assets.build.dust3r export     write assets/models/dust3r-tiny (fp16) with its card
 """
@@ -17,7 +17,6 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from pipelines.geometry.network import TINY, Encoded, PointmapNetwork, Points
 from pipelines.geometry.objective import confidence_loss, regression
 
 GATE_NEAR, GATE_SHIFT = 0.08, 1.5
-"""The base is good enough when near pairs err at most this much (of the mean distance) and wide pairs this much more."""
+"""The base is good enough when near pairs err at most this much (of the mean distance), wide pairs this much more."""
 
 
 def initialise(network: PointmapNetwork, generator: torch.Generator) -> PointmapNetwork:
@@ -257,15 +256,15 @@ def export(arguments: argparse.Namespace) -> None:
     folder = save_folder(network, Path(assets.__file__).parent / "models/dust3r-tiny", "Apache-2.0")
     missed = errors["near"] > GATE_NEAR or errors["overlap"] < GATE_SHIFT * errors["near"]
     verdict = (
-        f"**The gates are missed**: near pairs should err at most {GATE_NEAR}, wide ones at least {GATE_SHIFT} times as "
-        "much. The training was too short (at least 300,000 pairs are wanted), so whether self-calibration helps cannot be "
-        "judged with these weights; they show that the parts work."
+        f"**The gates are missed**: near pairs should err at most {GATE_NEAR}, wide ones at least {GATE_SHIFT} times "
+        "as much. The training was too short (at least 300,000 pairs are wanted), so whether self-calibration helps "
+        "cannot be judged with these weights; they show that the parts work."
         if missed
         else f"The gates are met: near pairs err at most {GATE_NEAR}, wide ones at least {GATE_SHIFT} times as much."
     )
     card = CARD.format(
-        parameters=sum(p.numel() for p in network.parameters()) / 1e6, images=run.images, pairs=run.pairs, steps=run.step,
-        minutes=run.seconds / 60, verdict=verdict, seed=run.seed, **errors,
+        parameters=sum(p.numel() for p in network.parameters()) / 1e6, images=run.images, pairs=run.pairs,
+        steps=run.step, minutes=run.seconds / 60, verdict=verdict, seed=run.seed, **errors,
     )  # fmt: skip
     files.write_text(folder / "README.md", card)
     lines = {name: [(row["pairs"], row[name]) for row in run.curve] for name in ("near", "wide")}

@@ -1,8 +1,8 @@
 """Rendered rooms with exact geometry: the pictures the embedded pointmap model learns from and is judged on.
 
 A scene is a closed room with boxes, balls and cylinders on its floor, painted by a random solid texture (a volume of
-colours that every surface point looks up) and lit by one lamp, so that a point has the same colour from everywhere. Rays
-are cast in torch, many scenes and views at once, on CPU or GPU; depth and pose are exact.
+colours that every surface point looks up) and lit by one lamp, so that a point has the same colour from everywhere.
+Rays are cast in torch, many scenes and views at once, on CPU or GPU; depth and pose are exact.
 
 Conventions: metres, world z up; cameras as in OpenCV (x right, y down, z forward), poses camera-to-world; pixels are
 integer columns and rows, the principal point is (W/2, H/2).

@@ -1,7 +1,7 @@
 """Global alignment: cameras, depth maps and one similarity per pair that explain all pointmaps at once.
 
-"DUSt3R: Geometric 3D Vision Made Easy" (arXiv 2312.14132), section 3.4. With chi_n = T_n D_n K_n^-1 p the world points of
-image n and (s_e, P_e) the similarity of edge e = (i, j),
+"DUSt3R: Geometric 3D Vision Made Easy" (arXiv 2312.14132), section 3.4. With chi_n = T_n D_n K_n^-1 p the world points
+of image n and (s_e, P_e) the similarity of edge e = (i, j),
 
     minimise  sum over e, v in {i, j}, p  of  w_e,v,p || chi_v,p - s_e P_e X_e,v,p ||,     w = log C,
 

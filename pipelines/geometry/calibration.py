@@ -4,8 +4,8 @@
 labels:
 
 1. all pairs' pointmaps are aligned while every pixel's confidence is weighed anew: the joint minimum of
-   sum [ w e + mu (sqrt w - sqrt C)^2 ] over w at fixed geometry is  w = C / (1 + e / mu)^2,  which caps the influence of
-   a confident outlier at C mu;
+   sum [ w e + mu (sqrt w - sqrt C)^2 ] over w at fixed geometry is  w = C / (1 + e / mu)^2,  which caps the influence
+   of a confident outlier at C mu;
 2. the aligned points chi, moved into each pair's first camera and kept where w > cutoff, are pseudo labels;
 3. a LoRA adapter (y = W0 x + s B A x on the attention's q, k, v; rank 16, s = 1) learns them with DUSt3R's own loss.
 
@@ -120,7 +120,8 @@ class Labels:
 def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) -> Labels:
     """Labels of every edge both of whose views keep at least 5 % of their pixels (w > ``cutoff``).
 
-    When fewer edges remain than there are images, the cutoff is lowered to keep 20 % of all pixels, and a warning says so.
+    When fewer edges remain than there are images, the cutoff is lowered to keep 20 % of all pixels, and a warning
+    says so.
 
     Raises:
         InputError: the cutoff is not positive, the poses are degenerate, or no edge is left.
@@ -142,8 +143,8 @@ def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) 
             edges = _surviving(scene, pairs, cutoff)
     if not edges:
         raise InputError(
-            f"No pair of images keeps enough pixels at the cutoff {cutoff:g}: the pictures agree too little. Take pictures "
-            "with more overlap, or lower the cutoff."
+            f"No pair of images keeps enough pixels at the cutoff {cutoff:g}: the pictures agree too little. Take "
+            "pictures with more overlap, or lower the cutoff."
         )
     world = [_world(scene, n) for n in range(len(scene.sizes))]
     points = []
@@ -168,8 +169,8 @@ def check_poses(scene: Alignment) -> None:
         raise InputError("The aligned cameras are not finite: these pictures cannot calibrate the model.")
     if still(scene):
         raise InputError(
-            f"All {len(centres)} cameras stand in the same place: identical pictures or a turn on the spot hold no depth "
-            "to calibrate on."
+            f"All {len(centres)} cameras stand in the same place: identical pictures or a turn on the spot hold no "
+            "depth to calibrate on."
         )
 
 
@@ -249,7 +250,7 @@ def with_lora(network: nn.Module, rank: int = 16, preset: str = "paper-18mb", se
     torch.manual_seed(seed)
     try:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[preset], bias="none")
-        return get_peft_model(network, config)  # type: ignore[arg-type]
+        return get_peft_model(network, config)
     finally:
         torch.random.set_rng_state(state)
 
@@ -384,6 +385,6 @@ def load_adapter(network: nn.Module, folder: Path, base_sha256: str = "") -> tup
             "choose that one."
         )
     try:
-        return PeftModel.from_pretrained(network, folder), scene  # type: ignore[arg-type]
+        return PeftModel.from_pretrained(network, folder), scene
     except (RuntimeError, ValueError) as error:
         raise InputError(f"The adapter '{folder.name}' does not fit this base: {error}") from None

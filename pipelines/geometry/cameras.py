@@ -4,7 +4,8 @@
 with RANSAC for poses. Similarities by S. Umeyama, "Least-squares estimation of transformation parameters between two
 point patterns" (PAMI 1991).
 
-Poses are camera-to-world, 4x4, in OpenCV's axes. A pixel is its integer column and row; the principal point is (W/2, H/2).
+Poses are camera-to-world, 4x4, in OpenCV's axes. A pixel is its integer column and row; the principal point is
+(W/2, H/2).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def pixels(height: int, width: int, device: torch.device | None = None) -> Tenso
 
 def unproject(depth: Tensor, focal: Tensor | float) -> Tensor:
     """Points ``(H, W, 3)`` in the camera's frame of a depth map ``(H, W)``."""
-    grid = pixels(*depth.shape, device=depth.device).to(depth).unflatten(0, tuple(depth.shape))
+    grid = pixels(depth.shape[0], depth.shape[1], depth.device).to(depth).unflatten(0, tuple(depth.shape))
     return torch.cat([grid * depth[..., None] / focal, depth[..., None]], -1)
 
 
@@ -92,7 +93,7 @@ def solve_pnp(points: Tensor, valid: Tensor, focal: float | None, rounds: int = 
         return None
     world = points.reshape(-1, 3).double().cpu().numpy()[mask]
     # OpenCV measures from the corner as we do: integer pixels, principal point (W/2, H/2).
-    image = (pixels(height, width).double().numpy() + (width / 2, height / 2))[mask]
+    image = (pixels(height, width).double().numpy() + np.array([width / 2, height / 2]))[mask]
     side = max(height, width)
     best: tuple[int, np.ndarray, np.ndarray, float] | None = None
     for guess in np.geomspace(side / 2, side * 3, 21) if focal is None else [focal]:

@@ -1,8 +1,8 @@
 """Opening weights of the DUSt3R family, strictly and safely.
 
-Accepted are the public ``.pth`` files ({"args": Namespace, "model": tensors}, read without unpickling code), folders and
-hub repositories with ``config.json`` and ``model.safetensors``, and MASt3R's (points only). Every tensor must find its
-place; nothing missing is ignored.
+Accepted are the public ``.pth`` files ({"args": Namespace, "model": tensors}, read without unpickling code), folders
+and hub repositories with ``config.json`` and ``model.safetensors``, and MASt3R's (points only). Every tensor must find
+its place; nothing missing is ignored.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def _pth(file: Path) -> tuple[NetworkConfig, dict[str, Tensor]]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise InputError(
-            f"'{file.name}' cannot be opened safely as a checkpoint ({type(error).__name__}): it is damaged or holds more "
-            "than tensors and settings."
+            f"'{file.name}' cannot be opened safely as a checkpoint ({type(error).__name__}): it is damaged or holds "
+            "more than tensors and settings."
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise InputError(f"'{file.name}' is no checkpoint of this family: there is no 'model' in it.")

@@ -88,6 +88,8 @@ def prepare(
     shrinks = max(new) < max(width, height)
     resized = picture.resize(new, Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC)
     cx, cy = new[0] // 2, new[1] // 2
+    half_w: float
+    half_h: float
     if size == 224:
         half_w = half_h = min(cx, cy)
     else:

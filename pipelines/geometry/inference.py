@@ -107,7 +107,7 @@ def predict(
             out[2 + side][group, : flat.shape[1]] = confidence.flatten(1).float().cpu()
         done += len(group)
         monitor.report(Progress("pairs", done, count))
-    return Predictions(sizes, tuple(pairs), *out, encodings=len(photos))
+    return Predictions(sizes, tuple(pairs), out[0], out[1], out[2], out[3], len(photos))
 
 
 def _chunks(pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], chunk: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """How right a reconstruction is. Each measure is defined here once.
 
-ATE: camera centres after the best Sim(3), root mean square. RPE: errors of the motion between views. RRA, RTA: shares of
-pairs whose relative rotation, and direction of translation, err less than an angle; mAA: the area under the smaller of
-both. AFE: mean focal error. Poses are camera-to-world.
+ATE: camera centres after the best Sim(3), root mean square. RPE: errors of the motion between views. RRA, RTA: shares
+of pairs whose relative rotation, and direction of translation, err less than an angle; mAA: the area under the smaller
+of both. AFE: mean focal error. Poses are camera-to-world.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Points(NamedTuple):
 
 
 def _angles(grid: Grid, width: int, base: float, device: torch.device) -> Tensor:
-    """Angles ``(N, width)`` of every token and channel: the first half of the channels turns with y, the other with x."""
+    """Angles ``(N, width)`` per token and channel: the first half of the channels turns with y, the rest with x."""
     rows, columns = grid
     half = width // 2
     frequency = base ** (-torch.arange(0, half, 2, device=device, dtype=torch.float32) / half)
@@ -240,7 +240,7 @@ class LinearHead(nn.Module):
 
 
 class DPTHead(nn.Module):
-    """Four layers of the decoder, fused from coarse to fine ("Vision Transformers for Dense Prediction", 2103.13413)."""
+    """Four layers of the decoder, fused from coarse to fine ("Vision Transformers for Dense Prediction", 2103.13413)"""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()

@@ -180,7 +180,7 @@ def write_glb(
     scene: Reconstruction, file: Path, choice: Selection | None = None, mesh: bool = False, cameras: bool = True,
     camera_size: float = 5.0,
 ) -> int:  # fmt: skip
-    """Write points or a mesh, and the cameras as pyramids (``camera_size`` per cent of the scene); returns the points."""
+    """Write points or a mesh, and the cameras as pyramids (``camera_size`` % of the scene); returns the points."""
     import trimesh
 
     choice = choice or Selection()
@@ -216,7 +216,7 @@ def _pyramid(scene: Reconstruction, n: int, size: float) -> Any:
     corners = np.array([[-x, -y, size], [x, -y, size], [x, y, size], [-x, y, size], [0, 0, 0]])
     edges = [(0, 1), (1, 2), (2, 3), (3, 0), *((4, k) for k in range(4))]
     bars = [trimesh.creation.cylinder(size * 0.03, segment=corners[[a, b]], sections=5) for a, b in edges]
-    made = trimesh.util.concatenate(bars)
+    made: Any = trimesh.util.concatenate(bars)
     made.visual.vertex_colors = (*_COLOURS[n % len(_COLOURS)], 255)
     made.apply_transform(scene.poses[n])
     return made
@@ -257,9 +257,8 @@ def write_colmap(scene: Reconstruction, folder: Path, choice: Selection | None =
         images += [f"{n + 1} {w:.9g} {x:.9g} {y:.9g} {z:.9g} {shift} {n + 1} {name}", ""]
     points, colours, _ = cloud(scene, choice or Selection())
     rows = ["# POINT3D_ID X Y Z R G B ERROR TRACK[]"]
-    rows += [
-        f"{k + 1} {x:.6g} {y:.6g} {z:.6g} {r} {g} {b} 0" for k, ((x, y, z), (r, g, b)) in enumerate(zip(points, colours, strict=True))
-    ]  # fmt: skip
+    for k, ((x, y, z), (r, g, b)) in enumerate(zip(points, colours, strict=True)):
+        rows.append(f"{k + 1} {x:.6g} {y:.6g} {z:.6g} {r} {g} {b} 0")
     with files.whole(folder, sync=False) as part:
         part.mkdir()
         for name, lines in (("cameras", cameras), ("images", images), ("points3D", rows)):
@@ -273,8 +272,8 @@ def write_nerfstudio(scene: Reconstruction, folder: Path, choice: Selection | No
     for n, name in enumerate(scene.names):
         fx, fy, cx, cy, width, height = _intrinsics(scene, n)
         frames.append({
-            "file_path": f"images/{name}", "transform_matrix": (scene.poses[n] @ TO_GL).tolist(), "fl_x": fx, "fl_y": fy,
-            "cx": cx + 0.5, "cy": cy + 0.5, "w": width, "h": height,
+            "file_path": f"images/{name}", "transform_matrix": (scene.poses[n] @ TO_GL).tolist(), "fl_x": fx,
+            "fl_y": fy, "cx": cx + 0.5, "cy": cy + 0.5, "w": width, "h": height,
         })  # fmt: skip
     whole = {"camera_model": "OPENCV", "ply_file_path": "sparse_pc.ply", "frames": frames}
     with files.whole(folder, sync=False) as part:

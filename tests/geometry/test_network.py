@@ -45,7 +45,8 @@ def test_the_real_sizes_have_the_public_keys(head: Any, keys: int, parameters: i
     assert len(state) == keys
     assert sum(p.numel() for p in real.parameters()) == parameters
     shapes = {
-        "mask_token": (1, 1, 768), "patch_embed.proj.weight": (1024, 3, 16, 16), "enc_blocks.23.attn.qkv.weight": (3072, 1024),
+        "mask_token": (1, 1, 768), "patch_embed.proj.weight": (1024, 3, 16, 16),
+        "enc_blocks.23.attn.qkv.weight": (3072, 1024),
         "enc_blocks.0.mlp.fc2.weight": (1024, 4096), "decoder_embed.weight": (768, 1024),
         "dec_blocks.11.cross_attn.projq.weight": (768, 768), "dec_blocks2.11.norm_y.bias": (768,),
         "dec_blocks2.0.mlp.fc1.weight": (3072, 768),

@@ -89,11 +89,11 @@ def build() -> Page:
 def _pictures() -> tuple[gr.File, gr.Button, gr.Gallery]:
     with gr.Group(elem_classes="as-card"):
         drop = gr.File(
-            label="Photos of one scene, or a video", file_count="multiple", height=150, elem_id="reconstruct-drop",
+            label="Photos of one scene, or a video", file_count="multiple", height=230, elem_id="reconstruct-drop",
             file_types=["image", "video"],
         )  # fmt: skip
-        chosen = gr.Gallery(label="Pictures", show_label=False, columns=5, height="auto", visible=False, interactive=False,
-                            object_fit="cover", buttons=[])  # fmt: skip
+        chosen = gr.Gallery(label="Pictures", show_label=False, columns=4, height="auto", visible=False,
+                            interactive=False, object_fit="cover", buttons=[])  # fmt: skip
         sample = gr.Button("Use the sample scene", size="md", elem_id="reconstruct-sample")
     return drop, sample, chosen
 
@@ -101,7 +101,8 @@ def _pictures() -> tuple[gr.File, gr.Button, gr.Gallery]:
 def _settings(form: Form) -> None:
     with gr.Group(elem_classes="as-card"):
         form["model"] = gr.Dropdown(MODELS, value=KNOWN["model"].default, label="Model", allow_custom_value=True,
-                                    info=KNOWN["model"].help, elem_id="reconstruct-model", interactive=True)  # fmt: skip
+                                    info=KNOWN["model"].help, elem_id="reconstruct-model",
+                                    interactive=True)  # fmt: skip
         said = gr.HTML(_licence(KNOWN["model"].default), elem_classes="as-help", apply_default_css=False)
         form["accept_licence"] = schema_form.widget(KNOWN["accept_licence"], label="I accept this licence", info=None)
         form["adapter"] = gr.Dropdown(
@@ -158,7 +159,7 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
         points = gr.HTML("", elem_id="scene-points", elem_classes="as-help", apply_default_css=False)
         with gr.Group(elem_classes="as-card"):
             with gr.Row():
-                form["percentile"] = gr.Slider(0, 95, KNOWN["percentile"].default, step=1, label="Leave out least sure, %",
+                form["percentile"] = gr.Slider(0, 95, KNOWN["percentile"].default, step=1, label="Drop least sure, %",
                                                elem_id="scene-percentile", min_width=150)  # fmt: skip
                 form["confidence"] = gr.Slider(1, 20, KNOWN["confidence"].default, step=0.1, label="Least confidence",
                                                elem_id="scene-confidence", min_width=150)  # fmt: skip
@@ -179,7 +180,8 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
             make = gr.Button("Prepare the file", size="md", elem_id="scene-export")
             download = gr.DownloadButton("Download", size="md", interactive=False, elem_id="scene-download")
         gallery = gr.Gallery(label="Picture, depth, confidence", columns=3, height="auto", interactive=False,
-                             object_fit="contain", elem_id="scene-pictures", buttons=["download", "fullscreen"])  # fmt: skip
+                             object_fit="contain", elem_id="scene-pictures",
+                             buttons=["download", "fullscreen"])  # fmt: skip
         table = gr.HTML("", apply_default_css=False, elem_id="scene-cameras")
     result = _Result(job, shown, timer, panel, cancel, body, before, after, gallery, table, frame, points)
     controls = [

@@ -1,0 +1,250 @@
+"""Cameras, pairs, pictures, alignment's presets, measures and exports, against algebra and other programs' conventions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from adapters.errors import InputError
+from pipelines.geometry import alignment, cameras, images, metrics, reconstruction
+from pipelines.geometry.images import Affine, Photo
+from pipelines.geometry.inference import Predictions
+from pipelines.geometry.pairs import components, keep_near, make_pairs
+from pipelines.geometry.reconstruction import Reconstruction, Selection
+from tests.geometry.rooms import room
+
+
+def rotations(count: int, seed: int = 0) -> torch.Tensor:
+    from scipy.spatial.transform import Rotation
+
+    return torch.from_numpy(Rotation.random(count, rng=seed).as_matrix())
+
+
+def test_quaternions_agree_with_scipy() -> None:
+    from scipy.spatial.transform import Rotation
+
+    turn = rotations(50)
+    q = cameras.matrix_quaternion(turn)
+    torch.testing.assert_close(torch.from_numpy(Rotation.from_quat(q.numpy()).as_matrix()), turn)
+    torch.testing.assert_close(cameras.quaternion_matrix(q), turn)
+    angle = Rotation.from_matrix((turn[:25].mT @ turn[25:]).numpy()).magnitude()
+    torch.testing.assert_close(cameras.rotation_angle(turn[:25], turn[25:]), torch.from_numpy(np.degrees(angle)))
+
+
+def test_umeyama_finds_the_similarity_and_ignores_weightless_points() -> None:
+    source = torch.randn(4, 30, 3, dtype=torch.float64)
+    move = cameras.Similarity(torch.tensor([0.3, 1, 2, 5.0]).double(), rotations(4), torch.randn(4, 3).double())
+    target, weight = move(source), torch.ones(4, 30)
+    target[:, :5] += 100
+    weight[:, :5] = 0
+    found = cameras.umeyama(source, target, weight)
+    for a, b in ((found.scale, move.scale), (found.rotation, move.rotation), (found.shift, move.shift)):
+        torch.testing.assert_close(a, b)
+
+
+def test_focal_and_pose_come_back_from_exact_pointmaps() -> None:
+    made = room(0, views=2, size=32)
+    points, _ = made.predictions.map1(0)
+    true = float(made.focals[0])
+    assert cameras.focal_length(points) == pytest.approx(true, rel=1e-4)
+    spoilt = points.clone()
+    spoilt[:8] *= torch.tensor([1.5, 1.5, 1.0])  # a quarter of the rows: the mean would follow, Weiszfeld hardly does
+    assert cameras.focal_length(spoilt) == pytest.approx(true, rel=0.1)
+    world = made.world()[1].unflatten(0, (32, 32))
+    everything = torch.ones(32, 32, dtype=torch.bool)
+    pose, _ = cameras.solve_pnp(world, everything, true) or (None, 0)
+    assert pose is not None
+    torch.testing.assert_close(pose, made.poses[1], atol=1e-3, rtol=0)
+    found = cameras.solve_pnp(world, everything, None)
+    assert found is not None
+    # Five pixels of tolerance are a sixth of this small picture: the search can only be coarse.
+    assert found[1] == pytest.approx(true, rel=0.35)
+    assert cameras.solve_pnp(world, torch.zeros_like(everything), true) is None
+
+
+def test_two_pictures_need_no_optimisation() -> None:
+    made = room(1, views=2, size=32)
+    scene = alignment.view_pair(made.predictions)
+    torch.testing.assert_close(scene.focals, made.focals, rtol=1e-3, atol=0)
+    relative = torch.linalg.inv(made.poses[0]) @ made.poses[1]
+    found = torch.linalg.inv(scene.poses[0]) @ scene.poses[1]
+    assert float(cameras.rotation_angle(relative[:3, :3], found[:3, :3])) < 0.5
+
+
+def test_known_cameras_stay_and_the_points_come_out_in_their_scale() -> None:
+    made = room(2, views=4, size=16)
+    scene = alignment.align(made.predictions, 60, poses=made.poses, focals=made.focals)
+    torch.testing.assert_close(scene.poses, made.poses, atol=1e-5, rtol=0)
+    error = (scene.points(2).flatten(0, 1) - made.world()[2]).norm(dim=-1).median()
+    assert float(error) < 0.02 * float(made.world()[2].norm(dim=-1).median())
+
+
+def test_pictures_of_different_sizes_and_falling_apart() -> None:
+    p = room(3, views=4, size=8).predictions
+    with pytest.raises(InputError, match="three or more"):
+        alignment.align(room(3, views=2, size=8).predictions)
+    apart = [e for e, pair in enumerate(p.pairs) if set(pair) in ({0, 1}, {2, 3})]
+    parts = Predictions(
+        p.sizes,
+        tuple(p.pairs[e] for e in apart),
+        *(x[apart] for x in (p.points1, p.points2, p.confidence1, p.confidence2)),
+    )
+    with pytest.raises(InputError, match="2 groups"):
+        alignment.align(parts)
+
+
+@given(st.integers(1, 12), st.sampled_from(["complete", "swin-2", "swin-3-noncyclic", "logwin-2", "oneref-0"]))
+@settings(max_examples=50, deadline=None)
+def test_graphs_are_symmetric_connected_and_without_repeats(count: int, graph: str) -> None:
+    pairs = make_pairs(count, graph)
+    assert len(set(pairs)) == len(pairs)
+    assert {(j, i) for i, j in pairs} == set(pairs)
+    assert len(components(count, pairs)) == 1
+    assert pairs == make_pairs(count, graph)
+    if graph == "complete" and count > 1:
+        assert len(pairs) == count * (count - 1)
+
+
+@given(st.text(max_size=20))
+@settings(max_examples=80, deadline=None)
+def test_any_graph_text_is_understood_or_refused(text: str) -> None:
+    try:
+        make_pairs(5, text)
+    except InputError:
+        return
+
+
+def test_graph_limits() -> None:
+    with pytest.raises(InputError, match="992 ordered pairs"):
+        make_pairs(32)
+    assert len(make_pairs(32, many=True)) == 992
+    with pytest.raises(InputError, match="no images"):
+        make_pairs(0)
+    assert keep_near([(0, 9), (0, 1)], 1) == [(0, 1)]
+    assert keep_near([(0, 9), (0, 1)], 1, 10) == [(0, 9), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("size", "given_size", "wanted"),
+    [(512, (1024, 768), (384, 512)), (512, (768, 1024), (512, 384)), (512, (900, 900), (384, 512)),
+     (224, (640, 480), (224, 224)), (64, (64, 64), (64, 64))],
+)  # fmt: skip
+def test_pictures_are_cut_as_the_networks_were_trained(size: int, given_size: tuple[int, int], wanted: object) -> None:
+    photo = images.prepare(
+        Image.new("RGB", given_size), "x", size=size, patch=8 if size == 64 else 16, square_ok=size == 64
+    )
+    assert photo.size == wanted
+
+
+def test_intrinsics_go_back_to_the_file() -> None:
+    """A point at the middle of the file is seen at its middle, and the focal grows with the picture."""
+    affine = Affine((0.5, 0.5), (16, 0), (1056, 768))
+    fx, fy, cx, cy = affine.intrinsics(300.0, 384, 496)
+    assert (fx, fy) == (600, 600)
+    assert cx == pytest.approx((248 + 16 + 0.5) / 0.5 - 0.5)
+    assert cy == pytest.approx((192 + 0.5) / 0.5 - 0.5)
+
+
+def test_unreadable_pictures_are_sentences(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="cannot be read"):
+        images.read_photo(tmp_path / "x.png")
+    with pytest.raises(InputError, match="no frames"):
+        images.read_video(tmp_path / "x.png", 1.0)
+    with pytest.raises(InputError, match="too narrow"):
+        images.prepare(Image.new("RGB", (2000, 10)), "x")
+
+
+def test_measures() -> None:
+    made = room(4, views=5, size=8)
+    move = cameras.Similarity(torch.tensor(3.0), rotations(1)[0].float(), torch.tensor([1.0, 2, 3]))
+    moved = move.pose(made.poses)
+    assert metrics.trajectory_error(moved, made.poses) < 1e-5
+    assert metrics.relative_pose_error(moved, made.poses)[0] < 1e-5
+    assert metrics.pose_accuracy(moved, made.poses) == {"rra": 1, "rta": 1, "maa": 1}
+    with pytest.raises(InputError, match="three or more"):
+        metrics.trajectory_error(made.poses[:2], made.poses[:2])
+    x = made.world()[0].unflatten(0, (8, 8))
+    assert metrics.pair_error((x / 7, x / 7), (x, x)) < 1e-5
+    assert metrics.cloud_distances(x.flatten(0, 1), x.flatten(0, 1) + 1e-9)["chamfer"] < 1e-6
+    assert metrics.depth_errors((x[..., 2] + 9) * 5, x[..., 2] + 9).abs_rel < 1e-6
+    score = torch.arange(10.0)
+    assert metrics.ranking(score, score > 6) == 1
+    quality = metrics.confidence_quality(score, -score + 10)
+    assert quality["spearman"] == pytest.approx(1)
+    assert quality["ause"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.fixture
+def kept() -> Reconstruction:
+    made = room(5, views=3, size=16)
+    scene = alignment.align(made.predictions, 5)
+    photos = [Photo(x, Affine((0.5, 0.5), (0, 0), (32, 32)), f"{n}.png") for n, x in enumerate(made.views.image[0])]
+    return Reconstruction.of(scene, photos)
+
+
+def test_exports_keep_the_geometry(kept: Reconstruction, tmp_path: Path) -> None:
+    import trimesh
+
+    again = Reconstruction.load(kept.save(tmp_path / "scene.npz"))
+    points, _, _ = reconstruction.cloud(again, Selection(percentile=0))
+    np.testing.assert_allclose(points[:256], kept.points(0).reshape(-1, 3))
+    reconstruction.write_ply(kept, tmp_path / "a.ply", Selection(percentile=0))
+    np.testing.assert_allclose(trimesh.load(tmp_path / "a.ply").vertices, points, atol=1e-4)
+    assert reconstruction.write_glb(kept, tmp_path / "a.glb", Selection(percentile=0), cameras=False) == 768
+    loaded = trimesh.load(tmp_path / "a.glb")
+    place, name = loaded.graph[loaded.graph.nodes_geometry[0]]
+    glb = trimesh.transform_points(loaded.geometry[name].vertices, place)
+    own = (points - kept.poses[0][:3, 3]) @ kept.poses[0][:3, :3]  # the first camera's frame, OpenCV
+    np.testing.assert_allclose(np.sort(glb, 0), np.sort(own * [1, -1, -1], 0), atol=1e-4)
+    assert reconstruction.write_glb(kept, tmp_path / "m.glb", mesh=True) > 0
+
+
+def test_cameras_of_colmap_and_nerfstudio_see_the_points_at_their_pixels(kept: Reconstruction, tmp_path: Path) -> None:
+    from scipy.spatial.transform import Rotation
+
+    folder = reconstruction.write_colmap(kept, tmp_path / "colmap")
+    _, _, w, h, fx, fy, cx, cy = (folder / "cameras.txt").read_text().splitlines()[2].split()
+    row = (folder / "images.txt").read_text().splitlines()[3].split()
+    qw, qx, qy, qz, *shift = map(float, row[1:8])
+    own = kept.points(1).reshape(-1, 3) @ Rotation.from_quat([qx, qy, qz, qw]).as_matrix().T + shift
+    u = own[:, 0] / own[:, 2] * float(fx) + float(cx)
+    v, x = np.mgrid[:16, :16]
+    np.testing.assert_allclose(u, ((x.ravel() + 0.5) * 2), atol=1e-3)  # pixel centres at halves, twice the size
+    assert (int(w), int(h)) == (32, 32)
+    frame = json.loads((reconstruction.write_nerfstudio(kept, tmp_path / "n") / "transforms.json").read_text())[
+        "frames"
+    ][1]
+    gl = np.linalg.inv(np.array(frame["transform_matrix"]))
+    seen = kept.points(1).reshape(-1, 3) @ gl[:3, :3].T + gl[:3, 3]
+    rows = -seen[:, 1] / -seen[:, 2] * frame["fl_y"] + frame["cy"]
+    np.testing.assert_allclose(rows, (v.ravel() + 0.5) * 2, atol=1e-3)
+    assert fy == fx
+    assert cy == cx
+
+
+def test_selections(kept: Reconstruction) -> None:
+    everything = len(reconstruction.cloud(kept, Selection(percentile=0))[0])
+    assert len(reconstruction.cloud(kept, Selection(percentile=50))[0]) == pytest.approx(everything / 2, abs=2)
+    assert len(reconstruction.cloud(kept, Selection(percentile=0, frame=1))[0]) == everything / 3
+    assert len(reconstruction.cloud(kept, Selection(limit=10))[0]) == 10
+    with pytest.raises(InputError, match="lower the confidence"):
+        reconstruction.cloud(kept, Selection(confidence=1e9))
+    with pytest.raises(InputError, match="between 0 and 100"):
+        Selection(percentile=100)
+
+
+def test_hidden_by_a_less_sure_point() -> None:
+    made = room(6, views=3, size=8)
+    scene = alignment.align(made.predictions, 5)
+    scene.depth[0] *= 0.5
+    scene.confidence[0] = 1.5
+    cleaned = alignment.clean(scene)
+    assert float((cleaned.confidence[0] == 0).double().mean()) > 0.3
