@@ -1,4 +1,4 @@
-"""Cameras, pairs, pictures, alignment's presets, measures and exports, against algebra and other programs' conventions."""
+"""Cameras, pairs, pictures, alignment, measures and exports, against algebra and other programs' conventions."""
 
 from __future__ import annotations
 
