@@ -9,7 +9,7 @@ import pytest
 
 from studio import images
 from tests.ui.conftest import Tab
-from tests.ui.test_browser import choose, until_done
+from tests.ui.test_browser import LONG, choose, until_done
 
 pytestmark = [pytest.mark.browser, pytest.mark.flaky(reruns=2)]
 
@@ -60,6 +60,7 @@ def test_two_boxes_two_adapters_a_picture_and_its_recipe_again(tab: Tab, tmp_pat
     page.keyboard.press("Tab")
     page.fill("#steps input", "2")
     page.click("#generate")
+    page.wait_for_selector("#compose-cancel:visible")  # what an earlier job left on the page is gone
     until_done(page, "#compose-panel")
     page.wait_for_selector(".as-stage-picture:visible")
 
@@ -115,10 +116,10 @@ def test_paint_erase_keyboard_and_methods_side_by_side(tab: Tab) -> None:
             label.locator("input").uncheck()
     page.fill("#steps input", "1")
     page.click("#generate")
+    page.wait_for_selector("#download-grid:visible", timeout=LONG)
     until_done(page, "#compose-panel")
     assert page.locator("#compose-gallery img").count() == 2
     assert "Merge" in page.inner_text("#compose-gallery")
-    page.wait_for_selector("#download-grid:visible")
 
 
 _LESS_PAINT = """most => {

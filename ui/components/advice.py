@@ -39,8 +39,8 @@ def draw() -> Advice:
     return Advice(ask, told, follow, gr.State(None))
 
 
-def wire(advice: Advice, rack: gr.HTML, prompt: gr.Textbox) -> None:
-    """Ask on request; forget what was said when the adapters change."""
+def wire(advice: Advice, rack: gr.HTML, prompt: gr.Textbox, regions: gr.HTML) -> None:
+    """Ask on request, with the words of the prompt and of the regions; forget what was said when adapters change."""
     view = [advice.ask, advice.told, advice.follow, advice.report]
 
     @polite
@@ -50,18 +50,19 @@ def wire(advice: Advice, rack: gr.HTML, prompt: gr.Textbox) -> None:
         return [gr.update(visible=len(rows or ()) > 1), "", gr.update(visible=False), None]
 
     @polite
-    def ask(rows: list[Row], prompt: str) -> Any:
+    def ask(rows: list[Row], prompt: str, drawn: list[Mapping[str, Any]] | None) -> Any:
         names, weights = zip(*_asked(rows), strict=True)
-        found = doctor.report_apart(names, prompt or "", weights)
+        words = " ".join([prompt or "", *(str(one.get("prompt") or "") for one in drawn or ())])
+        found = doctor.report_apart(names, words, weights)
         advised = found["advice"]
         new = any(advised["weights"].get(name) != weight for name, weight in _asked(rows))
         useful = new or advised["regions"] or advised["method"] in _offered()
         return [gr.skip(), panel(found), gr.update(visible=useful), {"asked": _asked(rows), **advised}]
 
     rack.change(offer, [rack, advice.report], view, **_PRIVATE)
-    advice.ask.click(lambda: _WAIT, None, advice.told, **_PRIVATE).then(ask, [rack, prompt], view, **_PRIVATE).then(
-        lambda told: "" if told == _WAIT else gr.skip(), advice.told, advice.told, **_PRIVATE
-    )
+    advice.ask.click(lambda: _WAIT, None, advice.told, **_PRIVATE).then(
+        ask, [rack, prompt, regions], view, **_PRIVATE
+    ).then(lambda told: "" if told == _WAIT else gr.skip(), advice.told, advice.told, **_PRIVATE)
 
 
 def followed(rows: Sequence[Row] | None, report: Mapping[str, Any] | None) -> tuple[list[Row], str, bool]:

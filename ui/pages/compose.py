@@ -171,7 +171,7 @@ def _wire_where(page: Page) -> None:
                             [*where.outputs, method, many], **private)  # fmt: skip
     page.advice.follow.click(follow, [page.rack, page.advice.report, where.mode, method, where.canvas],
                              [page.rack, *where.outputs, method, many], **private)  # fmt: skip
-    advice.wire(page.advice, page.rack, page.form["prompt"])
+    advice.wire(page.advice, page.rack, page.form["prompt"], where.canvas)
     compose_regions.wire(where, page.form)
 
 
