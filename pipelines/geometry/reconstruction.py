@@ -72,7 +72,9 @@ class Reconstruction:
         for n in range(len(self.names)):
             values |= {f"image_{n}": self.images[n], f"depth_{n}": self.depth[n].astype(np.float32),
                        f"confidence_{n}": self.confidence[n].astype(np.float32)}  # fmt: skip
-        return files.write(file, lambda part: np.savez_compressed(part, **values))
+        with files.whole(file) as part, part.open("wb") as stream:  # a stream: numpy would add an ending to a name
+            np.savez_compressed(stream, **values)
+        return file
 
     @classmethod
     def load(cls, file: Path) -> Reconstruction:
