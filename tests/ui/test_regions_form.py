@@ -143,6 +143,14 @@ def test_pictures_of_a_comparison_carry_their_method(tmp_path: Path) -> None:
     assert {label for _, label in compose.captioned(job, made)} == {"Merge", "LoRA Composite"}
 
 
+def test_a_comparison_says_what_it_left_out(tmp_path: Path) -> None:
+    job = Job("1", "compare", "done", {}, 0.0, tmp_path, result={"skipped": {"switch": "not with <these>."}})
+    told = compose.left_out(job)
+    assert "LoRA Switch" in told
+    assert "not with &lt;these&gt;." in told
+    assert compose.left_out(Job("2", "compose", "running", {}, 0.0, tmp_path)) == ""
+
+
 def test_block_factors_are_read_as_they_are_written() -> None:
     row = {**rack.new_row(FOX), "blocks": "down_blocks.1: 0.5\n\nmid_block:2", "te_weight": "0.3"}
     (use,) = rack.uses([row], [FOX])

@@ -415,7 +415,7 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
     first = not shown or not shown[-1]
     grid = (job.result or {}).get("grid")
     return [
-        job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, ahead(job), preview(job)),
+        job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, ahead(job), preview(job)) + left_out(job),
         gr.update(value=captioned(job, pictures), visible=bool(pictures), columns=1 if len(pictures) == 1 else 2)
         if changed else gr.skip(),
         (str(pictures[0]) if pictures else "") if changed and first else gr.skip(),
@@ -425,6 +425,13 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
 
 
 ahead = job_panel.ahead
+
+
+def left_out(job: Job) -> str:
+    """The methods that a comparison could not use, with their reasons."""
+    skipped = (job.result or {}).get("skipped") or {}
+    told = "".join(f"<li>{markup.tag(_method_title(name))} {markup.text(why)}</li>" for name, why in skipped.items())
+    return f'<section class="as-left-out"><h3>Left out</h3><ul>{told}</ul></section>' if told else ""
 
 
 def preview(job: Job) -> str | None:
