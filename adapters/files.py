@@ -13,6 +13,9 @@ from safetensors import SafetensorError
 
 from adapters.errors import InputError
 
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 
 @contextmanager
 def whole(target: Path, sync: bool = True) -> Iterator[Path]:
@@ -30,8 +33,11 @@ def whole(target: Path, sync: bool = True) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        if sync:
-            _flush(part)
+        files = [part] if part.is_file() else [file for file in part.rglob("*") if file.is_file()]
+        for file in files:
+            file.chmod(0o666 & ~_UMASK)  # safetensors writes files that only their owner can read
+            if sync:
+                _flush(file)
         if part.is_dir() and target.is_dir():
             shutil.rmtree(target)
         part.replace(target)
@@ -59,11 +65,9 @@ def write_text(target: Path, text: str, sync: bool = False) -> Path:
     return write(target, lambda part: part.write_text(text, encoding="utf-8"), sync)
 
 
-def _flush(path: Path) -> None:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _remove(path: Path) -> None:

@@ -50,3 +50,13 @@ def test_writers_that_look_at_the_ending_find_it(tmp_path: Path) -> None:
     path = files.write(tmp_path / "a.pt", lambda part: torch.save({"x": torch.ones(1)}, part))
     assert names(tmp_path) == ["a.pt"]
     assert torch.load(path)["x"].item() == 1
+
+
+def test_safetensors_are_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    plain = tmp_path / "plain.txt"
+    plain.write_text("x")
+    made = files.write(tmp_path / "a.safetensors", lambda part: save_file({"a": torch.zeros(1)}, part))
+    assert made.stat().st_mode == plain.stat().st_mode
