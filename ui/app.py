@@ -75,8 +75,10 @@ def build() -> gr.Blocks:
 def _choosers(pages: _Pages) -> list[Any]:
     """Lists whose choices change with the library, in the order of :func:`_choices`."""
     distilling = pages.train.distill.form
-    return [pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
-            distilling["styles"], pages.language.base, pages.language.adapters, pages.reconstruct.form["adapter"]]  # fmt: skip
+    return [
+        pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
+        distilling["styles"], pages.language.base, pages.language.adapters, pages.reconstruct.form["adapter"],
+    ]  # fmt: skip
 
 
 def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
@@ -100,9 +102,12 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
     app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
     app.load(lambda: _latest("reconstruct", reconstruct.follow), None, pages.reconstruct.view, **_PRIVATE)
     app.load(polite(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
-    app.load(polite(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
+    listed = [
+        arriving(polite(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
+        for arriving in (app.load, pages.tabs.select)
+    ]
+    gr.on(pages.library.acts, None, cancels=listed, **_PRIVATE)  # an answer from before must not undo an act
     pages.tabs.select(go, None, [pages.jobs.timer, *choices], **_PRIVATE)
-    pages.tabs.select(polite(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
     pages.tabs.select(polite(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
     pages.tabs.select(None, None, None, js=_ADDRESS)
 
@@ -154,12 +159,16 @@ def _wire_crossings(pages: _Pages) -> None:
                  "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
         kind = "compose" if job.kind == "compare" else job.kind
-        follow = {"compose": compose.follow, "train-language": language.open_job,
-                  "reconstruct": reconstruct.follow}.get(kind, train.follow)
+        follow = {
+            "compose": compose.follow,
+            "train-language": language.open_job,
+            "reconstruct": reconstruct.follow,
+        }.get(kind, train.follow)
         shown[kind] = list(follow(job.id, ()))
         way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
         switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
-        tab = gr.Tabs(selected={"compose": "compose", "train-language": "language", "reconstruct": kind}.get(kind, "train"))
+        own_tab = {"compose": "compose", "train-language": "language", "reconstruct": kind}
+        tab = gr.Tabs(selected=own_tab.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
 
     base, prompt = target.form["base"], target.form["prompt"]

@@ -20,7 +20,6 @@ COMMANDS: dict[str, str] = {
     "train": "Train an adapter.",
     "chat": "Talk to a language model, with adapters.",
     "reconstruct": "Photos in, 3D out: cameras, points, self-calibration.",
-    "reconstruct": "Photos in, 3D out: cameras, points, self-calibration.",
     "demo": "Compose the shipped adapters with every method, side by side.",
     "methods": "List the methods and the papers they come from.",
     "library": "Adapters and base models: list, show, import, rename, delete.",

@@ -187,7 +187,6 @@ def test_library_use_rename_trash_restore(tab: Tab, tmp_path: Path) -> None:
 
     page = tab.open("library")
     page.wait_for_selector(".as-card-item:has-text('robot')")
-    page.wait_for_timeout(1000)  # what opening the page asked for is answered: it must not undo what follows
     page.click("#library-import > button")
     page.set_input_files("#import-file input[type=file]", str(lora(tmp_path / "lamp.safetensors", "lmp lamp", 7)))
     page.wait_for_selector("#import-file :text('lamp')")

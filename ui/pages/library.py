@@ -30,6 +30,8 @@ class Page:
     chosen: gr.State
     shelf: gr.Radio
     use: gr.Button
+    acts: list[Any]
+    """Events by which a person chooses or changes something."""
 
 
 def build() -> Page:
@@ -46,7 +48,9 @@ def build() -> Page:
             importing = _Import.draw()
         with gr.Column(scale=5, min_width=320, elem_id="library-detail", elem_classes="as-side"):
             detail = _Detail.draw()
-    page = Page([shelf, search, chosen], [cards, chosen, *detail.view], chosen, shelf, detail.use)
+    page = Page([shelf, search, chosen], [cards, chosen, *detail.view], chosen, shelf, detail.use, [])
+    page.acts += [cards.select, shelf.input, search.input, importing.button.click, detail.rename.click]
+    page.acts += [detail.trash.click, detail.restore.click, detail.empty_for_good.click]
     _wire_choosing(page, search, cards)
     _wire_import(page, importing)
     _wire_changes(page, detail)
