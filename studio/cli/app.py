@@ -33,6 +33,13 @@ COMMANDS: dict[str, str] = {
 }
 """Commands by name with one line of help; each is ``register(app)`` in the module ``studio.cli.<name>``."""
 
+TRAIN: dict[str, str] = {
+    "image": "Train a LoRA of a text-to-image model from a folder of pictures.",
+    "distill": "Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
+    "language": "Train a LoRA of a language model from rows of text.",
+}
+"""What can be trained; each is ``register(group, text)`` in the module ``studio.cli.train_<name>``."""
+
 _STOPPED = 130
 
 
@@ -60,9 +67,11 @@ def build(arguments: Sequence[str] = ()) -> typer.Typer:
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     )  # fmt: skip
     app.callback()(_root)
-    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    chosen, second, *_ = [*(word for word in arguments if not word.startswith("-")), "", ""]
     for name, text in COMMANDS.items():
-        if name == chosen:
+        if name == "train":
+            app.add_typer(_train_group(second if chosen == name else ""), name=name, help=text)
+        elif name == chosen:
             importlib.import_module(f"studio.cli.{name}").register(app)
         else:
             app.command(name, help=text)(_named_only(name))
@@ -83,6 +92,16 @@ def _root(
     ),
 ) -> None:
     """Adapter Studio: make, combine, check and use LoRA adapters."""
+
+
+def _train_group(chosen: str) -> typer.Typer:
+    group = typer.Typer(no_args_is_help=True)
+    for name, text in TRAIN.items():
+        if name == chosen:
+            importlib.import_module(f"studio.cli.train_{name}").register(group, text)
+        else:
+            group.command(name, help=text)(_named_only(name))
+    return group
 
 
 def _named_only(name: str) -> Callable[[], None]:

@@ -14,12 +14,10 @@ from studio.cli.schema_options import with_options
 from studio.schemas.base import read_yaml
 from studio.schemas.train_language import TrainLanguageConfig
 
-HELP = "Train a LoRA of a language model from rows of text."
 
-
-def register(group: typer.Typer) -> None:
-    """Add the command to the group ``train``."""
-    group.command("language", help=HELP)(with_options(TrainLanguageConfig)(language))
+def register(group: typer.Typer, text: str) -> None:
+    """Add the command to the group ``train``; ``text`` is its help."""
+    group.command("language", help=text)(with_options(TrainLanguageConfig)(language))
 
 
 def language(

@@ -14,12 +14,10 @@ from studio.cli.schema_options import with_options
 from studio.schemas.base import read_yaml
 from studio.schemas.distill import DistillConfig
 
-HELP = "Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA."
 
-
-def register(group: typer.Typer) -> None:
-    """Add the command to the group ``train``."""
-    group.command("distill", help=HELP)(with_options(DistillConfig)(distill))
+def register(group: typer.Typer, text: str) -> None:
+    """Add the command to the group ``train``; ``text`` is its help."""
+    group.command("distill", help=text)(with_options(DistillConfig)(distill))
 
 
 def distill(

@@ -1,4 +1,4 @@
-"""``studio train``: adapters from data."""
+"""``studio train image``: a LoRA of a text-to-image model from pictures."""
 
 from __future__ import annotations
 
@@ -8,27 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from studio import hush
-from studio.cli import distill, launch, train_language, training_run
+from studio.cli import launch, training_run
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
 from studio.schemas.base import read_yaml
 from studio.schemas.train_image import TrainImageConfig
 
 
-def register(app: typer.Typer) -> None:
-    """Add the group."""
-    group = typer.Typer(help="Train an adapter.", no_args_is_help=True)
-    group.callback()(_group)
-    group.command("image", help="Train a LoRA of a text-to-image model from a folder of pictures.")(
-        with_options(TrainImageConfig)(image)
-    )
-    distill.register(group)
-    train_language.register(group)
-    app.add_typer(group, name="train")
-
-
-def _group() -> None:
-    """Train an adapter."""
+def register(group: typer.Typer, text: str) -> None:
+    """Add the command to the group ``train``; ``text`` is its help."""
+    group.command("image", help=text)(with_options(TrainImageConfig)(image))
 
 
 def image(
