@@ -50,7 +50,7 @@ RESULTS = Path(__file__).parent / "results"
 BASE = ROOT / "assets/models/tinymoji"
 STEPS = 20
 LONG = 30
-CONCEPTS = ("fox", "ghost", "cactus")
+CONCEPTS = ("fox", "robot", "cactus")
 SIZES = (16, 32, 48)
 """Sides of the latents that are timed; the base draws at 16."""
 
