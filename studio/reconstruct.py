@@ -23,9 +23,9 @@ EXPORTS = ("glb", "ply", "colmap", "nerfstudio", "npz")
 
 def licence(model: str) -> str:
     """The licence of weights, to be shown before they are used."""
-    from pipelines.geometry import checkpoints
+    from pipelines.geometry.licence import licence_of
 
-    return checkpoints.licence_of(resolve(model))
+    return licence_of(resolve(model))
 
 
 def resolve(model: str) -> str:

@@ -22,13 +22,8 @@ import torch
 from torch import Tensor
 
 from adapters.errors import InputError
+from pipelines.geometry.licence import PUBLIC, licence_by_name, licence_of
 from pipelines.geometry.network import NetworkConfig, PointmapNetwork
-
-NONCOMMERCIAL = "CC BY-NC-SA 4.0: not for commercial use"
-PUBLIC = {
-    f"naver/DUSt3R_ViTLarge_BaseDecoder_{size}": NONCOMMERCIAL for size in ("224_linear", "512_linear", "512_dpt")
-}
-"""Public checkpoints and the licence of their weights."""
 
 _KNOWN = {
     "img_size", "patch_size", "enc_embed_dim", "enc_depth", "enc_num_heads", "dec_embed_dim", "dec_depth",
@@ -64,7 +59,7 @@ def open_checkpoint(source: str | Path, device: Any = "cpu") -> Checkpoint:
         file = place / "model.safetensors"
     elif place.is_file():
         config, tensors = _pth(place)
-        file, licence = place, _licence_of(place.name)
+        file, licence = place, licence_by_name(place.name)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         folder = _download(str(source))
         config, tensors, licence = _folder(folder)
@@ -74,23 +69,6 @@ def open_checkpoint(source: str | Path, device: Any = "cpu") -> Checkpoint:
     notes: list[str] = []
     network = build(config, tensors, notes)
     return Checkpoint(network.to(device).eval(), place.name, sha256_of(file), licence, tuple(notes))
-
-
-def licence_of(source: str | Path) -> str:
-    """The licence of weights, known before they are loaded."""
-    place = Path(source)
-    if (place / "config.json").is_file():
-        try:
-            said = json.loads((place / "config.json").read_text("utf-8")).get("licence", "")
-        except ValueError:
-            said = ""
-        return str(said) or _licence_of(place.name)
-    return PUBLIC.get(str(source)) or _licence_of(place.name)
-
-
-def _licence_of(name: str) -> str:
-    known = any(word in name.lower() for word in ("dust3r_vit", "mast3r", "croco"))
-    return NONCOMMERCIAL if known else "unknown: ask whoever made these weights"
 
 
 def sha256_of(file: Path) -> str:

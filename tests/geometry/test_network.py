@@ -19,6 +19,7 @@ from assets.build.dust3r import initialise
 from pipelines.geometry import checkpoints, estimate
 from pipelines.geometry.images import Affine, Photo
 from pipelines.geometry.inference import predict
+from pipelines.geometry.licence import licence_of
 from pipelines.geometry.network import TINY, NetworkConfig, PointmapNetwork, points_of, rotate
 from pipelines.geometry.pairs import make_pairs
 
@@ -236,7 +237,7 @@ def test_broken_folders_are_sentences(tmp_path: Path) -> None:
 
 
 def test_public_weights_are_named_non_commercial() -> None:
-    assert "not for commercial" in checkpoints.licence_of("naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt")
+    assert "not for commercial" in licence_of("naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt")
 
 
 def test_the_estimate_counts_what_the_paper_states() -> None:

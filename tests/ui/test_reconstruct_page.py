@@ -18,7 +18,7 @@ def test_the_sample_scene_from_pictures_to_a_file(tab: Tab, tmp_path: Path) -> N
     page.click("#reconstruct-start")
     page.wait_for_selector("text=There are no pictures yet")
     page.click("#reconstruct-sample")
-    page.wait_for_selector("#reconstruct-drop :text('room-0.png')")
+    page.wait_for_selector("#reconstruct-drop :text('room-0')")
     page.click("text=Advanced >> visible=true")
     page.fill("#reconstruct-steps input", "12")
     page.click("#reconstruct-start")

@@ -1,0 +1,30 @@
+"""Licences of weights: known before they are loaded, and without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+NONCOMMERCIAL = "CC BY-NC-SA 4.0: not for commercial use"
+PUBLIC = {
+    f"naver/DUSt3R_ViTLarge_BaseDecoder_{size}": NONCOMMERCIAL for size in ("224_linear", "512_linear", "512_dpt")
+}
+"""Public checkpoints and the licence of their weights."""
+
+
+def licence_of(source: str | Path) -> str:
+    """The licence of weights, known before they are loaded."""
+    place = Path(source)
+    if (place / "config.json").is_file():
+        try:
+            said = json.loads((place / "config.json").read_text("utf-8")).get("licence", "")
+        except ValueError:
+            said = ""
+        return str(said) or licence_by_name(place.name)
+    return PUBLIC.get(str(source)) or licence_by_name(place.name)
+
+
+def licence_by_name(name: str) -> str:
+    """The licence that a file or folder of this name most likely has."""
+    known = any(word in name.lower() for word in ("dust3r_vit", "mast3r", "croco"))
+    return NONCOMMERCIAL if known else "unknown: ask whoever made these weights"
