@@ -6,37 +6,28 @@ help and limits; only defaults differ.
 
 from __future__ import annotations
 
-import copy
 import math
-import re
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from studio.schemas import rules
 from studio.schemas.compose import ModelChoice
-from studio.schemas.train_image import LrSchedule, Optimizer, TrainImageConfig
+from studio.schemas.train_image import LrSchedule, Optimizer, TrainImageConfig, as_in_image, option
 
 Objective = Literal["guidance", "consistency"]
 GuidanceMode = Literal["fixed", "strength", "embedding"]
 
-_GUIDANCE: dict[str, Any] = {"group": "Guidance", "advanced": False}
-_GUIDANCE_MORE: dict[str, Any] = {"group": "Guidance", "advanced": True}
-_STATES: dict[str, Any] = {"group": "What it practises on", "advanced": False}
-_STATES_MORE: dict[str, Any] = {"group": "What it practises on", "advanced": True}
-_STEPS: dict[str, Any] = {"group": "Few steps", "advanced": False}
-_STEPS_MORE: dict[str, Any] = {"group": "Few steps", "advanced": True}
-
-
-def _as_in_image(name: str, **changes: Any) -> Any:
-    """A field of the image trainer, with other defaults or words."""
-    field = copy.copy(TrainImageConfig.model_fields[name])
-    for key, value in changes.items():
-        setattr(field, key, value)
-    return field
+_GUIDANCE = option("Guidance")
+_GUIDANCE_MORE = option("Guidance", advanced=True)
+_STATES = option("What it practises on")
+_STATES_MORE = option("What it practises on", advanced=True)
+_STEPS = option("Few steps")
+_STEPS_MORE = option("Few steps", advanced=True)
 
 
 def _in_group(name: str, group: dict[str, Any], **changes: Any) -> Any:
-    return _as_in_image(name, json_schema_extra=group, **changes)
+    return as_in_image(name, json_schema_extra=group, **changes)
 
 
 class DistillConfig(ModelChoice):
@@ -145,47 +136,47 @@ class DistillConfig(ModelChoice):
     )
 
     # ---------------------------------------------------------------- as in the image trainer
-    rank: int = _as_in_image("rank", default=64)
-    alpha: float | None = _as_in_image("alpha")
-    targets: Literal["attention", "attention-mlp", "linear", "all"] = _as_in_image("targets", default="all")
-    target_regex: str = _as_in_image("target_regex")
-    exclude_regex: str = _as_in_image("exclude_regex")
-    continue_from: str = _as_in_image("continue_from")
+    rank: int = as_in_image("rank", default=64)
+    alpha: float | None = as_in_image("alpha")
+    targets: Literal["attention", "attention-mlp", "linear", "all"] = as_in_image("targets", default="all")
+    target_regex: str = as_in_image("target_regex")
+    exclude_regex: str = as_in_image("exclude_regex")
+    continue_from: str = as_in_image("continue_from")
 
-    optimizer: Optimizer = _as_in_image("optimizer")
-    learning_rate: float = _as_in_image("learning_rate")
-    weight_decay: float = _as_in_image("weight_decay", default=0.0)
-    beta1: float = _as_in_image("beta1")
-    beta2: float = _as_in_image("beta2")
-    epsilon: float = _as_in_image("epsilon")
-    max_grad_norm: float = _as_in_image("max_grad_norm")
-    seed: int = _as_in_image("seed")
+    optimizer: Optimizer = as_in_image("optimizer")
+    learning_rate: float = as_in_image("learning_rate")
+    weight_decay: float = as_in_image("weight_decay", default=0.0)
+    beta1: float = as_in_image("beta1")
+    beta2: float = as_in_image("beta2")
+    epsilon: float = as_in_image("epsilon")
+    max_grad_norm: float = as_in_image("max_grad_norm")
+    seed: int = as_in_image("seed")
 
-    steps: int = _as_in_image("steps")
-    batch_size: int = _as_in_image("batch_size", default=16)
-    gradient_accumulation: int = _as_in_image("gradient_accumulation")
-    lr_schedule: LrSchedule = _as_in_image("lr_schedule")
-    warmup_steps: int = _as_in_image("warmup_steps")
-    warmup_ratio: float = _as_in_image("warmup_ratio", default=0.1)
-    min_lr_ratio: float = _as_in_image("min_lr_ratio")
+    steps: int = as_in_image("steps")
+    batch_size: int = as_in_image("batch_size", default=16)
+    gradient_accumulation: int = as_in_image("gradient_accumulation")
+    lr_schedule: LrSchedule = as_in_image("lr_schedule")
+    warmup_steps: int = as_in_image("warmup_steps")
+    warmup_ratio: float = as_in_image("warmup_ratio", default=0.1)
+    min_lr_ratio: float = as_in_image("min_lr_ratio")
 
-    cache_folder: str = _as_in_image("cache_folder")
-    gradient_checkpointing: bool = _as_in_image("gradient_checkpointing")
-    tf32: bool = _as_in_image("tf32")
+    cache_folder: str = as_in_image("cache_folder")
+    gradient_checkpointing: bool = as_in_image("gradient_checkpointing")
+    tf32: bool = as_in_image("tf32")
 
-    ema: bool = _as_in_image("ema")
-    ema_decay: float = _as_in_image("ema_decay")
-    sample_prompts: list[str] = _as_in_image("sample_prompts", description="Prompts drawn during training.")
-    sample_every: int = _as_in_image("sample_every")
-    sample_steps: int = _as_in_image("sample_steps")
-    sample_seed: int = _as_in_image("sample_seed")
-    save_every: int = _as_in_image("save_every")
-    keep_last: int = _as_in_image("keep_last")
-    checkpoint_every: int = _as_in_image("checkpoint_every")
-    keep_checkpoints: int = _as_in_image("keep_checkpoints")
-    export: list[Literal["diffusers", "peft", "kohya"]] = _as_in_image("export")
-    save_dtype: Literal["fp32", "fp16", "bf16"] = _as_in_image("save_dtype")
-    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = _as_in_image("tracker")
+    ema: bool = as_in_image("ema")
+    ema_decay: float = as_in_image("ema_decay")
+    sample_prompts: list[str] = as_in_image("sample_prompts", description="Prompts drawn during training.")
+    sample_every: int = as_in_image("sample_every")
+    sample_steps: int = as_in_image("sample_steps")
+    sample_seed: int = as_in_image("sample_seed")
+    save_every: int = as_in_image("save_every")
+    keep_last: int = as_in_image("keep_last")
+    checkpoint_every: int = as_in_image("checkpoint_every")
+    keep_checkpoints: int = as_in_image("keep_checkpoints")
+    export: list[Literal["diffusers", "peft", "kohya"]] = as_in_image("export")
+    save_dtype: Literal["fp32", "fp16", "bf16"] = as_in_image("save_dtype")
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = as_in_image("tracker")
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -200,12 +191,7 @@ class DistillConfig(ModelChoice):
         return TrainImageConfig.model_validate({**shared, "mode": "captioned"})
 
     # ---------------------------------------------------------------- rules between fields
-    @field_validator("name")
-    @classmethod
-    def _file_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w][\w .+-]*", value):
-            raise ValueError("a name has letters, digits, spaces and . _ + - only, and starts with a letter or digit")
-        return value
+    _file_name = field_validator("name")(rules.file_name)
 
     @field_validator("guidance")
     @classmethod
@@ -216,9 +202,7 @@ class DistillConfig(ModelChoice):
 
     @model_validator(mode="after")
     def _combinations(self) -> DistillConfig:
-        for broken, sentence in _REFUSED:
-            if broken(self):
-                raise ValueError(sentence)
+        rules.refuse(self, _REFUSED)
         self.training()  # what the image trainer refuses
         return self
 
@@ -226,7 +210,7 @@ class DistillConfig(ModelChoice):
 _SHARED = frozenset(TrainImageConfig.model_fields) - {"guidance"}
 """Fields with the image trainer's meaning; its ``guidance`` is another one (the value Flux takes as an input)."""
 
-_REFUSED: list[tuple[Any, str]] = [
+_REFUSED: list[rules.Refusal] = [
     (
         lambda c: c.objective == "consistency" and c.guidance_mode == "strength",
         "the path of few steps is not linear in the guidance: choose guidance_mode fixed or embedding",

@@ -6,13 +6,13 @@ section of the form, ``advanced`` hides a field until it is asked for.
 
 from __future__ import annotations
 
-import math
+import copy
 import re
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from studio.schemas import combinations
+from studio.schemas import combinations, rules
 from studio.schemas.compose import ModelChoice
 from studio.schemas.method import MethodFields
 
@@ -22,24 +22,25 @@ LrSchedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynom
 Export = Literal["diffusers", "peft", "kohya"]
 
 
-def _option(group: str, advanced: bool = False) -> dict[str, Any]:
+def option(group: str, advanced: bool = False) -> dict[str, Any]:
+    """What the form knows of a field."""
     return {"group": group, "advanced": advanced}
 
 
-_DATA = _option("Data")
-_DATA_MORE = _option("Data", advanced=True)
-_ADAPTER = _option("Adapter")
-_ADAPTER_MORE = _option("Adapter", advanced=True)
-_OPTIMISER = _option("Optimiser")
-_OPTIMISER_MORE = _option("Optimiser", advanced=True)
-_SCHEDULE = _option("Schedule")
-_SCHEDULE_MORE = _option("Schedule", advanced=True)
-_LOSS = _option("Noise and loss")
-_LOSS_MORE = _option("Noise and loss", advanced=True)
-_MEMORY = _option("Memory and speed")
-_MEMORY_MORE = _option("Memory and speed", advanced=True)
-_OUTPUT = _option("Samples and saving")
-_OUTPUT_MORE = _option("Samples and saving", advanced=True)
+_DATA = option("Data")
+_DATA_MORE = option("Data", advanced=True)
+_ADAPTER = option("Adapter")
+_ADAPTER_MORE = option("Adapter", advanced=True)
+_OPTIMISER = option("Optimiser")
+_OPTIMISER_MORE = option("Optimiser", advanced=True)
+_SCHEDULE = option("Schedule")
+_SCHEDULE_MORE = option("Schedule", advanced=True)
+_LOSS = option("Noise and loss")
+_LOSS_MORE = option("Noise and loss", advanced=True)
+_MEMORY = option("Memory and speed")
+_MEMORY_MORE = option("Memory and speed", advanced=True)
+_OUTPUT = option("Samples and saving")
+_OUTPUT_MORE = option("Samples and saving", advanced=True)
 
 
 class TrainImageConfig(MethodFields, ModelChoice):
@@ -408,28 +409,9 @@ class TrainImageConfig(MethodFields, ModelChoice):
     )
 
     # ---------------------------------------------------------------- rules between fields
-    @field_validator("name")
-    @classmethod
-    def _file_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w][\w .+-]*", value):
-            raise ValueError("a name has letters, digits, spaces and . _ + - only, and starts with a letter or digit")
-        return value
-
-    @field_validator("learning_rate", "text_encoder_learning_rate")
-    @classmethod
-    def _positive_rate(cls, value: float | None) -> float | None:
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError("a learning rate must be a finite number above 0")
-        return value
-
-    @field_validator("target_regex", "exclude_regex")
-    @classmethod
-    def _valid_regex(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return value
+    _file_name = field_validator("name")(rules.file_name)
+    _positive_rate = field_validator("learning_rate", "text_encoder_learning_rate")(rules.learning_rate)
+    _valid_regex = field_validator("target_regex", "exclude_regex")(rules.regular_expression)
 
     @field_validator("caption_template", "instance_prompt")
     @classmethod
@@ -441,16 +423,14 @@ class TrainImageConfig(MethodFields, ModelChoice):
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainImageConfig:
-        for broken, sentence in _REFUSED:
-            if broken(self):
-                raise ValueError(sentence)
+        rules.refuse(self, _REFUSED)
         refused = combinations.refusal(self)
         if refused:
             raise ValueError(refused)
         return self
 
 
-_REFUSED: list[tuple[Any, str]] = [
+_REFUSED: list[rules.Refusal] = [
     (
         lambda c: c.mode in ("concept", "style") and not c.trigger and not c.instance_prompt,
         "a concept or style needs a trigger word (or an instance_prompt) that calls it",
@@ -489,3 +469,11 @@ _REFUSED: list[tuple[Any, str]] = [
         "text_encoder_stop is for train_text_encoder: switch that on or leave the stop empty",
     ),
 ]
+
+
+def as_in_image(name: str, **changes: Any) -> Any:
+    """A field of the image trainer for another schema, with what ``changes`` says otherwise (default, words, group)."""
+    field = copy.copy(TrainImageConfig.model_fields[name])
+    for key, value in changes.items():
+        setattr(field, key, value)
+    return field

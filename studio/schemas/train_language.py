@@ -5,39 +5,30 @@ Flat like the image schema: one field is one YAML key, one command line flag and
 
 from __future__ import annotations
 
-import math
-import re
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from studio.schemas import combinations
+from studio.schemas import combinations, rules
 from studio.schemas.base import JobConfig
 from studio.schemas.method import MethodFields, RegulariserFields
+from studio.schemas.train_image import LrSchedule, Optimizer, as_in_image, option
 
 Task = Literal["causal", "classification", "masked"]
-Optimizer = Literal["adamw", "adamw8bit", "adafactor", "sgd", "prodigy", "schedulefree-adamw"]
-LrSchedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"]
-
-
-def _option(group: str, advanced: bool = False) -> dict[str, Any]:
-    return {"group": group, "advanced": advanced}
-
-
-_MODEL = _option("Model")
-_MODEL_MORE = _option("Model", advanced=True)
-_DATA = _option("Data")
-_DATA_MORE = _option("Data", advanced=True)
-_ADAPTER = _option("Adapter")
-_ADAPTER_MORE = _option("Adapter", advanced=True)
-_OPTIMISER = _option("Optimiser")
-_OPTIMISER_MORE = _option("Optimiser", advanced=True)
-_SCHEDULE = _option("Schedule")
-_SCHEDULE_MORE = _option("Schedule", advanced=True)
-_MEMORY = _option("Memory and speed")
-_MEMORY_MORE = _option("Memory and speed", advanced=True)
-_OUTPUT = _option("Samples and saving")
-_OUTPUT_MORE = _option("Samples and saving", advanced=True)
+_MODEL = option("Model")
+_MODEL_MORE = option("Model", advanced=True)
+_DATA = option("Data")
+_DATA_MORE = option("Data", advanced=True)
+_ADAPTER = option("Adapter")
+_ADAPTER_MORE = option("Adapter", advanced=True)
+_OPTIMISER = option("Optimiser")
+_OPTIMISER_MORE = option("Optimiser", advanced=True)
+_SCHEDULE = option("Schedule")
+_SCHEDULE_MORE = option("Schedule", advanced=True)
+_MEMORY = option("Memory and speed")
+_MEMORY_MORE = option("Memory and speed", advanced=True)
+_OUTPUT = option("Samples and saving")
+_OUTPUT_MORE = option("Samples and saving", advanced=True)
 
 
 class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
@@ -65,7 +56,7 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     )
 
     # ---------------------------------------------------------------- Data
-    name: str = Field("adapter", description="Name of the adapter that is made.", json_schema_extra=_DATA)
+    name: str = as_in_image("name")
     task: Task = Field(
         "causal",
         description="causal: learn to answer or to write; classification: tell labels apart; masked: fill gaps (BERT).",
@@ -85,8 +76,8 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     limit: int | None = Field(
         None, ge=1, description="Use the first so many rows only; empty = all.", json_schema_extra=_DATA_MORE
     )
-    skip_broken: bool = Field(
-        False, description="Leave unreadable rows out instead of refusing the file.", json_schema_extra=_DATA_MORE
+    skip_broken: bool = as_in_image(
+        "skip_broken", description="Leave unreadable rows out instead of refusing the file."
     )
     system_prompt: str = Field(
         "", description="System message put before conversations that have none.", json_schema_extra=_DATA
@@ -135,7 +126,7 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     )
 
     # ---------------------------------------------------------------- Adapter
-    rank: int = Field(8, ge=1, description="Rank of the low-rank pair.", json_schema_extra=_ADAPTER)
+    rank: int = as_in_image("rank", default=8, description="Rank of the low-rank pair.")
     alpha: float | None = Field(
         None, gt=0, description="Numerator of the scale alpha / rank; empty = rank.", json_schema_extra=_ADAPTER_MORE
     )
@@ -144,161 +135,81 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
         description="Layers that get an adapter: attention projections, or every linear layer except the head.",
         json_schema_extra=_ADAPTER,
     )
-    target_regex: str = Field(
-        "", description="Instead: regular expression over whole module names.", json_schema_extra=_ADAPTER_MORE
-    )
-    exclude_regex: str = Field(
-        "", description="Leave out modules whose whole name matches.", json_schema_extra=_ADAPTER_MORE
-    )
-    rank_pattern: dict[str, int] = Field(
-        default_factory=dict, description="Rank by module name pattern.", json_schema_extra=_ADAPTER_MORE
-    )
-    alpha_pattern: dict[str, float] = Field(
-        default_factory=dict, description="Alpha by module name pattern.", json_schema_extra=_ADAPTER_MORE
-    )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout in front of the low-rank pair.", json_schema_extra=_ADAPTER_MORE
-    )
-    use_rslora: bool = Field(
-        False, description="Rank-stabilised scale: alpha / sqrt(rank).", json_schema_extra=_ADAPTER_MORE
-    )
-    use_dora: bool = Field(
-        False, description="DoRA: direction and magnitude learn separately.", json_schema_extra=_ADAPTER_MORE
-    )
-    continue_from: str = Field(
-        "",
-        description="Start from this adapter (library name or folder) instead of from zero.",
-        json_schema_extra=_ADAPTER_MORE,
+    target_regex: str = as_in_image("target_regex", description="Instead: regular expression over whole module names.")
+    exclude_regex: str = as_in_image("exclude_regex", description="Leave out modules whose whole name matches.")
+    rank_pattern: dict[str, int] = as_in_image("rank_pattern", description="Rank by module name pattern.")
+    alpha_pattern: dict[str, float] = as_in_image("alpha_pattern")
+    dropout: float = as_in_image("dropout")
+    use_rslora: bool = as_in_image("use_rslora")
+    use_dora: bool = as_in_image("use_dora")
+    continue_from: str = as_in_image(
+        "continue_from", description="Start from this adapter (library name or folder) instead of from zero."
     )
 
     # ---------------------------------------------------------------- Optimiser
-    optimizer: Optimizer = Field("adamw", description="Optimiser.", json_schema_extra=_OPTIMISER)
-    learning_rate: float = Field(
-        2e-4, description="Learning rate (prodigy: a factor, use 1).", json_schema_extra=_OPTIMISER
-    )
-    loraplus_ratio: float = Field(
-        1.0, gt=0, description="LoRA+: learning rate of B over that of A.", json_schema_extra=_OPTIMISER_MORE
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay.", json_schema_extra=_OPTIMISER_MORE)
-    beta1: float = Field(
-        0.9, ge=0, lt=1, description="First moment decay (momentum of sgd).", json_schema_extra=_OPTIMISER_MORE
-    )
-    beta2: float = Field(0.999, ge=0, lt=1, description="Second moment decay.", json_schema_extra=_OPTIMISER_MORE)
-    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.", json_schema_extra=_OPTIMISER_MORE)
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="Gradients are clipped to this norm; 0 = not.", json_schema_extra=_OPTIMISER_MORE
-    )
+    optimizer: Optimizer = as_in_image("optimizer")
+    learning_rate: float = as_in_image("learning_rate", default=2e-4)
+    loraplus_ratio: float = as_in_image("loraplus_ratio")
+    weight_decay: float = as_in_image("weight_decay", default=0.0)
+    beta1: float = as_in_image("beta1")
+    beta2: float = as_in_image("beta2")
+    epsilon: float = as_in_image("epsilon")
+    max_grad_norm: float = as_in_image("max_grad_norm")
     neftune_alpha: float | None = Field(
         None,
         gt=0,
         description="NEFTune: noise on the embeddings while training (5 is usual); empty = none.",
         json_schema_extra=_OPTIMISER_MORE,
     )
-    seed: int = Field(0, ge=0, description="Start of every random number of the run.", json_schema_extra=_OPTIMISER)
+    seed: int = as_in_image("seed")
 
     # ---------------------------------------------------------------- Schedule
-    steps: int = Field(300, ge=1, description="Optimiser steps.", json_schema_extra=_SCHEDULE)
-    epochs: int | None = Field(
-        None, ge=1, description="Passes over the data; when given, replaces steps.", json_schema_extra=_SCHEDULE
-    )
-    batch_size: int = Field(8, ge=1, description="Samples per forward pass and process.", json_schema_extra=_SCHEDULE)
-    gradient_accumulation: int = Field(
-        1, ge=1, description="Forward passes per optimiser step.", json_schema_extra=_SCHEDULE
-    )
-    lr_schedule: LrSchedule = Field(
-        "cosine", description="How the learning rate moves after the warm-up.", json_schema_extra=_SCHEDULE
-    )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.", json_schema_extra=_SCHEDULE_MORE)
-    warmup_ratio: float = Field(
-        0.03,
-        ge=0,
-        lt=1,
-        description="Warm-up as a share of all steps, when warmup_steps is 0.",
-        json_schema_extra=_SCHEDULE_MORE,
-    )
-    min_lr_ratio: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="The schedule ends at this share of the learning rate.",
-        json_schema_extra=_SCHEDULE_MORE,
-    )
-    lr_cycles: int = Field(1, ge=1, description="cosine-restarts: how many.", json_schema_extra=_SCHEDULE_MORE)
-    lr_power: float = Field(1.0, gt=0, description="polynomial: the power.", json_schema_extra=_SCHEDULE_MORE)
+    steps: int = as_in_image("steps", default=300)
+    epochs: int | None = as_in_image("epochs")
+    batch_size: int = as_in_image("batch_size", default=8, description="Samples per forward pass and process.")
+    gradient_accumulation: int = as_in_image("gradient_accumulation")
+    lr_schedule: LrSchedule = as_in_image("lr_schedule")
+    warmup_steps: int = as_in_image("warmup_steps")
+    warmup_ratio: float = as_in_image("warmup_ratio", default=0.03)
+    min_lr_ratio: float = as_in_image("min_lr_ratio")
+    lr_cycles: int = as_in_image("lr_cycles")
+    lr_power: float = as_in_image("lr_power")
 
     # ---------------------------------------------------------------- Memory and speed
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute instead of remembering: less memory, about a third more time.",
-        json_schema_extra=_MEMORY,
-    )
-    tf32: bool = Field(True, description="Fast fp32 products on Nvidia GPUs.", json_schema_extra=_MEMORY_MORE)
-    workers: int = Field(0, ge=0, description="Processes that prepare batches.", json_schema_extra=_MEMORY_MORE)
+    gradient_checkpointing: bool = as_in_image("gradient_checkpointing")
+    tf32: bool = as_in_image("tf32")
+    workers: int = as_in_image("workers", description="Processes that prepare batches.")
 
     # ---------------------------------------------------------------- Samples and saving
-    sample_prompts: list[str] = Field(
-        default_factory=list,
-        description="Questions (causal) or texts (classification, masked) answered during training.",
-        json_schema_extra=_OUTPUT,
+    sample_prompts: list[str] = as_in_image(
+        "sample_prompts", description="Questions (causal) or texts (classification, masked) answered during training."
     )
-    sample_every: int = Field(
-        0, ge=0, description="Answer them every so many steps; 0 = only at the end.", json_schema_extra=_OUTPUT
-    )
-    sample_at_start: bool = Field(False, description="Also before the first step.", json_schema_extra=_OUTPUT_MORE)
+    sample_every: int = as_in_image("sample_every", description="Answer them every so many steps; 0 = only at the end.")
+    sample_at_start: bool = as_in_image("sample_at_start", description="Also before the first step.")
     sample_tokens: int = Field(48, ge=1, description="Most tokens of a sample answer.", json_schema_extra=_OUTPUT_MORE)
-    validation_every: int = Field(
-        50, ge=1, description="Steps between measurements, when rows are kept out.", json_schema_extra=_OUTPUT_MORE
+    validation_every: int = as_in_image(
+        "validation_every", description="Steps between measurements, when rows are kept out."
     )
-    checkpoint_every: int = Field(
-        250,
-        ge=0,
-        description="Steps between checkpoints a run can be resumed from; 0 = only when cancelled.",
-        json_schema_extra=_OUTPUT,
-    )
-    keep_checkpoints: int = Field(1, ge=1, description="How many checkpoints are kept.", json_schema_extra=_OUTPUT_MORE)
-    save_dtype: Literal["fp32", "fp16", "bf16"] = Field(
-        "fp32", description="Precision of the saved adapter.", json_schema_extra=_OUTPUT_MORE
-    )
-    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = Field(
-        "none", description="Also log to this tracker.", json_schema_extra=_OUTPUT_MORE
-    )
+    checkpoint_every: int = as_in_image("checkpoint_every")
+    keep_checkpoints: int = as_in_image("keep_checkpoints")
+    save_dtype: Literal["fp32", "fp16", "bf16"] = as_in_image("save_dtype")
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = as_in_image("tracker")
 
     # ---------------------------------------------------------------- rules between fields
-    @field_validator("name")
-    @classmethod
-    def _file_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w][\w .+-]*", value):
-            raise ValueError("a name has letters, digits, spaces and . _ + - only, and starts with a letter or digit")
-        return value
-
-    @field_validator("learning_rate")
-    @classmethod
-    def _positive_rate(cls, value: float) -> float:
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError("a learning rate must be a finite number above 0")
-        return value
-
-    @field_validator("target_regex", "exclude_regex")
-    @classmethod
-    def _valid_regex(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return value
+    _file_name = field_validator("name")(rules.file_name)
+    _positive_rate = field_validator("learning_rate")(rules.learning_rate)
+    _valid_regex = field_validator("target_regex", "exclude_regex")(rules.regular_expression)
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainLanguageConfig:
-        for broken, sentence in _REFUSED:
-            if broken(self):
-                raise ValueError(sentence)
+        rules.refuse(self, _REFUSED)
         refused = combinations.refusal(self)
         if refused:
             raise ValueError(refused)
         return self
 
 
-_REFUSED: list[tuple[Any, str]] = [
+_REFUSED: list[rules.Refusal] = [
     (lambda c: not c.data.strip(), "name a file of rows (or a hub id) in data"),
     (
         lambda c: c.packing and c.task != "causal",
