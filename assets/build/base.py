@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from adapters import files
 from assets.build import latents as cache
-from assets.build import text
+from assets.build import grounding, text
 from assets.build.common import Average, autocast, build_dir, gradient_norm, pick_device, write_json
 
 DROPOUT = 0.1
@@ -122,6 +122,8 @@ class Scenes:
         self.arrays: list[np.ndarray] = []
         self.tokens = np.zeros((0, text.LENGTH), np.int64)
         self.counts = np.zeros(0, np.int64)
+        self.marks = np.zeros((0, grounding.MOST, text.LENGTH), bool)
+        self.boxes = np.zeros((0, grounding.MOST, 4), np.float32)
         self.look()
 
     def look(self) -> None:
@@ -131,25 +133,33 @@ class Scenes:
                 array, records = cache.load_shard(found)
                 self.known.append(found)
                 self.arrays.append(array)
-                ids = text.encode([str(record["caption"]) for record in records])
-                self.tokens = np.concatenate([self.tokens, ids])
-                counts = [len(record["subjects"]) for record in records]  # type: ignore[arg-type]
-                self.counts = np.concatenate([self.counts, np.asarray(counts, np.int64)])
+                captions = [str(record["caption"]) for record in records]
+                subjects: list[Any] = [record["subjects"] for record in records]
+                names = [[s["concept"] for s in scene] for scene in subjects]
+                marks = grounding.subject_tokens(text.tokenizer(), captions, names, text.LENGTH)
+                self.tokens = np.concatenate([self.tokens, text.encode(captions)])
+                self.counts = np.concatenate([self.counts, np.asarray([len(s) for s in subjects], np.int64)])
+                self.marks = np.concatenate([self.marks, marks])
+                self.boxes = np.concatenate([self.boxes, np.stack([grounding.boxes_of(s) for s in subjects])])
         if not self.known:
             raise FileNotFoundError("no cached latents: run `python -m assets.build.latents`")
 
-    def draw(self, rng: np.random.Generator, size: int, mix: Sequence[float]) -> tuple[Tensor, Tensor]:
+    def draw(self, rng: np.random.Generator, size: int, mix: Sequence[float]) -> tuple[Tensor, ...]:
         """Draw ``size`` scenes; ``mix`` are the shares of one, two and three subjects.
 
-        Returns latents fp32 ``(size, 4, 16, 16)`` and token ids ``(size, LENGTH)``, some emptied.
+        Returns latents fp32 ``(size, 4, 16, 16)``, token ids ``(size, LENGTH)``, some emptied, and for
+        :func:`grounding.grounding_loss` the tokens of each subject and their boxes.
         """
         share = np.asarray(mix, float)[self.counts - 1] / np.bincount(self.counts, minlength=4)[self.counts]
         picked = np.searchsorted(np.cumsum(share), rng.random(size) * share.sum())
         picked = np.minimum(picked, len(share) - 1)
         values = np.stack([self.arrays[i // cache.SHARD][i % cache.SHARD] for i in picked])
         tokens = self.tokens[picked]
-        tokens[rng.random(size) < DROPOUT] = text.encode([""])[0]
-        return torch.from_numpy(values).float(), torch.from_numpy(tokens)
+        marks = self.marks[picked]
+        emptied = rng.random(size) < DROPOUT
+        tokens[emptied], marks[emptied] = text.encode([""])[0], False
+        parts = (tokens, marks, self.boxes[picked])
+        return torch.from_numpy(values).float(), *map(torch.from_numpy, parts)
 
 
 def draw_noise(seed: int, step: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -191,6 +201,7 @@ class Run:
         self.model = Model().to(device)
         if device.type == "cpu":
             self.model.use_plain_attention()
+        self.recorders = grounding.record(self.model.unet)
         self.average = Average(self.model, average)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.01), lr=0.0, betas=(0.9, 0.99), fused=True)
         self.step, self.samples, self.spent = 0, 0, 0.0
@@ -199,12 +210,17 @@ class Run:
             self.load()
 
     def start_from(self, folder: Path) -> None:
-        """Take the weights of an exported model directory; the optimizer starts anew."""
+        """Take the weights and the history of an exported model directory; the optimizer starts anew."""
         parts = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}
         for name, file in parts.items():
             weights = load_file(folder / name / file)
             getattr(self.model, name).load_state_dict({key: value.float() for key, value in weights.items()})
         self.average = Average(self.model, self.average.limit)
+        history = folder / "training.json"
+        if history.is_file():
+            self.curve = json.loads(history.read_text("utf-8"))["rows"]
+            self.step, self.samples = self.curve[-1][:2]
+            self.spent = 60 * self.curve[-1][2]
 
     def load(self) -> None:
         """Go on from the checkpoint file."""
@@ -268,19 +284,23 @@ def latest(folder: Path | None = None) -> Path:
     return file
 
 
-def train_step(run: Run, scenes: Scenes, sigmas: DDPMScheduler, options: argparse.Namespace, rate: float) -> float:
-    """Make one optimizer step and return the loss."""
+def train_step(
+    run: Run, scenes: Scenes, sigmas: DDPMScheduler, options: argparse.Namespace, rate: float
+) -> tuple[float, float]:
+    """Make one optimizer step and return the two losses: denoising and grounding."""
     rng = np.random.default_rng([options.seed, run.step])
-    clean, tokens = scenes.draw(rng, options.batch, options.mix)
+    clean, tokens, marks, boxes = scenes.draw(rng, options.batch, options.mix)
     noise, times = draw_noise(options.seed, run.step, tuple(clean.shape))
-    clean, tokens, noise, times = (t.to(run.device) for t in (clean, tokens, noise, times))
+    clean, tokens, marks, boxes, noise, times = (t.to(run.device) for t in (clean, tokens, marks, boxes, noise, times))
     noisy = sigmas.add_noise(clean, noise, times)
     wanted = sigmas.get_velocity(clean, noise, times)
     with autocast(run.device, options.dtype):
         made = run.model(noisy, times, tokens)
     error = functional.mse_loss(made.float(), wanted, reduction="none").mean((1, 2, 3))
     loss = (error * loss_weight(sigmas.alphas_cumprod, times)).mean()
-    loss.backward()
+    seen = [recorder.seen for recorder in run.recorders if recorder.seen is not None]
+    placed = grounding.grounding_loss(seen, marks, boxes)
+    (loss + options.grounding * placed).backward()
     gradient_norm(list(run.model.parameters()), 1.0)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -289,7 +309,7 @@ def train_step(run: Run, scenes: Scenes, sigmas: DDPMScheduler, options: argpars
     run.average.update(run.model)
     run.step += 1
     run.samples += len(clean)
-    return float(loss.detach())
+    return float(loss.detach()), float(placed.detach())
 
 
 def train(run: Run, scenes: Scenes, options: argparse.Namespace) -> None:
@@ -300,7 +320,7 @@ def train(run: Run, scenes: Scenes, options: argparse.Namespace) -> None:
     sigmas = DDPMScheduler(**schedule_config())
     total = seconds_until(options.until) if options.until else options.minutes * 60
     began = last = saved = kept = time.monotonic()
-    losses: list[float] = []
+    losses: list[tuple[float, float]] = []
     here = 0
     while not stop and (left := began + total - time.monotonic()) > 0 and run.step < options.max_steps:
         rate = learning_rate(options.lr, here, options.warm_steps, left, options.decay_for * 60)
@@ -310,11 +330,11 @@ def train(run: Run, scenes: Scenes, options: argparse.Namespace) -> None:
         run.spent += now - last
         last = now
         if run.step % options.log_every == 0:
-            mean = sum(losses) / len(losses)
+            mean, placed = (sum(column) / len(losses) for column in zip(*losses, strict=True))
             losses.clear()
             run.curve.append([run.step, run.samples, round(run.spent / 60, 2), round(mean, 5), rate])
             speed = here * options.batch / (now - began)
-            state = f"step {run.step} samples {run.samples} loss {mean:.4f} lr {rate:.2e}"
+            state = f"step {run.step} samples {run.samples} loss {mean:.4f} grounding {placed:.4f} lr {rate:.2e}"
             print(f"{state} {speed:.1f}/s {left / 60:.0f} min left", flush=True)
             scenes.look()
         if now - saved > options.save_every:
@@ -342,6 +362,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-steps", type=int, default=100)
     parser.add_argument("--average", type=float, default=0.998)
     parser.add_argument("--mix", type=json.loads, default=[0.55, 0.4, 0.05], help="shares of 1, 2, 3 subjects, JSON")
+    parser.add_argument("--grounding", type=float, default=0.1, help="weight of the attention loss (assets.build.grounding)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--threads", type=int, default=1)

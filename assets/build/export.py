@@ -59,11 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.untrained:
         facts = base.load_average(model, options.checkpoint or base.latest(build_dir() / "base"))
     target = export(model, options.target)
-    record = {
-        **cards.read_json(build_dir() / "base" / "curve.json"),
-        "vae": cards.read_json(build_dir() / "vae" / "facts.json"),
-    }
-    write_json(target / "training.json", record)
+    known = cards.read_json(target / "training.json")
+    curve = cards.read_json(build_dir() / "base" / "curve.json")
+    vae = cards.read_json(build_dir() / "vae" / "facts.json") or known.get("vae", {})
+    write_json(target / "training.json", {**curve, "vae": vae})
     cards.write_model_card(target)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     print(f"wrote {target} ({size / 1e6:.1f} MB) from {facts}")
