@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters import files
-from assets.build import latents as cache
 from assets.build import grounding, text
+from assets.build import latents as cache
 from assets.build.common import Average, autocast, build_dir, gradient_norm, pick_device, write_json
 
 DROPOUT = 0.1
@@ -134,20 +134,20 @@ class Scenes:
                 self.known.append(found)
                 self.arrays.append(array)
                 captions = [str(record["caption"]) for record in records]
-                subjects: list[Any] = [record["subjects"] for record in records]
-                names = [[s["concept"] for s in scene] for scene in subjects]
+                scenes: list[Any] = [record["subjects"] for record in records]
+                names = [[s["concept"] for s in scene] for scene in scenes]
                 marks = grounding.subject_tokens(text.tokenizer(), captions, names, text.LENGTH)
                 self.tokens = np.concatenate([self.tokens, text.encode(captions)])
-                self.counts = np.concatenate([self.counts, np.asarray([len(s) for s in subjects], np.int64)])
+                self.counts = np.concatenate([self.counts, np.asarray([len(n) for n in names], np.int64)])
                 self.marks = np.concatenate([self.marks, marks])
-                self.boxes = np.concatenate([self.boxes, np.stack([grounding.boxes_of(s) for s in subjects])])
+                self.boxes = np.concatenate([self.boxes, np.stack([grounding.boxes_of(r) for r in records])])
         if not self.known:
             raise FileNotFoundError("no cached latents: run `python -m assets.build.latents`")
 
     def draw(self, rng: np.random.Generator, size: int, mix: Sequence[float]) -> tuple[Tensor, ...]:
         """Draw ``size`` scenes; ``mix`` are the shares of one, two and three subjects.
 
-        Returns latents fp32 ``(size, 4, 16, 16)``, token ids ``(size, LENGTH)``, some emptied, and for
+        Returns latents fp32 ``(size, 4, 16, 16 * aspect)``, token ids ``(size, LENGTH)``, some emptied, and for
         :func:`grounding.grounding_loss` the tokens of each subject and their boxes.
         """
         share = np.asarray(mix, float)[self.counts - 1] / np.bincount(self.counts, minlength=4)[self.counts]
@@ -285,11 +285,15 @@ def latest(folder: Path | None = None) -> Path:
 
 
 def train_step(
-    run: Run, scenes: Scenes, sigmas: DDPMScheduler, options: argparse.Namespace, rate: float
+    run: Run, kinds: dict[int, Scenes], sigmas: DDPMScheduler, options: argparse.Namespace, rate: float
 ) -> tuple[float, float]:
-    """Make one optimizer step and return the two losses: denoising and grounding."""
+    """Make one optimizer step and return the two losses: denoising and grounding.
+
+    ``kinds`` are the scenes by aspect; a batch of wide ones is half as large.
+    """
     rng = np.random.default_rng([options.seed, run.step])
-    clean, tokens, marks, boxes = scenes.draw(rng, options.batch, options.mix)
+    aspect = 2 if 2 in kinds and rng.random() < options.wide else 1
+    clean, tokens, marks, boxes = kinds[aspect].draw(rng, options.batch // aspect, options.mix)
     noise, times = draw_noise(options.seed, run.step, tuple(clean.shape))
     clean, tokens, marks, boxes, noise, times = (t.to(run.device) for t in (clean, tokens, marks, boxes, noise, times))
     noisy = sigmas.add_noise(clean, noise, times)
@@ -299,7 +303,7 @@ def train_step(
     error = functional.mse_loss(made.float(), wanted, reduction="none").mean((1, 2, 3))
     loss = (error * loss_weight(sigmas.alphas_cumprod, times)).mean()
     seen = [recorder.seen for recorder in run.recorders if recorder.seen is not None]
-    placed = grounding.grounding_loss(seen, marks, boxes)
+    placed = grounding.grounding_loss(seen, marks, boxes, aspect)
     (loss + options.grounding * placed).backward()
     gradient_norm(list(run.model.parameters()), 1.0)
     for group in run.optimizer.param_groups:
@@ -312,7 +316,7 @@ def train_step(
     return float(loss.detach()), float(placed.detach())
 
 
-def train(run: Run, scenes: Scenes, options: argparse.Namespace) -> None:
+def train(run: Run, kinds: dict[int, Scenes], options: argparse.Namespace) -> None:
     """Train until the time is over or a signal comes; save at the end."""
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -321,10 +325,10 @@ def train(run: Run, scenes: Scenes, options: argparse.Namespace) -> None:
     total = seconds_until(options.until) if options.until else options.minutes * 60
     began = last = saved = kept = time.monotonic()
     losses: list[tuple[float, float]] = []
-    here = 0
+    here, first = 0, run.samples
     while not stop and (left := began + total - time.monotonic()) > 0 and run.step < options.max_steps:
         rate = learning_rate(options.lr, here, options.warm_steps, left, options.decay_for * 60)
-        losses.append(train_step(run, scenes, sigmas, options, rate))
+        losses.append(train_step(run, kinds, sigmas, options, rate))
         here += 1
         now = time.monotonic()
         run.spent += now - last
@@ -333,10 +337,11 @@ def train(run: Run, scenes: Scenes, options: argparse.Namespace) -> None:
             mean, placed = (sum(column) / len(losses) for column in zip(*losses, strict=True))
             losses.clear()
             run.curve.append([run.step, run.samples, round(run.spent / 60, 2), round(mean, 5), rate])
-            speed = here * options.batch / (now - began)
+            speed = (run.samples - first) / (now - began)
             state = f"step {run.step} samples {run.samples} loss {mean:.4f} grounding {placed:.4f} lr {rate:.2e}"
             print(f"{state} {speed:.1f}/s {left / 60:.0f} min left", flush=True)
-            scenes.look()
+            for scenes in kinds.values():
+                scenes.look()
         if now - saved > options.save_every:
             run.save()
             saved = now
@@ -362,7 +367,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-steps", type=int, default=100)
     parser.add_argument("--average", type=float, default=0.998)
     parser.add_argument("--mix", type=json.loads, default=[0.55, 0.4, 0.05], help="shares of 1, 2, 3 subjects, JSON")
-    parser.add_argument("--grounding", type=float, default=0.1, help="weight of the attention loss (assets.build.grounding)")
+    parser.add_argument("--wide", type=float, default=0.2, help="share of batches with pictures twice as wide as high")
+    parser.add_argument(
+        "--grounding", type=float, default=0.1, help="weight of the attention loss (assets.build.grounding)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--threads", type=int, default=1)
@@ -386,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.start_from(options.start_from)
     size = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, from step {run.step}", flush=True)
-    train(run, Scenes(cache.shard_folder()), options)
+    train(run, {aspect: Scenes(cache.shard_folder(aspect)) for aspect in ((1, 2) if options.wide else (1,))}, options)
 
 
 if __name__ == "__main__":

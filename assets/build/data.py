@@ -237,27 +237,28 @@ def common_icons(modules: Path, icon_sets: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Placed:
-    """A subject in a scene: ``concept`` name, centre ``x``, ``y`` and ``size`` (longer side), all 0..1."""
+    """A subject in a scene: ``concept`` name, centre ``x``, ``y`` in 0..1, longer side ``size`` in picture heights."""
 
     concept: str
     x: float
     y: float
     size: float
 
-    def box(self) -> tuple[float, float, float, float]:
-        """Return (left, top, right, bottom) in 0..1."""
+    def box(self, aspect: int = 1) -> tuple[float, float, float, float]:
+        """Return (left, top, right, bottom) in 0..1 of a picture that is ``aspect`` times as wide as high."""
         half = self.size / 2
-        return (self.x - half, self.y - half, self.x + half, self.y + half)
+        return (self.x - half / aspect, self.y - half, self.x + half / aspect, self.y + half)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: style word, subjects from left to right, background word, caption."""
+    """What a picture shows: style word, subjects from left to right, background word, caption; width over height."""
 
     style: str
     subjects: tuple[Placed, ...]
     background: str
     caption: str
+    aspect: int = 1
 
 
 def article(name: str) -> str:
@@ -314,6 +315,7 @@ def sample_scene(
     counts: Sequence[float],
     styles: Sequence[str] = tuple(BASE_STYLES),
     concepts: Sequence[str] = tuple(BASE_CONCEPTS),
+    aspect: int = 1,
 ) -> Scene:
     """Draw a scene; ``counts`` are the relative frequencies of one, two and three subjects."""
     weights = np.asarray(counts, float)
@@ -325,18 +327,19 @@ def sample_scene(
         background = list(BACKGROUNDS)[1 + int(rng.integers(len(BACKGROUNDS) - 1))]
     named = background if background != "white" or rng.random() < 0.3 else None
     told = style if rng.random() < 0.88 else None
-    return Scene(style, place(rng, names), background, make_caption(told, names, named, int(rng.integers(42))))
+    placed = place(rng, names, aspect)
+    return Scene(style, placed, background, make_caption(told, names, named, int(rng.integers(42))), aspect)
 
 
-def place(rng: Generator, names: Sequence[str]) -> tuple[Placed, ...]:
+def place(rng: Generator, names: Sequence[str], aspect: int = 1) -> tuple[Placed, ...]:
     """Give one to three subjects sizes and places, from left to right, without overlap."""
     number = len(names)
-    low, high = SIZES[number - 1]
+    low, high = SIZES[-(-number // aspect) - 1]
     placed = []
     for index, name in enumerate(names):
         size = float(rng.uniform(low, high))
-        slack_x = (1 / number - size) / 2
-        x = (index + 0.5) / number + float(rng.uniform(-slack_x, slack_x)) * SPREAD
+        slack_x = (1 / number - size / aspect) / 2
+        x = (index + 0.5) / number + float(rng.uniform(-slack_x, slack_x)) * (SPREAD if aspect == 1 else 1)
         slack_y = min((1 - size) / 2, 0.16)
         placed.append(Placed(name, x, 0.5 + float(rng.uniform(-slack_y, slack_y)) * SPREAD, size))
     return tuple(placed)
@@ -345,15 +348,16 @@ def place(rng: Generator, names: Sequence[str]) -> tuple[Placed, ...]:
 def paste(canvas: np.ndarray, sprite: np.ndarray, x: float, y: float, size: float) -> None:
     """Blend a uint8 RGBA ``sprite`` onto a float ``(H, W, 3)`` canvas (0..255), in place.
 
-    ``x``, ``y`` (centre) and ``size`` are fractions of the canvas side; parts outside are cut off.
+    ``x``, ``y`` (centre) are fractions of the canvas' width and height, ``size`` of its height; parts outside are cut
+    off.
     """
-    side = canvas.shape[0]
-    width = max(2, round(size * side))
+    height, across = canvas.shape[:2]
+    width = max(2, round(size * height))
     pixels = sprite.astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
     small = cv2.resize(pixels, (width, width), interpolation=cv2.INTER_AREA)
-    left, top = round(x * side - width / 2), round(y * side - width / 2)
-    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, side), min(top + width, side)
+    left, top = round(x * across - width / 2), round(y * height - width / 2)
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, across), min(top + width, height)
     if x0 >= x1 or y0 >= y1:
         return
     part = small[y0 - top : y1 - top, x0 - left : x1 - left]
@@ -363,8 +367,8 @@ def paste(canvas: np.ndarray, sprite: np.ndarray, x: float, y: float, size: floa
 
 
 def render(scene: Scene, sprites: np.ndarray, size: int = SIZE) -> np.ndarray:
-    """Draw a scene from :func:`load_sprites` output (all styles, all concepts): uint8 ``(size, size, 3)``."""
-    canvas = np.empty((size, size, 3), np.float32)
+    """Draw a scene from :func:`load_sprites` output (all styles, all concepts): uint8 ``(size, aspect * size, 3)``."""
+    canvas = np.empty((size, scene.aspect * size, 3), np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     style = list(STYLES).index(scene.style)
     names = list(CONCEPTS)

@@ -57,11 +57,11 @@ def subject_tokens(
     return marks
 
 
-def boxes_of(subjects: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def boxes_of(scene: Mapping[str, Any]) -> np.ndarray:
     """Return the boxes (left, top, right, bottom; 0..1) of a scene record's subjects: float32 ``(MOST, 4)``."""
     out = np.zeros((MOST, 4), np.float32)
-    for k, subject in enumerate(subjects):
-        out[k] = Placed(**subject).box()
+    for k, subject in enumerate(scene["subjects"]):
+        out[k] = Placed(**subject).box(scene.get("aspect", 1))
     return out
 
 
@@ -107,11 +107,11 @@ def record(unet: UNet2DConditionModel) -> list[Recorder]:
     return kept
 
 
-def grounding_loss(seen: Sequence[Tensor], marks: Tensor, boxes: Tensor) -> Tensor:
+def grounding_loss(seen: Sequence[Tensor], marks: Tensor, boxes: Tensor, aspect: int = 1) -> Tensor:
     """Return the loss above, averaged over layers and over the scenes where at least two subjects are named.
 
-    ``seen`` are square attention maps ``(B, heads, places, words)``, ``marks`` ``(B, MOST, words)`` bool, ``boxes``
-    ``(B, MOST, 4)``. Without any such scene it is 0.
+    ``seen`` are attention maps ``(B, heads, places, words)``, ``aspect`` times as wide as high, ``marks`` ``(B, MOST,
+    words)`` bool, ``boxes`` ``(B, MOST, 4)``. Without any such scene it is 0.
     """
     named = marks.any(-1)
     named = named & (named.sum(-1, keepdim=True) >= 2)
@@ -120,9 +120,9 @@ def grounding_loss(seen: Sequence[Tensor], marks: Tensor, boxes: Tensor) -> Tens
     words = marks / marks.sum(-1, keepdim=True).clamp(min=1)
     total = torch.zeros((), device=marks.device)
     for layer in seen:
-        side = round(layer.shape[2] ** 0.5)
+        side = round((layer.shape[2] / aspect) ** 0.5)
         maps = words.float() @ layer.float().mean(1).mT
-        masks = box_masks(boxes, side, side)
+        masks = box_masks(boxes, side, aspect * side)
         inside = (maps * masks.clamp(max=1)).sum(-1) / maps.sum(-1).clamp(min=1e-8)
         own = (maps * named[..., None]).clamp(min=1e-8)
         share = torch.log(own / own.sum(1, keepdim=True))

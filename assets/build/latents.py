@@ -55,11 +55,15 @@ def encoder_digest(weights: dict[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-def shard_folder() -> Path:
-    """Return the folder of the shards made with the present encoder, subjects, styles and sizes."""
+def shard_folder(aspect: int = 1) -> Path:
+    """Return the folder of the shards made with the present encoder, subjects, styles and sizes.
+
+    Pictures twice as wide as high (``aspect`` 2) have a folder inside it.
+    """
     weights = load_file(vae_folder() / "diffusion_pytorch_model.safetensors")
     words = [encoder_digest(weights), *data.BASE_CONCEPTS, *data.BASE_STYLES, str((data.SIZES, data.SPREAD))]
-    return build_dir() / "latents" / hashlib.sha256("|".join(words).encode()).hexdigest()[:12]
+    folder = build_dir() / "latents" / hashlib.sha256("|".join(words).encode()).hexdigest()[:12]
+    return folder if aspect == 1 else folder / f"{aspect}x1"
 
 
 @torch.no_grad()
@@ -69,10 +73,11 @@ def encode_images(vae: AutoencoderKL, images: np.ndarray, device: torch.device) 
     return vae.encode(x).latent_dist.mean * vae.config.scaling_factor
 
 
-def make_shard(number: int, folder: Path, vae: AutoencoderKL, sprites: np.ndarray, device: torch.device) -> None:
+def make_shard(number: int, vae: AutoencoderKL, sprites: np.ndarray, device: torch.device, aspect: int = 1) -> None:
     """Draw, render and encode the scenes of one shard and write its two files."""
-    rng = np.random.default_rng([17, number])
-    scenes = [data.sample_scene(rng, COUNTS) for _ in range(SHARD)]
+    folder = shard_folder(aspect)
+    rng = np.random.default_rng([16 + aspect, number])
+    scenes = [data.sample_scene(rng, COUNTS, aspect=aspect) for _ in range(SHARD)]
     parts = []
     for start in range(0, SHARD, 64):
         images = np.stack([data.render(scene, sprites) for scene in scenes[start : start + 64]])
@@ -83,7 +88,7 @@ def make_shard(number: int, folder: Path, vae: AutoencoderKL, sprites: np.ndarra
 
 
 def load_shard(stem: Path) -> tuple[np.ndarray, list[dict[str, object]]]:
-    """Return a shard's latents (fp16 ``(SHARD, 4, 16, 16)``, memory-mapped) and its scene records."""
+    """Return a shard's latents (fp16 ``(SHARD, 4, 16, 16 * aspect)``, memory-mapped) and its scene records."""
     records = [json.loads(line) for line in stem.with_suffix(".jsonl").read_text("utf-8").splitlines()]
     return np.load(stem.with_suffix(".npy"), mmap_mode="r"), records
 
@@ -92,16 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make the shards that are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--wide", type=int, default=3, help="shards of pictures twice as wide as high")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
-    vae, folder, sprites = load_vae(device), shard_folder(), data.load_sprites()
-    for number in range(options.shards):
-        if not (folder / f"{number:04d}.npy").is_file():
-            make_shard(number, folder, vae, sprites, device)
-            print(f"shard {number} written", flush=True)
+    vae, sprites = load_vae(device), data.load_sprites()
+    for aspect, count in ((1, options.shards), (2, options.wide)):
+        for number in range(count):
+            if not (shard_folder(aspect) / f"{number:04d}.npy").is_file():
+                make_shard(number, vae, sprites, device, aspect)
+                print(f"shard {number} of aspect {aspect} written", flush=True)
 
 
 if __name__ == "__main__":

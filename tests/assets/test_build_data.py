@@ -129,3 +129,24 @@ def test_contact_sheet_keeps_every_picture() -> None:
     sheet = data.contact_sheet([np.full((3, 3, 3), v, np.uint8) for v in (10, 20, 30)], columns=2, gap=1)
     assert sheet.shape == (9, 9, 3)
     assert [sheet[1, 1, 0], sheet[1, 5, 0], sheet[5, 1, 0]] == [10, 20, 30]
+
+
+def test_wide_scenes_have_room_for_each_subject() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        scene = data.sample_scene(rng, (1, 1, 1), aspect=2)
+        boxes = [subject.box(scene.aspect) for subject in scene.subjects]
+        assert all(0 <= left and right <= 1 and 0 <= top and bottom <= 1 for left, top, right, bottom in boxes)
+        assert all(a[2] <= b[0] for a, b in itertools.pairwise(boxes))
+
+
+def test_a_wide_picture_shows_the_subject_inside_its_box() -> None:
+    sprites = np.full((len(data.STYLES), len(data.CONCEPTS), 8, 8, 4), 255, np.uint8)
+    name = next(iter(data.BASE_CONCEPTS))
+    placed = data.Placed(name, 0.75, 0.5, 0.5)
+    image = data.render(data.Scene("flat", (placed,), "black", "", 2), sprites, 32)
+    assert image.shape == (32, 64, 3)
+    rows, columns = np.nonzero(image.min(-1) > 200)
+    left, top, right, bottom = placed.box(2)
+    assert (columns.min(), columns.max() + 1) == (left * 64, right * 64)
+    assert (rows.min(), rows.max() + 1) == (top * 32, bottom * 32)

@@ -165,7 +165,7 @@ def test_interrupted_training_goes_on_exactly(tmp_path: Path, monkeypatch: pytes
         for limit in limits:
             options = base.parse(["--max-steps", str(limit), "--batch", "2", "--dtype", "fp32", "--warm-steps", "1"])
             run = base.Run(tmp_path / folder, torch.device("cpu"), 0.9)
-            base.train(run, scenes, options)
+            base.train(run, {1: scenes}, options)
         return run
 
     whole, parts = train("whole", 4), train("parts", 2, 4)
@@ -182,13 +182,16 @@ def test_scene_mix_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(latents, "SHARD", 64)
     write_shard(tmp_path / "shards", 64)
     scenes = base.Scenes(tmp_path / "shards")
-    values, tokens = scenes.draw(np.random.default_rng(0), 300, (1.0, 0.0, 0.0))
+    values, tokens, marks, boxes = scenes.draw(np.random.default_rng(0), 300, (1.0, 0.0, 0.0))
     assert values.shape == (300, 4, 16, 16)
     assert values.dtype == torch.float32
     singles = scenes.tokens[scenes.counts == 1]
     empty = text.encode([""])[0]
     blank = (tokens.numpy() == empty).all(1)
     assert 10 <= blank.sum() <= 60
+    assert not marks[blank].any()
+    assert (marks[~blank].any(-1).sum(-1) == 1).all()
+    assert (boxes[:, 0, 2] > boxes[:, 0, 0]).all()
     assert all((singles == row).all(1).any() for row in tokens.numpy()[~blank])
 
 
