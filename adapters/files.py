@@ -13,6 +13,12 @@ from safetensors import SafetensorError
 
 from adapters.errors import InputError
 
+WORDS = ".words.safetensors"
+"""What the name of a file with an adapter's words ends in (:mod:`adapters.formats.words`)."""
+
+WORDS_ENTRY = "adapter_studio_words"
+"""The metadata entry with which an adapter names the words of the file beside it, as a JSON list."""
+
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 

@@ -27,6 +27,7 @@ from adapters.formats.keys import (
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
 from adapters.formats.peft_config import alpha_of, check_config, config_of
 from adapters.formats.tensors import write_tensors
+from adapters.formats.words import write_beside
 
 CONFIG_ENTRY = "lora_adapter_metadata"
 
@@ -82,7 +83,7 @@ def component_configs(metadata: Mapping[str, str], source: str) -> dict[str, dic
 
 
 def write_diffusers(file: LoraFile, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write ``file`` so that diffusers' ``load_lora_weights`` rebuilds it exactly; returns the path."""
+    """Write ``file`` so that diffusers' ``load_lora_weights`` rebuilds it exactly (its words in a file beside it)."""
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for component, layers in file.parts.items():
@@ -90,7 +91,7 @@ def write_diffusers(file: LoraFile, path: Path, metadata: Mapping[str, str] | No
         for module, layer in layers.items():
             tensors |= _tensors(f"{component}.{module}", layer)
     text = _own_text(file.metadata) | dict(metadata or {}) | {CONFIG_ENTRY: json.dumps(configs, sort_keys=True)}
-    return write_tensors(path, tensors, text)
+    return write_tensors(path, tensors, write_beside(file, path, text))
 
 
 def _tensors(name: str, layer: LoraLayer) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import FamilyError, InputError, nearest
 from adapters.formats.lora import TEXT_ENCODERS, LoraFile, LoraLayer
@@ -58,10 +59,12 @@ def fit_layer(layer: LoraLayer, module: nn.Module, name: str, source: str, base:
 
     Raises:
         FamilyError: the sizes differ.
-        InputError: a module that is neither Linear nor Conv2d.
+        InputError: a module that is neither Linear (GPT-2's Conv1D is one) nor Conv2d.
     """
-    if isinstance(module, nn.Linear):
-        wanted: tuple[int, ...] = (module.out_features, module.in_features)
+    if isinstance(module, nn.Linear | Conv1D):
+        wanted: tuple[int, ...] = (
+            (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+        )
         down = layer.A.flatten(1) if layer.A.shape[2:] in ((), (1, 1)) else layer.A
         up = layer.B.flatten(1)
     elif isinstance(module, nn.Conv2d):

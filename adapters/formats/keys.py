@@ -38,8 +38,6 @@ FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "GLoRA", _NEEDS_BASE),
         (r"\.on_input$|\.ia3_l", "IA3", _NEEDS_BASE),
         (r"\.(w|b)_norm$", "trained normalisation layers", "only linear layers and convolutions can be composed"),
-        (r"^bundle_emb\.|\.string_to_param", "pivotal tuning with embeddings",
-         "its words are part of the adapter, and adapters with words of their own are not read yet"),
         (r"new_concept_embedding", "ED-LoRA", "it is read from its own .pth file only"),
         (r"_lora_embedding_|\.lora_embedding_[AB]", "LoRA on an embedding table",
          "only linear layers and convolutions can be composed"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from adapters.formats import original_names
 from adapters.formats.keys import Role, layer_of, modern_name, refuse_unknown, split_role, written_alpha
 from adapters.formats.lora import TEXT_ENCODERS, LoraFile, LoraLayer, group_dict
 from adapters.formats.tensors import write_tensors
+from adapters.formats.words import word_tensors, write_beside
 
 KOHYA = {
     "lora_unet_": "unet",
@@ -119,7 +121,7 @@ def write_kohya(file: LoraFile, path: Path, metadata: Mapping[str, str] | None =
     if "transformer" in file.parts:
         raise InputError("The kohya format is written for UNet models only; use the diffusers format for SD3 and Flux.")
     two_encoders = "text_encoder_2" in file.parts
-    tensors: dict[str, Tensor] = {}
+    tensors = word_tensors(file.words)
     for component, module, layer in file.layers():
         prefix = _prefix(component, two_encoders)
         if component in TEXT_ENCODERS and not module.startswith("text_model"):
@@ -134,7 +136,7 @@ def write_kohya(file: LoraFile, path: Path, metadata: Mapping[str, str] | None =
     text = {"ss_network_module": "networks.lora"} | {
         key: value for key, value in file.metadata.items() if key not in ("lora_adapter_metadata", "format")
     }
-    return write_tensors(path, tensors, text | dict(metadata or {}))
+    return write_tensors(path, tensors, write_beside(replace(file, words={}), path, text | dict(metadata or {})))
 
 
 def _prefix(component: str, two_encoders: bool) -> str:

@@ -64,6 +64,7 @@ class LoraFile:
         metadata: the text entries of the file.
         path, sha256: where it came from; empty for what was made in memory.
         embeddings: of an ED-LoRA, its words: word -> (cross-attention layers, width of the text).
+        words: of pivotal tuning: word -> text encoder -> (vectors, width of the text).
     """
 
     parts: Mapping[str, Mapping[str, LoraLayer]]
@@ -73,6 +74,7 @@ class LoraFile:
     path: Path | None = None
     sha256: str = ""
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    words: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[str, str, LoraLayer]]:
         """(component, module path, layer), in a fixed order."""

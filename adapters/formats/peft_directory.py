@@ -49,7 +49,16 @@ def read_peft(path: Path) -> LoraFile:
 
 
 def write_peft(file: LoraFile, path: Path) -> Path:
-    """Write one PEFT directory, or one per component when there are several; returns ``path``."""
+    """Write one PEFT directory, or one per component when there are several; returns ``path``.
+
+    Raises:
+        InputError: the adapter brings words, which PEFT has no place for.
+    """
+    if words := (*file.words, *file.embeddings):
+        raise InputError(
+            f"The adapter brings words of its own ({', '.join(words)}), which a PEFT directory has no place for: use "
+            "the diffusers or kohya format."
+        )
     for component, layers in file.parts.items():
         _write_one(path if len(file.parts) == 1 else path / component, layers, _own_text(file.metadata))
     return path

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapters.errors import InputError
+from adapters.files import WORDS
 from adapters.formats.diffusers_file import parse_diffusers
 from adapters.formats.ed_lora import read_ed_lora
 from adapters.formats.keys import refuse_foreign
@@ -13,6 +14,7 @@ from adapters.formats.kohya import is_kohya, parse_kohya
 from adapters.formats.lora import LoraFile
 from adapters.formats.peft_directory import CONFIG, PREFIX, WEIGHTS, is_peft_directory, read_peft
 from adapters.formats.tensors import PICKLED, check_finite, read_tensors, sha256
+from adapters.formats.words import read_beside, split_words
 
 
 def read(path: str | Path) -> LoraFile:
@@ -37,13 +39,17 @@ def read(path: str | Path) -> LoraFile:
         raise InputError(f"{source} holds no tensors.")
     refuse_foreign(tensors, source)
     check_finite(tensors, source)
+    tensors, words = split_words(tensors, source)
+    if not tensors:
+        raise InputError(f"{source} holds words ({', '.join(words)}) and no layers: it is no adapter but an embedding.")
     original = is_kohya(tensors)
     if not original and any(key.startswith(PREFIX) for key in tensors):
         raise InputError(
             f"{source} has PEFT's keys, but '{CONFIG}' with its alpha is missing beside it: copy the whole directory."
         )
     parse = parse_kohya if original else parse_diffusers
-    return replace(parse(tensors, metadata, source), path=file, sha256=sha256(file))
+    made = replace(parse(tensors, metadata, source), path=file, sha256=sha256(file), words=words)
+    return read_beside(made, file)
 
 
 def _only_file(folder: Path) -> Path:
@@ -52,7 +58,7 @@ def _only_file(folder: Path) -> Path:
     if preferred.is_file():
         return preferred
     for endings in ((".safetensors",), PICKLED):
-        files = sorted(file for file in folder.iterdir() if file.suffix in endings)
+        files = sorted(file for file in folder.iterdir() if file.suffix in endings and not file.match(f"*{WORDS}"))
         if len(files) == 1:
             return files[0]
         if files:

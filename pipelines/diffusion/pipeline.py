@@ -25,6 +25,7 @@ from torch import nn
 from adapters.errors import FamilyError, InputError, nearest
 from adapters.formats import LoraFile, read, write_diffusers, write_kohya, write_peft
 from adapters.formats.fit import fit
+from adapters.formats.words import Words, gathered
 from adapters.layers.gated import Adapter, GatedAdapters
 from adapters.merging.concatenate import Merged, concatenate
 from adapters.progress import Monitor, Progress, Silent, check
@@ -209,8 +210,7 @@ class MultiLoRAPipeline:
             modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None)), self._models(), base
         )
         factors = check_blocks(blocks or {}, fitted.parts, self.family.denoiser)
-        if file.embeddings:
-            self._check_words(file, chosen)
+        self._check_words(file, chosen)
         special = distilled(file, chosen, self.pipe, self.family.denoiser)
         report = LoraReport(
             name=chosen,
@@ -223,7 +223,7 @@ class MultiLoRAPipeline:
             parameters=fitted.parameters(),
             weight=weight,
             te_weight=te_weight,
-            triggers=tuple(triggers) or tuple(file.embeddings),
+            triggers=tuple(triggers) or (*file.words, *file.embeddings),
             blocks=factors,
             schedule=keyframes,
             distilled=special.mark if special else None,
@@ -347,7 +347,8 @@ class MultiLoRAPipeline:
             for item in loaded
         ]
         merged = concatenate([item.file for item in loaded], weights, factors, rank)
-        merged = replace(merged, file=replace(merged.file, metadata=self._merged_entries(loaded)))
+        words = gathered([item.file for item in loaded])
+        merged = replace(merged, file=replace(merged.file, metadata=self._merged_entries(loaded), **words))
         WRITERS[format](merged.file, Path(path))
         return merged
 
@@ -480,36 +481,60 @@ class MultiLoRAPipeline:
                     strengths.append(strength * factor if own or item.report.name not in placed else 0.0)
                 for gate in gates:
                     gate.joint(strengths)
-                encoding = self.family.encode(self.pipe, prompt, negative or None, images, guided)
+                encoding = self._encoded(prompt, negative, images, guided)
                 words = self._words(region)
                 made.append(self._with_words(encoding, prompt, words) if words else encoding)
         return made
 
+    def _encoded(self, prompt: str, negative: str, images: int, guided: bool) -> Encoding:
+        """A prompt and a negative one encoded; the words that adapters of the composition bring are known."""
+        from pipelines.diffusion.regions.concepts import speaking, spelled, word_tokens
+
+        words = self._vocabulary()
+        with speaking(self.pipe, word_tokens(words)):
+            return self.family.encode(
+                self.pipe, spelled(prompt, words), spelled(negative, words) or None, images, guided
+            )
+
+    def _vocabulary(self) -> Words:
+        """The words of pivotal tuning that the composition's adapters bring."""
+        return {word: encoders for item in self._chosen() for word, encoders in item.file.words.items()}
+
     def _words(self, region: Region | None) -> dict[str, torch.Tensor]:
-        """The words with embeddings of their own that the region's adapters bring."""
+        """The words with an embedding per layer that the region's adapters bring."""
         names = region.adapters if region else ()
         return {word: rows for name in names for word, rows in self._loaded[name].file.embeddings.items()}
 
     def _with_words(self, encoding: Encoding, prompt: str, words: Mapping[str, torch.Tensor]) -> Encoding:
         """The encoding with one text per cross-attention layer beside it ("layers", (layers, tokens, width))."""
-        from pipelines.diffusion.regions.concepts import expanded, speaking
+        from pipelines.diffusion.regions.concepts import expanded, layer_tokens, speaking, spelled, word_tokens
 
-        prompts: Any = expanded(prompt, words)
-        with speaking(self.pipe, words):
+        vocabulary = self._vocabulary()
+        prompts: Any = expanded(spelled(prompt, vocabulary), words)
+        tokens = word_tokens(vocabulary)
+        tokens["text_encoder"] = tokens.get("text_encoder", {}) | layer_tokens(words)["text_encoder"]
+        with speaking(self.pipe, tokens):
             made = self.family.encode(self.pipe, prompts, None, 1, False)
         return Encoding({**encoding.positive, "layers": made.positive["embeds"]}, encoding.negative)
 
     def _check_words(self, file: LoraFile, name: str) -> None:
-        """Refuse the words of an ED-LoRA that this model cannot use."""
-        from pipelines.diffusion.regions.concepts import check_words
+        """Refuse words that this model cannot use, or that are taken."""
+        from pipelines.diffusion.regions.concepts import check_layer_words, check_taken, check_words
         from pipelines.diffusion.regions.unet import ordered_blocks
 
-        if self.family.name != "sd":
-            raise FamilyError(f"'{name}' is an ED-LoRA, made for Stable Diffusion 1.x; this is {self.family.title}.")
-        known = {word: rows for item in self._loaded.values() for word, rows in item.file.embeddings.items()}
-        layers = len(ordered_blocks(self._denoiser()))
-        width = self.pipe.text_encoder.config.hidden_size
-        check_words(file.embeddings, known, layers, width, self.pipe.tokenizer, name)
+        known = {word for item in self._loaded.values() for word in (*item.file.words, *item.file.embeddings)}
+        if file.words:
+            widths = {part: getattr(self.pipe, part).config.hidden_size for part in self.family.text_encoders}
+            check_words(file.words, {} if self.family.flow else widths, self.family.title, name)
+            check_taken(file.words, known, name)
+        if file.embeddings:
+            if self.family.name != "sd":
+                raise FamilyError(
+                    f"'{name}' is an ED-LoRA, made for Stable Diffusion 1.x; this is {self.family.title}."
+                )
+            layers, width = len(ordered_blocks(self._denoiser())), self.pipe.text_encoder.config.hidden_size
+            check_layer_words(file.embeddings, layers, width, name)
+            check_taken(file.embeddings, known | set(self.pipe.tokenizer.get_vocab()), name)
 
     def _planned(self, count: int, guided: bool, prompt: str | None = None) -> tuple[Plan, list[list[Voices]]]:
         """The plan of ``count`` steps, and the encoding of each prediction of each step."""
@@ -553,7 +578,7 @@ class MultiLoRAPipeline:
 
         def embed(text: str) -> torch.Tensor:
             with torch.no_grad():
-                return self.family.encode(self.pipe, text, None, 1, False).positive["embeds"][0].float().mean(0)
+                return self._encoded(text, "", 1, False).positive["embeds"][0].float().mean(0)
 
         return Situation(
             names=tuple(item.report.name for item in loaded),
@@ -679,9 +704,7 @@ class MultiLoRAPipeline:
                 ]
                 for gate in gates:
                     gate.joint(strengths)
-                made[voice] = self.family.encode(
-                    self.pipe, asked.prompt, asked.negative or None, asked.images, asked.guided
-                )
+                made[voice] = self._encoded(asked.prompt, asked.negative, asked.images, asked.guided)
         return made
 
     @contextmanager

@@ -221,8 +221,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _belongings(path: Path) -> list[Path]:
-    """The thing itself, and for a file its card and pictures of the same name."""
-    endings = (".yaml", ".json", ".md", *facts.PICTURES)
+    """The thing itself, and for a file its card, words and pictures of the same name."""
+    endings = (".yaml", ".json", ".md", files.WORDS, *facts.PICTURES)
     beside = [path.with_suffix(ending) for ending in endings]
     beside += [path.with_name(f"{path.stem}.preview{ending}") for ending in facts.PICTURES]
     return [path] if path.is_dir() else [path, *(file for file in beside if file.is_file())]

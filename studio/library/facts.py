@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from adapters.errors import InputError
+from adapters.files import WORDS, WORDS_ENTRY
 from studio.library import header
 
 RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
@@ -52,7 +53,7 @@ def adapter(path: Path) -> dict[str, Any]:
                   header.adapter_format(head.shapes),
         "rank": counts.most_common(1)[0][0] if counts else None,
         "targets": header.targets(head.shapes),
-        "triggers": _triggers(card, recipe, head.metadata),
+        "triggers": _triggers(card, recipe, head.metadata) or _words(head),
         "recipe": recipe,
         "notes": {key: value for key, value in notes.items() if value},
     }  # fmt: skip
@@ -124,7 +125,7 @@ def weight_file(path: Path) -> Path:
     standard = path / "adapter_model.safetensors"
     if standard.is_file():
         return standard
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file for file in path.glob("*.safetensors") if not file.match(f"*{WORDS}"))
     if len(files) != 1:
         raise InputError(f"a folder with {len(files) or 'no'} .safetensors files is no adapter")
     return files[0]
@@ -175,6 +176,16 @@ def _triggers(card: dict[str, Any], recipe: dict[str, Any] | None, metadata: dic
         if isinstance(place, list) and place:
             return [str(word) for word in place]
     return []
+
+
+def _words(head: header.Header) -> list[str]:
+    """The words that an adapter brings along (pivotal tuning)."""
+    bundled = {key.split(".")[1] for key in head.shapes if key.startswith("bundle_emb.") and key.count(".") > 1}
+    try:
+        named = json.loads(head.metadata.get(WORDS_ENTRY, "[]"))
+    except json.JSONDecodeError:
+        named = []
+    return sorted(bundled) or [str(word) for word in named if isinstance(named, list)]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import assets
 from adapters.errors import InputError
+from adapters.files import WORDS
 from studio import distilled, settings
 from studio.library import cache, facts, smollm2
 from studio.library.records import Record, Source
@@ -94,7 +95,7 @@ def _candidates(root: Path, kind: Kind, depth: int = 0) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_file():
-            if distilled.EMBEDDING in entry.name:  # belongs to the LoRA beside it
+            if distilled.EMBEDDING in entry.name or entry.match(f"*{WORDS}"):  # belongs to the LoRA beside it
                 continue
             if entry.suffix == ".safetensors" or (kind == "adapter" and entry.suffix in PICKLES):
                 yield entry
@@ -119,7 +120,7 @@ def _whole(folder: Path, kind: Kind) -> bool:
     if (folder / "adapter_config.json").is_file():
         return True
     names = [entry.name for entry in _entries(folder)]
-    weights = [name for name in names if name.endswith(".safetensors")]
+    weights = [name for name in names if name.endswith(".safetensors") and not name.endswith(WORDS)]
     cards = {"card.yaml", "card.json", "card.md", "README.md", "preview.png"}
     return len(weights) == 1 and (bool(cards & set(names)) or weights[0] == "pytorch_lora_weights.safetensors")
 

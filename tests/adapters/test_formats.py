@@ -283,7 +283,6 @@ def test_half_a_layer_is_refused(tmp_path: Path) -> None:
         ("lora_unet_down_blocks_0_conv.on_input", "IA3", "depends on the base model"),
         ("lora_unet_down_blocks_0_norm.w_norm", "normalisation", "only linear layers"),
         ("transformer.x_embedder.lora_B.bias", "biases", "control pipeline"),
-        ("bundle_emb.toy.string_to_param.*", "pivotal", "words"),
     ],
 )
 def test_formats_that_cannot_be_composed_are_refused_with_the_reason(

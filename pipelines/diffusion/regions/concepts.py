@@ -1,37 +1,56 @@
-"""ED-LoRA's words (Mix-of-Show, arXiv 2305.18292): one embedding per cross-attention layer.
+"""Words that adapters bring along, of two kinds.
 
-For the time of an encoding the tokenizer is a copy that knows ``<word>`` and one token for each of its layers, and the
-token table answers those tokens with the adapter's rows. A prompt becomes as many prompts as there are layers, with the
-word replaced by that layer's token, and each layer reads its own (layers in the order down, middle, up).
+*Pivotal tuning*: a word stands for a few vectors, one token each, in each text encoder. A prompt is *spelled*: the word
+is replaced by its tokens.
+
+*ED-LoRA* (Mix-of-Show, arXiv 2305.18292): a word has one embedding per cross-attention layer. A prompt becomes as many
+prompts as there are layers, with the word replaced by that layer's token, and each layer reads its own (layers in the
+order down, middle, up).
+
+For the time of an encoding the tokenizers are copies that know these tokens, and the token tables answer them with the
+adapter's rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapters.errors import FamilyError, InputError
+from adapters.formats.words import Words
 
-Words = Mapping[str, Tensor]
-"""word -> (layers, width)."""
+LayerWords = Mapping[str, Tensor]
+"""ED-LoRA: word -> (layers, width)."""
+
+Tokens = Mapping[str, Mapping[str, Tensor]]
+"""text encoder -> token -> its row (width,)."""
 
 
-def check_words(words: Words, known: Words, layers: int, width: int, tokenizer: Any, name: str) -> None:
-    """Refuse words that this model cannot use.
+def check_taken(words: Collection[str], known: Collection[str], name: str) -> None:
+    """Refuse words of the adapter ``name`` that are among those ``known`` already.
+
+    Raises:
+        InputError: naming the word.
+    """
+    for word in words:
+        if word in known:
+            raise InputError(f"'{name}': the word '{word}' is already taken by another adapter or by the tokenizer.")
+
+
+def check_layer_words(words: LayerWords, layers: int, width: int, name: str) -> None:
+    """Refuse an ED-LoRA's words that this model cannot use.
 
     Args:
-        words: of the adapter ``name``.
-        known: of the adapters loaded before.
         layers, width: cross-attention layers of the denoiser, width of the text encoder.
 
     Raises:
         FamilyError: another number of layers or another width.
-        InputError: a word that another adapter or the tokenizer already has.
     """
     for word, rows in words.items():
         if tuple(rows.shape) != (layers, width):
@@ -39,18 +58,66 @@ def check_words(words: Words, known: Words, layers: int, width: int, tokenizer: 
                 f"'{name}': the word '{word}' has {rows.shape[0]} embeddings of width {rows.shape[1]}; this model has "
                 f"{layers} cross-attention layers and a text width of {width}."
             )
-        if word in known or word in tokenizer.get_vocab():
-            raise InputError(f"'{name}': the word '{word}' is already taken by another adapter or by the tokenizer.")
 
 
-def with_words(tokenizer: Any, words: Words) -> Any:
-    """A copy of the tokenizer that knows the words (as one token each)."""
+def check_words(words: Words, widths: Mapping[str, int], base: str, name: str) -> None:
+    """Refuse words of pivotal tuning that this model cannot use.
+
+    Args:
+        widths: of the model's text encoders.
+        base: the model's title.
+
+    Raises:
+        FamilyError: other text encoders or another width.
+    """
+    for word, encoders in words.items():
+        found = {encoder: rows.shape[1] for encoder, rows in encoders.items()}
+        if found != dict(widths):
+            shown = [", ".join(f"{part} {width}" for part, width in table.items()) for table in (found, widths)]
+            raise FamilyError(
+                f"'{name}': the word '{word}' has embeddings of width {shown[0]}; {base} needs {shown[1] or 'none'}."
+            )
+
+
+def spelled(prompt: str, words: Words) -> str:
+    """The prompt with every word replaced by its tokens (capitals do not matter)."""
+    tokens = {word.lower(): " ".join(_tokens(word, len(next(iter(rows.values()))))) for word, rows in words.items()}
+    if not tokens:
+        return prompt
+    longest_first = "|".join(re.escape(word) for word in sorted(tokens, key=len, reverse=True))
+    found = re.compile(rf"(?<!\w)({longest_first})(?!\w)", re.IGNORECASE)
+    return found.sub(lambda match: tokens[match[0].lower()], prompt)
+
+
+def word_tokens(words: Words) -> dict[str, dict[str, Tensor]]:
+    """The tokens of pivotal tuning's words, by text encoder."""
+    made: dict[str, dict[str, Tensor]] = {}
+    for word, encoders in words.items():
+        for encoder, rows in encoders.items():
+            made.setdefault(encoder, {}).update(zip(_tokens(word, len(rows)), rows, strict=True))
+    return made
+
+
+def layer_tokens(words: LayerWords) -> dict[str, dict[str, Tensor]]:
+    """The tokens of an ED-LoRA's words: one for each layer, and the word itself as their mean."""
+    rows = {
+        token: row
+        for word, tensor in words.items()
+        for token, row in zip((word, *_tokens(word, len(tensor))), (tensor.mean(0), *tensor), strict=True)
+    }
+    return {"text_encoder": rows} if rows else {}
+
+
+def with_tokens(tokenizer: Any, tokens: Collection[str]) -> Any:
+    """The tokenizer, or a copy of it that knows the tokens."""
+    if not tokens:
+        return tokenizer
     known = copy.deepcopy(tokenizer)
-    known.add_tokens([token for word, rows in words.items() for token in (word, *_tokens(word, len(rows)))])
+    known.add_tokens(list(tokens))
     return known
 
 
-def expanded(prompt: str, words: Words) -> list[str]:
+def expanded(prompt: str, words: LayerWords) -> list[str]:
     """The prompt once per layer, with every word replaced by that layer's token."""
     made = []
     for layer in range(len(next(iter(words.values())))):
@@ -62,21 +129,29 @@ def expanded(prompt: str, words: Words) -> list[str]:
 
 
 @contextmanager
-def speaking(pipe: Any, words: Words) -> Iterator[None]:
-    """Let the pipeline's tokenizer and text encoder know the words; afterwards both are what they were."""
-    own, table = pipe.tokenizer, pipe.text_encoder.get_input_embeddings()
-    tokenizer = with_words(own, words)
-    rows = {
-        tokenizer.convert_tokens_to_ids(token): row
-        for word, tensor in words.items()
-        for token, row in zip((word, *_tokens(word, len(tensor))), (tensor.mean(0), *tensor), strict=True)
-    }
+def speaking(pipe: Any, tokens: Tokens) -> Iterator[None]:
+    """Let the pipeline's tokenizers and text encoders know the tokens; afterwards they are what they were."""
+    with ExitStack() as stack:
+        for encoder, rows in tokens.items():
+            stack.enter_context(_knowing(pipe, encoder, rows))
+        yield
+
+
+@contextmanager
+def _knowing(pipe: Any, encoder: str, tokens: Mapping[str, Tensor]) -> Iterator[None]:
+    name = encoder.replace("text_encoder", "tokenizer")
+    own, model = getattr(pipe, name), getattr(pipe, encoder)
+    tokenizer = with_tokens(own, tokens)
+    rows = {tokenizer.convert_tokens_to_ids(token): row for token, row in tokens.items()}
     given: list[Tensor] = []
 
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        given[:] = [args[0]]
-        new = torch.tensor(list(rows), device=args[0].device)
-        return torch.where(torch.isin(args[0], new), torch.zeros_like(args[0]), args[0]), *args[1:]
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # the model never sees the new numbers: some CLIPs take the largest one for the end mark
+        numbers = args[0] if args else kwargs["input_ids"]
+        given[:] = [numbers]
+        new = torch.tensor(list(rows), device=numbers.device)
+        known = torch.where(torch.isin(numbers, new), torch.zeros_like(numbers), numbers)
+        return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": known})
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         made = output.clone()
@@ -84,16 +159,19 @@ def speaking(pipe: Any, words: Words) -> Iterator[None]:
             made[given[0] == number] = row.to(made)
         return made
 
-    handles = [table.register_forward_pre_hook(before), table.register_forward_hook(after)]
-    pipe.tokenizer = tokenizer
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.get_input_embeddings().register_forward_hook(after),
+    ]
+    setattr(pipe, name, tokenizer)
     try:
         yield
     finally:
-        pipe.tokenizer = own
+        setattr(pipe, name, own)
         for handle in handles:
             handle.remove()
 
 
-def _tokens(word: str, layers: int) -> list[str]:
-    """The token of each layer; letters and figures in angle brackets, so that no other token is part of it."""
-    return [f"<{word.strip('<>')}:{layer}>" for layer in range(layers)]
+def _tokens(word: str, count: int) -> list[str]:
+    """The token of each vector or layer, in angle brackets, so that no other token is part of it."""
+    return [f"<{word.strip('<>')}:{layer}>" for layer in range(count)]

@@ -20,7 +20,7 @@ from pipelines.diffusion.regions import masks
 from pipelines.diffusion.regions.automatic import assigned
 from pipelines.diffusion.regions.blend import Blending, latent_grid
 from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
-from pipelines.diffusion.regions.concepts import with_words
+from pipelines.diffusion.regions.concepts import layer_tokens, spelled, with_tokens, word_tokens
 from pipelines.diffusion.regions.joint import RegionalTransformer, joined
 from pipelines.diffusion.regions.masks import Place
 from pipelines.diffusion.regions.refine import Refinement, loss
@@ -106,9 +106,11 @@ class RegionalCall:
         prompt = region.prompt or self.asked.prompt
         triggers = [word for name in region.adapters for word in self.composer.adapters[name].triggers]
         words = subject_words(region.words, triggers, prompt, region.title)
-        own = self.composer._words(region)
-        tokenizer = with_words(self.composer.pipe.tokenizer, own) if own else self.composer.pipe.tokenizer
-        return positions(tokenizer, prompt, words, region.title)
+        vocabulary, own = self.composer._vocabulary(), self.composer._words(region)
+        tokens = {**word_tokens(vocabulary).get("text_encoder", {}), **layer_tokens(own).get("text_encoder", {})}
+        tokenizer = with_tokens(self.composer.pipe.tokenizer, tokens)
+        named = [spelled(word, vocabulary) for word in words]
+        return positions(tokenizer, spelled(prompt, vocabulary), named, region.title)
 
     def _found(self) -> list[Place]:
         """Places of automatic regions, from the attention of the first steps with all adapters everywhere.

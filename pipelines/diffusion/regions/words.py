@@ -20,7 +20,7 @@ def positions(tokenizer: Any, prompt: str, words: Sequence[str], title: str) -> 
     found: list[int] = []
     for word in words:
         pieces = tokenizer(word, add_special_tokens=False).input_ids
-        if word.startswith("<") and word.endswith(">") and len(pieces) != 1:
+        if word.startswith("<") and word.endswith(">") and " " not in word and len(pieces) != 1:
             raise InputError(
                 f"Region '{title}': the tokenizer does not know the concept token '{word}'; load the adapter of it."
             )
