@@ -1,4 +1,4 @@
-"""The training methods in the smallest loop that drives them: a language model, a data function, one optimiser."""
+"""The training methods in the smallest loop that drives them: a model, a data function, one optimiser."""
 
 from __future__ import annotations
 
@@ -17,8 +17,23 @@ from studio.schemas.method import MethodFields, RegulariserFields
 from studio.training.methods import plugins_for
 from studio.training.plugin import Answers, Calibration, Closure, Handles, Plugins
 
-Data = Callable[[int], Tensor]
-"""Token ids (batch, length) of batch number n."""
+Batch = Tensor | dict[str, Tensor]
+"""Token ids (batch, length) that are their own labels, or a model's inputs with "labels" by name."""
+
+Data = Callable[[int], Batch]
+"""Batch number n."""
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """What the model is called with."""
+    return {"input_ids": batch, "labels": batch} if isinstance(batch, Tensor) else batch
+
+
+def cut(batch: Batch, count: int) -> Iterator[dict[str, Tensor]]:
+    """``batch`` in ``count`` parts."""
+    given = inputs_of(batch)
+    for parts in zip(*(tensor.chunk(count) for tensor in given.values()), strict=True):
+        yield dict(zip(given, parts, strict=True))
 
 
 class Recipe(MethodFields, RegulariserFields):
@@ -69,8 +84,8 @@ def prepare(base: nn.Module, recipe: Recipe, data: Data, targets: list[str], res
     plugins = Plugins(plugins_for(recipe))
     plugins.configure(recipe)
 
-    def loss_of(ids: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=ids, labels=ids).loss
+    def loss_of(batch: Batch) -> Tensor:
+        found: Tensor = model(**inputs_of(batch)).loss
         return found
 
     def losses(count: int) -> Iterator[Closure]:
@@ -105,9 +120,9 @@ def go_on(run: Run, recipe: Recipe, data: Data, start: int = 0, stop: int | None
         began = time.perf_counter()
         run.plugins.step_begin(step)
         total, logs = 0.0, {}
-        for ids in data(step).chunk(recipe.accumulation):
+        for part in cut(data(step), recipe.accumulation):
             with run.plugins.forward_context():
-                loss, logs = one_pass(run, ids, 1 / recipe.accumulation)
+                loss, logs = one_pass(run, part, 1 / recipe.accumulation)
             loss.backward()
             total += float(loss.detach())
         run.plugins.grads_ready(step)
@@ -123,22 +138,23 @@ def go_on(run: Run, recipe: Recipe, data: Data, start: int = 0, stop: int | None
     return run
 
 
-def one_pass(run: Run, ids: Tensor, share: float) -> tuple[Tensor, dict[str, float]]:
+def one_pass(run: Run, batch: Batch, share: float) -> tuple[Tensor, dict[str, float]]:
     """One forward pass: its share of the step's loss, and what plugins say of it."""
-    output = run.model(input_ids=ids, labels=ids)
-    answers = Answers(output.logits, ids, partial(reference, run.model, ids), share)
+    given = inputs_of(batch)
+    output = run.model(**given)
+    answers = Answers(output.logits, given["labels"], partial(reference, run.model, batch), share)
     loss: Tensor = share * output.loss
     return run.plugins.loss(loss, answers)
 
 
 @torch.no_grad()
-def reference(model: PeftModel, ids: Tensor) -> Tensor:
+def reference(model: PeftModel, batch: Batch) -> Tensor:
     """The untouched base model's logits."""
     was = model.training
     model.eval()
     try:
         with model.disable_adapter():
-            logits: Tensor = model(input_ids=ids).logits
+            logits: Tensor = model(**inputs_of(batch)).logits
             return logits
     finally:
         model.train(was)
