@@ -1,0 +1,311 @@
+"""Regions inside the network against a slow reference in plain PyTorch, with two different adapters and prompts.
+
+The reference knows nothing of the engine: it reads the files' matrices itself, forms every region's full weights
+W0 + s B A, goes through the regions in a loop, computes each for the whole picture and adds them up by their shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipelines.diffusion import MultiLoRAPipeline
+from pipelines.diffusion.regions import Region
+from tests import tiny
+from tests.pipelines.conftest import Bed, close
+
+SIZE, STEPS, GUIDANCE, SEED = 32, 3, 4.0, 11
+PROMPTS = ("a red apple", "a cat", "two dogs")
+"""Of the background and of both regions."""
+
+WEIGHTS, SCALES = (0.8, 1.3), (1.0, 0.5)
+"""Strength of each adapter, factor of each region."""
+
+UNET_BOXES = ((0, 0, 0.5, 1), (0.25, 0.25, 0.75, 1))  # they overlap in a quarter of the picture's width
+JOINT_BOXES = ((0, 0, 0.5, 1), (0.5, 0.25, 1, 1))
+Deltas = Sequence[dict[str, Tensor]]
+"""For every row (the background first): module -> its change of the weight at full strength."""
+
+
+def deltas(files: Sequence[Path], ratios: Sequence[float]) -> Deltas:
+    """The rows' changes; ``ratios`` are alpha / rank."""
+    made: list[dict[str, Tensor]] = [{}]
+    for file, ratio, weight, scale in zip(files, ratios, WEIGHTS, SCALES, strict=True):
+        tensors = load_file(file)
+        row = {}
+        for key, A in tensors.items():
+            component, _, rest = key.partition(".")
+            if component not in ("unet", "transformer") or ".lora_A" not in rest:
+                continue
+            B = tensors[key.replace("lora_A", "lora_B")]
+            product = (B.flatten(1) @ A.flatten(1)).reshape(B.shape[0], *A.shape[1:])
+            row[rest.removesuffix(".lora_A.weight")] = weight * scale * ratio * product
+        made.append(row)
+    return made
+
+
+def shares(boxes: Sequence[Any], height: int, width: int) -> Tensor:
+    """Share of the background and every region in each cell: (rows, height * width)."""
+    masks = torch.zeros(len(boxes), height, width)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
+    made = torch.zeros(len(boxes) + 1, height, width)
+    for y in range(height):
+        for x in range(width):
+            total = float(masks[:, y, x].sum())
+            made[1:, y, x] = masks[:, y, x] / max(1.0, total)
+            made[0, y, x] = 1 - made[1:, y, x].sum()
+    return made.flatten(1)
+
+
+def heads(tensor: Tensor, count: int) -> Tensor:
+    return tensor.unflatten(2, (count, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt d) V, (batch, heads, tokens, width)."""
+    return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1) @ value
+
+
+def changed(module: Any, delta: Tensor, given: Tensor) -> Tensor:
+    """What a change of the weight adds to the output."""
+    if isinstance(module, nn.Conv2d):
+        return F.conv2d(given, delta, None, module.stride, module.padding)
+    return F.linear(given, delta)
+
+
+def along(module: Any, weights: Tensor, output: Tensor) -> Tensor:
+    """Weights (tokens,) so that they multiply ``output``."""
+    return weights.view(1, 1, *output.shape[2:]) if isinstance(module, nn.Conv2d) else weights[None, :, None]
+
+
+# UNet
+
+
+class Cross:
+    """Cross-attention, region by region."""
+
+    def __init__(self, name: str, rows: Deltas, texts: Sequence[Tensor], share: Callable[[int], Tensor]) -> None:
+        self.name, self.rows, self.texts, self.share = name, rows, texts, share
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        query, total = heads(attn.to_q(hidden_states), attn.heads), torch.zeros_like(hidden_states)
+        share = self.share(hidden_states.shape[1])
+        for number, (row, text) in enumerate(zip(self.rows, self.texts, strict=True)):
+            weights = [
+                layer.weight + row.get(f"{self.name}.{part}", torch.zeros(()))
+                for part, layer in (("to_k", attn.to_k), ("to_v", attn.to_v), ("to_out.0", attn.to_out[0]))
+            ]
+            key, value = (heads(F.linear(text, weight), attn.heads) for weight in weights[:2])
+            found = attend(query, key, value).transpose(1, 2).flatten(2)
+            total = total + share[number][None, :, None] * F.linear(found, weights[2], attn.to_out[0].bias)
+        return total
+
+
+def unet_reference(pipe: Any, rows: Deltas, texts: Sequence[Any], call: dict[str, Any]) -> Tensor:
+    """The latents, every layer of every region computed for itself."""
+    unet, factor = pipe.unet, 2
+
+    def share(cells: int) -> Tensor:
+        side = round(cells**0.5)
+        return shares(UNET_BOXES, side, side)
+
+    with ExitStack() as stack:
+
+        def layer(name: str, module: Any) -> None:
+            def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+                here = share(output.shape[2] * output.shape[3] if output.ndim == 4 else output.shape[1])
+                for number, row in enumerate(rows):
+                    if name in row:
+                        output = output + along(module, here[number], output) * changed(module, row[name], args[0])
+                return output
+
+            stack.callback(module.register_forward_hook(hook).remove)
+
+        def time_vector(name: str, block: Any) -> None:
+            kept: list[Tensor] = []
+
+            def keep(module: Any, args: Any, output: Tensor) -> None:
+                kept[:] = [args[0]]
+
+            def add(module: Any, args: Any) -> Any:
+                cells = args[0]
+                here = share(cells.shape[2] * cells.shape[3])
+                for number, row in enumerate(rows):
+                    if name in row:
+                        vector = F.linear(kept[0], row[name])  # (batch, channels)
+                        cells = cells + vector[:, :, None, None] * here[number].view(1, 1, *cells.shape[2:])
+                return (cells,)
+
+            stack.callback(block.time_emb_proj.register_forward_hook(keep).remove)
+            stack.callback(block.norm2.register_forward_pre_hook(add).remove)
+
+        for name, module in unet.named_modules():
+            if isinstance(module, ResnetBlock2D):
+                time_vector(f"{name}.time_emb_proj", module)
+            elif isinstance(module, BasicTransformerBlock):
+                module.attn2.set_processor(Cross(f"{name}.attn2", rows, texts, share))
+            elif isinstance(module, nn.Linear | nn.Conv2d) and not name.endswith(
+                ("time_emb_proj", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+            ):
+                layer(name, module)
+        result: Tensor = pipe(**call).images
+    assert factor == pipe.vae_scale_factor
+    return result
+
+
+RATIOS = {"a": 4 / 2, "b": 1.5 / 3, "c": 2 / 2}
+"""alpha / rank of the adapters of tests.pipelines.conftest."""
+
+
+@pytest.mark.parametrize(("family", "names"), [("sd", "ac"), ("sd", "cb"), ("sdxl", "ac")])
+def test_activation_on_a_unet(beds: Any, family: str, names: str) -> None:
+    bed: Bed = beds(family)
+    composer = MultiLoRAPipeline(bed.pipe())
+    for name, weight in zip(names, WEIGHTS, strict=True):
+        composer.load_lora(bed.files[name], name, weight=weight, te_weight=0)
+    found = drawn(composer, names, UNET_BOXES)
+    pipe = bed.pipe()
+    encodings = [composer.family.encode(pipe, prompt, None, 1, True) for prompt in PROMPTS]
+    texts = [torch.cat([e.negative["embeds"], e.positive["embeds"]]) for e in encodings if e.negative]
+    rows = deltas([bed.files[name] for name in names], [RATIOS[name] for name in names])
+    wanted = unet_reference(pipe, rows, texts, {**encodings[0].call_arguments(), **plain()})
+    close(found, wanted)
+
+
+def plain() -> dict[str, Any]:
+    """What diffusers is asked for."""
+    return {
+        "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": SIZE, "height": SIZE,
+        "output_type": "latent", "generator": [torch.Generator().manual_seed(SEED)],
+    }  # fmt: skip
+
+
+def drawn(composer: MultiLoRAPipeline, names: str, boxes: Sequence[Any], **options: Any) -> Tensor:
+    """Our latents."""
+    regions = [
+        Region((name,), box=box, prompt=prompt, scale=scale)
+        for name, box, prompt, scale in zip(names, boxes, PROMPTS[1:], SCALES, strict=True)
+    ]
+    composer.compose("activation", regions=regions, **options)
+    result: Tensor = composer(
+        PROMPTS[0], steps=STEPS, guidance_scale=GUIDANCE, width=SIZE, height=SIZE, seed=SEED, output_type="latent"
+    ).images
+    return result
+
+
+# Joint transformers
+
+
+class Joint:
+    """Joint attention, region by region: a cell looks at all cells and at the text of its own region only."""
+
+    def __init__(self, segment: int, share: Tensor, self_mask: bool) -> None:
+        self.segment, self.share, self.self_mask = segment, share, self_mask
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, mask: Any = None,
+        image_rotary_emb: Any = None, **ignored: Any,
+    ) -> Any:  # fmt: skip
+        picture = self.parts(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        if encoder_hidden_states is not None:
+            names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            text = self.parts(attn, encoder_hidden_states, *names)
+            both = [torch.cat(pair, 2) for pair in zip(text, picture, strict=True)]
+        else:
+            both = picture
+        if image_rotary_emb is not None:
+            both[:2] = [
+                apply_rotary_emb(tensor.transpose(1, 2), image_rotary_emb, sequence_dim=1).transpose(1, 2)
+                for tensor in both[:2]
+            ]
+        texts = len(self.share) * self.segment
+        query, key, value = both
+        found = torch.zeros_like(query)
+        for number, share in enumerate(self.share):
+            mine = texts + share.nonzero().flatten()
+            own = torch.arange(number * self.segment, (number + 1) * self.segment)
+            cells = torch.arange(texts, query.shape[2])
+            if self.self_mask and number:  # of the other regions' cells nothing is seen
+                cells = texts + ((self.share[0] > 0) | (share > 0)).nonzero().flatten()
+            seen = torch.cat([own, cells])
+            found[:, :, mine] = attend(query[:, :, mine], key[:, :, seen], value[:, :, seen])
+            seen = torch.cat([own, mine])
+            found[:, :, own] = attend(query[:, :, own], key[:, :, seen], value[:, :, seen])
+        found = found.transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return found
+        out = attn.to_out[0](found[:, texts:])
+        return out, found[:, :texts] if attn.context_pre_only else attn.to_add_out(found[:, :texts])
+
+    @staticmethod
+    def parts(attn: Any, states: Tensor, names: Sequence[str], norms: Sequence[str]) -> list[Tensor]:
+        made = [heads(getattr(attn, name)(states), attn.heads) for name in names]
+        for k, norm in enumerate(norms):
+            if getattr(attn, norm, None) is not None:
+                made[k] = getattr(attn, norm)(made[k])
+        return made
+
+
+TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "context_embedder", "ff_context")
+
+
+@pytest.mark.parametrize("self_mask", [False, True])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_activation_in_a_joint_transformer(tmp_path: Path, family: str, self_mask: bool) -> None:
+    pipe = tiny.FAMILIES[family]()
+    own = {
+        "sd3": ("to_q", "to_out.0", "add_k_proj", "to_add_out", "ff_context.net.2", "ff.net.2"),
+        "flux": ("to_q", "to_k", "add_v_proj", "to_add_out", "proj_mlp", "ff_context.net.2", "context_embedder"),
+    }[family]
+    files = [
+        tiny.lora_file(pipe, tmp_path / "a", seed=1, rank=2, alpha=4.0, targets=own, text_targets=()),
+        tiny.lora_file(pipe, tmp_path / "b", seed=2, rank=3, alpha=1.5, targets=(*own, "to_v"), text_targets=()),
+    ]
+    composer = MultiLoRAPipeline(tiny.FAMILIES[family]())
+    for name, file, weight in zip("ab", files, WEIGHTS, strict=True):
+        composer.load_lora(file, name, weight=weight)
+    found = drawn(composer, "ab", JOINT_BOXES, self_mask=self_mask)
+
+    guided = family == "sd3"
+    encodings = [composer.family.encode(pipe, prompt, None, 1, guided) for prompt in PROMPTS]
+    segment = encodings[0].positive["embeds"].shape[1]
+    call = encodings[0].call_arguments()
+    for key in ("prompt_embeds", *(("negative_prompt_embeds",) if guided else ())):
+        call[key] = torch.cat([encoding.call_arguments()[key] for encoding in encodings], 1)
+    rows, share = deltas(files, (2.0, 0.5)), shares(JOINT_BOXES, 8, 8)
+    for name, module in pipe.transformer.named_modules():
+        if hasattr(module, "set_processor") and hasattr(module, "processor"):
+            module.set_processor(Joint(segment, share, self_mask))
+        if isinstance(module, nn.Linear) and any(name in row for row in rows):
+            of_text = any(part in TEXT for part in name.split("."))
+            single = name.startswith("single_transformer_blocks")
+            module.register_forward_hook(token_hook(name, rows, share, segment, of_text, single))
+    close(found, pipe(**call, **plain()).images)
+
+
+def token_hook(name: str, rows: Deltas, share: Tensor, segment: int, of_text: bool, single: bool) -> Any:
+    """Adds each row's change to its own segment of the text, and to the cells by its share."""
+
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        for number, row in enumerate(rows):
+            if name not in row:
+                continue
+            text = torch.zeros(len(rows) * segment)
+            text[number * segment : (number + 1) * segment] = 1
+            weights = text if of_text else torch.cat([text, share[number]]) if single else share[number]
+            output = output + weights[None, :, None] * F.linear(args[0], row[name])
+        return output
+
+    return hook
