@@ -2,8 +2,9 @@
 
     python -m benchmarks.composition_quality [--seeds 16] [--minutes 60] [--write]
 
-On the embedded base with the shipped concept adapters, sets of two and three side by side. Every method draws the same
-sets from the same seeds. The judge network (trained on renders only) looks at each region's part of every picture:
+On the embedded base with the shipped concept adapters, sets of two and three side by side in pictures twice as wide as
+high, one seed of its own for every picture of a set. Every method draws the same sets from the same seeds. The judge
+network (trained on renders only) looks at each region's part of every picture:
 
 right       the concept is the judge's first answer in its own region.
 all right   that holds for every concept of the picture.
@@ -151,7 +152,8 @@ class Studio:
         else:
             self.pipe.compose(way.method, adapters=names, **way.options)
         prompt = data.make_caption(STYLE, words, None)
-        return self.pipe(prompt, steps=STEPS, guidance_scale=GUIDANCE, seed=seed).images[0].convert("RGB")
+        made = self.pipe(prompt, steps=STEPS, guidance_scale=GUIDANCE, seed=seed, width=2 * data.SIZE, height=data.SIZE)
+        return made.images[0].convert("RGB")
 
 
 class Observer:
@@ -236,11 +238,11 @@ class Kept:
 def todo(
     groups: Sequence[tuple[str, ...]], seeds: int, ways: Sequence[Way]
 ) -> Iterator[tuple[Way, tuple[str, ...], int]]:
-    """All pictures, seed by seed, so that what is there after any time is balanced."""
-    for seed in range(seeds):
-        for names in groups:
+    """All pictures, round by round, so that what is there after any time is balanced; no two sets share a seed."""
+    for turn in range(seeds):
+        for number, names in enumerate(groups):
             for way in ways:
-                yield way, names, seed
+                yield way, names, 1000 * turn + number
 
 
 def summary(answers: Sequence[Answer], ways: Sequence[Way]) -> list[dict[str, Any]]:
@@ -294,23 +296,23 @@ def measured_bleed(answers: Sequence[Answer], way: str = "merge") -> dict[tuple[
     return {pair: sum(hits) / len(hits) for pair, hits in pairs.items()}
 
 
-def grid(kept: Kept, groups: Sequence[tuple[str, ...]], ways: Sequence[Way], cell: int = 96) -> Image.Image:
-    """Seed 0 of every set (rows) by every way (columns, names on top)."""
+def grid(kept: Kept, groups: Sequence[tuple[str, ...]], ways: Sequence[Way], cell: int = 64) -> Image.Image:
+    """The first seed of every set (rows) by every way (columns, names on top); ``cell`` is the height of a picture."""
     from PIL import ImageDraw, ImageFont
 
-    font, left, top = ImageFont.load_default(11), 150, 34
-    made = Image.new("RGB", (left + len(ways) * (cell + 4), top + len(groups) * (cell + 4)), "white")
+    font, left, top, wide = ImageFont.load_default(11), 80, 34, 2 * cell
+    made = Image.new("RGB", (left + len(ways) * (wide + 4), top + len(groups) * (cell + 4)), "white")
     pen = ImageDraw.Draw(made)
     for column, way in enumerate(ways):
         words = way.name.replace("without ", "without\n").replace(", ", ",\n").replace("injection ", "injection\n")
-        pen.multiline_text((left + column * (cell + 4), 2), words, fill="black", font=font)
+        pen.multiline_text((left + column * (wide + 4), 2), words, fill="black", font=font)
     for row, names in enumerate(groups):
-        pen.multiline_text((4, top + row * (cell + 4) + 20), "\nand ".join(names), fill="black", font=font)
+        pen.multiline_text((4, top + row * (cell + 4) + 8), "\nand ".join(names), fill="black", font=font)
         for column, way in enumerate(ways):
-            file = kept.picture(way.name, names, 0)
+            file = kept.picture(way.name, names, row)
             if file.is_file():
                 with Image.open(file) as picture:
-                    made.paste(picture.resize((cell, cell)), (left + column * (cell + 4), top + row * (cell + 4)))
+                    made.paste(picture.resize((wide, cell)), (left + column * (wide + 4), top + row * (cell + 4)))
     return made
 
 
@@ -349,7 +351,7 @@ def main() -> None:
     chosen = [a for a in kept.answers if a.subjects in groups]
     rows = summary(chosen, ways)
     print("\n".join(table(rows)))
-    bleed = measured_bleed(chosen)
+    bleed = measured_bleed(kept.answers)
     agreement = None
     if len(bleed) >= 3:
         agreement = interference.validate(interference.predicted_for(sorted(triggers)), bleed)
