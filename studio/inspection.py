@@ -34,11 +34,14 @@ class Base:
     def fit(self, file: LoraFile) -> LoraFile:
         """``file`` with this base's module names."""
         from adapters.formats.fit import fit
+        from adapters.formats.lora import MODEL
 
         if self.unet_config is not None:
             from pipelines.diffusion.loading import modern_blocks
 
             file = modern_blocks(file, self.unet_config)
+        if set(self.models) == {MODEL} and len(file.parts) == 1:  # the files of one component do not say which
+            file = file.with_parts({MODEL: next(iter(file.parts.values()))}, file.flat)
         return fit(file, self.models, f"'{self.name}'")
 
 
@@ -65,6 +68,24 @@ def open_base(name: str) -> Base:
     return Base(name, models, models["unet"].config if "unet" in models else None, pipe=pipe)
 
 
+def open_files(name: str) -> Base:
+    """The weights of a base in their files, without building the model.
+
+    Raises:
+        InputError: there is no such base here, or its weights are not in .safetensors files of today's names.
+    """
+    from adapters.inspection.weight_files import models_in
+    from studio import library
+
+    given = Path(name).expanduser()
+    path = given if given.exists() else Path(library.resolve_base(name))
+    if not path.exists():
+        raise InputError(
+            f"'{name}' is not on this computer: name a folder or a .safetensors file, or leave --files out."
+        )
+    return Base(name, models_in(path))
+
+
 def read_adapter(adapter: str, base: Base) -> LoraFile:
     """An adapter by name or path, with the base's module names."""
     from adapters import formats
@@ -81,8 +102,13 @@ def intruders(
     eps: float = 0.5,
     side: Side = "left",
     monitor: Monitor | None = None,
+    from_files: bool = False,
 ) -> Report:
     """The report on an adapter of ``base``, or on a whole model ``tuned`` from it.
+
+    Args:
+        from_files: read weights straight from files, without building models: quicker, less memory, and a base may be
+            any .safetensors file whose names are the model's.
 
     Raises:
         InputError: neither an adapter nor a tuned model (or both), or something that cannot be read.
@@ -91,8 +117,9 @@ def intruders(
 
     if bool(adapter) == bool(tuned):
         raise InputError("Say what to look at: one adapter, or a tuned model with --tuned.")
-    opened = open_base(base)
-    file = read_adapter(adapter, opened) if adapter else between(opened.models, open_base(tuned).models)
+    opener = open_files if from_files else open_base
+    opened = opener(base)
+    file = read_adapter(adapter, opened) if adapter else between(opened.models, opener(tuned).models, k)
     return inspect(file, weights_of(opened.models), k, eps, side, monitor)[0]
 
 

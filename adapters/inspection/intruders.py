@@ -381,10 +381,11 @@ def weights_of(models: Mapping[str, nn.Module]) -> Weights:
     return weight
 
 
-def between(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]) -> LoraFile:
+def between(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], least: int = 1) -> LoraFile:
     """The difference of two models as an adapter of full rank: what a checkpoint pair is inspected as.
 
-    Linear layers, Conv1D, convolutions and embeddings that differ take part.
+    Linear layers, Conv1D, convolutions and embeddings that differ take part; those with fewer than ``least`` rows or
+    columns (a table of two token types) do not.
 
     Raises:
         InputError: nothing of that kind differs, or shapes do.
@@ -405,7 +406,7 @@ def between(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]) -> Lo
                     f"'{component}.{name}' is {tuple(W0.shape)} in one model, {tuple(other.shape)} in the other."
                 )
             difference = other.float() - W0.float()
-            if bool(difference.any()):
+            if min(W0.shape) >= least and bool(difference.any()):
                 rows, columns = difference.shape
                 if rows <= columns:
                     pair = difference, torch.eye(rows)

@@ -34,6 +34,10 @@ def intruders(
     k: K = 10,
     eps: Eps = 0.5,
     side: Annotated[str, typer.Option("--side", metavar="left|right|both", help="Which singular vectors.")] = "left",
+    from_files: Annotated[
+        bool,
+        typer.Option("--files", help="Read the weights from .safetensors files or folders without building the model."),
+    ] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw every layer into this .png file.")] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -46,7 +50,7 @@ def intruders(
     hush.loading_bars()
     if plot is not None and plot.suffix.lower() != ".png":
         raise InputError(f"--plot: pictures are written as .png, got '{plot.suffix}'.")
-    report = inspection.intruders(adapter, base, tuned, k, eps, side)  # type: ignore[arg-type]
+    report = inspection.intruders(adapter, base, tuned, k, eps, side, from_files=from_files)  # type: ignore[arg-type]
     if plot is not None:
         from adapters import files
 

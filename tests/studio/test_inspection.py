@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from adapters import formats
 from adapters.errors import InputError
 from adapters.formats import LoraFile, LoraLayer, write_peft
+from adapters.inspection.intruders import Report
 from benchmarks import dialects
 from studio import inspection
 from studio.cli import app
 from tests import tiny
+from tests.language import tiny as language
 from tests.training import bed
 
 
@@ -105,3 +109,72 @@ def test_a_pair_of_models(speaker, tmp_path):
     assert {layer.name for layer in report.layers} == {"model.model.layers.1.mlp.up_proj", "model.model.embed_tokens"}
     with pytest.raises(InputError, match="one adapter, or a tuned model"):
         inspection.intruders(base=str(speaker))
+
+
+def reports_agree(first, second) -> None:
+    """The same layers, counts and cosines (the parts may be called otherwise)."""
+    assert len(first.layers) == len(second.layers) > 0
+    for one, other in zip(first.layers, second.layers, strict=True):
+        assert one.name.partition(".")[2] == other.name.partition(".")[2]
+        assert (one.shape, one.rank, one.positions) == (other.shape, other.rank, other.positions)
+        assert one.cosines == pytest.approx(other.cosines, abs=2e-4)
+        assert one.relative_change == pytest.approx(other.relative_change, rel=1e-4)
+
+
+def test_files_alone_give_the_pipelines_report(base, adapter, tmp_path):
+    whole = inspection.intruders(str(adapter), str(base), k=6)
+    reports_agree(whole, inspection.intruders(str(adapter), str(base), k=6, from_files=True))
+    unet = formats.read(adapter)
+    unet = unet.with_parts({"unet": unet.parts["unet"]}, unet.flat)
+    alone = write_peft(unet, tmp_path / "unet-alone")
+    of_unet = [layer for layer in whole.layers if layer.name.startswith("unet.")]
+    found = inspection.intruders(str(alone), str(base / "unet"), k=6, from_files=True)
+    reports_agree(Report(whole.k, whole.eps, whole.side, tuple(of_unet)), found)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_pairs_of_files_give_the_report_of_pairs_of_models(kind, tmp_path):
+    """Linear and square Conv1D layers, embeddings: what is changed in the weights is found either way."""
+    first, second = (getattr(language, kind)(tmp_path / name) for name in ("first", "second"))
+    stored = load_file(second / "model.safetensors")
+    g = torch.Generator().manual_seed(1)
+    for name, weight in stored.items():
+        if weight.ndim == 2:
+            weight += 0.3 * torch.randn(len(weight), 1, generator=g) @ torch.randn(1, weight.shape[1], generator=g)
+        stored[name] = weight
+    save_file(stored, second / "model.safetensors", metadata={"format": "pt"})
+    models = inspection.intruders(base=str(first), tuned=str(second), k=4)
+    found = inspection.intruders(base=str(first), tuned=str(second), k=4, from_files=True)
+    stored_once = {layer.name for layer in found.layers}  # a tied head is its embedding
+    reports_agree(replace(models, layers=tuple(one for one in models.layers if one.name in stored_once)), found)
+    assert len(found.layers) >= len(models.layers) - 2
+    single = inspection.intruders(
+        base=str(first / "model.safetensors"), tuned=str(second / "model.safetensors"), k=4, from_files=True
+    )
+    assert single.total == found.total
+
+
+def test_an_adapter_of_gpt2s_transposed_layers(tmp_path):
+    base = language.gpt2(tmp_path / "base")
+    g = torch.Generator().manual_seed(2)
+    layer = LoraLayer(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g), 2.0)
+    adapter = write_peft(LoraFile({"model": {"transformer.h.0.attn.c_proj": layer}}), tmp_path / "adapter")
+    reports_agree(
+        inspection.intruders(str(adapter), str(base)), inspection.intruders(str(adapter), str(base), from_files=True)
+    )
+
+
+def test_files_that_cannot_be_looked_into(base, adapter, tmp_path, capsys):
+    for given, sentence in (
+        (str(tmp_path), "no weights in .safetensors"),
+        ("no/such-model", "not on this computer"),
+        (str(base / "model_index.json"), ".safetensors files"),
+    ):
+        assert app.run(["inspect", "intruders", str(adapter), "--base", given, "--files"]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+    save_file({"unet.weight": torch.zeros(4, 4, dtype=torch.uint8)}, tmp_path / "packed.safetensors")
+    with pytest.raises(InputError, match="quantised"):
+        inspection.intruders(str(adapter), str(tmp_path / "packed.safetensors"), from_files=True)
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="not a readable safetensors"):
+        inspection.intruders(str(adapter), str(tmp_path / "broken.safetensors"), from_files=True)
