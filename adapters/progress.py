@@ -6,8 +6,8 @@ One protocol serves the terminal, the job store and the web pages: a function th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from adapters.errors import Cancelled
@@ -51,6 +51,34 @@ class Silent:
 
     def cancelled(self) -> bool:
         return False
+
+
+class Changed:
+    """A monitor that is told ``change(report)`` instead of each report."""
+
+    def __init__(self, monitor: Monitor, change: Callable[[Progress], Progress]) -> None:
+        self.monitor, self.change = monitor, change
+
+    def report(self, progress: Progress) -> None:
+        self.monitor.report(self.change(progress))
+
+    def cancelled(self) -> bool:
+        return self.monitor.cancelled()
+
+
+def part(monitor: Monitor, number: int, count: int, label: str = "") -> Monitor:
+    """The monitor of part ``number`` of ``count`` equal ones: its steps count within the whole.
+
+    Args:
+        label: is put before the stages, except of what is saved.
+    """
+
+    def change(progress: Progress) -> Progress:
+        total = progress.total
+        stage = f"{label}: {progress.stage}" if label and progress.stage != "saved" else progress.stage
+        return replace(progress, stage=stage, step=progress.step + number * total, total=total * count)
+
+    return Changed(monitor, change)
 
 
 def check(monitor: Monitor) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import files
 from adapters.errors import Cancelled, InputError, StudioError
-from adapters.progress import Monitor, Progress, check
+from adapters.progress import Monitor, check, part
 from studio import compose, methods
 from studio.schemas.compare import CompareConfig
 
@@ -42,7 +42,7 @@ def run(config: CompareConfig, folder: Path, monitor: Monitor) -> dict[str, Any]
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
         try:
-            result = compose.run(config.of(name), place, _Turn(monitor, title(name), number, len(config.methods)))
+            result = compose.run(config.of(name), place, part(monitor, number, len(config.methods), title(name)))
         except Cancelled:
             raise
         except StudioError as error:
@@ -95,21 +95,3 @@ def _reasons(skipped: dict[str, str]) -> list[str]:
     for name, reason in skipped.items():
         told.setdefault(reason, []).append(title(name))
     return [f"{', '.join(names)}: {reason}" for reason, names in told.items()]
-
-
-class _Turn:
-    """The monitor of one method of several: its steps count within the whole."""
-
-    def __init__(self, monitor: Monitor, label: str, number: int, count: int) -> None:
-        self.monitor, self.label, self.number, self.count = monitor, label, number, count
-
-    def report(self, progress: Progress) -> None:
-        total = progress.total
-        stage = progress.stage if progress.stage == "saved" else f"{self.label}: {progress.stage}"
-        self.monitor.report(
-            Progress(stage, progress.step + self.number * total, total * self.count, progress.loss, progress.metrics,
-                     progress.preview, progress.message)
-        )  # fmt: skip
-
-    def cancelled(self) -> bool:
-        return self.monitor.cancelled()

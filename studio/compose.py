@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import files
-from adapters.progress import Monitor, Progress, check
+from adapters.progress import Monitor, Progress, check, part
 from studio import images, library, loaded, recipes
 from studio.schemas.compose import ComposeConfig
 from studio.schemas.regions import Region, RegionFields
@@ -121,7 +121,7 @@ def _picture(
     out = pipe(
         config.prompt, negative_prompt=config.negative_prompt, steps=config.steps,
         guidance_scale=config.guidance_scale, seed=seed, images=1, width=config.width, height=config.height,
-        scheduler=config.scheduler, monitor=_Part(monitor, number, config.images),
+        scheduler=config.scheduler, monitor=part(monitor, number, config.images),
         preview_every=max(1, config.steps // PREVIEWS), allow_double_guidance=config.allow_double_guidance,
     )  # fmt: skip
     path = images.save_png(out.images[0], folder / f"picture-{seed}.png", recipes.for_picture(recipe, seed))
@@ -137,23 +137,6 @@ def _place(region: Any, folder: Path, seed: int, number: int) -> dict[str, Any]:
         mask = folder / f"region-{seed}-{number}.png"
         files.write(mask, region.mask.save, sync=False)
     return {"name": region.name, "box": region.box and list(region.box), "mask": mask and str(mask)}
-
-
-class _Part:
-    """The monitor of one picture of several: its steps count within the whole."""
-
-    def __init__(self, monitor: Monitor, number: int, pictures: int) -> None:
-        self.monitor, self.number, self.pictures = monitor, number, pictures
-
-    def report(self, progress: Progress) -> None:
-        total = progress.total
-        self.monitor.report(
-            Progress(progress.stage, progress.step + self.number * total, total * self.pictures, progress.loss,
-                     progress.metrics, progress.preview, progress.message)
-        )  # fmt: skip
-
-    def cancelled(self) -> bool:
-        return self.monitor.cancelled()
 
 
 def _made_on(pipe: Any) -> dict[str, Any]:

@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from studio.schemas import rules
 from studio.schemas.base import JobConfig
 from studio.schemas.regions import RegionFields
-
-Strength = tuple[float, float]
-"""(progress in [0, 1], strength): one keyframe of a schedule."""
+from studio.schemas.rules import Strength
 
 
 class AdapterUse(JobConfig):
@@ -37,15 +36,7 @@ class AdapterUse(JobConfig):
             raise ValueError("a weight must be a finite number")
         return value
 
-    @field_validator("schedule")
-    @classmethod
-    def _sorted(cls, value: list[Strength]) -> list[Strength]:
-        progress = [point[0] for point in value]
-        if progress != sorted(progress) or any(not 0 <= p <= 1 for p in progress):
-            raise ValueError("schedule keyframes must be sorted and lie in [0, 1]")
-        if any(not math.isfinite(point[1]) for point in value):
-            raise ValueError("schedule strengths must be finite numbers")
-        return value
+    _keyframes = field_validator("schedule")(rules.keyframes)
 
 
 class ModelChoice(JobConfig):

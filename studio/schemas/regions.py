@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
+from studio.schemas import rules
 from studio.schemas.base import JobConfig
+from studio.schemas.rules import Strength
 
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 as fractions of width and height, from the top left corner; the end is exclusive."""
-
-Strength = tuple[float, float]
-"""(progress in [0, 1], strength): one keyframe of a schedule."""
 
 REGIONAL_METHODS = ("output", "activation", "cross", "lora-composer")
 """Methods that use regions; the others refuse them."""
@@ -77,15 +76,7 @@ class Region(JobConfig):
             raise ValueError("a scale must be a finite number")
         return value
 
-    @field_validator("schedule")
-    @classmethod
-    def _sorted(cls, value: list[Strength]) -> list[Strength]:
-        progress = [point[0] for point in value]
-        if progress != sorted(progress) or any(not 0 <= p <= 1 for p in progress):
-            raise ValueError("schedule keyframes must be sorted and lie in [0, 1]")
-        if any(not math.isfinite(point[1]) for point in value):
-            raise ValueError("schedule strengths must be finite numbers")
-        return value
+    _keyframes = field_validator("schedule")(rules.keyframes)
 
     @model_validator(mode="after")
     def _one_place(self) -> Region:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Refusal = tuple[Callable[[Any], Any], str]
 """What is wrong with a configuration (true when it is), and the sentence that says so."""
+
+
+Strength = tuple[float, float]
+"""(progress in [0, 1], strength): one keyframe of a schedule."""
 
 
 def file_name(value: str) -> str:
@@ -22,6 +26,16 @@ def learning_rate(value: float | None) -> float | None:
     """Finite and above 0; None stands for "as another one"."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise ValueError("a learning rate must be a finite number above 0")
+    return value
+
+
+def keyframes(value: Sequence[Strength]) -> Sequence[Strength]:
+    """Keyframes of a schedule: in order, in [0, 1], finite."""
+    progress = [point[0] for point in value]
+    if progress != sorted(progress) or any(not 0 <= p <= 1 for p in progress):
+        raise ValueError("schedule keyframes must be sorted and lie in [0, 1]")
+    if any(not math.isfinite(point[1]) for point in value):
+        raise ValueError("schedule strengths must be finite numbers")
     return value
 
 

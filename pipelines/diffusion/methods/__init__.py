@@ -1,4 +1,4 @@
-"""Composition methods, one per file: a ``METHOD`` entry and a function ``steps(strengths, ...) -> list[Step]``.
+"""Composition methods, one per file: a ``METHOD`` entry that names a function (strengths, ...) -> list[Step].
 
 A method that does more in a step than its gates say also has a class ``Run``, a
 :class:`pipelines.diffusion.denoise.Denoising` of its own.

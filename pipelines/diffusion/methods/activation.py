@@ -13,8 +13,6 @@ the time vector of a UNet's residual blocks is masked where it meets the picture
 from __future__ import annotations
 
 from adapters.catalogue import Method
-from pipelines.diffusion.methods.step import Step, Strengths
-from pipelines.diffusion.regions.rows import Factors, Members, regional_steps
 
 METHOD = Method(
     name="activation",
@@ -23,10 +21,5 @@ METHOD = Method(
     stage="compose",
     makes="picture",
     paper="",
-    entry="pipelines.diffusion.methods.activation:steps",
+    entry="pipelines.diffusion.regions.rows:together",
 )
-
-
-def steps(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
-    """One prediction per step with a row of strengths per region."""
-    return regional_steps(strengths, members, factors, separate=False)

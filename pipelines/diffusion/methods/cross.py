@@ -13,8 +13,6 @@ attn2.{to_k, to_v, to_out} and its text encoder part are used.
 from __future__ import annotations
 
 from adapters.catalogue import Method
-from pipelines.diffusion.methods.step import Step, Strengths
-from pipelines.diffusion.regions.rows import Factors, Members, regional_steps
 
 METHOD = Method(
     name="cross",
@@ -23,10 +21,5 @@ METHOD = Method(
     stage="compose",
     makes="picture",
     paper="LoRA-Composer, arXiv 2403.11627 (concept injection alone)",
-    entry="pipelines.diffusion.methods.cross:steps",
+    entry="pipelines.diffusion.regions.rows:together",
 )
-
-
-def steps(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
-    """One prediction per step with a row of strengths per region."""
-    return regional_steps(strengths, members, factors, separate=False)

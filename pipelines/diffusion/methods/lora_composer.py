@@ -11,8 +11,6 @@ region for the refinement.
 from __future__ import annotations
 
 from adapters.catalogue import Method
-from pipelines.diffusion.methods.step import Step, Strengths
-from pipelines.diffusion.regions.rows import Factors, Members, regional_steps
 
 METHOD = Method(
     name="lora-composer",
@@ -21,10 +19,5 @@ METHOD = Method(
     stage="compose",
     makes="picture",
     paper="LoRA-Composer, arXiv 2403.11627",
-    entry="pipelines.diffusion.methods.lora_composer:steps",
+    entry="pipelines.diffusion.regions.rows:together",
 )
-
-
-def steps(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
-    """One prediction per step with a row of strengths per region."""
-    return regional_steps(strengths, members, factors, separate=False)

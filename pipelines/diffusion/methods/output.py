@@ -11,8 +11,6 @@ masks do not overlap, needs N + 1 predictions, and the regions see each other on
 from __future__ import annotations
 
 from adapters.catalogue import Method
-from pipelines.diffusion.methods.step import Step, Strengths
-from pipelines.diffusion.regions.rows import Factors, Members, regional_steps
 
 METHOD = Method(
     name="output",
@@ -21,10 +19,5 @@ METHOD = Method(
     stage="compose",
     makes="picture",
     paper="",
-    entry="pipelines.diffusion.methods.output:steps",
+    entry="pipelines.diffusion.regions.rows:apart",
 )
-
-
-def steps(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
-    """Separate predictions per step: the background's and each region's."""
-    return regional_steps(strengths, members, factors, separate=True)

@@ -28,8 +28,17 @@ def rows_of(strengths: Sequence[float], members: Members, factors: Sequence[floa
     return background, *inside
 
 
-def regional_steps(strengths: Strengths, members: Members, factors: Factors, separate: bool) -> list[Step]:
-    """Every step with its rows."""
+def together(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
+    """One prediction per step with a row of strengths per region."""
+    return _steps(strengths, members, factors, separate=False)
+
+
+def apart(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
+    """Separate predictions per step: the background's and each region's."""
+    return _steps(strengths, members, factors, separate=True)
+
+
+def _steps(strengths: Strengths, members: Members, factors: Factors, separate: bool) -> list[Step]:
     made = []
     for strength, factor in zip(strengths, factors, strict=True):
         rows = rows_of(strength, members, factor)

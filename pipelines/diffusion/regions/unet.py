@@ -15,7 +15,7 @@ share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,7 @@ class RegionalUNet:
         """Let regions act on ``denoiser``; afterwards its processors and hooks are what they were."""
         check_attention(denoiser)
         with ExitStack() as stack:
-            placed = {} if self.engine_is_bare() else self._placed_times(denoiser)
+            placed = self._placed_times(denoiser)
             stack.enter_context(self.engine.attached(without=[layer.name for layer in placed.values()]))
             for name, block in self.blocks.items():
                 stack.enter_context(_processor(block.attn2, CrossAttention(self, name)))
@@ -183,10 +183,6 @@ class RegionalUNet:
                 self._gates.clear()
                 self._levels.clear()
 
-    def engine_is_bare(self) -> bool:
-        """There are no adapters at all."""
-        return not self.engine.layers
-
     def prepare(self, sample: Tensor) -> None:
         """Get ready for a forward pass on ``sample`` (batch, channels, height, width) at the present step."""
         size = (int(sample.shape[2]), int(sample.shape[3]))
@@ -199,10 +195,6 @@ class RegionalUNet:
         rows = self.steps[min(self.step, len(self.steps) - 1)].rows
         if rows != self._set:
             self._set_rows(rows, sample)
-
-    def replace_places(self, places: Sequence[Place]) -> None:
-        """Other places from now on (automatic regions)."""
-        self.places, self._grid = places, (0, 0)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls += 1
@@ -250,11 +242,15 @@ class RegionalUNet:
         }
 
 
-class CrossAttention:
-    """Stands in for a cross-attention's processor: every group of cells reads its own text."""
+class StandIn:
+    """Stands in for the processor of the attention called ``name`` during a run."""
 
     def __init__(self, run: RegionalUNet, name: str) -> None:
         self.run, self.name = run, name
+
+
+class CrossAttention(StandIn):
+    """Cross-attention: every group of cells reads its own text."""
 
     def __call__(
         self,
@@ -287,11 +283,8 @@ class CrossAttention:
         return scaled
 
 
-class SelfAttention:
-    """Stands in for a self-attention's processor: cells of different regions do not see each other (if asked)."""
-
-    def __init__(self, run: RegionalUNet, name: str) -> None:
-        self.run, self.name = run, name
+class SelfAttention(StandIn):
+    """Self-attention: cells of different regions do not see each other (if asked)."""
 
     def __call__(
         self,
@@ -356,8 +349,3 @@ def _place_time(run: RegionalUNet, resnet: ResnetBlock2D, layer: GatedLayer) -> 
         return cells + added, *args[1:]
 
     return [resnet.time_emb_proj.register_forward_hook(made), resnet.norm2.register_forward_pre_hook(met)]
-
-
-def text_of(encoding: Mapping[str, Tensor] | None) -> Tensor | None:
-    """The embeddings of one picture of an encoding: (1, tokens, width)."""
-    return None if encoding is None else encoding["embeds"][:1]
