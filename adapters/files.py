@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -21,6 +22,15 @@ WORDS_ENTRY = "adapter_studio_words"
 
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
+
+
+def sha256(*parts: Path) -> str:
+    """SHA-256 of the bytes of one file, or of several one after the other, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for file in parts:
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from adapters.formats import read
 from assets.build import data
 from assets.build.evaluate import Case, part, pipeline_draw, score, single_cases
 from assets.build.judge import load_judge
+from benchmarks.measures import peak_memory
 from pipelines.diffusion.distillation.consistency import DiffusionPath
 from pipelines.diffusion.distillation.guidance import guided
 from pipelines.diffusion.distillation.mark import Mark, read_mark
@@ -164,12 +165,6 @@ def training_memory(variant: str, rank: int, batch: int) -> dict[str, int]:
         "base": sum(p.numel() for n, p in teacher.named_parameters() if "lora_" not in n),
         "peak": peak_memory() - before,
     }
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
 def in_own_process(variant: str, rank: int, batch: int) -> dict[str, int]:

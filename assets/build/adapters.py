@@ -24,7 +24,7 @@ import yaml
 from adapters.files import write_text
 from assets.build import data
 from assets.build.cards import percent
-from assets.build.common import build_dir, write_json
+from assets.build.common import build_dir, from_home, write_json
 from assets.build.evaluate import GUIDANCE, STEPS, Case, score
 from assets.build.judge import Judge, load_judge
 
@@ -115,13 +115,7 @@ def training_values(adapter: Adapter, pictures: Path) -> dict[str, Any]:
     """Return the values of the training job: those of the kind's file in ``configs/`` and the adapter's own."""
     values: dict[str, Any] = yaml.safe_load((CONFIGS / f"{adapter.kind}.yaml").read_text(encoding="utf-8"))
     own = {"name": adapter.name, "trigger": adapter.trigger, "sample_prompts": sample_prompts(adapter)}
-    return {**values, **own, "data": _from_home(pictures)}
-
-
-def _from_home(path: Path) -> str:
-    """Return the path with the home folder as ``~``, so that recipes name nobody's machine."""
-    home = Path.home()
-    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else path.as_posix()
+    return {**values, **own, "data": from_home(pictures)}
 
 
 def train(adapter: Adapter, pictures: Path, runs: Path, shipped: Path) -> Path:

@@ -27,6 +27,12 @@ def build_dir() -> Path:
     return root
 
 
+def from_home(path: Path) -> str:
+    """Return the path with the home folder as ``~``, so that recipes name nobody's machine."""
+    home = Path.home()
+    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else path.as_posix()
+
+
 def write_json(target: Path, value: Any) -> Path:
     """Write ``value`` as indented JSON, atomically."""
     return files.write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

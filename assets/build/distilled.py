@@ -24,7 +24,7 @@ from adapters.files import write_text
 from assets.build import data
 from assets.build.adapters import CONFIGS, SAMPLES, SHIPPED
 from assets.build.cards import percent
-from assets.build.common import build_dir, write_json
+from assets.build.common import build_dir, from_home, write_json
 from assets.build.evaluate import STEPS, part, score, single_cases
 from assets.build.judge import load_judge
 from studio import library
@@ -57,8 +57,8 @@ def values(name: str, folder: Path) -> dict[str, Any]:
     chosen: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     listed = write_text(folder / "prompts.txt", "\n".join(prompts()) + "\n")
     chosen |= {
-        "prompts": _from_home(listed),
-        "trajectories": _from_home(folder / "trajectories"),  # both learn from the same ones
+        "prompts": from_home(listed),
+        "trajectories": from_home(folder / "trajectories"),  # both learn from the same ones
         "sample_prompts": [data.make_caption(style, [word], None) for style, word in
                            zip(data.BASE_STYLES, ("red apple", "dog", "car"), strict=True)],
     }  # fmt: skip
@@ -66,14 +66,8 @@ def values(name: str, folder: Path) -> dict[str, Any]:
         first = folder / "guided" / "guided.safetensors"
         if not first.is_file():
             raise SystemExit("few-steps starts from guided: run  python -m assets.build.distilled train guided  first")
-        chosen["continue_from"] = _from_home(first)
+        chosen["continue_from"] = from_home(first)
     return chosen
-
-
-def _from_home(path: Path) -> str:
-    """The path with the home folder as ``~``, so that recipes name nobody's machine."""
-    home = Path.home()
-    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else path.as_posix()
 
 
 def train(name: str, changes: dict[str, Any] | None = None, shipped: Path = SHIPPED) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import hashlib
 import json
 import math
 import re
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters import files
 from adapters.errors import InputError
 from pipelines.geometry.licence import PUBLIC, licence_by_name, licence_of
 from pipelines.geometry.network import NetworkConfig, PointmapNetwork
@@ -68,16 +68,7 @@ def open_checkpoint(source: str | Path, device: Any = "cpu") -> Checkpoint:
         raise InputError(f"There is no checkpoint '{source}': give a .pth file, a folder or a hub id (owner/name).")
     notes: list[str] = []
     network = build(config, tensors, notes)
-    return Checkpoint(network.to(device).eval(), place.name, sha256_of(file), licence, tuple(notes))
-
-
-def sha256_of(file: Path) -> str:
-    """Hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return Checkpoint(network.to(device).eval(), place.name, files.sha256(file), licence, tuple(notes))
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from adapters import files
 from studio import database
 
 _TABLES = """
@@ -43,7 +44,7 @@ def sha256(path: Path) -> str:
     remembered = known_sha256(path)
     if remembered is not None:
         return remembered
-    value = _folder_hash(path) if path.is_dir() else _file_hash(path)
+    value = _folder_hash(path) if path.is_dir() else files.sha256(path)
     link = database.connection("library.db", _TABLES)
     link.execute("insert or replace into hashes values (?, ?, ?)", (str(path), stamp(path), value))
     return value
@@ -51,9 +52,8 @@ def sha256(path: Path) -> str:
 
 def stamp(path: Path) -> str:
     """A text that changes when the file, or any file in the folder, is another."""
-    files = _files(path) if path.is_dir() else [path]
     parts = []
-    for file in files:
+    for file in _files(path) if path.is_dir() else [path]:
         status = file.stat()
         parts.append(f"{file.name} {status.st_mtime_ns} {status.st_size}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -64,13 +64,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _folder_hash(folder: Path) -> str:
     total = hashlib.sha256()
     for file in _files(folder):
-        total.update(f"{file.relative_to(folder).as_posix()} {_file_hash(file)}\n".encode())
+        total.update(f"{file.relative_to(folder).as_posix()} {files.sha256(file)}\n".encode())
     return total.hexdigest()

@@ -8,7 +8,6 @@ compiled inference program that is not needed here).
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import subprocess
 import sys
@@ -103,8 +102,7 @@ def fetched(scratch: Path) -> Path:
 
 def check(weights: Path) -> None:
     """Raise :class:`InputError` unless the file is the one we know."""
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = files.sha256(weights)
     if found != SHA256:
         raise InputError(
             f"'{weights}' is not the file we know (SHA-256 {found[:16]}..., expected {SHA256[:16]}...): "

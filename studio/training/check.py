@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from studio.datasets.captions import compose_caption
 from studio.datasets.pictures import scan
 from studio.schemas.train_image import TrainImageConfig
-from studio.training.supply import INSTANCE_PROMPTS
+from studio.training.supply import prompts
 
 
 def check_data(config: TrainImageConfig) -> dict[str, Any]:
@@ -19,7 +18,6 @@ def check_data(config: TrainImageConfig) -> dict[str, Any]:
         ``largest`` (width, height; None without pictures), ``prompts`` (the first five as the model will see them).
     """
     report = scan(Path(config.data).expanduser())
-    prompt = config.instance_prompt or INSTANCE_PROMPTS[config.mode]
     by_area = sorted((picture.size for picture in report.pictures), key=lambda size: size[0] * size[1])
     return {
         "pictures": len(report.pictures),
@@ -27,14 +25,5 @@ def check_data(config: TrainImageConfig) -> dict[str, Any]:
         "uncaptioned": list(report.uncaptioned),
         "smallest": by_area[0] if by_area else None,
         "largest": by_area[-1] if by_area else None,
-        "prompts": [
-            compose_caption(
-                picture.caption,
-                template=config.caption_template,
-                instance_prompt=prompt,
-                trigger=config.trigger,
-                prefix=config.caption_prefix,
-            )
-            for picture in report.pictures[:5]
-        ],
+        "prompts": list(prompts(report.pictures[:5], config)),
     }

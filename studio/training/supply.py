@@ -15,7 +15,7 @@ from adapters.progress import Monitor, Progress, check
 from studio.datasets.buckets import BucketRule, place
 from studio.datasets.cache import TensorCache, Tensors, fingerprint, key_of
 from studio.datasets.captions import compose_caption
-from studio.datasets.pictures import FolderReport, read_pixels, usable_pictures
+from studio.datasets.pictures import FolderReport, Picture, read_pixels, usable_pictures
 from studio.datasets.plan import Augmentation, Pick, PictureSet, Plan
 from studio.datasets.seeds import rng
 from studio.schemas.train_image import TrainImageConfig
@@ -81,18 +81,22 @@ def picture_set(report: FolderReport, rule: BucketRule, config: TrainImageConfig
     if small:
         names = ", ".join(list(small)[:5])
         raise InputError(f"{len(small)} pictures are too small ({names}): {next(iter(small.values()))}.")
-    prompt = config.instance_prompt or INSTANCE_PROMPTS[config.mode]
-    captions = tuple(
+    captions = prompts(report.pictures, config)
+    return PictureSet(tuple(report.pictures), captions, tuple(buckets))
+
+
+def prompts(pictures: Sequence[Picture], config: TrainImageConfig) -> tuple[str, ...]:
+    """The words that the model sees with each of ``pictures``."""
+    return tuple(
         compose_caption(
             picture.caption,
             template=config.caption_template,
-            instance_prompt=prompt,
+            instance_prompt=config.instance_prompt or INSTANCE_PROMPTS[config.mode],
             trigger=config.trigger,
             prefix=config.caption_prefix,
         )
-        for picture in report.pictures
+        for picture in pictures
     )
-    return PictureSet(tuple(report.pictures), captions, tuple(buckets))
 
 
 def class_set(report: FolderReport, rule: BucketRule, prompt: str) -> PictureSet:
