@@ -119,7 +119,8 @@ pipeline_tag: text-to-image
 
 A very small text-to-image model in Stable Diffusion's own format: `CLIPTextModel` (3 layers of width
 192, own tokenizer of 2,014 pieces, 40 tokens), `UNet2DConditionModel` (64, 160, 224 channels, attention
-on all three levels, v-prediction) and `AutoencoderKL` (f=4, four channels). Pictures are 64 pixels wide.
+on all three levels, v-prediction) and `AutoencoderKL` (f=4, four channels). Pictures are 64 x 64 pixels, or
+128 x 64: wide ones have more room for two or three subjects.
 It exists so that everything that works on Stable Diffusion (LoRA training and composition above all)
 can be run, tested and measured anywhere in seconds. It draws emoji-like icons and nothing else.
 
@@ -155,12 +156,15 @@ style; and the styles {", ".join(f"{word} ({icon_set})" for word, icon_set in da
 ## Training
 
 Scenes of one, two and three subjects are composed from renders of emoji art at random sizes and places on
-plain backgrounds. The autoencoder learned on {vae.get("crops", 0):,} crops of 32 pixels, its decoder then on
+plain backgrounds; from sample 316,500 on, a fifth of the batches is twice as wide as high.
+The autoencoder learned on {vae.get("crops", 0):,} crops of 32 pixels, its decoder then on
 {vae.get("decoder pictures", 0):,} whole pictures, of all icons that the three base sets share (without the
 held-out subjects). Error of a round trip (squared, values in -1 to 1): {vae.get("mse base styles", 0):.4f}, on the
 held-out styles {vae.get("mse held-out styles", 0):.4f}.
 Text encoder and denoiser learned together on {int(samples):,} samples ({int(steps):,} steps, {minutes:.0f} minutes,
-bf16 on CPU), 10 % empty captions, AdamW, averaged weights. `python -m assets.build.base` continues the training
+bf16 on CPU), 10 % empty captions, AdamW, averaged weights. From sample 287,100 on, a second loss taught the
+cross-attention where each named subject stands (`assets/build/grounding.py`, after TokenCompose, arXiv 2312.03626):
+before it, two subjects changed places in as many pictures as they stood right. `python -m assets.build.base` continues the training
 from its checkpoint.
 
 ## Limits
