@@ -37,6 +37,12 @@ def refusal(config: Any) -> str | None:
     return next((rule.sentence for rule in REFUSED if rule.applies(seen)), None)
 
 
+def refuse(config: Any) -> None:
+    """Raise ``ValueError`` with the sentence of :func:`refusal`, if there is one."""
+    if sentence := refusal(config):
+        raise ValueError(sentence)
+
+
 def warnings(config: Any) -> list[str]:
     """Sentences on combinations that work but may surprise."""
     seen = _Fields(config)
@@ -136,6 +142,10 @@ REFUSED: tuple[Rule, ...] = (
         "the orthogonal start shares its directions between A and B: with freeze_a choose another init",
     ),
     Rule(
+        lambda c: bool(c.ema) and c.optimizer == "schedulefree-adamw",
+        "schedule-free AdamW already averages the weights: switch ema off or choose another optimizer",
+    ),
+    Rule(
         lambda c: c.reg == "ba" and bool(c.fused_loss),
         "BA-LoRA needs logits, which a fused loss never makes: switch the fused loss off",
     ),
@@ -175,4 +185,4 @@ WARNED: tuple[Rule, ...] = (
 )
 
 
-__all__ = ["ADAM_LIKE", "CALIBRATED_INITS", "OFFSET_INITS", "Rule", "refusal", "warnings"]
+__all__ = ["ADAM_LIKE", "CALIBRATED_INITS", "OFFSET_INITS", "Rule", "refusal", "refuse", "warnings"]

@@ -424,9 +424,7 @@ class TrainImageConfig(MethodFields, ModelChoice):
     @model_validator(mode="after")
     def _combinations(self) -> TrainImageConfig:
         rules.refuse(self, _REFUSED)
-        refused = combinations.refusal(self)
-        if refused:
-            raise ValueError(refused)
+        combinations.refuse(self)
         return self
 
 
@@ -451,10 +449,6 @@ _REFUSED: list[rules.Refusal] = [
     (
         lambda c: c.crop == "random" and c.cache_latents in ("memory", "disk"),
         "cached latents have a fixed crop: set crop to 'center' or cache_latents to 'none'",
-    ),
-    (
-        lambda c: c.ema and c.optimizer == "schedulefree-adamw",
-        "schedule-free AdamW already averages the weights: switch ema off or choose another optimizer",
     ),
     (
         lambda c: c.snr_gamma is not None and c.family in ("sd3", "flux"),

@@ -181,6 +181,8 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     workers: int = as_in_image("workers", description="Processes that prepare batches.")
 
     # ---------------------------------------------------------------- Samples and saving
+    ema: bool = as_in_image("ema", description="Save (and answer with) a running average of the adapter.")
+    ema_decay: float = as_in_image("ema_decay")
     sample_prompts: list[str] = as_in_image(
         "sample_prompts", description="Questions (causal) or texts (classification, masked) answered during training."
     )
@@ -203,9 +205,7 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     @model_validator(mode="after")
     def _combinations(self) -> TrainLanguageConfig:
         rules.refuse(self, _REFUSED)
-        refused = combinations.refusal(self)
-        if refused:
-            raise ValueError(refused)
+        combinations.refuse(self)
         return self
 
 

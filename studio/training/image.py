@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,10 +46,10 @@ from studio.training.families import Family, family_of
 from studio.training.forward import draw, training_loss, validation_loss
 from studio.training.inject import inject, lora_config, lora_layers, start_from, trainable
 from studio.training.methods import plugins_for
-from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups
+from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups, running_average
 from studio.training.plugin import Calibration, Closure, Handles, Layers, Outputs, Plugin, Plugins
 from studio.training.prior import class_folder, draw_class_pictures
-from studio.training.records import LossCurve, check_tracker
+from studio.training.records import LossCurve, check_tracker, due, recent
 from studio.training.samples import draw_samples, sample_prompts, save_samples
 from studio.training.supply import (
     Batch,
@@ -252,7 +252,7 @@ class Training:
             family.denoiser.compile()
         self.trainee, self.optimizer = self.accelerator.prepare(self.trainee, optimizer)
         self.plugins.after_inject(self._handles(optimizer=self.optimizer.optimizer))
-        self.ema = self._make_ema()
+        self.ema = running_average(self.parameters, config)
         self.trainee.train()
 
     def _handles(self, **more: Any) -> Handles:
@@ -283,13 +283,6 @@ class Training:
         if any(component.startswith("text_encoder") and component not in models for component in file.parts):
             raise InputError("The adapter to continue from also adapts text encoders: set train_text_encoder to true.")
         return fit(file, models, self.config.base)
-
-    def _make_ema(self) -> Any:
-        if not self.config.ema:
-            return None
-        from diffusers.training_utils import EMAModel
-
-        return EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)
 
     # ---------------------------------------------------------------- start and resume
     def restore(self, resume: bool) -> None:
@@ -369,18 +362,15 @@ class Training:
             took = time.perf_counter() - began
             self.seconds += took
             self.losses.append(loss)
-            validation = self._validate() if self._due(config.validation_every) and self.validation else None
+            validation = self._validate() if due(self.step, config.validation_every) and self.validation else None
             self._record(loss, norm, took, logs, validation)
-            if self._due(config.sample_every):
+            if due(self.step, config.sample_every):
                 self.sample()
-            if self._due(config.save_every) and self.step < self.total:
+            if due(self.step, config.save_every) and self.step < self.total:
                 self._save_intermediate()
-            if self._due(config.checkpoint_every) and self.step < self.total:
+            if due(self.step, config.checkpoint_every) and self.step < self.total:
                 self.save_checkpoint()
         return self._finish()
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
 
     def _stop_if_asked(self) -> None:
         asked = torch.tensor(float(self.monitor.cancelled()), device=self.accelerator.device)
@@ -449,18 +439,9 @@ class Training:
             )
 
     # ---------------------------------------------------------------- looking and saving
-    @contextmanager
-    def _best_weights(self) -> Iterator[None]:
-        """Inside, the models hold the weights that are saved: averaged ones if there are such."""
-        with averaged(self.optimizer.optimizer, self.parameters):
-            if self.ema is not None:
-                self.ema.store(self.parameters)
-                self.ema.copy_to(self.parameters)
-            try:
-                yield
-            finally:
-                if self.ema is not None:
-                    self.ema.restore(self.parameters)
+    def _best_weights(self) -> AbstractContextManager[None]:
+        """Inside, the models hold the weights that are saved."""
+        return averaged(self.optimizer.optimizer, self.parameters, self.ema)
 
     def _validate(self) -> float:
         self.trainee.eval()
@@ -542,7 +523,7 @@ class Training:
             training={
                 "steps": self.step,
                 "batch": config.batch_size * config.gradient_accumulation * self.accelerator.num_processes,
-                "loss": self._recent_loss,
+                "loss": recent(self.losses),
                 "seconds": round(self.seconds, 2),
             },
         )
@@ -557,14 +538,9 @@ class Training:
             "resolution": self.rule.resolution,
         }
 
-    @property
-    def _recent_loss(self) -> float:
-        recent = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(recent) / max(1, len(recent))
-
     def _finish(self) -> dict[str, Any]:
         """Save the adapter, draw the last samples, write the card."""
-        last_due = self._due(self.config.sample_every)
+        last_due = due(self.step, self.config.sample_every)
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return {}
@@ -579,7 +555,7 @@ class Training:
             "adapter": paths["diffusers"],
             "exports": paths,
             "card": str(card),
-            "loss": self._recent_loss,
+            "loss": recent(self.losses),
             "first_loss": self.losses[0],
             "steps": self.step,
             "samples": [str(file) for file in samples],

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,15 @@ from studio.training.language_export import card, write_adapter
 from studio.training.language_layers import add_adapter
 from studio.training.language_measure import Measures, measure
 from studio.training.methods import plugins_for
-from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups
+from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups, running_average
 from studio.training.plugin import Plugin, Plugins
-from studio.training.records import LossCurve, check_tracker
+from studio.training.records import LossCurve, check_tracker, due, recent
 from studio.training.trainer_mixin import COMPONENT, StudioTrainerMixin
 
 SILENT = Silent()
 MARK = "studio.json"
 """File that makes a checkpoint complete; it is written last."""
+AVERAGE = "ema.pt"
 
 
 def run(
@@ -180,6 +181,7 @@ class LanguageTraining:
     losses: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    average: Any = None
 
     # ---------------------------------------------------------------- preparation
     def prepare(self, device: str, resume: bool) -> None:
@@ -293,6 +295,8 @@ class LanguageTraining:
             "step": int(self.trainer.state.global_step), "config": self.config.model_dump(mode="json"),
             "data": self.rows.digest, "losses": self.losses, "seconds": self.seconds, "validation": self.validation,
         }  # fmt: skip
+        if (average := self._average()) is not None:
+            files.write(place / AVERAGE, lambda part: torch.save(average.state_dict(), part))
         files.write_text(place / MARK, json.dumps(mark), sync=True)
         kept = existing(place.parent)[-self.config.keep_checkpoints :]
         for old in place.parent.glob("checkpoint-*"):  # also what a crash left unfinished
@@ -324,17 +328,16 @@ class LanguageTraining:
         config, trainer = self.config, self.trainer
         self.seconds += took
         self.losses.append(trainer.step_loss)
-        found = self.measure() if self._due(config.validation_every) and self.samples.held_out else {}
+        if (average := self._average()) is not None:
+            average.step(trainable(self.model))
+        found = self.measure() if due(self.step, config.validation_every) and self.samples.held_out else {}
         self._record(took, found)
-        if self._due(config.sample_every):
+        if due(self.step, config.sample_every):
             self.answer(self.step)
-        if self._due(config.checkpoint_every) and self.step < self.total:
+        if due(self.step, config.checkpoint_every) and self.step < self.total:
             control.should_save = True
         if self.step < self.total and self._stop_asked():
             self.stopped = control.should_training_stop = control.should_save = True
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
 
     def _stop_asked(self) -> bool:
         asked = torch.tensor(float(self.monitor.cancelled()), device=self.trainer.accelerator.device)
@@ -355,10 +358,19 @@ class LanguageTraining:
         self.validation.append({"step": self.step, **found})
         return found
 
-    @contextmanager
-    def _best_weights(self) -> Iterator[None]:
-        with averaged(getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer), trainable(self.model)):
-            yield
+    def _best_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the weights that are saved."""
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        return averaged(optimizer, trainable(self.model), self._average() if self.step else None)
+
+    def _average(self) -> Any:
+        """The running average, if one is asked for; made when all parameters exist, from the checkpoint if resumed."""
+        if self.average is None:
+            self.average = running_average(trainable(self.model), self.config)
+            if self.average is not None and self.checkpoint is not None:
+                self.average.load_state_dict(_read_average(self.checkpoint))
+                self.average.to(self.base.device)
+        return self.average
 
     # ---------------------------------------------------------------- looking and saving
     def answer(self, step: int) -> list[str]:
@@ -431,15 +443,10 @@ class LanguageTraining:
             data={"source": Path(config.data).name if Path(config.data).suffix else config.data,
                   "rows": len(self.rows.shown), "held_out": len(self.rows.held_out), "digest": self.rows.digest,
                   "labels": self.rows.labels},
-            training={"steps": self.step, "batch": self._samples_per_step, "loss": self._recent_loss,
+            training={"steps": self.step, "batch": self._samples_per_step, "loss": recent(self.losses),
                       "seconds": round(self.seconds, 2),
                       "validation": {name: value for name, value in last.items() if name != "step"}},
         )  # fmt: skip
-
-    @property
-    def _recent_loss(self) -> float:
-        recent = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(recent) / max(1, len(recent))
 
     def _finish(self) -> dict[str, Any]:
         """Measure, answer, save the adapter with its card."""
@@ -449,7 +456,7 @@ class LanguageTraining:
             self.measure()
         if not self._main:
             return {}
-        if not self._due(self.config.sample_every):
+        if not due(self.step, self.config.sample_every):
             self.answer(self.step)
         recipe = self._recipe()
         with self._best_weights():
@@ -463,7 +470,7 @@ class LanguageTraining:
         return {
             "adapter": str(adapter),
             "card": str(self.folder / "card.md"),
-            "loss": self._recent_loss,
+            "loss": recent(self.losses),
             "first_loss": self.losses[0],
             "steps": self.step,
             "validation": self.validation,
@@ -502,6 +509,14 @@ def _read_mark(place: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"The checkpoint '{place}' is damaged ({error}): delete it and resume again.") from None
     return mark
+
+
+def _read_average(place: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(place / AVERAGE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"The checkpoint '{place}' is damaged ({error}): delete it and resume again.") from None
+    return state
 
 
 def _heads(model: Any) -> dict[str, torch.Tensor]:

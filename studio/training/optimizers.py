@@ -158,9 +158,27 @@ def lr_factor(step: int, total: int, config: Config) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * falling
 
 
+def running_average(parameters: Sequence[nn.Parameter], config: Config) -> Any:
+    """The running average that ``ema`` asks for (None without), which follows by ``step(parameters)``."""
+    if not config.ema:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters, decay=config.ema_decay, foreach=True)
+
+
 @contextmanager
-def averaged(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, schedule-free optimisers show their averaged weights; outside, the training weights to the bit."""
+def averaged(optimizer: Any, parameters: Sequence[nn.Parameter], average: Any = None) -> Iterator[None]:
+    """Inside, the weights are those that are saved: averages of ``average`` (see :func:`running_average`) or of a
+    schedule-free optimiser, if there are any; outside, the training weights to the bit."""
+    if average is not None:
+        average.store(parameters)
+        average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            average.restore(parameters)
+        return
     if not hasattr(optimizer, "eval"):
         yield
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ class LossCurve:
                 csv.DictWriter(handle, COLUMNS).writerow(values)
         except OSError as error:
             raise InputError(f"'{self.file}' could not be written ({error.strerror}).") from None
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def recent(losses: Sequence[float]) -> float:
+    """Mean of the last tenth: what a run has come to."""
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / max(1, len(last))
 
 
 def read_curve(file: Path) -> list[dict[str, str]]:

@@ -88,6 +88,25 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(bases, chats, tmp_path):
     assert answers[0] == answers[1]
 
 
+def test_a_running_average_is_saved_and_resumed(bases, chats, tmp_path):
+    """Decay of the first steps is warmed up: the average of two steps is a known mixture of both."""
+    config = settings(bases("llama"), chats, steps=6, ema=True, ema_decay=0.9)
+    whole = run(config, tmp_path / "whole", Watcher())
+    with pytest.raises(Cancelled):
+        run(config, tmp_path / "part", Watcher(stop_at=3))
+    resumed = run(config, tmp_path / "part", Watcher(), resume=True)
+    assert same(weights(whole), weights(resumed))
+    last = []
+    for n, on in ((1, False), (2, False), (2, True)):
+        short = settings(bases("llama"), chats, steps=n, ema=on, lr_schedule="constant", warmup_ratio=0)
+        last.append(weights(run(short, tmp_path / f"{n}-{on}", Watcher())))
+    share = (1 + 1) / (10 + 1)  # decay of the second step
+    for name, average in last[2].items():
+        torch.testing.assert_close(average, share * last[0][name] + (1 - share) * last[1][name], rtol=1e-4, atol=1e-7)
+    with pytest.raises(InputError, match="already averages"):
+        settings(bases("llama"), chats, ema=True, optimizer="schedulefree-adamw")
+
+
 def test_resume_refuses_another_configuration(bases, chats, tmp_path):
     with pytest.raises(Cancelled):
         run(settings(bases("llama"), chats), tmp_path, Watcher(stop_at=2))

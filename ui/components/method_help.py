@@ -24,7 +24,7 @@ SWITCHES = {"freeze_a": "ffa"}
 
 WATCHED = (*STAGES, *SWITCHES, "allora_mode", "perturb_sigma", "optimizer", "beta1", "rank", "alpha", "conv_rank",
            "conv_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "dropout", "loraplus_ratio",
-           "continue_from", "intruders_every")  # fmt: skip
+           "continue_from", "intruders_every", "ema")  # fmt: skip
 """Fields the table of combinations reads."""
 
 
