@@ -66,9 +66,8 @@ def merge(
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise InputError(f"The method '{method}' has no option '{name}'{nearest(name, known)}: {has}.")
-    from adapters.formats.words import gathered
+    from adapters.formats.words import with_words_of
 
-    words = gathered(files)
     merged: Merged = function(files, weights, rank=rank, **(options or {}))
     record = {
         "method": method,
@@ -81,4 +80,4 @@ def merge(
         "layers": {name: dict(values) for name, values in merged.report.items()},
     }
     metadata = {**merged.file.metadata, RECORD: json.dumps(record)}
-    return replace(merged, file=replace(merged.file, metadata=metadata, **words))
+    return replace(merged, file=replace(with_words_of(merged.file, files), metadata=metadata))

@@ -31,8 +31,8 @@ def read(path: str | Path) -> LoraFile:
     file = _only_file(place) if place.is_dir() else place
     if file.name in WEIGHTS and (file.parent / CONFIG).is_file():
         return replace(read_peft(file.parent), sha256=sha256(file.parent))
-    if words := read_ed_lora(file):
-        return words
+    if ed_lora := read_ed_lora(file):
+        return ed_lora
     tensors, metadata = read_tensors(file)
     source = f"'{file.name}'"
     if not tensors:

@@ -88,21 +88,21 @@ def word_tensors(words: Words) -> dict[str, Tensor]:
     return made
 
 
-def gathered(files: Iterable[LoraFile]) -> dict[str, Mapping[str, object]]:
-    """The words of several adapters together, as ``words`` and ``embeddings`` of a :class:`LoraFile`.
+def with_words_of(file: LoraFile, files: Iterable[LoraFile]) -> LoraFile:
+    """``file`` with the words of all ``files``, which were made into it.
 
     Raises:
         InputError: two of them have the same word.
     """
     words: dict[str, Mapping[str, Tensor]] = {}
     rows: dict[str, Tensor] = {}
-    for file in files:
-        for word in (*file.words, *file.embeddings):
+    for one in files:
+        for word in (*one.words, *one.embeddings):
             if word in words or word in rows:
                 raise InputError(f"Two of the adapters bring the word '{word}': one adapter cannot hold both.")
-        words |= file.words
-        rows |= file.embeddings
-    return {"words": words, "embeddings": rows}
+        words |= one.words
+        rows |= one.embeddings
+    return replace(file, words=words, embeddings=rows)
 
 
 def beside(path: Path) -> Path:

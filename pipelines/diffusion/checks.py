@@ -85,6 +85,15 @@ def block_factor(name: str, blocks: Mapping[str, float]) -> float:
     return blocks[max(fitting, key=len)] if fitting else 1.0
 
 
+def check_prompt(prompt: Any, what: str) -> None:
+    """Refuse anything but one text; raises :class:`InputError`."""
+    if not isinstance(prompt, str):
+        raise InputError(
+            f"{what} must be one text, got a {type(prompt).__name__}: call once per prompt (several pictures of one: "
+            "images=N)."
+        )
+
+
 def check_call(
     family: Any, pipe: Any, steps: int, guidance: float, images: int, size: tuple[int | None, int | None], seed: int
 ) -> None:

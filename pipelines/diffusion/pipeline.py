@@ -25,12 +25,19 @@ from torch import nn
 from adapters.errors import FamilyError, InputError, nearest
 from adapters.formats import LoraFile, read, write_diffusers, write_kohya, write_peft
 from adapters.formats.fit import fit
-from adapters.formats.words import Words, gathered
+from adapters.formats.words import Words, with_words_of
 from adapters.layers.gated import Adapter, GatedAdapters
 from adapters.merging.concatenate import Merged, concatenate
-from adapters.progress import Monitor, Progress, Silent, check
+from adapters.progress import Monitor, Progress, Silent, check, part
 from pipelines.diffusion import methods
-from pipelines.diffusion.checks import block_factor, check_blocks, check_call, check_pristine, check_weight
+from pipelines.diffusion.checks import (
+    block_factor,
+    check_blocks,
+    check_call,
+    check_pristine,
+    check_prompt,
+    check_weight,
+)
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.distillation.use import Distilled, check_use, distilled, merged_mark
@@ -59,7 +66,8 @@ WRITERS = {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_pef
 
 @dataclass(frozen=True)
 class Output:
-    """The pictures of a call (PIL images, or latents if asked), the plan they followed and where its regions were."""
+    """The pictures of a call (PIL images, or latents if asked), the plan they followed and where its regions were
+    (automatic ones: of each picture, one after the other)."""
 
     images: Any
     plan: Plan
@@ -347,8 +355,8 @@ class MultiLoRAPipeline:
             for item in loaded
         ]
         merged = concatenate([item.file for item in loaded], weights, factors, rank)
-        words = gathered([item.file for item in loaded])
-        merged = replace(merged, file=replace(merged.file, metadata=self._merged_entries(loaded), **words))
+        file = with_words_of(merged.file, [item.file for item in loaded])
+        merged = replace(merged, file=replace(file, metadata=self._merged_entries(loaded)))
         WRITERS[format](merged.file, Path(path))
         return merged
 
@@ -390,6 +398,8 @@ class MultiLoRAPipeline:
             InputError: a number or composition that cannot be done; out of memory (with what to do).
             Cancelled: the monitor asked to stop.
         """
+        check_prompt(prompt, "The prompt")
+        check_prompt(negative_prompt, "The negative prompt")
         flow_flux = self.family.name == "flux"
         wanted = true_cfg_scale if flow_flux else guidance_scale
         guidance, mark = check_use(self._active_marks(), self._composition.method, wanted, allow_double_guidance)
@@ -442,6 +452,13 @@ class MultiLoRAPipeline:
         """A call with regions; returns what the diffusers pipeline returned, and where the regions were."""
         from pipelines.diffusion.regions.run import RegionalCall
 
+        if self._composition.regions == "auto" and asked.images > 1:  # each picture has places of its own
+            alone = [
+                replace(asked, images=1, seed=asked.seed + k, monitor=part(asked.monitor, k, asked.images))
+                for k in range(asked.images)
+            ]
+            made = [self._regional(plan, one) for one in alone]
+            return _joined([result for result, _ in made]), tuple(region for _, places in made for region in places)
         call = RegionalCall(self, plan, self._with_places(self._chosen()), self._composition.options, asked)
         with call.attached() as run:
             generators = asked.generators()
@@ -804,6 +821,16 @@ class MultiLoRAPipeline:
         denoiser = self._denoiser()
         dtype = names.get(denoiser.dtype, str(denoiser.dtype))
         return Settings(type(self.pipe).__name__, self.family.name, dtype, str(self.pipe.device), "as given", "none")
+
+
+def _joined(results: Sequence[Any]) -> Any:
+    """What several calls of a diffusers pipeline returned, as if it were of one."""
+    made, images = results[0], [result.images for result in results]
+    together = isinstance(images[0], torch.Tensor)
+    made.images = torch.cat(images) if together else [picture for part in images for picture in part]
+    if getattr(made, "nsfw_content_detected", None):
+        made.nsfw_content_detected = [flag for result in results for flag in result.nsfw_content_detected]
+    return made
 
 
 def _compute_dtype(model: Any, settings: Settings) -> torch.dtype:

@@ -507,11 +507,13 @@ def test_adapters_that_are_refused(sd: Bed, options: dict[str, Any], words: str)
         ({"seed": -1}, "seed"),
         ({"width": 33}, "multiple of 2"),
         ({"scheduler": "heun"}, "not possible"),
+        ({"prompt": [PROMPT, PROMPT]}, "The prompt must be one text, got a list"),
+        ({"negative_prompt": [PROMPT]}, "The negative prompt must be one text"),
     ],
 )
 def test_calls_that_are_refused(sd: Bed, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        sd.composer("a")(PROMPT, **(CALL | options))
+        sd.composer("a")(**({"prompt": PROMPT} | CALL | options))
 
 
 def test_fused_and_foreign_adapters_are_refused(sd: Bed) -> None:

@@ -342,6 +342,81 @@ def test_automatic_regions(sd: Bed) -> None:
         composer("nothing of them", **CALL)
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_automatic_regions_in_joint_transformers(beds: Any, family: str) -> None:
+    composer = beds(family).composer()
+    for name, word in (("a", "apple"), ("b", "cat")):
+        composer.load_lora(beds(family).files[name], name, triggers=(word,), te_weight=0)
+    prompt, guided = "an apple and a cat", {"true_cfg_scale": 3.0} if family == "flux" else {}
+    for method in ("activation", "output"):
+        composer.compose(method, regions="auto")
+        out = composer(prompt, **CALL, **guided)
+        drawn = [
+            Region((region.name,), mask=torch.frombuffer(bytearray(region.mask.tobytes()), dtype=torch.uint8)
+                   .view(32, 32).float() / 255)
+            for region in out.regions
+        ]  # fmt: skip
+        assert [region.name for region in out.regions] == ["a", "b"]
+        assert float(torch.minimum(*(region.mask for region in drawn)).max()) == 0
+        composer.compose(method, regions=drawn)
+        close(out.images, composer(prompt, **CALL, **guided).images)
+    composer.compose("activation", regions="auto")
+    with pytest.raises(InputError, match="which word"):
+        composer("nothing of them", **CALL)
+
+
+def test_attention_to_the_text_of_a_joint_transformer(beds: Any) -> None:
+    """Against the softmax over the text's keys, read from the layers themselves with hooks."""
+    composer = beds("sd3").composer()
+    composer.load_lora(beds("sd3").files["a"], "a", triggers=("apple",), weight=0)  # the hooks below see the base alone
+    composer.compose("activation", regions="auto", auto_steps=0.25)
+    seen: dict[str, list[torch.Tensor]] = {}
+    wanted: list[torch.Tensor] = []
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: seen.setdefault(name, []).append(output[-1].clone())
+
+    for number, block in enumerate(composer.pipe.transformer.transformer_blocks):
+        block.attn.to_q.register_forward_hook(keep(f"q{number}"))
+        block.attn.add_k_proj.register_forward_hook(keep(f"k{number}"))
+    found: list[torch.Tensor] = []
+    original = RegionalCall._reading
+
+    def spy(self: RegionalCall, *args: Any) -> Any:
+        run, maps_of, grid = original(self, *args)
+        return run, lambda: found.append(maps_of()) or found[-1], grid
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RegionalCall, "_reading", spy)
+        composer("an apple", **CALL)
+    for number in (0, 1):
+        query = seen[f"q{number}"][0].unflatten(1, (2, 8)).transpose(0, 1)
+        key = seen[f"k{number}"][0].unflatten(1, (2, 8)).transpose(0, 1)
+        wanted.append((query @ key.transpose(1, 2) / 8**0.5).softmax(-1).mean(0))
+    close(found[0], torch.stack(wanted).mean(0))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_pictures_of_a_batch_are_those_made_alone(beds: Any, family: str) -> None:
+    """Windows, losses and their end are each picture's own."""
+    composer = beds(family).composer("a", "b")
+    both = regional(composer, "lora-composer", *TWO, refine=True, images=2)
+    close(both[1:], regional(composer, "lora-composer", *TWO, refine=True, seed=CALL["seed"] + 1), 1e-4)
+    close(both[:1], regional(composer, "lora-composer", *TWO, refine=True), 1e-4)
+
+
+def test_automatic_regions_are_each_pictures_own(sd: Bed) -> None:
+    composer = sd.composer()
+    composer.load_lora(sd.files["a"], "a", triggers=("apple",))
+    composer.load_lora(sd.files["b"], "b", triggers=("cat",))
+    composer.compose("activation", regions="auto")
+    both = composer("an apple and a cat", **CALL, images=2)
+    alone = composer("an apple and a cat", **(CALL | {"seed": CALL["seed"] + 1}))
+    assert torch.equal(both.images[1:], alone.images)
+    assert [region.name for region in both.regions] == ["a", "b", "a", "b"]
+    assert both.regions[3].mask.tobytes() == alone.regions[1].mask.tobytes()
+
+
 def test_attending_is_made_only_where_it_is_used(sd: Bed) -> None:
     call = call_of(sd.composer("a"), Region(("a",), box=ALL), reinit=False, refine=False)
     assert call.attention is None

@@ -10,6 +10,7 @@ import torch
 from adapters.errors import InputError
 from pipelines.diffusion import MultiLoRAPipeline
 from pipelines.diffusion.regions import Region
+from pipelines.diffusion.regions.unet import RegionalUNet
 from tests import tiny
 from tests.pipelines.conftest import CALL, PROMPT, Bed, close, latents
 
@@ -149,6 +150,18 @@ def test_kept_keys_are_those_made_anew(sd: Bed) -> None:
     )
     assert torch.equal(kept, regional(composer, "cross", Region(("a",), box=LEFT, prompt="a cat")))
     assert len(calls) == 2  # once per row, whatever the number of steps
+    with pytest.MonkeyPatch.context() as patch:  # forget them before every step
+        prepare = RegionalUNet.prepare
+
+        def anew(run: RegionalUNet, sample: torch.Tensor) -> None:
+            run._set = None
+            prepare(run, sample)
+
+        patch.setattr(RegionalUNet, "prepare", anew)
+        calls.clear()
+        assert torch.equal(kept, regional(composer, "cross", Region(("a",), box=LEFT, prompt="a cat")))
+        assert len(calls) == 2 * CALL["steps"]
+    calls.clear()
     flutter = [(0, 1), (0.25, 1), (0.25, 1 + 1e-7), (0.5, 1), (1, 1)]
     again = regional(composer, "cross", Region(("a",), box=LEFT, prompt="a cat", schedule=flutter))
     assert len(calls) > 4

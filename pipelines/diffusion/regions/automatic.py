@@ -1,10 +1,11 @@
 """Automatic regions: where the first steps already draw each subject.
 
-The first steps (a share of all of them) are made with all adapters everywhere and the whole prompt; the cross-attention
-of every subject's words is averaged over them. With v_i = M_i / mean(M_i), a cell belongs to the subject with the
-largest v_i if that is above 1 (above its own average), else to the background. Then the picture is begun anew from the
-same noise with these regions. The idea of masks from early attention is that of FreeFuse (arXiv 2510.23515) and
-LoRAShop (arXiv 2505.23758); the rule is ours.
+The first steps (a share of all of them) are made with all adapters everywhere and the whole prompt; the attention that
+cells of the picture pay to every subject's words is averaged over them: in a UNet cross-attention on one grid, in SD3
+and Flux the part of joint attention from picture to text. With v_i = M_i / mean(M_i), a cell belongs to the subject
+with the largest v_i if that is above 1 (above its own average), else to the background. Then the picture is begun
+anew from the same noise with these regions. The idea of masks from early attention is that of FreeFuse (arXiv
+2510.23515) and LoRAShop (arXiv 2505.23758); the rule is ours.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from adapters.layers.gated import GatedAdapters
@@ -45,6 +46,35 @@ def joined(encodings: Sequence[Encoding]) -> Encoding:
     positive = cat("positive")
     assert positive is not None
     return Encoding(positive, cat("negative"))
+
+
+class TextAttention:
+    """What picture cells look at in the text, gathered over layers and steps:
+
+        M(cell, token) = mean over layers, heads and passes of softmax over the text's tokens (Q K^T / sqrt d)
+
+    Args:
+        every: passes of the transformer per step; the first of them is read.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.reading = every, True
+        self._total: Tensor | None = None
+        self._count = 0
+
+    def add(self, query: Tensor, key: Tensor) -> None:
+        """Queries of the cells and keys of the text (batch, heads, tokens, width); the batch's last sample counts."""
+        if not self.reading:
+            return
+        scores = query[-1].float() @ key[-1].float().transpose(-1, -2) / query.shape[-1] ** 0.5
+        found = scores.softmax(-1).mean(0)
+        self._total = found if self._total is None else self._total + found
+        self._count += 1
+
+    def maps(self) -> Tensor:
+        """M (cells, tokens)."""
+        assert self._total is not None
+        return self._total / self._count
 
 
 class RegionalTransformer:
@@ -73,19 +103,14 @@ class RegionalTransformer:
         self.engine, self.steps, self.segment, self.self_mask = engine, steps, segment, self_mask
         self.flux = type(denoiser).__name__.startswith("Flux")
         self.device = next(denoiser.parameters()).device
-        self.grid = grid
-        self.replace_places(places)
+        self.level = level(places, *grid, hard=False, device=self.device)
+        self.hard = level(places, *grid, hard=True, device=self.device)
+        self.allowed = attention_mask(self.hard, segment, self_mask, text_first=self.flux)
+        self.capture: TextAttention | None = None
         self.step = 0
         self.calls = 0
         self._set: tuple[tuple[float, ...], ...] | None = None
         self._gates: dict[tuple[str, int], Tensor] = {}
-
-    def replace_places(self, places: Sequence[Place]) -> None:
-        """Other places from now on (automatic regions)."""
-        self.level = level(places, *self.grid, hard=False, device=self.device)
-        self.hard = level(places, *self.grid, hard=True, device=self.device)
-        self.allowed = attention_mask(self.hard, self.segment, self.self_mask, text_first=self.flux)
-        self._set = None
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[RegionalTransformer]:
@@ -126,6 +151,8 @@ class RegionalTransformer:
         return {"cells": cells, "text": text, "both": torch.cat([text, cells])}[kind]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.capture is not None:
+            self.capture.reading = self.calls % self.capture.every == 0
         self.calls += 1
         rows = self.steps[min(self.step, len(self.steps) - 1)].rows
         if rows == self._set:
@@ -170,7 +197,24 @@ class FluxMasked:
         image_rotary_emb: Any = None,
         **ignored: Any,
     ) -> Any:
+        if self.run.capture is not None and encoder_hidden_states is not None:
+            self.run.capture.add(*self._looking(attn, hidden_states, encoder_hidden_states, image_rotary_emb))
         return self.own(attn, hidden_states, encoder_hidden_states, self.run.allowed[None, None], image_rotary_emb)
+
+    @staticmethod
+    def _looking(attn: Any, cells: Tensor, text: Tensor, rotations: Any) -> tuple[Tensor, Tensor]:
+        """Queries of the cells and keys of the text as the attention has them (batch, heads, tokens, width)."""
+        made = []
+        length = text.shape[1]
+        sides = (
+            (attn.to_q, attn.norm_q, cells, slice(length, None)),
+            (attn.add_k_proj, attn.norm_added_k, text, slice(length)),
+        )
+        for layer, norm, states, part in sides:
+            tensor = norm(layer(states).unflatten(-1, (-1, attn.head_dim)))
+            turned: Any = apply_rotary_emb(tensor, tuple(table[part] for table in rotations), sequence_dim=1)
+            made.append(turned.transpose(1, 2))
+        return made[0], made[1]
 
 
 class JointMasked:
@@ -190,6 +234,8 @@ class JointMasked:
         else:
             names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             parts.append(self._projected(attn, encoder_hidden_states, *names))
+            if self.run.capture is not None:
+                self.run.capture.add(parts[0][0], parts[1][1])
         query, key, value = (torch.cat(tensors, 2) for tensors in zip(*parts, strict=True))
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         found = found.transpose(1, 2).flatten(2).to(query.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters.errors import InputError
 from adapters.formats import LoraFile
-from adapters.progress import Monitor, Progress
+from adapters.progress import Changed, Progress
 from pipelines.diffusion.families import Encoding
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.regions import masks
@@ -21,13 +21,13 @@ from pipelines.diffusion.regions.automatic import assigned
 from pipelines.diffusion.regions.blend import Blending, latent_grid
 from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
 from pipelines.diffusion.regions.concepts import layer_tokens, spelled, with_tokens, word_tokens
-from pipelines.diffusion.regions.joint import RegionalTransformer, joined
+from pipelines.diffusion.regions.joint import RegionalTransformer, TextAttention, joined
 from pipelines.diffusion.regions.masks import Place
 from pipelines.diffusion.regions.refine import Refinement, loss
 from pipelines.diffusion.regions.region import CROSS_LAYERS, PlacedRegion, Region, RegionOptions
 from pipelines.diffusion.regions.reinit import bounds, rearranged
 from pipelines.diffusion.regions.unet import RegionalUNet, RowText
-from pipelines.diffusion.regions.words import positions, subject_words
+from pipelines.diffusion.regions.words import joint_positions, positions, subject_words
 from pipelines.diffusion.text import Voices
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ class RegionalCall:
         prompt = region.prompt or self.asked.prompt
         triggers = [word for name in region.adapters for word in self.composer.adapters[name].triggers]
         words = subject_words(region.words, triggers, prompt, region.title)
+        if self.composer.family.flow:
+            return joint_positions(self.composer.family.name, self.composer.pipe, prompt, words, region.title)
         vocabulary, own = self.composer._vocabulary(), self.composer._words(region)
         tokens = {**word_tokens(vocabulary).get("text_encoder", {}), **layer_tokens(own).get("text_encoder", {})}
         tokenizer = with_tokens(self.composer.pipe.tokenizer, tokens)
@@ -116,37 +118,62 @@ class RegionalCall:
         """Places of automatic regions, from the attention of the first steps with all adapters everywhere.
 
         Raises:
-            InputError: a family without separate cross-attention; no words for a subject.
+            InputError: no words for a subject.
         """
         composer, asked = self.composer, self.asked
-        if composer.family.flow:
-            raise InputError(
-                f"Automatic regions read cross-attention, which {composer.family.title} has not: give boxes or masks."
-            )
         tokens = [self.tokens(region) for region in self.regions]
         everywhere = [replace(step, rows=(step.gates,)) for step in self.plan.steps]
         encoding = composer.encode_rows([(asked.prompt, asked.negative)], (), asked.images, asked.guided)
-        run = RegionalUNet(
-            composer._denoiser(), composer._built().denoiser, everywhere, [row_text(encoding[0])], [],
-            hard=True, self_mask=False, guided=asked.guided,
-        )  # fmt: skip
-        factor = capture_factor(run.unet, self.grid, self.options.capture)
-        layers = [name for name, size in factors(run.unet).items() if size == factor]
+        run, found, grid = self._reading(everywhere, encoding[0])
         count = math.ceil(self.options.auto_steps * len(everywhere))
-        run.capture = capture = Capture(run, layers, [0], stop=False, last=asked.images)
 
         def enough(step: int, latents: Tensor) -> dict[str, Any]:
             if step >= count:
                 raise Captured
             return {}
 
-        part = replace(asked, monitor=Quiet(asked.monitor), preview_every=0)
-        with run.attached(run.unet), suppress(Captured):
+        def looking(progress: Progress) -> Progress:
+            return replace(progress, stage="looking for places", total=0)
+
+        part = replace(asked, monitor=Changed(asked.monitor, looking), preview_every=0)
+        with run.attached(composer._denoiser()), suppress(Captured):
             composer._draw(run, part, encoding[0].call_arguments(), part.generators(), enough)
-        found = capture.cross_maps().mean(0)[0]  # (cells, tokens), over the pictures
-        rows, columns = (-(-side // factor) for side in self.grid)
-        subjects = torch.stack([found[:, chosen].sum(1).view(rows, columns) for chosen in tokens])
+        attention = found()  # (cells, tokens)
+        subjects = torch.stack([attention[:, chosen].sum(1).view(grid) for chosen in tokens])
         return [Place(None, mask.cpu()) for mask in assigned(subjects, self.grid)]
+
+    def _reading(
+        self, steps: Sequence[Step], encoding: Encoding
+    ) -> tuple[RegionalUNet | RegionalTransformer, Callable[[], Tensor], tuple[int, int]]:
+        """A run without regions that reads the attention to the text, where it is afterwards (cells, tokens), and the
+        cells' grid."""
+        composer, options = self.composer, self.options
+        denoiser, engine = composer._denoiser(), composer._built().denoiser
+        if composer.family.flow:
+            joint = self._joint(steps, [encoding], [])
+            twice = composer.family.name == "flux" and self.asked.guided  # real guidance: a pass for each half
+            joint.capture = attention = TextAttention(every=2 if twice else 1)
+            return joint, attention.maps, (joint.level.height, joint.level.width)
+        run = RegionalUNet(
+            denoiser, engine, steps, [row_text(encoding)], [], hard=True, self_mask=False, guided=self.asked.guided
+        )
+        factor = capture_factor(run.unet, self.grid, options.capture)
+        layers = [name for name, size in factors(run.unet).items() if size == factor]
+        run.capture = capture = Capture(run, layers, [0], stop=False, last=1)
+        rows, columns = (-(-side // factor) for side in self.grid)
+        return run, lambda: capture.cross_maps()[0, 0], (rows, columns)
+
+    def _joint(
+        self, steps: Sequence[Step], encodings: Sequence[Encoding], places: Sequence[Place]
+    ) -> RegionalTransformer:
+        """A run inside SD3 or Flux."""
+        composer, factor = self.composer, self.composer.pipe.vae_scale_factor * 2
+        grid = self.size[0] // factor, self.size[1] // factor
+        segment = encodings[0].positive["embeds"].shape[1]
+        engine = composer._built().denoiser
+        return RegionalTransformer(
+            composer._denoiser(), engine, steps, places, grid, segment, bool(self.options.self_mask)
+        )
 
     @property
     def hard(self) -> bool:
@@ -187,27 +214,11 @@ class RegionalCall:
             batch = self.plan.adapter_batch
             return Blending(composer.family, engine.gates, steps, named, places, self.grid, batch)
         if composer.family.flow:
-            factor = composer.pipe.vae_scale_factor * 2
-            grid = self.size[0] // factor, self.size[1] // factor
-            segment = encodings[0].positive["embeds"].shape[1]
-            return RegionalTransformer(denoiser, engine, steps, places, grid, segment, bool(options.self_mask))
+            return self._joint(steps, encodings, places)
         texts = [row_text(encoding) for encoding in encodings]
         return RegionalUNet(
             denoiser, engine, steps, texts, places, self.hard, bool(options.self_mask), self.asked.guided
         )
-
-
-class Quiet:
-    """Passes on only the wish to stop."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor = monitor
-
-    def report(self, progress: Progress) -> None:
-        self.monitor.report(replace(progress, stage="looking for places", total=0))
-
-    def cancelled(self) -> bool:
-        return self.monitor.cancelled()
 
 
 class Attending:

@@ -8,14 +8,17 @@ from typing import Any
 from adapters.errors import InputError
 
 
-def positions(tokenizer: Any, prompt: str, words: Sequence[str], title: str) -> list[int]:
+def positions(tokenizer: Any, prompt: str, words: Sequence[str], title: str, limit: int | None = None) -> list[int]:
     """Positions, in the whole padded token sequence, of every piece of every word (its first occurrence).
+
+    Args:
+        limit: how many tokens the model reads (None: what the tokenizer says).
 
     Raises:
         InputError: a word is not in the prompt, lies behind the last token that the model reads, or is a placeholder
             that the tokenizer does not know.
     """
-    limit = tokenizer.model_max_length
+    limit = limit or tokenizer.model_max_length
     whole = tokenizer(prompt, truncation=False, padding=False).input_ids
     found: list[int] = []
     for word in words:
@@ -51,3 +54,23 @@ def subject_words(words: Sequence[str], triggers: Sequence[str], prompt: str, ti
             "taken where the prompt holds them)."
         )
     return held
+
+
+T5_TOKENS = {"sd3": 256, "flux": 512}
+"""How many of T5's tokens diffusers' pipelines read."""
+
+
+def joint_positions(family: str, pipe: Any, prompt: str, words: Sequence[str], title: str) -> list[int]:
+    """Positions of the words in the text sequence of a joint transformer: Flux reads T5's tokens, SD3 CLIP's and then
+    T5's (if there is a T5).
+
+    Raises:
+        InputError: as :func:`positions`.
+    """
+    if family == "flux":
+        return positions(pipe.tokenizer_2, prompt, words, title, T5_TOKENS[family])
+    found = positions(pipe.tokenizer, prompt, words, title, pipe.tokenizer_max_length)
+    if pipe.text_encoder_3 is None:
+        return found
+    more = positions(pipe.tokenizer_3, prompt, words, title, T5_TOKENS[family])
+    return found + [pipe.tokenizer_max_length + number for number in more]
