@@ -69,8 +69,9 @@ def write_ed_lora(file: LoraFile, path: Path) -> Path:
         for module, layer in file.parts.get(part, {}).items():
             if layer.magnitude is not None:
                 raise InputError(f"The layer '{part}.{module}' is DoRA, which an ED-LoRA file cannot hold.")
-            params[part][f"{module}.lora_down.weight"] = layer.A.clone()
-            params[part][f"{module}.lora_up.weight"] = layer.B * layer.scale
+            name = module if part == "unet" or module.startswith("text_model.") else f"text_model.{module}"
+            params[part][f"{name}.lora_down.weight"] = layer.A.clone()
+            params[part][f"{name}.lora_up.weight"] = layer.B * layer.scale
     others = set(file.parts) - set(_PARTS)
     if others:
         raise InputError(f"An ED-LoRA file has no place for {', '.join(sorted(others))}.")

@@ -17,7 +17,7 @@ from studio.cli.terminal import Terminal
 if TYPE_CHECKING:
     from adapters.formats import LoraFile
 
-FORMATS = ("diffusers", "kohya", "peft")
+FORMATS = ("diffusers", "kohya", "peft", "ed-lora")
 
 Adapter = Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")]
 Format = Annotated[str, typer.Option("--to", metavar="|".join(FORMATS), help="Format of the new file.")]
@@ -185,11 +185,14 @@ def _known_format(to: str) -> None:
 def _write(file: LoraFile, out: Path, to: str) -> Path:
     from adapters import formats
 
-    if to != "peft" and out.suffix != ".safetensors":
-        raise InputError(f"--out: the file must end in .safetensors, got '{out.name}'.")
+    ending = ".pth" if to == "ed-lora" else ".safetensors"
+    if to != "peft" and out.suffix != ending:
+        raise InputError(f"--out: the file must end in {ending}, got '{out.name}'.")
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "peft":
         formats.write_peft(file, out)
+    elif to == "ed-lora":
+        formats.write_ed_lora(file, out)
     elif to == "kohya":
         formats.write_kohya(file, out, dict(file.metadata))
     else:

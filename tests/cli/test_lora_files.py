@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from adapters.formats import read
 from studio.cli.app import run
 from tests import tiny
+from tests.pipelines.test_ed_lora import checkpoint
 
 
 def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -39,6 +40,22 @@ def test_extract_finds_what_was_added(tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert "nothing to extract" in ask(capsys, "lora", "extract", base, base, "--rank", 2, "--out", out)[2]
     assert "how much to keep" in ask(capsys, "lora", "extract", base, tuned, "--out", out)[2]
+
+
+def test_an_ed_lora_to_diffusers_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = checkpoint(tmp_path / "hina.pth")
+    assert ask(capsys, "lora", "convert", first, "--to", "diffusers", "-o", tmp_path / "hina.safetensors")[0] == 0
+    assert (
+        ask(capsys, "lora", "convert", tmp_path / "hina.safetensors", "--to", "ed-lora", "-o", tmp_path / "b.pth")[0]
+        == 0
+    )
+    made, wanted = read(tmp_path / "b.pth"), read(first)
+    assert torch.equal(made.embeddings["<hina>"], wanted.embeddings["<hina>"])
+    for (_, name, layer), (_, other, same) in zip(made.layers(), wanted.layers(), strict=True):
+        assert name == other
+        torch.testing.assert_close(layer.delta(), same.delta())
+    code, _, error = ask(capsys, "lora", "convert", first, "--to", "ed-lora", "-o", tmp_path / "c.safetensors")
+    assert (code, "must end in .pth" in error) == (2, True)
 
 
 def test_inspect_of_a_file_without_an_ending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
