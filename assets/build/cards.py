@@ -164,8 +164,8 @@ held-out styles {vae.get("mse held-out styles", 0):.4f}.
 Text encoder and denoiser learned together on {int(samples):,} samples ({int(steps):,} steps, {minutes:.0f} minutes,
 bf16 on CPU), 10 % empty captions, AdamW, averaged weights. From sample 287,100 on, a second loss taught the
 cross-attention where each named subject stands (`assets/build/grounding.py`, after TokenCompose, arXiv 2312.03626):
-before it, two subjects changed places in as many pictures as they stood right. `python -m assets.build.base` continues the training
-from its checkpoint.
+before it, two subjects changed places in as many pictures as they stood right. `python -m assets.build.base` continues
+the training from its checkpoint.
 
 ## Limits
 
