@@ -7,11 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from studio import hush
 from studio.cli import launch, training_run
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
-from studio.schemas.base import read_yaml
 from studio.schemas.distill import DistillConfig
 
 
@@ -30,9 +28,5 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Distil guidance or few-step sampling into a LoRA."""
-    output = Output(json, quiet)
-    hush.remarks()
-    training_run.check_place(folder, resume)
-    values = {**(read_yaml(config) if config else {}), **fields}
-    chosen = DistillConfig.parse(values, source=str(config or "train distill"))
-    training_run.begin("studio.training.distillation:run", chosen, folder, resume, detach, output)
+    chosen = training_run.read(DistillConfig, config, fields, folder, resume)
+    training_run.begin("studio.training.distillation:run", chosen, folder, resume, detach, Output(json, quiet))

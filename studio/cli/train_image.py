@@ -7,11 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from studio import hush
 from studio.cli import launch, training_run
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
-from studio.schemas.base import read_yaml
 from studio.schemas.train_image import TrainImageConfig
 
 
@@ -34,13 +32,11 @@ def image(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Train a LoRA of a text-to-image model."""
-    output = Output(json, quiet)
-    hush.remarks()
-    training_run.check_place(folder, resume)
-    values = {**(read_yaml(config) if config else {}), **fields}
-    if preset:
+
+    def complete(values: dict[str, Any]) -> dict[str, Any]:
         from studio.training.presets import with_preset
 
-        values = with_preset(preset, values)
-    chosen = TrainImageConfig.parse(values, source=str(config or "train image"))
-    training_run.begin("studio.training.image:run", chosen, folder, resume, detach, output)
+        return with_preset(preset, values) if preset else values
+
+    chosen = training_run.read(TrainImageConfig, config, fields, folder, resume, complete)
+    training_run.begin("studio.training.image:run", chosen, folder, resume, detach, Output(json, quiet))

@@ -7,11 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from studio import hush
 from studio.cli import launch, training_run
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
-from studio.schemas.base import read_yaml
 from studio.schemas.train_language import TrainLanguageConfig
 
 
@@ -35,10 +33,7 @@ def language(
 ) -> None:
     """Train a LoRA of a language model."""
     output = Output(json, quiet)
-    hush.remarks()
-    training_run.check_place(folder, resume)
-    values = {**(read_yaml(config) if config else {}), **fields}
-    chosen = TrainLanguageConfig.parse(values, source=str(config or "train language"))
+    chosen = training_run.read(TrainLanguageConfig, config, fields, folder, resume)
     if check:
         _show(chosen, output)
         return

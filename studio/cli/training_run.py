@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -13,7 +14,9 @@ from adapters.errors import InputError
 from studio import hush
 from studio.cli import launch
 from studio.cli.output import Output
-from studio.schemas.base import JobConfig
+from studio.schemas.base import JobConfig, read_yaml
+
+C = TypeVar("C", bound=JobConfig)
 
 Folder = Annotated[
     Path | None,
@@ -25,12 +28,26 @@ Resume = Annotated[
 ]
 
 
-def check_place(folder: Path | None, resume: bool) -> None:
-    """Raise :class:`InputError` for a folder that is missing where one is needed."""
+def read(
+    schema: type[C],
+    config: Path | None,
+    fields: dict[str, Any],
+    folder: Path | None,
+    resume: bool,
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> C:
+    """What is to be trained: the file's values, changed by the flags, then completed (by a preset).
+
+    Raises:
+        InputError: values that cannot be trained, or a folder that is missing where one is needed.
+    """
+    hush.remarks()
     if folder is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("Several processes train together: give them one place with --folder.")
     if resume and folder is None:
         raise InputError("--resume goes with --folder; a job goes on with  studio jobs resume ID.")
+    values = complete({**(read_yaml(config) if config else {}), **fields})
+    return schema.parse(values, source=str(config or schema.kind.replace("-", " ")))
 
 
 def begin(entry: str, config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from adapters.formats.lora import LoraFile, LoraLayer
 from adapters.initialise.plain import in_peft
 from adapters.layers.variant import read_layers
 from studio.schemas.train_image import TrainImageConfig
+from studio.training.targets import check_ranks, no_match
 
 ADAPTER = "default"
 """Name of the adapter inside the model."""
@@ -75,7 +75,7 @@ def find_targets(model: nn.Module, config: TrainImageConfig, text: bool) -> Targ
         pointwise = _pointwise_projections(chosen)
         chosen = {n: m for n, m in chosen.items() if isinstance(m, nn.Linear) or n in pointwise}
     if not chosen:
-        raise InputError(_no_match(type(model).__name__, pattern, config, list(layers)))
+        raise no_match(type(model).__name__, pattern, config, list(layers))
     return Targets(
         tuple(name for name, m in chosen.items() if isinstance(m, nn.Linear)),
         tuple(name for name, m in chosen.items() if isinstance(m, nn.Conv2d)),
@@ -104,7 +104,7 @@ def lora_config(model: nn.Module, config: TrainImageConfig, text: bool = False) 
         use_dora=config.use_dora,
         init_lora_weights=in_peft(config.init),
     )
-    _check_ranks(model, targets, made)
+    check_ranks({name: layer_sizes(model, name) for name in targets.all}, made)
     return made
 
 
@@ -134,27 +134,6 @@ def _pointwise_projections(chosen: Mapping[str, nn.Module]) -> set[str]:
         for name, module in chosen.items()
         if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and re.search(r"\.proj_(in|out)$", name)
     }
-
-
-def _check_ranks(model: nn.Module, targets: Targets, made: LoraConfig) -> None:
-    patterns = made.rank_pattern or {}
-    for name in targets.all:
-        rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), made.r)
-        limit = min(layer_sizes(model, name))
-        if rank > limit:
-            raise InputError(
-                f"Rank {rank} is larger than the layer '{name}' ({' x '.join(map(str, layer_sizes(model, name)))}): "
-                f"use at most {limit}, or leave the layer out with exclude_regex."
-            )
-        if made.init_lora_weights == "orthogonal" and rank % 2:
-            raise InputError(f"The orthogonal init needs even ranks, '{name}' has {rank}.")
-
-
-def _no_match(model: str, pattern: str, config: TrainImageConfig, names: list[str]) -> str:
-    tried = f"target_regex '{config.target_regex}'" if config.target_regex else f"targets '{config.targets}'"
-    plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", pattern).strip(".")
-    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names[:3]
-    return f"No layer of {model} matches {tried}; it has layers such as {', '.join(near)}."
 
 
 def count_parameters(models: dict[str, nn.Module]) -> int:

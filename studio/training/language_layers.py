@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from adapters.errors import InputError
 from adapters.initialise.plain import in_peft
 from pipelines.language.adapters import sizes
 from studio.schemas.train_language import TrainLanguageConfig
+from studio.training.targets import check_ranks, no_match
 
 ATTENTION = (
     r"(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|Wqkv|c_attn|query_key_value|query|key|value|[qkv]_lin|out_lin|"
@@ -42,16 +41,15 @@ def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
     if config.exclude_regex:
         chosen = [name for name in chosen if not re.fullmatch(config.exclude_regex, name)]
     if not chosen:
-        raise InputError(_no_match(type(model).__name__, config, list(layers)))
+        raise no_match(type(model).__name__, config.target_regex or config.targets, config, list(layers))
     return chosen
 
 
 def peft_config(model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = ()) -> LoraConfig:
     """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole."""
     targets = [name for name in find_targets(model, config) if name not in fresh]
-    _check_ranks(model, targets, config)
     conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
-    return LoraConfig(
+    made = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha or config.rank,  # type: ignore[arg-type]  # a float works and alpha is one
         lora_dropout=config.dropout,
@@ -65,6 +63,8 @@ def peft_config(model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[s
         fan_in_fan_out=conv1d,
         modules_to_save=list(fresh) or None,
     )
+    check_ranks({name: sizes(model.get_submodule(name)) for name in targets}, made)
+    return made
 
 
 def add_adapter(model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = ()) -> PeftModel:
@@ -84,24 +84,3 @@ def add_adapter(model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = 
 
 def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _check_ranks(model: nn.Module, targets: list[str], config: TrainLanguageConfig) -> None:
-    for name in targets:
-        patterns = config.rank_pattern.items()
-        rank = next((r for key, r in patterns if re.match(rf"(.*\.)?({key})$", name)), config.rank)
-        outputs, inputs = sizes(model.get_submodule(name))
-        if rank > min(outputs, inputs):
-            raise InputError(
-                f"Rank {rank} is larger than the layer '{name}' ({outputs} x {inputs}): use at most "
-                f"{min(outputs, inputs)}, or leave the layer out with exclude_regex."
-            )
-        if config.init == "orthogonal" and rank % 2:
-            raise InputError(f"The orthogonal init needs even ranks, '{name}' has {rank}.")
-
-
-def _no_match(model: str, config: TrainLanguageConfig, names: list[str]) -> str:
-    tried = f"target_regex '{config.target_regex}'" if config.target_regex else f"targets '{config.targets}'"
-    plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", config.target_regex or config.targets).strip(".")
-    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names[:3]
-    return f"No layer of {model} matches {tried}; it has layers such as {', '.join(near)}."

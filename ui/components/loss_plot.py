@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from studio import jobs
+from studio.jobs import Job
 from ui import markup
 
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 28
 _MOST_POINTS = 400
+
+
+def of_job(job: Job) -> str:
+    """The plot of a training job so far."""
+    rows = jobs.history(job.id)
+    losses = [(row.step, row.loss) for row in rows if row.loss is not None]
+    checks = [(row.step, row.metrics["validation_loss"]) for row in rows if "validation_loss" in row.metrics]
+    return loss_plot(losses, checks, total=int(job.config.get("steps") or 0))
 
 
 def loss_plot(points: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = (), total: int = 0) -> str:

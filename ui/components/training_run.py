@@ -130,7 +130,7 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
     adapter = made(job)
     return [
         job.id, now, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
-        _kept(job) + _plot(job),
+        _kept(job) + loss_plot.of_job(job),
         gr.update(value=drawn, visible=bool(drawn)) if new_samples else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
         gr.update(visible=job.status in ("cancelled", "interrupted", "failed")),
@@ -142,13 +142,6 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
 
 
 _CANCEL = "Cancel and keep what is learnt"
-
-
-def _plot(job: Job) -> str:
-    rows = jobs.history(job.id)
-    losses = [(row.step, row.loss) for row in rows if row.loss is not None]
-    checks = [(row.step, row.metrics["validation_loss"]) for row in rows if "validation_loss" in row.metrics]
-    return loss_plot.loss_plot(losses, checks, total=int(job.config.get("steps") or 0))
 
 
 def _kept(job: Job) -> str:

@@ -474,17 +474,10 @@ def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
     usable = bool(name) and job.config.get("task") == "causal"
     return [
         job.id, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
-        kept + _plot(job) + _measures(job),
+        kept + loss_plot.of_job(job) + _measures(job),
         answers(job), gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
         gr.update(visible=job.status in ("cancelled", "interrupted", "failed")), gr.update(visible=usable),
     ]  # fmt: skip
-
-
-def _plot(job: Job) -> str:
-    rows = jobs.history(job.id)
-    losses = [(row.step, row.loss) for row in rows if row.loss is not None]
-    checks = [(row.step, row.metrics["validation_loss"]) for row in rows if "validation_loss" in row.metrics]
-    return loss_plot.loss_plot(losses, checks, total=int(job.config.get("steps") or 0))
 
 
 def _measures(job: Job) -> str:

@@ -1,0 +1,43 @@
+"""Checks of the layers that get an adapter, for any kind of model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft import LoraConfig
+
+from adapters.errors import InputError
+
+
+def check_ranks(sizes: Mapping[str, tuple[int, int]], made: LoraConfig) -> None:
+    """Refuse ranks that a layer has no room for.
+
+    Args:
+        sizes: layer -> (outputs, inputs) of its weight as a matrix.
+        made: with the rank and the ranks by pattern.
+
+    Raises:
+        InputError: a rank above the smaller side, or an odd one for the orthogonal start.
+    """
+    patterns = made.rank_pattern or {}
+    for name, (outputs, inputs) in sizes.items():
+        rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), made.r)
+        limit = min(outputs, inputs)
+        if rank > limit:
+            raise InputError(
+                f"Rank {rank} is larger than the layer '{name}' ({outputs} x {inputs}): use at most {limit}, or leave "
+                "the layer out with exclude_regex."
+            )
+        if made.init_lora_weights == "orthogonal" and rank % 2:
+            raise InputError(f"The orthogonal init needs even ranks, '{name}' has {rank}.")
+
+
+def no_match(model: str, pattern: str, config: Any, names: Sequence[str]) -> InputError:
+    """That no layer of ``model`` matches ``pattern``, with the names that come near."""
+    tried = f"target_regex '{config.target_regex}'" if config.target_regex else f"targets '{config.targets}'"
+    plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", pattern).strip(".")
+    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names[:3]
+    return InputError(f"No layer of {model} matches {tried}; it has layers such as {', '.join(near)}.")
