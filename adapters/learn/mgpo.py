@@ -72,7 +72,7 @@ class MomentumBranch:
     def __init__(self, rho: float, ema: float = 0.9, sign: float = -1.0) -> None:
         self.rho, self.ema, self.sign = rho, ema, sign
         self.mean_norm: float | None = None
-        self.branch: tuple[Tensor, Tensor, float] | None = None
+        self.branch: tuple[Tensor, Tensor] | None = None
 
     @property
     def adaptive(self) -> float:
@@ -91,7 +91,7 @@ class MomentumBranch:
         size = scale * float(norm(left, right))
         if not 1e-12 < size < float("inf"):
             return
-        self.branch = left, right, self.sign * self.rho * self.adaptive * scale / (size + 1e-12)
+        self.branch = self.sign * self.rho * self.adaptive * scale / (size + 1e-12) * left, right
 
     def end(self, layer: Any, adapter: str) -> None:
         """Gradients are in: update the running mean of their norm, and be off."""
@@ -105,5 +105,5 @@ class MomentumBranch:
     def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         if self.branch is None:
             return None
-        left, right, factor = self.branch
-        return product(layer, adapter, x, right.to(x), (factor * left).to(x))
+        left, right = self.branch
+        return product(layer, adapter, x, right.to(x), left.to(x))
