@@ -41,6 +41,8 @@ def list_(
             raise InputError(f"There is no status '{word}'{nearest(word, STATUSES)}: {', '.join(STATUSES)}.")
     found = jobs.list(limit, status or (), kind)
     output = Output(json, quiet)
+    for text in jobs.trouble():
+        output.note(text)
     if not found:
         output.note("No jobs here: studio compose and studio train make some.")
     output.result(
@@ -64,7 +66,10 @@ def show(job: Id, json: Json = False, quiet: Quiet = False) -> None:
     from studio import jobs
 
     found = jobs.get(job)
-    Output(json, quiet).result(found.as_json(), lambda: _facts(found))
+    output = Output(json, quiet)
+    for text in jobs.trouble() if found.status == "queued" else ():
+        output.note(text)
+    output.result(found.as_json(), lambda: _facts(found))
 
 
 @group.command()
@@ -74,6 +79,7 @@ def watch(
     quiet: Quiet = False,
 ) -> None:
     """Follow a job until it ends (Ctrl-C stops watching, not the job)."""
+    from adapters.errors import StudioError
     from studio import jobs
 
     found = jobs.get(job)
@@ -93,6 +99,8 @@ def watch(
                 terminal.report(last.as_progress(quiet=True))
             if not found.active or terminal.cancelled():
                 break
+            if found.status == "queued" and (trouble := jobs.trouble()):
+                raise StudioError(" ".join(trouble))
             time.sleep(0.3)
     output.result(found.as_json(), f"Job {found.id} is {found.status}." + (f" {found.error}" if found.error else ""))
     if found.status == "failed":

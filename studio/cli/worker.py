@@ -41,4 +41,5 @@ def worker(
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
         logging.getLogger("studio").setLevel(logging.INFO)
     output.note(f"Working on the queue '{queue}'; Ctrl-C ends after the job's next safe place.")
-    process.serve(queue, idle_minutes)
+    if process.serve(queue, idle_minutes):
+        process.renew()

@@ -15,6 +15,7 @@ from studio.jobs.control import (
     resume_here,
     run_here,
     submit,
+    trouble,
     workers,
 )
 from studio.jobs.control import newest as list
@@ -23,5 +24,5 @@ from studio.jobs.model import ACTIVE, ENDED, STATUSES, Job, ProgressRow, Status
 
 __all__ = [
     "ACTIVE", "ENDED", "STATUSES", "Job", "Kind", "ProgressRow", "Status", "cancel", "delete", "ensure_worker", "get",
-    "history", "list", "log", "register", "rerun", "resume", "resume_here", "run_here", "submit", "workers",
+    "history", "list", "log", "register", "rerun", "resume", "resume_here", "run_here", "submit", "trouble", "workers",
 ]  # fmt: skip

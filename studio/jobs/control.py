@@ -216,6 +216,14 @@ def workers() -> Sequence[Mapping[str, Any]]:
     return worker.running()
 
 
+def trouble() -> Sequence[str]:
+    """Why waiting jobs are not begun, a sentence for every queue whose worker could not start; mostly empty."""
+    from studio.jobs import worker
+
+    waiting = {job.queue for job in store.newest(1000, ["queued"])} - {HERE}
+    return [text for name in sorted(waiting) if (text := worker.failed_start(name))]
+
+
 def _new(kind: str, config: JobConfig, queue_name: str) -> Job:
     now = time.time()
     job_id = f"{datetime.fromtimestamp(now):%y%m%d-%H%M%S}-{secrets.token_hex(2)}"

@@ -1,11 +1,13 @@
 """The worker: a process of its own that takes jobs from one queue and does them one after another.
 
 ``studio worker`` runs it in the foreground; :func:`ensure` starts it as its own session, so that it outlives the page
-or command that needed it. It keeps the last pipeline loaded between compositions.
+or command that needed it. It keeps the last pipeline loaded between compositions. When the package has been updated,
+it starts itself anew before the next job.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -18,15 +20,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from huey.consumer import Consumer
+from huey.exceptions import CancelExecution
 
+from adapters import files
 from adapters.errors import InputError
 from studio import settings
-from studio.jobs import process, queue, store
+from studio.jobs import code, process, queue, store
 from studio.jobs.execute import release_pipeline
 from studio.jobs.monitor import STOPPING
 
 logger = logging.getLogger("studio.worker")
 
+ROOT = code.ROOT
+"""The folder that holds the packages, for workers to import them from."""
 BEAT_SECONDS = 2.0
 STOP_SECONDS = 60.0
 """How long a job gets to reach a place where it can stop when the worker is asked to end."""
@@ -36,19 +42,46 @@ def ensure(name: str = queue.DEFAULT) -> None:
     """Start a worker for queue ``name`` unless one runs on this machine."""
     if running(name):
         return
-    log = settings.folder("logs") / f"worker-{_safe(name)}.log"
+    log = _log(name)
     with open(log, "ab") as output:
-        subprocess.Popen(
+        begin = output.tell()
+        child = subprocess.Popen(
             [sys.executable, "-m", "studio.jobs.worker", name, "--on-demand"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, close_fds=True, cwd=settings.folder(), env=_environment(),
         )  # fmt: skip
 
+    who = {"host": process.host(), "pid": child.pid, "pid_started": process.started(child.pid)}
+    files.write_text(_started(name), json.dumps({**who, "log_begin": begin}), sync=False)
+
+
+def failed_start(name: str) -> str | None:
+    """Why no worker serves queue ``name`` although :func:`ensure` has started one; None while all is well."""
+    try:
+        who = json.loads(_started(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none was started, or it has ended as it should
+        return None
+    if process.alive(who) or running(name):
+        return None
+    with _log(name).open("rb") as stream:
+        stream.seek(who["log_begin"])
+        lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+    reason = f": {lines[-1]}" if lines else "."
+    return f"The worker of the queue '{name}' has ended without doing its jobs{reason} (its log: {_log(name)})"
+
+
+def _log(name: str) -> Path:
+    return settings.folder("logs") / f"worker-{_safe(name)}.log"
+
+
+def _started(name: str) -> Path:
+    """Who :func:`ensure` has started for the queue; gone when that worker has ended as it should."""
+    return settings.folder("locks") / f"started-{_safe(name)}.json"
+
 
 def _environment() -> dict[str, str]:
     """Ours, with the home folder spelled out and this checkout importable from the worker's folder."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), settings.PREFIX + "HOME": str(settings.home())}
 
 
@@ -63,8 +96,11 @@ def running(name: str | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> None:
-    """Work on queue ``name`` until told to stop (SIGINT, SIGTERM) or idle for long.
+def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> bool:
+    """Work on queue ``name`` until told to stop (SIGINT, SIGTERM), idle for long, or older than the package's files.
+
+    Returns:
+        Whether the package was updated: the job at hand waits for a worker with the new code (:func:`renew`).
 
     Raises:
         InputError: another worker of this machine serves the queue.
@@ -76,17 +112,37 @@ def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> None:
         raise InputError(f"A worker for the queue '{name}' runs already on this machine.") from None
     me = process.identity()
     store.add_worker(**me, queue=name)
+    carrier = queue.connect(name)
+    loaded, updated = code.fingerprint(), threading.Event()
     try:
         put_back_lost(name)
         consumer = _Consumer(
-            queue.connect(name), workers=1, periodic=False, initial_delay=0.05, backoff=1.2, max_delay=0.5,
+            carrier, workers=1, periodic=False, initial_delay=0.05, backoff=1.2, max_delay=0.5,
             shutdown_timeout=STOP_SECONDS,
         )  # fmt: skip
+
+        @carrier.pre_execute(name="same code")
+        def same_code(_: Any) -> None:
+            if code.fingerprint() != loaded:
+                updated.set()
+                STOPPING.set()
+                consumer.stop_flag.set()
+                raise CancelExecution  # the store still says "queued": the next worker puts the message back
+
         threading.Thread(target=_beat, args=(name, consumer, idle_minutes * 60), daemon=True).start()
         consumer.run()
     finally:
+        carrier.unregister_pre_execute("same code")
         store.remove_worker(me["host"], me["pid"])
         lock.release()
+    return updated.is_set()
+
+
+def renew() -> None:
+    """Run this process's command again in its place, with the code that is on disk now; does not return."""
+    logger.warning("the package was updated: starting anew")
+    logging.shutdown()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 class _Consumer(Consumer):  # type: ignore[misc]
@@ -133,10 +189,12 @@ def main(arguments: list[str]) -> int:
     on_demand = "--on-demand" in arguments
     name = next((word for word in arguments if not word.startswith("--")), queue.DEFAULT)
     try:
-        serve(name, settings.load().worker_idle_minutes if on_demand else 0.0)
+        if serve(name, settings.load().worker_idle_minutes if on_demand else 0.0):
+            renew()
     except InputError as error:
         logger.warning("%s", error)
         return 0 if on_demand else 2
+    _started(name).unlink(missing_ok=True)
     return 0
 
 

@@ -17,9 +17,11 @@ from PIL import Image
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
 from studio import jobs
-from studio.jobs import queue, store, worker
+from studio.cli.app import run
+from studio.jobs import code, queue, store, worker
 from tests.studio.fake_jobs import CountConfig
 from tests.studio.waiting import ended, reached, until
+from ui.components import job_panel
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -176,6 +178,54 @@ def test_an_idle_worker_ends(monkeypatch):
     jobs.ensure_worker()
     until(lambda: worker.running())
     until(lambda: not worker.running())
+
+
+def test_a_worker_that_cannot_start_is_reported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "huey.py").write_text("raise ImportError('huey is damaged')")
+    with monkeypatch.context() as broken:
+        broken.setenv("PYTHONPATH", str(tmp_path / "broken"))
+        broken.setattr(worker, "ROOT", tmp_path / "broken")
+        job_id = jobs.submit("count", {})
+        jobs.ensure_worker()
+        until(jobs.trouble)
+    (sentence,) = jobs.trouble()
+    assert "The worker of the queue 'cpu'" in sentence
+    assert "ImportError: huey is damaged" in sentence
+    assert "huey is damaged" in job_panel.job_panel(jobs.get(job_id))
+    assert run(["jobs", "list"]) == 0
+    assert "huey is damaged" in capsys.readouterr().err
+    assert run(["jobs", "watch", job_id]) == 2  # instead of waiting for ever
+    jobs.ensure_worker()
+    assert ended(job_id)[0].status == "done"
+    assert jobs.trouble() == []
+
+
+def test_an_updated_package_is_used_from_the_next_job_on(tmp_path):
+    job_id = jobs.submit("count", {})
+    program = (
+        "import pathlib; from studio.jobs import code, worker\n"
+        f"begun = pathlib.Path({str(tmp_path / 'begun')!r})\n"
+        "if not begun.exists():\n"
+        "    begun.touch(); stamps = iter(['old']); code.fingerprint = lambda: next(stamps, 'new')\n"
+        "if worker.serve('cpu', idle_minutes=0.02):\n"
+        "    print('updated', flush=True); worker.renew()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["updated"]
+    assert jobs.get(job_id).status == "done"
+
+
+def test_the_fingerprint_of_the_code_follows_its_files(tmp_path):
+    module = tmp_path / "studio" / "one.py"
+    module.parent.mkdir()
+    prints = [code.fingerprint(tmp_path)]
+    for text in ("a = 1", "a = 12"):
+        module.write_text(text)
+        prints.append(code.fingerprint(tmp_path))
+    module.unlink()
+    assert len(set(prints)) == 3
+    assert code.fingerprint(tmp_path) == prints[0]
 
 
 def test_messages_in_the_queue_are_plain_json():

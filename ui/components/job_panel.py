@@ -36,6 +36,8 @@ def job_panel(job: Job, ahead: int = 0, preview: str | None = None) -> str:
     bar = _bar(fraction) if job.active else ""
     picture = _picture(preview) if preview and job.active else ""
     error = markup.notice(job.error, "error") if job.error else ""
+    if job.status == "queued":
+        error = "".join(markup.notice(text, "error") for text in jobs.trouble())
     times = f'<div class="as-job-times">{markup.text(timing(job, fraction))}</div>' if job.active else ""
     return f'<div class="as-job" role="status">{picture}<div class="as-job-body">{head}{bar}{times}{error}</div></div>'
 

@@ -88,6 +88,7 @@ def show(chosen: str, which: str, shown: tuple[Any, ...]) -> Any:
     job = next((job for job in listed if job.id == chosen), None)
     drawn = "".join(row(item, item.id == chosen) for item in listed)
     drawn = f'<div class="as-jobs">{drawn}</div>' if drawn else _nothing(which)
+    drawn = "".join(markup.notice(text, "error") for text in jobs.trouble()) + drawn
     log = jobs.log(job.id, tail=200) if job else ""
     pictures = pictures_of(job) if job else []
     now = (drawn, job.status if job else "", log, job.id if job else "", pictures)
