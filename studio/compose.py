@@ -9,7 +9,8 @@ from typing import Any
 
 from adapters import files
 from adapters.progress import Monitor, Progress, check, part
-from studio import images, library, loaded, recipes
+from studio import images, library, loaded, methods, recipes
+from studio.library import scan
 from studio.schemas.compose import ComposeConfig
 from studio.schemas.regions import Region, RegionFields
 
@@ -63,13 +64,19 @@ def settled(config: ComposeConfig) -> ComposeConfig:
 
     A missing name is the file's own, made unique by a number; missing triggers are those the library knows. A mask's
     file is read now and kept as a ``data:`` URI, so that the recipe repeats without the file.
+
+    Raises:
+        InputError: there is no such method or adapter.
     """
+    methods.check(config.method, "compose")
     taken = {use.name for use in config.adapters}
     uses = []
     for use in config.adapters:
         name = use.name or _free(Path(use.path).stem or "adapter", taken)
         taken.add(name)
-        uses.append(use.model_copy(update={"name": name, "triggers": use.triggers or _known_triggers(use.path)}))
+        place = library.resolve_adapter(use.path)
+        triggers = use.triggers or list(scan.record(place, "adapter").triggers)
+        uses.append(use.model_copy(update={"name": name, "triggers": triggers}))
     regions = config.regions if config.regions == "auto" else [_with_mask(region) for region in config.regions]
     return config.model_copy(update={"adapters": uses, "regions": regions})
 
@@ -84,12 +91,6 @@ def _with_mask(region: Region) -> Region:
 
 def _free(name: str, taken: set[str]) -> str:
     return next(text for text in (name, *(f"{name}-{number}" for number in range(2, 999))) if text not in taken)
-
-
-def _known_triggers(path: str) -> list[str]:
-    from studio.library import scan
-
-    return list(scan.record(library.resolve_adapter(path), "adapter").triggers)
 
 
 def _prepare(pipe: Any, config: ComposeConfig) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from adapters.catalogue import SEARCHED, Method, Stage
+from adapters.errors import InputError, nearest
 
 
 @cache
@@ -25,6 +26,13 @@ def declared() -> tuple[Method, ...]:
 def stage(name: Stage) -> tuple[Method, ...]:
     """The declared methods of one stage."""
     return tuple(method for method in declared() if method.stage == name)
+
+
+def check(name: str, stage_: Stage) -> None:
+    """Raise :class:`InputError`, with the nearest name, unless there is a method ``name`` in the stage."""
+    known = [method.name for method in stage(stage_)]
+    if name not in known:
+        raise InputError(f"Unknown method '{name}'{nearest(name, known)}: possible are {', '.join(known)}.")
 
 
 def _sources() -> Iterator[Path]:

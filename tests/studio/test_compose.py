@@ -135,6 +135,7 @@ def test_plan_makes_nothing(config):
 def test_wrong_choices_are_one_sentence(config, change, sentence, tmp_path):
     with pytest.raises(InputError, match=sentence):
         compose.run(ComposeConfig.parse({**config.model_dump(mode="json"), **change}), tmp_path, Silent())
+    assert loaded._kept is None, "refused before the base is loaded"
 
 
 def test_an_adapter_of_another_family_is_refused(config, tmp_path):
