@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("studio-demo"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 10,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of every picture.")] = 0,
     json: Json = False,
     quiet: Quiet = False,
