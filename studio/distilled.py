@@ -56,14 +56,19 @@ def of(path: Path) -> Distilled | None:
 
 
 def companion(path: Path) -> Path | None:
-    """The guidance embedding beside the adapter file ``path``, if it has one and it is there."""
+    """The guidance embedding that the adapter ``path`` (file or folder) names, if it is there.
+
+    It keeps its name whatever the adapter is called: the adapter's own file names it, and stays as it is.
+    """
     from studio.library import facts, header
 
     try:
-        name = Path(header.read(facts.weight_file(path)).metadata.get("w_embedding", "")).name
+        weights = facts.weight_file(path)
+        name = Path(header.read(weights).metadata.get("w_embedding", "")).name
     except (InputError, OSError):
         return None
-    return path.parent / name if name and EMBEDDING in name and (path.parent / name).is_file() else None
+    found = weights.with_name(name) if EMBEDDING in name else None
+    return found if found is not None and found.is_file() else None
 
 
 def of_entries(entries: Mapping[str, str]) -> Distilled | None:

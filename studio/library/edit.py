@@ -88,6 +88,8 @@ def _downloaded_base(repo: str, name: str) -> Record:
 def rename(name: str, new_name: str, kind: scan.Kind = "adapter") -> Record:
     """Give an adapter (or base) another name; files of the same name beside it go along.
 
+    A guidance embedding stays: the renamed file names it as before.
+
     Raises:
         InputError: there is no such thing, it ships with the studio, or the new name is taken or odd.
     """
@@ -136,9 +138,18 @@ def trash(name: str, kind: scan.Kind = "adapter") -> Trashed:
     entry = {"name": record.name, "kind": kind, "original": str(record.path), "deleted": now}
     files.write_text(place / "entry.json", json.dumps(entry, indent=1))
     (place / "files").mkdir()
-    for file in _belongings(record.path):
+    for file in [*_belongings(record.path), *_own_embedding(record)]:
         shutil.move(file, place / "files" / file.name)
     return _trashed(place)
+
+
+def _own_embedding(record: Record) -> list[Path]:
+    """The guidance embedding beside an adapter file, unless another adapter needs it too."""
+    found = distilled.companion(record.path) if record.path.is_file() else None
+    others = (item.path for item in scan.records("adapter") if item.path != record.path)
+    if found is None or any(distilled.companion(path) == found for path in others):
+        return []
+    return [found]
 
 
 def trashed() -> list[Trashed]:
@@ -160,7 +171,9 @@ def restore(name_or_id: str) -> Record:
         raise InputError(f"'{found.original}' exists again: rename that one first.")
     found.original.parent.mkdir(parents=True, exist_ok=True)
     for file in (found.folder / "files").iterdir():
-        shutil.move(file, found.original.parent / file.name)
+        place = found.original.parent / file.name
+        if not (distilled.EMBEDDING in file.name and place.exists()):  # its name says what is in it
+            shutil.move(file, place)
     shutil.rmtree(found.folder)
     return _record_at(found.original, found.kind)
 

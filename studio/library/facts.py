@@ -11,6 +11,7 @@ import yaml
 
 from adapters.errors import InputError
 from adapters.files import WORDS, WORDS_ENTRY
+from studio import distilled
 from studio.library import header
 
 RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
@@ -125,10 +126,15 @@ def weight_file(path: Path) -> Path:
     standard = path / "adapter_model.safetensors"
     if standard.is_file():
         return standard
-    files = sorted(file for file in path.glob("*.safetensors") if not file.match(f"*{WORDS}"))
+    files = sorted(file for file in path.glob("*.safetensors") if not is_companion(file.name))
     if len(files) != 1:
         raise InputError(f"a folder with {len(files) or 'no'} .safetensors files is no adapter")
     return files[0]
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name belongs to an adapter beside it: its words, or its guidance embedding."""
+    return name.endswith(WORDS) or distilled.EMBEDDING in name
 
 
 def preview(path: Path) -> Path | None:

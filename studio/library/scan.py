@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import assets
 from adapters.errors import InputError
-from adapters.files import WORDS
-from studio import distilled, settings
+from studio import settings
 from studio.library import cache, facts, smollm2
 from studio.library.records import Record, Source
 
@@ -95,7 +94,7 @@ def _candidates(root: Path, kind: Kind, depth: int = 0) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_file():
-            if distilled.EMBEDDING in entry.name or entry.match(f"*{WORDS}"):  # belongs to the LoRA beside it
+            if facts.is_companion(entry.name):
                 continue
             if entry.suffix == ".safetensors" or (kind == "adapter" and entry.suffix in PICKLES):
                 yield entry
@@ -120,7 +119,7 @@ def _whole(folder: Path, kind: Kind) -> bool:
     if (folder / "adapter_config.json").is_file():
         return True
     names = [entry.name for entry in _entries(folder)]
-    weights = [name for name in names if name.endswith(".safetensors") and not name.endswith(WORDS)]
+    weights = [name for name in names if name.endswith(".safetensors") and not facts.is_companion(name)]
     cards = {"card.yaml", "card.json", "card.md", "README.md", "preview.png"}
     return len(weights) == 1 and (bool(cards & set(names)) or weights[0] == "pytorch_lora_weights.safetensors")
 

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
-from studio import compose, distilled, jobs, library, loaded
+from studio import compose, distilled, jobs, library, loaded, settings
 from studio.cli.app import run
 from studio.schemas.compose import ComposeConfig
 from tests import tiny
+from tests.studio.files import diffusers_lora
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,26 @@ def test_a_job_with_guidance_of_its_own_is_refused(values, model, tmp_path):
 def test_wrong_commands_end_with_a_sentence(flags, sentence, capsys):
     assert run(["train", "distill", *flags]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_an_embedding_follows_its_adapter_to_the_trash_and_stays_where_it_is_needed():
+    place = settings.adapter_folders()[0]
+    name = f"input{distilled.EMBEDDING}0123.safetensors"
+    (place / name).write_bytes(b"embedding")
+    for seed, adapter in enumerate(("one", "two")):
+        diffusers_lora(place / f"{adapter}.safetensors", seed=seed, w_embedding=name)
+    renamed = library.rename("one", "first")
+    assert distilled.companion(renamed.path) == place / name  # as the renamed file says
+    library.trash("two")
+    assert (place / name).is_file()  # "first" needs it
+    library.trash("first")
+    assert not (place / name).exists()
+    for adapter in ("two", "first"):
+        assert distilled.companion(library.restore(adapter).path) in (None, place / name)
+    assert distilled.companion(place / "two.safetensors") == place / name
+    assert (place / name).read_bytes() == b"embedding"
+    folder = place / "folder"
+    folder.mkdir()
+    (place / name).rename(folder / name)
+    diffusers_lora(folder / "pytorch_lora_weights.safetensors", w_embedding=name)
+    assert distilled.companion(library.find("folder").path) == folder / name  # a folder is one adapter with it
