@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -196,14 +194,10 @@ def test_train_and_chat_commands(bases, chats, tmp_path, capsys):
     assert f"did you mean '{record.name}'" in capsys.readouterr().err
 
 
-def test_a_conversation_in_the_terminal(bases):
-    program = "from studio.cli import main; import sys; sys.argv[1:] = sys.argv[1:]; main()"
-    asked = subprocess.run(
-        [sys.executable, "-c", program, "chat", str(bases("llama")), "--max-tokens", "4", "--device", "cpu", "-q"],
-        input="hello\n/clear\nagain\n/exit\n", capture_output=True, text=True, env={**os.environ}, check=False,
-    )  # fmt: skip
-    assert asked.returncode == 0, asked.stderr
-    assert len(asked.stdout.splitlines()) >= 2
+def test_a_conversation_in_the_terminal(bases, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/clear\nagain\n/exit\n"))
+    assert command(["chat", str(bases("llama")), "--max-tokens", "4", "--device", "cpu", "-q"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_the_library_tells_language_models_apart(bases, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,23 @@ def undistilled(tmp_path_factory, bases):
     return get
 
 
+TEACHER = {
+    "guidance", "guidance_mode", "guidance_min", "guidance_max", "guidance_rescale", "guidance_from", "guidance_to",
+    "null_prompt", "resolution", "knots", "seed", "styles", "trajectory_count", "objective", "dtype",
+}  # fmt: skip
+"""What recorded trajectories depend on, beside base and prompts."""
+
+
 def config(base: Path, prompts: Path | str, **changes: Any) -> DistillConfig:
-    """A short distillation."""
+    """A short distillation; runs with the same teacher share its recorded trajectories, unless told otherwise."""
     values: dict[str, Any] = {
         "base": str(base), "prompts": str(prompts), "knots": 5, "trajectory_count": 3, "rank": 2, "steps": 4,
         "batch_size": 2, "resolution": 32, "device": "cpu", "learning_rate": 1e-2, "sample_steps": 2, "guidance": 4.0,
         "checkpoint_every": 0,
     }  # fmt: skip
+    if isinstance(prompts, Path) and prompts.is_file():
+        teacher = repr((str(base), sorted((name, changes[name]) for name in TEACHER & changes.keys())))
+        values["trajectories"] = str(prompts.parent / hashlib.sha256(teacher.encode()).hexdigest()[:12])
     return DistillConfig.parse(values | changes)
 
 
@@ -160,7 +171,7 @@ def test_teacher_and_student_pass_as_many_samples_as_they_should(bases, prompts,
                 tmp_path / objective)  # fmt: skip
             assert sum(counts) == 3 * 2 * passes
         counts.clear()
-        run(config(bases("sd"), prompts), tmp_path / "recorded")
+        run(config(bases("sd"), prompts, trajectories=""), tmp_path / "recorded")
         assert sum(counts) == 2 * 16 * 5 + 4 * 2  # one part of 16 trajectories, guided at 5 knots; 4 steps of 2 states
 
 
@@ -242,7 +253,7 @@ def test_the_null_prompt_is_the_pipelines(bases):
 def test_recorded_paths_are_the_pipelines_pictures(family, bases, prompts, tmp_path):
     """The recorded trajectory ends where diffusers' own pipeline with guidance ends."""
     steps = 5
-    run(config(bases(family), prompts, steps=1, knots=steps, seed=3), tmp_path)
+    run(config(bases(family), prompts, steps=1, knots=steps, seed=3, trajectories=""), tmp_path)
     recorded = trajectories.read_recording(tmp_path / "trajectories", 3)
     pipe = diffusers.DiffusionPipeline.from_pretrained(bases(family))
     pipe.set_progress_bar_config(disable=True)
