@@ -1,37 +1,104 @@
-"""Does self-calibration help on unseen views?  ``python -m benchmarks.lora3d``
+"""Does self-calibration help on unseen views?  ``python -m benchmarks.lora3d --write``
 
 First the gates: the base must be decent on the family it was trained on and clearly worse under the shift (wide
-baselines). If not, the claim is void, the result says so, and nothing more is run (``--anyway`` runs it all the same).
+baselines). If not, the claim is void, the result says so, and the scenes are not run (``--anyway`` runs them).
 
 Then, per unseen scene: ten calibration views over 180 degrees train an adapter; ten other views of the scene are judged
 through the same plain aligner. Controls with the same budget: labels gated by raw confidence; another scene's labels;
 LoRA on fresh pairs of the pre-training family; true labels (the upper bound).
+
+Besides: the alignment alone on spoilt pointmaps (no network), and how often the encoder is called.
+
+Every finished piece is kept under the build folder, by base and settings: the same command goes on where it was
+stopped, and ``--minutes`` stops it in time.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import assets
+from adapters import files
+from assets.build.common import build_dir, write_json
 from assets.build.dust3r import GATE_NEAR, GATE_SHIFT, pair_error
 from assets.build.scenes3d import PRETRAINING, SHIFTS, Views, sample_views
 from pipelines.geometry import alignment, calibration, checkpoints, inference, metrics
 from pipelines.geometry.calibration import Labels, Recipe
 from pipelines.geometry.images import Affine, Photo
+from pipelines.geometry.inference import Predictions
 from pipelines.geometry.pairs import Pair, make_pairs
+from tests.geometry.rooms import Room, room, spoil_narrow
 
 RESULTS = Path(__file__).parent / "results"
 NEAR_DEGREES = 40
+FIRST_SCENE = 8_000_009
+SPREAD = 150
+"""Degrees of azimuth of the rooms in the test of the alignment alone."""
+ARMS = ("self", "raw confidence", "other scene", "pre-training pairs", "true labels")
+MEASURES = ("pair_error", "near_error", "ate")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every scene is given.
+
+    Attributes:
+        views: pictures for calibration, and as many for the judgement.
+        steps: of every alignment.
+        stride: for the judgement only every so many pixels per axis are aligned.
+    """
+
+    views: int = 10
+    steps: int = 300
+    stride: int = 2
+    rank: int = 8
+    epochs: int = 10
+    batch: int = 6
+    dtype: str = "bf16"
+
+    def recipe(self) -> Recipe:
+        return Recipe(rank=self.rank, epochs=self.epochs, batch=self.batch, dtype=self.dtype)
+
+
+class Kept:
+    """Finished pieces, one JSON file each, by base and settings."""
+
+    def __init__(self, folder: Path, end: float = float("inf")) -> None:
+        self.folder, self.end = folder, end
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str) -> Any:
+        """A piece, or None."""
+        file = self.folder / f"{name.replace(' ', '-')}.json"
+        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+
+    def make(self, name: str, work: Callable[[], dict[str, Any]]) -> Any:
+        """A piece, made now if there is time and it is not there; None when time is up."""
+        found = self.get(name)
+        if found is None and time.monotonic() < self.end:
+            wall, cpu = time.monotonic(), time.process_time()
+            found = work()
+            found |= {"seconds": round(time.monotonic() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+            files.write_text(self.folder / f"{name.replace(' ', '-')}.json", json.dumps(found))
+            print(name, json.dumps(found), flush=True)
+        return found
+
+
+# ------------------------------------------------------------------------------------------------ one scene
 
 
 def photos_of(views: Views) -> list[Photo]:
@@ -44,6 +111,12 @@ def take(views: Views, index: Sequence[int]) -> Views:
     return Views(*(getattr(views, name)[:, list(index)] for name in ("image", "depth", "pose", "focal", "azimuth")))
 
 
+def scene(number: int, views: int) -> tuple[Views, Views]:
+    """Calibration views and test views of an unseen scene."""
+    _, seen = sample_views(1, 2 * views, SHIFTS["overlap"], torch.Generator().manual_seed(FIRST_SCENE + number))
+    return take(seen, range(views)), take(seen, range(views, 2 * views))
+
+
 def true_labels(views: Views, pairs: Sequence[Pair]) -> Labels:
     """What an oracle would teach."""
     world, inverse = views.points()[0].flatten(1, 2), torch.linalg.inv(views.pose[0])
@@ -52,11 +125,21 @@ def true_labels(views: Views, pairs: Sequence[Pair]) -> Labels:
         for side in (0, 1)
     ]
     everywhere = torch.ones(points[0].shape[:2], dtype=torch.bool)
-    size = tuple(views.image.shape[-2:])
-    return Labels((size,) * views.image.shape[1], tuple(pairs), *points, everywhere, everywhere, 0.0)  # type: ignore[arg-type]
+    height, width = views.image.shape[-2:]
+    sizes = ((height, width),) * views.image.shape[1]
+    return Labels(sizes, tuple(pairs), points[0], points[1], everywhere, everywhere, 0.0)
 
 
-def judge(network: Any, views: Views, steps: int) -> dict[str, float]:
+def thinned(told: Predictions, stride: int) -> Predictions:
+    """Every ``stride``-th row and column of all pointmaps (one picture size); the focal shrinks alike."""
+    height, width = told.sizes[0]
+    keep = torch.arange(height * width).reshape(height, width)[::stride, ::stride]
+    names = ("points1", "points2", "confidence1", "confidence2")
+    fewer = {name: getattr(told, name)[:, keep.flatten()] for name in names}
+    return replace(told, sizes=((keep.shape[0], keep.shape[1]),) * len(told.sizes), **fewer)
+
+
+def judge(network: Any, views: Views, plan: Plan) -> dict[str, float]:
     """Errors on a scene's held-out views: pairs (all, near ones) and the trajectory after plain alignment."""
     photos, pairs = photos_of(views), make_pairs(views.image.shape[1])
     told = inference.predict(network, photos, pairs)
@@ -67,115 +150,282 @@ def judge(network: Any, views: Views, steps: int) -> dict[str, float]:
         error = metrics.pair_error((told.points1[edge], told.points2[edge]), (truth.points1[edge], truth.points2[edge]))
         errors.append(error)
         near += [error] if float((azimuth[i] - azimuth[j]).abs()) <= NEAR_DEGREES else []
-    scene = alignment.align(told, steps)
+    found = alignment.align(thinned(told, plan.stride), plan.steps)
     return {"pair_error": float(np.mean(errors)), "near_error": float(np.mean(near)) if near else float("nan"),
-            "ate": metrics.trajectory_error(scene.poses, views.pose[0])}  # fmt: skip
+            "ate": metrics.trajectory_error(found.poses, views.pose[0])}  # fmt: skip
 
 
-def adapted(open_base: Callable[[], Any], photos: Sequence[Photo], labels: Labels, recipe: Recipe) -> Any:
-    """A base with an adapter trained on labels."""
-    model = calibration.with_lora(open_base(), recipe.rank, recipe.preset, recipe.seed)
-    calibration.train_adapter(model, [photos], [labels], recipe)
-    return model.eval()
+def self_labels(network: Any, views: Views, plan: Plan, file: Path) -> Labels:
+    """LoRA3D's labels of a scene; kept in ``file``, because they also serve as another scene's."""
+    names = ("points1", "points2", "valid1", "valid2")
+    if file.is_file():
+        with safe_open(file, "pt") as kept:
+            about = json.loads(kept.metadata()["about"])
+            pairs = tuple((i, j) for i, j in about["pairs"])
+            sizes = tuple((h, w) for h, w in about["sizes"])
+            return Labels(sizes, pairs, **{name: kept.get_tensor(name) for name in names}, cutoff=about["cutoff"])
+    pairs = tuple(make_pairs(plan.views))
+    told = inference.predict(network, photos_of(views), pairs)
+    robust = calibration.robust_alignment(told, steps=plan.steps, warmup=min(100, plan.steps // 3))
+    labels = calibration.pseudo_labels(robust, pairs)
+    about = {"pairs": labels.pairs, "sizes": labels.sizes, "cutoff": labels.cutoff}
+    tensors = {name: getattr(labels, name).contiguous() for name in names}
+    files.write(file, lambda part: save_file(tensors, part, metadata={"about": json.dumps(about)}))
+    return labels
 
 
-def one_scene(open_base: Callable[[], Any], seed: int, views: int, recipe: Recipe, steps: int) -> dict[str, Any]:
-    """All arms on one scene."""
-    _, seen = sample_views(1, 2 * views, SHIFTS["overlap"], torch.Generator().manual_seed(seed))
-    _, strange = sample_views(1, views, SHIFTS["overlap"], torch.Generator().manual_seed(seed + 50_000))
-    _, usual = sample_views(1, views, PRETRAINING, torch.Generator().manual_seed(seed + 90_000))
-    half, rest = take(seen, range(views)), take(seen, range(views, 2 * views))
-    pairs = make_pairs(views)
+def kept_share(labels: Labels, edges: int) -> float:
+    """Share of all pixels of all edges that are labelled."""
+    area = labels.valid1.shape[1]
+    return float(labels.valid1.sum() + labels.valid2.sum()) / (2 * edges * area)
 
-    def robust(of: Views) -> tuple[Any, Labels]:
-        told = inference.predict(open_base(), photos_of(of), pairs)
-        scene = calibration.robust_alignment(told, steps=steps, warmup=min(100, steps // 3))
-        return scene, calibration.pseudo_labels(scene, pairs)
 
-    begun = time.perf_counter()
-    _, own = robust(half)
-    kept = float(torch.cat([own.valid1, own.valid2]).double().mean())
-    told = inference.predict(open_base(), photos_of(half), pairs)
-    plain = alignment.align(told, steps)
-    # the same share of pixels as the calibrated gate keeps, chosen by what the network itself says
+def raw_labels(network: Any, views: Views, plan: Plan, share: float) -> Labels:
+    """Labels of the plain alignment: the same share of pixels, chosen by what the network itself says."""
+    pairs = make_pairs(plan.views)
+    told = inference.predict(network, photos_of(views), pairs)
+    plain = alignment.align(told, plan.steps)
     weights = alignment.transformed(torch.stack([told.confidence1, told.confidence2]))
-    level = float(weights.flatten().quantile(1 - max(kept, 0.05))) if weights.numel() < 16_000_000 else own.cutoff
-    raw = calibration.pseudo_labels(replace(plain, weights=weights), pairs, cutoff=max(level, 1e-6))
-    _, foreign = robust(strange)
-    arms = {
-        "self": (half, own), "raw confidence": (half, raw), "other scene": (strange, foreign),
-        "pre-training pairs": (usual, true_labels(usual, pairs)), "true labels": (half, true_labels(half, pairs)),
-    }  # fmt: skip
-    result: dict[str, Any] = {"seed": seed, "kept": kept, "cutoff": own.cutoff, "base": judge(open_base(), rest, steps)}
-    for name, (of, labels) in arms.items():
-        result[name] = judge(adapted(open_base, photos_of(of), labels, recipe), rest, steps)
-    result["seconds"] = time.perf_counter() - begun
-    return result
+    level = float(np.quantile(weights.numpy(), 1 - share))
+    return calibration.pseudo_labels(replace(plain, weights=weights), pairs, cutoff=max(level, 1e-6))
 
 
-def ratios(scenes: Sequence[dict[str, Any]], arm: str, measure: str) -> Tensor:
-    """Per scene: an arm's error over the base's."""
-    return torch.tensor([scene[arm][measure] / scene["base"][measure] for scene in scenes])
+def lesson(open_base: Callable[[], Any], arm: str, number: int, plan: Plan, folder: Path) -> tuple[Views, Labels]:
+    """The views and labels that an arm learns from."""
+    half, _ = scene(number, plan.views)
+    pairs = make_pairs(plan.views)
+
+    def own(which: int) -> tuple[Views, Labels]:
+        views, _ = scene(which, plan.views)
+        return views, self_labels(open_base(), views, plan, folder / f"labels-{which}.safetensors")
+
+    if arm == "self":
+        return own(number)
+    if arm == "other scene":
+        return own(number + 1)
+    if arm == "raw confidence":
+        return half, raw_labels(open_base(), half, plan, kept_share(own(number)[1], len(pairs)))
+    if arm == "true labels":
+        return half, true_labels(half, pairs)
+    seed = FIRST_SCENE + 90_000 + number
+    _, usual = sample_views(1, plan.views, PRETRAINING, torch.Generator().manual_seed(seed))
+    return usual, true_labels(usual, pairs)
+
+
+def run_arm(open_base: Callable[[], Any], arm: str, number: int, plan: Plan, folder: Path) -> dict[str, Any]:
+    """Train one arm on one scene and judge it on the held-out views."""
+    rest = scene(number, plan.views)[1]
+    if arm == "base":
+        return judge(open_base(), rest, plan)
+    views, labels = lesson(open_base, arm, number, plan, folder)
+    recipe = plan.recipe()
+    model = calibration.with_lora(open_base(), recipe.rank, recipe.preset, recipe.seed)
+    losses = calibration.train_adapter(model, [photos_of(views)], [labels], recipe)
+    edges = plan.views * (plan.views - 1)
+    about = {"kept": kept_share(labels, edges), "edges": len(labels.pairs), "cutoff": labels.cutoff,
+             "loss": [float(np.mean(losses[:10])), float(np.mean(losses[-10:]))]}  # fmt: skip
+    return {**judge(model.eval(), rest, plan), **about}
+
+
+# ------------------------------------------------------------------------------------------------ without a network
+
+
+def alignment_errors(made: Room, found: alignment.Alignment) -> tuple[float, float]:
+    """ATE, and mean distance of all points, after the Sim(3) of the cameras."""
+    move = metrics.onto_truth(found.poses, made.poses)
+    apart = [move(found.points(n).double().flatten(0, 1)[None])[0] - made.world()[n] for n in range(len(made.poses))]
+    return metrics.trajectory_error(found.poses, made.poses), float(torch.stack(apart).norm(dim=-1).mean())
+
+
+def core(seed: int, steps: int) -> dict[str, Any]:
+    """Plain against robust alignment where every pair of low overlap is wrong and nevertheless sure."""
+    made = spoil_narrow(room(100 + seed, spread=SPREAD), seed)
+    plain = alignment.align(made.predictions, steps)
+    robust = calibration.robust_alignment(made.predictions, steps=steps)
+    (ate, points), (ate_robust, points_robust) = alignment_errors(made, plain), alignment_errors(made, robust)
+    raw = torch.stack([made.predictions.confidence1, made.predictions.confidence2])
+    return {"bad_edges": float((~made.good[1]).double().mean(1).gt(0.5).double().mean()), "ate": ate, "points": points,
+            "ate_ratio": ate_robust / ate, "point_ratio": points_robust / points,
+            "auc_w": metrics.ranking(robust.weights, made.good), "auc_c": metrics.ranking(raw, made.good)}  # fmt: skip
+
+
+def exact(steps: int) -> dict[str, Any]:
+    """ATE over the scene's size where nothing is wrong."""
+    made = room(200, spread=SPREAD)
+    size = float((made.world().flatten(0, 1) - made.world().flatten(0, 1).mean(0)).norm(dim=-1).median())
+    plain = alignment.align(made.predictions, steps)
+    robust = calibration.robust_alignment(made.predictions, steps=steps)
+    return {"plain": alignment_errors(made, plain)[0] / size, "robust": alignment_errors(made, robust)[0] / size}
+
+
+def encodings(open_base: Callable[[], Any], views: int) -> dict[str, Any]:
+    """Encoder calls and CPU seconds for a complete graph, cached and pair by pair."""
+    half, _ = scene(0, views)
+    photos, pairs = photos_of(half), make_pairs(views)
+    network, calls = open_base(), [0]
+    encode = network.encode
+
+    def counted(image: Tensor) -> Any:
+        calls[0] += len(image)
+        return encode(image)
+
+    network.encode = counted
+    begun = time.process_time()
+    inference.predict(network, photos, pairs)
+    cached, used = time.process_time() - begun, calls[0]
+    begun = time.process_time()
+    with torch.no_grad():
+        for k in range(0, len(pairs), 8):
+            sides = [torch.stack([photos[pair[side]].pixels for pair in pairs[k : k + 8]]) for side in (0, 1)]
+            network(sides[0] * 2 - 1, sides[1] * 2 - 1)
+    return {"pictures": views, "pairs": len(pairs), "calls": used, "cached_cpu": round(cached, 2),
+            "direct_calls": calls[0] - used, "direct_cpu": round(time.process_time() - begun, 2)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def ratios(scenes: Sequence[dict[str, Any]], arm: str, measure: str) -> np.ndarray:
+    """Per scene that has the arm: its error over the base's."""
+    return np.array([s[arm][measure] / s["base"][measure] for s in scenes if s.get(arm) and s.get("base")])
+
+
+def verdicts(scenes: Sequence[dict[str, Any]]) -> list[str]:
+    """The spec's bars, each with what was measured."""
+
+    def median(arm: str, measure: str) -> float:
+        return float(np.nanmedian(ratios(scenes, arm, measure)))
+
+    own, count = ratios(scenes, "self", "pair_error"), len(scenes)
+    rows = [
+        ("median pair error, self / base", median("self", "pair_error"), "<=", 0.9),
+        (f"scenes improved (of {count})", float((own < 1).sum()), ">=", 6.0 * count / 8),
+        ("median ATE, self / base", median("self", "ate"), "<=", 0.95),
+        ("median near-pair error, self / base", median("self", "near_error"), "<=", 1.05),
+    ]
+    rows += [
+        (f"median pair error, self / {arm}", float(np.nanmedian(own / ratios(scenes, arm, "pair_error"))), sign, 1.0)
+        for arm, sign in zip(ARMS[1:], ("<", "<", "<", ">="), strict=True)
+    ]
+    compare = {"<=": np.less_equal, ">=": np.greater_equal, "<": np.less}
+    return [f"| {name} | {value:.3g} | {sign} {bar:.3g} | {'met' if compare[sign](value, bar) else '**missed**'} |"
+            for name, value, sign, bar in rows]  # fmt: skip
 
 
 def report(result: dict[str, Any]) -> str:
     """The result in words."""
-    gates = result["gates"]
+    gates, plan = result["gates"], result["plan"]
     lines = [
-        "# LoRA3D on the embedded base", "",
+        "# LoRA3D on the embedded base", "", "`python -m benchmarks.lora3d --write`", "",
         f"Gates: near pairs {gates['near']:.3f} (at most {GATE_NEAR}), wide pairs {gates['wide']:.3f}, "
         f"{gates['ratio']:.2f} times as much (at least {GATE_SHIFT}).", "",
     ]  # fmt: skip
     if gates["void"]:
         lines += ["**The gates are missed: the claim that self-calibration helps is void for this base.** It is "
                   "trained too little to be a base worth calibrating; nothing is claimed from it.", ""]  # fmt: skip
-    if result["scenes"]:
-        lines += [f"{len(result['scenes'])} unseen scene(s), {result['views']} calibration and as many test views, "
-                  f"{result['steps']} alignment steps, rank {result['recipe']['rank']}, {result['recipe']['epochs']} "
-                  "epochs. Median of error over the base's (below 1 is better):", "",
+    scenes = result["scenes"]
+    whole = [scene for scene in scenes if scene.get("base") and all(scene.get(arm) for arm in ARMS)]
+    if whole:
+        kept = np.median([scene["self"]["kept"] for scene in whole])
+        lines += [f"## {len(whole)} unseen scenes", "",
+                  f"{plan['views']} calibration and as many test views over 180 degrees, {plan['steps']} alignment "
+                  f"steps, rank {plan['rank']}, {plan['epochs']} epochs in batches of {plan['batch']} pairs, trunk in "
+                  f"{plan['dtype']}; the judging alignment sees every {plan['stride']}nd row and column. Labels keep "
+                  f"{kept:.0%} of the pixels (median). Error over the base's, median (range); below 1 is better:", "",
                   "| labels | pair error | near pairs | ATE | scenes improved |", "|---|---|---|---|---|"]  # fmt: skip
-        for arm in ("self", "raw confidence", "other scene", "pre-training pairs", "true labels"):
-            cells = [
-                f"{float(ratios(result['scenes'], arm, m).nanmedian()):.2f}"
-                for m in ("pair_error", "near_error", "ate")
-            ]
-            better = int((ratios(result["scenes"], arm, "pair_error") < 1).sum())
-            lines.append(f"| {arm} | {' | '.join(cells)} | {better} of {len(result['scenes'])} |")
+        for arm in ARMS:
+            cells = []
+            for measure in MEASURES:
+                values = ratios(whole, arm, measure)
+                cells.append(f"{np.nanmedian(values):.2f} ({np.nanmin(values):.2f} to {np.nanmax(values):.2f})")
+            better = int((ratios(whole, arm, "pair_error") < 1).sum())
+            lines.append(f"| {arm} | {' | '.join(cells)} | {better} of {len(whole)} |")
+        base = [np.median([scene["base"][measure] for scene in whole]) for measure in MEASURES]
+        lines += ["", f"The base itself, in metres (median): {base[0]:.3f} pairs, {base[1]:.3f} near pairs, "
+                  f"{base[2]:.3f} ATE.", "",
+                  "| what | measured | bar | |", "|---|---|---|---|", *verdicts(whole)]  # fmt: skip
+        spent = [sum(piece["cpu_seconds"] for piece in scene.values() if isinstance(piece, dict)) for scene in whole]
+        own = [scene["self"]["cpu_seconds"] for scene in whole]
+        lines += ["", f"CPU seconds on one core: {np.median(spent):.0f} a scene, of which {np.median(own):.0f} for "
+                  "labels, training and judging of the self-calibrated adapter."]  # fmt: skip
     else:
         lines.append("The scenes were not run.")
-    return "\n".join(lines) + "\n"
+    if len(whole) < len(scenes):
+        lines += ["", f"{len(scenes) - len(whole)} further scene(s) are not finished and not counted."]
+    return "\n".join([*lines, "", *_report_core(result)]) + "\n"
+
+
+def _report_core(result: dict[str, Any]) -> list[str]:
+    lines = []
+    if result["core"]:
+        column = {name: [row[name] for row in result["core"]] for name in result["core"][0]}
+        lines += ["## The alignment alone", "",
+                  f"{len(result['core'])} rendered rooms, 6 views of 24 x 24 over {SPREAD} degrees, no network. Of "
+                  "every pair with less than half overlap the second view is turned by 6 to 20 degrees and rescaled, "
+                  "7 % of all pixels are scattered, and all are sure.", "",
+                  "| room | bad pairs | plain ATE, m | robust / plain: ATE | points | AUC of w | AUC of C |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        for number, row in enumerate(result["core"]):
+            lines.append(f"| {number} | {row['bad_edges']:.0%} | {row['ate']:.4f} | {row['ate_ratio']:.2f} | "
+                         f"{row['point_ratio']:.2f} | {row['auc_w']:.2f} | {row['auc_c']:.2f} |")  # fmt: skip
+        lines += ["", f"Median ATE ratio {np.median(column['ate_ratio']):.2f} (bar 0.6), points "
+                  f"{np.median(column['point_ratio']):.2f} (bar 0.7), worst ATE {max(column['ate_ratio']):.2f} "
+                  f"(bar 1.25), AUC {np.median(column['auc_w']):.2f} (bar 0.7) where raw confidence has "
+                  f"{np.median(column['auc_c']):.2f}."]  # fmt: skip
+    if result["exact"]:
+        lines += [f"Without errors in the pointmaps: ATE {result['exact']['plain']:.1e} (plain) and "
+                  f"{result['exact']['robust']:.1e} (robust) of the scene's size (bar 1e-3)."]  # fmt: skip
+    if result["encodings"]:
+        row = result["encodings"]
+        lines += ["", "## Encoder calls", "",
+                  f"{row['pictures']} pictures, {row['pairs']} ordered pairs: {row['calls']} encodings, "
+                  f"{row['cached_cpu']} CPU seconds; pair by pair {row['direct_calls']} encodings, "
+                  f"{row['direct_cpu']} CPU seconds."]  # fmt: skip
+    return lines
 
 
 def main() -> None:
-    """Read the command line and write ``results/lora3d.{json,md}``."""
+    """Run what is missing and print the report; ``--write`` also writes ``results/lora3d.{json,md}``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(Path(assets.__file__).parent / "models/dust3r-tiny"))
     parser.add_argument("--scenes", type=int, default=8)
-    parser.add_argument("--views", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rooms", type=int, default=8, help="rooms of the test of the alignment alone")
+    for name, default in asdict(Plan()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after this time")
     parser.add_argument("--anyway", action="store_true", help="run the scenes although a gate is missed")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/lora3d.json and .md")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    plan = Plan(**{name: getattr(given, name) for name in asdict(Plan())})
+
+    def open_base() -> Any:
+        return checkpoints.open_checkpoint(given.base, given.device).network
+
     opened = checkpoints.open_checkpoint(given.base, given.device)
+    key = hashlib.sha256(json.dumps([opened.sha256, asdict(plan)]).encode()).hexdigest()[:12]
+    kept = Kept(build_dir() / "lora3d" / key, time.monotonic() + 60 * given.minutes)
     near, wide = (pair_error(opened.network, family, 7_000_003) for family in (PRETRAINING, SHIFTS["overlap"]))
     gates = {"near": near, "wide": wide, "ratio": wide / near, "void": near > GATE_NEAR or wide / near < GATE_SHIFT}
-    recipe = Recipe(rank=given.rank, epochs=given.epochs)
-    scenes = []
+    counted = kept.make("encodings", lambda: encodings(open_base, plan.views))
+    scenes: list[dict[str, Any]] = []
     if given.anyway or not gates["void"]:
         for number in range(given.scenes):
-            scenes.append(
-                one_scene(lambda: checkpoints.open_checkpoint(given.base, given.device).network, 8_000_009 + number,
-                          given.views, recipe, given.steps)
-            )  # fmt: skip
-            print(json.dumps(scenes[-1]), flush=True)
-    result = {"base": opened.sha256, "gates": gates, "views": given.views, "steps": given.steps,
-              "recipe": vars(recipe), "scenes": scenes}  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "lora3d.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "lora3d.md").write_text(report(result), encoding="utf-8")
-    print(report(result))
+            pieces = {arm: kept.make(f"scene-{number}-{arm}",
+                                     partial(run_arm, open_base, arm, number, plan, kept.folder))
+                      for arm in ("base", *ARMS)}  # fmt: skip
+            scenes.append({"seed": FIRST_SCENE + number, **pieces})
+    rooms = [kept.make(f"core-{seed}", partial(core, seed, plan.steps)) for seed in range(given.rooms)]
+    result = {"date": time.strftime("%Y-%m-%d"), "base": opened.sha256, "gates": gates, "plan": asdict(plan),
+              "scenes": scenes, "core": [row for row in rooms if row], "encodings": counted,
+              "exact": kept.make("exact", lambda: exact(plan.steps))}  # fmt: skip
+    text = report(result)
+    if given.write:
+        write_json(RESULTS / "lora3d.json", result)
+        files.write_text(RESULTS / "lora3d.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

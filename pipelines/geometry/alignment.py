@@ -204,7 +204,8 @@ def align(
 
     def distances() -> Tensor:
         world, move = variables.world(), variables.moves()
-        apart = [world[n] - move(x) for n, x in zip(index, views, strict=True)]
+        # index_select, not world[n]: its gradient is several times faster on CPU
+        apart = [world.index_select(0, n) - move(x) for n, x in zip(index, views, strict=True)]
         square = torch.stack([(d * d).sum(-1) for d in apart])
         return square if squared else (square + 1e-18).sqrt()
 

@@ -34,6 +34,7 @@ from pipelines.geometry import alignment
 from pipelines.geometry.alignment import Alignment, Reweight
 from pipelines.geometry.images import Photo
 from pipelines.geometry.inference import Predictions, precision
+from pipelines.geometry.network import Encoded
 from pipelines.geometry.objective import confidence_loss
 from pipelines.geometry.pairs import Pair
 
@@ -282,9 +283,9 @@ def train_adapter(
         check(monitor)
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, len(plan), recipe.lr, recipe.final_lr)
-        images, targets, valid = _batch(batch, photos, labels, device)
+        targets, valid = _targets(batch, labels, device)
         with precision(device, recipe.dtype):
-            predicted = model(*images)
+            predicted = model.decode(*_encode(model, batch, photos, labels, device))
         loss = confidence_loss(predicted, targets, valid, recipe.alpha)
         if not loss.isfinite():
             raise InputError(f"The loss of step {step} is not finite: lower the learning rate.")
@@ -315,19 +316,38 @@ def _batches(
     return out + list(groups.values())
 
 
-def _batch(
-    batch: list[Sample], photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], device: torch.device
-) -> tuple[list[Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    images, targets, valid = [], [], []
+def _encode(
+    model: Any, batch: list[Sample], photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], device: torch.device
+) -> list[Encoded]:
+    """Both sides of a batch; a picture that several pairs share is encoded once."""
+    sides = [[(scene, labels[scene].pairs[edge][side]) for scene, edge in batch] for side in (0, 1)]
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for scene, n in dict.fromkeys(sides[0] + sides[1]):
+        groups.setdefault(photos[scene][n].size, []).append((scene, n))
+    encoded = {
+        size: model.encode(torch.stack([photos[scene][n].pixels for scene, n in group]).to(device) * 2 - 1)
+        for size, group in groups.items()
+    }
+    out = []
+    for side in sides:
+        size = photos[side[0][0]][side[0][1]].size  # one size per side, see _batches
+        index = torch.tensor([groups[size].index(key) for key in side], device=device)
+        out.append(Encoded(encoded[size].tokens.index_select(0, index), encoded[size].grid))
+    return out
+
+
+def _targets(
+    batch: list[Sample], labels: Sequence[Labels], device: torch.device
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    targets, valid = [], []
     for side in (0, 1):
-        seen = [photos[scene][labels[scene].pairs[edge][side]].pixels for scene, edge in batch]
-        images.append(torch.stack(seen).to(device) * 2 - 1)
-        h, w = seen[0].shape[1:]
+        scene, edge = batch[0]
+        h, w = labels[scene].sizes[labels[scene].pairs[edge][side]]
         points = [(labels[s].points1, labels[s].points2)[side][e, : h * w] for s, e in batch]
         masks = [(labels[s].valid1, labels[s].valid2)[side][e, : h * w] for s, e in batch]
         targets.append(torch.stack(points).unflatten(1, (h, w)).to(device))
         valid.append(torch.stack(masks).unflatten(1, (h, w)).to(device))
-    return images, (targets[0], targets[1]), (valid[0], valid[1])
+    return (targets[0], targets[1]), (valid[0], valid[1])
 
 
 def calibrate(

@@ -138,6 +138,21 @@ def umeyama(source: Tensor, target: Tensor, weight: Tensor | None = None, scaled
     return Similarity(scale.to(kind), rotation.to(kind), shift.to(kind))
 
 
+def nearest_similarity(source: Tensor, target: Tensor, weight: Tensor | None = None, rounds: int = 10) -> Similarity:
+    """The similarity with the least weighted sum of distances (not squared), by reweighting :func:`umeyama`.
+
+    Least squares shrink the scale when points of ``source`` are scattered, a few per cent for a few per cent of wild
+    points, and along a chain of pictures that adds up; distances follow the majority.
+    """
+    weight = torch.ones_like(source[..., 0]) if weight is None else weight
+    move = umeyama(source, target, weight)
+    for _ in range(rounds):
+        apart = (move(source) - target).norm(dim=-1)
+        typical = (weight * apart).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-12)
+        move = umeyama(source, target, weight / apart.clamp_min(1e-3 * typical + 1e-12))
+    return move
+
+
 def quaternion_matrix(q: Tensor) -> Tensor:
     """Rotation matrices ``(..., 3, 3)`` of quaternions ``(..., 4)`` in the order x, y, z, w, normalised here."""
     x, y, z, w = F.normalize(q, dim=-1).unbind(-1)

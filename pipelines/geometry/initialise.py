@@ -107,7 +107,7 @@ def spanning_tree_start(predictions: Predictions, threshold: float = 3.0, focals
         i, j = predictions.pairs[edge]
         first, second = predictions.points1[edge], predictions.points2[edge]
         known, weight = (i, predictions.confidence1) if world[i] is not None else (j, predictions.confidence2)
-        move = cameras.umeyama(first if known == i else second, world[known], weight[edge])  # type: ignore[arg-type]
+        move = cameras.nearest_similarity(first if known == i else second, world[known], weight[edge])  # type: ignore[arg-type]
         if poses[i] is None:
             poses[i] = move.pose(torch.eye(4))
         if known == i:
@@ -148,7 +148,7 @@ def _by_pnp(
 
 def _normalised(predictions: Predictions, world: Tensor, poses: Tensor, focals: Tensor) -> Start:
     first = torch.tensor([i for i, _ in predictions.pairs])
-    moves = cameras.umeyama(predictions.points1, world[first], predictions.confidence1)
+    moves = cameras.nearest_similarity(predictions.points1, world[first], predictions.confidence1)
     scale = moves.scale.clamp_min(1e-6)
     factor = BASE_SCALE / scale.log().mean().exp()
     poses = poses.clone()

@@ -50,24 +50,50 @@ def room(seed: int, views: int = 6, size: int = 24, spread: float = 90.0, confid
     shape = (len(pairs), size * size)
     sure = [confidence + 2 * torch.rand(shape, generator=generator) for _ in range(2)]
     made = Predictions(
-        ((size, size),) * views, tuple(pairs), torch.stack(points[0]), torch.stack(points[1]), *sure, views
+        ((size, size),) * views, tuple(pairs), torch.stack(points[0]), torch.stack(points[1]), sure[0], sure[1], views
     )
     return Room(seen, made, torch.ones(2, *shape, dtype=torch.bool))
 
 
+def overlap(made: Room) -> dict[tuple[int, int], float]:
+    """Per unordered pair, the share of the pixels of both pictures that the other one sees too."""
+    world, depth = made.world(), made.views.depth[0].flatten(1)
+    height, width = made.views.depth.shape[-2:]
+    share = {}
+    for i, j in made.predictions.pairs:
+        inverse = torch.linalg.inv(made.poses[j])
+        own = world[i] @ inverse[:3, :3].T + inverse[:3, 3]
+        place = own[:, :2] / own[:, 2:].clamp_min(1e-6) * made.focals[j] + torch.tensor([width / 2, height / 2])
+        u, v = place.round().long().unbind(-1)
+        inside = (own[:, 2] > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+        seen = depth[j, (v * width + u).clamp(0, height * width - 1)]
+        share[i, j] = float((inside & ((own[:, 2] - seen).abs() < 0.1 * seen)).double().mean())
+    return {(i, j): (share[i, j] + share[j, i]) / 2 for i, j in share if i < j}
+
+
+def spoil_narrow(clean: Room, seed: int, least: float = 0.5) -> Room:
+    """:func:`spoil` the pairs with less overlap than ``least``."""
+    return spoil(clean, seed, {pair for pair, share in overlap(clean).items() if share < least})
+
+
+def spoil_wide(clean: Room, seed: int, degrees: float = 40) -> Room:
+    """:func:`spoil` the pairs that are more than so many degrees of azimuth apart."""
+    azimuth = clean.views.azimuth[0]
+    return spoil(clean, seed, {(i, j) for i, j in clean.predictions.pairs if (azimuth[i] - azimuth[j]).abs() > degrees})
+
+
 def spoil(
-    clean: Room, seed: int, degrees: tuple[float, float] = (6, 20), outliers: float = 0.07, wide: float = 40
+    clean: Room, seed: int, pairs: set[tuple[int, int]], degrees: tuple[float, float] = (6, 20), outliers: float = 0.07
 ) -> Room:
-    """Turn and rescale the second view of every wide pair, scatter some pixels, and stay confident about it."""
+    """Turn and rescale the second view of some pairs, scatter some pixels, and stay confident about it."""
     from dataclasses import replace
 
     generator = torch.Generator().manual_seed(1000 + seed)
     p = clean.predictions
     second, first = p.points2.clone(), p.points1.clone()
     good = clean.good.clone()
-    azimuth = clean.views.azimuth[0]
     for edge, (i, j) in enumerate(p.pairs):
-        if (azimuth[i] - azimuth[j]).abs() > wide:
+        if (i, j) in pairs or (j, i) in pairs:
             angle = torch.rand(1, generator=generator) * (degrees[1] - degrees[0]) + degrees[0]
             axis = torch.nn.functional.normalize(torch.randn(3, generator=generator), dim=0)
             x, y, z = (axis * torch.deg2rad(angle)).tolist()
