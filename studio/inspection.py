@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
@@ -83,7 +85,9 @@ def open_files(name: str) -> Base:
         raise InputError(
             f"'{name}' is not on this computer: name a folder or a .safetensors file, or leave --files out."
         )
-    return Base(name, models_in(path))
+    config = path / "unet" / "config.json"
+    unet = SimpleNamespace(**json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else None
+    return Base(name, models_in(path), unet)
 
 
 def read_adapter(adapter: str, base: Base) -> LoraFile:
@@ -123,6 +127,24 @@ def intruders(
     return inspect(file, weights_of(opened.models), k, eps, side, monitor)[0]
 
 
+def intruders_apart(adapter: str, base: str, k: int = 10) -> dict[str, Any]:
+    """:func:`intruders` as plain values, in a process of its own, so that the one that serves pages never loads torch.
+
+    The weights of a base in a folder are read from its files, those of a single file through its pipeline.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_plain_report, adapter, base, k).result()
+
+
+def _plain_report(adapter: str, base: str, k: int) -> dict[str, Any]:
+    from studio import library
+
+    return intruders(adapter, base, k=k, from_files=Path(library.resolve_base(base)).is_dir()).to_dict()
+
+
 def soften(
     adapter: str,
     base: str,
@@ -148,8 +170,6 @@ def soften(
         "norm_before": before, "norm": norm, "control_factor": factor,
         "largest_recompression_error": max(errors.values(), default=0.0),
     }  # fmt: skip
-    import json
-
     noted = {**file.metadata, "adapter_studio_softened": json.dumps(facts)}
     return replace(made, metadata=noted), core.shrink(file, factor), facts
 

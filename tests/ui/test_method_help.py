@@ -71,6 +71,19 @@ def test_watched_fields_are_those_the_table_reads():
     assert everything - {"fused_loss"} <= set(method_help.WATCHED)
 
 
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_options_show_with_their_method(schema):
+    known = schema_form.fields(schema)
+    method = {name for name, item in known.items() if item.group == "Method"}
+    always = {*method_help.STAGES, *method_help.SWITCHES, "intruders_every"}
+    assert method - always == set(method_help.OPTIONS) & set(known)
+    for name in method - always:
+        chooser, values = method_help.OPTIONS[name]
+        assert set(values) <= set(known[chooser].choices)
+        assert not method_help.needed(name, known[chooser].default)
+    assert method_help.needed("ga_gamma", "lora_ga")
+
+
 def test_the_page_has_the_help():
     with gr.Blocks():
         page = train.build()

@@ -27,6 +27,16 @@ _WRITTEN = {
     "dora": "DoRA",
     "loraplus": "LoRA+",
     "te": "Text encoder",
+    "init": "start",
+    "ga": "LoRA-GA",
+    "corda": "CorDA",
+    "sb": "LoRA-SB",
+    "a": "A",
+    "grad": "gradient",
+    "allora": "ALLoRA",
+    "perturb": "disturbance",
+    "reg": "regulariser",
+    "ba": "BA-LoRA",
     "id": "ID",
 }
 

@@ -273,11 +273,11 @@ def _train_settings() -> tuple[Form, gr.File, gr.State, gr.HTML, gr.Button]:
         with gr.Accordion(group, open=False, elem_classes="as-more"):
             place = gr.Column() if group == "Method" else None
             for name in names:
-                form[name] = (method_help if place else schema_form).widget(KNOWN[name])
+                form[name] = method_help.widget(KNOWN[name], "language") if place else schema_form.widget(KNOWN[name])
         if place:
             methods = place
     with methods:
-        method_help.watch(form, KNOWN)
+        method_help.watch(form, KNOWN, "language")
     with gr.Row(elem_classes="as-actions"):
         start = gr.Button("Start training", variant="primary", elem_id="language-start")
     return form, drop, rows, preview, start

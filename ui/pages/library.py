@@ -13,7 +13,7 @@ from adapters.errors import InputError
 from studio import library
 from studio.library import Record, Trashed
 from ui import markup
-from ui.components import rack
+from ui.components import rack, spectrum
 from ui.components.pick_list import pick_list, picked
 from ui.polite import polite
 
@@ -50,6 +50,7 @@ def build() -> Page:
             detail = _Detail.draw()
     page = Page([shelf, search, chosen], [cards, chosen, *detail.view], chosen, shelf, detail.use, [])
     page.acts += [cards.select, shelf.input, search.input, importing.button.click, detail.rename.click]
+    spectrum.wire(detail.spectrum, chosen, shelf)
     page.acts += [detail.trash.click, detail.restore.click, detail.empty_for_good.click]
     _wire_choosing(page, search, cards)
     _wire_import(page, importing)
@@ -85,6 +86,7 @@ class _Detail:
     use: gr.Button
     actions: gr.Row
     download: gr.DownloadButton
+    spectrum: spectrum.Spectrum
     changes: gr.Accordion
     new_name: gr.Textbox
     rename: gr.Button
@@ -99,6 +101,7 @@ class _Detail:
         with gr.Row(visible=False, elem_classes="as-actions-row") as actions:
             use = gr.Button("Use in Compose", variant="primary", size="md", elem_id="use-in-compose")
             download = gr.DownloadButton("Download", size="md", visible=False)
+        layers = spectrum.draw()
         with gr.Accordion("Rename or remove", open=False, visible=False, elem_classes="as-more") as changes:
             new_name = gr.Textbox(label="New name", max_lines=1, elem_id="new-name")
             with gr.Row():
@@ -108,7 +111,9 @@ class _Detail:
         with gr.Accordion("Empty the trash", open=False, visible=False, elem_classes="as-more") as empty:
             gr.Markdown("Everything in the trash is deleted from the disk and cannot be brought back.")
             empty_for_good = gr.Button("Delete for good", variant="stop", size="md", elem_id="empty-trash")
-        return cls(panel, use, actions, download, changes, new_name, rename, trash, restore, empty, empty_for_good)
+        return cls(
+            panel, use, actions, download, layers, changes, new_name, rename, trash, restore, empty, empty_for_good
+        )
 
     @property
     def view(self) -> list[Any]:

@@ -136,7 +136,7 @@ def _settings() -> Form:
             for name in names:
                 form[name] = _widget(name)
     with place:
-        method_help.watch(form, KNOWN)
+        method_help.watch(form, KNOWN, "train")
     for chooser in (form["mode"], length):
         chooser.input(preset_values, [form["mode"], length], [form[name] for name in PRESET_FIELDS],
                       show_progress="hidden", api_visibility="private")  # fmt: skip
@@ -146,8 +146,10 @@ def _settings() -> Form:
 def _widget(name: str, **options: Any) -> gr.components.Component:
     """The widget of a field, at the value of the preset that is chosen first."""
     value = PRESETS[FIRST_PRESET].get(name, KNOWN[name].default)
-    make = method_help.widget if KNOWN[name].group == METHOD else schema_form.widget
-    return make(KNOWN[name], value=schema_form.show(KNOWN[name], value), **options)
+    options["value"] = schema_form.show(KNOWN[name], value)
+    if KNOWN[name].group == METHOD:
+        return method_help.widget(KNOWN[name], "train", **options)
+    return schema_form.widget(KNOWN[name], **options)
 
 
 def groups(shown: Mapping[str, Any]) -> dict[str, list[str]]:
