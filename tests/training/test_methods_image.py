@@ -29,11 +29,10 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("values", RECIPES.values(), ids=RECIPES)
-def test_the_file_gives_the_trained_picture_on_the_untouched_base(values, bases, pictures, tmp_path):
-    result = run(settings(bases("sd"), pictures, steps=2, sample_prompts=["a cross"], **values), tmp_path)
-    drawn = np.asarray(diffusers.utils.load_image(result["samples"][0])).astype(int)
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(bases("sd"))
+def check_the_file(result, base) -> None:
+    """Diffusers draws with the file what the run drew at its end, and that is not the plain base's picture."""
+    drawn = np.asarray(diffusers.utils.load_image(result["samples"][-1])).astype(int)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
@@ -44,7 +43,25 @@ def test_the_file_gives_the_trained_picture_on_the_untouched_base(values, bases,
     pipe.load_lora_weights(result["adapter"])
     assert np.abs(draw().astype(int) - drawn).max() <= 1
     assert np.abs(plain - drawn).max() > 1
+
+
+@pytest.mark.parametrize("values", RECIPES.values(), ids=RECIPES)
+def test_the_file_gives_the_trained_picture_on_the_untouched_base(values, bases, pictures, tmp_path):
+    result = run(settings(bases("sd"), pictures, steps=2, sample_prompts=["a cross"], **values), tmp_path)
+    check_the_file(result, bases("sd"))
     assert not [key for key in tensors(result["adapter"]) if "lora_R" in key or "offset" in key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["default", "pissa", "lora_ga"])
+@pytest.mark.parametrize("rule", ["plain", "allora"])
+@pytest.mark.parametrize("perturb", ["none", "ggpo", "mgpo"])
+def test_the_matrix_of_methods(init, rule, perturb, bases, pictures, tmp_path):
+    """Five steps of every combination: finite losses, and the file gives the trained picture."""
+    values = {"init": init, "grad_rule": rule, "perturb": perturb, "init_batches": 2, "learning_rate": 0.02}
+    result = run(settings(bases("sd"), pictures, steps=5, sample_prompts=["a cross"], **values), tmp_path)
+    assert all(np.isfinite([result["first_loss"], result["loss"]]))
+    check_the_file(result, bases("sd"))
 
 
 @pytest.mark.parametrize("name", ["lora_ga-text", "lora_sb-convolutions", "allora-ggpo", "mgpo-accumulated", "eva-ffa"])
