@@ -57,7 +57,7 @@ class Recipe(MethodFields, RegulariserFields):
 
 @dataclass
 class Run:
-    """A finished (or stopped) run."""
+    """A finished (or stopped) run; ``seconds`` and ``times`` (per step) are of the processor, not of the clock."""
 
     model: PeftModel
     optimizer: torch.optim.Optimizer
@@ -117,7 +117,7 @@ def go_on(run: Run, recipe: Recipe, data: Data, start: int = 0, stop: int | None
     """Optimiser steps ``start`` .. ``stop - 1``; step n sees batch n, cut into ``accumulation`` parts."""
     parameters = [p for p in run.model.parameters() if p.requires_grad]
     for step in range(start, recipe.steps if stop is None else stop):
-        began = time.perf_counter()
+        began = time.process_time()
         run.plugins.step_begin(step)
         total, logs = 0.0, {}
         for part in cut(data(step), recipe.accumulation):
@@ -131,7 +131,7 @@ def go_on(run: Run, recipe: Recipe, data: Data, start: int = 0, stop: int | None
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.plugins.after_step(step)
-        run.times.append(time.perf_counter() - began)
+        run.times.append(time.process_time() - began)
         run.losses.append(total)
         run.logs.append(logs)
     run.seconds = sum(run.times)

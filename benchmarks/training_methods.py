@@ -643,7 +643,7 @@ COSTS: dict[str, dict[str, Any]] = {
 
 
 def cost(seeds: int) -> Found:
-    """Median step time of each method over plain LoRA (rounds alternate), and what a forward pass keeps in memory."""
+    """Median CPU time per step of each method over plain LoRA (rounds alternate), and the memory of a forward pass."""
     runs = {
         name: prepare(dialects.model(), Recipe(rank=8, steps=10**6, **more), fresh(0), dialects.TARGETS)
         for name, more in COSTS.items()
