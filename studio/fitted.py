@@ -28,6 +28,6 @@ def models(base: str) -> tuple[dict[str, Any], Any]:
     from pipelines.diffusion.loading import open_pipeline
     from studio import library
 
-    pipe = open_pipeline(library.resolve_base(base), device="cpu")[0]
+    pipe = open_pipeline(library.resolve_pipeline(base), device="cpu")[0]
     parts = {name: getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name, None) is not None}
     return parts, parts["unet"].config if "unet" in parts else None

@@ -58,13 +58,13 @@ def _load(choice: ModelChoice) -> Any:
 
     hush.loading_bars()
     return MultiLoRAPipeline.from_pretrained(
-        library.resolve_base(choice.base), family=choice.family, dtype=choice.dtype, device=choice.device,
+        library.resolve_pipeline(choice.base), family=choice.family, dtype=choice.dtype, device=choice.device,
         attention=choice.attention, memory=choice.memory,
     )  # fmt: skip
 
 
 def _key(choice: ModelChoice) -> tuple[str, ...]:
     """What makes a loaded pipeline the right one: the choice, and the base's files as they are now."""
-    place = library.resolve_base(choice.base)
+    place = library.resolve_pipeline(choice.base)
     stamp = cache.stamp(Path(place)) if Path(place).exists() else ""
     return (place, stamp, choice.family, choice.dtype, choice.device, choice.attention, choice.memory)

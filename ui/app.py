@@ -213,8 +213,7 @@ def launch(
     Raises:
         InputError: the port is taken, the address is not ours, or the app would be open to strangers.
     """
-    if not password and (share or host not in LOOPBACK):
-        raise InputError("Others could reach the app, and with it this computer: give a password too (--password).")
+    check_access(host, password, share)
     check_address(host, port)
     app = build()
     app.queue(default_concurrency_limit=8)
@@ -247,6 +246,12 @@ def shipped() -> list[Path]:
 def hidden() -> list[str]:
     """Never handed out, whatever else is allowed."""
     return [str(settings.settings_file())]
+
+
+def check_access(host: str, password: str | None, share: bool) -> None:
+    """Raise :class:`InputError` if strangers could come in."""
+    if not password and (share or host not in LOOPBACK):
+        raise InputError("Others could reach the app, and with it this computer: give a password too (--password).")
 
 
 def check_address(host: str, port: int) -> None:

@@ -72,7 +72,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except InputError:
         raise
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # the first sentence alone: torch goes on with advice to run the file
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise InputError(
             f"'{path}' cannot be read as plain tensors, and nothing else in it is ever run ({reason}). "
             "Ask for a .safetensors file."

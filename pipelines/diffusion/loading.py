@@ -55,7 +55,7 @@ def open_pipeline(
 
     if memory not in PRESETS:
         raise InputError(f"Unknown memory preset '{memory}': possible are {', '.join(PRESETS)}.")
-    chosen_family = detect(source) if family == "auto" else find(family)
+    chosen_family = choose_family(family, source)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device, chosen_family)
     chosen_attention = choose_attention(attention)
@@ -89,6 +89,20 @@ def _from_pretrained(kind: Any, source: str, dtype: str, options: dict[str, Any]
             return kind.from_pretrained(source, dtype=DTYPES[dtype], variant=second, **options)
         except (OSError, ValueError) as other:
             raise (error if first is None else other) from None  # what is wrong with the common files
+
+
+def choose_family(name: str, source: str | Path) -> Family:
+    """The family called ``name``, or that of ``source`` for "auto".
+
+    Raises:
+        InputError: no such family, or the folder holds a model of another one.
+    """
+    if name == "auto":
+        return detect(source)
+    family = find(name)
+    if Path(source).is_dir() and (found := detect(source)).name != name:
+        raise InputError(f"The base '{source}' is of the family {found.name}, not {name}: leave family at 'auto'.")
+    return family
 
 
 def choose_device(name: str) -> torch.device:

@@ -82,10 +82,11 @@ def compose(
     chosen, threads = _configuration(config, from_, changes, set_ or [])
     if out is not None and detach:
         raise InputError("--out and --detach exclude each other: the worker keeps its pictures in the job's folder.")
+    chosen = _checked(chosen)
     if plan:
         _show_plan(chosen, output)
     elif detach:
-        launch.detach("compose", _checked(chosen), output)
+        launch.detach("compose", chosen, output)
     else:
         _make(chosen, threads, out, output)
 
@@ -96,6 +97,8 @@ def _configuration(
     """The configuration asked for, and the CPU threads of the picture that is repeated."""
     if file is not None and picture is not None:
         raise InputError("Give either a configuration file or --from, not both.")
+    if file is not None and not file.suffix and not file.exists():
+        raise InputError(f"There is no configuration file '{file}'; the words of a picture go behind --prompt.")
     if picture is None:
         values = _with_settings(_with_places({**(read_yaml(file) if file else {}), **changes}), settings)
         return ComposeConfig.parse({**suited(values), **values}, source=str(file or "compose")), None
@@ -161,11 +164,11 @@ def _put(target: Any, parts: list[str], value: Any, place: str) -> None:
 
 
 def _checked(config: ComposeConfig) -> ComposeConfig:
-    """The configuration with its files looked up now, so that a wrong name is told here and not by the worker."""
+    """The configuration with its files looked up now, so that a wrong name is told before a job is made of it."""
     from studio import compose as job
     from studio import library
 
-    library.resolve_base(config.base)
+    library.resolve_pipeline(config.base)
     return job.settled(config)
 
 

@@ -40,6 +40,7 @@ def ui(
     if jobs.list(1, ["queued"]):
         jobs.ensure_worker()  # what waited when the app or the computer was last switched off
     pages = importlib.import_module("ui.app")
+    pages.check_access(host, password, share)
     pages.check_address(host, port)
     address = f"http://{host}:{port}"
     Output(json, quiet).result({"url": address}, f"Adapter Studio opens at {address}  (Ctrl-C ends it)")

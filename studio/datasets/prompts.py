@@ -26,7 +26,8 @@ def read_prompts(file: Path) -> list[str]:
     try:
         prompts = clean(file.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The prompts in '{file}' cannot be read: {error}.") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise InputError(f"The prompts in '{file}' cannot be read: {reason}.") from None
     if not prompts:
         raise InputError(f"There are no prompts in '{file}': write one per line.")
     return prompts

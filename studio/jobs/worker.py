@@ -121,7 +121,7 @@ def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> bool:
             shutdown_timeout=STOP_SECONDS,
         )  # fmt: skip
 
-        @carrier.pre_execute(name="same code")
+        @carrier.pre_execute(name="same code")  # type: ignore[untyped-decorator]
         def same_code(_: Any) -> None:
             if code.fingerprint() != loaded:
                 updated.set()

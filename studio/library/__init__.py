@@ -13,9 +13,9 @@ from studio.library.edit import (
     trashed,
 )
 from studio.library.records import Record
-from studio.library.resolve import adapters, bases, find, resolve_adapter, resolve_base
+from studio.library.resolve import adapters, bases, find, resolve_adapter, resolve_base, resolve_pipeline
 
 __all__ = [
     "Record", "Trashed", "adapters", "bases", "empty_trash", "find", "import_adapter", "import_base", "rename",
-    "resolve_adapter", "resolve_base", "restore", "sha256", "show", "trash", "trashed",
+    "resolve_adapter", "resolve_base", "resolve_pipeline", "restore", "sha256", "show", "trash", "trashed",
 ]  # fmt: skip

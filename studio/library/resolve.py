@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from adapters.errors import InputError, nearest
-from studio.library import scan, smollm2
+from studio.library import facts, scan, smollm2
 from studio.library.records import Record
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -68,6 +68,18 @@ def resolve_base(name_or_path: str | Path) -> str:
     if HUB_ID.fullmatch(text) and not text.endswith(".safetensors"):
         return text
     return str(find(text, "base").path)
+
+
+def resolve_pipeline(name_or_path: str | Path) -> str:
+    """As :func:`resolve_base`, for a base that draws pictures.
+
+    Raises:
+        InputError: there is nothing of this name, or it is a language model (which is not unpacked to find out).
+    """
+    place = None if str(name_or_path) == smollm2.NAME else resolve_base(name_or_path)
+    if place is None or facts.is_language_model(Path(place)):
+        raise InputError(f"'{name_or_path}' is a language model: pictures need a base such as tinymoji.")
+    return place
 
 
 def _usable(record: Record) -> Record:

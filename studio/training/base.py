@@ -53,6 +53,6 @@ def load_base(config: TrainImageConfig, dtype: torch.dtype, device: torch.device
     from pipelines.diffusion.loading import open_pipeline
     from studio import library
 
-    source = library.resolve_base(config.base)
+    source = library.resolve_pipeline(config.base)
     pipe, _, _ = open_pipeline(source, config.family, NAMES[dtype], str(device), config.attention)
     return settle(pipe)
