@@ -218,9 +218,11 @@ def workers() -> Sequence[Mapping[str, Any]]:
 
 def trouble() -> Sequence[str]:
     """Why waiting jobs are not begun, a sentence for every queue whose worker could not start; mostly empty."""
+    waiting = {job.queue for job in store.newest(1000, ["queued"])} - {HERE}
+    if not waiting:  # and the queue's own package is not needed
+        return []
     from studio.jobs import worker
 
-    waiting = {job.queue for job in store.newest(1000, ["queued"])} - {HERE}
     return [text for name in sorted(waiting) if (text := worker.failed_start(name))]
 
 
