@@ -220,7 +220,7 @@ def _save(scene: Any, photos: Sequence[Any], folder: Path, config: ReconstructCo
 def export(
     scene: str | Path, target: Path, kind: str = "glb", confidence: float = 1.0, percentile: float = 20.0,
     mesh: bool = False, cameras: bool = True, camera_size: float = 5.0, frame: int | None = None, hide: Any = "nothing",
-    max_points: int = 500_000,
+    max_points: int = 500_000, clean: bool = False,
 ) -> tuple[Path, int]:  # fmt: skip
     """Write a kept scene (``scene.npz``) in another way; the network is not asked. Returns the place and the points.
 
@@ -232,7 +232,7 @@ def export(
     if kind not in EXPORTS:
         raise InputError(f"Unknown export '{kind}': known are {', '.join(EXPORTS)}.")
     kept = reconstruction.Reconstruction.load(Path(scene))
-    choice = reconstruction.Selection(confidence, percentile, frame, hide, max_points)
+    choice = reconstruction.Selection(confidence, percentile, frame, hide, max_points, clean)
     if kind == "glb":
         return target, reconstruction.write_glb(kept, target, choice, mesh, cameras, camera_size)
     if kind == "ply":

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters import files
 from adapters.errors import InputError
-from pipelines.geometry.alignment import Alignment
-from pipelines.geometry.cameras import matrix_quaternion
+from pipelines.geometry.alignment import Alignment, clean
+from pipelines.geometry.cameras import Similarity, matrix_quaternion
 from pipelines.geometry.images import Affine, Photo
 
 Array = NDArray[Any]
@@ -102,6 +103,7 @@ class Selection:
         percentile: drop this share of the least confident pixels too, in per cent.
         frame: one picture's number, or None for all.
         hide: background to leave out, judged by colour.
+        clean: leave out points that would hide what another, surer picture sees.
         limit: most points; a random but fixed choice.
 
     Raises:
@@ -111,8 +113,9 @@ class Selection:
     confidence: float = 1.0
     percentile: float = 20.0
     frame: int | None = None
-    hide: Literal["nothing", "black", "white"] = "nothing"
+    hide: Literal["nothing", "black", "white", "sky"] = "nothing"
     limit: int = 500_000
+    clean: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.percentile < 100 or self.limit < 1:
@@ -124,7 +127,7 @@ def masks(scene: Reconstruction, choice: Selection) -> list[Array]:
     everything = np.concatenate([c.ravel() for c in scene.confidence])
     least = max(choice.confidence, float(np.percentile(everything, choice.percentile)))
     out = []
-    for n, confidence in enumerate(scene.confidence):
+    for n, confidence in enumerate(cleaned(scene).confidence if choice.clean else scene.confidence):
         mask = (confidence >= least) & (confidence > 0) & np.isfinite(scene.depth[n])
         if choice.frame is not None and choice.frame != n:
             mask = np.zeros_like(mask)
@@ -132,8 +135,39 @@ def masks(scene: Reconstruction, choice: Selection) -> list[Array]:
             mask &= scene.images[n].astype(int).sum(-1) >= 24
         elif choice.hide == "white":
             mask &= scene.images[n].min(-1) <= 240
+        elif choice.hide == "sky":
+            mask &= ~sky(scene.images[n])
         out.append(mask)
     return out
+
+
+def cleaned(scene: Reconstruction) -> Reconstruction:
+    """The scene without the confidence of what :func:`pipelines.geometry.alignment.clean` takes for wrong."""
+    room = max(depth.size for depth in scene.depth)
+
+    def flat(maps: Sequence[Array]) -> Tensor:
+        return torch.stack([F.pad(torch.from_numpy(m.ravel()).float(), (0, room - m.size)) for m in maps])
+
+    sizes = tuple((depth.shape[0], depth.shape[1]) for depth in scene.depth)
+    none = torch.zeros(2, 0, room)
+    still = Similarity(torch.ones(0), torch.zeros(0, 3, 3), torch.zeros(0, 3))
+    aligned = clean(
+        Alignment(sizes, torch.from_numpy(scene.poses).float(), torch.from_numpy(scene.focals).float(),
+                  flat(scene.depth), flat(scene.confidence), none, none, still)
+    )  # fmt: skip
+    return replace(scene, confidence=tuple(aligned.confidence_map(n).numpy() for n in range(len(sizes))))
+
+
+def sky(image: Array) -> Array:
+    """Pixels ``(H, W)`` of the sky: bright blue, or nearly white, and joined to the upper edge."""
+    import cv2
+
+    hue, saturation, value = (channel.astype(int) for channel in cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV)))
+    blue = (hue >= 90) & (hue <= 130) & (saturation >= 30) & (value >= 120)  # hue counts half degrees
+    pale = (saturation <= 25) & (value >= 230)
+    _, regions = cv2.connectedComponents((blue | pale).astype(np.uint8))
+    above = np.setdiff1d(regions[0], [0])
+    return np.isin(regions, above)
 
 
 def cloud(scene: Reconstruction, choice: Selection) -> tuple[Array, Array, Array]:

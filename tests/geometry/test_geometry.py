@@ -264,3 +264,15 @@ def test_hidden_by_a_less_sure_point() -> None:
     scene.confidence[0] = 1.5
     cleaned = alignment.clean(scene)
     assert float((cleaned.confidence[0] == 0).double().mean()) > 0.3
+    photos = [Photo(x, Affine(), f"{n}.png") for n, x in enumerate(made.views.image[0])]
+    shown = reconstruction.masks(Reconstruction.of(scene, photos), Selection(percentile=0, clean=True))
+    assert [mask.sum() for mask in shown] == (cleaned.confidence > 0).sum(1).tolist()
+
+
+def test_the_sky_is_blue_or_pale_and_reaches_the_upper_edge() -> None:
+    image = np.full((12, 8, 3), (120, 90, 60), np.uint8)
+    image[:4, :4], image[:3, 4:] = (90, 150, 230), 250
+    image[8:10] = (90, 150, 230)  # a blue lake
+    found = reconstruction.sky(image)
+    assert found.sum() == 16 + 12
+    assert not found[8:].any()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from studio import jobs
 from studio.jobs import Job
 from ui import markup
+from ui.polite import polite
 
 TONES = {
     "queued": "wait", "running": "work", "cancelling": "wait", "done": "good", "failed": "bad", "cancelled": "",
@@ -16,6 +19,18 @@ KINDS = {
     "compose": "Compose", "compare": "Compare", "train-image": "Train", "distill": "Distill",
     "train-language": "Language", "reconstruct": "Reconstruct",
 }  # fmt: skip
+
+
+def stopper(follow: Callable[[str, tuple[Any, ...]], Any]) -> Callable[[str], Any]:
+    """What a page's Cancel does: ask the job to stop and let ``follow`` show how it stands."""
+
+    @polite
+    def stop(job_id: str) -> Any:
+        if job_id:
+            jobs.cancel(job_id)
+        return follow(job_id, ())
+
+    return stop
 
 
 def status_tag(job: Job) -> str:

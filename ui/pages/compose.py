@@ -381,12 +381,6 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
             hidden = gr.update(visible=False)
             return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, hidden]
 
-    @polite
-    def stop(job_id: str) -> Any:
-        if job_id:
-            jobs.cancel(job_id)
-        return follow(job_id, ())
-
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     fields = [page.form[name] for name in NAMES]
     for begin in (generate.click, page.form["prompt"].submit):
@@ -394,7 +388,7 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
               [page.form["seed"], *view], **private)  # fmt: skip
         begin(None, None, None, js=_TO_RESULT)
     result.timer.tick(look, [result.job, result.shown], view, **private)
-    cancel.click(stop, result.job, view, **private)
+    cancel.click(job_panel.stopper(follow), result.job, view, **private)
 
 
 _TO_RESULT = """() => { if (window.innerWidth < 760)

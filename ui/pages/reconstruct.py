@@ -170,8 +170,10 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                 )
                 form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=110)
                 frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=130, interactive=True)
-                hide = gr.Dropdown(["nothing", "black", "white"], value="nothing", label="Hide background",
+                hide = gr.Dropdown(["nothing", "black", "white", "sky"], value="nothing", label="Hide background",
                                    min_width=130, interactive=True)  # fmt: skip
+                clean = gr.Checkbox(False, label="Clean depth", min_width=110, interactive=True,
+                                    elem_id="scene-clean")  # fmt: skip
                 form["max_points"] = schema_form.widget(
                     KNOWN["max_points"], label="Most points", info=None, min_width=120
                 )
@@ -193,6 +195,7 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
         frame,
         hide,
         form["max_points"],
+        clean,
     ]
 
     @polite
@@ -221,7 +224,7 @@ def _count(points: int) -> str:
 
 def exported(job: Job, kind: str, values: Sequence[Any]) -> tuple[Path, int]:
     """A file of a finished scene with other settings, made from what was kept; equal settings give the same file."""
-    confidence, percentile, mesh, cameras, size, frame, hide, limit = values
+    confidence, percentile, mesh, cameras, size, frame, hide, limit, clean = values
     scene = Path((job.result or {}).get("scene", ""))
     if not scene.is_file():
         raise InputError("There is no finished scene yet.")
@@ -235,7 +238,7 @@ def exported(job: Job, kind: str, values: Sequence[Any]) -> tuple[Path, int]:
         number = None if frame is None or int(frame) < 0 else int(frame)
         _, points = work.export(
             scene, target, kind, float(confidence), float(percentile), bool(mesh), bool(cameras), float(size), number,
-            str(hide), int(limit),
+            str(hide), int(limit), bool(clean),
         )  # fmt: skip
         if whole:
             shutil.make_archive(str(target), "zip", target)
@@ -291,15 +294,9 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
         except InputError:  # deleted meanwhile
             return follow_nothing()
 
-    @polite
-    def stop(job_id: str) -> Any:
-        if job_id:
-            jobs.cancel(job_id)
-        return follow(job_id, ())
-
     start.click(begin, [drop, *fields], page.view, **_PRIVATE)
     result.timer.tick(look, [result.job, result.shown], page.view, **_PRIVATE)
-    result.cancel.click(stop, result.job, page.view, **_PRIVATE)
+    result.cancel.click(job_panel.stopper(follow), result.job, page.view, **_PRIVATE)
 
 
 def follow_nothing() -> list[Any]:
