@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,12 +114,13 @@ class Views:
 # ------------------------------------------------------------------------------------------------ drawing lots
 
 
+def _uniform(generator: torch.Generator, count: int, low: float, high: float, *shape: int) -> Tensor:
+    return torch.rand(count, *shape, generator=generator) * (high - low) + low
+
+
 def sample_scenes(count: int, family: Family, generator: torch.Generator, device: Any = "cpu") -> Scenes:
     """Random scenes of a family; the same generator state gives the same scenes."""
-
-    def lot(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator) * (high - low) + low
-
+    lot = partial(_uniform, generator, count)
     places = family.objects[1]
     number = torch.randint(family.objects[0], family.objects[1] + 1, (count, 1), generator=generator)
     present = torch.arange(places) < number
@@ -149,10 +151,7 @@ def sample_cameras(
     count: int, views: int, family: Family, generator: torch.Generator, size: int = 64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Poses ``(S, V, 4, 4)``, focals ``(S, V)`` in pixels and azimuths ``(S, V)`` in degrees; one lens per scene."""
-
-    def lot(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator) * (high - low) + low
-
+    lot = partial(_uniform, generator, count)
     azimuth = lot(0, 360, 1) + lot(-family.spread / 2, family.spread / 2, views)
     distance, height = lot(*family.distance, views), lot(*family.camera_height, views)
     turn = torch.deg2rad(azimuth)
