@@ -37,6 +37,7 @@ from torch import Tensor
 import assets
 from adapters.errors import InputError
 from assets.build import data
+from assets.build.adapters import slug
 from assets.build.common import build_dir, write_json
 from assets.build.evaluate import GUIDANCE, STEPS, wilson
 from assets.build.judge import Judge, load_judge
@@ -121,11 +122,12 @@ def sets(concepts: Sequence[str], pairs: int, triples: int) -> list[tuple[str, .
 
 def shipped_concepts(least: float) -> dict[str, str]:
     """Name -> trigger of the shipped concept adapters that the judge recognises alone in at least this share."""
+    words = {slug(word): word for word in data.HELD_CONCEPTS}
     made = {}
     for file in sorted(assets.path("adapters").glob("*/score.json")):
-        score = json.loads(file.read_text(encoding="utf-8"))
-        if not file.parent.name.startswith("style-") and score["subject"]["share"] >= least:
-            made[file.parent.name] = next(w for w in data.HELD_CONCEPTS if w.replace(" ", "-") == file.parent.name)
+        name = file.parent.name
+        if name in words and json.loads(file.read_text(encoding="utf-8"))["subject"]["share"] >= least:
+            made[name] = words[name]
     return made
 
 
