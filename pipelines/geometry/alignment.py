@@ -220,7 +220,11 @@ def align(
             weights = weights if found is None else found
         loss = ((weights * apart).sum((1, 2)) / total).sum()
         if not loss.isfinite():
-            raise InputError("The alignment's loss is not finite: the pointmaps are broken.")
+            broken = int((weights * apart).sum((0, 2)).isfinite().logical_not().long().argmax())
+            raise InputError(
+                f"The alignment's loss is not finite after {step} steps, first in the pair {predictions.pairs[broken]}: "
+                "leave one of its pictures out."
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -19,6 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+STEEPEST = 4.0
+"""Tangent of the largest angle between a point and the camera's axis that tells something of the focal length."""
+
+
 @dataclass(frozen=True)
 class Similarity:
     """``x -> scale R x + shift``: scale ``(...)``, R ``(..., 3, 3)``, shift ``(..., 3)``."""
@@ -59,6 +63,10 @@ def focal_length(
 ) -> float:
     """Focal length in pixels of a pointmap ``(H, W, 3)`` in its own camera's frame, by Weiszfeld's iteration.
 
+    Points behind the camera or more than 76 degrees off its axis do not count: one such point, a thousand times as
+    steep as the others, outweighs them all. The start is the median over the pixels. Where nothing counts, the focal is
+    that of a 60-degree camera.
+
     Args:
         low, high: limits as multiples of the focal of a 60-degree camera.
         valid: ``(H, W)`` pixels to use.
@@ -67,11 +75,18 @@ def focal_length(
     u = pixels(height, width, points.device).double()
     points = points.reshape(-1, 3).double()
     q = (points[:, :2] / points[:, 2:]).nan_to_num(posinf=0, neginf=0)
-    weight = torch.ones_like(q[:, 0]) if valid is None else valid.reshape(-1).double()
-    focal = _ratio(weight, q, u)
+    base = max(height, width) / (2 * math.tan(math.radians(30)))
+    counts = (points[:, 2] > 0) & (q.norm(dim=-1) < STEEPEST)
+    if valid is not None:
+        counts &= valid.reshape(-1)
+    squares = (q * q).sum(-1)
+    chosen = counts & (squares > 0)
+    if not chosen.any():
+        return float(min(max(base, low * base), high * base))
+    weight = counts.double()
+    focal = ((q * u).sum(-1)[chosen] / squares[chosen]).median()
     for _ in range(rounds):
         focal = _ratio(weight / (u - focal * q).norm(dim=-1).clamp_min(1e-8), q, u)
-    base = max(height, width) / (2 * math.tan(math.radians(30)))
     return float(focal.clamp(low * base, high * base))
 
 

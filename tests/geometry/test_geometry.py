@@ -73,6 +73,12 @@ def test_focal_and_pose_come_back_from_exact_pointmaps() -> None:
     spoilt = points.clone()
     spoilt[:8] *= torch.tensor([1.5, 1.5, 1.0])  # a quarter of the rows: the mean would follow, Weiszfeld hardly does
     assert cameras.focal_length(spoilt) == pytest.approx(true, rel=0.1)
+    generator = torch.Generator().manual_seed(0)
+    wild = points.clone()
+    hit = torch.rand(32, 32, generator=generator) < 0.3
+    wild[hit] = torch.randn(int(hit.sum()), 3, generator=generator) * torch.tensor([3.0, 3.0, 0.1])  # z near 0, or less
+    assert cameras.focal_length(wild) == pytest.approx(true, rel=0.01)
+    assert cameras.focal_length(-points) == pytest.approx(16 / np.tan(np.pi / 6))  # nothing lies before the camera
     world = made.world()[1].unflatten(0, (32, 32))
     everything = torch.ones(32, 32, dtype=torch.bool)
     pose, _ = cameras.solve_pnp(world, everything, true) or (None, 0)
