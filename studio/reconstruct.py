@@ -40,6 +40,27 @@ def resolve(model: str) -> str:
     return model
 
 
+def pictures_in(folder: str | Path) -> list[str]:
+    """The pictures of a scene's folder in the order of their names, or its one video.
+
+    Raises:
+        InputError: no folder, or neither pictures nor a video in it.
+    """
+    from studio.datasets.pictures import SUFFIXES
+
+    place = Path(folder)
+    if not place.is_dir():
+        raise InputError(f"There is no folder '{folder}'.")
+    found = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
+    for endings in (SUFFIXES, VIDEOS):
+        chosen = [str(file.resolve()) for file in found if file.suffix.lower() in endings]
+        if chosen:
+            return chosen
+    raise InputError(
+        f"There are neither pictures nor a video in '{folder}' (looked for {', '.join([*sorted(SUFFIXES), *VIDEOS])})."
+    )
+
+
 def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     """Reconstruct ``config`` into ``folder``.
 
@@ -58,14 +79,18 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
     device = torch.device(devices.resolve(config.device))
     opened = checkpoints.open_checkpoint(resolve(config.model), device)
     network: Any = opened.network
+    known: dict[str, Any] = {}
     if config.adapter:
-        network, _ = calibration.load_adapter(network, Path(config.adapter), opened.sha256)
-    photos = _photos(config, opened.network.config, monitor)
-    warnings = _warnings(photos)
-    graph = pairs.make_pairs(len(photos), config.graph, many=config.many)
+        network, known = calibration.load_adapter(network, Path(config.adapter), opened.sha256)
+    photos = _photos(config.images, config, opened.network.config, monitor)
+    also = [_photos(pictures_in(folder), config, opened.network.config, monitor) for folder in config.also]
+    warnings = [*_warnings(photos), *_changed(known, photos)]
+    graph, *graphs = (pairs.make_pairs(len(scene), config.graph, many=config.many) for scene in (photos, *also))
     height, width = photos[0].size
-    cost = estimate.estimate(opened.network.config, len(photos), len(graph), height, width, device, config.chunk,
-                             config.epochs if config.calibrate else 0)  # fmt: skip
+    cost = estimate.estimate(
+        opened.network.config, sum(map(len, (photos, *also))), sum(map(len, (graph, *graphs))), height, width, device,
+        config.chunk, config.epochs if config.calibrate else 0,
+    )  # fmt: skip
     monitor.report(Progress("loading", message=f"expected: {cost}"))
     check(monitor)
     told = inference.predict(network, photos, graph, config.chunk, config.dtype, monitor)
@@ -74,7 +99,10 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
     if config.calibrate:
         _write_glb(scene, photos, folder / "before.glb", config)
         result |= {"before": str(folder / "before.glb")}
-        kept = _calibrated(config, opened, network, photos, told, folder, monitor)
+        scenes, answers = [photos, *also], [told]
+        for others, between in zip(also, graphs, strict=True):
+            answers.append(inference.predict(network, others, between, config.chunk, config.dtype, monitor))
+        kept = _calibrated(config, opened, network, scenes, answers, folder, monitor)
         warnings += kept.pop("warnings")
         network = kept.pop("network")
         result |= kept
@@ -99,14 +127,16 @@ def _check(config: ReconstructConfig) -> None:
         )
     if config.calibrate and config.adapter:
         raise InputError("Calibrate anew or use an adapter of earlier, not both.")
+    if config.also and not config.calibrate:
+        raise InputError("Further scenes serve the adapter's training: they go with --calibrate.")
 
 
-def _photos(config: ReconstructConfig, network: Any, monitor: Monitor) -> list[Any]:
+def _photos(paths: Sequence[str], config: ReconstructConfig, network: Any, monitor: Monitor) -> list[Any]:
     from pipelines.geometry import images
 
     size, patch = config.size or max(network.img_size), network.patch_size
     square = network.img_size[0] == network.img_size[1]
-    given = [Path(path) for path in config.images]
+    given = [Path(path) for path in paths]
     videos = [path for path in given if path.suffix.lower() in VIDEOS]
     if videos and len(given) > 1:
         raise InputError("Give either pictures or one video.")
@@ -122,13 +152,26 @@ def _photos(config: ReconstructConfig, network: Any, monitor: Monitor) -> list[A
             check(monitor)
             photos.append(images.read_photo(path, size, patch, square))
     if config.calibrate and len(photos) < 3:
-        raise InputError(f"Calibrating needs three pictures or more, got {len(photos)}.")
+        raise InputError(f"Calibrating needs three pictures or more of a scene, got {len(photos)}.")
     return photos
 
 
 def _warnings(photos: Sequence[Any]) -> list[str]:
     seen = [photo.sha256 for photo in photos]
     return ["Some pictures are the same file."] if len(set(seen)) < len(seen) else []
+
+
+def _changed(adapter: dict[str, Any], photos: Sequence[Any]) -> list[str]:
+    """What is to be said when pictures are not those of the same name that the adapter learnt from."""
+    scenes = (adapter, *adapter.get("also", ()))
+    known = {image["name"]: image["sha256"] for scene in scenes for image in scene.get("images", ())}
+    other = [photo.name for photo in photos if known.get(photo.name, photo.sha256) != photo.sha256]
+    if not other:
+        return []
+    return [
+        f"{len(other)} picture(s) differ from those of the same name that the adapter was calibrated on "
+        f"({', '.join(other[:3])}): it helps if they show the same scene."
+    ]
 
 
 def _aligned(told: Any, config: ReconstructConfig, monitor: Monitor) -> Any:
@@ -151,29 +194,33 @@ def _calibrated(
     config: ReconstructConfig,
     opened: Any,
     network: Any,
-    photos: Sequence[Any],
-    told: Any,
+    scenes: Sequence[Sequence[Any]],
+    told: Sequence[Any],
     folder: Path,
     monitor: Monitor,
 ) -> dict[str, Any]:
+    """Train one adapter on all ``scenes`` and keep it; the first scene is the one that is reconstructed."""
     from pipelines.geometry import calibration
 
     recipe = calibration.Recipe(
         config.rank, config.preset, config.epochs, lr=config.lr, seed=config.seed, dtype=config.dtype
     )
     model, robust, labels, losses = calibration.calibrate(
-        network, [photos], [told], recipe, config.mu, min(100, config.steps // 3), config.cutoff, config.steps,
+        network, scenes, told, recipe, config.mu, min(100, config.steps // 3), config.cutoff, config.steps,
         monitor=monitor,
     )  # fmt: skip
+    facts = [
+        {"images": [photo.facts() for photo in photos], "cutoff": kept.cutoff, "kept": kept.kept,
+         "warnings": kept.warnings, "poses": found.poses.tolist(), "focals": found.focals.tolist()}
+        for photos, found, kept in zip(scenes, robust, labels, strict=True)
+    ]  # fmt: skip
     about = {
         "base": {"name": opened.name, "sha256": opened.sha256, "licence": opened.licence},
-        "images": [photo.facts() for photo in photos],
-        "settings": config.model_dump(mode="json"),
-        "cutoff": labels[0].cutoff, "transform": "log", "kept": labels[0].kept, "warnings": labels[0].warnings,
-        "poses": robust[0].poses.tolist(), "focals": robust[0].focals.tolist(), "losses": losses,
+        "settings": config.model_dump(mode="json"), "transform": "log", "losses": losses, **facts[0], "also": facts[1:],
     }  # fmt: skip
     place = calibration.save_adapter(model, folder / "adapter", about)
-    return {"network": model, "adapter": str(place), "warnings": list(labels[0].warnings), "labels": labels[0].kept,
+    warnings = [text for kept in labels for text in kept.warnings]
+    return {"network": model, "adapter": str(place), "warnings": warnings, "labels": labels[0].kept,
             "training_loss": [losses[0], losses[-1]]}  # fmt: skip
 
 

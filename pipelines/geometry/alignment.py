@@ -222,8 +222,8 @@ def align(
         if not loss.isfinite():
             broken = int((weights * apart).sum((0, 2)).isfinite().logical_not().long().argmax())
             raise InputError(
-                f"The alignment's loss is not finite after {step} steps, first in the pair {predictions.pairs[broken]}: "
-                "leave one of its pictures out."
+                f"The alignment's loss is not finite after {step} steps, first in the pair of pictures "
+                f"{predictions.pairs[broken]}: leave one of them out."
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 STEEPEST = 4.0
 """Tangent of the largest angle between a point and the camera's axis that tells something of the focal length."""
 

@@ -44,6 +44,7 @@ class ReconstructConfig(JobConfig):
     chunk: int = _f(8, _ALIGN, "Pairs decoded together; fewer need less memory.", ge=1, le=256)
 
     calibrate: bool = _f(False, _CALIBRATE, "First train an adapter on this scene (LoRA3D); three pictures or more.")
+    also: list[str] = _f([], _CALIBRATE, "Folders of further scenes that the same adapter learns from.")
     rank: int = _f(16, _CALIBRATE, "Rank of the adapter.", ge=1, le=1024)
     preset: Literal["paper-18mb", "all-attention"] = _f("paper-18mb", _CALIBRATE, "Which layers are adapted.")
     epochs: int = _f(10, _CALIBRATE, "Times every pair is seen.", ge=1, le=1000)

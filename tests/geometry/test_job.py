@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import pytest
 import assets
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
-from studio import reconstruct
+from studio import jobs, reconstruct
+from studio.cli.app import run
 from studio.schemas.reconstruct import ReconstructConfig
+from tests.studio.conftest import home
+
+__all__ = ["home"]
 
 PICTURES = sorted(str(file) for file in assets.path("scenes/room").glob("*.png"))[::2]
 
@@ -73,3 +78,78 @@ def test_one_and_two_pictures_work_without_alignment(count: int, tmp_path: Path)
     done = reconstruct.run(config(images=PICTURES[:count]), tmp_path, Silent())
     assert Path(done["glb"]).read_bytes()[:4] == b"glTF"
     assert done["loss"] is None
+
+
+# ------------------------------------------------------------------------------------------------ several scenes
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Two scenes' folders of three pictures each."""
+    for name, chosen in (("hall", PICTURES[:3]), ("attic", PICTURES[1:])):
+        (tmp_path / name).mkdir()
+        for file in chosen:
+            shutil.copy(file, tmp_path / name)
+    (tmp_path / "hall/notes.txt").write_text("not a picture")
+    return [tmp_path / "hall", tmp_path / "attic"]
+
+
+def ask(capsys: Any, *arguments: object) -> tuple[int, str, str]:
+    fast = ["--steps", "4", "--epochs", "1", "--rank", "2", "--device", "cpu", "--mu", "1", "--cutoff", "0.01"]
+    code = run(["reconstruct", *map(str, arguments), *fast])
+    return code, *capsys.readouterr()
+
+
+def test_each_folder_is_a_scene_with_its_own_adapter_and_files(
+    home: Path, folders: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    code, said, _ = ask(capsys, *folders, "--calibrate", "--out", out / "scene.glb", "--json")
+    assert code == 0
+    hall, attic = json.loads(said)["scenes"]
+    assert (hall["name"], attic["name"]) == ("hall", "attic")
+    assert hall["adapter"] != attic["adapter"]
+    assert [camera["picture"] for camera in hall["cameras"]] == [Path(file).name for file in PICTURES[:3]]
+    assert [camera["picture"] for camera in attic["cameras"]] == [Path(file).name for file in PICTURES[1:]]
+    assert sorted(file.relative_to(out).as_posix() for file in out.rglob("*.glb")) == [
+        "attic/scene.glb", "hall/scene.glb"
+    ]  # fmt: skip
+
+
+def test_several_scenes_may_share_one_adapter(home: Path, folders: list[Path], capsys: Any) -> None:
+    code, said, _ = ask(capsys, *folders, "--calibrate", "--one-adapter", "--json")
+    assert code == 0
+    hall, attic = json.loads(said)["scenes"]
+    assert "adapter" not in attic
+    assert jobs.get(attic["job"]).config["adapter"] == hall["adapter"]
+    kept = json.loads(Path(hall["adapter"], "scene.json").read_text())
+    assert [image["name"] for image in kept["also"][0]["images"]] == [Path(file).name for file in PICTURES[1:]]
+    assert len(kept["losses"]) == 6  # 6 pairs of either scene, two at a time, one epoch
+
+
+def test_scenes_that_cannot_be_told_apart_or_are_empty(home: Path, folders: list[Path], capsys: Any) -> None:
+    empty, twin = folders[0] / "empty", folders[1] / "hall"
+    empty.mkdir()
+    twin.mkdir()
+    for given, message in (
+        ([*folders, PICTURES[0]], "Give either the pictures of one scene or a folder per scene"),
+        ([folders[0], twin], "Two folders are named 'hall'"),
+        ([empty], "neither pictures nor a video in"),
+        ([folders[0] / "nowhere"], "There is no picture"),
+        ([folders[0], "--one-adapter", "--calibrate"], "the folders of two scenes or more"),
+        ([*folders, "--one-adapter"], "--one-adapter goes with --calibrate"),
+        ([*folders, "--detach", "--out", "x.glb"], "--detach goes with neither"),
+    ):
+        code, _, said = ask(capsys, *given)
+        assert code != 0
+        assert message in " ".join(said.split()), said
+
+
+def test_a_picture_that_has_changed_since_calibration_is_a_warning(tmp_path: Path, folders: list[Path]) -> None:
+    pictures = reconstruct.pictures_in(folders[0])
+    done = reconstruct.run(config(images=pictures, calibrate=True, rank=2, mu=1.0), tmp_path / "a", Silent())
+    same = reconstruct.run(config(images=pictures, adapter=done["adapter"]), tmp_path / "b", Silent())
+    assert not any("differ" in text for text in same["warnings"])
+    shutil.copy(PICTURES[3], pictures[0])
+    other = reconstruct.run(config(images=pictures, adapter=done["adapter"]), tmp_path / "c", Silent())
+    assert any("1 picture(s) differ" in text and Path(pictures[0]).name in text for text in other["warnings"])

@@ -21,7 +21,7 @@ from ui.components import job_panel, schema_form
 from ui.polite import polite, say
 
 KNOWN = schema_form.fields(ReconstructConfig)
-NAMES = tuple(name for name in KNOWN if name != "images")
+NAMES = tuple(name for name in KNOWN if name not in ("images", "also"))  # paths are for commands
 CALIBRATION = ("rank", "preset", "epochs", "lr", "mu", "cutoff", "seed")
 ADVANCED = ("name", "size", "graph", "many", "steps", "schedule", "chunk", "seconds_per_frame", "dtype", "device")
 OUTPUT = ("confidence", "percentile", "mesh", "cameras", "max_points")
@@ -114,7 +114,7 @@ def _settings(form: Form) -> None:
         form["calibrate"] = schema_form.widget(KNOWN["calibrate"], label="Calibrate to this scene", elem_id="calibrate")
         with gr.Accordion("How to calibrate", open=False, elem_classes="as-more"):
             for name in CALIBRATION:
-                form[name] = schema_form.widget(KNOWN[name])
+                form[name] = schema_form.widget(KNOWN[name], elem_id=f"reconstruct-{name}")
     with gr.Accordion("Advanced", open=False, elem_classes="as-more"):
         for name in ADVANCED:
             form[name] = schema_form.widget(KNOWN[name], elem_id=f"reconstruct-{name}")
@@ -171,14 +171,15 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                 form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=110)
                 frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=130, interactive=True)
                 hide = gr.Dropdown(["nothing", "black", "white", "sky"], value="nothing", label="Hide background",
-                                   min_width=130, interactive=True)  # fmt: skip
+                                   min_width=130, interactive=True, elem_id="scene-hide")  # fmt: skip
                 clean = gr.Checkbox(False, label="Clean depth", min_width=110, interactive=True,
                                     elem_id="scene-clean")  # fmt: skip
                 form["max_points"] = schema_form.widget(
                     KNOWN["max_points"], label="Most points", info=None, min_width=120
                 )
         with gr.Row(elem_classes="as-actions-row"):
-            kind = gr.Dropdown(list(work.EXPORTS), value="glb", label="Download as", min_width=120, interactive=True)
+            kind = gr.Dropdown(list(work.EXPORTS), value="glb", label="Download as", min_width=120, interactive=True,
+                               elem_id="scene-kind")  # fmt: skip
             make = gr.Button("Prepare the file", size="md", elem_id="scene-export")
             download = gr.DownloadButton("Download", size="md", interactive=False, elem_id="scene-download")
         gallery = gr.Gallery(label="Picture, depth, confidence", columns=3, height="auto", interactive=False,
@@ -215,6 +216,8 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
         event(show, [job, *controls], [after, points], show_progress="minimal", api_visibility="private",
               concurrency_limit=1)  # fmt: skip
     make.click(prepare, [job, kind, *controls], download, **_PRIVATE)
+    # A file made before is not what the page shows now.
+    gr.on([after.change, kind.input], lambda: gr.update(interactive=False), None, download, **_PRIVATE)
     return result
 
 
