@@ -3,11 +3,10 @@
     python -m benchmarks.composition_quality [--seeds 16] [--minutes 60] [--write]
 
 On the embedded base with the shipped concept adapters, sets of two and three side by side in pictures twice as wide as
-high, one seed of its own for every picture of a set. Regional methods are told the same sentence as the others, in every
+high, one seed of its own for every picture of a set. Regional methods are told the same sentence as the others in every
 region ("a flat icon of a fox left of a robot"); only the adapters differ by region. LoRA-Composer works in all layers
-that have places, not in cross-attention alone: that is where most of these adapters' weights are. Every method draws
-the same sets from the same seeds. The judge network (trained on renders only) looks at each region's part of every
-picture:
+that have places, not in cross-attention alone: most of these adapters' weights are there. Every method draws the same
+sets from the same seeds. The judge network (trained on renders only) looks at each region's part of every picture:
 
 right       the concept is the judge's first answer in its own region.
 all right   that holds for every concept of the picture.
