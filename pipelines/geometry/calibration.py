@@ -397,7 +397,12 @@ def load_adapter(network: nn.Module, folder: Path, base_sha256: str = "") -> tup
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"'{folder}' holds no PEFT adapter (adapter_config.json is missing).")
     file = folder / "scene.json"
-    scene = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    try:
+        scene = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError:
+        scene = None
+    if not isinstance(scene, dict):
+        raise InputError(f"'{file}' is damaged: delete it to use the adapter without what it says.")
     wanted = scene.get("base", {}).get("sha256", "")
     if wanted and base_sha256 and wanted != base_sha256:
         raise InputError(
@@ -407,4 +412,8 @@ def load_adapter(network: nn.Module, folder: Path, base_sha256: str = "") -> tup
     try:
         return PeftModel.from_pretrained(network, folder), scene
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"The adapter '{folder.name}' does not fit this base: {error}") from None
+        first = str(error).strip().splitlines()
+        raise InputError(
+            f"The adapter '{folder.name}' does not fit this base (its layers have other names or shapes): "
+            f"{(first[1] if len(first) > 1 else first[0]).strip() if first else 'unknown reason'}"
+        ) from None

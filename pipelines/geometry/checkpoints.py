@@ -224,8 +224,8 @@ def build(config: NetworkConfig, tensors: Mapping[str, Tensor], notes: list[str]
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         raise InputError(
-            f"The weights do not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
-            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})."
+            f"The weights do not fit the model: {len(missing)} missing ({', '.join(missing[:10])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:10])})."
         )
     wrong = [key for key in wanted if tensors[key].shape != wanted[key]]
     if wrong:

@@ -73,7 +73,7 @@ def predict(
         chunk: pairs decoded together; only pairs of equal sizes share a chunk.
 
     Raises:
-        InputError: no pairs; non-finite predictions.
+        InputError: no pairs; pixels or predictions that are not finite.
         adapters.errors.Cancelled: ``monitor`` said so.
     """
     monitor = monitor or Silent()
@@ -85,6 +85,8 @@ def predict(
         for number, photo in enumerate(photos):
             check(monitor)
             monitor.report(Progress("images", number, len(photos)))
+            if not photo.pixels.isfinite().all():
+                raise InputError(f"The picture '{photo.name}' holds values that are not finite.")
             encoded.append(network.encode(photo.pixels[None].to(device) * 2 - 1))  # type: ignore[operator]
     sizes = tuple(photo.size for photo in photos)
     room = max(h * w for h, w in sizes)

@@ -55,8 +55,8 @@ class NetworkConfig:
                 raise InputError(
                     f"The {name} has width {width} and {heads} heads; the width of a head must be a multiple of 4."
                 )
-        if self.head_type == "dpt" and (self.patch_size != 16 or self.dec_depth % 4):
-            raise InputError("The DPT head needs patches of 16 pixels and a decoder depth that is a multiple of 4.")
+        if self.head_type == "dpt" and (self.patch_size != 16 or self.dec_depth % 4 or self.dec_depth < 4):
+            raise InputError("The DPT head needs patches of 16 pixels and a decoder depth of 4, 8, 12 ...")
         if self.head_type not in ("linear", "dpt"):
             raise InputError(f"Unknown head '{self.head_type}': known are linear and dpt.")
         if self.depth_mode[0] not in ("exp", "linear", "square") or self.conf_mode[0] not in ("exp", "sigmoid"):
@@ -368,7 +368,14 @@ class PointmapNetwork(nn.Module):
         return Encoded(self.enc_norm(x), grid)
 
     def decode(self, first: Encoded, second: Encoded) -> tuple[Points, Points]:
-        """Points of both images of ordered pairs, in the frame of the first."""
+        """Points of both images of ordered pairs, in the frame of the first.
+
+        Raises:
+            InputError: not as many first images as second ones.
+        """
+        if len(first.tokens) != len(second.tokens):
+            raise InputError(f"Pairs need as many first images as second ones, got {len(first.tokens)} and "
+                             f"{len(second.tokens)}.")  # fmt: skip
         layers1, layers2 = self.decoder_layers(first, second)
         return (
             self._regress(self.downstream_head1, layers1, first.grid),

@@ -17,7 +17,8 @@ def make_pairs(count: int, graph: str = "complete", symmetric: bool = True, many
     """Ordered pairs of ``count`` images, in a fixed order; every reversed pair is added when ``symmetric``.
 
     Raises:
-        InputError: no such graph, fewer than one image, or a complete graph over more than 30 without ``many``.
+        InputError: no such graph, a window or reference beyond the images, fewer than one image, or a complete graph
+            over more than 30 without ``many``.
     """
     if count < 1:
         raise InputError("There are no images: give at least one, better three or more.")
@@ -34,10 +35,12 @@ def make_pairs(count: int, graph: str = "complete", symmetric: bool = True, many
                 f"{count} images make {count * (count - 1)} ordered pairs: choose a window ('swin-3') or allow it."
             )
         pairs = [(i, j) for i in range(count) for j in range(i)]
-    elif kind == "swin" and number != 0:
-        pairs = _window(count, range(1, (3 if number is None else number) + 1), cyclic)
-    elif kind == "logwin" and number != 0:
-        offsets = [2**k for k in range(3 if number is None else number)]
+    elif kind in ("swin", "logwin") and number != 0:
+        most = count - 1 if kind == "swin" else (count - 1).bit_length()
+        if number is not None and number > most:
+            raise InputError(f"'{graph}': {count} images allow windows up to '{kind}-{most}'.")
+        window = min(3, most) if number is None else number
+        offsets = list(range(1, window + 1)) if kind == "swin" else [2**k for k in range(window)]
         pairs = _window(count, [*offsets, *(-offset for offset in offsets)], cyclic)
     elif kind == "oneref" and cyclic:
         reference = number or 0
@@ -58,7 +61,7 @@ def _whole(numbers: list[str], graph: str) -> int | None:
     return int(numbers[0])
 
 
-def _window(count: int, offsets: range | list[int], cyclic: bool) -> list[Pair]:
+def _window(count: int, offsets: list[int], cyclic: bool) -> list[Pair]:
     pairs = set()
     for i in range(count):
         for offset in offsets:

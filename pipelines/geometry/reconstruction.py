@@ -181,11 +181,19 @@ def cloud(scene: Reconstruction, choice: Selection) -> tuple[Array, Array, Array
     colours = np.concatenate([scene.images[n][mask] for n, mask in enumerate(chosen)])
     confidence = np.concatenate([scene.confidence[n][mask] for n, mask in enumerate(chosen)])
     if len(points) == 0:
-        raise InputError("No point is confident enough: lower the confidence threshold.")
+        raise InputError(_nothing_left("point", scene, choice))
     if len(points) > choice.limit:
         kept = np.sort(np.random.default_rng(0).choice(len(points), choice.limit, replace=False))
         points, colours, confidence = points[kept], colours[kept], confidence[kept]
     return points, colours, confidence
+
+
+def _nothing_left(what: str, scene: Reconstruction, choice: Selection) -> str:
+    least, most = min(float(c.min()) for c in scene.confidence), max(float(c.max()) for c in scene.confidence)
+    return (
+        f"No {what} is left at a confidence of {choice.confidence:g} or more: in this scene it lies between "
+        f"{least:.3g} and {most:.3g}. Lower the confidence threshold, or hide less."
+    )
 
 
 def triangles(scene: Reconstruction, choice: Selection, tear: float = 0.05) -> tuple[Array, Array, Array]:
@@ -205,7 +213,7 @@ def triangles(scene: Reconstruction, choice: Selection, tear: float = 0.05) -> t
         base += height * width
     joined = np.concatenate(faces)
     if len(joined) == 0:
-        raise InputError("No surface is confident enough: lower the confidence threshold.")
+        raise InputError(_nothing_left("surface", scene, choice))
     return np.concatenate(vertices), np.concatenate(colours), joined
 
 
@@ -281,8 +289,23 @@ def _intrinsics(scene: Reconstruction, n: int) -> tuple[float, float, float, flo
     return (*affine.intrinsics(float(scene.focals[n]), height, width), *whole)
 
 
+def _check_cameras(scene: Reconstruction) -> None:
+    if len(scene.names) < 2:
+        raise InputError(
+            "A file of cameras needs two pictures or more: one picture has no pose. Choose glb, ply or npz."
+        )
+    twice = next((name for name in scene.names if scene.names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"Two pictures are named '{twice}', and this format tells them apart by name: rename one.")
+
+
 def write_colmap(scene: Reconstruction, folder: Path, choice: Selection | None = None) -> Path:
-    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``."""
+    """Write ``cameras.txt``, ``images.txt`` and ``points3D.txt``.
+
+    Raises:
+        InputError: fewer than two pictures (then there are no poses), two of one name, or no point left.
+    """
+    _check_cameras(scene)
     cameras, images = ["# CAMERA_ID MODEL WIDTH HEIGHT fx fy cx cy"], ["# IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME"]
     for n, name in enumerate(scene.names):
         fx, fy, cx, cy, width, height = _intrinsics(scene, n)
@@ -303,7 +326,12 @@ def write_colmap(scene: Reconstruction, folder: Path, choice: Selection | None =
 
 
 def write_nerfstudio(scene: Reconstruction, folder: Path, choice: Selection | None = None) -> Path:
-    """Write ``transforms.json`` (OpenGL cameras, intrinsics of the original files) and ``sparse_pc.ply``."""
+    """Write ``transforms.json`` (OpenGL cameras, intrinsics of the original files) and ``sparse_pc.ply``.
+
+    Raises:
+        InputError: as :func:`write_colmap`.
+    """
+    _check_cameras(scene)
     frames = []
     for n, name in enumerate(scene.names):
         fx, fy, cx, cy, width, height = _intrinsics(scene, n)

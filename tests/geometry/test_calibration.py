@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,33 @@ def test_identical_cameras_cannot_calibrate() -> None:
     scene.poses = scene.poses[:1].repeat(3, 1, 1)
     with pytest.raises(InputError, match="same place"):
         pseudo_labels(scene, p.pairs)
+
+
+def test_no_pair_that_keeps_enough_pixels() -> None:
+    p = room(5, views=3, size=8).predictions
+    scene = robust_alignment(p, steps=2, warmup=1)
+    scene.weights.zero_()
+    with pytest.raises(InputError, match=r"No pair of images keeps enough pixels at the cutoff 1\.5"):
+        pseudo_labels(scene, p.pairs)
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(
+    network: PointmapNetwork, known: tuple[list[Photo], calibration.Labels]
+) -> None:
+    photos, labels = known
+    broken = replace(labels, points1=labels.points1 * torch.inf)
+    with pytest.raises(InputError, match="loss of step 0 is not finite"):
+        calibration.train_adapter(calibration.with_lora(network, 2), [photos], [broken], Recipe(rank=2, epochs=1))
+
+
+def test_an_adapter_of_other_shapes_and_a_damaged_scene_file(network: PointmapNetwork, tmp_path: Path) -> None:
+    folder = calibration.save_adapter(calibration.with_lora(network, 2), tmp_path / "scene", {})
+    wider = PointmapNetwork(replace(SMALL, enc_embed_dim=64))
+    with pytest.raises(InputError, match="does not fit this base"):
+        calibration.load_adapter(wider, folder)
+    (folder / "scene.json").write_text("{")
+    with pytest.raises(InputError, match=r"scene\.json' is damaged"):
+        calibration.load_adapter(network, folder)
 
 
 def test_a_cutoff_that_keeps_too_little_is_lowered_with_a_warning() -> None:

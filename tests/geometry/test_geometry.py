@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_pictures_of_different_sizes_and_falling_apart() -> None:
         alignment.align(parts)
 
 
-@given(st.integers(1, 12), st.sampled_from(["complete", "swin-2", "swin-3-noncyclic", "logwin-2", "oneref-0"]))
+@given(st.integers(1, 12), st.sampled_from(["complete", "swin", "swin-1", "swin-noncyclic", "logwin", "oneref-0"]))
 @settings(max_examples=50, deadline=None)
 def test_graphs_are_symmetric_connected_and_without_repeats(count: int, graph: str) -> None:
     pairs = make_pairs(count, graph)
@@ -149,6 +150,10 @@ def test_graph_limits() -> None:
     assert len(make_pairs(32, many=True)) == 992
     with pytest.raises(InputError, match="no images"):
         make_pairs(0)
+    for graph, most in (("swin-5", "swin-4"), ("logwin-4-noncyclic", "logwin-3"), ("oneref-5", "numbered from 0")):
+        with pytest.raises(InputError, match=most):
+            make_pairs(5, graph)
+    assert make_pairs(2, "swin") == [(0, 1), (1, 0)]  # the usual window shrinks with the pictures
     assert keep_near([(0, 9), (0, 1)], 1) == [(0, 1)]
     assert keep_near([(0, 9), (0, 1)], 1, 10) == [(0, 9), (0, 1)]
 
@@ -252,13 +257,38 @@ def test_cameras_of_colmap_and_nerfstudio_see_the_points_at_their_pixels(kept: R
     assert cy == cx
 
 
+def test_files_of_cameras_need_two_pictures_and_two_names(kept: Reconstruction, tmp_path: Path) -> None:
+    def first(count: int, names: tuple[str, ...]) -> Reconstruction:
+        return Reconstruction(names, *(getattr(kept, f)[:count] for f in (
+            "affines", "poses", "focals", "images", "depth", "confidence")))  # fmt: skip
+
+    for write in (reconstruction.write_colmap, reconstruction.write_nerfstudio):
+        with pytest.raises(InputError, match="two pictures or more"):
+            write(first(1, ("a.png",)), tmp_path / "one")
+        with pytest.raises(InputError, match=r"Two pictures are named 'a\.png'"):
+            write(first(2, ("a.png", "a.png")), tmp_path / "twins")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_alignment_names_its_pair() -> None:
+    p = room(3, views=3, size=8).predictions
+    p.confidence2[4, 7] = torch.inf
+    with pytest.raises(
+        InputError, match=re.escape(f"not finite after 0 steps, first in the pair of pictures {p.pairs[4]}")
+    ):
+        alignment.align(p, 3)
+
+
 def test_selections(kept: Reconstruction) -> None:
     everything = len(reconstruction.cloud(kept, Selection(percentile=0))[0])
     assert len(reconstruction.cloud(kept, Selection(percentile=50))[0]) == pytest.approx(everything / 2, abs=2)
     assert len(reconstruction.cloud(kept, Selection(percentile=0, frame=1))[0]) == everything / 3
     assert len(reconstruction.cloud(kept, Selection(limit=10))[0]) == 10
-    with pytest.raises(InputError, match="lower the confidence"):
+    least, most = min(c.min() for c in kept.confidence), max(c.max() for c in kept.confidence)
+    with pytest.raises(InputError, match=f"between {least:.3g} and {most:.3g}"):
         reconstruction.cloud(kept, Selection(confidence=1e9))
+    with pytest.raises(InputError, match="No surface is left"):
+        reconstruction.triangles(kept, Selection(confidence=1e9))
     with pytest.raises(InputError, match="between 0 and 100"):
         Selection(percentile=100)
 

@@ -66,11 +66,20 @@ def test_a_cancelled_job_leaves_no_half_written_file(tmp_path: Path) -> None:
         ({"calibrate": True, "adapter": "x"}, "not both"),
         ({"adapter": "nowhere"}, "holds no PEFT adapter"),
         ({"graph": "star"}, "Unknown pair graph"),
+        ({"graph": "swin-9"}, "allow windows up to 'swin-3'"),
+        ({"also": ["x"]}, "they go with --calibrate"),
+        ({"calibrate": True, "also": ["nowhere"]}, "no folder 'nowhere'"),
+        ({"calibrate": True, "images": [PICTURES[0]] * 3}, "same place|keeps enough pixels"),
     ],
 )
 def test_bad_input_is_a_sentence(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         reconstruct.run(config(**values), tmp_path, Silent())
+
+
+def test_one_picture_several_times_is_said(tmp_path: Path) -> None:
+    done = reconstruct.run(config(images=[PICTURES[0]] * 3), tmp_path, Silent())
+    assert "Some pictures are the same file." in done["warnings"]
 
 
 @pytest.mark.parametrize("count", [1, 2])

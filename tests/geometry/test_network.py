@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,51 @@ def test_broken_folders_are_sentences(tmp_path: Path) -> None:
         checkpoints.open_checkpoint(tmp_path)
     with pytest.raises(InputError, match="no checkpoint"):
         checkpoints.open_checkpoint(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": {}}, "no 'model' in it"),
+        ({"model": {"x": 1}}, "tensors only"),
+        ({"model": {}}, r"args\.model is missing"),
+        ({"model": {}, "croco_kwargs": {}}, "CroCo"),
+        ({"model": {}, "args": argparse.Namespace(model=CONSTRUCTOR)}, r"missing \((\S+, ){9}\S+\), 0 unexpected"),
+    ],
+)
+def test_files_that_are_no_checkpoint_say_why(content: dict[str, Any], message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=message):
+        checkpoints.open_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"enc_num_heads": 8}, "multiple of 4"), ({"dec_num_heads": 3}, "multiple of 4"),
+        ({"head_type": "dpt", "patch_size": 16, "dec_depth": 6}, "4, 8, 12"),
+        ({"head_type": "dpt", "patch_size": 16, "dec_depth": 0}, "4, 8, 12"), ({"head_type": "cnn"}, "Unknown head"),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_are_sentences(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(SMALL, **values)
+
+
+def test_pictures_that_the_network_cannot_take() -> None:
+    model = network()
+    with pytest.raises(InputError, match="divisible by 8"):
+        model.encode(torch.zeros(1, 3, 32, 36))
+    with pytest.raises(InputError, match="as many first images as second ones, got 2 and 1"):
+        model(torch.zeros(2, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+    photos = [Photo(torch.rand(3, 32, 32), Affine(), f"{n}.png") for n in range(2)]
+    photos[1].pixels[0, 3, 3] = torch.nan
+    with pytest.raises(InputError, match=r"'1\.png' holds values that are not finite"):
+        predict(model, photos, make_pairs(2))
+    with torch.no_grad():
+        model.downstream_head1.proj.bias.fill_(torch.inf)  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="points that are not finite"):
+        predict(model, photos[:1], [(0, 0)])
 
 
 def test_public_weights_are_named_non_commercial() -> None:
