@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,8 @@ class Base:
 
             file = modern_blocks(file, self.unet_config)
         if set(self.models) == {MODEL} and len(file.parts) == 1:  # the files of one component do not say which
-            file = file.with_parts({MODEL: next(iter(file.parts.values()))}, file.flat)
+            layers, copies = next(iter(file.parts.values())), {MODEL: next(iter(file.copies.values()), {})}
+            file = replace(file.with_parts({MODEL: layers}, file.flat), copies=copies)
         return fit(file, self.models, f"'{self.name}'")
 
 
@@ -155,8 +156,6 @@ def soften(
     monitor: Monitor | None = None,
 ) -> tuple[LoraFile, LoraFile, dict[str, Any]]:
     """The adapter with its intruders scaled, the control (the whole update shrunk to the same size), and the facts."""
-    from dataclasses import replace
-
     from adapters.inspection import intruders as core
 
     opened = open_base(base)

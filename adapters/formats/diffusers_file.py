@@ -19,6 +19,7 @@ from adapters.formats.keys import (
     Role,
     guess_component,
     layer_of,
+    refuse_tables,
     refuse_unknown,
     split_component,
     split_role,
@@ -83,7 +84,12 @@ def component_configs(metadata: Mapping[str, str], source: str) -> dict[str, dic
 
 
 def write_diffusers(file: LoraFile, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write ``file`` so that diffusers' ``load_lora_weights`` rebuilds it exactly (its words in a file beside it)."""
+    """Write ``file`` so that diffusers' ``load_lora_weights`` rebuilds it exactly (its words in a file beside it).
+
+    Raises:
+        InputError: the adapter changes embeddings, or layers of different kinds.
+    """
+    refuse_tables(file, "diffusers")
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for component, layers in file.parts.items():

@@ -4,6 +4,7 @@
     with core    s B (C * A)              C (r, r, kh, kw) between 1 x 1 kernels ("lora_mid", Tucker), folded into A
     LoHa         s (B1 A1) o (B2 A2)      arXiv 2108.06098; rank r1 r2: columns B1[:, i] o B2[:, j], rows A1[i] o A2[j]
     LoKr         s W1 (x) W2              arXiv 2309.14859; (B1 A1) (x) (B2 A2) = (B1 (x) B2) (A1 (x) A2)
+    embedding    s B A                    of a table E (tokens, width), seen as the matrix E^T that one-hot tokens meet
     difference   D                        a whole matrix
 
 A factored form whose rank reaches min(out, in) is kept as the whole matrix beside an identity, which costs less and is
@@ -73,6 +74,7 @@ def factors(parts: Mapping[Role, Tensor], name: str, source: str) -> Factors:
 
 MARKS: Mapping[str, tuple[Role, ...]] = {
     "LoRA": ("A", "B", "mid"),
+    "embedding": ("table_A", "table_B"),
     "LoHa": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"),
     "LoKr": ("k1", "k1_a", "k1_b", "k2", "k2_a", "k2_b", "kt"),
     "difference": ("diff",),
@@ -159,6 +161,13 @@ def _lokr(parts: Mapping[Role, Tensor]) -> Factors:
     return Factors(_kernel(A, kernel), torch.kron(first[0].contiguous(), second[0].contiguous()), dim)
 
 
+def _table(parts: Mapping[Role, Tensor]) -> Factors:
+    A, B = parts["table_A"], parts["table_B"]
+    if A.ndim != 2 or B.ndim != 2 or 0 in A.shape or A.shape[0] != B.shape[1]:
+        raise ValueError("A is (r, tokens) and B is (width, r)")
+    return Factors(A, B, A.shape[0])
+
+
 def _difference(parts: Mapping[Role, Tensor]) -> Factors:
     whole = parts["diff"].float()
     if whole.ndim not in (2, 4) or 0 in whole.shape:
@@ -167,7 +176,7 @@ def _difference(parts: Mapping[Role, Tensor]) -> Factors:
     return _whole(whole.flatten(1), tuple(whole.shape[2:]), 0)
 
 
-_FORMS = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr, "difference": _difference}
+_FORMS = {"LoRA": _lora, "embedding": _table, "LoHa": _loha, "LoKr": _lokr, "difference": _difference}
 
 
 def _whole(matrix: Tensor, kernel: tuple[int, ...], dim: int) -> Factors:

@@ -9,24 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import FamilyError, InputError, nearest
 from adapters.formats.lora import TEXT_ENCODERS, LoraFile, LoraLayer
 
 
-def fit(file: LoraFile, models: Mapping[str, nn.Module], base: str = "this base model") -> LoraFile:
+def fit(
+    file: LoraFile, models: Mapping[str, nn.Module], base: str = "this base model", tables: bool = True
+) -> LoraFile:
     """``file`` with the module paths of ``models`` and layers shaped as their modules need.
 
     Args:
         file: what was read.
         models: component -> model ("unet", "text_encoder", ...).
         base: what to call the base model in messages.
+        tables: whether adapters on embeddings can be used.
 
     Raises:
-        FamilyError: a component, module or shape the models do not have.
-        InputError: nothing to load, or two layers for one module.
+        FamilyError: a component, module or shape the models do not have, or another table than theirs.
+        InputError: nothing to load, two layers for one module, or embeddings without ``tables``.
     """
     if not any(file.parts.values()):
         raise InputError(f"{_source(file)} holds no LoRA layers.")
@@ -50,6 +54,13 @@ def fit(file: LoraFile, models: Mapping[str, nn.Module], base: str = "this base 
             if module in fitted:
                 raise InputError(f"{_source(file)}: two layers for the module '{component}.{module}'.")
             fitted[module] = fit_layer(layer, names[module], f"{component}.{module}", _source(file), base)
+            if fitted[module].embedding and not tables:
+                raise InputError(
+                    f"{_source(file)} changes the embeddings '{component}.{module}'; only adapters on linear layers "
+                    "and convolutions can be used here."
+                )
+        for written, weight in file.copies.get(component, {}).items():
+            check_copy(weight, names.get(lookup.get(written, "")), f"{component}.{written}", _source(file), base)
         parts[component] = fitted
     return file.with_parts(parts)
 
@@ -59,8 +70,13 @@ def fit_layer(layer: LoraLayer, module: nn.Module, name: str, source: str, base:
 
     Raises:
         FamilyError: the sizes differ.
-        InputError: a module that is neither Linear (GPT-2's Conv1D is one) nor Conv2d.
+        InputError: a module that is neither Linear (GPT-2's Conv1D is one) nor Conv2d nor Embedding.
     """
+    if layer.embedding and not isinstance(module, nn.Embedding):
+        raise FamilyError(
+            f"{source} changes embeddings '{name}', which in {base} is a {type(module).__name__}: the adapter was made "
+            "for another model."
+        )
     if isinstance(module, nn.Linear | Conv1D):
         wanted: tuple[int, ...] = (
             (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
@@ -76,15 +92,36 @@ def fit_layer(layer: LoraLayer, module: nn.Module, name: str, source: str, base:
         else:
             down = layer.A if layer.A.ndim == 4 else layer.A[..., None, None]
         up = layer.B if layer.B.ndim == 4 else layer.B[..., None, None]
+    elif isinstance(module, nn.Embedding):  # some programs write lora_A and lora_B here too
+        wanted, down, up = (module.embedding_dim, module.num_embeddings), layer.A, layer.B
     else:
-        raise InputError(f"{source}: '{name}' is a {type(module).__name__}; only Linear and Conv2d take a LoRA here.")
+        raise InputError(
+            f"{source}: '{name}' is a {type(module).__name__}; only Linear, Conv2d and Embedding take a LoRA here."
+        )
     found = (up.shape[0], *down.shape[1:])
     if found != wanted:
         raise FamilyError(
             f"{source} does not fit {base}: layer '{name}' updates a weight of shape {found}, "
             f"the model's is {wanted}. It was made for another family or size."
         )
-    return replace(layer, A=down, B=up)
+    return replace(layer, A=down, B=up, embedding=isinstance(module, nn.Embedding))
+
+
+def check_copy(weight: Tensor, module: nn.Module | None, name: str, source: str, base: str) -> None:
+    """Make sure that a weight which PEFT wrote beside the adapter is the base's, up to the rounding of its dtype.
+
+    Raises:
+        FamilyError: it is another one, of a longer vocabulary or a trained table.
+    """
+    own = getattr(module, "weight", None)
+    if isinstance(own, Tensor) and own.is_floating_point() and own.shape == weight.shape:
+        coarse = max((torch.finfo(weight.dtype), torch.finfo(own.dtype)), key=lambda kind: kind.eps)
+        if torch.allclose(weight.float(), own.detach().cpu().float(), rtol=coarse.eps, atol=coarse.tiny):
+            return
+    raise FamilyError(
+        f"{source} brings a weight of its own for '{name}' that is not the one of {base}: it was trained on another "
+        "base, or with a changed vocabulary."
+    )
 
 
 def _lookup(names: Iterable[str], flat: bool, text: bool) -> dict[str, str]:

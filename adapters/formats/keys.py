@@ -25,10 +25,19 @@ from torch import Tensor
 
 from adapters.errors import InputError
 from adapters.formats.factors import factors
-from adapters.formats.lora import COMPONENTS, LoraLayer
+from adapters.formats.lora import COMPONENTS, LoraFile, LoraLayer
 from adapters.formats.roles import Role, split_role
 
-__all__ = ["Role", "guess_component", "layer_of", "modern_name", "refuse_foreign", "split_component", "split_role"]
+__all__ = [
+    "Role",
+    "guess_component",
+    "layer_of",
+    "modern_name",
+    "refuse_foreign",
+    "refuse_tables",
+    "split_component",
+    "split_role",
+]
 
 _NEEDS_BASE = "its change depends on the base model's weights, so it is no sum of adapters"
 FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
@@ -39,8 +48,7 @@ FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"\.on_input$|\.ia3_l", "IA3", _NEEDS_BASE),
         (r"\.(w|b)_norm$", "trained normalisation layers", "only linear layers and convolutions can be composed"),
         (r"new_concept_embedding", "ED-LoRA", "it is read from its own .pth file only"),
-        (r"_lora_embedding_|\.lora_embedding_[AB]", "LoRA on an embedding table",
-         "only linear layers and convolutions can be composed"),
+        (r"_lora_embedding_", "LoRA on an embedding table with flat names", "it is read from PEFT's own keys only"),
         (r"\.lora_B\.bias$|\.(query|key)_norm\.scale$", "LoRA that also trains biases or normalisation (BFL control)",
          "it belongs to a control pipeline with more input channels, not to the base model"),
         (r"\.vera_lambda", "VeRA", "its shared random matrices are not in the file"),
@@ -100,6 +108,15 @@ def refuse_unknown(keys: list[str], source: str) -> None:
         )
 
 
+def refuse_tables(file: LoraFile, format: str) -> None:
+    """Raise :class:`InputError` if the adapter changes embeddings, which only PEFT's own form has a place for."""
+    if tables := file.tables():
+        raise InputError(
+            f"The adapter changes the embeddings '{tables[0]}', which the {format} format has no place for: use the "
+            "peft format."
+        )
+
+
 def written_alpha(parts: Mapping[Role, Tensor], name: str, source: str) -> float | None:
     """The alpha a file holds for a layer, None if it holds none.
 
@@ -136,7 +153,8 @@ def layer_of(
         value = float(rank) if alpha is None or (not made.dim and not scaled) else alpha / dim * rank
     if not math.isfinite(value):
         raise InputError(f"{source}: the scale of layer '{name}' is not a finite number (alpha {alpha}).")
-    return LoraLayer(made.A, made.B, value, rslora and plain, _magnitude(parts, made.B.shape[0], name, source))
+    magnitude = _magnitude(parts, made.B.shape[0], name, source)
+    return LoraLayer(made.A, made.B, value, rslora and plain, magnitude, embedding="table_A" in parts)
 
 
 def _magnitude(parts: Mapping[Role, Tensor], outputs: int, name: str, source: str) -> Tensor | None:

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from adapters.errors import InputError
 from adapters.formats import original_names
-from adapters.formats.keys import Role, layer_of, modern_name, refuse_unknown, split_role, written_alpha
+from adapters.formats.keys import (
+    Role,
+    layer_of,
+    modern_name,
+    refuse_tables,
+    refuse_unknown,
+    split_role,
+    written_alpha,
+)
 from adapters.formats.lora import TEXT_ENCODERS, LoraFile, LoraLayer, group_dict
 from adapters.formats.tensors import write_tensors
 from adapters.formats.words import word_tensors, write_beside
@@ -116,8 +124,9 @@ def write_kohya(file: LoraFile, path: Path, metadata: Mapping[str, str] | None =
     """Write ``file`` in kohya's format; returns the path.
 
     Raises:
-        InputError: a component kohya has no name for (its SD3 and Flux files split and rename layers).
+        InputError: embeddings, or a component kohya has no name for (its SD3 and Flux files split and rename layers).
     """
+    refuse_tables(file, "kohya")
     if "transformer" in file.parts:
         raise InputError("The kohya format is written for UNet models only; use the diffusers format for SD3 and Flux.")
     two_encoders = "text_encoder_2" in file.parts

@@ -1,7 +1,8 @@
 """The one form a LoRA has in memory, whatever file it came from.
 
 A layer is  y = W0 x + s B A x,  with W0 (out, in) frozen, A (r, in), B (out, r) and  s = alpha / r  (rsLoRA:
-alpha / sqrt(r)). A convolution keeps its kernel in A (r, in, kh, kw) and has B (out, r, 1, 1). A DoRA layer
+alpha / sqrt(r)). A convolution keeps its kernel in A (r, in, kh, kw) and has B (out, r, 1, 1). A table of embeddings
+E (tokens, width) is the layer of one-hot tokens, W0 = E^T: A (r, tokens), B (width, r). A DoRA layer
 (arXiv 2402.09353) also has a magnitude m (out,):  y = m / |W0 + s B A| (W0 + s B A) x  with one norm per output.
 """
 
@@ -31,6 +32,7 @@ class LoraLayer:
         alpha: numerator of the scale.
         rslora: the scale is alpha / sqrt(r) instead of alpha / r.
         magnitude: DoRA's m (out,), or None.
+        embedding: the module is a table of embeddings.
     """
 
     A: Tensor
@@ -38,6 +40,7 @@ class LoraLayer:
     alpha: float
     rslora: bool = False
     magnitude: Tensor | None = None
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -48,7 +51,10 @@ class LoraLayer:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     def delta(self) -> Tensor:
-        """s B A in fp32, shaped like the module's weight (of a DoRA layer: the part before normalisation)."""
+        """s B A (out, in...) in fp32 (of a DoRA layer: the part before normalisation).
+
+        Modules that keep their weight the other way round (embeddings, GPT-2's Conv1D) change by its transpose.
+        """
         product = self.B.float().flatten(1) @ self.A.float().flatten(1)
         return self.scale * product.reshape(self.B.shape[0], *self.A.shape[1:])
 
@@ -64,6 +70,8 @@ class LoraFile:
         metadata: the text entries of the file.
         path, sha256: where it came from; empty for what was made in memory.
         embeddings: of an ED-LoRA, its words: word -> (cross-attention layers, width of the text).
+        copies: weights of the base that PEFT writes beside an adapter on an embedding or output layer: component ->
+            module -> weight. ``fit`` makes sure that the base has the same.
         words: of pivotal tuning: word -> text encoder -> (vectors, width of the text).
     """
 
@@ -75,6 +83,7 @@ class LoraFile:
     sha256: str = ""
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     words: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    copies: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[str, str, LoraLayer]]:
         """(component, module path, layer), in a fixed order."""
@@ -100,6 +109,10 @@ class LoraFile:
 
     def is_dora(self) -> bool:
         return any(layer.magnitude is not None for _, _, layer in self.layers())
+
+    def tables(self) -> tuple[str, ...]:
+        """ "component.module" of the adapters on tables of embeddings."""
+        return tuple(f"{component}.{module}" for component, module, layer in self.layers() if layer.embedding)
 
     def with_parts(self, parts: Mapping[str, Mapping[str, LoraLayer]], flat: bool = False) -> LoraFile:
         """The same file with other (renamed, converted) layers."""

@@ -41,10 +41,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         )
     if config.get("lora_bias") or config.get("bias", "none") not in (None, "none"):
         raise InputError(f"{source} also trains biases, which cannot be composed.")
-    if config.get("fan_in_fan_out"):
-        raise InputError(
-            f"{source} is made for transposed layers (fan_in_fan_out), which diffusion models do not have."
-        )
+    # fan_in_fan_out only says how the base keeps its weight (GPT-2's Conv1D): A and B are the same either way
 
 
 def alpha_of(config: Mapping[str, Any], module: str, source: str) -> float:

@@ -23,6 +23,8 @@ from adapters.formats.tensors import check_finite, read_tensors, write_tensors
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
+COPY = ".base_layer.weight"
+"""PEFT writes the weight of an adapted embedding or output layer a second time, as the base had it."""
 
 
 def is_peft_directory(path: Path) -> bool:
@@ -37,15 +39,15 @@ def read_peft(path: Path) -> LoraFile:
         InputError: missing or damaged files, another PEFT method, keys that are not understood.
     """
     if (path / CONFIG).is_file():
-        component, layers, text = _read_one(path)
-        parts = {component: layers}
+        component, layers, copied, text = _read_one(path)
+        parts, copies = {component: layers}, {component: copied}
     else:
-        parts, text = {}, {}
+        parts, copies, text = {}, {}, {}
         for name in COMPONENTS:
             if (path / name / CONFIG).is_file():
-                _, parts[name], own = _read_one(path / name)
+                _, parts[name], copies[name], own = _read_one(path / name)
                 text |= own
-    return LoraFile(parts, "peft", metadata=text, path=path)
+    return LoraFile(parts, "peft", metadata=text, path=path, copies=copies)
 
 
 def write_peft(file: LoraFile, path: Path) -> Path:
@@ -68,7 +70,8 @@ def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in ("lora_adapter_metadata", "format")}
 
 
-def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, str]]:
+def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, Tensor], dict[str, str]]:
+    """Component, layers, copied weights of the base, and the text entries of one PEFT directory."""
     config = _read_config(path / CONFIG)
     weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if weights is None:
@@ -77,7 +80,11 @@ def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, str]]:
     check_finite(tensors, f"'{weights}'")
     refuse_foreign(tensors, f"'{weights}'")
     groups: dict[str, dict[Role, Tensor]] = {}
+    copies: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if key.endswith(COPY):
+            copies[key.removeprefix(PREFIX).removesuffix(COPY)] = tensor
+            continue
         found = split_role(key)
         if found is None:
             raise InputError(f"'{weights}': key '{key}' is not understood.")
@@ -90,7 +97,7 @@ def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, str]]:
         module: layer_of(parts, number(config, module, source), rslora, module, source, scaled=not plain)
         for module, parts in groups.items()
     }
-    return component, layers, text
+    return component, layers, copies, text
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -107,8 +114,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 def _write_one(path: Path, layers: Mapping[str, LoraLayer], metadata: Mapping[str, str]) -> None:
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.B
+        names = ("lora_embedding_A", "lora_embedding_B") if layer.embedding else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{PREFIX}{module}.{name}": side for name, side in zip(names, (layer.A, layer.B), strict=True)}
         if layer.magnitude is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude
     text = json.dumps(config_of(layers) | {"inference_mode": True}, indent=2, sort_keys=True)

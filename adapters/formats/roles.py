@@ -4,6 +4,7 @@
 ...lora_mid.weight                                                   the core between 1 x 1 kernels
 ...hada_w1_a  ...hada_t1  ...lokr_w1  ...lokr_w2_b  ...lokr_t2        LyCORIS
 ...diff                                                              a whole difference of weights
+...lora_embedding_A   ...lora_embedding_B                              PEFT on a table of embeddings
 ...alpha   ...dora_scale   ...lora_magnitude_vector                  scale and magnitude
 """
 
@@ -13,7 +14,7 @@ import re
 from typing import Literal
 
 Role = Literal[
-    "A", "B", "mid", "alpha", "magnitude", "dora_scale", "diff",
+    "A", "B", "table_A", "table_B", "mid", "alpha", "magnitude", "dora_scale", "diff",
     "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2",
     "k1", "k1_a", "k1_b", "k2", "k2_a", "k2_b", "kt",
 ]  # fmt: skip
@@ -33,6 +34,8 @@ _ROLES: dict[Role, tuple[str, ...]] = {
         r"(?<=_lora[12])\.up\.weight$",
         r"\.lora_linear_layer\.up\.weight$",
     ),
+    "table_A": (r"\.lora_embedding_A(\.default)?$",),
+    "table_B": (r"\.lora_embedding_B(\.default)?$",),
     "mid": (r"\.lora_mid\.weight$",),
     "alpha": (r"\.alpha$",),
     "magnitude": (r"\.lora_magnitude_vector(\.default)?(\.weight)?$",),

@@ -215,6 +215,7 @@ def mitigate(layer: LoraLayer, found: Found, strength: float) -> LoraLayer:
         A.to(dtype).reshape(rank, *layer.A.shape[1:]),
         B.to(dtype).reshape(B.shape[0], rank, *layer.B.shape[2:]),
         alpha=float(rank),
+        embedding=layer.embedding,
     )
 
 
@@ -413,7 +414,10 @@ def between(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], least
                 else:
                     pair = torch.eye(columns), difference
                 layers[component, name] = LoraLayer(
-                    pair[0].contiguous(), pair[1].contiguous(), float(min(rows, columns))
+                    pair[0].contiguous(),
+                    pair[1].contiguous(),
+                    float(min(rows, columns)),
+                    embedding=isinstance(module, nn.Embedding),
                 )
     if not layers:
         raise InputError("The two models have the same weights: there is nothing to look at.")

@@ -232,15 +232,9 @@ def delta_like(layer: Any, adapter: str, weight: Tensor) -> Tensor:
 
 
 def read_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
-    """The adapter of ``model`` as an ordinary LoRA of the untouched base: module path -> copy of its layer (CPU).
-
-    Raises:
-        InputError: the adapter is on embeddings, which files with lora_A and lora_B do not hold.
-    """
+    """The adapter of ``model`` as an ordinary LoRA of the untouched base: module path -> copy of its layer (CPU)."""
     found = {}
     for name, layer in adapted(model, adapter).items():
-        if adapter not in layer.lora_A:
-            raise InputError(f"The adapter on the embedding '{name}' cannot be saved as an ordinary LoRA.")
         down, up = pair(layer, adapter)
         plain = core_of(layer, adapter) is None and offset_of(layer, adapter) is None
         if plain:
@@ -254,7 +248,7 @@ def read_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
         magnitude = magnitudes[adapter].weight.detach().clone().flatten().cpu() if adapter in magnitudes else None
         alpha = layer.scaling[adapter] * (math.sqrt(rank) if rslora else rank)
         found[name] = LoraLayer(A.to(down.dtype).cpu().contiguous(), B.to(up.dtype).cpu().contiguous(), alpha, rslora,
-                                magnitude)  # fmt: skip
+                                magnitude, isinstance(layer, LoraEmbedding))  # fmt: skip
     return found
 
 

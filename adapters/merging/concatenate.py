@@ -98,7 +98,7 @@ def summands(
     if not found:
         raise InputError("Every weight is 0: the merged LoRA would be empty.")
     for (component, module), parts in found.items():
-        shapes = {(layer.B.shape[0], tuple(layer.A.shape[1:])) for layer, _ in parts}
+        shapes = {(layer.B.shape[0], tuple(layer.A.shape[1:]), layer.embedding) for layer, _ in parts}
         if len(shapes) > 1:
             raise InputError(f"The adapters have different shapes in '{component}.{module}': not of one base model.")
         if not all(bool(t.isfinite().all()) for layer, _ in parts for t in (layer.A, layer.B)):
@@ -110,7 +110,7 @@ def join(summands: Sequence[tuple[LoraLayer, float]]) -> LoraLayer:
     """The exact sum of weighted layers, rank R = sum of their ranks, scale 1."""
     A = torch.cat([layer.A.float() for layer, _ in summands])
     B = torch.cat([weight * layer.scale * layer.B.float() for layer, weight in summands], dim=1)
-    return LoraLayer(A, B, alpha=float(A.shape[0]))
+    return LoraLayer(A, B, alpha=float(A.shape[0]), embedding=summands[0][0].embedding)
 
 
 def cut(layer: LoraLayer, rank: int) -> tuple[LoraLayer, float]:
@@ -126,6 +126,9 @@ def cut(layer: LoraLayer, rank: int) -> tuple[LoraLayer, float]:
     size = torch.linalg.vector_norm(S)
     error = float(torch.linalg.vector_norm(S[rank:]) / size) if size > 0 else 0.0
     shaped = LoraLayer(
-        down.reshape(rank, *layer.A.shape[1:]), up.reshape(up.shape[0], rank, *layer.B.shape[2:]), alpha=float(rank)
+        down.reshape(rank, *layer.A.shape[1:]),
+        up.reshape(up.shape[0], rank, *layer.B.shape[2:]),
+        alpha=float(rank),
+        embedding=layer.embedding,
     )
     return shaped, error

@@ -58,7 +58,8 @@ def nearest(update: Tensor, rank: int, like: LoraLayer) -> tuple[LoraLayer, floa
     A, B = (root[:, None] * Vh).reshape(-1, *like.A.shape[1:]), (U * root).reshape(U.shape[0], -1, *like.B.shape[2:])
     size = torch.linalg.vector_norm(update)
     left = (size.square() - S.square().sum()).clamp_min(0).sqrt()
-    return LoraLayer(A.contiguous(), B.contiguous(), alpha=float(A.shape[0])), float(left / size) if size > 0 else 0.0
+    made = LoraLayer(A.contiguous(), B.contiguous(), alpha=float(A.shape[0]), embedding=like.embedding)
+    return made, float(left / size) if size > 0 else 0.0
 
 
 def keep_largest(update: Tensor, density: float) -> Tensor:

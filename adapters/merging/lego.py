@@ -129,6 +129,7 @@ def merge_layer(
         A.reshape(-1, *first.A.shape[1:]).contiguous(),
         B.reshape(B.shape[0], -1, *first.B.shape[2:]).contiguous(),
         alpha=float(A.shape[0]),
+        embedding=first.embedding,
     )
     clusters = [owners[labels == j] for j in range(centres.shape[0])]
     return layer, {

@@ -64,7 +64,7 @@ def linear(
         roots = [(weight * layer.scale) ** 0.5 for layer, weight in parts]
         A = torch.stack([root * layer.A.float() for root, (layer, _) in zip(roots, parts, strict=True)]).sum(0)
         B = torch.stack([root * layer.B.float() for root, (layer, _) in zip(roots, parts, strict=True)]).sum(0)
-        merged = LoraLayer(A, B, alpha=float(A.shape[0]))
+        merged = LoraLayer(A, B, alpha=float(A.shape[0]), embedding=parts[0][0].embedding)
         if rank is not None and rank < merged.rank:
             merged, _ = cut(merged, rank)
         exact = join(parts).delta()

@@ -143,5 +143,5 @@ def _factors(files: Sequence[LoraFile], weights: Sequence[float]) -> LoraFile:
             raise InputError(f"LoraHub (factors) needs the same rank and alpha; they differ in '{component}.{module}'.")
         A = sum((weight * other.A.float() for weight, other in zip(weights, others, strict=True)), 0 * layer.A.float())
         B = sum((weight * other.B.float() for weight, other in zip(weights, others, strict=True)), 0 * layer.B.float())
-        layers[component, module] = LoraLayer(A, B, layer.alpha, layer.rslora)
+        layers[component, module] = LoraLayer(A, B, layer.alpha, layer.rslora, embedding=layer.embedding)
     return LoraFile(group_dict(layers))

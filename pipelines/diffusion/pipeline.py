@@ -215,7 +215,10 @@ class MultiLoRAPipeline:
         keyframes = check_keyframes(schedule or (), chosen)
         base = f"the base model ({self.family.title})"
         fitted = fit(
-            modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None)), self._models(), base
+            modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None)),
+            self._models(),
+            base,
+            tables=False,
         )
         factors = check_blocks(blocks or {}, fitted.parts, self.family.denoiser)
         self._check_words(file, chosen)

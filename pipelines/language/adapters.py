@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from adapters.errors import FamilyError, InputError
+from adapters.formats.fit import check_copy
 from adapters.formats.keys import split_role
-from adapters.formats.peft_directory import CONFIG, PREFIX, WEIGHTS
+from adapters.formats.peft_directory import CONFIG, COPY, PREFIX, WEIGHTS
 
 Weights = Mapping[str, float]
 """Adapter name -> strength; an empty mapping is the base alone."""
@@ -36,14 +37,22 @@ def check_fits(path: Path, model: nn.Module, base: str = "this base model") -> d
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 found = split_role(key)
-                if found is None or found[1] not in ("A", "B"):
+                if key.endswith(COPY):  # PEFT would lay it over the base's own
+                    name = key.removeprefix(PREFIX).removesuffix(COPY)
+                    check_copy(opened.get_tensor(key), modules.get(name), name, f"'{path.name}'", base)
+                if found is None or found[1] not in ("A", "B", "table_A", "table_B"):
                     continue
-                name, side = found[0].removeprefix(PREFIX), found[1]
+                name, side = found[0].removeprefix(PREFIX), found[1][-1]
                 module = modules.get(name)
                 if module is None or not hasattr(module, "weight"):
                     raise FamilyError(
                         f"The adapter '{path.name}' does not fit {base}: it adapts '{name}', which that model does not "
                         f"have{_made_for(config)}."
+                    )
+                if isinstance(module, nn.Embedding) is not found[1].startswith("table"):
+                    raise FamilyError(
+                        f"The adapter '{path.name}' does not fit {base}: its layer '{name}' is of another kind than "
+                        f"that model's {type(module).__name__}{_made_for(config)}."
                     )
                 _check_shape(path.name, base, name, side, opened.get_slice(key).get_shape(), module, config)
     except SafetensorError as error:
@@ -78,10 +87,13 @@ def _check_shape(
 
 
 def sizes(module: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer, whatever kind it is (GPT-2's Conv1D stores its weight transposed)."""
+    """(outputs, inputs) of a linear layer, whatever kind it is (GPT-2's Conv1D stores its weight transposed).
+
+    A table of embeddings has one input per token.
+    """
     if hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)
-    if type(module).__name__ == "Conv1D":
+    if type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     return int(module.weight.shape[0]), int(module.weight[0].numel())
 

@@ -157,7 +157,9 @@ class Distillation(Training):
 
         models = {self.family.denoiser_name: self.family.denoiser, **self.family.encoder_parts}
         chosen = [_named(text) for text in names]
-        files = [fit(read(library.resolve_adapter(name)), models, self.distillation.base) for name, _ in chosen]
+        files = [
+            fit(read(library.resolve_adapter(name)), models, self.distillation.base, tables=False) for name, _ in chosen
+        ]
         for component, model in models.items():
             parts = [
                 Adapter(file.parts.get(component, {}), strength=weight)

@@ -282,7 +282,7 @@ class Training:
         file = read(library.resolve_adapter(self.config.continue_from))
         if any(component.startswith("text_encoder") and component not in models for component in file.parts):
             raise InputError("The adapter to continue from also adapts text encoders: set train_text_encoder to true.")
-        return fit(file, models, self.config.base)
+        return fit(file, models, self.config.base, tables=False)
 
     # ---------------------------------------------------------------- start and resume
     def restore(self, resume: bool) -> None:
