@@ -90,6 +90,7 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
     cost = estimate.estimate(
         opened.network.config, sum(map(len, (photos, *also))), sum(map(len, (graph, *graphs))), height, width, device,
         config.chunk, config.epochs if config.calibrate else 0,
+        config.steps * (3 if config.calibrate else 1) if len(photos) > 2 else 0,  # plain, robust, with the adapter
     )  # fmt: skip
     monitor.report(Progress("loading", message=f"expected: {cost}"))
     check(monitor)
@@ -151,8 +152,9 @@ def _photos(paths: Sequence[str], config: ReconstructConfig, network: Any, monit
         for path in given:
             check(monitor)
             photos.append(images.read_photo(path, size, patch, square))
-    if config.calibrate and len(photos) < 3:
-        raise InputError(f"Calibrating needs three pictures or more of a scene, got {len(photos)}.")
+    different = len({photo.sha256 for photo in photos})
+    if config.calibrate and different < 3:
+        raise InputError(f"Calibrating needs three pictures or more of a scene that differ, got {different}.")
     return photos
 
 
@@ -178,6 +180,7 @@ def _aligned(told: Any, config: ReconstructConfig, monitor: Monitor) -> Any:
     import torch
 
     from pipelines.geometry import alignment, cameras, initialise
+    from studio import devices
 
     if len(told.sizes) == 1:
         focals = initialise.own_focals(told)
@@ -187,7 +190,9 @@ def _aligned(told: Any, config: ReconstructConfig, monitor: Monitor) -> Any:
                                    initialise.strongest(told), flat, flat, ones)  # fmt: skip
     if len(told.sizes) == 2:
         return alignment.view_pair(told)
-    return alignment.align(told, config.steps, schedule=config.schedule, monitor=monitor)
+    return alignment.align(
+        told.to(devices.resolve(config.device)), config.steps, schedule=config.schedule, monitor=monitor
+    )
 
 
 def _calibrated(
@@ -201,12 +206,14 @@ def _calibrated(
 ) -> dict[str, Any]:
     """Train one adapter on all ``scenes`` and keep it; the first scene is the one that is reconstructed."""
     from pipelines.geometry import calibration
+    from studio import devices
 
     recipe = calibration.Recipe(
         config.rank, config.preset, config.epochs, lr=config.lr, seed=config.seed, dtype=config.dtype
     )
+    answers = [one.to(devices.resolve(config.device)) for one in told]
     model, robust, labels, losses = calibration.calibrate(
-        network, scenes, told, recipe, config.mu, min(100, config.steps // 3), config.cutoff, config.steps,
+        network, scenes, answers, recipe, config.mu, min(100, config.steps // 3), config.cutoff, config.steps,
         monitor=monitor,
     )  # fmt: skip
     facts = [

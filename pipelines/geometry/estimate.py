@@ -10,19 +10,24 @@ import torch
 
 from pipelines.geometry.network import NetworkConfig, PointmapNetwork
 
+ALIGNMENT_BYTES = 385
+"""Per pixel of an ordered pair, with gradients, as ``benchmarks.geometry_size`` measures it."""
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak and seconds for the pairs and the alignment (calibration: ``training``)."""
+    """Bytes at the peak, and seconds for asking the network, for the alignment and for training the adapter."""
 
     pairs: int
     parameters: int
     memory: int
     network_seconds: float
+    alignment_seconds: float
     training_seconds: float
 
     def __str__(self) -> str:
-        text = f"{self.pairs} ordered pairs, about {self.memory / 2**30:.1f} GB and {self.network_seconds:.0f} s"
+        text = f"{self.pairs} ordered pairs, about {self.memory / 1e9:.1f} GB; network {self.network_seconds:.0f} s"
+        text += f", alignment {self.alignment_seconds:.0f} s" if self.alignment_seconds else ""
         return text + (f", calibration {self.training_seconds:.0f} s more" if self.training_seconds else "")
 
 
@@ -57,13 +62,31 @@ def speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     return 2 * size**3 / best
 
 
+def alignment_pace(device: torch.device) -> float:
+    """Seconds that one step of the alignment takes per pixel of an ordered pair: its distances and their gradients."""
+    count = 2**15
+    world = torch.randn(2, count, 3, device=device, requires_grad=True)
+    points, turn = torch.randn(2, count, 3, device=device), torch.eye(3, device=device, requires_grad=True)
+    best = math.inf
+    for _ in range(5):
+        begun = time.perf_counter()
+        apart = world - (2 * (points @ turn.mT) + 1)
+        ((apart * apart).sum(-1) + 1e-18).sqrt().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return best / count
+
+
 def estimate(
     config: NetworkConfig, images: int, pairs: int, height: int, width: int, device: torch.device, chunk: int = 8,
-    epochs: int = 0,
+    epochs: int = 0, steps: int = 0,
 ) -> Estimate:  # fmt: skip
-    """Cost of ``images`` pictures of a size and ``pairs`` ordered pairs; ``epochs`` > 0 adds calibration.
+    """Cost of ``images`` pictures of a size and ``pairs`` ordered pairs; ``epochs`` > 0 adds calibration, ``steps`` > 0
+    that many steps of alignment.
 
-    Memory: weights in fp32, cached tokens, one chunk's activations, predictions and Adam's state of the alignment.
+    Memory: weights in fp32 and the most of three stages: cached tokens, predictions and one chunk's activations;
+    the alignment; a training step.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in PointmapNetwork(config).parameters())
@@ -71,7 +94,8 @@ def estimate(
     cache = images * tokens * config.enc_embed_dim * 4
     head = 256 * (height // 2) * (width // 2) * 3 if config.head_type == "dpt" else 8 * height * width
     work = chunk * 2 * 4 * (head + tokens * config.dec_embed_dim * (config.dec_depth + 12))
-    kept = pairs * height * width * 8 * 4 * 4  # points, confidence, distances, gradients
+    kept = pairs * height * width * 32
+    aligned = pairs * height * width * ALIGNMENT_BYTES if steps else 0
     train = (
         2
         * 2
@@ -83,5 +107,6 @@ def estimate(
     pace = speed(device, torch.bfloat16 if device.type == "cuda" else torch.float32) * 0.5
     seconds = (images * encode + pairs * decode) / pace
     training = epochs * pairs * (2 * encode + decode) * 3 / pace
-    memory = parameters * 4 + cache + kept + (max(work, train) if epochs else work)
-    return Estimate(pairs, parameters, memory, seconds, training)
+    memory = parameters * 4 + max(cache + kept + work, aligned, kept + train if epochs else 0)
+    aligning = steps * pairs * height * width * alignment_pace(device) if steps else 0.0
+    return Estimate(pairs, parameters, memory, seconds, aligning, training)

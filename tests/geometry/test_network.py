@@ -293,3 +293,7 @@ def test_the_estimate_counts_what_the_paper_states() -> None:
     cost = estimate.estimate(NetworkConfig(), 10, 90, 384, 512, torch.device("cpu"))
     assert cost.memory > 4 * 532_342_784
     assert cost.network_seconds > 0
+    assert cost.alignment_seconds == 0
+    longer = estimate.estimate(NetworkConfig(), 10, 90, 384, 512, torch.device("cpu"), steps=300)
+    assert longer.memory == 4 * 532_342_784 + 90 * 384 * 512 * estimate.ALIGNMENT_BYTES
+    assert "alignment" in str(longer)
