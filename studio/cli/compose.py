@@ -82,6 +82,8 @@ def compose(
     chosen, threads = _configuration(config, from_, changes, set_ or [])
     if out is not None and detach:
         raise InputError("--out and --detach exclude each other: the worker keeps its pictures in the job's folder.")
+    if from_ is None and not plan and not _says_what(chosen):
+        raise InputError('There is nothing to draw: say what with --prompt ("" for a picture without words).')
     chosen = _checked(chosen)
     if plan:
         _show_plan(chosen, output)
@@ -89,6 +91,12 @@ def compose(
         launch.detach("compose", chosen, output)
     else:
         _make(chosen, threads, out, output)
+
+
+def _says_what(config: ComposeConfig) -> bool:
+    """Whether there is something to draw: a prompt of the whole or of a region, or an empty one given on purpose."""
+    parts = config.regions if isinstance(config.regions, list) else []
+    return "prompt" in config.model_fields_set or any(part.prompt for part in parts)
 
 
 def _configuration(

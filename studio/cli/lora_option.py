@@ -12,6 +12,7 @@ FORM = "[name=]path[:weight][@start-end]"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _RANGE = re.compile(rf"(.*)@({_NUMBER})-({_NUMBER})")
 _WEIGHT = re.compile(rf"(.*):({_NUMBER})")
+_NO_NUMBER = re.compile(r".*:[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _NAME = re.compile(r"([^=/\\]+)=(.+)")
 
 
@@ -21,13 +22,15 @@ def parse(text: str) -> dict[str, Any]:
     ``@0-0.4`` has the adapter at work during the first 40 % of the steps.
 
     Raises:
-        InputError: there is no path, or the range is none.
+        InputError: there is no path, the range is none, or the weight is not finite.
     """
     use: dict[str, Any] = {}
     rest = text
     if match := _RANGE.fullmatch(rest):
         rest = match.group(1)
         use["schedule"] = window("--lora", text, float(match.group(2)), float(match.group(3)))
+    if _NO_NUMBER.fullmatch(rest):
+        raise InputError(f"--lora '{text}': the weight after ':' must be a finite number, as in :0.8.")
     if match := _WEIGHT.fullmatch(rest):
         rest = match.group(1)
         use["weight"] = float(match.group(2))

@@ -52,11 +52,17 @@ def ask(capsys):
         (["compose", "--set", "adapters.3.weight=1"], "--set adapters.3.weight: there is no such place"),
         (["compose", "--set", "stesp=3"], "unknown key 'stesp' (did you mean 'steps'?)"),
         (["compose", "--detach", "--out", "x.png"], "--out and --detach exclude each other"),
-        (["compose", "--out", "x.gif"], "pictures are written as .png"),
+        (["compose", "--prompt", "x", "--out", "x.gif"], "pictures are written as .png"),
         (["train", "image"], "train image: data: Field required"),
         (["train", "image", "--data", "x", "--resume"], "--resume goes with --folder"),
         (["train", "image", "--preset", "concpt"], "did you mean 'concept'?"),
         (["methods", "--stage", "compos"], "There is no stage 'compos' (did you mean 'compose'?)"),
+        (["compose"], "There is nothing to draw: say what with --prompt"),
+        (["compose", "--lora", "fox", "--detach"], "There is nothing to draw: say what with --prompt"),
+        *(
+            (["compose", "--prompt", "x", "--lora", f"fox:{bad}"], f"--lora 'fox:{bad}': the weight after ':' must be")
+            for bad in ("nan", "inf", "-inf", "NaN")
+        ),
         (["compose", "a fox"], "the words of a picture go behind --prompt"),
         (["compose", "--prompt", "x", "--base", "smollm2"], "'smollm2' is a language model"),
         (["compose", "--prompt", "x", "--method", "swich"], "did you mean 'switch'?"),
