@@ -163,13 +163,13 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                                                elem_id="scene-percentile", min_width=150)  # fmt: skip
                 form["confidence"] = gr.Slider(1, 20, KNOWN["confidence"].default, step=0.1, label="Least confidence",
                                                elem_id="scene-confidence", min_width=150)  # fmt: skip
-                size = gr.Slider(1, 20, 5, step=1, label="Camera size, % of the scene", min_width=150)
+                size = gr.Slider(1, 20, 5, step=1, label="Camera size, %", min_width=150)
             with gr.Row():
                 form["mesh"] = schema_form.widget(
                     KNOWN["mesh"], label="Surfaces", info=None, min_width=110, elem_id="scene-mesh"
                 )
                 form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=110)
-                frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=130, interactive=True)
+                frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=160, interactive=True)
                 hide = gr.Dropdown(["nothing", "black", "white", "sky"], value="nothing", label="Hide background",
                                    min_width=130, interactive=True, elem_id="scene-hide")  # fmt: skip
                 clean = gr.Checkbox(False, label="Clean depth", min_width=110, interactive=True,
@@ -182,7 +182,7 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                                elem_id="scene-kind")  # fmt: skip
             make = gr.Button("Prepare the file", size="md", elem_id="scene-export")
             download = gr.DownloadButton("Download", size="md", interactive=False, elem_id="scene-download")
-        gallery = gr.Gallery(label="Picture, depth, confidence", columns=3, height="auto", interactive=False,
+        gallery = gr.Gallery(label="Picture, depth, confidence", columns=6, height="auto", interactive=False,
                              object_fit="contain", elem_id="scene-pictures",
                              buttons=["download", "fullscreen"])  # fmt: skip
         table = gr.HTML("", apply_default_css=False, elem_id="scene-cameras")
