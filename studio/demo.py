@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters import files
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check
 from studio import compose, library, methods
@@ -26,8 +27,8 @@ LOOK = "flat"
 """The drawing style named in prompts without a style adapter."""
 LEFT_AND_RIGHT = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 """The regions of two subjects."""
-REGION_CANVAS = (128, 64)
-"""Width and height of a picture made in regions: each half is as large as the pictures the base has learned from."""
+PAIR_CANVAS = (128, 64)
+"""Width and height of a picture of two subjects: each has the room of a picture of one."""
 
 _CELL, _LABEL, _LEFT, _GAP = 128, 22, 190, 6
 
@@ -75,7 +76,7 @@ def run(out: Path, monitor: Monitor, base: str = BASE, steps: int = STEPS, seed:
         pictures.append(line)
     monitor.report(Progress("composing", done, total))
     grid = out / "grid.png"
-    _grid(rows, pictures).save(grid)
+    files.write(grid, lambda part: _grid(rows, pictures).save(part), sync=False)
     return {
         "grid": str(grid),
         "pictures": [str(path) for line in pictures for _, path in line],
@@ -114,15 +115,11 @@ def _suits(method: str, scene: Scene) -> bool:
 
 
 def _two_subjects(left: Record, right: Record) -> Scene:
-    return Scene(f"{_icon(left)} left of {_thing(right)}", (left, right))
+    return Scene(f"a {LOOK} icon of {_thing(left)} left of {_thing(right)}", (left, right))
 
 
 def _in_style(subject: Record, style: Record) -> Scene:
     return Scene(f"a {_word(style)} icon of {_thing(subject)}", (subject, style))
-
-
-def _icon(subject: Record) -> str:
-    return f"a {LOOK} icon of {_thing(subject)}"
 
 
 def _is_style(record: Record) -> bool:
@@ -142,10 +139,11 @@ def _thing(record: Record) -> str:
 def _config(scene: Scene, cell: Cell, base: str, steps: int, seed: int) -> ComposeConfig:
     uses = [{"name": record.name, "path": record.name, "triggers": list(record.triggers)} for record in cell.adapters]
     values: dict[str, Any] = {"prompt": scene.prompt, "adapters": uses, "method": cell.method}
+    if not _is_style(scene.pair[1]):
+        values["width"], values["height"] = PAIR_CANVAS
     if cell.method in REGIONAL_METHODS:
         halves = zip(cell.adapters, LEFT_AND_RIGHT, strict=True)
-        values["regions"] = [{"adapters": [record.name], "box": box, "prompt": _icon(record)} for record, box in halves]
-        values["width"], values["height"] = REGION_CANVAS
+        values["regions"] = [{"adapters": [record.name], "box": box} for record, box in halves]
     if cell.method == "lora-composer":
         values["scope"] = "spatial"  # the shipped adapters act in every attention layer, not in cross-attention alone
     values |= {"base": base, "scheduler": SAMPLER, "steps": steps, "seed": seed}

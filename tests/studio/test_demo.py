@@ -42,9 +42,9 @@ def test_every_method_side_by_side(shipped, tmp_path, capsys):
     assert not (tmp_path / "out" / "2-output.png").exists()
     config = images.read_recipe(tmp_path / "out" / "1-composite.png")["config"]
     assert (config["method"], [use["name"] for use in config["adapters"]]) == ("composite", ["fox", "owl"])
-    with Image.open(tmp_path / "out" / "1-output.png") as wide, Image.open(tmp_path / "out" / "1-merge.png") as square:
-        assert wide.size == demo.REGION_CANVAS  # each region as large as a picture of its own
-        assert square.width == square.height
+    with Image.open(tmp_path / "out" / "1-output.png") as pair, Image.open(tmp_path / "out" / "2-merge.png") as single:
+        assert pair.size == demo.PAIR_CANVAS
+        assert single.width == single.height
     with Image.open(result["grid"]) as grid:
         assert grid.width > 6 * 128
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
