@@ -109,7 +109,7 @@ def set_preview(record: Record, picture: Path) -> Path:
     with Image.open(picture) as image:
         small = image.convert("RGB")
         small.thumbnail((512, 512))
-        small.save(place)
+        files.write(place, lambda part: small.save(part, format="PNG"), sync=False)
     return place
 
 
