@@ -118,13 +118,12 @@ def test_calibrated_confidence_finds_the_outliers_that_raw_confidence_hides() ->
 def test_confident_outliers_bend_the_robust_alignment_less() -> None:
     """The rows that ``benchmarks.lora3d`` reports.
 
-    Why it is missed, as far as measured: in rooms 0 and 2 only one pair in fifteen is wrong, and the plain alignment
-    is already right (0.0002 and 0.0012 m). In rooms 1, 3, 5, 6 and 7 every second pair or so is wrong, all pairs are
-    equally sure, so that the spanning tree takes wrong ones: the start errs by 0.19 to 0.56 m, and neither alignment has
-    converged after 300 steps (0.005 to 0.08 m; a rate of 0.03 instead of 0.01 brings 0.012 to 0.03 and ratios of
-    0.58, 1.10, 0.99, 1.38 in rooms 1, 3, 6, 7; 0.003 is worse). In room 4 a third is wrong and the start is right
-    (0.004 m): the plain alignment leaves it for 0.015 m, the robust one stays at 0.005 m. So the steps themselves do
-    not drift; the start is what is missing.
+    Why it is missed, as far as measured: in rooms 0 and 2 one pair in fifteen is wrong, and the plain alignment is
+    already right (0.0002 and 0.0012 m). In rooms 1, 3, 5, 6 and 7 every second pair or so is wrong, all are equally
+    sure, so that the spanning tree takes wrong ones: the start errs by 0.19 to 0.56 m, and after 300 steps both
+    alignments still err by 0.005 to 0.08 m (a rate of 0.03 instead of 0.01: 0.012 to 0.03 m, ratios 0.58, 1.10, 0.99
+    and 1.38 in rooms 1, 3, 6 and 7; 0.003 is worse). In room 4 a third is wrong and the start is right (0.004 m): the
+    plain alignment leaves it for 0.015 m, the robust one stays at 0.005 m. So the steps do not drift by themselves.
     """
     from benchmarks import lora3d
 
