@@ -92,7 +92,15 @@ def test_the_worker_makes_the_same_picture(config, tmp_path):
     assert [job.status for job in found] == ["done", "done"], [job.error for job in found]
     for job in found:
         assert Path(job.result["images"][0]).read_bytes() == Path(here["images"][0]).read_bytes()
-    assert found[1].seconds < found[0].seconds / 2, "the second one found the pipeline loaded"
+
+
+def test_the_next_job_finds_the_pipeline_loaded(config, monkeypatch):
+    opened, load = [], loaded._load
+    monkeypatch.setattr(loaded, "_load", lambda choice: opened.append(choice.base) or load(choice))
+    loaded.release()
+    for seed in (0, 1):
+        jobs.run_here("compose", config.model_copy(update={"seed": seed}), Silent())
+    assert opened == [config.base]
 
 
 def test_training_frees_the_kept_pipeline(config):
