@@ -1,38 +1,166 @@
-"""The 3D page in a browser: the shipped scene, from pictures to a file, without asking the network twice."""
+"""The 3D page in a browser: pictures, a calibrated scene, its files, its adapter; the network is asked only twice."""
 
 from __future__ import annotations
 
+import io
+import json
+import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import trimesh
+from PIL import Image
 
-from tests.ui.conftest import Tab
+from studio import reconstruct
+from tests.ui.conftest import Server, Tab
+from ui.pages.reconstruct import sample_scene
 
 pytestmark = [pytest.mark.browser, pytest.mark.flaky(reruns=2)]
 
 LONG = 240_000
+VIEWS = 3
+KINDS = ("glb", "ply", "colmap", "nerfstudio", "npz")
 
 
-def test_the_sample_scene_from_pictures_to_a_file(tab: Tab, tmp_path: Path) -> None:
-    page = tab.open("reconstruct")
+def jobs_of(server: Server) -> set[Path]:
+    """Folders of all jobs so far."""
+    return {folder for folder in (server.home / "jobs").glob("*") if folder.is_dir()}
+
+
+def start(page: Any, steps: int) -> None:
+    """Press Reconstruct with so many steps of alignment."""
+    if not page.is_visible("#reconstruct-steps input"):
+        page.click("text=Advanced >> visible=true")
+    page.fill("#reconstruct-steps input", str(steps))
+    page.keyboard.press("Tab")
+    page.click("#reconstruct-start")
+
+
+def finish(page: Any) -> None:
+    """Wait until the job is done; its panel says why if it fails."""
+    page.wait_for_selector("#reconstruct-cancel:visible")
+    page.wait_for_selector("#reconstruct-panel .as-tag:is(.good, .bad)", timeout=LONG)
+    assert page.inner_text("#reconstruct-panel .as-tag") == "done", page.inner_text("#reconstruct-panel")
+    page.wait_for_selector("#scene-points:visible")
+
+
+def number(page: Any) -> int:
+    """Points that the page says it shows."""
+    return int(re.sub(r"\D", "", page.inner_text("#scene-points p")))
+
+
+def changed(page: Any, before: int) -> int:
+    """The number of points, once it is another."""
+    page.wait_for_function(
+        "before => document.querySelector('#scene-points p').innerText.replace(/\\D/g, '') !== String(before)",
+        arg=before,
+    )
+    return number(page)
+
+
+def pick(page: Any, box: str, choice: str) -> None:
+    """Choose from a list."""
+    page.click(f"{box} input")
+    page.click(f"[role=option]:has-text('{choice}')")
+
+
+def test_no_pictures_and_cancel(tab: Tab) -> None:
+    page, earlier = tab.open("reconstruct"), jobs_of(tab.server)
     page.click("#reconstruct-start")
     page.wait_for_selector("text=There are no pictures yet")
     page.click("#reconstruct-sample")
     page.wait_for_selector("#reconstruct-drop :text('room-0')")
-    page.click("text=Advanced >> visible=true")
-    page.fill("#reconstruct-steps input", "12")
-    page.click("#reconstruct-start")
-    page.wait_for_selector("#reconstruct-panel .as-tag:is(.good, .bad)", timeout=LONG)
-    assert page.inner_text("#reconstruct-panel .as-tag") == "done", page.inner_text("#reconstruct-panel")
-    assert page.locator("#scene-cameras tr").count() == 9
-    before = page.inner_text("#scene-points")
+    start(page, 10_000)
+    page.wait_for_selector("#reconstruct-panel :text('align')", timeout=LONG)
+    page.click("#reconstruct-cancel")
+    page.wait_for_selector("#reconstruct-panel .as-tag:text-is('cancelled')", timeout=LONG)
+    page.wait_for_selector("#reconstruct-cancel", state="hidden")
+    assert not page.is_visible("#scene-points")
+    (job,) = jobs_of(tab.server) - earlier
+    assert not list(job.glob("scene*"))
+
+
+def test_a_calibrated_scene_its_controls_its_files_and_its_adapter(tab: Tab, tmp_path: Path) -> None:
+    page, earlier = tab.open("reconstruct"), jobs_of(tab.server)
+    page.set_input_files("#reconstruct-drop input[type=file]", under_the_sky(tmp_path / "photos"))
+    page.wait_for_selector(f"#reconstruct-drop :text('view-{VIEWS - 1}')")
+    page.check("#calibrate input")
+    page.click("text=How to calibrate >> visible=true")
+    page.fill("#reconstruct-epochs input", "1")
+    start(page, 6)
+    finish(page)
+    page.wait_for_selector("#scene-before:visible")
+    assert page.locator("#scene-cameras tr").count() == VIEWS + 1
+    (job,) = jobs_of(tab.server) - earlier
+    kept, asked = job / "scene.npz", (job / "scene.npz").stat().st_mtime_ns
+
+    first = number(page)
     page.fill("#scene-percentile input[type=number]", "60")
     page.keyboard.press("Tab")
     page.locator("#scene-percentile input[type=range]").dispatch_event("pointerup")
-    page.wait_for_function("text => document.querySelector('#scene-points').innerText !== text", arg=before)
+    fewer = changed(page, first)
+    assert fewer < 0.6 * first  # from 80 % to 40 %
+    page.check("#scene-clean input")
+    cleaned = changed(page, fewer)
+    assert cleaned < fewer
+    page.uncheck("#scene-clean input")
+    assert changed(page, cleaned) == fewer
+    pick(page, "#scene-hide", "sky")
+    below = changed(page, fewer)
+    assert below == reconstruct.export(kept, tmp_path / "x.ply", "ply", percentile=60, hide="sky")[1] < fewer
+
+    files = {kind: download(page, kind, tmp_path) for kind in KINDS}
+    shown = trimesh.load(files["glb"]).geometry.values()
+    assert [len(part.vertices) for part in shown if isinstance(part, trimesh.PointCloud)] == [below]
+    assert len(shown) == VIEWS + 1
+    assert len(trimesh.load(files["ply"]).vertices) == below
+    with zipfile.ZipFile(files["colmap"]) as whole:
+        assert sorted(whole.namelist()) == ["cameras.txt", "images.txt", "points3D.txt"]
+        assert len(whole.read("points3D.txt").splitlines()) == below + 1
+    with zipfile.ZipFile(files["nerfstudio"]) as whole:
+        told = json.loads(whole.read("transforms.json"))
+        assert [frame["file_path"] for frame in told["frames"]] == [f"images/view-{n}.png" for n in range(VIEWS)]
+        assert len(trimesh.load(io.BytesIO(whole.read("sparse_pc.ply")), file_type="ply").vertices) == below
+    with np.load(files["npz"]) as arrays:
+        assert arrays["poses"].shape == (VIEWS, 4, 4)
+    assert jobs_of(tab.server) == earlier | {job}  # nothing of all this has asked the network again
+    assert kept.stat().st_mtime_ns == asked
+
+    tab.open("reconstruct")  # the form and the list of adapters are drawn anew
+    page.set_input_files("#reconstruct-drop input[type=file]", sorted(map(str, (tmp_path / "photos").iterdir())))
+    page.wait_for_selector(f"#reconstruct-drop :text('view-{VIEWS - 1}')")
+    pick(page, "#reconstruct-adapter", job.name)
+    start(page, 6)
+    finish(page)
+    (again,) = jobs_of(tab.server) - earlier - {job}
+    with np.load(kept) as before, np.load(again / "scene.npz") as after:
+        np.testing.assert_array_equal(before["poses"], after["poses"])  # the same network, the same photos
+    tab.errors[:] = [error for error in tab.errors if "WebGPU" not in error]  # this browser has no graphics card
+
+
+def under_the_sky(folder: Path) -> list[str]:
+    """Pictures of the shipped scene, blue above."""
+    folder.mkdir()
+    for n, file in enumerate(sample_scene()[:VIEWS]):
+        picture = np.array(Image.open(file).convert("RGB"))
+        picture[: len(picture) // 4] = (90, 150, 240)
+        Image.fromarray(picture).save(folder / f"view-{n}.png")
+    return sorted(map(str, folder.iterdir()))
+
+
+def download(page: Any, kind: str, folder: Path) -> Path:
+    """Prepare a file of a kind and take it; what was prepared before is not offered meanwhile."""
+    if kind != "glb":  # chosen at first
+        pick(page, "#scene-kind", kind)
+    page.wait_for_selector("#scene-download[disabled]")
     page.click("#scene-export")
     page.wait_for_selector("#scene-download:not([disabled])")
-    with page.expect_download() as download:
+    with page.expect_download() as given:
         page.click("#scene-download")
-    download.value.save_as(tmp_path / "scene.glb")
-    assert (tmp_path / "scene.glb").read_bytes()[:4] == b"glTF"
+    target = folder / given.value.suggested_filename
+    given.value.save_as(target)
+    assert target.name.startswith("scene" if kind in ("glb", "ply", "npz") else kind)
+    return target
