@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 BASE = "tinymoji"
 SAMPLER, STEPS = "dpm++", 10
 """As many subjects are recognised as with the base's own sampler in twice the steps."""
-LOOK = "flat"
-"""The drawing style named in prompts without a style adapter."""
+PAIR_PROMPT = "a flat icon of {} left of {}"
 LEFT_AND_RIGHT = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 """The regions of two subjects."""
 PAIR_CANVAS = (128, 64)
@@ -115,7 +114,7 @@ def _suits(method: str, scene: Scene) -> bool:
 
 
 def _two_subjects(left: Record, right: Record) -> Scene:
-    return Scene(f"a {LOOK} icon of {_thing(left)} left of {_thing(right)}", (left, right))
+    return Scene(PAIR_PROMPT.format(_thing(left), _thing(right)), (left, right))
 
 
 def _in_style(subject: Record, style: Record) -> Scene:

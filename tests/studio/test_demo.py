@@ -27,7 +27,7 @@ def shipped(tmp_path, monkeypatch) -> Path:
         tiny.lora_file(tiny.sd(), place / "adapters" / name, seed=seed)
         (place / "adapters" / name / "card.yaml").write_text(f"triggers: [{name.removeprefix('style-')}]")
     monkeypatch.setattr(assets, "path", lambda name: place / name)
-    monkeypatch.setattr(demo, "LOOK", "2d")  # the tiny model reads no more than 16 letters
+    monkeypatch.setattr(demo, "PAIR_PROMPT", "{}, {}")  # the tiny model reads no more than 16 letters
     return place
 
 
@@ -35,7 +35,7 @@ def test_every_method_side_by_side(shipped, tmp_path, capsys):
     code = run(["demo", "--out", str(tmp_path / "out"), "--steps", "1", "--json", "--quiet"])
     result = json.loads(capsys.readouterr().out)
     assert code == 0, result
-    assert result["prompts"] == ["a 2d icon of a fox left of an owl", "a 3d icon of an owl"]
+    assert result["prompts"] == ["a fox, an owl", "a 3d icon of an owl"]
     labels = ["base", "fox", "owl", "activation", "composite", "merge", "output", "switch", "w-switch"]
     assert {Path(path).name for path in result["pictures"]} >= {f"1-{label}.png" for label in labels}
     assert (tmp_path / "out" / "2-k-lora.png").is_file()  # a subject in a style
