@@ -136,7 +136,7 @@ def test_wide_scenes_have_room_for_each_subject() -> None:
     for _ in range(60):
         scene = data.sample_scene(rng, (1, 1, 1), aspect=2)
         boxes = [subject.box(scene.aspect) for subject in scene.subjects]
-        assert all(0 <= left and right <= 1 and 0 <= top and bottom <= 1 for left, top, right, bottom in boxes)
+        assert all(min(left, top) >= 0 and max(right, bottom) <= 1 for left, top, right, bottom in boxes)
         assert all(a[2] <= b[0] for a, b in itertools.pairwise(boxes))
 
 
