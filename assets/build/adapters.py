@@ -160,7 +160,7 @@ def judge_adapter(adapter: Adapter, folder: Path, pipeline: Any, judge: Judge) -
     finally:
         pipeline.unload_lora(adapter.name)
     pictures = [np.array(image.convert("RGB")) for image in drawn]
-    data.save_png(folder / "samples.png", data.contact_sheet(pictures, 8))
+    data.save_sheet(folder / "samples.png", data.contact_sheet(pictures, 8))
     data.save_png(folder / "preview.png", pictures[0])
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     subjects, styles = judge.classify(images).argmax(1), judge.classify_style(images).argmax(1)

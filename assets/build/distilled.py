@@ -109,7 +109,7 @@ def judge_distilled(name: str, folder: Path, count: int = CASES) -> dict[str, An
         **how, "passes per step": 1,
         "subject": score([int(k) == judge.index(case.names[0]) for k, case in zip(found, cases, strict=True)]),
     }  # fmt: skip
-    data.save_png(folder / "samples.png", data.contact_sheet(pictures, 8))
+    data.save_sheet(folder / "samples.png", data.contact_sheet(pictures, 8))
     data.save_png(folder / "preview.png", pictures[0])
     write_json(folder / "score.json", result)
     card = (folder / "card.md").read_text(encoding="utf-8")

@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.ceiling:
         scores["ceiling"] = ceiling(judge, pipeline.vae.float(), options.fraction, options.batch)
     write_json(options.model / "scores.json", scores)
-    data.save_png(options.model / "samples.png", sheet(images))
+    data.save_sheet(options.model / "samples.png", sheet(images))
     cards.write_model_card(options.model)
     for key in ("single", "pair", "single style"):
         s = scores[key]
