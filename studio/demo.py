@@ -29,7 +29,8 @@ LEFT_AND_RIGHT = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 PAIR_CANVAS = (128, 64)
 """Width and height of a picture of two subjects: each has the room of a picture of one."""
 
-_CELL, _LABEL, _LEFT, _GAP = 128, 22, 190, 6
+_CELL, _LABEL, _TITLE, _GAP = 128, 22, 34, 6
+_WIDTH = _GAP + 5 * (2 * _CELL + _GAP)
 
 
 @dataclass(frozen=True)
@@ -162,23 +163,36 @@ def _slug(text: str) -> str:
 
 
 def _grid(rows: Sequence[Scene], pictures: Sequence[Sequence[tuple[str, Path]]]) -> Image.Image:
-    """All pictures in one, every one under its label, every row after its prompt."""
+    """All pictures in one, every one under its label, the pictures of a prompt below it."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(13)
-    shown = [[(label, _scaled(path)) for label, path in line] for line in pictures]
-    width = _LEFT + max(sum(picture.width + _GAP for _, picture in line) for line in shown)
-    made = Image.new("RGB", (width, len(rows) * (_CELL + _LABEL + _GAP) + _GAP), "white")
-    pen = ImageDraw.Draw(made)
-    for row, (scene, line) in enumerate(zip(rows, shown, strict=True)):
-        left, top = _LEFT, _GAP + row * (_CELL + _LABEL + _GAP)
-        for number, words in enumerate(_lines(scene.prompt, 26)):
-            pen.text((_GAP, top + _LABEL + 17 * number), words, fill="black", font=font)
-        for label, picture in line:
-            pen.text((left, top + 3), label, fill=(90, 90, 90), font=font)
-            made.paste(picture, (left, top + _LABEL))
-            left += picture.width + _GAP
+    small, large = ImageFont.load_default(13), ImageFont.load_default(16)
+    shown = [list(_wrapped([(label, _scaled(path)) for label, path in line])) for line in pictures]
+    height = sum(_TITLE + len(lines) * (_CELL + _LABEL + _GAP) for lines in shown)
+    made = Image.new("RGB", (_WIDTH, height), "white")
+    pen, top = ImageDraw.Draw(made), 0
+    for scene, lines in zip(rows, shown, strict=True):
+        pen.text((_GAP, top + _GAP), scene.prompt, fill="black", font=large)
+        top += _TITLE
+        for line in lines:
+            left = _GAP
+            for label, picture in line:
+                pen.text((left, top + 3), label, fill=(90, 90, 90), font=small)
+                made.paste(picture, (left, top + _LABEL))
+                left += picture.width + _GAP
+            top += _CELL + _LABEL + _GAP
     return made
+
+
+def _wrapped(cells: Sequence[tuple[str, Image.Image]]) -> Iterator[list[tuple[str, Image.Image]]]:
+    """The cells in lines that fit the grid."""
+    line: list[tuple[str, Image.Image]] = []
+    for cell in cells:
+        if line and _GAP + sum(picture.width + _GAP for _, picture in [*line, cell]) > _WIDTH:
+            yield line
+            line = []
+        line.append(cell)
+    yield line
 
 
 def _scaled(path: Path) -> Image.Image:
@@ -187,9 +201,3 @@ def _scaled(path: Path) -> Image.Image:
 
     with Image.open(path) as picture:
         return picture.resize((round(_CELL * picture.width / picture.height), _CELL))
-
-
-def _lines(text: str, width: int) -> Iterator[str]:
-    import textwrap
-
-    yield from textwrap.wrap(text, width)
