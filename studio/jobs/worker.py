@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -188,12 +189,15 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     on_demand = "--on-demand" in arguments
     name = next((word for word in arguments if not word.startswith("--")), queue.DEFAULT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
     try:
         if serve(name, settings.load().worker_idle_minutes if on_demand else 0.0):
             renew()
     except InputError as error:
         logger.warning("%s", error)
         return 0 if on_demand else 2
+    except KeyboardInterrupt:
+        logger.info("stopped while it started")
     _started(name).unlink(missing_ok=True)
     return 0
 

@@ -111,6 +111,7 @@ def test_paint_erase_keyboard_and_methods_side_by_side(tab: Tab) -> None:
     page.wait_for_function(_LESS_PAINT, arg=painted - 0.5)
     page.click("#where label:has-text('Everywhere')")
     page.check("#compare input")
+    page.wait_for_selector("#compare-methods label:has-text('LoRA Switch')")  # the methods that act everywhere
     for label in page.locator("#compare-methods label").all():
         if label.inner_text().strip() not in ("Merge", "LoRA Switch"):
             label.locator("input").uncheck()
