@@ -138,6 +138,16 @@ class Run:
         self.curve, self.seed = state["curve"], state["seed"]
         return True
 
+    def start_from(self, folder: Path) -> None:
+        """Take the weights and the history of an exported model folder; the optimizers start anew."""
+        from pipelines.geometry.checkpoints import open_checkpoint
+
+        self.network.load_state_dict(open_checkpoint(folder).network.state_dict())
+        self.average = Average(self.network)
+        kept = json.loads((folder / "curve.json").read_text("utf-8"))
+        self.curve, self.pairs, self.step = kept["rows"], kept["pairs"], kept["steps"]
+        self.images, self.seconds = kept["images"], kept["seconds"]
+
     def averaged(self) -> PointmapNetwork:
         """A copy with the averaged weights."""
         copy = PointmapNetwork(TINY).to(next(self.network.parameters()).device)
@@ -153,7 +163,10 @@ def train(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     device = pick_device(arguments.device)
     run = Run(build_dir() / "dust3r", arguments.seed, arguments.lr, device)
-    print("resumes" if run.resume() else "starts", "at step", run.step, flush=True)
+    resumed = run.resume()
+    if not resumed and arguments.start_from:
+        run.start_from(arguments.start_from)
+    print("resumes" if resumed else "starts", "at step", run.step, flush=True)
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda sign, _frame: stop.append(sign))
@@ -270,7 +283,8 @@ def export(arguments: argparse.Namespace) -> None:
     lines = {name: [(row["pairs"], row[name]) for row in run.curve] for name in ("near", "wide")}
     panel = draw_panel(lines, "error against ordered pairs seen")
     files.write(folder / "curve.png", lambda part: cv2.imwrite(str(part), panel[..., ::-1]))
-    write_json(folder / "curve.json", {"rows": run.curve, "errors": errors, "pairs": run.pairs, "steps": run.step})
+    write_json(folder / "curve.json", {"rows": run.curve, "errors": errors, "pairs": run.pairs, "steps": run.step,
+                                      "images": run.images, "seconds": round(run.seconds)})  # fmt: skip
     print(card)
 
 
@@ -284,6 +298,7 @@ def main(given: Sequence[str] | None = None) -> None:
     training.add_argument("--decay-for", type=float, default=15, help="minutes over which the rate falls to zero")
     training.add_argument("--lr", type=float, default=1.5e-3)
     training.add_argument("--scenes", type=int, default=4, help="scenes in a batch")
+    training.add_argument("--start-from", type=Path, help="exported folder to begin with when there is no checkpoint")
     training.add_argument("--views", type=int, default=4, help="views of a scene: each ordered pair is used")
     training.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     training.add_argument("--device", default="auto")
