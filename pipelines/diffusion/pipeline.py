@@ -54,6 +54,7 @@ from pipelines.diffusion.regions.region import (
     Region,
     RegionOptions,
     check_options,
+    check_own_region,
     check_regions,
 )
 from pipelines.diffusion.report import LoraReport, Plan, report_region
@@ -86,14 +87,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Composition:
-    """What :meth:`MultiLoRAPipeline.compose` chose; ``adapters`` None means all that are loaded."""
+    """What :meth:`MultiLoRAPipeline.compose` chose; ``adapters`` None means all that are loaded, ``regions`` "own" the
+    regions they were loaded with."""
 
     method: str = "merge"
     adapters: tuple[str, ...] | None = None
     tau: int = 1
     te_mode: str = "auto"
     adapter_batch: int | None = None
-    regions: tuple[Region, ...] | Literal["auto"] = ()
+    regions: tuple[Region, ...] | Literal["auto", "own"] = ()
     options: RegionOptions = field(default_factory=RegionOptions)
 
     @property
@@ -190,6 +192,7 @@ class MultiLoRAPipeline:
         triggers: Sequence[str] = (),
         blocks: Mapping[str, float] | None = None,
         schedule: Keyframes | None = None,
+        region: Region | Mapping[str, Any] | None = None,
     ) -> LoraReport:
         """Read an adapter and fit it to this model; every layer of it finds its module, or it is refused.
 
@@ -201,9 +204,11 @@ class MultiLoRAPipeline:
             triggers: words that call it.
             blocks: extra factor per block, by module prefix ("down_blocks.1": 0.5).
             schedule: keyframes (progress, factor).
+            region: its own place, without ``adapters``: regional methods use it unless ``compose`` is given regions.
 
         Raises:
-            InputError: unreadable file, unknown format, a name used twice, a number that is not finite.
+            InputError: unreadable file, unknown format, a name used twice, a number that is not finite, a region that
+                cannot be.
             FamilyError: made for another model; names the layer and both shapes.
         """
         file = path if isinstance(path, LoraFile) else read(path)
@@ -213,6 +218,7 @@ class MultiLoRAPipeline:
         weight = check_weight(weight, f"The weight of '{chosen}'")
         te_weight = weight if te_weight is None else check_weight(te_weight, f"The te_weight of '{chosen}'")
         keyframes = check_keyframes(schedule or (), chosen)
+        place = None if region is None else check_own_region(region, chosen)
         base = f"the base model ({self.family.title})"
         fitted = fit(
             modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None)),
@@ -238,6 +244,7 @@ class MultiLoRAPipeline:
             blocks=factors,
             schedule=keyframes,
             distilled=special.mark if special else None,
+            region=place,
         )
         self._loaded[chosen] = Loaded(report, fitted, special)
         self._engines = None
@@ -276,7 +283,7 @@ class MultiLoRAPipeline:
             te_mode: text encoder LoRAs: "auto", "per_adapter", "official" or "merged".
             adapter_batch: composite: adapters denoised together (all if left out); output: regions together.
             regions: parts of the picture with adapters and prompts of their own, or "auto" (regional methods only);
-                adapters in no region act everywhere.
+                adapters in no region act everywhere. Left out, each adapter has the region it was loaded with.
             options: how regions are used, see :class:`pipelines.diffusion.regions.RegionOptions`.
 
         Raises:
@@ -298,7 +305,9 @@ class MultiLoRAPipeline:
             raise InputError(
                 f"With regions every prompt is encoded with its own region's adapters: leave te_mode '{te_mode}' out."
             )
-        found = check_regions(method, regions, self._loaded if chosen is None else chosen)
+        names = tuple(self._loaded) if chosen is None else chosen
+        own = regions is None and method in REGIONAL and any(self._loaded[name].report.region for name in names)
+        found = "own" if own else check_regions(method, regions, names)
         how = check_options(method, self.family.flow, options)
         if how.refine is None:
             how = replace(how, refine=method == "lora-composer" and self._is_sd15())
@@ -609,10 +618,24 @@ class MultiLoRAPipeline:
         )
 
     def _with_places(self, loaded: Sequence[Loaded]) -> tuple[Region, ...]:
-        """The regions; automatic ones are one per adapter, and have no place yet."""
-        if self._composition.regions == "auto":
+        """The regions; automatic ones are one per adapter, and have no place yet.
+
+        Raises:
+            InputError: an adapter was loaded with a region and the method has none, or all such adapters are gone.
+        """
+        chosen = self._composition
+        own = tuple(item.report.region for item in loaded if item.report.region)
+        if own and not chosen.regional:
+            raise InputError(
+                f"'{own[0].title}' was loaded with a region, which '{chosen.method}' has none of: "
+                f"compose with {', '.join(REGIONAL)}."
+            )
+        if chosen.regions == "auto":
             return tuple(Region((item.report.name,)) for item in loaded)
-        return self._composition.regions
+        if chosen.regions == "own":
+            check_regions(chosen.method, own, [item.report.name for item in loaded])
+            return own
+        return chosen.regions
 
     @staticmethod
     def _members(loaded: Sequence[Loaded], regions: Sequence[Region]) -> list[tuple[int, ...]]:

@@ -27,6 +27,7 @@ class LoraReport:
         blocks: factor per block prefix.
         schedule: keyframes (progress, factor).
         distilled: what is built into it, if it is distilled.
+        region: its own place, if it was loaded with one.
     """
 
     name: str
@@ -43,13 +44,18 @@ class LoraReport:
     blocks: Mapping[str, float] = field(default_factory=dict)
     schedule: tuple[tuple[float, float], ...] = ()
     distilled: Mark | None = None
+    region: Region | None = None
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count} in {component}" for component, count in self.layers.items())
         ranks = "/".join(map(str, self.ranks))
         kind = "DoRA" if self.dora else "LoRA"
         built_in = f"; {self.distilled}" if self.distilled else ""
-        return f"{self.name}: {kind} of rank {ranks}, layers {layers}, weight {self.weight:g} ({self.format}){built_in}"
+        place = f"; {report_region(self.region)}" if self.region else ""
+        return (
+            f"{self.name}: {kind} of rank {ranks}, layers {layers}, weight {self.weight:g} ({self.format}){built_in}"
+            f"{place}"
+        )
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ def compose(
     lora: Annotated[
         list[str] | None,
         typer.Option(
-            "--lora", "-l", metavar=lora_option.FORM,
-            help="An adapter with its strength and the part of the steps it is at work; give it several times.",
+            "--lora", "-l", metavar=f"{lora_option.FORM}[#PLACE]",
+            help="An adapter with its strength, the part of the steps it is at work and its place (as for --region); "
+            "give it several times.",
             rich_help_panel="Adapters",
         ),
     ] = None,
@@ -77,8 +78,9 @@ def compose(
     """Make pictures with several adapters."""
     output = Output(json, quiet)
     hush.remarks()
-    changes = {**fields, **({"adapters": [lora_option.parse(text) for text in lora]} if lora else {})}
-    changes = {**_regions(region, regions), **changes}
+    named = [region_option.of_adapter(text) for text in lora or []]
+    changes = {**fields, **({"adapters": [use for use, _ in named]} if named else {})}
+    changes = {**_regions(region, regions, [place for _, place in named if place]), **changes}
     chosen, threads = _configuration(config, from_, changes, set_ or [])
     if out is not None and detach:
         raise InputError("--out and --detach exclude each other: the worker keeps its pictures in the job's folder.")
@@ -123,13 +125,14 @@ def _configuration(
     return ComposeConfig.parse(inside, source="the recipe"), threads if isinstance(threads, int) else None
 
 
-def _regions(region: Sequence[str] | None, regions: str | None) -> dict[str, Any]:
-    """What ``--region`` and ``--regions`` say."""
-    if region and regions:
-        raise InputError("Give either --region (several times) or --regions, not both.")
+def _regions(region: Sequence[str] | None, regions: str | None, own: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``--region``, ``--regions`` and the places of adapters (``own``) say."""
+    if regions and (region or own):
+        raise InputError("Give either --regions, or --region and places behind adapters (#PLACE), not both.")
     if regions:
         return region_option.read(regions)
-    return {"regions": [region_option.parse(text) for text in region]} if region else {}
+    parts = [*own, *(region_option.parse(text) for text in region or [])]
+    return {"regions": parts} if parts else {}
 
 
 def _fitting_method(kept: Any, regional: bool) -> Any:

@@ -1,4 +1,5 @@
-"""``--region PLACE=ADAPTERS[*scale][@start-end][: prompt]``: one region of a picture in one word."""
+"""``--region PLACE=ADAPTERS[*scale][@start-end][: prompt]``: one region of a picture in one word; ``--lora ...#PLACE``:
+an adapter with a region of its own."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def parse(text: str) -> dict[str, Any]:
     adapters, _, prompt = rest.partition(":")
     if not equals or not place.strip() or not adapters.strip():
         raise InputError(f"--region wants {FORM}, as in \"left=fox: a fox\", got '{text}'.")
-    region: dict[str, Any] = _place(place.strip(), text)
+    region: dict[str, Any] = _place(place.strip(), f"--region '{text}'")
     adapters = adapters.strip()
     if match := _RANGE.fullmatch(adapters):
         adapters = match.group(1)
@@ -52,6 +53,20 @@ def parse(text: str) -> dict[str, Any]:
     if prompt.strip():
         region["prompt"] = prompt.strip()
     return region
+
+
+def of_adapter(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The adapter that ``--lora`` names, and its region where ``#PLACE`` ends it.
+
+    Raises:
+        InputError: a part is missing or is none.
+    """
+    adapter, mark, place = text.rpartition("#")
+    if not mark:
+        return lora_option.parse(text), None
+    use = lora_option.parse(adapter)
+    use.setdefault("name", Path(use["path"]).stem)
+    return use, {**_place(place.strip(), f"--lora '{text}'"), "adapters": [use["name"]]}
 
 
 def read(text: str) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def read(text: str) -> dict[str, Any]:
     return values
 
 
-def _place(place: str, text: str) -> dict[str, Any]:
+def _place(place: str, said: str) -> dict[str, Any]:
     if place in PLACES:
         return {"box": list(PLACES[place])}
     parts = place.split(",")
@@ -91,10 +106,8 @@ def _place(place: str, text: str) -> dict[str, Any]:
         except ValueError:
             box = []
         if len(box) != 4:
-            raise InputError(f"--region '{text}': a box is four numbers x0,y0,x1,y1 between 0 and 1.")
+            raise InputError(f"{said}: a box is four numbers x0,y0,x1,y1 between 0 and 1.")
         return {"box": box}
     if not Path(place).expanduser().is_file():
-        raise InputError(
-            f"--region '{text}': '{place}' is no mask picture, no box x0,y0,x1,y1 and none of {', '.join(PLACES)}."
-        )
+        raise InputError(f"{said}: '{place}' is no mask picture, no box x0,y0,x1,y1 and none of {', '.join(PLACES)}.")
     return {"mask": place}

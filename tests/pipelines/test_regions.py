@@ -197,6 +197,48 @@ def test_the_plan_shows_regions_and_warns_of_unused_layers(sd: Bed) -> None:
     assert composer.plan(steps=4).forwards == 8
 
 
+# Adapters loaded with a region
+
+
+def test_an_adapter_brings_its_region(sd: Bed) -> None:
+    wanted = regional(sd.composer("a", "b"), "activation", Region(("a",), box=LEFT, prompt="a cat"))
+    composer = MultiLoRAPipeline(sd.pipe())
+    report = composer.load_lora(sd.files["a"], "a", region={"box": LEFT, "prompt": "a cat"})
+    composer.load_lora(sd.files["b"], "b")
+    assert str(report).endswith("region a: box 0, 0, 0.5, 1; a; 'a cat'")
+    composer.compose("activation")
+    assert torch.equal(composer(PROMPT, **CALL).images, wanted)
+    composer.compose("activation", regions=[Region(("b",), box=RIGHT)])  # regions of the call replace its own
+    assert [region.name for region in composer.plan(steps=4).regions] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("region", "sentence"),
+    [
+        ({"box": (0, 0, 1.2, 1)}, "between 0 and 1"),
+        ({}, "needs a box or a mask"),
+        ({"bx": LEFT}, "did you mean 'box'"),
+        (Region(("a", "b"), box=LEFT), "its own alone"),
+    ],
+)
+def test_a_region_that_cannot_be_is_refused_with_its_adapter(sd: Bed, region: Any, sentence: str) -> None:
+    composer = MultiLoRAPipeline(sd.pipe())
+    with pytest.raises(InputError, match=sentence):
+        composer.load_lora(sd.files["a"], "a", region=region)
+    assert not composer.adapters
+
+
+def test_a_method_without_regions_does_not_ignore_one(sd: Bed) -> None:
+    composer = MultiLoRAPipeline(sd.pipe())
+    composer.load_lora(sd.files["a"], "a", region={"box": LEFT})
+    with pytest.raises(InputError, match="'a' was loaded with a region"):
+        composer(PROMPT, **CALL)
+    composer.compose("activation").unload_lora("a")
+    composer.load_lora(sd.files["b"], "b")
+    with pytest.raises(InputError, match="'activation' needs regions"):
+        composer(PROMPT, **CALL)
+
+
 # Bad input
 
 

@@ -110,6 +110,9 @@ def test_the_command_from_flags_to_the_same_picture(model, tmp_path, capsys, mon
         (["--regions", "nothing.yaml"], "does not exist"),
         (["--regions", "auto", "--method", "switch"], "'switch' has no regions"),
         (["--region", "left=nobody: a fox"], "nobody"),
+        (["--lora", "fox#leftt"], "--lora 'fox#leftt': 'leftt' is no mask picture"),
+        (["--lora", "fox#left", "--regions", "auto"], "not both"),
+        (["--lora", "fox#left", "--method", "merge"], "'merge' has no regions"),
     ],
 )
 def test_wrong_regions_are_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
@@ -125,6 +128,23 @@ def test_a_region_in_one_word():
         "box": [0.0, 0.25, 0.5, 1.0], "adapters": ["fox", "clay"], "scale": 0.5, "prompt": "a fox: red",
     }  # fmt: skip
     assert region_option.parse("top=fox") == {"box": [0.0, 0.0, 1.0, 0.5], "adapters": ["fox"]}
+
+
+def test_an_adapter_with_its_place(model, capsys):
+    flags = ["--base", str(model / "tiny-sd-0"), "--prompt", "a cat and a dog", "--region", "right=dog: a dog"]
+    adapters = [
+        "--lora",
+        f"{model / 'cat'}.safetensors:0.5@0-0.4#0,0,.5,1",
+        "--lora",
+        f"dog={model / 'dog'}.safetensors",
+    ]
+    assert run(["compose", *flags, *adapters, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "region cat: box 0, 0, 0.5, 1; cat; the whole prompt" in said
+    assert "region dog: box 0.5, 0, 1, 1; dog; 'a dog'" in said
+    assert region_option.of_adapter("cat:0.5#top") == (
+        {"name": "cat", "path": "cat", "weight": 0.5}, {"box": [0.0, 0.0, 1.0, 0.5], "adapters": ["cat"]},
+    )  # fmt: skip
 
 
 def test_transparent_paint_is_a_mask(tmp_path):

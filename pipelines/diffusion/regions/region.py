@@ -125,6 +125,18 @@ def check_regions(
     return tuple(_checked(region, number, known) for number, region in enumerate(regions, 1))
 
 
+def check_own_region(given: Region | Mapping[str, Any], name: str) -> Region:
+    """The region that an adapter is loaded with: of this adapter alone.
+
+    Raises:
+        InputError: it names other adapters, or what :func:`check_regions` refuses.
+    """
+    values = dict(given if isinstance(given, Mapping) else vars(given))
+    if values.get("adapters") not in (None, (), [], name, (name,), [name]):
+        raise InputError(f"The region of '{name}' is its own alone: put shared ones into compose(regions=...).")
+    return _checked({**values, "adapters": (name,)}, 1, (name,))
+
+
 def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> RegionOptions:
     """The options as an object with scope and parts decided, except ``refine``, which depends on the model.
 
