@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.composition_quality import WAYS, Answer, boxes, measured_bleed, sets, summary, todo
+from benchmarks.composition_quality import (
+    WAYS,
+    Answer,
+    Group,
+    boxes,
+    grouped,
+    measured_bleed,
+    merged,
+    sets,
+    summary,
+    table,
+    todo,
+)
 
 
-def answer(found, seed=0, way="merge", subjects=("fox", "robot")):
-    return Answer(way, subjects, seed, tuple(found), (0.1,) * len(subjects))
+def answer(found, seed=0, way="merge", subjects=("fox", "robot"), style="", styles=("flat", "flat")):
+    return Answer(way, subjects, style, seed, tuple(found), styles, (0.1,) * len(subjects))
 
 
 @pytest.mark.parametrize(
@@ -45,11 +57,38 @@ def test_sets_are_distinct_balanced_and_repeatable():
 
 
 def test_every_way_draws_the_same_sets_and_seeds():
-    drawn = list(todo([("a", "b"), ("b", "c")], 3, WAYS))
-    of_first = [(names, seed) for way, names, seed in drawn if way == WAYS[0]]
+    drawn = list(todo([Group(("a", "b"), "", 0), Group(("b", "c"), "", 1)], 3, WAYS))
+    of_first = [(group, seed) for way, group, seed in drawn if way == WAYS[0]]
     assert len({seed for _, seed in of_first}) == len(of_first) == 6
-    assert all([(names, seed) for way, names, seed in drawn if way == one] == of_first for one in WAYS)
+    assert all([(group, seed) for way, group, seed in drawn if way == one] == of_first for one in WAYS)
     assert boxes(2) == [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+
+
+def test_pairs_with_a_style_have_the_seeds_of_those_without():
+    groups = grouped([("a", "b"), ("b", "c"), ("a", "b", "c")], ["style-x", "style-y"], 2)
+    assert [group.title for group in groups[3:]] == ["a + b + style-x", "b + c + style-y"]
+    assert [group.number for group in groups] == [0, 1, 2, 0, 1]
+
+
+def test_style_is_judged_apart_from_the_subjects():
+    seen = answer(("fox", "robot"), style="style-3d", styles=("3d", "flat"))
+    assert seen.styled == (True, False)
+    rows = summary([seen, answer(("fox", "fox"))], WAYS)
+    assert [(row["style"], row.get("styled")) for row in rows] == [("", None), ("style-3d", 0.5)]
+    assert measured_bleed([seen]) == {}
+    assert table(rows)[4].startswith("| style | method |")
+    assert table(rows)[6].startswith("| 3d | merge | 1 | 100.0%")
+
+
+def test_rows_that_were_not_drawn_again_are_kept():
+    rows = summary([answer(("fox", "fox")), answer(("fox", "fox"), way="switch")], WAYS)
+    old = [{**row, "files": "now", "pictures": count} for row, count in zip(rows, (9, 1), strict=True)]
+    gone = {**old[0], "method": "composite", "files": "before"}
+    new = [{**row, "pictures": 4} for row in old]
+    assert [(row["method"], row["pictures"]) for row in merged([*old, gone], new, ["now"])] == [
+        ("merge", 9),
+        ("switch", 4),
+    ]
 
 
 def test_features_know_the_same_subject_in_another_style():
