@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,6 +147,22 @@ def _plain_report(adapter: str, base: str, k: int) -> dict[str, Any]:
     return intruders(adapter, base, k=k, from_files=Path(library.resolve_base(base)).is_dir()).to_dict()
 
 
+def shrink_factor(report: Mapping[str, Any], eps: float, strength: float) -> float:
+    """|dW| with intruders below ``eps`` scaled by ``strength``, over |dW|: the factor of the control.
+
+    Args:
+        report: of :func:`intruders`, as plain values. No weights are needed, so that a slider can follow.
+    """
+    whole = changed = 0.0
+    for layer in report["layers"]:
+        whole += layer["norm"] ** 2
+        changed += layer["norm"] ** 2
+        for cosine, value, overlap in zip(layer["cosines"], layer["values"], layer["overlaps"], strict=True):
+            if cosine < eps:
+                changed += 2 * (strength - 1) * value * overlap + (strength - 1) ** 2 * value**2
+    return math.sqrt(max(0.0, changed) / whole) if whole else 1.0
+
+
 def soften(
     adapter: str,
     base: str,
@@ -181,11 +198,13 @@ def forgetting(
     strengths: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0),
     k: int = 10,
     eps: float = 0.5,
+    monitor: Monitor | None = None,
 ) -> list[Row]:
     """Losses on old data (and new, if given) of the base, the adapter, softened forms and their controls.
 
     Args:
         old, new: a folder of pictures (diffusion) or a text file (language models).
+        monitor: is told every layer and every measurement, and may cancel.
 
     Raises:
         InputError: data that is missing, empty or of the wrong kind.
@@ -196,8 +215,8 @@ def forgetting(
     opened = open_base(base)
     measures = {name: measure(opened, path) for name, path in (("old", old), ("new", new)) if path}
     file = read_adapter(adapter, opened)
-    _, found = inspect(file, weights_of(opened.models), k, eps)
-    return core.sweep(opened.models, file, found, measures, strengths)
+    _, found = inspect(file, weights_of(opened.models), k, eps, monitor=monitor)
+    return core.sweep(opened.models, file, found, measures, strengths, monitor)
 
 
 def measure(base: Base, data: str) -> Callable[[], float]:

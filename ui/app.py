@@ -156,18 +156,20 @@ def _wire_crossings(pages: _Pages) -> None:
     def open_job(job_id: str) -> Any:
         job = job_store.get(job_id)
         views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
-                 "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view}  # fmt: skip
+                 "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view,
+                 "forgetting": pages.library.looking}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
-        kind = "compose" if job.kind == "compare" else job.kind
+        kind = {"compare": "compose", "soften": "forgetting"}.get(job.kind, job.kind)
         follow = {
             "compose": compose.follow,
             "train-language": language.open_job,
             "reconstruct": reconstruct.follow,
+            "forgetting": library.open_job,
         }.get(kind, train.follow)
         shown[kind] = list(follow(job.id, ()))
         way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
         switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
-        own_tab = {"compose": "compose", "train-language": "language", "reconstruct": kind}
+        own_tab = {"compose": "compose", "train-language": "language", "reconstruct": kind, "forgetting": "library"}
         tab = gr.Tabs(selected=own_tab.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
 
@@ -183,7 +185,7 @@ def _wire_crossings(pages: _Pages) -> None:
     opened = pages.jobs.open.click(
         open_job, pages.jobs.chosen,
         [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,
-         *pages.language.jobs_view, *pages.reconstruct.view],
+         *pages.language.jobs_view, *pages.reconstruct.view, *pages.library.looking],
         **_PRIVATE,
     )  # fmt: skip
     for arrival in (used, *tried, opened):  # a page that was not opened by its tab

@@ -7,7 +7,7 @@ Adapters are added to the weights for the measurement and taken out again to the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.errors import InputError
 from adapters.formats.lora import LoraFile
 from adapters.inspection.intruders import Found, shrink, soften, update_norm
+from adapters.progress import Monitor, Progress, Silent, check
 
 Measure = Callable[[], float]
 
@@ -63,19 +64,27 @@ def sweep(
     found: Mapping[tuple[str, str], Sequence[Found]],
     measures: Mapping[str, Measure],
     strengths: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0),
+    monitor: Monitor | None = None,
 ) -> list[Row]:
-    """Losses of the base, of the adapter softened by every lambda, and of the whole update shrunk to the same norm."""
-    rows = [Row("base", 0.0, 0.0, {name: measure() for name, measure in measures.items()})]
+    """Losses of the base, of the adapter softened by every lambda, and of the whole update shrunk to the same norm.
+
+    ``monitor`` is told every variant and may cancel between two.
+    """
+    monitor = monitor or Silent()
+    variants: list[tuple[str, float, LoraFile | None]] = [("base", 0.0, None)]
     whole = update_norm(file)
     for strength in strengths:
         softened, _ = soften(file, found, strength)
-        norm = update_norm(softened)
-        variants = [("intruders scaled", strength, softened)]
+        variants.append(("adapter" if strength == 1 else "intruders scaled", strength, softened))
         if strength != 1:
-            factor = norm / whole if whole else 1.0
+            factor = update_norm(softened) / whole if whole else 1.0
             variants.append(("whole update shrunk", factor, shrink(file, factor)))
-        for name, value, variant in variants:
-            with added(models, variant):
-                losses = {key: measure() for key, measure in measures.items()}
-            rows.append(Row(name if strength != 1 else "adapter", value, update_norm(variant), losses))
+    rows = []
+    for number, (name, value, variant) in enumerate(variants):
+        check(monitor)
+        monitor.report(Progress("measuring", number, len(variants)))
+        with added(models, variant) if variant else nullcontext():
+            losses = {key: measure() for key, measure in measures.items()}
+        rows.append(Row(name, value, update_norm(variant) if variant else 0.0, losses))
+    monitor.report(Progress("measuring", len(variants), len(variants)))
     return rows

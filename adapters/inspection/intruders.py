@@ -99,7 +99,9 @@ class LayerReport:
     stable_rank: float
     intruders: int
     positions: tuple[int, ...]
+    norm: float
     values: tuple[float, ...]
+    overlaps: tuple[float, ...]
     cosines: tuple[float, ...]
     group_cosines: tuple[float, ...]
     ambiguous: tuple[int, ...]
@@ -110,10 +112,10 @@ class LayerReport:
 class Report:
     """All layers.
 
-    Of a layer: ``relative_change`` |dW| / |W0| (Frobenius), ``base_norm`` and ``tuned_norm`` (spectral),
-    ``stable_rank`` |dW|_F^2 / |dW|_2^2, ``cosines`` of all k directions, ``positions`` of the intruders among them,
-    their ``values`` t_j, ``ambiguous`` those that disappear among near-equal base values, ``captured`` the share of
-    |dW|^2 in the intruders.
+    Of a layer: ``norm`` |dW|, ``relative_change`` |dW| / |W0| (Frobenius), ``base_norm`` and ``tuned_norm`` (spectral),
+    ``stable_rank`` |dW|_F^2 / |dW|_2^2; of all k directions ``cosines``, ``values`` t_j and ``overlaps`` y_j^T dW z_j;
+    ``positions`` of the intruders among them, ``ambiguous`` those that disappear among near-equal base values,
+    ``captured`` the share of |dW|^2 in the intruders.
     """
 
     k: int
@@ -311,7 +313,9 @@ def _report(
         stable_rank=size / float(values[0].square()) if size > 0 else 0.0,
         intruders=len(positions),
         positions=positions,
-        values=tuple(float(first.T[j]) for j in positions),
+        norm=math.sqrt(size),
+        values=tuple(first.T.tolist()),
+        overlaps=tuple(((first.Y.T @ left.double()) * (first.Z @ right.double().T)).sum(1).tolist()),
         cosines=tuple(round(float(c), 4) for c in first.cosines),
         group_cosines=tuple(round(float(c), 4) for c in first.groups),
         ambiguous=ambiguous,

@@ -9,6 +9,7 @@ import typer
 
 from adapters.errors import InputError
 from studio.cli.output import Json, Output, Quiet, facts, table
+from studio.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from adapters.inspection.intruders import Report
@@ -50,7 +51,8 @@ def intruders(
     hush.loading_bars()
     if plot is not None and plot.suffix.lower() != ".png":
         raise InputError(f"--plot: pictures are written as .png, got '{plot.suffix}'.")
-    report = inspection.intruders(adapter, base, tuned, k, eps, side, from_files=from_files)  # type: ignore[arg-type]
+    with Terminal(quiet) as terminal:
+        report = inspection.intruders(adapter, base, tuned, k, eps, side, terminal, from_files)  # type: ignore[arg-type]
     if plot is not None:
         from adapters import files
 
@@ -85,7 +87,8 @@ def soften(
     output = Output(json, quiet)
     hush.remarks()
     hush.loading_bars()
-    made, shrunk, found = inspection.soften(adapter, base, strength, k, eps, recompress)
+    with Terminal(quiet) as terminal:
+        made, shrunk, found = inspection.soften(adapter, base, strength, k, eps, recompress, terminal)
     if strength > 1:
         output.note("A lambda above 1 amplifies intruders: the model forgets more.")
     for file, place in ((made, out), (shrunk, control)):
@@ -116,7 +119,9 @@ def forgetting(
     output = Output(json, quiet)
     hush.remarks()
     hush.loading_bars()
-    rows = inspection.forgetting(adapter, base, old, new, tuple(strengths or (1.0, 0.75, 0.5, 0.25, 0.0)), k, eps)
+    chosen = tuple(strengths or (1.0, 0.75, 0.5, 0.25, 0.0))
+    with Terminal(quiet) as terminal:
+        rows = inspection.forgetting(adapter, base, old, new, chosen, k, eps, terminal)
     values = [{"variant": r.variant, "factor": r.strength, "norm": r.norm, **r.losses} for r in rows]
     names = list(values[0])
     output.result(values, lambda: table(names, [[_cell(value[name]) for name in names] for value in values]))

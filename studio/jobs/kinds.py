@@ -117,3 +117,5 @@ register(
     )
 )
 register(Kind("reconstruct", "studio.schemas.reconstruct:ReconstructConfig", "studio.reconstruct:run"))
+register(Kind("forgetting", "studio.schemas.soften:ForgettingConfig", "studio.softening:measure"))
+register(Kind("soften", "studio.schemas.soften:SoftenConfig", "studio.softening:soften"))

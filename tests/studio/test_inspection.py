@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from adapters import formats
-from adapters.errors import InputError
+from adapters.errors import Cancelled, InputError
 from adapters.formats import LoraFile, LoraLayer, write_peft
 from adapters.inspection.intruders import Report
+from adapters.progress import Silent
 from benchmarks import dialects
-from studio import inspection
+from studio import inspection, jobs, library
 from studio.cli import app
 from tests import tiny
 from tests.language import tiny as language
@@ -72,6 +74,47 @@ def test_softened_adapter_and_its_control(base, adapter, tmp_path, capsys):
     assert json.loads(soft.metadata["adapter_studio_softened"])["lambda"] == 0.5
     pipe = tiny.sd()
     pipe.load_lora_weights(out)
+
+
+def test_a_slider_knows_the_control_without_the_weights(base, adapter):
+    report = inspection.intruders(str(adapter), str(base), k=6, eps=0.6).to_dict()
+    for strength in (0.0, 0.75, 1.0, 1.5):
+        _, _, facts = inspection.soften(str(adapter), str(base), strength, 6, 0.6)
+        assert inspection.shrink_factor(report, 0.6, strength) == pytest.approx(facts["control_factor"], rel=1e-5)
+
+
+def test_the_jobs_behind_the_page(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
+    asked = {"adapter": str(adapter), "base": str(base), "k": 6}
+    old = str(bed.crosses(tmp_path / "old", 2))
+    done = jobs.run_here("forgetting", {**asked, "old": old, "strengths": [1.0, 0.5]}, Silent())
+    assert [row["variant"] for row in done.result["rows"]] == [
+        "base", "adapter", "intruders scaled", "whole update shrunk",
+    ]  # fmt: skip
+    assert Path(done.result["table"]).read_text().startswith("variant,factor,norm,old\nbase,0.0,0.0,")
+    done = jobs.run_here("soften", {**asked, "strength": 0.5}, Silent())
+    soft, shrunk = (formats.read(library.resolve_adapter(done.result[key])) for key in ("library", "library_control"))
+    assert max(soft.ranks()) > 2
+    assert json.loads(soft.metadata["adapter_studio_softened"])["lambda"] == 0.5
+    assert shrunk.ranks() == formats.read(adapter).ranks()
+    for wrong, sentence in (
+        ({"strength": -1}, "lambda must be 0"),
+        ({"strength": float("nan")}, "lambda must be 0"),
+        ({"eps": 0}, "greater than 0"),
+        ({"k": 0}, "greater than or equal to 1"),
+        ({"base": ""}, "base"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            jobs.submit("soften", {**asked, **wrong})
+    with pytest.raises(Cancelled):
+        jobs.run_here("forgetting", {**asked, "old": old}, Stopped())
+
+
+class Stopped(Silent):
+    """Somebody has pressed Cancel already."""
+
+    def cancelled(self) -> bool:
+        return True
 
 
 def test_pictures_that_are_forgotten(base, adapter, tmp_path):

@@ -17,7 +17,7 @@ TONES = {
 }  # fmt: skip
 KINDS = {
     "compose": "Compose", "compare": "Compare", "train-image": "Train", "distill": "Distill",
-    "train-language": "Language", "reconstruct": "Reconstruct",
+    "train-language": "Language", "reconstruct": "Reconstruct", "forgetting": "Forgetting", "soften": "Soften",
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def status_tag(job: Job) -> str:
 
 def job_title(job: Job) -> str:
     """What the job is about: the prompt, or the adapter's name."""
-    title = job.config.get("prompt") or job.config.get("name") or job.id
+    title = job.config.get("prompt") or job.config.get("name") or job.config.get("adapter") or job.id
     return str(title)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from studio import jobs
 from studio.jobs import Job
 from ui import markup
+from ui.components.axes import HEIGHT, WIDTH, Axes, room
 
-WIDTH, HEIGHT = 640, 220
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 28
 _MOST_POINTS = 400
 
 
@@ -28,22 +27,16 @@ def loss_plot(points: Sequence[tuple[int, float]], validation: Sequence[tuple[in
     if not points:
         return ""
     everything = [*points, *validation]
-    low, high = _range([loss for _, loss in everything])
-    last = max(total, everything[-1][0], 2)
-
-    def place(point: tuple[int, float]) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * point[0] / last
-        y = TOP + (HEIGHT - TOP - BOTTOM) * (high - point[1]) / (high - low)
-        return x, y
-
+    low, high = room([loss for _, loss in everything])
+    axes = Axes(0, max(total, everything[-1][0], 2), low, high)
     thin = _thin(points)
     smooth = _thin(running_average(points))
-    end = place(smooth[-1])
+    end = axes.place(smooth[-1])
     parts = [
-        _grid(low, high, last),
-        f'<path class="raw" d="{_path(map(place, thin))}"/>',
-        f'<path class="smooth" d="{_path(map(place, smooth))}"/>',
-        f'<path class="check" d="{_path(map(place, validation))}"/>' if validation else "",
+        axes.grid(whole=True),
+        f'<path class="raw" d="{axes.path(thin)}"/>',
+        f'<path class="smooth" d="{axes.path(smooth)}"/>',
+        f'<path class="check" d="{axes.path(validation)}"/>' if validation else "",
         f'<circle class="end" cx="{end[0]:.1f}" cy="{end[1]:.1f}" r="4"/>',
     ]
     said = f"Loss {points[-1][1]:.4f} at step {points[-1][0]}, average {smooth[-1][1]:.4f}"
@@ -66,34 +59,6 @@ def running_average(points: Sequence[tuple[int, float]], keep: float = 0.9) -> l
     return result
 
 
-def _range(losses: Sequence[float]) -> tuple[float, float]:
-    ordered = sorted(losses)
-    high = ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.98))]
-    low = ordered[0]
-    room = (high - low) * 0.08 or abs(high) * 0.1 or 0.1
-    return max(0.0, low - room) if low >= 0 else low - room, high + room
-
-
 def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     stride = max(1, math.ceil(len(points) / _MOST_POINTS))
     return [*points[:-1:stride], points[-1]]
-
-
-def _path(places: Iterable[tuple[float, float]]) -> str:
-    pairs = [f"{x:.1f} {max(TOP, y):.1f}" for x, y in places]
-    return "M" + "L".join(pairs)
-
-
-def _grid(low: float, high: float, last: int) -> str:
-    lines = []
-    for part in range(5):
-        y = TOP + (HEIGHT - TOP - BOTTOM) * part / 4
-        loss = high - (high - low) * part / 4
-        lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:.3g}</text>')
-    for part in range(5):
-        step = round(last * part / 4)
-        x = LEFT + (WIDTH - LEFT - RIGHT) * part / 4
-        anchor = "end" if part == 4 else "middle"
-        lines.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{step}</text>')
-    return "".join(lines)

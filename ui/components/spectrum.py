@@ -1,4 +1,4 @@
-"""What training did to an adapter's layers: intruder dimensions, layer by layer, on the Library page."""
+"""What training did to an adapter's layers, on the Library page: intruder dimensions, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import gradio as gr
 from adapters.errors import InputError
 from studio import inspection, library
 from ui import markup
+from ui.components import softening
 from ui.polite import polite
 
 EPS = 0.5
@@ -29,6 +30,7 @@ class Spectrum:
     told: gr.HTML
     report: gr.State
     """The report as plain values; None before it was asked for."""
+    softening: softening.Softening
 
 
 def draw() -> Spectrum:
@@ -36,8 +38,8 @@ def draw() -> Spectrum:
     with gr.Accordion("What training changed", open=False, visible=False, elem_classes="as-more",
                       elem_id="spectrum") as fold:  # fmt: skip
         gr.HTML(
-            '<p class="as-help">Intruder dimensions: directions among the largest of a weight that the base never had. '
-            "Many of them go along with forgetting.</p>", apply_default_css=False,
+            "<p>Intruder dimensions: directions among the largest of a weight that the base never had. Many of them go "
+            "along with forgetting.</p>", elem_classes="as-help", apply_default_css=False,
         )  # fmt: skip
         with gr.Row():
             base = gr.Dropdown([], label="Base it was trained on", allow_custom_value=True, interactive=True,
@@ -48,7 +50,8 @@ def draw() -> Spectrum:
                         info="likeness to the most similar direction of the base")  # fmt: skip
         ask = gr.Button("Look into its layers", size="md", elem_id="spectrum-ask")
         told = gr.HTML("", elem_id="spectrum-told", apply_default_css=False)
-    return Spectrum(fold, base, k, eps, ask, told, gr.State(None))
+        below = softening.draw()
+    return Spectrum(fold, base, k, eps, ask, told, gr.State(None), below)
 
 
 def wire(spectrum: Spectrum, chosen: gr.State, shelf: gr.Radio) -> None:
@@ -78,6 +81,7 @@ def wire(spectrum: Spectrum, chosen: gr.State, shelf: gr.Radio) -> None:
         lambda report, eps: panel(report, eps) if report else gr.skip(), [spectrum.report, spectrum.eps],
         spectrum.told, trigger_mode="always_last", **_PRIVATE,
     )  # fmt: skip
+    softening.wire(spectrum.softening, chosen, [spectrum.base, spectrum.k, spectrum.eps], spectrum.report)
 
 
 def panel(report: Mapping[str, Any], eps: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import library
+from studio import jobs, library
 from studio.library import Record, Trashed
 from ui import markup
 from ui.components import rack, spectrum
@@ -30,6 +30,8 @@ class Page:
     chosen: gr.State
     shelf: gr.Radio
     use: gr.Button
+    looking: list[Any]
+    """Components that :func:`open_job` fills."""
     acts: list[Any]
     """Events by which a person chooses or changes something."""
 
@@ -48,7 +50,8 @@ def build() -> Page:
             importing = _Import.draw()
         with gr.Column(scale=5, min_width=320, elem_id="library-detail", elem_classes="as-side"):
             detail = _Detail.draw()
-    page = Page([shelf, search, chosen], [cards, chosen, *detail.view], chosen, shelf, detail.use, [])
+    shown = [cards, chosen, *detail.view]
+    page = Page([shelf, search, chosen], shown, chosen, shelf, detail.use, [shelf, detail.spectrum.fold, *shown], [])
     page.acts += [cards.select, shelf.input, search.input, importing.button.click, detail.rename.click]
     spectrum.wire(detail.spectrum, chosen, shelf)
     page.acts += [detail.trash.click, detail.restore.click, detail.empty_for_good.click]
@@ -131,6 +134,11 @@ def show(shelf: Shelf, search: str, chosen: str) -> list[Any]:
     record = next((record for record in records if record.name == chosen), None)
     cards = "".join(card(item, item.name == chosen) for item in records)
     return [_shelf(cards, _nothing(shelf, search)), record.name if record else "", *_detail(record)]
+
+
+def open_job(job_id: str, shown: tuple[Any, ...]) -> list[Any]:
+    """The adapter that a job about forgetting is of: what a :class:`Page`'s ``looking`` gets."""
+    return ["adapter", gr.update(open=True), *show("adapter", "", str(jobs.get(job_id).config["adapter"]))]
 
 
 def _records(shelf: Shelf) -> list[Record]:

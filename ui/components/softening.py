@@ -1,0 +1,198 @@
+"""Soften an adapter's intruders on the Library page: the lambda slider, the control, the forgetting curve."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from adapters.errors import InputError
+from studio import inspection, jobs, settings
+from studio.jobs import Job
+from ui import markup, pictures
+from ui.components.forgetting_plot import forgetting_plot
+from ui.components.job_panel import ahead, job_panel, stopper
+from ui.polite import polite, say
+
+KINDS = ("forgetting", "soften")
+STRENGTH = 0.75
+SECONDS = 1.0
+TEXTS = (".txt", ".md")
+_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+@dataclass
+class Softening:
+    """The slider and what can be done at its lambda."""
+
+    strength: gr.Slider
+    size: gr.HTML
+    keep: gr.Button
+    old: gr.File
+    new: gr.File
+    measure: gr.Button
+    job: gr.State
+    shown: gr.State
+    rows: gr.State
+    """Of the last forgetting job; empty when there is none."""
+    timer: gr.Timer
+    panel: gr.HTML
+    cancel: gr.Button
+    plot: gr.HTML
+
+    @property
+    def view(self) -> list[Any]:
+        return [self.job, self.shown, self.timer, self.panel, self.cancel, self.rows, self.plot]
+
+
+def draw() -> Softening:
+    """Draw it inside the current column."""
+    strength = gr.Slider(0, 1.5, STRENGTH, step=0.05, label="Lambda", elem_id="soften-lambda",
+                         info="intruders times this: 0 removes them, 1 changes nothing, more amplifies")  # fmt: skip
+    size = gr.HTML("", elem_id="soften-size", elem_classes="as-help", apply_default_css=False)
+    keep = gr.Button("Keep it softened, and the control", size="md", elem_id="soften-keep")
+    gr.HTML(
+        '<p>How much is forgotten at every lambda: drop pictures (captions as .txt) or, for a language '
+        "model, a text, of what the base could do before. Whether softening is better than shrinking the whole update "
+        "is contested, so both are measured.</p>", elem_classes="as-help", apply_default_css=False,
+    )  # fmt: skip
+    old = gr.File(label="What the base knew", file_count="multiple", file_types=["image", *TEXTS], height=110,
+                  elem_id="soften-old")  # fmt: skip
+    new = gr.File(label="What was learnt (or none)", file_count="multiple", file_types=["image", *TEXTS], height=110,
+                  elem_id="soften-new")  # fmt: skip
+    measure = gr.Button("Measure forgetting", size="md", elem_id="soften-measure")
+    job, shown, rows = gr.State(""), gr.State(()), gr.State([])
+    timer = gr.Timer(SECONDS, active=False)
+    panel = gr.HTML("", elem_id="soften-panel", apply_default_css=False)
+    cancel = gr.Button("Cancel", variant="stop", visible=False, size="md", elem_id="soften-cancel")
+    plot = gr.HTML("", elem_id="soften-plot", apply_default_css=False)
+    return Softening(strength, size, keep, old, new, measure, job, shown, rows, timer, panel, cancel, plot)
+
+
+def wire(softening: Softening, chosen: gr.State, asked: Sequence[Any], report: gr.State) -> None:
+    """Follow the chosen adapter, the slider and the jobs.
+
+    Args:
+        asked: components for base, k and eps.
+        report: what was found in the layers, or None.
+    """
+    eps = asked[-1]
+
+    def begin(kind: str, name: str, values: Mapping[str, Any], base: str | None, k: float | None, eps: float) -> Any:
+        if not base:
+            raise InputError("Choose the base that the adapter was trained on.")
+        job_id = jobs.submit(kind, {"adapter": name, "base": base, "k": int(k or 10), "eps": eps, **values})
+        jobs.ensure_worker()
+        return follow(job_id, (), float(values.get("strength", STRENGTH)))
+
+    @polite
+    def keep(name: str, strength: float, *asked: Any) -> Any:
+        return begin("soften", name, {"strength": strength}, *asked)
+
+    @polite
+    def measure(name: str, strength: float, old: list[str] | None, new: list[str] | None, *asked: Any) -> Any:
+        if not old:
+            raise InputError("Drop something that the base knew before: pictures, or a text for a language model.")
+        values = {"old": kept(old, f"{name}-old"), "new": kept(new or (), f"{name}-new")}
+        return begin("forgetting", name, values, *asked)
+
+    s = softening
+    s.keep.click(keep, [chosen, s.strength, *asked], s.view, **_PRIVATE)
+    s.measure.click(measure, [chosen, s.strength, s.old, s.new, *asked], s.view, **_PRIVATE)
+    s.timer.tick(polite(follow), [s.job, s.shown, s.strength], s.view, **_PRIVATE)
+    stop = stopper(lambda job_id, shown: follow(job_id, shown, STRENGTH))
+    s.cancel.click(stop, s.job, s.view, **_PRIVATE)
+    chosen.change(polite(latest), [chosen, s.strength], s.view, **_PRIVATE)
+    s.strength.change(
+        lambda rows, strength: forgetting_plot(rows, strength), [s.rows, s.strength], s.plot,
+        trigger_mode="always_last", **_PRIVATE,
+    )  # fmt: skip
+    gr.on(
+        [s.strength.change, eps.change, report.change], size_of, [report, eps, s.strength], s.size,
+        trigger_mode="always_last", **_PRIVATE,
+    )  # fmt: skip
+
+
+def size_of(report: Mapping[str, Any] | None, eps: float, strength: float) -> str:
+    """What a lambda leaves of the update; empty before anyone looked into the layers."""
+    if not report:
+        return ""
+    factor = inspection.shrink_factor(report, eps, strength)
+    return (
+        f"<p>At lambda {strength:g} the update has <b>{factor:.0%}</b> of its size; the control is the whole update "
+        f"times {factor:.2f}.</p>"
+    )
+
+
+def kept(files: Sequence[str], name: str) -> str:
+    """Dropped pictures as a folder, a dropped text as a file of the studio; empty for nothing.
+
+    Raises:
+        InputError: several texts without a picture, or pictures that cannot be read.
+    """
+    if not files:
+        return ""
+    paths = [Path(file) for file in files]
+    if any(path.suffix.lower() not in TEXTS for path in paths):
+        items, problems = pictures.receive(paths)
+        if problems:
+            say(" ".join(problems), title="Left out")
+        return str(pictures.keep(items, name))
+    if len(paths) > 1:
+        raise InputError("Drop pictures with their captions, or one text for a language model.")
+    place = settings.folder("datasets", f"{name}-{time.strftime('%y%m%d-%H%M%S')}") / paths[0].name
+    shutil.copyfile(paths[0], place)
+    return str(place)
+
+
+def latest(name: str, strength: float) -> Any:
+    """How the last job about an adapter stands, and its curve."""
+    found = _jobs_about(name)
+    if not found:
+        return ["", (), gr.Timer(active=False), "", gr.update(visible=False), [], ""]
+    return follow(found[0].id, (), strength)
+
+
+def follow(job_id: str, shown: tuple[Any, ...], strength: float) -> Any:
+    """What stands there of a job; nothing changes while ``shown`` is still true."""
+    if not job_id:
+        return gr.skip()
+    job = jobs.get(job_id)
+    now = (job.id, job.status, job.progress.step if job.progress else 0)
+    if now == tuple(shown) and job.status != "running":
+        return gr.skip()
+    rows: Any = gr.skip()
+    if not job.active:
+        rows = rows_of(str(job.config["adapter"]))
+    return [
+        job.id, now, gr.Timer(active=job.active), job_panel(job, ahead(job)) + _kept_as(job),
+        gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"), rows,
+        gr.skip() if job.active else forgetting_plot(rows, strength),
+    ]  # fmt: skip
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """What the last finished forgetting job about an adapter measured."""
+    for job in _jobs_about(name):
+        if job.kind == "forgetting" and job.status == "done":
+            rows: list[dict[str, Any]] = (job.result or {}).get("rows", [])
+            return rows
+    return []
+
+
+def _jobs_about(name: str) -> list[Job]:
+    found = [job for kind in KINDS for job in jobs.list(50, (), kind) if name and job.config.get("adapter") == name]
+    return sorted(found, key=lambda job: -job.created)
+
+
+def _kept_as(job: Job) -> str:
+    if job.kind != "soften" or job.status != "done":
+        return ""
+    result = job.result or {}
+    names = f"'{result.get('library')}' and, the control, '{result.get('library_control')}'"
+    return markup.notice(f"In your library as {names}.", "info")
