@@ -95,7 +95,7 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
     monitor.report(Progress("loading", message=f"expected: {cost}"))
     check(monitor)
     told = inference.predict(network, photos, graph, config.chunk, config.dtype, monitor)
-    scene = _aligned(told, config, monitor)
+    scene, said = _aligned(told, photos, config, monitor)
     result: dict[str, Any] = {"estimate": str(cost), "licence": opened.licence, "warnings": warnings}
     if config.calibrate:
         _write_glb(scene, photos, folder / "before.glb", config)
@@ -108,7 +108,8 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
         network = kept.pop("network")
         result |= kept
         told = inference.predict(network, photos, graph, config.chunk, config.dtype, monitor)
-        scene = _aligned(told, config, monitor)
+        scene, said = _aligned(told, photos, config, monitor)
+    warnings += said
     if len(photos) > 2 and calibration.still(scene):
         warnings.append("The cameras hardly move: depth and poses mean little.")
     monitor.report(Progress("saving"))
@@ -176,10 +177,13 @@ def _changed(adapter: dict[str, Any], photos: Sequence[Any]) -> list[str]:
     ]
 
 
-def _aligned(told: Any, config: ReconstructConfig, monitor: Monitor) -> Any:
+def _aligned(
+    told: Any, photos: Sequence[Any], config: ReconstructConfig, monitor: Monitor
+) -> tuple[Any, list[str]]:
+    """The scene of what the network says, and what a person should know about it."""
     import torch
 
-    from pipelines.geometry import alignment, cameras, initialise
+    from pipelines.geometry import alignment, cameras, initialise, verification
     from studio import devices
 
     if len(told.sizes) == 1:
@@ -187,12 +191,14 @@ def _aligned(told: Any, config: ReconstructConfig, monitor: Monitor) -> Any:
         ones = cameras.Similarity(torch.ones(1), torch.eye(3)[None], torch.zeros(1, 3))
         flat = torch.zeros(2, 1, told.points1.shape[1])
         return alignment.Alignment(told.sizes, torch.eye(4)[None], focals, told.points1[..., 2].clamp_min(1e-4),
-                                   initialise.strongest(told), flat, flat, ones)  # fmt: skip
+                                   initialise.strongest(told), flat, flat, ones), []  # fmt: skip
     if len(told.sizes) == 2:
-        return alignment.view_pair(told)
-    return alignment.align(
+        return alignment.view_pair(told), []
+    told, said = verification.verified(told, photos) if config.verify else (told, [])
+    found = alignment.align(
         told.to(devices.resolve(config.device)), config.steps, schedule=config.schedule, monitor=monitor
     )
+    return found, said
 
 
 def _calibrated(
@@ -214,7 +220,7 @@ def _calibrated(
     answers = [one.to(devices.resolve(config.device)) for one in told]
     model, robust, labels, losses = calibration.calibrate(
         network, scenes, answers, recipe, config.mu, min(100, config.steps // 3), config.cutoff, config.steps,
-        monitor=monitor,
+        verify=config.verify, share=config.share, monitor=monitor,
     )  # fmt: skip
     facts = [
         {"images": [photo.facts() for photo in photos], "cutoff": kept.cutoff, "kept": kept.kept,

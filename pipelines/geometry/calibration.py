@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from pipelines.geometry.inference import Predictions, precision
 from pipelines.geometry.network import Encoded
 from pipelines.geometry.objective import confidence_loss
 from pipelines.geometry.pairs import Pair
+from pipelines.geometry.verification import verified
 
 METHOD = Method(
     name="lora3d",
@@ -97,6 +98,19 @@ def robust_alignment(
     return scene
 
 
+def shared(scene: Alignment, pairs: Sequence[Pair], wanted: Sequence[Pair]) -> Alignment:
+    """The scene with weights for ``wanted`` pairs: a pixel's largest over all aligned ``pairs`` that hold its picture.
+
+    All pairs label a pixel with the same point, so one pair that confirms it is enough.
+    """
+    best = torch.zeros_like(scene.depth)
+    for edge, pair in enumerate(pairs):
+        for side, n in enumerate(pair):
+            best[n] = torch.maximum(best[n], scene.weights[side, edge])
+    weights = torch.stack([best[[pair[side] for pair in wanted]] for side in (0, 1)])
+    return replace(scene, weights=weights)
+
+
 # ------------------------------------------------------------------------------------------------ pseudo labels
 
 
@@ -121,8 +135,8 @@ class Labels:
 def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) -> Labels:
     """Labels of every edge both of whose views keep at least 5 % of their pixels (w > ``cutoff``).
 
-    When fewer edges remain than there are images, the cutoff is lowered to keep 20 % of all pixels, and a warning
-    says so.
+    When less than 20 % of all pixels are left, or fewer edges than there are images, the cutoff is lowered to keep 20 %,
+    and a warning says so.
 
     Raises:
         InputError: the cutoff is not positive, the poses are degenerate, or no edge is left.
@@ -132,13 +146,14 @@ def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) 
     check_poses(scene)
     warnings = []
     edges = _surviving(scene, pairs, cutoff)
-    if len(edges) < len(scene.sizes):
-        real = scene.weights[torch.stack([_real(scene, pairs, side) for side in (0, 1)])]
+    real = scene.weights[torch.stack([_real(scene, pairs, side) for side in (0, 1)])]
+    share = float((real > cutoff).float().mean())
+    if share < FALLBACK_KEPT or len(edges) < len(scene.sizes):
         lower = float(_quantile(real, 1 - FALLBACK_KEPT))
         if 0 < lower < cutoff:
             warnings.append(
-                f"Only {len(edges)} pairs kept enough pixels at the cutoff {cutoff:g}: lowered to {lower:.3g}, "
-                f"which keeps {FALLBACK_KEPT:.0%} of the pixels."
+                f"The cutoff {cutoff:g} keeps {share:.0%} of the pixels, in {len(edges)} of {len(pairs)} pairs: lowered "
+                f"to {lower:.3g}, which keeps {FALLBACK_KEPT:.0%}."
             )
             cutoff = lower
             edges = _surviving(scene, pairs, cutoff)
@@ -353,21 +368,32 @@ def _targets(
 def calibrate(
     network: nn.Module, photos: Sequence[Sequence[Photo]], predictions: Sequence[Predictions], recipe: Recipe,
     mu: float = 0.03, warmup: int = 100, cutoff: float = 1.5, steps: int = 300, transform: str = "log",
-    monitor: Monitor | None = None,
+    verify: bool = True, share: bool = True, monitor: Monitor | None = None,
 ) -> tuple[Any, list[Alignment], list[Labels], list[float]]:  # fmt: skip
     """Self-calibration to one scene or several: align robustly, label, train.
 
     Args:
         network: the base; it is wrapped, its own weights do not change.
         photos, predictions: one entry per scene.
+        verify: leave pairs whose pictures contradict each other out of the alignment.
+        share: a point that one pair confirms is a label in every pair of its picture; else only in pairs that confirm
+            it themselves, as in the paper.
 
     Returns:
         The PEFT model, the robust alignments, the labels and the training losses.
     """
-    scenes = [
-        robust_alignment(p, mu, warmup, steps, transform=transform, monitor=monitor or Silent()) for p in predictions
-    ]  # fmt: skip
-    labels = [pseudo_labels(s, p.pairs, cutoff) for s, p in zip(scenes, predictions, strict=True)]
+    scenes, labels = [], []
+    for pictures, told in zip(photos, predictions, strict=True):
+        kept, said = verified(told, pictures) if verify else (told, [])
+        scene = robust_alignment(kept, mu, warmup, steps, transform=transform, monitor=monitor or Silent())
+        found = (
+            pseudo_labels(shared(scene, kept.pairs, told.pairs), told.pairs, cutoff)
+            if share
+            else pseudo_labels(scene, kept.pairs, cutoff)
+        )
+        found.warnings[:0] = [f"Labels: {text}" for text in said]
+        scenes.append(scene)
+        labels.append(found)
     model = with_lora(network, recipe.rank, recipe.preset, recipe.seed)
     return model, scenes, labels, train_adapter(model, photos, labels, recipe, monitor)
 

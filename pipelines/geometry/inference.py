@@ -41,6 +41,12 @@ class Predictions:
         """The same of its second view."""
         return _shaped(self.points2[edge], self.confidence2[edge], self.sizes[self.pairs[edge][1]])
 
+    def select(self, edges: Sequence[int]) -> Predictions:
+        """Some of the edges, in the order given."""
+        names = ("points1", "points2", "confidence1", "confidence2")
+        chosen = {name: getattr(self, name)[list(edges)] for name in names}
+        return replace(self, pairs=tuple(self.pairs[edge] for edge in edges), **chosen)
+
     def to(self, device: Any) -> Predictions:
         """Move the tensors."""
         names = ("points1", "points2", "confidence1", "confidence2")

@@ -39,6 +39,9 @@ class ReconstructConfig(JobConfig):
 
     graph: str = _f("complete", _ALIGN, "Pairs: complete, swin-3, logwin-2, oneref-0.")
     many: bool = _f(False, _ALIGN, "Allow a complete graph over more than 30 pictures.")
+    verify: bool = _f(
+        True, _ALIGN, "Three pictures or more: leave out pairs that differ in colour where their points meet."
+    )
     steps: int = _f(300, _ALIGN, "Steps of the alignment.", ge=1, le=10000)
     schedule: Literal["cosine", "linear"] = _f("cosine", _ALIGN, "How the learning rate falls.")
     chunk: int = _f(8, _ALIGN, "Pairs decoded together; fewer need less memory.", ge=1, le=256)
@@ -51,6 +54,9 @@ class ReconstructConfig(JobConfig):
     lr: float = _f(1e-3, _CALIBRATE, "Learning rate at the start.", gt=0)
     mu: float = _f(0.03, _CALIBRATE, "How far points may miss before they lose their weight (scene units).", gt=0)
     cutoff: float = _f(1.5, _CALIBRATE, "Calibrated confidence from which a point becomes a label.", gt=0)
+    share: bool = _f(
+        True, _CALIBRATE, "A point that one pair confirms is a label in every pair; off: only where confirmed (paper)."
+    )
     seed: int = _f(0, _CALIBRATE, "Seed of the adapter.", ge=0)
 
     confidence: float = _f(1.0, _OUTPUT, "Least confidence of a point (the network's own scale, from 1 up).", ge=0)

@@ -22,8 +22,10 @@ from ui.polite import polite, say
 
 KNOWN = schema_form.fields(ReconstructConfig)
 NAMES = tuple(name for name in KNOWN if name not in ("images", "also"))  # paths are for commands
-CALIBRATION = ("rank", "preset", "epochs", "lr", "mu", "cutoff", "seed")
-ADVANCED = ("name", "size", "graph", "many", "steps", "schedule", "chunk", "seconds_per_frame", "dtype", "device")
+CALIBRATION = ("rank", "preset", "epochs", "lr", "mu", "cutoff", "share", "seed")
+ADVANCED = (
+    "name", "size", "graph", "many", "verify", "steps", "schedule", "chunk", "seconds_per_frame", "dtype", "device",
+)  # fmt: skip
 OUTPUT = ("confidence", "percentile", "mesh", "cameras", "max_points")
 SECONDS = 0.8
 MODELS = [
