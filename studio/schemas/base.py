@@ -59,12 +59,13 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _explain(model: type[BaseModel], item: Any) -> str:
     parts = tuple(part for part in item["loc"] if not str(part).startswith("["))  # without the tags of unions
-    place = ".".join(str(part) for part in parts) or "value"
+    place = ".".join(str(part) for part in parts)
     if item["type"] == "extra_forbidden":
         return f"unknown key '{place}'{nearest(str(parts[-1]), _field_names(model, parts[:-1]))}"
     given = item.get("input")
     shown = "" if item["type"] == "missing" or isinstance(given, dict) else f", got {given!r}"
-    return f"{place}: {item['msg'].removeprefix('Value error, ')}{shown}"
+    said = f"{item['msg'].removeprefix('Value error, ')}{shown}"
+    return f"{place}: {said}" if place else said
 
 
 def _field_names(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
