@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from adapters.initialise.plain import in_peft
+from adapters.layers.variant import untouched
 from studio.schemas.method import MethodFields, RegulariserFields
 from studio.training.methods import plugins_for
 from studio.training.plugin import Answers, Calibration, Closure, Handles, Plugins
@@ -150,14 +151,9 @@ def one_pass(run: Run, batch: Batch, share: float) -> tuple[Tensor, dict[str, fl
 @torch.no_grad()
 def reference(model: PeftModel, batch: Batch) -> Tensor:
     """The untouched base model's logits."""
-    was = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():
-            logits: Tensor = model(**inputs_of(batch)).logits
-            return logits
-    finally:
-        model.train(was)
+    with untouched(model):
+        logits: Tensor = model(**inputs_of(batch)).logits
+        return logits
 
 
 def train(base: nn.Module, recipe: Recipe, data: Data, targets: list[str]) -> Run:

@@ -27,6 +27,8 @@ from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer as PeftLayer
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -253,17 +255,26 @@ def read_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
 
 
 @contextmanager
-def without_perturbation(model: nn.Module, adapter: str = "default") -> Iterator[None]:
-    """Inside, no layer of ``model`` is perturbed."""
-    variants = [layer.lora_variant.get(adapter) for layer in adapted(model, adapter).values()]
-    held = [(v, v.perturbation) for v in variants if isinstance(v, StudioVariant)]
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` answers as its base does: adapters, perturbations and dropout off; outside all is as before.
+
+    Sets PEFT's flags directly: its ``disable_adapter`` also changes which parameters learn, and walks through the model
+    so often that it takes as long as a small model's forward pass.
+    """
+    learning = [module for module in model.modules() if module.training]
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [module._disable_adapters for module in adapted]
     try:
-        for variant, _ in held:
-            variant.perturbation = None
+        for module in learning:
+            module.training = False
+        for module in adapted:
+            module._disable_adapters = True
         yield
     finally:
-        for variant, perturbation in held:
-            variant.perturbation = perturbation
+        for module in learning:
+            module.training = True
+        for module, value in zip(adapted, before, strict=True):
+            module._disable_adapters = value
 
 
 # ------------------------------------------------------------------------------------------------ products

@@ -42,7 +42,7 @@ CHUNK = 4096
 """Rows of which probabilities exist at a time in the consistency term."""
 
 EXACT = 4096
-"""Up to this many columns singular values are computed exactly."""
+"""Up to this many rows or columns, whichever are fewer, singular values are computed exactly."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def diversity_topk(zf: Tensor, top: int = 20) -> Tensor:
 def spectral(zf: Tensor, k: int, normaliser: str = "frobenius", seed: int = 0) -> Tensor:
     """SR: minus sum of the k largest singular values of zf (N, D) over its nuclear or Frobenius norm.
 
-    Zero (no gradient) for fewer than two rows or a norm below 1e-8. Singular vectors are constants: u^T Z v has the
-    singular value's gradient.
+    Zero (no gradient) for fewer than two rows or a norm below 1e-8. Singular vectors u come from the smaller Gram
+    matrix and are constants: |u^T Z| has the singular value and its gradient.
     """
     z = zf.to(torch.promote_types(zf.dtype, torch.float32))
     if z.shape[0] < 2:
@@ -136,10 +136,19 @@ def spectral(zf: Tensor, k: int, normaliser: str = "frobenius", seed: int = 0) -
         values = torch.linalg.svdvals(z)
         size, largest = values.sum(), values[:k].sum()
     else:
-        with torch.no_grad():
-            U, _, Vh = truncated_svd(z, k, seed, exact_below=EXACT)
-        size, largest = torch.linalg.matrix_norm(z), ((U.T @ z) * Vh).sum()
+        size, largest = torch.linalg.matrix_norm(z), _largest(z, k, seed)
     return z.new_zeros(()) if float(size) < 1e-8 else -largest / size
+
+
+def _largest(z: Tensor, k: int, seed: int) -> Tensor:
+    """Sum of the k largest singular values of z (N, D)."""
+    z = z if z.shape[0] <= z.shape[1] else z.T
+    with torch.no_grad():
+        if z.shape[0] <= EXACT:
+            U = torch.linalg.eigh(z @ z.T)[1][:, -k:]
+        else:
+            U = truncated_svd(z, k, seed, exact_below=EXACT)[0]
+    return torch.linalg.vector_norm(U.T @ z, dim=1).sum()
 
 
 def consistency_2024(zf: Tensor, zp: Tensor, task: str) -> Tensor:

@@ -293,8 +293,8 @@ class BiasPlugin(Plugin):
         logs: dict[str, float] = {}
         for name, (weight, value) in terms.items():
             loss = loss + outputs.share * weight * value
-            logs[f"ba_{name}"] = float(value.detach())
-            logs[f"ba_{name}_weighted"] = weight * float(value.detach())
+            logs[f"ba_{name}"] = measured = float(value.detach())
+            logs[f"ba_{name}_weighted"] = weight * measured
         return loss, logs
 
     def _weights(self, task: str) -> ba_lora.Weights:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from adapters import files
 from adapters.errors import InputError
-from adapters.layers.variant import without_perturbation
+from adapters.layers.variant import untouched
 from studio.datasets.seeds import global_seed
 from studio.training.plugin import Answers, Calibration, Closure, Handles, Plugin, Plugins
 
@@ -194,16 +194,9 @@ class StudioTrainerMixin:
         return float((counted != -100).sum()) / max(1.0, float(torch.as_tensor(total).sum())) * processes
 
     def _reference(self, model: Any, inputs: Any) -> torch.Tensor:
-        """Logits of the untouched base: adapter, dropout and perturbation off, no gradients; then all as before."""
-        plain = self.accelerator.unwrap_model(model)
-        modes = {module: module.training for module in plain.modules()}
-        plain.eval()
-        try:
-            with torch.no_grad(), without_perturbation(plain, self.adapter_name), _adapter_off(plain):
-                return _logits(model(**inputs)).detach()
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        """Logits of the untouched base, without gradients."""
+        with torch.no_grad(), untouched(self.accelerator.unwrap_model(model)):
+            return _logits(model(**inputs)).detach()
 
     # ---------------------------------------------------------------- checkpoints
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -249,20 +242,6 @@ class _AfterStep(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.trainer.plugins.after_step(int(state.global_step))
-
-
-@contextmanager
-def _adapter_off(model: Any) -> Iterator[None]:
-    """Inside, a PEFT model (or a transformers model with adapters) is its base alone."""
-    if hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            yield
-        return
-    model.disable_adapters()
-    try:
-        yield
-    finally:
-        model.enable_adapters()
 
 
 def _logits(outputs: Any) -> torch.Tensor:

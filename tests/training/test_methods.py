@@ -101,7 +101,8 @@ def test_base_untouched_and_export_ordinary(values, tmp_path):
     write_peft(LoraFile({"model": read_layers(run.model)}), tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(untouched, tmp_path / "adapter")
     assert not any(isinstance(v, StudioVariant) for m in adapted(loaded).values() for v in m.lora_variant.values())
-    torch.testing.assert_close(logits(loaded), trained, rtol=0, atol=1e-5)
+    # 1e-5 absolute alone is the edge of fp32 where a large start and its offset nearly cancel (lora_ga)
+    torch.testing.assert_close(logits(loaded), trained, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("values", RECIPES.values(), ids=RECIPES)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 640, 220
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 28
+LEFT, RIGHT, TOP, BOTTOM = 72, 12, 14, 28
 
 
 @dataclass(frozen=True)
