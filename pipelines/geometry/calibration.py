@@ -135,8 +135,8 @@ class Labels:
 def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) -> Labels:
     """Labels of every edge both of whose views keep at least 5 % of their pixels (w > ``cutoff``).
 
-    When less than 20 % of all pixels are left, or fewer edges than there are images, the cutoff is lowered to keep 20 %,
-    and a warning says so.
+    When less than 20 % of all pixels are left, or fewer edges than there are images, the cutoff is lowered to keep
+    20 %, and a warning says so.
 
     Raises:
         InputError: the cutoff is not positive, the poses are degenerate, or no edge is left.
@@ -152,8 +152,8 @@ def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) 
         lower = float(_quantile(real, 1 - FALLBACK_KEPT))
         if 0 < lower < cutoff:
             warnings.append(
-                f"The cutoff {cutoff:g} keeps {share:.0%} of the pixels, in {len(edges)} of {len(pairs)} pairs: lowered "
-                f"to {lower:.3g}, which keeps {FALLBACK_KEPT:.0%}."
+                f"The cutoff {cutoff:g} keeps {share:.0%} of the pixels, in {len(edges)} of {len(pairs)} pairs: "
+                f"lowered to {lower:.3g}, which keeps {FALLBACK_KEPT:.0%}."
             )
             cutoff = lower
             edges = _surviving(scene, pairs, cutoff)

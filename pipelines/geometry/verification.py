@@ -87,9 +87,7 @@ def _joins(count: int, kept: list[Pair], pair: Pair) -> bool:
     return len(components(count, [*kept, pair])) < len(components(count, kept))
 
 
-def verified(
-    predictions: Predictions, photos: Sequence[Photo], least: float = LEAST
-) -> tuple[Predictions, list[str]]:
+def verified(predictions: Predictions, photos: Sequence[Photo], least: float = LEAST) -> tuple[Predictions, list[str]]:
     """The pairs that are to be believed, and what a person should know about the rest."""
     pairs = predictions.pairs
     agrees = agreement(predictions, photos)

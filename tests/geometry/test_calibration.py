@@ -83,6 +83,20 @@ def test_perfect_pointmaps_stay_perfect_and_their_labels_are_the_truth() -> None
             assert float((points * move.scale - truth).norm(dim=-1).median()) < 5e-3 * extent
 
 
+def test_another_order_of_the_pictures_gives_the_same_scene() -> None:
+    p = spoil_wide(room(7, views=4, size=12), 0).predictions
+    order = [2, 0, 3, 1]  # picture n of the second scene is picture order[n] of the first
+    place = {old: new for new, old in enumerate(order)}
+    pairs = tuple((place[i], place[j]) for i, j in p.pairs)
+    first, second = (robust_alignment(told, steps=60, warmup=20) for told in (p, replace(p, pairs=pairs)))
+    torch.testing.assert_close(second.poses, first.poses[order], atol=1e-4, rtol=0)
+    torch.testing.assert_close(second.focals, first.focals[order], atol=0, rtol=1e-4)
+    torch.testing.assert_close(second.depth, first.depth[order], atol=1e-3, rtol=1e-3)
+    kept = [pseudo_labels(scene, names, cutoff=0.1) for scene, names in ((first, p.pairs), (second, pairs))]
+    assert [(order[i], order[j]) for i, j in kept[1].pairs] == list(kept[0].pairs)
+    torch.testing.assert_close(kept[1].points2, kept[0].points2, atol=1e-3, rtol=1e-3)
+
+
 def test_labels_of_an_image_agree_between_edges() -> None:
     p = room(2, views=3, size=12).predictions
     scene = robust_alignment(p, steps=30, warmup=10)

@@ -91,7 +91,7 @@ def test_a_shared_pixel_takes_the_largest_weight_of_its_picture() -> None:
     scene = calibration.robust_alignment(made.predictions.select(chosen), steps=5, warmup=2)
     whole = calibration.shared(scene, [pairs[e] for e in chosen], pairs)
     assert whole.weights.shape == (2, 6, 64)
-    best = torch.stack([scene.weights[0, 0], scene.weights[1, 1]]).amax(0)  # picture 0: first of (0, 1), second of (1, 0)
+    best = torch.maximum(scene.weights[0, 0], scene.weights[1, 1])  # picture 0 comes first in (0, 1), second in (1, 0)
     for edge, pair in enumerate(pairs):
         for side in (0, 1):
             if pair[side] == 0:
