@@ -113,7 +113,24 @@ class Cross:
         return total
 
 
-def unet_reference(pipe: Any, rows: Deltas, texts: Sequence[Any], call: dict[str, Any]) -> Tensor:
+class Isolated:
+    """Self-attention, cell by cell: one in a region does not see those that are in other regions only."""
+
+    def __init__(self, share: Callable[[int], Tensor]) -> None:
+        self.share = share
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        query, key, value = (heads(layer(hidden_states), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        inside = self.share(hidden_states.shape[1])[1:] > 0
+        found = torch.zeros_like(query)
+        for cell in range(query.shape[2]):
+            own = inside[:, cell]
+            seen = [k for k, other in enumerate(inside.T) if not own.any() or not other.any() or (own & other).any()]
+            found[:, :, cell] = attend(query[:, :, [cell]], key[:, :, seen], value[:, :, seen])[:, :, 0]
+        return attn.to_out[0](found.transpose(1, 2).flatten(2))
+
+
+def unet_reference(pipe: Any, rows: Deltas, texts: Sequence[Any], self_mask: bool, call: dict[str, Any]) -> Tensor:
     """The latents, every layer of every region computed for itself."""
     unet, factor = pipe.unet, 2
 
@@ -156,6 +173,8 @@ def unet_reference(pipe: Any, rows: Deltas, texts: Sequence[Any], call: dict[str
                 time_vector(f"{name}.time_emb_proj", module)
             elif isinstance(module, BasicTransformerBlock):
                 module.attn2.set_processor(Cross(f"{name}.attn2", rows, texts, share))
+                if self_mask:
+                    module.attn1.set_processor(Isolated(share))
             elif isinstance(module, nn.Linear | nn.Conv2d) and not name.endswith(
                 ("time_emb_proj", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
             ):
@@ -169,18 +188,21 @@ RATIOS = {"a": 4 / 2, "b": 1.5 / 3, "c": 2 / 2}
 """alpha / rank of the adapters of tests.pipelines.conftest."""
 
 
-@pytest.mark.parametrize(("family", "names"), [("sd", "ac"), ("sd", "cb"), ("sdxl", "ac")])
-def test_activation_on_a_unet(beds: Any, family: str, names: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "names", "self_mask"),
+    [("sd", "ac", False), ("sd", "cb", False), ("sdxl", "ac", False), ("sd", "ac", True)],
+)
+def test_activation_on_a_unet(beds: Any, family: str, names: str, self_mask: bool) -> None:
     bed: Bed = beds(family)
     composer = MultiLoRAPipeline(bed.pipe())
     for name, weight in zip(names, WEIGHTS, strict=True):
         composer.load_lora(bed.files[name], name, weight=weight, te_weight=0)
-    found = drawn(composer, names, UNET_BOXES)
+    found = drawn(composer, names, UNET_BOXES, self_mask=self_mask)
     pipe = bed.pipe()
     encodings = [composer.family.encode(pipe, prompt, None, 1, True) for prompt in PROMPTS]
     texts = [torch.cat([e.negative["embeds"], e.positive["embeds"]]) for e in encodings if e.negative]
     rows = deltas([bed.files[name] for name in names], [RATIOS[name] for name in names])
-    wanted = unet_reference(pipe, rows, texts, {**encodings[0].call_arguments(), **plain()})
+    wanted = unet_reference(pipe, rows, texts, self_mask, {**encodings[0].call_arguments(), **plain()})
     close(found, wanted)
 
 
