@@ -20,8 +20,8 @@ def row_norms_squared(left: Tensor, right: Tensor) -> Tensor:
 
 
 def norm(left: Tensor, right: Tensor) -> Tensor:
-    """|L R|_F."""
-    return row_norms_squared(left, right).sum().sqrt()
+    """|L R|_F from the Gram matrices of both."""
+    return ((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt()
 
 
 def shifted_row_norms_squared(base: Tensor, left: Tensor, right: Tensor, base_squared: Tensor | None = None) -> Tensor:

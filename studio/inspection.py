@@ -33,6 +33,8 @@ class Base:
     unet_config: Any = None
     pipe: Any = None
     tokenizer: Any = None
+    masked: bool = False
+    """Whether the language model fills gaps instead of writing."""
 
     def fit(self, file: LoraFile) -> LoraFile:
         """``file`` with this base's module names."""
@@ -61,10 +63,11 @@ def open_base(name: str) -> Base:
 
     source = library.resolve_base(name)
     if Path(source).is_dir() and facts.is_language_model(Path(source)):
-        from pipelines.language.loading import open_model
+        from pipelines.language.loading import natural_task, open_model
 
-        opened = open_model(source, dtype="fp32")
-        return Base(name, {MODEL: opened.model}, tokenizer=opened.tokenizer)
+        task = natural_task(source)
+        opened = open_model(source, task, dtype="fp32")
+        return Base(name, {MODEL: opened.model}, tokenizer=opened.tokenizer, masked=task == "masked")
     from pipelines.diffusion.loading import open_pipeline
 
     pipe = open_pipeline(source, dtype="fp32", device="cpu")[0]
@@ -232,22 +235,28 @@ def measure(base: Base, data: str) -> Callable[[], float]:
 
 
 def _text_loss(base: Base, path: Path, length: int = 128, most: int = 64) -> Callable[[], float]:
-    """Mean token loss of the first ``most`` pieces of a text."""
+    """Mean token loss of the first ``most`` pieces of a text; of gaps that are always the same for a masked model."""
     import torch
 
     from adapters.formats.lora import MODEL
+    from studio.datasets.encoding import IGNORED
+    from studio.training.language_data import masked
 
     ids = base.tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     length = min(length, getattr(base.models[MODEL].config, "max_position_embeddings", length))
     pieces = [piece for piece in ids.split(length)[:most] if len(piece) > 1]
     if not pieces:
         raise InputError(f"'{path}' holds too little text to measure a loss on.")
-    model = base.models[MODEL]
+    model, batches = base.models[MODEL], [{"input_ids": piece[None], "labels": piece[None]} for piece in pieces]
+    counted = [len(piece) - 1 for piece in pieces]
+    if base.masked:
+        batches = [masked(batch, base.tokenizer, 0.15, 0, "forgetting", n) for n, batch in enumerate(batches)]
+        counted = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
 
     @torch.no_grad()
     def loss() -> float:
-        total = sum(float(model(input_ids=p[None], labels=p[None]).loss) * (len(p) - 1) for p in pieces)
-        return total / sum(len(piece) - 1 for piece in pieces)
+        total = sum(float(model(**batch).loss) * count for batch, count in zip(batches, counted, strict=True))
+        return total / sum(counted)
 
     return loss
 

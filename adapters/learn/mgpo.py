@@ -21,7 +21,7 @@ from torch import Tensor
 from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.layers.variant import product
-from adapters.learn.direction import Change, direction, gradient_row_norms
+from adapters.learn.direction import Change, direction, gradient_of
 from adapters.low_rank import norm
 
 METHOD = Method(
@@ -96,10 +96,11 @@ class MomentumBranch:
     def end(self, layer: Any, adapter: str) -> None:
         """Gradients are in: update the running mean of their norm, and be off."""
         self.branch = None
-        rows = gradient_row_norms(layer, adapter)
-        if rows is None:
+        found = direction(layer, adapter, gradient_of)
+        if found is None:
             return
-        size = float(rows.sum().sqrt())
+        left, right = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in found)
+        size = float(layer.scaling[adapter]) * float(norm(left, right))
         self.mean_norm = size if self.mean_norm is None else self.ema * self.mean_norm + (1 - self.ema) * size
 
     def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
-from adapters.formats.lora import LoraFile, LoraLayer, group_dict
+from adapters.formats.lora import MODEL, LoraFile, LoraLayer, group_dict
 
 METHOD = Method(
     name="concatenate",
@@ -79,7 +79,7 @@ def summands(
     """(component, module) -> the layers that adapt it, each with its strength (other than 0), in the files' order.
 
     Raises:
-        InputError: nothing to merge, as many weights as files are not given, a DoRA adapter, or different shapes.
+        InputError: nothing to merge, as many weights as files are not given, a DoRA adapter, different bases or shapes.
     """
     if not files:
         raise InputError("There is no adapter to merge.")
@@ -87,6 +87,9 @@ def summands(
         raise InputError(f"{len(files)} adapters need {len(files)} weights, got {len(weights)}.")
     if any(file.is_dora() for file in files):
         raise InputError("A DoRA adapter rescales the base weight and cannot be written as a sum of LoRAs.")
+    alone = [set(file.parts) == {MODEL} for file in files]  # of a single model, not of a pipeline's parts
+    if len(set(alone)) > 1:
+        raise InputError("The adapters are of different kinds of models (a single one; a pipeline): not of one base.")
     found: dict[tuple[str, str], list[tuple[LoraLayer, float]]] = {}
     for k, (file, weight) in enumerate(zip(files, weights, strict=True)):
         extra = factors[k] if factors else {}

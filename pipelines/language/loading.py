@@ -105,7 +105,7 @@ def open_model(
     kind = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
             "masked": "AutoModelForMaskedLM"}[task]  # fmt: skip
     auto = getattr(_auto(), kind)
-    if type(config) not in auto._model_mapping:
+    if type(config) not in auto._model_mapping or (task == "causal" and _fills_gaps(config)):
         raise FamilyError(
             f"'{source}' is a {config.model_type} model, which cannot do the task '{task}': {_OTHER_TASK[task]}."
         )
@@ -131,6 +131,21 @@ def open_model(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return LanguageModel(model.requires_grad_(False).eval(), tokenizer, source, tuple(fresh))
+
+
+def natural_task(source: str | Path) -> Task:
+    """What a model was pre-trained for: "masked" for BERT and kin, else "causal".
+
+    Raises:
+        InputError: no such model, or offline.
+    """
+    config = _opened(str(source), lambda: _auto().AutoConfig.from_pretrained(str(source)))
+    return "masked" if _fills_gaps(config) else "causal"
+
+
+def _fills_gaps(config: Any) -> bool:
+    """Whether a model looks at both sides of a token; transformers builds such ones for writing too."""
+    return type(config) in _auto().AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
 
 
 _OTHER_TASK = {

@@ -117,7 +117,14 @@ def merge(
         "largest_error": worst[1], "largest_error_at": worst[0],
     }  # fmt: skip
     note = f", largest relative error {worst[1]:.3g} at {worst[0]}" if merged.errors else ""
-    Output(json, quiet).result(values, f"Written to {written} (rank {max(merged.file.ranks())}{note})")
+    output = Output(json, quiet)
+    if method == "lego" and worst[1] > 1:
+        output.note(
+            "In some layers the result is farther from the adapters' sum than nothing would be: ranks that cancel one "
+            "another (of adapters started by pissa, olora, corda or lora_ga) do not cluster. Cut each adapter first: "
+            "studio lora merge ONE --method svd --rank R."
+        )
+    output.result(values, f"Written to {written} (rank {max(merged.file.ranks())}{note})")
 
 
 @group.command()

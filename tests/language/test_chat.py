@@ -102,6 +102,8 @@ def test_models_that_cannot_be_opened(bases, tmp_path):
         open_model(tmp_path)
     with pytest.raises(InputError, match="cannot do the task 'masked'"):
         open_model(bases("llama"), "masked")
+    with pytest.raises(InputError, match="cannot do the task 'causal'"):
+        open_model(bases("bert"))
     with pytest.raises(InputError, match="at least two labels"):
         open_model(bases("bert"), "classification", labels=["x"])
     try:

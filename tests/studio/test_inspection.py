@@ -140,6 +140,19 @@ def test_text_that_is_forgotten(speaker, tmp_path, capsys):
     assert "text file" in capsys.readouterr().err
 
 
+def test_gaps_that_are_forgotten(tmp_path):
+    """A model that fills gaps is measured on gaps, the same ones every time."""
+    base, old = language.bert(tmp_path / "base"), tmp_path / "old.txt"
+    old.write_text("a quick brown fox jumps over the lazy dog " * 4)
+    g = torch.Generator().manual_seed(3)
+    layer = LoraLayer(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g), 2.0)
+    name = "bert.encoder.layer.0.attention.self.query"
+    adapter = write_peft(LoraFile({"model": {name: layer}}), tmp_path / "adapter")
+    first, second = (inspection.forgetting(str(adapter), str(base), str(old), strengths=(1.0,), k=4) for _ in range(2))
+    assert [row.losses for row in first] == [row.losses for row in second]
+    assert first[0].losses != first[1].losses
+
+
 def test_a_pair_of_models(speaker, tmp_path):
     tuned = dialects.model()
     with torch.no_grad():
