@@ -53,6 +53,8 @@ RESULTS = Path(__file__).parent / "results"
 STYLE = "flat"
 """The style that the sentence names where no adapter brings one."""
 STYLE_PREFIX = "style-"
+EXPECTED = """Expected was LoRA-Composer before injection only before merge. Its isolation in self-attention costs on
+this base, and with regions nothing bleeds that it could mend: docs/regions.md says how that was found."""
 PARTS = {"self_mask": False, "reinit": False, "refine": False}
 
 
@@ -459,8 +461,7 @@ def _write(
     lines += [f"`python -m benchmarks.composition_quality --seeds 8 --write`; {about}. Shares with 95 % Wilson"]
     lines += ["intervals; the styles act everywhere, and the pairs with a style have the seeds of those without.", ""]
     lines += table(rows)
-    lines += ["", "Expected was LoRA-Composer before injection only before merge. Its isolation in self-attention costs"]
-    lines += ["on this base, and with regions nothing bleeds that it could mend: docs/regions.md says how that was found."]
+    lines += ["", EXPECTED]
     shown = interference.Agreement(**doctor)
     lines += ["", f"Doctor's prediction against the measured bleed of merge over pairs: {shown}."]
     for style, name in ((False, "composition_quality.png"), (True, "composition_quality_styles.png")):
