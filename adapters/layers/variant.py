@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from transformers.pytorch_utils import Conv1D
@@ -218,7 +218,11 @@ def effective(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
 def base_weight(layer: Any) -> Tensor:
     """W0 (out, in * kernel) of a layer, dequantised, outputs first whatever the layer stores."""
     base = layer.get_base_layer() if isinstance(layer, PeftLayer) else layer
-    weight = dequantize_module_weight(base)
+    weight = base.weight
+    if type(weight).__name__ == "Int8Params":  # PEFT's other function puts a weight back that has lost its scales
+        weight = dequantize_bnb_weight(weight, state=base.state)
+    else:
+        weight = dequantize_module_weight(base)
     if isinstance(base, Conv1D | nn.Embedding) or getattr(layer, "fan_in_fan_out", False):
         return weight.detach().T
     return weight.detach().flatten(1)

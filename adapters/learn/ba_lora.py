@@ -137,7 +137,7 @@ def spectral(zf: Tensor, k: int, normaliser: str = "frobenius", seed: int = 0) -
         size, largest = values.sum(), values[:k].sum()
     else:
         size, largest = torch.linalg.matrix_norm(z), _largest(z, k, seed)
-    return z.new_zeros(()) if float(size) < 1e-8 else -largest / size
+    return z.new_zeros(()) if float(size.detach()) < 1e-8 else -largest / size
 
 
 def _largest(z: Tensor, k: int, seed: int) -> Tensor:

@@ -281,6 +281,18 @@ def test_continue_from_an_adapter(bases, chats, tmp_path):
         run(settings(bases("wide"), chats, continue_from=first["adapter"]), tmp_path / "third", Watcher())
 
 
+@pytest.mark.parametrize("width", ["4bit", "8bit"])
+def test_a_quantised_base_learns_by_every_kind_of_method(width, bases, chats, tmp_path):
+    """QLoRA with a start from gradients, a disturbance and a regulariser: the base stays as it was quantised."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra bnb)")
+    config = settings(bases("llama"), chats, quantization=width, init="lora_ga", init_batches=2, use_rslora=True,
+                      perturb="mgpo", reg="ba", learning_rate=1e-2, steps=8)  # fmt: skip
+    watcher = Watcher()
+    made = weights(run(config, tmp_path / "run", watcher))
+    assert watcher.losses[-1] < watcher.losses[0]
+    assert all(bool(tensor.isfinite().all()) and tensor.is_floating_point() for tensor in made.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["default", "pissa", "lora_ga"])
 @pytest.mark.parametrize("rule", ["plain", "allora"])
