@@ -412,6 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(Path(assets.__file__).parent / "models/dust3r-tiny"))
     parser.add_argument("--scenes", type=int, default=8)
+    parser.add_argument("--begin", type=int, default=0, help="leave scenes before this one to another process")
     parser.add_argument("--rooms", type=int, default=8, help="rooms of the test of the alignment alone")
     for name, default in asdict(Plan()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -435,7 +436,7 @@ def main() -> None:
     counted = kept.make("encodings", lambda: encodings(open_base, plan.views))
     scenes: list[dict[str, Any]] = []
     if given.anyway or not gates["void"]:
-        for number in range(given.scenes):
+        for number in range(given.begin, given.scenes):
             pieces = {arm: kept.make(f"scene-{number}-{arm}",
                                      partial(run_arm, open_base, arm, number, plan, kept.folder))
                       for arm in ("base", *ARMS)}  # fmt: skip

@@ -45,6 +45,7 @@ def finish(page: Any) -> None:
     page.wait_for_selector("#reconstruct-panel .as-tag:is(.good, .bad)", timeout=LONG)
     assert page.inner_text("#reconstruct-panel .as-tag") == "done", page.inner_text("#reconstruct-panel")
     page.wait_for_selector("#scene-points:visible")
+    page.wait_for_selector("#scene-after canvas", state="attached")  # the viewer draws, see follow()
 
 
 def number(page: Any) -> int:
@@ -92,7 +93,7 @@ def test_a_calibrated_scene_its_controls_its_files_and_its_adapter(tab: Tab, tmp
     page.fill("#reconstruct-epochs input", "1")
     start(page, 6)
     finish(page)
-    page.wait_for_selector("#scene-before:visible")
+    page.wait_for_selector("#scene-before canvas", state="attached")
     assert page.locator("#scene-cameras tr").count() == VIEWS + 1
     (job,) = jobs_of(tab.server) - earlier
     kept, asked = job / "scene.npz", (job / "scene.npz").stat().st_mtime_ns

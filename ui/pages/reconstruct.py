@@ -54,6 +54,7 @@ class _Result:
     panel: gr.HTML
     cancel: gr.Button
     body: gr.Column
+    beside: gr.Column
     before: gr.Model3D
     after: gr.Model3D
     gallery: gr.Gallery
@@ -63,8 +64,8 @@ class _Result:
 
     @property
     def view(self) -> list[Any]:
-        return [self.job, self.shown, self.timer, self.panel, self.cancel, self.body, self.before, self.after,
-                self.gallery, self.table, self.frame, self.points]  # fmt: skip
+        return [self.job, self.shown, self.timer, self.panel, self.cancel, self.body, self.beside, self.before,
+                self.after, self.gallery, self.table, self.frame, self.points]  # fmt: skip
 
 
 def build() -> Page:
@@ -156,8 +157,10 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
         with gr.Row():
             looks: dict[str, Any] = {"clear_color": (0.93, 0.93, 0.95, 1.0), "height": 420, "interactive": False,
                                      "camera_position": (180, 70, None)}  # fmt: skip
-            before = gr.Model3D(label="Before calibration", visible=False, elem_id="scene-before", **looks)
-            after = gr.Model3D(label="Scene", elem_id="scene-after", **looks)
+            with gr.Column(visible=False, min_width=150) as beside:
+                before = gr.Model3D(label="Before calibration", elem_id="scene-before", **looks)
+            with gr.Column(min_width=150):
+                after = gr.Model3D(label="Scene", elem_id="scene-after", **looks)
         points = gr.HTML("", elem_id="scene-points", elem_classes="as-help", apply_default_css=False)
         with gr.Group(elem_classes="as-card"):
             with gr.Row():
@@ -188,7 +191,7 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                              object_fit="contain", elem_id="scene-pictures",
                              buttons=["download", "fullscreen"])  # fmt: skip
         table = gr.HTML("", apply_default_css=False, elem_id="scene-cameras")
-    result = _Result(job, shown, timer, panel, cancel, body, before, after, gallery, table, frame, points)
+    result = _Result(job, shown, timer, panel, cancel, body, beside, before, after, gallery, table, frame, points)
     controls = [
         form["confidence"],
         form["percentile"],
@@ -313,33 +316,41 @@ def follow_nothing() -> list[Any]:
         _EMPTY,
         gr.update(visible=False),
         gr.update(visible=False),
-        *([gr.skip()] * 6),
+        *([gr.skip()] * 7),
     ]
 
 
 def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
-    """What the right side shows of a job; nothing changes while ``shown`` is still true."""
+    """What the right side shows of a job; nothing changes while ``shown`` is still true.
+
+    A finished scene comes in two steps, first the viewers, then what they show: a viewer that enters the page together
+    with its scene stays empty (Gradio 6.31).
+    """
     if not job_id:
         return gr.skip()
     job = jobs.get(job_id)
     now = (job.id, job.status, job.progress.step if job.progress else 0, job.progress.stage if job.progress else "")
+    laid_out = (*now, "laid out")
     if now == tuple(shown) and job.status != "running":
         return gr.skip()
-    head = [
-        job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
-        gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
-    ]  # fmt: skip
     result = job.result or {}
-    if job.status != "done" or not Path(result.get("glb", "")).is_file():
-        return [*head, gr.update(visible=False), *([gr.skip()] * 6)]
-    for sentence in result.get("warnings", ()):
-        if shown:
+    ready = job.status == "done" and Path(result.get("glb", "")).is_file()
+    first = ready and tuple(shown)[: len(laid_out)] != laid_out
+    before = result.get("before", "")
+    head = [
+        job_id, (*laid_out, bool(shown)) if first else now, gr.Timer(active=job.active or first),
+        job_panel.job_panel(job, job_panel.ahead(job)),
+        gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
+        gr.update(visible=ready), gr.update(visible=bool(before)),
+    ]  # fmt: skip
+    if first or not ready:
+        return [*head, *([gr.skip()] * 6)]
+    if shown[-1]:  # it was watched
+        for sentence in result.get("warnings", ()):
             say(sentence, title="Note")
     names = [camera["picture"] for camera in result["cameras"]]
-    before = result.get("before", "")
     return [
-        *head, gr.update(visible=True), gr.update(value=before or None, visible=bool(before)),
-        gr.update(value=result["glb"], label="After calibration" if before else "Scene"),
+        *head, before or None, gr.update(value=result["glb"], label="After calibration" if before else "Scene"),
         [path for path in result["pictures"] if Path(path).is_file()], _table(result),
         gr.update(choices=[("All pictures", -1), *((name, n) for n, name in enumerate(names))], value=-1),
         _count(result["points"]),
