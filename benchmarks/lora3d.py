@@ -155,7 +155,7 @@ def judge(network: Any, views: Views, plan: Plan) -> dict[str, float]:
         near += [error] if float((azimuth[i] - azimuth[j]).abs()) <= NEAR_DEGREES else []
     trajectories = [
         metrics.trajectory_error(alignment.align(thinned(kept, plan.stride), plan.steps).poses, views.pose[0])
-        for kept in (told, verified(told, photos)[0])
+        for kept in (told, verified(told, photos).predictions)
     ]
     return {"pair_error": float(np.mean(errors)), "near_error": float(np.mean(near)) if near else float("nan"),
             "ate": trajectories[0], "ate_verified": trajectories[1]}  # fmt: skip
@@ -173,9 +173,14 @@ def self_labels(network: Any, views: Views, plan: Plan, file: Path, ours: bool =
     pairs = tuple(make_pairs(plan.views))
     photos = photos_of(views)
     told = inference.predict(network, photos, pairs)
-    kept = verified(told, photos)[0] if ours else told
-    robust = calibration.robust_alignment(kept, steps=plan.steps, warmup=min(100, plan.steps // 3))
-    labels = calibration.pseudo_labels(calibration.shared(robust, kept.pairs, pairs) if ours else robust, pairs)
+    warmup = min(100, plan.steps // 3)
+    if ours:
+        seen = verified(told, photos)
+        robust = calibration.robust_alignment(seen.predictions, steps=plan.steps, warmup=warmup)
+        labels = calibration.scene_labels(robust, seen, pairs)
+    else:
+        robust = calibration.robust_alignment(told, steps=plan.steps, warmup=warmup)
+        labels = calibration.pseudo_labels(robust, pairs)
     about = {"pairs": labels.pairs, "sizes": labels.sizes, "cutoff": labels.cutoff}
     tensors = {name: getattr(labels, name).contiguous() for name in names}
     files.write(file, lambda part: save_file(tensors, part, metadata={"about": json.dumps(about)}))
@@ -253,7 +258,7 @@ def core(seed: int, steps: int) -> dict[str, Any]:
     made = spoil_narrow(room(100 + seed, spread=SPREAD), seed)
     plain = alignment.align(made.predictions, steps)
     robust = calibration.robust_alignment(made.predictions, steps=steps)
-    kept = verified(made.predictions, photos_of(made.views))[0]
+    kept = verified(made.predictions, photos_of(made.views)).predictions
     (ate, points), (ate_robust, points_robust), (ate_kept, points_kept) = (
         alignment_errors(made, found)
         for found in (plain, robust, calibration.robust_alignment(kept, steps=steps))

@@ -194,7 +194,10 @@ def _aligned(
                                    initialise.strongest(told), flat, flat, ones), []  # fmt: skip
     if len(told.sizes) == 2:
         return alignment.view_pair(told), []
-    told, said = verification.verified(told, photos) if config.verify else (told, [])
+    said: list[str] = []
+    if config.verify:
+        seen = verification.verified(told, photos)
+        told, said = seen.predictions, seen.said
     found = alignment.align(
         told.to(devices.resolve(config.device)), config.steps, schedule=config.schedule, monitor=monitor
     )

@@ -37,7 +37,7 @@ from pipelines.geometry.inference import Predictions, precision
 from pipelines.geometry.network import Encoded
 from pipelines.geometry.objective import confidence_loss
 from pipelines.geometry.pairs import Pair
-from pipelines.geometry.verification import verified
+from pipelines.geometry.verification import Verified, verified
 
 METHOD = Method(
     name="lora3d",
@@ -176,6 +176,21 @@ def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) 
     return Labels(
         scene.sizes, tuple(pairs[e] for e in edges), points[0], points[1], keep[0], keep[1], cutoff, shares, warnings
     )
+
+
+def scene_labels(scene: Alignment, seen: Verified, pairs: Sequence[Pair], cutoff: float = 1.5) -> Labels:
+    """Labels for all ``pairs`` within a group of believed pairs, aligned or not, from points that one pair confirms.
+
+    Raises:
+        InputError: as :func:`pseudo_labels`; no two pictures are in one group.
+    """
+    wanted = seen.within(pairs)
+    if not wanted:
+        raise InputError(
+            "No two pictures agree in colour where their points meet: take pictures with more overlap, or calibrate "
+            "without this check (--no-verify)."
+        )
+    return pseudo_labels(shared(scene, seen.predictions.pairs, wanted), wanted, cutoff)
 
 
 def check_poses(scene: Alignment) -> None:
@@ -384,14 +399,12 @@ def calibrate(
     """
     scenes, labels = [], []
     for pictures, told in zip(photos, predictions, strict=True):
-        kept, said = verified(told, pictures) if verify else (told, [])
-        scene = robust_alignment(kept, mu, warmup, steps, transform=transform, monitor=monitor or Silent())
-        found = (
-            pseudo_labels(shared(scene, kept.pairs, told.pairs), told.pairs, cutoff)
-            if share
-            else pseudo_labels(scene, kept.pairs, cutoff)
-        )
-        found.warnings[:0] = [f"Labels: {text}" for text in said]
+        seen = verified(told, pictures) if verify else Verified(told, [list(range(len(pictures)))], [])
+        scene = robust_alignment(seen.predictions, mu, warmup, steps, transform=transform, monitor=monitor or Silent())
+        found = scene_labels(scene, seen, told.pairs, cutoff) if share else pseudo_labels(
+            scene, seen.predictions.pairs, cutoff
+        )  # fmt: skip
+        found.warnings[:0] = [f"Labels: {text}" for text in seen.said]
         scenes.append(scene)
         labels.append(found)
     model = with_lora(network, recipe.rank, recipe.preset, recipe.seed)

@@ -13,6 +13,7 @@ which no change of exposure or contrast alters. Not from a paper.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,18 +88,38 @@ def _joins(count: int, kept: list[Pair], pair: Pair) -> bool:
     return len(components(count, [*kept, pair])) < len(components(count, kept))
 
 
-def verified(predictions: Predictions, photos: Sequence[Photo], least: float = LEAST) -> tuple[Predictions, list[str]]:
-    """The pairs that are to be believed, and what a person should know about the rest."""
+@dataclass(frozen=True)
+class Verified:
+    """The pairs that are believed.
+
+    Attributes:
+        predictions: of these pairs, and of doubtful ones where nothing else connects the pictures.
+        groups: pictures that believed pairs connect. What lies where between two groups is doubtful.
+        said: what a person should know about the rest.
+    """
+
+    predictions: Predictions
+    groups: list[list[int]]
+    said: list[str]
+
+    def within(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Those of the pairs that lie in one group."""
+        group = {n: number for number, members in enumerate(self.groups) for n in members}
+        return [(i, j) for i, j in pairs if group[i] == group[j]]
+
+
+def verified(predictions: Predictions, photos: Sequence[Photo], least: float = LEAST) -> Verified:
+    """Judge all pairs of three or more pictures."""
     pairs = predictions.pairs
     agrees = agreement(predictions, photos)
     kept = believed(pairs, len(photos), agrees, least)
     lower = _lower_of_both_orders(pairs, agrees)
+    groups = components(len(photos), [pairs[edge] for edge in kept if lower[edge] >= least])
     said = []
     if len(kept) < len(pairs):
         said.append(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are left out: their pictures differ in colour "
                     "where their points meet.")  # fmt: skip
-    doubtful = {frozenset(pairs[edge]) for edge in kept if lower[edge] < least}
-    if doubtful:
-        named = ", ".join("-".join(str(n) for n in sorted(pair)) for pair in sorted(doubtful, key=sorted)[:3])
-        said.append(f"Only {len(doubtful)} doubtful pair(s) ({named}) connect all pictures: take one from in between.")
-    return predictions.select(kept), said
+    if len(groups) > 1:
+        parts = " | ".join(" ".join(str(n) for n in sorted(group)) for group in groups)
+        said.append(f"Only doubtful pairs connect these groups of pictures: {parts}. Take pictures in between.")
+    return Verified(predictions.select(kept), groups, said)

@@ -7,10 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipelines.geometry import alignment, calibration, metrics, verification
+from adapters.errors import InputError
+from assets.build.dust3r import initialise
+from pipelines.geometry import alignment, calibration, metrics
+from pipelines.geometry.alignment import Alignment
+from pipelines.geometry.calibration import Labels, Recipe
 from pipelines.geometry.images import Affine, Photo
-from pipelines.geometry.verification import agreement, believed, correlation, verified
+from pipelines.geometry.network import PointmapNetwork
+from pipelines.geometry.verification import Verified, agreement, believed, correlation, verified
 from tests.geometry.rooms import Room, overlap, room, spoil_narrow
+from tests.geometry.test_calibration import SMALL
 
 
 def photos(made: Room) -> list[Photo]:
@@ -69,17 +75,22 @@ def test_a_picture_of_something_else_is_named() -> None:
     made, other = room(105, views=4, spread=30), room(106, views=4, spread=30)
     pictures = photos(made)
     pictures[3] = photos(other)[0]
-    kept, said = verified(made.predictions, pictures)
-    assert sum(3 in pair for pair in kept.pairs) == 2
-    assert all(pair in kept.pairs for pair in [(0, 1), (1, 2), (2, 0)])
-    assert said[0] == "4 of 12 pairs are left out: their pictures differ in colour where their points meet."
-    assert "Only 1 doubtful pair(s)" in said[1]
-    assert verified(made.predictions, photos(made))[1] == []
+    seen = verified(made.predictions, pictures)
+    kept = seen.predictions.pairs
+    assert sum(3 in pair for pair in kept) == 2
+    assert all(pair in kept for pair in [(0, 1), (1, 2), (2, 0)])
+    assert sorted(map(sorted, seen.groups)) == [[0, 1, 2], [3]]
+    assert seen.within([(0, 1), (3, 0), (2, 3), (2, 0)]) == [(0, 1), (2, 0)]
+    assert seen.said[0] == "4 of 12 pairs are left out: their pictures differ in colour where their points meet."
+    assert seen.said[1] == (
+        "Only doubtful pairs connect these groups of pictures: 0 1 2 | 3. Take pictures in between."
+    )
+    assert verified(made.predictions, photos(made)).said == []
 
 
 def test_sure_but_wrong_pairs_no_longer_bend_the_cameras() -> None:
     made = spoil_narrow(room(101, spread=150), 1)
-    kept, _ = verified(made.predictions, photos(made))
+    kept = verified(made.predictions, photos(made)).predictions
     plain, better = alignment.align(made.predictions, 150), alignment.align(kept, 150)
     assert metrics.trajectory_error(better.poses, made.poses) < 0.3 * metrics.trajectory_error(plain.poses, made.poses)
 
@@ -98,25 +109,45 @@ def test_a_shared_pixel_takes_the_largest_weight_of_its_picture() -> None:
                 assert torch.equal(whole.weights[side, edge], best)
 
 
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("share", [True, False])
-def test_calibration_labels_pairs_that_were_not_aligned(verify: bool, share: bool) -> None:
-    from assets.build.dust3r import initialise
-    from pipelines.geometry.calibration import Recipe
-    from pipelines.geometry.network import PointmapNetwork
-    from tests.geometry.test_calibration import SMALL
-
+def calibrated_to_a_contradiction(**options: bool) -> tuple[Alignment, Labels]:
+    """Three pictures of which the last is mirrored, so that it contradicts both others."""
     made = room(108, views=3, size=32, spread=30)
     pictures = photos(made)
-    pictures[2] = replace(pictures[2], pixels=pictures[2].pixels.flip(-1))  # contradicts both others
+    pictures[2] = replace(pictures[2], pixels=pictures[2].pixels.flip(-1))
     network = initialise(PointmapNetwork(SMALL), torch.Generator().manual_seed(0))
     _, scenes, labels, losses = calibration.calibrate(
         network, [pictures], [made.predictions], Recipe(rank=2, epochs=1), steps=10, warmup=5, cutoff=1e-6, mu=1.0,
-        verify=verify, share=share,
+        **options,
     )  # fmt: skip
-    aligned = scenes[0].weights.shape[1]
-    assert aligned == (4 if verify else 6)
-    assert len(labels[0].pairs) == (6 if share else aligned)
-    assert bool(labels[0].warnings) == verify
     assert losses
-    assert verification.LEAST == 0.6
+    return scenes[0], labels[0]
+
+
+def test_labels_stay_within_what_is_believed() -> None:
+    scene, labels = calibrated_to_a_contradiction()
+    assert scene.weights.shape[1] == 4  # a doubtful pair, in both orders, keeps the third picture in the scene
+    assert sorted(labels.pairs) == [(0, 1), (1, 0)]
+    assert any("doubtful" in text for text in labels.warnings)
+
+
+def test_the_papers_way_aligns_and_labels_every_pair() -> None:
+    scene, labels = calibrated_to_a_contradiction(verify=False, share=False)
+    assert scene.weights.shape[1] == len(labels.pairs) == 6
+    assert labels.warnings == []
+
+
+def test_every_pair_of_a_group_is_labelled_also_those_that_were_not_aligned() -> None:
+    made = room(109, views=3, size=12, spread=30)
+    pairs = list(made.predictions.pairs)
+    kept = made.predictions.select([e for e, pair in enumerate(pairs) if set(pair) != {0, 2}])
+    scene = calibration.robust_alignment(kept, steps=60, warmup=20)
+    labels = calibration.scene_labels(scene, Verified(kept, [[0, 1, 2]], []), pairs, cutoff=0.5)
+    assert set(labels.pairs) == set(pairs)
+    edge = labels.pairs.index((0, 2))
+    move = metrics.onto_truth(scene.poses, made.poses)
+    inverse = torch.linalg.inv(made.poses[0])
+    truth = made.world()[2] @ inverse[:3, :3].T + inverse[:3, 3]
+    valid = labels.valid2[edge]
+    assert float((labels.points2[edge] * move.scale - truth)[valid].norm(dim=-1).median()) < 0.05
+    with pytest.raises(InputError, match="No two pictures agree in colour"):
+        calibration.scene_labels(scene, Verified(kept, [[0], [1], [2]], []), pairs)
