@@ -49,12 +49,12 @@ def random80m() -> Any:
     from tests import tiny
 
     return tiny.sd(
-        block_out_channels=(128, 256, 512),
+        block_out_channels=(128, 256, 576),
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         layers_per_block=1,
         norm_num_groups=8,
-        attention_head_dim=(4, 8, 16),
+        attention_head_dim=(4, 8, 18),
         sample_size=CELLS,
     )
 
@@ -158,8 +158,8 @@ def peak(model: str, count: int) -> None:
 
 NAMES = ("activation", "cross", "composer", "refined", "output", "passes")
 HEAD = (
-    f"| model | steps | plain, s | {' | '.join(NAMES)} | refinement alone, s |\n"
-    f"|---|---|---|{'---|' * (len(NAMES) + 1)}"
+    f"| model | measured | rounds | steps | plain, s | {' | '.join(NAMES)} | refinement alone, s |\n"
+    f"|{'---|' * (len(NAMES) + 6)}"
 )
 
 
@@ -167,8 +167,8 @@ def row_text(row: dict[str, Any]) -> str:
     """One line of the table: seconds of plain, then times of the others as multiples of it."""
     ratios = " | ".join(f"{row['ratios'][name]:.2f}x" for name in NAMES)
     return (
-        f"| {row['model']} ({row['parameters'] / 1e6:.1f} M) | {row['steps']} | {row['seconds']['plain']} | {ratios} "
-        f"| {row['refinement_seconds']} |"
+        f"| {row['model']} ({row['parameters'] / 1e6:.1f} M) | {row['date']} | {row['rounds']} | {row['steps']} "
+        f"| {row['seconds']['plain']} | {ratios} | {row['refinement_seconds']} |"
     )
 
 
@@ -185,10 +185,10 @@ def main() -> None:
         return
     print(HEAD)
     for model in options.models.split(","):
-        row = measure(model, options.rounds)
+        row = {**measure(model, options.rounds), "rounds": options.rounds, "date": time.strftime("%Y-%m-%d")}
         print(row_text(row), flush=True)
         if options.write:
-            write({**row, "rounds": options.rounds}, None)
+            write(row, None)
     used = memory(options.models.split(",")[-1])
     print(memory_text(used))
     if options.write:
@@ -212,7 +212,7 @@ def write(row: dict[str, Any] | None, used: dict[str, Any] | None) -> None:
         content["rows"] = sorted([*others, row], key=lambda known: known["parameters"])
     content["memory"] = used or content["memory"]
     content["conditions"] = {
-        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "machine": platform.machine(),
+        "torch": torch.__version__, "machine": platform.machine(),
         "cpus": os.cpu_count(), "threads": 1, "latents": f"{CELLS} x {CELLS}",
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
