@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import assets
 from adapters.errors import Cancelled, InputError
@@ -126,7 +127,7 @@ def test_each_folder_is_a_scene_with_its_own_adapter_and_files(
 
 
 def test_several_scenes_may_share_one_adapter(home: Path, folders: list[Path], capsys: Any) -> None:
-    code, said, _ = ask(capsys, *folders, "--calibrate", "--one-adapter", "--json")
+    code, said, _ = ask(capsys, *folders, "--calibrate", "--one-adapter", "--no-verify", "--json")
     assert code == 0
     hall, attic = json.loads(said)["scenes"]
     assert "adapter" not in attic
@@ -134,6 +135,18 @@ def test_several_scenes_may_share_one_adapter(home: Path, folders: list[Path], c
     kept = json.loads(Path(hall["adapter"], "scene.json").read_text())
     assert [image["name"] for image in kept["also"][0]["images"]] == [Path(file).name for file in PICTURES[1:]]
     assert len(kept["losses"]) == 6  # 6 pairs of either scene, two at a time, one epoch
+
+
+def test_pairs_that_contradict_each_other_are_named_and_may_be_kept(tmp_path: Path, folders: list[Path]) -> None:
+    other = folders[0] / "other.png"
+    with Image.open(PICTURES[0]) as picture:
+        picture.transpose(Image.Transpose.ROTATE_180).save(other)
+    pictures = [*PICTURES[:2], str(other)]
+    checked = reconstruct.run(config(images=pictures), tmp_path / "a", Silent())
+    assert any("pairs are left out: their pictures differ in colour" in text for text in checked["warnings"])
+    assert any("Only doubtful pairs connect" in text for text in checked["warnings"])
+    as_told = reconstruct.run(config(images=pictures, verify=False), tmp_path / "b", Silent())
+    assert as_told["warnings"] == []
 
 
 def test_scenes_that_cannot_be_told_apart_or_are_empty(home: Path, folders: list[Path], capsys: Any) -> None:
@@ -158,7 +171,7 @@ def test_a_picture_that_has_changed_since_calibration_is_a_warning(tmp_path: Pat
     pictures = reconstruct.pictures_in(folders[0])
     done = reconstruct.run(config(images=pictures, calibrate=True, rank=2, mu=1.0), tmp_path / "a", Silent())
     same = reconstruct.run(config(images=pictures, adapter=done["adapter"]), tmp_path / "b", Silent())
-    assert not any("differ" in text for text in same["warnings"])
+    assert not any("picture(s) differ" in text for text in same["warnings"])
     shutil.copy(PICTURES[3], pictures[0])
     other = reconstruct.run(config(images=pictures, adapter=done["adapter"]), tmp_path / "c", Silent())
     assert any("1 picture(s) differ" in text and Path(pictures[0]).name in text for text in other["warnings"])
