@@ -104,14 +104,14 @@ class Run:
             return name
 
         start.click(started, inputs, self.view, **_PRIVATE)
-        start.click(None, None, None, js=_TO_RESULT)
+        start.click(None, None, None, js=TO_RESULT)
         self.timer.tick(look, [self.job, self.shown], self.view, **_PRIVATE)
         self.cancel.click(stop, self.job, self.view, **_PRIVATE)
         self.resume.click(go_on, self.job, self.view, **_PRIVATE)
         self.keep.click(keep, self.job, self.adapter, **_PRIVATE)
 
 
-_TO_RESULT = """() => { if (window.innerWidth < 760)
+TO_RESULT = """() => { if (window.innerWidth < 760)
   [...document.querySelectorAll('.as-training-result')].find((e) => e.offsetParent)
     ?.scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
 

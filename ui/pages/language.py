@@ -22,7 +22,7 @@ from studio.datasets.conversations import Columns, Conversation, conversations, 
 from studio.jobs import Job
 from studio.schemas.train_language import TrainLanguageConfig
 from ui import markup
-from ui.components import job_panel, loss_plot, method_help, schema_form
+from ui.components import job_panel, loss_plot, method_help, schema_form, training_run
 from ui.polite import polite, say
 
 KNOWN = schema_form.fields(TrainLanguageConfig)
@@ -73,7 +73,8 @@ def build() -> Page:
                 form, drop, rows, preview, start = _train_settings()
         with gr.Column(scale=8, min_width=320) as chat_result:
             chat = _Chat.draw()
-        with gr.Column(scale=8, min_width=320, visible=False, elem_id="language-result") as train_result:
+        with gr.Column(scale=8, min_width=320, visible=False, elem_id="language-result",
+                       elem_classes="as-training-result") as train_result:  # fmt: skip
             result = _Result.draw()
     mode.change(
         lambda chosen: [gr.update(visible=chosen == "chat")] * 2 + [gr.update(visible=chosen == "train")] * 2,
@@ -433,6 +434,7 @@ def _wire_train(
     form["task"].change(look_again, [rows, form["task"]], preview, **_PRIVATE)
     fields = [form[name] for name in NAMES if name != "base"]
     start.click(begin, [rows, base, *fields], result.view, **_PRIVATE)
+    start.click(None, None, None, js=training_run.TO_RESULT)
     result.timer.tick(look, result.job, result.view, **_PRIVATE)
     result.cancel.click(stop, result.job, result.view, **_PRIVATE)
     result.resume.click(go_on, result.job, result.view, **_PRIVATE)
