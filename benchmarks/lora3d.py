@@ -38,7 +38,7 @@ from adapters import files
 from assets.build.common import build_dir, write_json
 from assets.build.dust3r import GATE_NEAR, GATE_SHIFT, pair_error
 from assets.build.scenes3d import PRETRAINING, SHIFTS, Views, sample_views
-from pipelines.geometry import alignment, calibration, checkpoints, inference, metrics
+from pipelines.geometry import alignment, calibration, checkpoints, inference, metrics, verification
 from pipelines.geometry.calibration import Labels, Recipe
 from pipelines.geometry.images import Affine, Photo
 from pipelines.geometry.inference import Predictions
@@ -51,6 +51,8 @@ NEAR_DEGREES = 40
 FIRST_SCENE = 8_000_009
 SPREAD = 150
 """Degrees of azimuth of the rooms in the test of the alignment alone."""
+RIGHT = 0.5
+"""A pair is right when its points err by less than this, in metres (the rooms are 6 to 8 m wide)."""
 ARMS = ("self", "paper", "raw confidence", "other scene", "pre-training pairs", "true labels")
 MEASURES = ("pair_error", "near_error", "ate", "ate_verified")
 
@@ -279,6 +281,27 @@ def exact(steps: int) -> dict[str, Any]:
     return {"plain": alignment_errors(made, plain)[0] / size, "robust": alignment_errors(made, robust)[0] / size}
 
 
+def telling(open_base: Callable[[], Any], scenes: int, views: int) -> dict[str, Any]:
+    """How well confidence, and the pictures' agreement, tell pairs that are right from pairs that are not (AUC)."""
+    network, found = open_base(), []
+    for number in range(scenes):
+        half, _ = scene(number, views)
+        photos, pairs = photos_of(half), make_pairs(views)
+        told, truth = inference.predict(network, photos, pairs), true_labels(half, pairs)
+        errors = [
+            metrics.pair_error((told.points1[e], told.points2[e]), (truth.points1[e], truth.points2[e]))
+            for e in range(len(pairs))
+        ]
+        score = told.confidence1.mean(1) * told.confidence2.mean(1)
+        found.append((torch.tensor(errors), score, verification.agreement(told, photos)))
+    errors, score, agrees = (torch.cat(column) for column in zip(*found, strict=True))
+    right = errors < RIGHT
+    return {"pairs": len(right), "right": int(right.sum()), "confidence": metrics.ranking(score, right),
+            "agreement": metrics.ranking(agrees, right),
+            "believed_right": float((agrees >= verification.LEAST)[right].double().mean()),
+            "believed_wrong": float((agrees >= verification.LEAST)[~right].double().mean())}  # fmt: skip
+
+
 def encodings(open_base: Callable[[], Any], views: int) -> dict[str, Any]:
     """Encoder calls and CPU seconds for a complete graph, cached and pair by pair."""
     half, _ = scene(0, views)
@@ -376,7 +399,19 @@ def report(result: dict[str, Any]) -> str:
         lines.append("The scenes were not run.")
     if len(whole) < len(scenes):
         lines += ["", f"{len(scenes) - len(whole)} further scene(s) are not finished and not counted."]
-    return "\n".join([*lines, "", *_report_core(result)]) + "\n"
+    return "\n".join([*lines, "", *_report_telling(result), *_report_core(result)]) + "\n"
+
+
+def _report_telling(result: dict[str, Any]) -> list[str]:
+    row = result["telling"]
+    if not row:
+        return []
+    return ["## Which pairs are right", "",
+            f"Of {row['pairs']} ordered pairs of the calibration views {row['right']} err by less than {RIGHT:g} m. "
+            f"Confidence (the spanning tree's score) tells them from the others with an area under the curve of "
+            f"{row['confidence']:.3f}, agreement in colour with {row['agreement']:.3f}: at least "
+            f"{verification.LEAST:g} have {row['believed_right']:.0%} of the right and {row['believed_wrong']:.0%} of "
+            "the wrong ones (one order alone; both must).", ""]  # fmt: skip
 
 
 def _report_core(result: dict[str, Any]) -> list[str]:
@@ -439,6 +474,7 @@ def main() -> None:
     near, wide = (pair_error(opened.network, family, 7_000_003) for family in (PRETRAINING, SHIFTS["overlap"]))
     gates = {"near": near, "wide": wide, "ratio": wide / near, "void": near > GATE_NEAR or wide / near < GATE_SHIFT}
     counted = kept.make("encodings", lambda: encodings(open_base, plan.views))
+    told = kept.make("telling", lambda: telling(open_base, given.scenes, plan.views))
     scenes: list[dict[str, Any]] = []
     if given.anyway or not gates["void"]:
         for number in range(given.begin, given.scenes):
@@ -448,7 +484,7 @@ def main() -> None:
             scenes.append({"seed": FIRST_SCENE + number, **pieces})
     rooms = [kept.make(f"core-{seed}", partial(core, seed, plan.steps)) for seed in range(given.rooms)]
     result = {"date": time.strftime("%Y-%m-%d"), "base": opened.sha256, "gates": gates, "plan": asdict(plan),
-              "scenes": scenes, "core": [row for row in rooms if row], "encodings": counted,
+              "scenes": scenes, "core": [row for row in rooms if row], "encodings": counted, "telling": told,
               "exact": kept.make("exact", lambda: exact(plan.steps))}  # fmt: skip
     text = report(result)
     if given.write:

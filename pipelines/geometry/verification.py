@@ -24,8 +24,8 @@ from pipelines.geometry.initialise import own_focals
 from pipelines.geometry.pairs import Pair, components
 
 LEAST = 0.6
-"""Agreement from which a pair is believed: right pairs have 0.66 to 0.94, wrong ones below 0.54 (the middle 90 % on
-rendered rooms, ``dust3r-tiny``)."""
+"""Agreement from which a pair is believed. On rendered rooms nearly all right pairs reach it, and one wrong pair in
+eight in one of its orders (``benchmarks/results/lora3d.md``)."""
 SAME_SURFACE = 0.1
 """Points that differ in depth by less than this share are taken for the same surface."""
 FEWEST = 32
