@@ -63,6 +63,7 @@ from pipelines.diffusion.schedule import Keyframes, check_keyframes, factor_at
 from pipelines.diffusion.text import Voices, resolve_mode, voices_of_step
 
 WRITERS = {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_peft}
+Places = tuple[Region, ...] | Literal["auto", "own"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Composition:
     tau: int = 1
     te_mode: str = "auto"
     adapter_batch: int | None = None
-    regions: tuple[Region, ...] | Literal["auto", "own"] = ()
+    regions: Places = ()
     options: RegionOptions = field(default_factory=RegionOptions)
 
     @property
@@ -307,7 +308,7 @@ class MultiLoRAPipeline:
             )
         names = tuple(self._loaded) if chosen is None else chosen
         own = regions is None and method in REGIONAL and any(self._loaded[name].report.region for name in names)
-        found = "own" if own else check_regions(method, regions, names)
+        found: Places = "own" if own else check_regions(method, regions, names)
         how = check_options(method, self.family.flow, options)
         if how.refine is None:
             how = replace(how, refine=method == "lora-composer" and self._is_sd15())
