@@ -134,7 +134,7 @@ class _Noise(torch.autograd.Function):
         for _, E in noise_blocks(deviations, columns, seed):
             E = E.to(x.dtype)
             parts.append(F.linear(x, E) if geometry is None else F.conv2d(x, E.reshape(-1, *shape), None, *geometry))
-        return torch.cat(parts, dim=-1 if geometry is None else 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1 if geometry is None else 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,12 +143,12 @@ class _Noise(torch.autograd.Function):
         (g,) = grads
         (deviations,) = ctx.saved_tensors
         size, dtype = ctx.like
-        total = torch.zeros(size, dtype=g.dtype, device=g.device)
+        total: Any = 0
         for first, E in noise_blocks(deviations, ctx.columns, ctx.seed):
             E, rows = E.to(g.dtype), slice(first, first + E.shape[0])
             if ctx.geometry is None:
-                total += g[..., rows] @ E
+                total = total + g[..., rows] @ E
             else:
                 stride, padding, dilation = ctx.geometry
-                total += conv2d_input(size, E.reshape(-1, *ctx.shape), g[:, rows], stride, padding, dilation)
+                total = total + conv2d_input(size, E.reshape(-1, *ctx.shape), g[:, rows], stride, padding, dilation)
         return total.to(dtype), None, None, None, None, None
