@@ -304,4 +304,4 @@ def test_a_cutoff_that_keeps_too_little_is_lowered_with_a_warning() -> None:
     assert labels.warnings
     assert labels.cutoff < 50
     kept = float(torch.cat([(scene.weights > labels.cutoff).flatten()]).double().mean())
-    assert kept == pytest.approx(0.2, abs=0.02)
+    assert kept == pytest.approx(0.5, abs=0.02)
