@@ -59,7 +59,7 @@ def shares(pictures: Tensor) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="trained for 700 steps a concept: 0.61 and 0.23 alone; tests.toy.make --concept-steps 3000")
+@pytest.mark.xfail(reason="trained for 700 steps a concept: 0.61 and 0.23 alone, on a base with noisy pictures")
 def test_each_concept_alone() -> None:
     for name, (word, _, _) in toy.CONCEPTS.items():
         composer().compose("merge", [name])
