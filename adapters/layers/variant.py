@@ -218,7 +218,7 @@ def effective(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
 def base_weight(layer: Any) -> Tensor:
     """W0 (out, in * kernel) of a layer, dequantised, outputs first whatever the layer stores."""
     base = layer.get_base_layer() if isinstance(layer, PeftLayer) else layer
-    weight = base.weight
+    weight: Any = base.weight
     if type(weight).__name__ == "Int8Params":  # PEFT's other function puts a weight back that has lost its scales
         weight = dequantize_bnb_weight(weight, state=base.state)
     else:
