@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,19 @@ def test_calibrated_confidence_finds_the_outliers_that_raw_confidence_hides() ->
     assert abs(np.median(raw) - 0.5) < 0.05
 
 
+@cache
+def core_rows() -> list[dict[str, Any]]:
+    from benchmarks import lora3d
+
+    return [lora3d.core(seed, 300) for seed in range(8)]
+
+
+@pytest.mark.slow
+def test_with_contradicting_pairs_left_out_confident_outliers_hardly_bend_it() -> None:
+    assert np.median([row["verified_ratio"] for row in core_rows()]) <= 0.6
+    assert np.median([row["verified_point_ratio"] for row in core_rows()]) <= 0.7
+
+
 @pytest.mark.slow
 @pytest.mark.xfail(
     reason="ATE ratios after 300 steps: 0.71, 0.96, 1.01, 1.20, 0.34, 1.14, 1.32, 1.17, median 1.08 where 0.6 is asked",
@@ -139,9 +153,7 @@ def test_confident_outliers_bend_the_robust_alignment_less() -> None:
     and 1.38 in rooms 1, 3, 6 and 7; 0.003 is worse). In room 4 a third is wrong and the start is right (0.004 m): the
     plain alignment leaves it for 0.015 m, the robust one stays at 0.005 m. So the steps do not drift by themselves.
     """
-    from benchmarks import lora3d
-
-    rows = [lora3d.core(seed, 300) for seed in range(8)]
+    rows = core_rows()
     print(rows)
     assert np.median([row["auc_w"] for row in rows]) >= 0.7
     assert np.median([row["ate_ratio"] for row in rows]) <= 0.6
