@@ -421,11 +421,13 @@ class MultiLoRAPipeline:
         check_call(self.family, self.pipe, steps, guidance_scale, images, (width, height), seed)
         check_pristine(self.pipe, self._components())
         guided = guidance > 1 and not (mark and mark.mode == "embedding")
+        size = self._pixels(width, height)
+        if width or height:  # diffusers takes both or, without a word, neither
+            height, width = size
         call: dict[str, Any] = {
             "width": width, "height": height, "num_inference_steps": steps, "guidance_scale": guidance_scale,
             "output_type": output_type, **({"true_cfg_scale": true_cfg_scale} if flow_flux else {}),
         }  # fmt: skip
-        size = self._pixels(width, height)
         asked = Asked(prompt, negative_prompt, images, guided, seed, size, call, monitor or Silent(), preview_every)
         with torch.no_grad(), self._scheduler(scheduler) as fresh:
             plan, voices = self._planned(count_steps(fresh, steps, self.family.flow), guided, prompt)

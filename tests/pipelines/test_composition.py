@@ -318,6 +318,8 @@ def test_picture_k_has_its_own_seed(sd: Bed) -> None:
 def test_images_are_pictures_of_the_models_size(sd: Bed) -> None:
     picture = sd.composer("a")(PROMPT, steps=1).images[0]
     assert picture.size == (32, 32)
+    assert sd.composer("a")(PROMPT, steps=1, width=48).images[0].size == (48, 32)
+    assert sd.composer("a")(PROMPT, steps=1, height=48).images[0].size == (32, 48)
 
 
 @pytest.mark.parametrize("name", ["default", "ddim", "dpm++", "euler", "euler_a", "unipc", "lcm"])
