@@ -19,7 +19,7 @@ from tests.ui.conftest import CHROMIUM, ROOT, SWITCHES, lora, serve
 
 IMAGES = ROOT / "docs" / "images"
 SIZES = {1280: 980, 390: 844}
-PAIR = ("robot", "cactus")
+PAIR = ("alien", "cactus")
 DRAWS_3D = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
 PATIENCE = 300_000
 LARGEST = 280_000
@@ -37,8 +37,10 @@ def main() -> None:
             page = sheet(browser, 1280)
             page.goto(server.url)
             page.wait_for_selector("#generate")
+            page.set_viewport_size({"width": 1280, "height": 1640})  # regions are drawn below the adapters
             compose(page)
             shoot(page, "compose", top=True)
+            page.set_viewport_size({"width": 1280, "height": SIZES[1280]})
             reconstruct(page)
             shoot(page, "reconstruct", top=True)
             train(page, sorted(home.glob("jobs/*/picture-*.png")), "apple")
@@ -74,7 +76,7 @@ def compose(page: Any) -> None:
     """Two adapters, each in its half of a wide picture."""
     page.wait_for_selector("#generate")
     page.wait_for_timeout(2000)
-    page.fill("#prompt textarea", f"a cartoon icon of a {PAIR[0]} left of a {PAIR[1]}")
+    page.fill("#prompt textarea", f"a cartoon icon of an {PAIR[0]} left of a {PAIR[1]}")
     for name in PAIR:
         choose(page, name)
     page.fill("#width input", "128")
@@ -89,6 +91,7 @@ def compose(page: Any) -> None:
     page.uncheck("#new-seed input")
     page.click("#generate")
     page.wait_for_selector("#compose-panel .as-tag.good")
+    page.wait_for_selector(".as-stage-picture:visible")
     page.wait_for_timeout(3000)
 
 
