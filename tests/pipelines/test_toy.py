@@ -2,8 +2,9 @@
 
 64 pictures per run from the same seeds, 20 steps, guidance 3. A concept is there if it is in its own half and the other
 one is not. Refinement is not judged here: the attention of so small a network is not localised (its invariants are
-tested in test_lora_composer.py). The weights that lie here measured over 3 x 64 pictures: weaker concept 0.04 merged
-and 0.20 with injection, mask and re-initialisation; both at once 0 and 0.03.
+tested in test_lora_composer.py). The weights that lie here measured over 3 x 64 pictures: weaker concept 0 merged
+and 0.41 with injection, mask and re-initialisation; both at once 0 and 0.15. Alone the concepts are there in 0.95 and
+0.89 of 64 pictures.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ def shares(pictures: Tensor) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="trained for 700 steps a concept: 0.61 and 0.23 alone, on a base with noisy pictures")
 def test_each_concept_alone() -> None:
     for name, (word, _, _) in toy.CONCEPTS.items():
         composer().compose("merge", [name])

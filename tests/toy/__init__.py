@@ -58,6 +58,7 @@ def pipeline(weights: bool = True) -> StableDiffusionPipeline:
         ),
         scheduler=DDIMScheduler(
             beta_schedule="squaredcos_cap_v2", clip_sample=False, timestep_spacing="leading", steps_offset=1,
+            prediction_type="v_prediction",
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
