@@ -40,16 +40,23 @@ def test_help_imports_nothing_heavy(command):
     assert asked.stdout.splitlines()[-1].split() == ["HEAVY"]
 
 
+def processor_time(arguments: list[str]) -> float:
+    """User and system seconds of a command that must succeed."""
+    asked = subprocess.Popen(
+        [sys.executable, "-c", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    _, status, usage = os.wait4(asked.pid, 0)
+    asked.returncode = os.waitstatus_to_exitcode(status)
+    assert asked.returncode == 0
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs the processor time of a child")
 @pytest.mark.parametrize("command", ["", "compose", "train image", "jobs list"])
-def test_help_takes_less_than_half_a_second(command):
-    """Processor time, the best of some tries: other programs share the machine that runs the tests."""
-    arguments = [sys.executable, "-c", "from studio.cli import main; main()", *command.split(), "--help"]
-    times: list[float] = []
-    while len(times) < 8 and min(times, default=9.0) >= 0.5:
-        asked = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-        _, status, usage = os.wait4(asked.pid, 0)
-        asked.returncode = os.waitstatus_to_exitcode(status)
-        assert asked.returncode == 0
-        times.append(usage.ru_utime + usage.ru_stime)
-    assert min(times) < 0.5
+def test_help_costs_little_more_than_the_libraries_it_is_drawn_with(command):
+    """Processor time against importing them, best of some tries: machines differ, and other programs share them."""
+    libraries, helped = [], []
+    while len(helped) < 8 and min(helped, default=9.0) >= 3 * min(libraries, default=0.0):
+        libraries.append(processor_time(["import typer.rich_utils, rich.markdown, pydantic, yaml"]))
+        helped.append(processor_time(["from studio.cli import main; main()", *command.split(), "--help"]))
+    assert min(helped) < 3 * min(libraries)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -70,17 +71,25 @@ def test_auto_dtype_by_device_and_family() -> None:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_memory_presets(family: str, beds: Callable[[str], Bed], tmp_path: Path) -> None:
-    """A preset that keeps the precision keeps the picture, bit for bit; the other one says that it does not."""
+    """A preset that keeps the precision keeps the latents, bit for bit; the other one says that it does not.
+
+    Pictures may differ by one level of 255: decoded one by one, they are rounded otherwise on some processors.
+    """
     path = tiny.saved(family, tmp_path)
     pictures: dict[str, Any] = {}
+    latents: dict[str, torch.Tensor] = {}
     for memory in ("none", "balanced", "low"):
         composer = MultiLoRAPipeline.from_pretrained(path, memory=memory, device="cpu")
         composer.load_lora(beds(family).files["a"], "a")
-        pictures[memory] = composer.compose("composite")(PROMPT, steps=2, width=32, height=32, images=2).images
+        call: dict[str, Any] = {"steps": 2, "width": 32, "height": 32, "images": 2, "seed": 3}
+        pictures[memory] = composer.compose("composite")(PROMPT, **call).images
+        latents[memory] = composer(PROMPT, **call, output_type="latent").images
         changed = any("changes pictures" in note for note in composer.settings.notes)
         assert changed == (memory == "low")
     for plain, balanced in zip(pictures["none"], pictures["balanced"], strict=True):
-        assert plain.tobytes() == balanced.tobytes()
+        apart = np.asarray(plain, dtype=int) - np.asarray(balanced, dtype=int)
+        assert np.abs(apart).max() <= 1
+    assert torch.equal(latents["none"], latents["balanced"])
     assert [picture.size for picture in pictures["low"]] == [(32, 32)] * 2
 
 
