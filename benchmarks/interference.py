@@ -75,7 +75,7 @@ def validate(
 
 def predicted_for(adapters: Sequence[str]) -> dict[Pair, float]:
     """The doctor's prediction for every pair of adapters of the library."""
-    from studio import doctor
+    from studio.inspection import doctor
 
     return doctor.diagnose(adapters).predicted()
 

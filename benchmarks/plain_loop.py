@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from adapters.initialise.plain import in_peft
 from adapters.layers.variant import untouched
-from studio.schemas.method import MethodFields, RegulariserFields
+from adapters.plugin import Answers, Calibration, Closure, Handles, Plugins
 from studio.training.methods import plugins_for
-from studio.training.plugin import Answers, Calibration, Closure, Handles, Plugins
+from studio.training.schemas.method import MethodFields, RegulariserFields
 
 Batch = Tensor | dict[str, Tensor]
 """Token ids (batch, length) that are their own labels, or a model's inputs with "labels" by name."""

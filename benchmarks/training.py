@@ -28,15 +28,15 @@ from typing import Any
 
 import torch
 
+from adapters.plugin import Plugins
 from adapters.progress import Silent
 from benchmarks.measures import peak_memory
 from studio import library
-from studio.schemas.train_image import TrainImageConfig
 from studio.training.base import load_base
 from studio.training.device import make_accelerator
 from studio.training.families import family_of
 from studio.training.image import Training
-from studio.training.plugin import Plugins
+from studio.training.schemas.image import TrainImageConfig
 from studio.training.supply import read_folder
 
 VARIANTS = ("diffusers", "ours", "ours-live")

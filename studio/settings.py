@@ -16,7 +16,7 @@ from pydantic import Field
 
 from adapters.errors import InputError
 from adapters.files import write_text as write_text  # pages write through the application
-from studio.schemas.base import JobConfig, read_yaml
+from studio.schema import JobConfig, read_yaml
 
 PREFIX = "ADAPTER_STUDIO_"
 

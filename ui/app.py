@@ -22,8 +22,8 @@ from studio import library as shelves
 from studio import settings
 from ui import markup, pictures
 from ui.components import rack
+from ui.errors import errors_shown
 from ui.pages import compose, jobs, language, library, reconstruct, train
-from ui.polite import polite
 from ui.theme import STATIC, StudioTheme, css, script
 
 TABS = ("compose", "train", "language", "reconstruct", "library", "jobs")
@@ -85,13 +85,13 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
     """Opening the app, and going from page to page: each shows what is true now."""
     choices = _choosers(pages)
 
-    @polite
+    @errors_shown
     def arrive(request: gr.Request) -> Any:
         wanted = request.query_params.get("view", "compose")
         wanted = wanted if wanted in TABS else "compose"
         return [gr.Tabs(selected=wanted), gr.Timer(active=wanted == "jobs"), *_choices()]
 
-    @polite
+    @errors_shown
     def go(event: gr.SelectData) -> Any:
         return [gr.Timer(active=event.value == "Jobs"), *_choices()]
 
@@ -101,14 +101,14 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
     app.load(lambda: _latest("distill", train.follow), None, pages.train.distill.view, **_PRIVATE)
     app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
     app.load(lambda: _latest("reconstruct", reconstruct.follow), None, pages.reconstruct.view, **_PRIVATE)
-    app.load(polite(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
+    app.load(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
     listed = [
-        arriving(polite(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
+        arriving(errors_shown(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
         for arriving in (app.load, pages.tabs.select)
     ]
     gr.on(pages.library.acts, None, cancels=listed, **_PRIVATE)  # an answer from before must not undo an act
     pages.tabs.select(go, None, [pages.jobs.timer, *choices], **_PRIVATE)
-    pages.tabs.select(polite(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
+    pages.tabs.select(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
     pages.tabs.select(None, None, None, js=_ADDRESS)
 
 
@@ -133,7 +133,7 @@ def _wire_crossings(pages: _Pages) -> None:
     """From an adapter or a job to the page that uses it."""
     target = pages.compose
 
-    @polite
+    @errors_shown
     def use(chosen: str, shelf: str, rows: list[rack.Row]) -> Any:
         record = shelves.find(chosen, "base" if shelf == "base" else "adapter")
         if record.family == "language":
@@ -143,7 +143,7 @@ def _wire_crossings(pages: _Pages) -> None:
             return [gr.Tabs(selected="compose"), gr.skip(), chosen, *skipped]
         return [gr.Tabs(selected="compose"), rack.add(rows, record), gr.skip(), *skipped]
 
-    @polite
+    @errors_shown
     def try_it(job_id: str, rows: list[rack.Row], prompt: str) -> Any:
         job = job_store.get(job_id)
         record = shelves.find(train.add_to_library(job))
@@ -152,7 +152,7 @@ def _wire_crossings(pages: _Pages) -> None:
         return [gr.Tabs(selected="compose"), rows if present else rack.add(rows, record),
                 compose.with_word(prompt, words), job.config.get("base") or gr.skip()]  # fmt: skip
 
-    @polite
+    @errors_shown
     def open_job(job_id: str) -> Any:
         job = job_store.get(job_id)
         views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
@@ -189,7 +189,7 @@ def _wire_crossings(pages: _Pages) -> None:
         **_PRIVATE,
     )  # fmt: skip
     for arrival in (used, *tried, opened):  # a page that was not opened by its tab
-        arrival.then(polite(_choices), None, _choosers(pages), **_PRIVATE)
+        arrival.then(errors_shown(_choices), None, _choosers(pages), **_PRIVATE)
 
 
 # ------------------------------------------------------------------------------------------------ serving

@@ -11,7 +11,7 @@ from adapters.errors import InputError
 from pipelines.language.adapters import Laid
 from pipelines.language.answer import Manner, stream
 from pipelines.language.loading import LanguageModel, open_model
-from studio import devices, hush, library
+from studio import devices, library, silence
 from studio.chat import Message, Question, Voice
 from studio.datasets.cache import fingerprint
 from studio.library import scan, smollm2
@@ -51,7 +51,7 @@ class Session:
             once = " for the first time: it is unpacked, which takes a minute" if first else ""
             yield {"event": "loading", "text": f"Loading {question.base}{once} ..."}
             self.release()
-            hush.loading_bars()
+            silence.loading_bars()
             device = devices.resolve(question.device)
             self._base = open_model(library.resolve_base(question.base), dtype=question.dtype, device=device)
             self._laid = Laid(self._base.model, question.base)

@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import Any, TextIO
 
-from studio import failures, hush
+from studio import error_sentences, silence
 from studio.chat import Question
 
 IDLE_SECONDS = 600.0
@@ -21,7 +21,7 @@ IDLE_SECONDS = 600.0
 
 def main(source: TextIO, target: TextIO, idle: float = IDLE_SECONDS) -> None:
     """Answer questions from ``source`` until it ends, or until there is none for ``idle`` seconds."""
-    hush.remarks()
+    silence.library_warnings()
     questions: queue.Queue[dict[str, Any] | None] = queue.Queue()
     stop = threading.Event()
 
@@ -57,11 +57,11 @@ def main(source: TextIO, target: TextIO, idle: float = IDLE_SECONDS) -> None:
                 say(event)
             say({"event": "done"})
         except Exception as error:
-            if not failures.expected(error):
+            if not error_sentences.expected(error):
                 import traceback
 
                 traceback.print_exc()
-            say({"event": "error", "text": failures.sentence(error)})
+            say({"event": "error", "text": error_sentences.sentence(error)})
 
 
 if __name__ == "__main__":

@@ -10,35 +10,57 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import typer
 
 from adapters.errors import Cancelled, StudioError
 
-COMMANDS: dict[str, str] = {
-    "compose": "Make pictures with several adapters.",
-    "train": "Train an adapter.",
-    "chat": "Talk to a language model, with adapters.",
-    "reconstruct": "Photos in, 3D out: cameras, points, self-calibration.",
-    "demo": "Compose the shipped adapters with every method, side by side.",
-    "methods": "List the methods and the papers they come from.",
-    "library": "Adapters and base models: list, show, import, rename, delete.",
-    "lora": "Adapter files: inspect, convert, merge, extract.",
-    "inspect": "What training did to the weights: intruder dimensions, forgetting.",
-    "doctor": "Will these adapters get along? Overlap, strengths, trigger words, advice.",
-    "jobs": "Jobs: list, watch, cancel, resume, run again, delete.",
-    "worker": "Work on queued jobs in this terminal.",
-    "ui": "Open the web app.",
-    "settings": "Show or change folders and other settings.",
-}
-"""Commands by name with one line of help; each is ``register(app)`` in the module ``studio.cli.<name>``."""
 
-TRAIN: dict[str, str] = {
-    "image": "Train a LoRA of a text-to-image model from a folder of pictures.",
-    "distill": "Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
-    "language": "Train a LoRA of a language model from rows of text.",
+@dataclass(frozen=True)
+class Command:
+    """One command: the module whose ``register`` adds it, and its line of help."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "compose": Command("studio.composition.command", "Make pictures with several adapters."),
+    "train": Command("", "Train an adapter."),
+    "chat": Command("studio.chat.command", "Talk to a language model, with adapters."),
+    "reconstruct": Command("studio.reconstruction.command", "Photos in, 3D out: cameras, points, self-calibration."),
+    "demo": Command("studio.composition.demo_command", "Compose the shipped adapters with every method, side by side."),
+    "methods": Command("studio.cli.methods", "List the methods and the papers they come from."),
+    "library": Command("studio.library.command", "Adapters and base models: list, show, import, rename, delete."),
+    "lora": Command("studio.adapter_files.command", "Adapter files: inspect, convert, merge, extract."),
+    "inspect": Command(
+        "studio.inspection.command",
+        "What training did to the weights: intruder dimensions, forgetting.",
+    ),
+    "doctor": Command(
+        "studio.inspection.doctor_command",
+        "Will these adapters get along? Overlap, strengths, trigger words, advice.",
+    ),
+    "jobs": Command("studio.jobs.command", "Jobs: list, watch, cancel, resume, run again, delete."),
+    "worker": Command("studio.jobs.worker_command", "Work on queued jobs in this terminal."),
+    "ui": Command("studio.cli.ui", "Open the web app."),
+    "settings": Command("studio.cli.settings", "Show or change folders and other settings."),
 }
-"""What can be trained; each is ``register(group, text)`` in the module ``studio.cli.train_<name>``."""
+"""Commands by name; each module has ``register(app)`` (``train`` is a group, see :data:`TRAIN`)."""
+
+TRAIN: dict[str, Command] = {
+    "image": Command(
+        "studio.training.commands.image",
+        "Train a LoRA of a text-to-image model from a folder of pictures.",
+    ),
+    "distill": Command(
+        "studio.training.commands.distill",
+        "Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
+    ),
+    "language": Command("studio.training.commands.language", "Train a LoRA of a language model from rows of text."),
+}
+"""What can be trained; each module has ``register(group, help)``."""
 
 _STOPPED = 130
 
@@ -68,13 +90,13 @@ def build(arguments: Sequence[str] = ()) -> typer.Typer:
     )  # fmt: skip
     app.callback()(_root)
     chosen, second, *_ = [*(word for word in arguments if not word.startswith("-")), "", ""]
-    for name, text in COMMANDS.items():
+    for name, command in COMMANDS.items():
         if name == "train":
-            app.add_typer(_train_group(second if chosen == name else ""), name=name, help=text)
+            app.add_typer(_train_group(second if chosen == name else ""), name=name, help=command.help)
         elif name == chosen:
-            importlib.import_module(f"studio.cli.{name}").register(app)
+            importlib.import_module(command.module).register(app)
         else:
-            app.command(name, help=text)(_named_only(name))
+            app.command(name, help=command.help)(_named_only(name))
     return app
 
 
@@ -96,11 +118,11 @@ def _root(
 
 def _train_group(chosen: str) -> typer.Typer:
     group = typer.Typer(no_args_is_help=True)
-    for name, text in TRAIN.items():
+    for name, command in TRAIN.items():
         if name == chosen:
-            importlib.import_module(f"studio.cli.train_{name}").register(group, text)
+            importlib.import_module(command.module).register(group, command.help)
         else:
-            group.command(name, help=text)(_named_only(name))
+            group.command(name, help=command.help)(_named_only(name))
     return group
 
 
@@ -115,14 +137,14 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
     usage = getattr(error, "format_message", None)
     if usage is not None:  # typer's own: unknown option, missing argument ...
         return _fail(usage(), 2, arguments) if usage() else 2
-    from studio import failures
+    from studio import error_sentences
 
     if os.environ.get("ADAPTER_STUDIO_DEBUG"):
         import traceback
 
         traceback.print_exc()
-    text = failures.sentence(error)
-    if not failures.expected(error):
+    text = error_sentences.sentence(error)
+    if not error_sentences.expected(error):
         text += " (set ADAPTER_STUDIO_DEBUG=1 to see where)"
     return _fail(text, 2 if isinstance(error, StudioError) else 1, arguments)
 

@@ -22,7 +22,7 @@ def methods(
 ) -> None:
     """List the methods and the papers they come from."""
     from adapters.errors import InputError, nearest
-    from studio.methods import declared
+    from studio.catalogue import declared
 
     found = declared()
     stages = sorted({method.stage for method in found})

@@ -11,7 +11,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from adapters.errors import InputError
-from studio.schemas.base import JobConfig
+from studio.schema import JobConfig
 
 GROUPS = {"base": "Model", "family": "Model", "dtype": "Model", "device": "Model", "attention": "Model",
           "memory": "Model"}  # fmt: skip

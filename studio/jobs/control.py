@@ -16,7 +16,7 @@ from adapters.progress import Monitor
 from studio import settings
 from studio.jobs import kinds, process, queue, store
 from studio.jobs.model import ENDED, Job, ProgressRow
-from studio.schemas.base import JobConfig
+from studio.schema import JobConfig
 
 HERE = "here"
 """The "queue" of jobs that the asking process does itself."""

@@ -16,7 +16,7 @@ from typing import Any
 from adapters import files
 from adapters.errors import Cancelled
 from adapters.progress import Monitor
-from studio import devices, failures
+from studio import devices, error_sentences
 from studio.jobs import kinds, process, store
 from studio.jobs.model import Job, Status
 from studio.jobs.monitor import STOPPING, JobMonitor
@@ -99,7 +99,7 @@ def _inside(place: Path) -> Iterator[None]:
 
 def release_pipeline() -> None:
     """Free the pipeline that composing keeps loaded, if there is one."""
-    loaded = sys.modules.get("studio.loaded")
+    loaded = sys.modules.get("studio.composition.pipeline_cache")
     if loaded is not None:
         loaded.release()
 
@@ -115,12 +115,12 @@ def _ended(job: Job, error: BaseException) -> None:
         else:
             _finish(job.id, "cancelled")
         return
-    text = failures.sentence(error)
-    if failures.expected(error):
+    text = error_sentences.sentence(error)
+    if error_sentences.expected(error):
         logger.error("%s", text)
     else:
         logger.error("%s", text, exc_info=error)
-    _finish(job.id, "failed", error=text if failures.expected(error) else f"{text} (details in the job's log)")
+    _finish(job.id, "failed", error=text if error_sentences.expected(error) else f"{text} (details in the job's log)")
 
 
 def _finish(job_id: str, status: Status, **values: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters.errors import InputError, nearest
 from studio import settings
-from studio.schemas.base import JobConfig
+from studio.schema import JobConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Kind:
 
     Attributes:
         name: what the queue and the commands call it.
-        schema: ``"module:Class"`` of its :class:`~studio.schemas.base.JobConfig`.
+        schema: ``"module:Class"`` of its :class:`~studio.schema.JobConfig`.
         entry: ``"module:function"``, called ``run(config, folder, monitor) -> dict``.
         continues: ``run`` also takes ``resume`` (a bool) and goes on from its last checkpoint when it is true;
             otherwise resuming starts the job from its beginning.
@@ -87,12 +87,19 @@ def _load(place: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-register(Kind("compose", "studio.schemas.compose:ComposeConfig", "studio.compose:run", keeps_pipeline=True))
-register(Kind("compare", "studio.schemas.compare:CompareConfig", "studio.compare:run", keeps_pipeline=True))
+register(Kind("compose", "studio.composition.schema:ComposeConfig", "studio.composition.job:run", keeps_pipeline=True))
+register(
+    Kind(
+        "compare",
+        "studio.composition.comparison_schema:CompareConfig",
+        "studio.composition.comparison:run",
+        keeps_pipeline=True,
+    )
+)
 register(
     Kind(
         "train-image",
-        "studio.schemas.train_image:TrainImageConfig",
+        "studio.training.schemas.image:TrainImageConfig",
         "studio.training.image:run",
         continues=True,
         afterwards="studio.library.adopt:trained",
@@ -101,7 +108,7 @@ register(
 register(
     Kind(
         "distill",
-        "studio.schemas.distill:DistillConfig",
+        "studio.training.schemas.distill:DistillConfig",
         "studio.training.distillation:run",
         continues=True,
         afterwards="studio.library.adopt:trained",
@@ -110,12 +117,12 @@ register(
 register(
     Kind(
         "train-language",
-        "studio.schemas.train_language:TrainLanguageConfig",
+        "studio.training.schemas.language:TrainLanguageConfig",
         "studio.training.language:run",
         continues=True,
         afterwards="studio.library.adopt:trained",
     )
 )
-register(Kind("reconstruct", "studio.schemas.reconstruct:ReconstructConfig", "studio.reconstruct:run"))
-register(Kind("forgetting", "studio.schemas.soften:ForgettingConfig", "studio.softening:measure"))
-register(Kind("soften", "studio.schemas.soften:SoftenConfig", "studio.softening:soften"))
+register(Kind("reconstruct", "studio.reconstruction.schema:ReconstructConfig", "studio.reconstruction.job:run"))
+register(Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure"))
+register(Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften"))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import StudioError
-from studio import failures
+from studio import error_sentences
 from studio.library import edit, scan
-from studio.schemas.base import JobConfig
+from studio.schema import JobConfig
 
 
 def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
         if samples:
             edit.set_preview(record, samples[-1])
     except (StudioError, OSError) as error:
-        return {**result, "library_problem": failures.sentence(error)}
+        return {**result, "library_problem": error_sentences.sentence(error)}
     return {**result, "library": record.name}
 
 

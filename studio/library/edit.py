@@ -14,7 +14,8 @@ from pathlib import Path
 
 from adapters import files
 from adapters.errors import InputError
-from studio import distilled, settings
+from studio import settings
+from studio.composition import distilled_adapters
 from studio.library import cache, facts, hub, scan
 from studio.library.records import Record
 from studio.library.resolve import HUB_ID, find
@@ -145,9 +146,9 @@ def trash(name: str, kind: scan.Kind = "adapter") -> Trashed:
 
 def _own_embedding(record: Record) -> list[Path]:
     """The guidance embedding beside an adapter file, unless another adapter needs it too."""
-    found = distilled.companion(record.path) if record.path.is_file() else None
+    found = distilled_adapters.companion(record.path) if record.path.is_file() else None
     others = (item.path for item in scan.records("adapter") if item.path != record.path)
-    if found is None or any(distilled.companion(path) == found for path in others):
+    if found is None or any(distilled_adapters.companion(path) == found for path in others):
         return []
     return [found]
 
@@ -172,7 +173,7 @@ def restore(name_or_id: str) -> Record:
     found.original.parent.mkdir(parents=True, exist_ok=True)
     for file in (found.folder / "files").iterdir():
         place = found.original.parent / file.name
-        if not (distilled.EMBEDDING in file.name and place.exists()):  # its name says what is in it
+        if not (distilled_adapters.EMBEDDING in file.name and place.exists()):  # its name says what is in it
             shutil.move(file, place)
     shutil.rmtree(found.folder)
     return _record_at(found.original, found.kind)
@@ -222,7 +223,7 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copy2(source, draft)
             for file in _belongings(source)[1:]:
                 shutil.copy2(file, target.parent / _renamed(file, source, target.stem).name)
-            embedding = distilled.companion(source)
+            embedding = distilled_adapters.companion(source)
             if embedding is not None:
                 shutil.copy2(embedding, target.parent / embedding.name)
         draft.replace(target)

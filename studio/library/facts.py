@@ -11,7 +11,7 @@ import yaml
 
 from adapters.errors import InputError
 from adapters.files import WORDS, WORDS_ENTRY
-from studio import distilled
+from studio.composition import distilled_adapters
 from studio.library import header
 
 RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
@@ -134,7 +134,7 @@ def weight_file(path: Path) -> Path:
 
 def is_companion(name: str) -> bool:
     """Whether a file of this name belongs to an adapter beside it: its words, or its guidance embedding."""
-    return name.endswith(WORDS) or distilled.EMBEDDING in name
+    return name.endswith(WORDS) or distilled_adapters.EMBEDDING in name
 
 
 def preview(path: Path) -> Path | None:

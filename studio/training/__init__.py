@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from adapters.progress import Monitor
 
 if TYPE_CHECKING:
-    from studio.schemas.distill import DistillConfig
-    from studio.schemas.train_image import TrainImageConfig
+    from studio.training.schemas.distill import DistillConfig
+    from studio.training.schemas.image import TrainImageConfig
 
 
 def train_image(
@@ -37,9 +37,9 @@ def train_image(
 
     from adapters.errors import InputError
     from adapters.progress import Silent
-    from studio.schemas.train_image import TrainImageConfig
     from studio.training.image import run
     from studio.training.presets import with_preset
+    from studio.training.schemas.image import TrainImageConfig
 
     if config is not None and (values or preset):
         raise InputError("Give train_image either a config or single values, not both.")
@@ -69,8 +69,8 @@ def distill(
 
     from adapters.errors import InputError
     from adapters.progress import Silent
-    from studio.schemas.distill import DistillConfig
     from studio.training.distillation import run
+    from studio.training.schemas.distill import DistillConfig
 
     if config is not None and values:
         raise InputError("Give distill either a config or single values, not both.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from adapters.errors import InputError
-from studio.schemas.train_image import TrainImageConfig
+from studio.training.schemas.image import TrainImageConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

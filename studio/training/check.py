@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.datasets.pictures import scan
-from studio.schemas.train_image import TrainImageConfig
+from studio.training.schemas.image import TrainImageConfig
 from studio.training.supply import prompts
 
 

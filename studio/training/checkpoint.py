@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.errors import InputError
 from adapters.files import whole
-from studio.schemas.base import JobConfig
+from studio.schema import JobConfig
 
 FREE_GROUPS = frozenset({"Samples and saving"})
 FREE_KEYS = frozenset({"workers", "memory", "cache_folder", "cache_latents", "cache_text"})

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from studio.schemas.train_image import TrainImageConfig
+from studio.training.schemas.image import TrainImageConfig
 
 
 def make_accelerator(config: TrainImageConfig, dtype: torch.dtype, device: str, folder: Path) -> Any:

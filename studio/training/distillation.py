@@ -22,6 +22,7 @@ from adapters.files import whole, write_text
 from adapters.formats import read
 from adapters.formats.fit import fit
 from adapters.layers.gated import Adapter, GatedAdapters
+from adapters.plugin import Handles, Outputs, Plugin, Plugins
 from adapters.progress import Monitor, Progress
 from pipelines.diffusion.checks import check_pristine
 from pipelines.diffusion.distillation import embedding, trajectories
@@ -35,8 +36,6 @@ from studio.datasets.cache import key_of
 from studio.datasets.pictures import FolderReport
 from studio.datasets.prompts import read_prompts
 from studio.datasets.seeds import global_seed, uniform
-from studio.schemas.distill import DistillConfig
-from studio.schemas.train_image import TrainImageConfig
 from studio.training.base import choose_dtype, load_base
 from studio.training.device import make_accelerator
 from studio.training.export import RECIPE_ENTRY, write_adapter
@@ -45,7 +44,6 @@ from studio.training.forward import draw
 from studio.training.image import SILENT, Training
 from studio.training.inject import ADAPTER
 from studio.training.objective import elementwise_loss, levels, per_sample
-from studio.training.plugin import Handles, Outputs, Plugin, Plugins
 from studio.training.recorded import (
     Conditions,
     RecordedBatch,
@@ -56,6 +54,8 @@ from studio.training.recorded import (
 )
 from studio.training.records import check_tracker
 from studio.training.samples import draw_samples
+from studio.training.schemas.distill import DistillConfig
+from studio.training.schemas.image import TrainImageConfig
 from studio.training.supply import Batch, bucket_rule, read_folder
 from studio.training.teacher import Teacher, path_of
 

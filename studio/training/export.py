@@ -14,10 +14,10 @@ import torch
 from adapters.errors import InputError
 from adapters.files import whole
 from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, write_peft
-from studio.schemas.base import JobConfig
-from studio.schemas.train_image import TrainImageConfig
+from adapters.plugin import Layers
+from studio.schema import JobConfig
 from studio.training.base import DTYPES
-from studio.training.plugin import Layers
+from studio.training.schemas.image import TrainImageConfig
 
 RECIPE_ENTRY = "adapter_studio_recipe"
 """Name of the safetensors text entry that holds the recipe as JSON."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from adapters.plugin import Outputs
 from studio.datasets.seeds import normal, uniform
-from studio.schemas.train_image import TrainImageConfig
 from studio.training.families import Family
 from studio.training.objective import elementwise_loss, levels, per_sample, with_prior
-from studio.training.plugin import Outputs
+from studio.training.schemas.image import TrainImageConfig
 from studio.training.supply import Batch
 
 

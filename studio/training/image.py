@@ -24,14 +24,14 @@ from adapters.errors import Cancelled, InputError
 from adapters.files import whole
 from adapters.formats import LoraFile, read
 from adapters.formats.fit import fit
+from adapters.plugin import Calibration, Closure, Handles, Layers, Outputs, Plugin, Plugins
 from adapters.progress import Monitor, Progress, Silent
 from studio import devices, settings
 from studio.datasets.cache import fingerprint
 from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.plan import PictureSet, Plan
 from studio.datasets.seeds import global_seed
-from studio.schemas.base import JobConfig
-from studio.schemas.train_image import TrainImageConfig
+from studio.schema import JobConfig
 from studio.training import checkpoint as checkpoints
 from studio.training.base import choose_dtype, load_base
 from studio.training.checkpoint import Checkpoint
@@ -47,10 +47,10 @@ from studio.training.forward import draw, training_loss, validation_loss
 from studio.training.inject import inject, lora_config, lora_layers, start_from, trainable
 from studio.training.methods import plugins_for
 from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups, running_average
-from studio.training.plugin import Calibration, Closure, Handles, Layers, Outputs, Plugin, Plugins
 from studio.training.prior import class_folder, draw_class_pictures
 from studio.training.records import LossCurve, check_tracker, due, recent
 from studio.training.samples import draw_samples, sample_prompts, save_samples
+from studio.training.schemas.image import TrainImageConfig
 from studio.training.supply import (
     Batch,
     Supply,

@@ -15,7 +15,7 @@ from adapters.errors import InputError
 from adapters.formats.lora import LoraFile, LoraLayer
 from adapters.initialise.plain import in_peft
 from adapters.layers.variant import read_layers
-from studio.schemas.train_image import TrainImageConfig
+from studio.training.schemas.image import TrainImageConfig
 from studio.training.targets import check_ranks, no_match
 
 ADAPTER = "default"

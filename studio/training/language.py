@@ -28,6 +28,7 @@ from adapters import files
 from adapters.errors import Cancelled, InputError
 from adapters.formats import LoraFile, read
 from adapters.formats.lora import MODEL
+from adapters.plugin import Plugin, Plugins
 from adapters.progress import Monitor, Progress, Silent
 from pipelines.language.adapters import check_fits
 from pipelines.language.answer import complete
@@ -35,7 +36,6 @@ from pipelines.language.loading import LanguageModel, open_model
 from studio import devices
 from studio.datasets.cache import fingerprint
 from studio.datasets.seeds import global_seed
-from studio.schemas.train_language import TrainLanguageConfig
 from studio.training import checkpoint as checkpoints
 from studio.training.export import make_recipe
 from studio.training.inject import lora_layers, start_from, trainable
@@ -46,8 +46,8 @@ from studio.training.language_layers import add_adapter
 from studio.training.language_measure import Measures, measure
 from studio.training.methods import plugins_for
 from studio.training.optimizers import averaged, lr_factor, make_optimizer, parameter_groups, running_average
-from studio.training.plugin import Plugin, Plugins
 from studio.training.records import LossCurve, check_tracker, due, recent
+from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.trainer_mixin import COMPONENT, StudioTrainerMixin
 
 SILENT = Silent()

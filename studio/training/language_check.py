@@ -8,8 +8,8 @@ from typing import Any
 
 from pipelines.language.loading import open_tokenizer
 from studio.datasets.encoding import IGNORED, Encoded
-from studio.schemas.train_language import TrainLanguageConfig
 from studio.training.language_data import encode, read_rows, template_of
+from studio.training.schemas.language import TrainLanguageConfig
 
 
 def check_data(config: TrainLanguageConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from studio.datasets.conversations import Columns, Conversation, Text, conversat
 from studio.datasets.encoding import CHATML, IGNORED, Encoded, encode_all, pack
 from studio.datasets.seeds import derive, rng
 from studio.datasets.texts import TextReport, scan, usable_rows
-from studio.schemas.train_language import TrainLanguageConfig
+from studio.training.schemas.language import TrainLanguageConfig
 
 Batch = dict[str, torch.Tensor]
 Items = list[Conversation | Text]

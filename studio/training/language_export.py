@@ -16,10 +16,10 @@ from adapters.formats import LoraLayer
 from adapters.formats.peft_config import config_of
 from adapters.formats.peft_directory import CONFIG, PREFIX, WEIGHTS
 from adapters.formats.tensors import write_tensors
-from studio.schemas.train_language import TrainLanguageConfig
 from studio.training.base import DTYPES
 from studio.training.export import RECIPE_ENTRY
 from studio.training.language_layers import TASK_TYPES
+from studio.training.schemas.language import TrainLanguageConfig
 
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What other programs call the bases that we have under a name of our own."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from adapters.initialise.plain import in_peft
 from pipelines.language.adapters import sizes
-from studio.schemas.train_language import TrainLanguageConfig
+from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.targets import check_ranks, no_match
 
 ATTENTION = (

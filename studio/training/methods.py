@@ -34,12 +34,12 @@ from adapters.learn.allora import AlloraRule, ScaledSteps
 from adapters.learn.ffa import freeze_a
 from adapters.learn.ggpo import RowNoise
 from adapters.learn.mgpo import MomentumBranch, momentum_of
-from studio.schemas.combinations import refusal
-from studio.training.plugin import Answers, Handles, Need, Outputs, Plugin
+from adapters.plugin import Answers, Handles, Need, Outputs, Plugin
+from studio.training.schemas.combinations import refusal
 
 
 def plugins_for(config: Any) -> list[Plugin]:
-    """The plugins of a configuration with :class:`~studio.schemas.method.MethodFields`, not yet configured.
+    """The plugins of a configuration with :class:`~studio.training.schemas.method.MethodFields`, not yet configured.
 
     Raises:
         InputError: a combination the table refuses.

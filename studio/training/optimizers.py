@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from adapters.errors import InputError, MissingDependencyError
-from studio.schemas.train_image import TrainImageConfig
-from studio.schemas.train_language import TrainLanguageConfig
+from studio.training.schemas.image import TrainImageConfig
+from studio.training.schemas.language import TrainLanguageConfig
 
 Config = TrainImageConfig | TrainLanguageConfig
 Groups = list[dict[str, Any]]

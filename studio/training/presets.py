@@ -1,6 +1,6 @@
 """Starting points: sets of values for the three kinds of training, at two lengths.
 
-A preset fills fields of :class:`~studio.schemas.train_image.TrainImageConfig`; what the person gives wins.
+A preset fills fields of :class:`~studio.training.schemas.image.TrainImageConfig`; what the person gives wins.
 """
 
 from __future__ import annotations

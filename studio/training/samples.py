@@ -13,7 +13,7 @@ from PIL import Image
 from adapters.files import whole
 from studio.datasets.buckets import Size
 from studio.datasets.seeds import global_seed
-from studio.schemas.train_image import TrainImageConfig
+from studio.training.schemas.image import TrainImageConfig
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from studio.datasets.captions import compose_caption
 from studio.datasets.pictures import FolderReport, Picture, read_pixels, usable_pictures
 from studio.datasets.plan import Augmentation, Pick, PictureSet, Plan
 from studio.datasets.seeds import rng
-from studio.schemas.train_image import TrainImageConfig
 from studio.training.families import Family
+from studio.training.schemas.image import TrainImageConfig
 
 INSTANCE_PROMPTS = {"concept": "a picture of {trigger}", "style": "a picture, {trigger} style", "captioned": ""}
 

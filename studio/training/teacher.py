@@ -11,9 +11,9 @@ from adapters.errors import InputError
 from pipelines.diffusion.distillation.consistency import DiffusionPath, FlowPath, Path
 from pipelines.diffusion.distillation.guidance import guided, within
 from pipelines.diffusion.distillation.student import Student, first_not_finite
-from studio.schemas.distill import DistillConfig
 from studio.training.families import Family, Tensors
 from studio.training.objective import Diffusion, FlowMatching
+from studio.training.schemas.distill import DistillConfig
 
 
 def path_of(family: Family, knots: int) -> Path:

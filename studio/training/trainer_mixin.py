@@ -26,8 +26,8 @@ from transformers import TrainerCallback
 from adapters import files
 from adapters.errors import InputError
 from adapters.layers.variant import untouched
+from adapters.plugin import Answers, Calibration, Closure, Handles, Plugin, Plugins
 from studio.datasets.seeds import global_seed
-from studio.training.plugin import Answers, Calibration, Closure, Handles, Plugin, Plugins
 
 COMPONENT = "model"
 STATE = "studio_state.pt"
@@ -36,7 +36,7 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class StudioTrainerMixin:
-    """Put before a trainer class; takes over the plugin protocol of :mod:`studio.training.plugin`.
+    """Put before a trainer class; takes over the plugin protocol of :mod:`adapters.plugin`.
 
     Args:
         plugins: the training methods, already configured.

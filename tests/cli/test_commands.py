@@ -227,11 +227,11 @@ def test_detached_jobs_are_queued(ask, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="/dev/full is Linux's")
 def test_a_full_disk_is_one_sentence():
-    from studio import failures
+    from studio import error_sentences
 
     with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "w") as full:
         full.write("x" * 10_000_000)
-    assert failures.sentence(caught.value).startswith("The disk is full")
+    assert error_sentences.sentence(caught.value).startswith("The disk is full")
 
 
 def test_a_taken_port_is_one_sentence(ask):

@@ -12,10 +12,10 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 from adapters.errors import InputError
-from studio.cli import lora_option
 from studio.cli.schema_options import with_options
-from studio.schemas.base import JobConfig
-from studio.schemas.compose import AdapterUse
+from studio.composition import lora_option
+from studio.composition.schema import AdapterUse
+from studio.schema import JobConfig
 
 
 class Everything(JobConfig):

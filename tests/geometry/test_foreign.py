@@ -25,8 +25,8 @@ from pipelines.geometry.inference import Predictions
 from pipelines.geometry.objective import regression
 from pipelines.geometry.pairs import make_pairs
 from pipelines.geometry.reconstruction import TO_GL, Reconstruction
-from studio import reconstruct
-from studio.schemas.reconstruct import ReconstructConfig
+from studio.reconstruction import job as reconstruct
+from studio.reconstruction.schema import ReconstructConfig
 
 SIDE, FOCAL, NEAR, FAR = 64, 64 / 2 / np.tan(np.radians(30)), 0.1, 20.0
 BALLS = [((0.0, 0.0, 0.3), 0.3), ((-0.6, 0.5, 0.4), 0.4)]

@@ -13,9 +13,10 @@ from PIL import Image
 import assets
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
-from studio import jobs, reconstruct
+from studio import jobs
 from studio.cli.app import run
-from studio.schemas.reconstruct import ReconstructConfig
+from studio.reconstruction import job as reconstruct
+from studio.reconstruction.schema import ReconstructConfig
 from tests.studio.conftest import home
 
 __all__ = ["home"]

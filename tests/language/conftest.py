@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapters.progress import Progress
-from studio.schemas.train_language import TrainLanguageConfig
+from studio.training.schemas.language import TrainLanguageConfig
 from tests.language import tiny
 
 

@@ -14,10 +14,10 @@ from adapters.errors import InputError
 from studio.datasets.conversations import Columns, conversations
 from studio.datasets.encoding import IGNORED, encode_all, encode_conversation, pack
 from studio.datasets.texts import scan, usable_rows
-from studio.schemas.train_language import TrainLanguageConfig
 from studio.training.language_check import check_data
 from studio.training.language_data import Collate, RunSampler, encode, masked, read_rows, split
 from studio.training.language_measure import macro_f1
+from studio.training.schemas.language import TrainLanguageConfig
 from tests.language import tiny
 from tests.language.conftest import settings, write_rows
 

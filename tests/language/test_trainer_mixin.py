@@ -18,8 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from adapters.plugin import Plugin
 from studio.training.language_data import Collate, SampleSet
-from studio.training.plugin import Plugin
 from studio.training.trainer_mixin import StudioTrainerMixin
 
 

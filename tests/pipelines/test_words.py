@@ -15,7 +15,7 @@ from adapters.files import WORDS, WORDS_ENTRY
 from adapters.formats import LoraFile, read, write_diffusers, write_kohya, write_peft
 from pipelines.diffusion import MultiLoRAPipeline
 from pipelines.diffusion.regions import Region
-from studio import merging
+from studio.adapter_files import merging
 from studio.library import scan
 from tests import tiny
 from tests.pipelines.conftest import close, latents

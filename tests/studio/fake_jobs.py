@@ -14,7 +14,7 @@ from pydantic import Field
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check
 from studio import jobs
-from studio.schemas.base import JobConfig
+from studio.schema import JobConfig
 
 
 class CountConfig(JobConfig):

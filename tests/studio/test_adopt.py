@@ -7,7 +7,7 @@ from PIL import Image
 
 from studio import library
 from studio.library import adopt
-from studio.schemas.train_image import TrainImageConfig
+from studio.training.schemas.image import TrainImageConfig
 from tests.studio.files import diffusers_lora
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
-from studio import compare
-from studio.schemas.compare import CompareConfig
-from studio.schemas.compose import ComposeConfig
+from studio.composition import comparison as compare
+from studio.composition.comparison_schema import CompareConfig
+from studio.composition.schema import ComposeConfig
 
 REGION = {"box": [0, 0, 0.5, 1], "adapters": ["fox"]}
 
@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ComposeConfig]:
         Image.new("RGB", (64, 48), "red").save(path)
         return {"images": [str(path)], "regions": []}
 
-    monkeypatch.setattr("studio.compose.run", run)
+    monkeypatch.setattr("studio.composition.job.run", run)
     return seen
 
 
@@ -60,7 +60,7 @@ def test_stopping_is_not_a_method_left_out(tmp_path: Path, monkeypatch: pytest.M
     def stop(*args: Any) -> Any:
         raise Cancelled("stopped")
 
-    monkeypatch.setattr("studio.compose.run", stop)
+    monkeypatch.setattr("studio.composition.job.run", stop)
     with pytest.raises(Cancelled):
         compare.run(config(methods=["merge"]), tmp_path, Silent())
 

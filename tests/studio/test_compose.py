@@ -8,8 +8,10 @@ import pytest
 
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
-from studio import compose, images, jobs, loaded, recipes
-from studio.schemas.compose import ComposeConfig
+from studio import jobs
+from studio.composition import job as compose
+from studio.composition import pipeline_cache, recipe_png, recipes
+from studio.composition.schema import ComposeConfig
 from tests import tiny
 from tests.studio.files import diffusers_lora
 from tests.studio.waiting import ended
@@ -37,9 +39,9 @@ def config(model) -> ComposeConfig:
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    loaded.release()
+    pipeline_cache.release()
     yield
-    loaded.release()
+    pipeline_cache.release()
 
 
 class Listener(Silent):
@@ -55,7 +57,7 @@ def test_pictures_and_recipe_are_written(config, tmp_path):
     result = compose.run(config.model_copy(update={"images": 2, "seed": 4}), tmp_path, listener)
     assert [Path(path).name for path in result["images"]] == ["picture-4.png", "picture-5.png"]
     assert result["adapters"] == ["cat", "dog"]
-    assert images.read_recipe(result["recipe"])["config"]["images"] == 2
+    assert recipe_png.read_recipe(result["recipe"])["config"]["images"] == 2
     steps = [report.step for report in listener.reports if report.stage == "sampling"]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert any(report.preview is not None for report in listener.reports)
@@ -65,8 +67,8 @@ def test_a_picture_of_a_series_is_repeated_to_the_bit(config, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     first = compose.run(config.model_copy(update={"images": 2}), tmp_path / "a", Silent())
-    loaded.release()
-    recipe = images.read_recipe(first["images"][1])
+    pipeline_cache.release()
+    recipe = recipe_png.read_recipe(first["images"][1])
     again = compose.run(recipes.replay(recipe), tmp_path / "b", Silent())
     assert Path(again["images"][0]).read_bytes() == Path(first["images"][1]).read_bytes()
 
@@ -75,11 +77,11 @@ def test_the_kept_pipeline_changes_nothing(config, tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
     fresh = compose.run(config, tmp_path / "a", Silent())
-    kept = loaded._kept[1]
+    kept = pipeline_cache._kept[1]
     other = config.model_copy(update={"method": "switch", "adapters": config.adapters[:1]})
     compose.run(other, tmp_path / "b", Silent())
     later = compose.run(config, tmp_path / "c", Silent())
-    assert loaded._kept[1] is kept
+    assert pipeline_cache._kept[1] is kept
     assert kept.adapters == {}
     assert Path(later["images"][0]).read_bytes() == Path(fresh["images"][0]).read_bytes()
 
@@ -95,9 +97,9 @@ def test_the_worker_makes_the_same_picture(config, tmp_path):
 
 
 def test_the_next_job_finds_the_pipeline_loaded(config, monkeypatch):
-    opened, load = [], loaded._load
-    monkeypatch.setattr(loaded, "_load", lambda choice: opened.append(choice.base) or load(choice))
-    loaded.release()
+    opened, load = [], pipeline_cache._load
+    monkeypatch.setattr(pipeline_cache, "_load", lambda choice: opened.append(choice.base) or load(choice))
+    pipeline_cache.release()
     for seed in (0, 1):
         jobs.run_here("compose", config.model_copy(update={"seed": seed}), Silent())
     assert opened == [config.base]
@@ -105,9 +107,9 @@ def test_the_next_job_finds_the_pipeline_loaded(config, monkeypatch):
 
 def test_training_frees_the_kept_pipeline(config):
     jobs.run_here("compose", config, Silent())
-    assert loaded._kept is not None
+    assert pipeline_cache._kept is not None
     jobs.run_here("count", {"to": 1}, Silent())
-    assert loaded._kept is None
+    assert pipeline_cache._kept is None
 
 
 class _Stop(Listener):
@@ -118,7 +120,7 @@ class _Stop(Listener):
 def test_stopping_keeps_the_pipeline_and_finished_pictures(config, tmp_path):
     with pytest.raises(Cancelled):
         compose.run(config.model_copy(update={"images": 3}), tmp_path, _Stop())
-    assert loaded._kept[1].adapters == {}
+    assert pipeline_cache._kept[1].adapters == {}
 
 
 def test_names_and_triggers_are_settled(tmp_path):
@@ -143,7 +145,7 @@ def test_plan_makes_nothing(config):
 def test_wrong_choices_are_one_sentence(config, change, sentence, tmp_path):
     with pytest.raises(InputError, match=sentence):
         compose.run(ComposeConfig.parse({**config.model_dump(mode="json"), **change}), tmp_path, Silent())
-    assert loaded._kept is None, "refused before the base is loaded"
+    assert pipeline_cache._kept is None, "refused before the base is loaded"
 
 
 def test_an_adapter_of_another_family_is_refused(config, tmp_path):

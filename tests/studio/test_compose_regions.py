@@ -10,10 +10,10 @@ from PIL import Image
 
 from adapters.errors import InputError
 from adapters.progress import Silent
-from studio import compose, images, loaded, recipes
-from studio.cli import region_option
 from studio.cli.app import run
-from studio.schemas.compose import ComposeConfig
+from studio.composition import job as compose
+from studio.composition import pipeline_cache, recipe_png, recipes, region_option
+from studio.composition.schema import ComposeConfig
 from tests import tiny
 
 
@@ -32,9 +32,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    loaded.release()
+    pipeline_cache.release()
     yield
-    loaded.release()
+    pipeline_cache.release()
 
 
 def config(model: Path, **changes: object) -> ComposeConfig:
@@ -65,8 +65,8 @@ def test_a_recipe_repeats_without_the_masks_file(model, tmp_path, method, change
     (tmp_path / "b").mkdir()
     first = compose.run(config(model, method=method, regions=regions, **changes), tmp_path / "a", Silent())
     mask.unlink()
-    loaded.release()
-    again = compose.run(recipes.replay(images.read_recipe(first["images"][0])), tmp_path / "b", Silent())
+    pipeline_cache.release()
+    again = compose.run(recipes.replay(recipe_png.read_recipe(first["images"][0])), tmp_path / "b", Silent())
     assert Path(again["images"][0]).read_bytes() == Path(first["images"][0]).read_bytes()
     assert first["regions"][0] == {"name": "cat", "box": [0, 0, 0.5, 1], "mask": None}
     assert Image.open(first["regions"][1]["mask"]).getextrema() == (0, 255)

@@ -11,8 +11,9 @@ from PIL import Image
 import assets
 from adapters.errors import InputError
 from adapters.progress import Silent
-from studio import demo, images, library
+from studio import library
 from studio.cli.app import run
+from studio.composition import demo, recipe_png
 from tests import tiny
 from tests.studio.files import diffusers_lora
 
@@ -40,7 +41,7 @@ def test_every_method_side_by_side(shipped, tmp_path, capsys):
     assert {Path(path).name for path in result["pictures"]} >= {f"1-{label}.png" for label in labels}
     assert (tmp_path / "out" / "2-k-lora.png").is_file()  # a subject in a style
     assert not (tmp_path / "out" / "2-output.png").exists()
-    config = images.read_recipe(tmp_path / "out" / "1-composite.png")["config"]
+    config = recipe_png.read_recipe(tmp_path / "out" / "1-composite.png")["config"]
     assert (config["method"], [use["name"] for use in config["adapters"]]) == ("composite", ["fox", "owl"])
     with Image.open(tmp_path / "out" / "1-output.png") as pair, Image.open(tmp_path / "out" / "2-merge.png") as single:
         assert pair.size == demo.PAIR_CANVAS

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from adapters.errors import InputError
 from adapters.formats import LoraFile, LoraLayer, tensors, write_diffusers, write_kohya, write_peft
-from studio import images
+from studio.composition import recipe_png
 from studio.library import edit
 
 ADAPTER = LoraFile({"unet": {"down_blocks.0.to_q": LoraLayer(torch.ones(1, 3), torch.ones(4, 1), 1.0)}})
@@ -54,11 +54,11 @@ def test_adapters(
 
 def test_pictures(tmp_path: Path, monkeypatch: Any) -> None:
     picture = Image.new("RGB", (4, 4), "red")
-    images.save_png(picture, tmp_path / "p.png", {"version": 1})
+    recipe_png.save_png(picture, tmp_path / "p.png", {"version": 1})
     before = kept(tmp_path)
     monkeypatch.setattr(Image.Image, "save", half_a_picture)
     with pytest.raises(InputError, match=rf"'.*p.png' could not be written \({FULL}\)"):
-        images.save_png(picture, tmp_path / "p.png", {"version": 1})
+        recipe_png.save_png(picture, tmp_path / "p.png", {"version": 1})
     assert kept(tmp_path) == before
 
 

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
-from studio import compose, distilled, jobs, library, loaded, settings
+from studio import jobs, library, settings
 from studio.cli.app import run
-from studio.schemas.compose import ComposeConfig
+from studio.composition import distilled_adapters, pipeline_cache
+from studio.composition import job as compose
+from studio.composition.schema import ComposeConfig
 from tests import tiny
 from tests.studio.files import diffusers_lora
 
@@ -34,9 +36,9 @@ def values(model, tmp_path) -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    loaded.release()
+    pipeline_cache.release()
     yield
-    loaded.release()
+    pipeline_cache.release()
 
 
 class _StopAt(Silent):
@@ -58,16 +60,16 @@ def test_a_stopped_distillation_goes_on_and_is_in_the_library(values):
     assert all((expected[name] == found[name]).all() for name in expected)
     record = library.find(whole.result["library"])
     assert record.notes["description"] == "distilled, guidance 4 built in"
-    assert distilled.of(record.path) == distilled.Distilled("fixed", 4.0, 4.0, 4.0)
+    assert distilled_adapters.of(record.path) == distilled_adapters.Distilled("fixed", 4.0, 4.0, 4.0)
 
 
 def test_the_embedding_goes_along_into_the_library(values):
     result = jobs.run_here("distill", {**values, "guidance_mode": "embedding", "name": "input"}, Silent()).result
     record = library.find(result["library"])
-    beside = distilled.companion(record.path)
+    beside = distilled_adapters.companion(record.path)
     assert beside is not None
     assert beside.read_bytes() == Path(result["exports"]["w-embedding"]).read_bytes()
-    assert not any(distilled.EMBEDDING in other.name for other in library.adapters())
+    assert not any(distilled_adapters.EMBEDDING in other.name for other in library.adapters())
 
 
 def test_commands_choose_what_suits_and_refuse_a_second_guidance(values, model, tmp_path, capsys):
@@ -75,10 +77,10 @@ def test_commands_choose_what_suits_and_refuse_a_second_guidance(values, model, 
     assert run(["train", "distill", *flags, "--objective", "consistency", "--folder", str(tmp_path / "run")]) == 0
     file = tmp_path / "run" / "swift.safetensors"
     assert str(file) in capsys.readouterr().out
-    assert distilled.suited({"adapters": [{"path": str(file)}]}) == {
+    assert distilled_adapters.suited({"adapters": [{"path": str(file)}]}) == {
         "guidance_scale": 1.0, "steps": 4, "scheduler": "lcm"
     }  # fmt: skip
-    assert distilled.suited({"adapters": [{"path": str(file), "weight": 0}, {"path": "nobody"}]}) == {}
+    assert distilled_adapters.suited({"adapters": [{"path": str(file), "weight": 0}, {"path": "nobody"}]}) == {}
     common = ["compose", "--base", str(model), "--device", "cpu", "--prompt", "a cat", "--lora", str(file)]
     assert run([*common, "--plan"]) == 0
     assert "4 steps, 4 predictions per picture, " in capsys.readouterr().out
@@ -114,22 +116,22 @@ def test_wrong_commands_end_with_a_sentence(flags, sentence, capsys):
 
 def test_an_embedding_follows_its_adapter_to_the_trash_and_stays_where_it_is_needed():
     place = settings.adapter_folders()[0]
-    name = f"input{distilled.EMBEDDING}0123.safetensors"
+    name = f"input{distilled_adapters.EMBEDDING}0123.safetensors"
     (place / name).write_bytes(b"embedding")
     for seed, adapter in enumerate(("one", "two")):
         diffusers_lora(place / f"{adapter}.safetensors", seed=seed, w_embedding=name)
     renamed = library.rename("one", "first")
-    assert distilled.companion(renamed.path) == place / name  # as the renamed file says
+    assert distilled_adapters.companion(renamed.path) == place / name  # as the renamed file says
     library.trash("two")
     assert (place / name).is_file()  # "first" needs it
     library.trash("first")
     assert not (place / name).exists()
     for adapter in ("two", "first"):
-        assert distilled.companion(library.restore(adapter).path) in (None, place / name)
-    assert distilled.companion(place / "two.safetensors") == place / name
+        assert distilled_adapters.companion(library.restore(adapter).path) in (None, place / name)
+    assert distilled_adapters.companion(place / "two.safetensors") == place / name
     assert (place / name).read_bytes() == b"embedding"
     folder = place / "folder"
     folder.mkdir()
     (place / name).rename(folder / name)
     diffusers_lora(folder / "pytorch_lora_weights.safetensors", w_embedding=name)
-    assert distilled.companion(library.find("folder").path) == folder / name  # a folder is one adapter with it
+    assert distilled_adapters.companion(library.find("folder").path) == folder / name  # a folder is one adapter with it

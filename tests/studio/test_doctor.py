@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from studio import doctor
 from studio.cli.app import run
+from studio.inspection import doctor
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

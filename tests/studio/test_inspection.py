@@ -18,8 +18,9 @@ from adapters.formats import LoraFile, LoraLayer, write_peft
 from adapters.inspection.intruders import Report
 from adapters.progress import Silent
 from benchmarks import dialects
-from studio import inspection, jobs, library
+from studio import jobs, library
 from studio.cli import app
+from studio.inspection import intruders
 from tests import tiny
 from tests.language import tiny as language
 from tests.training import bed
@@ -77,10 +78,10 @@ def test_softened_adapter_and_its_control(base, adapter, tmp_path, capsys):
 
 
 def test_a_slider_knows_the_control_without_the_weights(base, adapter):
-    report = inspection.intruders(str(adapter), str(base), k=6, eps=0.6).to_dict()
+    report = intruders.intruders(str(adapter), str(base), k=6, eps=0.6).to_dict()
     for strength in (0.0, 0.75, 1.0, 1.5):
-        _, _, facts = inspection.soften(str(adapter), str(base), strength, 6, 0.6)
-        assert inspection.shrink_factor(report, 0.6, strength) == pytest.approx(facts["control_factor"], rel=1e-5)
+        _, _, facts = intruders.soften(str(adapter), str(base), strength, 6, 0.6)
+        assert intruders.shrink_factor(report, 0.6, strength) == pytest.approx(facts["control_factor"], rel=1e-5)
 
 
 def test_the_jobs_behind_the_page(base, adapter, tmp_path, monkeypatch):
@@ -118,7 +119,7 @@ class Stopped(Silent):
 
 
 def test_pictures_that_are_forgotten(base, adapter, tmp_path):
-    rows = inspection.forgetting(
+    rows = intruders.forgetting(
         str(adapter), str(base), str(bed.crosses(tmp_path / "old", 2)), strengths=(1.0, 0.0), k=6
     )
     assert [row.variant for row in rows] == ["base", "adapter", "intruders scaled", "whole update shrunk"]
@@ -148,7 +149,7 @@ def test_gaps_that_are_forgotten(tmp_path):
     layer = LoraLayer(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g), 2.0)
     name = "bert.encoder.layer.0.attention.self.query"
     adapter = write_peft(LoraFile({"model": {name: layer}}), tmp_path / "adapter")
-    first, second = (inspection.forgetting(str(adapter), str(base), str(old), strengths=(1.0,), k=4) for _ in range(2))
+    first, second = (intruders.forgetting(str(adapter), str(base), str(old), strengths=(1.0,), k=4) for _ in range(2))
     assert [row.losses for row in first] == [row.losses for row in second]
     assert first[0].losses != first[1].losses
 
@@ -161,10 +162,10 @@ def test_a_pair_of_models(speaker, tmp_path):
     tuned.save_pretrained(tmp_path / "tuned")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "tuned" / name).write_bytes((speaker / name).read_bytes())
-    report = inspection.intruders(base=str(speaker), tuned=str(tmp_path / "tuned"))
+    report = intruders.intruders(base=str(speaker), tuned=str(tmp_path / "tuned"))
     assert {layer.name for layer in report.layers} == {"model.model.layers.1.mlp.up_proj", "model.model.embed_tokens"}
     with pytest.raises(InputError, match="one adapter, or a tuned model"):
-        inspection.intruders(base=str(speaker))
+        intruders.intruders(base=str(speaker))
 
 
 def reports_agree(first, second) -> None:
@@ -178,13 +179,13 @@ def reports_agree(first, second) -> None:
 
 
 def test_files_alone_give_the_pipelines_report(base, adapter, tmp_path):
-    whole = inspection.intruders(str(adapter), str(base), k=6)
-    reports_agree(whole, inspection.intruders(str(adapter), str(base), k=6, from_files=True))
+    whole = intruders.intruders(str(adapter), str(base), k=6)
+    reports_agree(whole, intruders.intruders(str(adapter), str(base), k=6, from_files=True))
     unet = formats.read(adapter)
     unet = unet.with_parts({"unet": unet.parts["unet"]}, unet.flat)
     alone = write_peft(unet, tmp_path / "unet-alone")
     of_unet = [layer for layer in whole.layers if layer.name.startswith("unet.")]
-    found = inspection.intruders(str(alone), str(base / "unet"), k=6, from_files=True)
+    found = intruders.intruders(str(alone), str(base / "unet"), k=6, from_files=True)
     reports_agree(Report(whole.k, whole.eps, whole.side, tuple(of_unet)), found)
 
 
@@ -199,12 +200,12 @@ def test_pairs_of_files_give_the_report_of_pairs_of_models(kind, tmp_path):
             weight += 0.3 * torch.randn(len(weight), 1, generator=g) @ torch.randn(1, weight.shape[1], generator=g)
         stored[name] = weight
     save_file(stored, second / "model.safetensors", metadata={"format": "pt"})
-    models = inspection.intruders(base=str(first), tuned=str(second), k=4)
-    found = inspection.intruders(base=str(first), tuned=str(second), k=4, from_files=True)
+    models = intruders.intruders(base=str(first), tuned=str(second), k=4)
+    found = intruders.intruders(base=str(first), tuned=str(second), k=4, from_files=True)
     stored_once = {layer.name for layer in found.layers}  # a tied head is its embedding
     reports_agree(replace(models, layers=tuple(one for one in models.layers if one.name in stored_once)), found)
     assert len(found.layers) >= len(models.layers) - 2
-    single = inspection.intruders(
+    single = intruders.intruders(
         base=str(first / "model.safetensors"), tuned=str(second / "model.safetensors"), k=4, from_files=True
     )
     assert single.total == found.total
@@ -216,7 +217,7 @@ def test_an_adapter_of_gpt2s_transposed_layers(tmp_path):
     layer = LoraLayer(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g), 2.0)
     adapter = write_peft(LoraFile({"model": {"transformer.h.0.attn.c_proj": layer}}), tmp_path / "adapter")
     reports_agree(
-        inspection.intruders(str(adapter), str(base)), inspection.intruders(str(adapter), str(base), from_files=True)
+        intruders.intruders(str(adapter), str(base)), intruders.intruders(str(adapter), str(base), from_files=True)
     )
 
 
@@ -230,7 +231,7 @@ def test_files_that_cannot_be_looked_into(base, adapter, tmp_path, capsys):
         assert sentence in " ".join(capsys.readouterr().err.split())
     save_file({"unet.weight": torch.zeros(4, 4, dtype=torch.uint8)}, tmp_path / "packed.safetensors")
     with pytest.raises(InputError, match="quantised"):
-        inspection.intruders(str(adapter), str(tmp_path / "packed.safetensors"), from_files=True)
+        intruders.intruders(str(adapter), str(tmp_path / "packed.safetensors"), from_files=True)
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="not a readable safetensors"):
-        inspection.intruders(str(adapter), str(tmp_path / "broken.safetensors"), from_files=True)
+        intruders.intruders(str(adapter), str(tmp_path / "broken.safetensors"), from_files=True)

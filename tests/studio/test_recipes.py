@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adapters.errors import InputError
-from studio import images, library, recipes
-from studio.schemas.compose import AdapterUse, ComposeConfig
+from studio import library
+from studio.composition import recipe_png, recipes
+from studio.composition.schema import AdapterUse, ComposeConfig
 from tests.studio.files import diffusers_lora
 
 MADE_ON = {"device": "cpu", "dtype": "fp32", "threads": 1}
@@ -37,9 +38,9 @@ configs = st.builds(
 @given(config=configs)
 def test_any_configuration_survives_in_a_picture(tmp_path, config):
     recipe = {"version": 1, "job": "compose", "config": config.model_dump(mode="json")}
-    path = images.save_png(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png", recipe)
-    assert images.read_recipe(path) == recipe
-    assert ComposeConfig.parse(images.read_recipe(path)["config"]) == config
+    path = recipe_png.save_png(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png", recipe)
+    assert recipe_png.read_recipe(path) == recipe
+    assert ComposeConfig.parse(recipe_png.read_recipe(path)["config"]) == config
     with Image.open(path) as picture:
         assert picture.getpixel((0, 0)) == (255, 0, 0)
     assert [file.name for file in tmp_path.iterdir()] in (["a.png"], ["home", "a.png"], ["a.png", "home"])
@@ -64,7 +65,7 @@ def odd_pictures(folder: Path) -> dict[str, str]:
 def test_pictures_without_a_recipe_are_refused(tmp_path):
     for name, sentence in odd_pictures(tmp_path).items():
         with pytest.raises(InputError, match=sentence):
-            images.read_recipe(tmp_path / name)
+            recipe_png.read_recipe(tmp_path / name)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters.progress import Progress
-from studio.schemas.train_image import TrainImageConfig
+from studio.training.schemas.image import TrainImageConfig
 from tests import tiny
 from tests.training import bed
 

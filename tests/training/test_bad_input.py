@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from adapters.errors import Cancelled, InputError, MissingDependencyError
-from studio.schemas.train_image import TrainImageConfig
 from studio.training import checkpoint as checkpoints
 from studio.training import image, optimizers, train_image
 from studio.training.image import run
+from studio.training.schemas.image import TrainImageConfig
 from tests.training import bed
 from tests.training.conftest import Watcher, settings
 

@@ -293,7 +293,7 @@ def test_one_call_with_a_preset(bases, pictures, tmp_path):
 
 
 def test_plugins_join_in_order(bases, pictures, tmp_path):
-    from studio.training.plugin import Plugin
+    from adapters.plugin import Plugin
 
     calls: list[str] = []
 

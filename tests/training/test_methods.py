@@ -155,7 +155,7 @@ def test_weightless_terms_cost_nothing(monkeypatch):
 
 
 def test_padding_has_no_influence_on_the_terms():
-    from studio.training.plugin import Answers
+    from adapters.plugin import Answers
 
     (plugin,) = plugins_for(recipe(reg="ba", ba_schedule="constant"))
     plugin.configure(recipe(reg="ba", ba_schedule="constant"))
@@ -173,7 +173,7 @@ def test_padding_has_no_influence_on_the_terms():
 
 
 def test_classification_uses_the_other_terms():
-    from studio.training.plugin import Answers
+    from adapters.plugin import Answers
 
     (plugin,) = plugins_for(recipe(reg="ba", ba_schedule="constant"))
     plugin.configure(recipe(reg="ba", ba_schedule="constant"))
@@ -233,7 +233,7 @@ def test_intruders_are_counted_while_training():
 
 
 def test_pictures_have_no_logits():
-    from studio.training.plugin import Outputs
+    from adapters.plugin import Outputs
 
     (plugin,) = plugins_for(recipe(reg="ba"))
     plugin.configure(recipe(reg="ba"))

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from studio.schemas.train_image import TrainImageConfig
 from studio.training.inject import find_targets, lora_config
 from studio.training.optimizers import OPTIMIZERS, averaged, lr_factor, make_optimizer, parameter_groups
+from studio.training.schemas.image import TrainImageConfig
 from tests import tiny
 
 

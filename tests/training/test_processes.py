@@ -17,7 +17,7 @@ PROGRAM = """
 import sys
 import torch
 from pathlib import Path
-from studio.schemas.train_image import TrainImageConfig
+from studio.training.schemas.image import TrainImageConfig
 from studio.training.image import run
 torch.set_num_threads(1)
 run(TrainImageConfig.from_yaml(sys.argv[1]), Path(sys.argv[2]))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from studio import images
+from studio.composition import recipe_png
 from tests.ui.conftest import Tab
 
 # A browser on a busy machine may miss a beat; what is broken fails three times.
@@ -94,7 +94,7 @@ def test_compose_with_two_adapters_and_reuse_the_recipe(tab: Tab, tmp_path: Path
         page.click("text=Download with recipe")
     picture = tmp_path / "picture.png"
     download.value.save_as(picture)
-    config = images.read_recipe(picture)["config"]
+    config = recipe_png.read_recipe(picture)["config"]
     assert [(use["name"], use["weight"]) for use in config["adapters"]] == [("robot", 0.7), ("chalk", 1.0)]
     assert (config["steps"], config["images"], config["method"]) == (3, 1, "composite")
 

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from adapters import catalogue
+from adapters import catalogue as core
 from adapters.errors import InputError
-from studio import jobs, methods
+from studio import catalogue, jobs
+from studio.composition.region_schema import RegionFields
+from studio.composition.schema import ComposeConfig
 from studio.library import Record
-from studio.schemas.compose import ComposeConfig
-from studio.schemas.distill import DistillConfig
-from studio.schemas.regions import RegionFields
-from studio.schemas.train_image import TrainImageConfig
 from studio.training.presets import PRESETS
+from studio.training.schemas.distill import DistillConfig
+from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
 from ui.components import loss_plot, rack, schema_form
 from ui.pages import compose, distill, library, train
@@ -109,7 +109,7 @@ def test_trigger_words_are_added_once(prompt: str, expected: str) -> None:
 
 
 def test_methods_read_from_the_text_are_the_catalogue() -> None:
-    assert methods.declared() == catalogue.methods()
+    assert catalogue.declared() == core.methods()
 
 
 # ------------------------------------------------------------------------------------------------ train

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gradio as gr
 import pytest
 
-from studio import methods
-from studio.schemas import combinations
-from studio.schemas.train_image import TrainImageConfig
-from studio.schemas.train_language import TrainLanguageConfig
+from studio import catalogue
+from studio.training.schemas import combinations
+from studio.training.schemas.image import TrainImageConfig
+from studio.training.schemas.language import TrainLanguageConfig
 from ui.components import method_help, schema_form
 from ui.pages import train
 
@@ -23,7 +23,7 @@ def test_every_method_of_the_core_can_be_chosen_and_explains_itself(schema):
         for name, stage in method_help.STAGES.items() if name in known
         for value in known[name].choices
     } | {("learn", method) for name, method in method_help.SWITCHES.items() if name in known}  # fmt: skip
-    for method in methods.declared():
+    for method in catalogue.declared():
         if method.entry.startswith(("adapters.initialise", "adapters.learn")) and method.name != "ba":
             assert (method.stage, method.name) in offered
     for name in method_help.STAGES:
@@ -33,7 +33,7 @@ def test_every_method_of_the_core_can_be_chosen_and_explains_itself(schema):
 
 def test_sentences_follow_the_choice():
     text = method_help.explain({"init": "lora_ga", "perturb": "mgpo", "freeze_a": True, "optimizer": "adamw"})
-    by_name = {method.name: method for method in methods.declared()}
+    by_name = {method.name: method for method in catalogue.declared()}
     for name in ("lora_ga", "mgpo", "ffa"):
         assert by_name[name].title in text
         assert by_name[name].summary.split(":")[0].split(",")[0] in text

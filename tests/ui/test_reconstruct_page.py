@@ -14,7 +14,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from studio import reconstruct
+from studio.reconstruction import job as reconstruct
 from tests.ui.conftest import Server, Tab
 from ui.pages.reconstruct import sample_scene
 

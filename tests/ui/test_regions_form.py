@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from adapters.errors import InputError
-from studio import frames
+from studio.composition import canvas_size
+from studio.composition.comparison_schema import CompareConfig
+from studio.composition.region_schema import REGIONAL_METHODS, RegionFields
+from studio.composition.schema import ComposeConfig
 from studio.jobs import Job
 from studio.library import Record
-from studio.schemas.compare import CompareConfig
-from studio.schemas.compose import ComposeConfig
-from studio.schemas.regions import REGIONAL_METHODS, RegionFields
 from ui.components import advice, canvas, rack
 from ui.pages import compose, compose_regions
 
@@ -129,9 +129,9 @@ def test_methods_are_compared_with_the_same_everything() -> None:
 
 
 def test_the_frame_has_the_shape_of_the_picture() -> None:
-    assert frames.size("tinymoji") == (64, 64)
-    assert frames.size("tinymoji", 96) == (96, 64)
-    assert frames.size("nothing here", 512, 256) == (512, 256)
+    assert canvas_size.size("tinymoji") == (64, 64)
+    assert canvas_size.size("tinymoji", 96) == (96, 64)
+    assert canvas_size.size("nothing here", 512, 256) == (512, 256)
 
 
 def test_pictures_of_a_comparison_carry_their_method(tmp_path: Path) -> None:

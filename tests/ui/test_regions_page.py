@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from studio import images
+from studio.composition import recipe_png
 from tests.ui.conftest import Tab
 from tests.ui.test_browser import LONG, choose, until_done
 
@@ -68,7 +68,7 @@ def test_two_boxes_two_adapters_a_picture_and_its_recipe_again(tab: Tab, tmp_pat
         page.click("text=Download with recipe")
     picture = tmp_path / "picture.png"
     download.value.save_as(picture)
-    config = images.read_recipe(picture)["config"]
+    config = recipe_png.read_recipe(picture)["config"]
     first, second = config["regions"]
     assert config["method"] == "activation"
     assert (first["adapters"], first["prompt"]) == (["chalk"], "a house")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adapters.errors import InputError
-from studio.schemas.compose import ComposeConfig
-from studio.schemas.train_image import TrainImageConfig
+from studio.composition.schema import ComposeConfig
+from studio.training.schemas.image import TrainImageConfig
 from ui.components import schema_form
 
 KNOWN = schema_form.fields(TrainImageConfig)

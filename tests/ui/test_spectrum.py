@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from adapters.errors import InputError
-from studio import inspection
+from studio.inspection import intruders
 from tests.ui.conftest import Tab, lora
 from ui.components import forgetting_plot, softening, spectrum
 
@@ -31,11 +31,11 @@ def test_the_limit_decides_what_is_an_intruder():
 
 def test_the_report_comes_from_a_process_of_its_own(tmp_path):
     adapter = lora(tmp_path / "robot.safetensors", "rbt", 0)
-    found = inspection.intruders_apart(str(adapter), "tinymoji", 6)
+    found = intruders.intruders_apart(str(adapter), "tinymoji", 6)
     assert found["total"] == sum(layer["intruders"] for layer in found["layers"]) > 0
     assert found["of"] == 6 * len(found["layers"])
     with pytest.raises(InputError, match="k must be from 1"):
-        inspection.intruders_apart(str(adapter), "tinymoji", 100_000)
+        intruders.intruders_apart(str(adapter), "tinymoji", 100_000)
 
 
 def test_the_slider_says_what_is_left_of_the_update():

@@ -8,10 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from studio import doctor, methods
+from studio import catalogue
+from studio.inspection import doctor
 from ui import markup
 from ui.components.rack import Row
-from ui.polite import polite
+from ui.errors import errors_shown
 
 TONES = {"none": "good", "low": "good", "medium": "wait", "high": "bad"}
 MOST = 6
@@ -43,13 +44,13 @@ def wire(advice: Advice, rack: gr.HTML, prompt: gr.Textbox, regions: gr.HTML) ->
     """Ask on request, with the words of the prompt and of the regions; forget what was said when adapters change."""
     view = [advice.ask, advice.told, advice.follow, advice.report]
 
-    @polite
+    @errors_shown
     def offer(rows: list[Row], known: Mapping[str, Any] | None) -> Any:
         if known and known["asked"] == _asked(rows):
             return [gr.skip()] * 4
         return [gr.update(visible=len(rows or ()) > 1), "", gr.update(visible=False), None]
 
-    @polite
+    @errors_shown
     def ask(rows: list[Row], prompt: str, drawn: list[Mapping[str, Any]] | None) -> Any:
         names, weights = zip(*_asked(rows), strict=True)
         words = " ".join([prompt or "", *(str(one.get("prompt") or "") for one in drawn or ())])
@@ -104,11 +105,11 @@ def _asked(rows: Sequence[Row] | None) -> list[tuple[str, float]]:
 
 
 def _offered() -> list[str]:
-    return [method.name for method in methods.stage("compose")]
+    return [method.name for method in catalogue.stage("compose")]
 
 
 def _title(name: str) -> str:
-    return next((method.title or name for method in methods.declared() if method.name == name), name)
+    return next((method.title or name for method in catalogue.declared() if method.name == name), name)
 
 
 _WAIT = '<p class="as-doctor-wait" role="status">Comparing the weights of the adapters…</p>'

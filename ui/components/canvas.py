@@ -1,8 +1,8 @@
 """The picture's frame with regions that are drawn on it.
 
-A region is a plain dict with the keys of :class:`studio.schemas.regions.Region`; a painted one keeps its mask as a
-``data:`` URI. A component of our own because no maintained one does it: ``gr.ImageEditor`` has no boxes that can be
-moved, ``gradio_image_annotation`` has neither paint nor a frame without a picture.
+A region is a plain dict with the keys of :class:`studio.composition.region_schema.Region`; a painted one keeps its
+mask as a ``data:`` URI. A component of our own because no maintained one does it: ``gr.ImageEditor`` has no boxes that
+can be moved, ``gradio_image_annotation`` has neither paint nor a frame without a picture.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
-from studio.schemas.regions import Region
+from studio.composition.region_schema import Region
 from ui.theme import script
 
 Drawn = dict[str, Any]
@@ -34,7 +34,9 @@ def canvas(**options: Any) -> gr.HTML:
 
 
 def read(drawn: Sequence[Mapping[str, Any]] | None) -> list[Drawn]:
-    """The regions of a page as values for :class:`~studio.schemas.regions.Region`, in sentences when one is unfinished.
+    """The regions of a page as values for :class:`~studio.composition.region_schema.Region`.
+
+    An unfinished one is an error in a sentence.
 
     Raises:
         InputError: there are none, one is no region, has no adapter or no place, or a mask that was not painted.

@@ -9,7 +9,7 @@ from typing import Any
 from studio import jobs
 from studio.jobs import Job
 from ui import markup
-from ui.polite import polite
+from ui.errors import errors_shown
 
 TONES = {
     "queued": "wait", "running": "work", "cancelling": "wait", "done": "good", "failed": "bad", "cancelled": "",
@@ -24,7 +24,7 @@ KINDS = {
 def stopper(follow: Callable[[str, tuple[Any, ...]], Any]) -> Callable[[str], Any]:
     """What a page's Cancel does: ask the job to stop and let ``follow`` show how it stands."""
 
-    @polite
+    @errors_shown
     def stop(job_id: str) -> Any:
         if job_id:
             jobs.cancel(job_id)

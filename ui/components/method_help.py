@@ -9,12 +9,12 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import methods
-from studio.schemas import combinations
+from studio import catalogue
+from studio.training.schemas import combinations
 from ui import markup
 from ui.components import schema_form
 from ui.components.schema_form import Field
-from ui.polite import polite
+from ui.errors import errors_shown
 
 STAGES = {"init": "initialise", "grad_rule": "learn", "perturb": "learn", "reg": "learn"}
 """Fields whose values are methods of the catalogue, and the stage those are in."""
@@ -45,7 +45,7 @@ WATCHED = (*STAGES, *SWITCHES, "allora_mode", "perturb_sigma", "optimizer", "bet
 
 def choices(item: Field) -> list[tuple[str, str]]:
     """What a method field's menu shows: the methods' titles; values that are no method keep their name."""
-    titles = {method.name: method.title for method in methods.declared() if method.stage == STAGES[item.name]}
+    titles = {method.name: method.title for method in catalogue.declared() if method.stage == STAGES[item.name]}
     return [(titles.get(value, value), value) for value in item.choices]
 
 
@@ -67,7 +67,7 @@ def needed(name: str, chosen: Any) -> bool:
 
 def explain(values: Mapping[str, Any]) -> str:
     """HTML: a sentence for every method that is chosen, then what does not go together or may surprise."""
-    known: dict[tuple[str, Any], Any] = {(method.stage, method.name): method for method in methods.declared()}
+    known: dict[tuple[str, Any], Any] = {(method.stage, method.name): method for method in catalogue.declared()}
     chosen = [known.get((stage, values.get(name))) for name, stage in STAGES.items()]
     chosen += [known.get(("learn", method)) for name, method in SWITCHES.items() if values.get(name)]
     lines = "".join(f"<p><b>{markup.text(m.title)}</b>: {markup.text(m.summary)}</p>" for m in chosen if m is not None)
@@ -87,7 +87,7 @@ def watch(form: Mapping[str, Any], known: Mapping[str, Field], page: str) -> gr.
         apply_default_css=False,
     )
 
-    @polite
+    @errors_shown
     def changed(*values: Any) -> str:
         try:
             return explain(schema_form.read_all(known, names, values))

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import distilled
+from studio.composition import distilled_adapters
 from studio.library import Record
 from ui import markup
 from ui.theme import script
@@ -40,14 +40,14 @@ def new_row(record: Record) -> Row:
 
 def _distilled(record: Record) -> dict[str, Any] | None:
     """What is built into a distilled adapter, as plain values; None for others."""
-    found = distilled.of(record.path)
+    found = distilled_adapters.of(record.path)
     return vars(found) if found else None
 
 
-def suit(rows: Sequence[Row] | None) -> distilled.Distilled | None:
+def suit(rows: Sequence[Row] | None) -> distilled_adapters.Distilled | None:
     """The distilled adapter among the rows that is at work."""
     found = [row["distilled"] for row in rows or () if row.get("distilled") and row.get("weight") != 0]
-    return distilled.Distilled(**found[0]) if found else None
+    return distilled_adapters.Distilled(**found[0]) if found else None
 
 
 def short_facts(record: Record) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import inspection, jobs, settings
+from studio import jobs, settings
+from studio.inspection import intruders
 from studio.jobs import Job
 from ui import markup, pictures
 from ui.components.forgetting_plot import forgetting_plot
 from ui.components.job_panel import ahead, job_panel, stopper
-from ui.polite import polite, say
+from ui.errors import errors_shown, say
 
 KINDS = ("forgetting", "soften")
 STRENGTH = 0.75
@@ -90,11 +91,11 @@ def wire(softening: Softening, chosen: gr.State, asked: Sequence[Any], report: g
         jobs.ensure_worker()
         return follow(job_id, (), float(values.get("strength", STRENGTH)))
 
-    @polite
+    @errors_shown
     def keep(name: str, strength: float, *asked: Any) -> Any:
         return begin("soften", name, {"strength": strength}, *asked)
 
-    @polite
+    @errors_shown
     def measure(name: str, strength: float, old: list[str] | None, new: list[str] | None, *asked: Any) -> Any:
         if not old:
             raise InputError("Drop something that the base knew before: pictures, or a text for a language model.")
@@ -104,10 +105,10 @@ def wire(softening: Softening, chosen: gr.State, asked: Sequence[Any], report: g
     s = softening
     s.keep.click(keep, [chosen, s.strength, *asked], s.view, **_PRIVATE)
     s.measure.click(measure, [chosen, s.strength, s.old, s.new, *asked], s.view, **_PRIVATE)
-    s.timer.tick(polite(follow), [s.job, s.shown, s.strength], s.view, **_PRIVATE)
+    s.timer.tick(errors_shown(follow), [s.job, s.shown, s.strength], s.view, **_PRIVATE)
     stop = stopper(lambda job_id, shown: follow(job_id, shown, STRENGTH))
     s.cancel.click(stop, s.job, s.view, **_PRIVATE)
-    chosen.change(polite(latest), [chosen, s.strength], s.view, **_PRIVATE)
+    chosen.change(errors_shown(latest), [chosen, s.strength], s.view, **_PRIVATE)
     s.strength.change(
         lambda rows, strength: forgetting_plot(rows, strength), [s.rows, s.strength], s.plot,
         trigger_mode="always_last", **_PRIVATE,
@@ -122,7 +123,7 @@ def size_of(report: Mapping[str, Any] | None, eps: float, strength: float) -> st
     """What a lambda leaves of the update; empty before anyone looked into the layers."""
     if not report:
         return ""
-    factor = inspection.shrink_factor(report, eps, strength)
+    factor = intruders.shrink_factor(report, eps, strength)
     return (
         f"<p>At lambda {strength:g} the update has <b>{factor:.0%}</b> of its size; the control is the whole update "
         f"times {factor:.2f}.</p>"

@@ -9,10 +9,11 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import inspection, library
+from studio import library
+from studio.inspection import intruders
 from ui import markup
 from ui.components import softening
-from ui.polite import polite
+from ui.errors import errors_shown
 
 EPS = 0.5
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -57,7 +58,7 @@ def draw() -> Spectrum:
 def wire(spectrum: Spectrum, chosen: gr.State, shelf: gr.Radio) -> None:
     """Offer it for the chosen adapter; look on request; the limit ``eps`` only colours anew."""
 
-    @polite
+    @errors_shown
     def offer(name: str, shown: str) -> Any:
         record = next((one for one in library.adapters() if one.name == name), None) if shown == "adapter" else None
         if record is None or record.problem:
@@ -66,11 +67,11 @@ def wire(spectrum: Spectrum, chosen: gr.State, shelf: gr.Radio) -> None:
         known = str(record.notes.get("base_model") or "")
         return [gr.update(visible=True), gr.update(choices=bases, value=known or None), "", None]
 
-    @polite
+    @errors_shown
     def look(name: str, base: str | None, k: float | None, eps: float) -> Any:
         if not base:
             raise InputError("Choose the base that the adapter was trained on.")
-        report = inspection.intruders_apart(name, base, int(k or 10))
+        report = intruders.intruders_apart(name, base, int(k or 10))
         return [panel(report, eps), report]
 
     chosen.change(offer, [chosen, shelf], [spectrum.fold, spectrum.base, spectrum.told, spectrum.report], **_PRIVATE)

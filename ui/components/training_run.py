@@ -18,7 +18,7 @@ from studio import jobs, library
 from studio.jobs import Job
 from ui import markup
 from ui.components import job_panel, loss_plot
-from ui.polite import polite
+from ui.errors import errors_shown
 
 SECONDS = 1.0
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -72,13 +72,13 @@ class Run:
     def follow_job(self, start: gr.Button, begin: Callable[..., str], inputs: list[Any]) -> None:
         """Let ``start`` call ``begin(*inputs)``, which submits a job and returns its id, and show how it goes."""
 
-        @polite
+        @errors_shown
         def started(*values: Any) -> Any:
             job_id = begin(*values)
             jobs.ensure_worker()
             return follow(job_id, ())
 
-        @polite
+        @errors_shown
         def look(job_id: str, shown: tuple[Any, ...]) -> Any:
             try:
                 return follow(job_id, shown)
@@ -86,18 +86,18 @@ class Run:
                 off = gr.update(visible=False)
                 return ["", (), gr.Timer(active=False), self.empty, "", *[off] * 5, gr.skip(), ""]
 
-        @polite
+        @errors_shown
         def stop(job_id: str) -> Any:
             jobs.cancel(job_id)
             return follow(job_id, ())
 
-        @polite
+        @errors_shown
         def go_on(job_id: str) -> Any:
             jobs.resume(job_id)
             jobs.ensure_worker()
             return follow(job_id, ())
 
-        @polite
+        @errors_shown
         def keep(job_id: str) -> Any:
             name = add_to_library(jobs.get(job_id))
             gr.Info(f"It is in the library as '{markup.text(name)}'.", title="Added")

@@ -11,18 +11,19 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import images, jobs, library, methods, recipes
+from studio import catalogue, jobs, library
+from studio.composition import recipe_png, recipes
+from studio.composition.comparison_schema import CompareConfig
+from studio.composition.region_schema import RegionFields
+from studio.composition.schema import ComposeConfig
 from studio.jobs import Job
-from studio.schemas.compare import CompareConfig
-from studio.schemas.compose import ComposeConfig
-from studio.schemas.regions import RegionFields
 from ui import markup
 from ui.components import advice, canvas, job_panel, rack, schema_form
 from ui.components.advice import Advice
 from ui.components.rack import Row
+from ui.errors import errors_shown, say
 from ui.pages import compose_regions
 from ui.pages.compose_regions import Where
-from ui.polite import polite, say
 
 KNOWN = schema_form.fields(ComposeConfig)
 NAMES = tuple(name for name in KNOWN if name != "adapters" and name not in RegionFields.model_fields)
@@ -156,7 +157,7 @@ def _wire_where(page: Page) -> None:
     def chosen(mode: str, name: str) -> Any:
         return [*compose_regions.switch(mode), *_offer(mode, name)]
 
-    @polite
+    @errors_shown
     def follow(rows: list[Row], report: Mapping[str, Any] | None, mode: str, name: str, drawn: list[Any]) -> Any:
         changed, advised, regions = advice.followed(rows, report)
         if regions and mode != compose_regions.AUTO:
@@ -183,11 +184,11 @@ def _offer(mode: str, name: str) -> list[Any]:
 
 
 def _method_title(name: str) -> str:
-    return next((method.title for method in methods.stage("compose") if method.name == name), name)
+    return next((method.title for method in catalogue.stage("compose") if method.name == name), name)
 
 
 def _method_help(name: str) -> str:
-    found = next((method for method in methods.stage("compose") if method.name == name), None)
+    found = next((method for method in catalogue.stage("compose") if method.name == name), None)
     return f"<p>{markup.text(found.summary)}</p>" if found else ""
 
 
@@ -233,7 +234,7 @@ def base_choices() -> list[tuple[str, str]]:
 
 
 def _wire_rack(page: Page) -> None:
-    @polite
+    @errors_shown
     def add(name: str | None, rows: list[Row]) -> Any:
         if not name:
             return gr.skip()
@@ -362,7 +363,7 @@ _EMPTY = markup.empty(
 def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Button) -> None:
     view = page.view
 
-    @polite
+    @errors_shown
     def start(new_seed: bool, rows: list[Row], many: bool, compared: list[str], *values: Any) -> Any:
         if many and not compared:
             raise InputError("Choose at least one method to compare, or make a picture with one method.")
@@ -373,7 +374,7 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
         jobs.ensure_worker()
         return [config.seed, *follow(job_id, ())]
 
-    @polite
+    @errors_shown
     def look(job_id: str, shown: tuple[Any, ...]) -> Any:
         try:
             return follow(job_id, shown)
@@ -465,24 +466,24 @@ def _wire_recipes(page: Page, result: _Result) -> None:
         index = event.index if isinstance(event.index, int) else 0
         return str(pictures[index]) if index < len(pictures) else gr.skip()
 
-    @polite
+    @errors_shown
     def describe(path: str, job_id: str) -> Any:
         if not path:
             return "", gr.update(visible=False), gr.skip(), compose_regions.result(None, "")
         behind = compose_regions.result(jobs.get(job_id) if job_id else None, path)
-        return recipe_panel(images.read_recipe(path)), gr.update(visible=True), gr.update(value=path), behind
+        return recipe_panel(recipe_png.read_recipe(path)), gr.update(visible=True), gr.update(value=path), behind
 
-    @polite
+    @errors_shown
     def reuse(path: str) -> Any:
-        return fill(images.read_recipe(path))
+        return fill(recipe_png.read_recipe(path))
 
-    @polite
+    @errors_shown
     def reuse_seed(path: str) -> Any:
-        return images.read_recipe(path)["config"].get("seed", 0)
+        return recipe_png.read_recipe(path)["config"].get("seed", 0)
 
-    @polite
+    @errors_shown
     def dropped(path: str | None) -> Any:
-        return fill(images.read_recipe(path)) if path else gr.skip()
+        return fill(recipe_png.read_recipe(path)) if path else gr.skip()
 
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     result.gallery.select(choose, result.job, result.chosen, **private)

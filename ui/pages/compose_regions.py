@@ -10,14 +10,15 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import frames, library, methods
+from studio import catalogue, library
+from studio.composition import canvas_size
+from studio.composition.region_schema import DEFAULT_METHOD, REGIONAL_METHODS, RegionFields
+from studio.composition.schema import ComposeConfig
 from studio.jobs import Job
-from studio.schemas.compose import ComposeConfig
-from studio.schemas.regions import DEFAULT_METHOD, REGIONAL_METHODS, RegionFields
 from ui import markup
 from ui.components import canvas, rack, schema_form
 from ui.components.schema_form import Field
-from ui.polite import polite
+from ui.errors import errors_shown
 
 KNOWN = schema_form.fields(RegionFields)
 OPTIONS = tuple(name for name in KNOWN if name != "regions")
@@ -79,7 +80,7 @@ def fill(config: Mapping[str, Any], names: Mapping[str, str]) -> list[Any]:
     regions = config.get("regions") or []
     mode = AUTO if regions == "auto" else DRAWN if regions else EVERYWHERE
     shown = canvas.show(regions if mode == DRAWN else [], names)
-    frame = frames.size(str(config.get("base")), config.get("width"), config.get("height"))
+    frame = canvas_size.size(str(config.get("base")), config.get("width"), config.get("height"))
     options = [_show(KNOWN[name], config.get(name, KNOWN[name].default)) for name in OPTIONS]
     told, where, more = switch(mode)
     return [mode, told, {**where, "value": shown, "frame": list(frame)}, more, *options]
@@ -95,7 +96,7 @@ def switch(mode: str) -> list[Any]:
 def offered(mode: str) -> list[tuple[str, str]]:
     """The methods for a mode as choices: those with regions, or those without."""
     regional = mode in (DRAWN, AUTO)
-    found = [method for method in methods.stage("compose") if (method.name in REGIONAL_METHODS) == regional]
+    found = [method for method in catalogue.stage("compose") if (method.name in REGIONAL_METHODS) == regional]
     order = {name: number for number, name in enumerate(("merge", "switch", "composite", DEFAULT_METHOD))}
     found.sort(key=lambda method: order.get(method.name, len(order)))
     return [(method.title or method.name, method.name) for method in found]
@@ -111,11 +112,11 @@ def suitable(mode: str, method: str) -> str:
 def wire(where: Where, form: Mapping[str, Any]) -> None:
     """Let the frame follow the size of the picture."""
 
-    @polite
+    @errors_shown
     def reshape(base: str, width: Any, height: Any) -> Any:
         known = schema_form.fields(ComposeConfig)
         sides = [schema_form.read(known[name], value) for name, value in (("width", width), ("height", height))]
-        return gr.update(frame=list(frames.size(base, *sides)))
+        return gr.update(frame=list(canvas_size.size(base, *sides)))
 
     shape = [form[name] for name in ("base", "width", "height")]
     form["base"].change(reshape, shape, where.canvas, **_PRIVATE)
@@ -158,7 +159,7 @@ def mini(config: Mapping[str, Any]) -> str:
         rows += f'<li class="{tone}"><b>{number}</b> {markup.text(what)} <span>{", ".join(more)}</span></li>'
     if not rows:
         return ""
-    width, height = frames.size(str(config.get("base")), config.get("width"), config.get("height"))
+    width, height = canvas_size.size(str(config.get("base")), config.get("width"), config.get("height"))
     drawing = (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" style="aspect-ratio:{width} / {height}" '
         f'aria-hidden="true">{shapes}</svg>'

@@ -10,7 +10,7 @@ import gradio as gr
 
 from studio import jobs
 from studio.datasets.prompts import keep_prompts
-from studio.schemas.distill import DistillConfig
+from studio.training.schemas.distill import DistillConfig
 from ui import markup
 from ui.components import schema_form, training_run
 from ui.pages import compose

@@ -13,8 +13,8 @@ from studio.jobs import Job
 from ui import markup
 from ui.components import job_panel
 from ui.components.pick_list import pick_list, picked
+from ui.errors import errors_shown
 from ui.pages import compose, train
-from ui.polite import polite
 
 SECONDS = 1.5
 MOST = 100
@@ -176,28 +176,28 @@ def _log(log: str) -> str:
 
 
 def _wire(page: Page, rows: gr.HTML, filters: gr.Radio, detail: _Detail) -> None:
-    @polite
+    @errors_shown
     def choose(which: str, event: gr.EventData) -> Any:
         return show(picked(event), which, ())
 
-    @polite
+    @errors_shown
     def cancel(chosen: str, which: str) -> Any:
         jobs.cancel(chosen)
         return show(chosen, which, ())
 
-    @polite
+    @errors_shown
     def resume(chosen: str, which: str) -> Any:
         jobs.resume(chosen)
         jobs.ensure_worker()
         return show(chosen, which, ())
 
-    @polite
+    @errors_shown
     def rerun(chosen: str, which: str) -> Any:
         new = jobs.rerun(chosen)
         jobs.ensure_worker()
         return show(new, which, ())
 
-    @polite
+    @errors_shown
     def delete(chosen: str, which: str) -> Any:
         if not chosen:
             return gr.skip()
@@ -207,8 +207,8 @@ def _wire(page: Page, rows: gr.HTML, filters: gr.Radio, detail: _Detail) -> None
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     rows.select(choose, filters, page.refresh_outputs, **private)
     rows.select(None, None, None, js=_TO_DETAIL)
-    filters.input(polite(show), page.refresh_inputs, page.refresh_outputs, **private)
-    page.timer.tick(polite(show), page.refresh_inputs, page.refresh_outputs, **private)
+    filters.input(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **private)
+    page.timer.tick(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **private)
     for button, action in ((detail.cancel, cancel), (detail.resume, resume), (detail.rerun, rerun)):
         button.click(action, [page.chosen, filters], page.refresh_outputs, **private)
     detail.delete.click(delete, [page.chosen, filters], page.refresh_outputs, js=_SURE, **private)

@@ -20,10 +20,10 @@ from studio.chat.client import Client
 from studio.datasets import texts
 from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
 from studio.jobs import Job
-from studio.schemas.train_language import TrainLanguageConfig
+from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
 from ui.components import job_panel, loss_plot, method_help, schema_form, training_run
-from ui.polite import polite, say
+from ui.errors import errors_shown, say
 
 KNOWN = schema_form.fields(TrainLanguageConfig)
 NAMES = tuple(name for name in KNOWN if name != "data")
@@ -166,7 +166,7 @@ def voices(adapters: Sequence[str] | None, together: str) -> tuple[Voice, ...]:
 
 
 def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: gr.Radio, manner: Form) -> None:
-    @polite
+    @errors_shown
     def fresh(chosen: list[str], how: str) -> Any:
         """Empty conversations under the names of the voices."""
         present = voices(chosen, how)
@@ -202,7 +202,7 @@ def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: 
     outputs = [chat.message, chat.status, *chat.boxes]
     for begin in (chat.send.click, chat.message.submit):
         begin(ask, [*inputs, *chat.boxes], outputs, **_PRIVATE)
-    chat.stop.click(polite(lambda: CLIENT.stop()), None, None, queue=False, **_PRIVATE)
+    chat.stop.click(errors_shown(lambda: CLIENT.stop()), None, None, queue=False, **_PRIVATE)
     for changed in (adapters.change, together.change, base.change, chat.clear.click):
         changed(fresh, [adapters, together], [*chat.boxes, chat.status], **_PRIVATE)
 
@@ -389,7 +389,7 @@ _EMPTY = markup.empty(
 def _wire_train(
     form: Form, base: gr.Dropdown, drop: gr.File, rows: gr.State, preview: gr.HTML, start: gr.Button, result: _Result
 ) -> None:
-    @polite
+    @errors_shown
     def dropped(file: str | None, task: str) -> Any:
         if not file:
             return "", ""
@@ -399,32 +399,32 @@ def _wire_train(
         except StudioError as error:
             return str(place), markup.notice(str(error))
 
-    @polite
+    @errors_shown
     def look_again(data: str, task: str) -> Any:
         try:
             return describe(Path(data), task) if data else ""
         except StudioError as error:
             return markup.notice(str(error))
 
-    @polite
+    @errors_shown
     def begin(data: str, name: str, *values: Any) -> Any:
         job_id = jobs.submit("train-language", config_of(data, name, values))
         jobs.ensure_worker()
         return follow(job_id)
 
-    @polite
+    @errors_shown
     def look(job_id: str) -> Any:
         try:
             return follow(job_id)
         except InputError:  # deleted meanwhile
             return ["", gr.Timer(active=False), _EMPTY, "", "", *[gr.update(visible=False)] * 3]
 
-    @polite
+    @errors_shown
     def stop(job_id: str) -> Any:
         jobs.cancel(job_id)
         return follow(job_id)
 
-    @polite
+    @errors_shown
     def go_on(job_id: str) -> Any:
         jobs.resume(job_id)
         jobs.ensure_worker()
@@ -441,7 +441,7 @@ def _wire_train(
 
 
 def _wire_crossing(page: Page, result: _Result) -> None:
-    @polite
+    @errors_shown
     def talk(job_id: str) -> Any:
         job = jobs.get(job_id)
         name = str((job.result or {}).get("library") or "")

@@ -15,7 +15,7 @@ from studio.library import Record, Trashed
 from ui import markup
 from ui.components import rack, spectrum
 from ui.components.pick_list import pick_list, picked
-from ui.polite import polite
+from ui.errors import errors_shown
 
 Shelf = Literal["adapter", "base", "trash"]
 SHELVES = [("Adapters", "adapter"), ("Base models", "base"), ("Trash", "trash")]
@@ -261,7 +261,7 @@ _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "privat
 
 
 def _wire_choosing(page: Page, search: gr.Textbox, cards: gr.HTML) -> None:
-    @polite
+    @errors_shown
     def choose(shelf: Shelf, words: str, event: gr.EventData) -> Any:
         name = picked(event)
         if shelf != "trash":
@@ -271,7 +271,7 @@ def _wire_choosing(page: Page, search: gr.Textbox, cards: gr.HTML) -> None:
     cards.select(choose, [page.shelf, search], page.refresh_outputs, **_PRIVATE)
     cards.select(None, None, None, js=_TO_DETAIL)
     for change in (page.shelf.input, search.change):
-        change(polite(show), page.refresh_inputs, page.refresh_outputs, trigger_mode="always_last", **_PRIVATE)
+        change(errors_shown(show), page.refresh_inputs, page.refresh_outputs, trigger_mode="always_last", **_PRIVATE)
 
 
 _TO_DETAIL = """() => { if (window.innerWidth < 760)
@@ -279,7 +279,7 @@ _TO_DETAIL = """() => { if (window.innerWidth < 760)
 
 
 def _wire_import(page: Page, importing: _Import) -> None:
-    @polite
+    @errors_shown
     def bring(upload: str | None, place: str, name: str, shelf: Shelf) -> Any:
         source = upload or place.strip()
         if not source:
@@ -298,23 +298,23 @@ def _wire_import(page: Page, importing: _Import) -> None:
 
 
 def _wire_changes(page: Page, detail: _Detail) -> None:
-    @polite
+    @errors_shown
     def rename(chosen: str, new_name: str, shelf: Shelf, words: str) -> Any:
         record = library.rename(chosen, new_name.strip(), "base" if shelf == "base" else "adapter")
         return show(shelf, words, record.name)
 
-    @polite
+    @errors_shown
     def trash(chosen: str, shelf: Shelf, words: str) -> Any:
         library.trash(chosen, "base" if shelf == "base" else "adapter")
         gr.Info("It waits in the trash and can be restored.", title="Removed")
         return show(shelf, words, "")
 
-    @polite
+    @errors_shown
     def restore(chosen: str, words: str) -> Any:
         record = library.restore(chosen)
         return [record.kind, *show(record.kind, words, record.name)]
 
-    @polite
+    @errors_shown
     def delete_for_good(words: str) -> Any:
         number = library.empty_trash()
         gr.Info(f"{number} thing{'s' if number != 1 else ''} deleted for good.", title="Trash emptied")

@@ -13,12 +13,12 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import jobs
-from studio import reconstruct as work
 from studio.jobs import Job
-from studio.schemas.reconstruct import ReconstructConfig
+from studio.reconstruction import job as work
+from studio.reconstruction.schema import ReconstructConfig
 from ui import markup
 from ui.components import job_panel, schema_form
-from ui.polite import polite, say
+from ui.errors import errors_shown, say
 
 KNOWN = schema_form.fields(ReconstructConfig)
 NAMES = tuple(name for name in KNOWN if name not in ("images", "also"))  # paths are for commands
@@ -204,14 +204,14 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
         clean,
     ]
 
-    @polite
+    @errors_shown
     def show(job_id: str, *values: Any) -> Any:
         if not job_id:
             return gr.skip()
         file, count = exported(jobs.get(job_id), "glb", values)
         return gr.update(value=str(file)), _count(count)
 
-    @polite
+    @errors_shown
     def prepare(job_id: str, wanted: str, *values: Any) -> Any:
         file, _ = exported(jobs.get(job_id), wanted, values)
         return gr.update(value=str(file), interactive=True)
@@ -272,7 +272,7 @@ def _wire_pictures(drop: gr.File, sample: gr.Button, chosen: gr.Gallery) -> None
         shown = [str(path) for path in paths or () if Path(path).suffix.lower() not in work.VIDEOS]
         return gr.update(value=shown, visible=bool(shown))
 
-    @polite
+    @errors_shown
     def take_sample() -> Any:
         paths = sample_scene()
         return paths, gallery(paths)
@@ -284,7 +284,7 @@ def _wire_pictures(drop: gr.File, sample: gr.Button, chosen: gr.Gallery) -> None
 def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> None:
     fields = [page.form[name] for name in NAMES]
 
-    @polite
+    @errors_shown
     def begin(paths: Any, *values: Any) -> Any:
         config = schema_form.read_all(KNOWN, NAMES, values)
         config["adapter"] = config["adapter"] or ""
@@ -295,7 +295,7 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
         jobs.ensure_worker()
         return follow(job_id, ())
 
-    @polite
+    @errors_shown
     def look(job_id: str, shown: tuple[Any, ...]) -> Any:
         try:
             return follow(job_id, shown)

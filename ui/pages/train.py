@@ -10,14 +10,14 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import jobs
-from studio.schemas.train_image import TrainImageConfig
 from studio.training.presets import PRESETS
+from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
 from ui.components import method_help, schema_form, training_run
 from ui.components.training_run import add_to_library, follow, made, samples
+from ui.errors import errors_shown, say
 from ui.pages import compose, distill
 from ui.pictures import Item
-from ui.polite import polite, say
 from ui.theme import script
 
 KNOWN = schema_form.fields(TrainImageConfig)
@@ -176,7 +176,7 @@ def preset_values(mode: str, length: str) -> list[Any]:
 
 
 def _wire_pictures(drop: gr.File, captions: gr.HTML) -> None:
-    @polite
+    @errors_shown
     def dropped(files: list[str] | None, present: list[Item]) -> Any:
         items, problems = pictures.receive(files or (), present)
         if problems:

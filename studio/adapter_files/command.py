@@ -1,0 +1,219 @@
+"""``studio lora``: adapter files, whatever program made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapters.errors import InputError, nearest
+from studio import silence
+from studio.cli.output import Json, Output, Quiet, facts, size, table
+from studio.cli.schema_options import pair
+from studio.cli.terminal import Terminal
+from studio.composition import lora_option
+
+if TYPE_CHECKING:
+    from adapters.formats import LoraFile
+
+FORMATS = ("diffusers", "kohya", "peft", "ed-lora")
+
+Adapter = Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")]
+Format = Annotated[str, typer.Option("--to", metavar="|".join(FORMATS), help="Format of the new file.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The new file; a folder for peft.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Base model that resolves module names (kohya files need it).")
+]
+
+group = typer.Typer(help="Adapter files: inspect, convert, merge, extract.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group."""
+    app.add_typer(group, name="lora")
+
+
+@group.command()
+def inspect(adapter: Adapter, json: Json = False, quiet: Quiet = False) -> None:
+    """Read a file whole: layers, ranks, size of the change, whether every number is finite."""
+    from studio import library
+    from studio.library import scan
+
+    path = library.resolve_adapter(adapter)
+    file = _read(path)
+    record = scan.record(path, "adapter")
+    values = {
+        "path": str(path),
+        "format": file.format,
+        "family": record.family,
+        "layers": file.counts(),
+        "ranks": list(file.ranks()),
+        "targets": list(file.targets()),
+        "parameters": file.parameters(),
+        "size": record.size,
+        "dora": file.is_dora(),
+        "strongest": _strongest(file),
+        "triggers": list(record.triggers),
+        "sha256": library.sha256(path),
+        "metadata": {key: text if len(text) < 200 else text[:200] + " ..." for key, text in file.metadata.items()},
+        "recipe": record.recipe,
+    }
+    shown = {
+        **values,
+        "size": size(record.size),
+        "metadata": list(file.metadata),
+        "recipe": "yes" if record.recipe else "",
+    }
+    Output(json, quiet).result(values, lambda: facts(shown.items()))
+
+
+@group.command()
+def convert(
+    adapter: Adapter, out: Out, to: Format = "diffusers", base: Base = None, json: Json = False, quiet: Quiet = False
+) -> None:
+    """Write an adapter in another format; the change it makes stays the same."""
+    from studio import library
+
+    path = library.resolve_adapter(adapter)
+    file = _named([_read(path)], base, to)[0]
+    written = _write(file, out, to)
+    Output(json, quiet).result({"path": str(written), "format": to}, f"Written to {written}")
+
+
+@group.command()
+def merge(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Adapters with their strengths.")
+    ],
+    out: Out,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Cut to this rank; exact (all ranks added) when not given.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="How: see  studio methods --stage merging.  concatenate is the exact sum.")
+    ] = "concatenate",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, such as mu=1.")
+    ] = None,
+    to: Format = "diffusers",
+    base: Base = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write several adapters as one ordinary LoRA."""
+    from studio import library
+    from studio.adapter_files import merging
+
+    uses = [lora_option.parse(text) for text in adapters]
+    if any("schedule" in use for use in uses):
+        raise InputError("A LoRA file has no steps: leave out the @start-end ranges, or use studio compose.")
+    files = _named([_read(library.resolve_adapter(use["path"])) for use in uses], base, to)
+    weights = [float(use.get("weight", 1.0)) for use in uses]
+    merged = merging.merge(method, files, weights, rank, dict(pair("--set", text) for text in set_ or []))
+    written = _write(merged.file, out, to)
+    worst = max(merged.errors.items(), key=lambda item: item[1], default=("", 0.0))
+    values = {
+        "path": str(written), "format": to, "method": method, "ranks": list(merged.file.ranks()),
+        "largest_error": worst[1], "largest_error_at": worst[0],
+    }  # fmt: skip
+    note = f", largest relative error {worst[1]:.3g} at {worst[0]}" if merged.errors else ""
+    output = Output(json, quiet)
+    if method == "lego" and worst[1] > 1:
+        output.note(
+            "In some layers the result is farther from the adapters' sum than nothing would be: ranks that cancel one "
+            "another (of adapters started by pissa, olora, corda or lora_ga) do not cluster. Cut each adapter first: "
+            "studio lora merge ONE --method svd --rank R."
+        )
+    output.result(values, f"Written to {written} (rank {max(merged.file.ranks())}{note})")
+
+
+@group.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model before: name in the library, hub id, folder or file.")],
+    tuned: Annotated[str, typer.Argument(help="The model after fine-tuning, of the same family.")],
+    out: Out,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Largest rank of a layer.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Share of every layer's change to keep, in (0, 1].")
+    ] = None,
+    to: Format = "diffusers",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write what fine-tuning changed as a LoRA: the nearest one of that rank, with each layer's error."""
+    from adapters.merging.extract import extract as difference
+    from studio.adapter_files.fit_to_base import models
+
+    output = Output(json, quiet)
+    silence.library_warnings()
+    _known_format(to)
+    with Terminal(quiet) as terminal:
+        made = difference(models(base)[0], models(tuned)[0], rank, energy, terminal)
+    written = _write(made.file, out, to)
+    place, worst = made.worst
+    values = {
+        "path": str(written), "format": to, "layers": made.file.counts(), "ranks": list(made.file.ranks()),
+        "errors": made.errors, "left_out": made.left_out,
+    }  # fmt: skip
+    rows = sorted(made.errors.items(), key=lambda item: -item[1])
+    output.result(values, lambda: table(["layer", "error"], [(name, f"{error:.4f}") for name, error in rows]))
+    output.note(f"Written to {written}; largest relative error {worst:.3g} at {place}.")
+    if made.left_out:
+        output.note(f"{len(made.left_out)} parameters differ that no LoRA holds (norms, biases, embeddings).")
+
+
+def _read(path: Path) -> LoraFile:
+    from adapters import formats
+
+    return formats.read(path)
+
+
+def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
+    """The files with the module names of one model.
+
+    Raises:
+        InputError: names cannot be told without a base model, or the format is unknown.
+    """
+    _known_format(to)
+    if base is None:
+        if any(file.flat for file in files) and (to != "kohya" or not all(file.flat for file in files)):
+            raise InputError("kohya files write module names without dots: say with --base which model they belong to.")
+        return files
+    from studio.adapter_files.fit_to_base import fitted
+
+    return fitted(files, base)
+
+
+def _known_format(to: str) -> None:
+    if to not in FORMATS:
+        raise InputError(f"There is no format '{to}'{nearest(to, FORMATS)}: known are {', '.join(FORMATS)}.")
+
+
+def _write(file: LoraFile, out: Path, to: str) -> Path:
+    from adapters import formats
+
+    ending = ".pth" if to == "ed-lora" else ".safetensors"
+    if to != "peft" and out.suffix != ending:
+        raise InputError(f"--out: the file must end in {ending}, got '{out.name}'.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "peft":
+        formats.write_peft(file, out)
+    elif to == "ed-lora":
+        formats.write_ed_lora(file, out)
+    elif to == "kohya":
+        formats.write_kohya(file, out, dict(file.metadata))
+    else:
+        formats.write_diffusers(file, out, dict(file.metadata))
+    return out
+
+
+def _strongest(file: LoraFile, number: int = 3) -> list[dict[str, Any]]:
+    """The layers with the largest change, by Frobenius norm of s B A."""
+    import torch
+
+    norms = [
+        {"layer": f"{component}.{module}", "norm": round(float(torch.linalg.vector_norm(layer.delta())), 4)}
+        for component, module, layer in file.layers()
+    ]
+    return sorted(norms, key=lambda entry: -float(str(entry["norm"])))[:number]

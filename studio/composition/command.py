@@ -1,0 +1,231 @@
+"""``studio compose``: pictures from a prompt, a file, or another picture's recipe."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapters.errors import InputError
+from studio import silence
+from studio.cli.output import Json, Output, Quiet, duration
+from studio.cli.schema_options import pair, with_options
+from studio.composition import lora_option, region_option
+from studio.composition.distilled_adapters import suited
+from studio.composition.region_schema import DEFAULT_METHOD, REGIONAL_METHODS
+from studio.composition.schema import ComposeConfig
+from studio.schema import read_yaml
+from studio.training.commands import launch
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("compose", help="Make pictures with several adapters.")(
+        with_options(ComposeConfig, skip=["adapters", "regions"])(compose)
+    )
+
+
+def compose(
+    fields: dict[str, Any],
+    config: Annotated[Path | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", "-l", metavar=f"{lora_option.FORM}[#PLACE]",
+            help="An adapter with its strength, the part of the steps it is at work and its place (as for --region); "
+            "give it several times.",
+            rich_help_panel="Adapters",
+        ),
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--region", "-r", metavar=region_option.FORM,
+            help="A part of the picture with its own adapters and prompt; PLACE is left, right, top, bottom, all, "
+            "x0,y0,x1,y1 between 0 and 1, or a mask picture. Give it several times.",
+            rich_help_panel="Regions",
+        ),
+    ] = None,
+    regions: Annotated[
+        str | None,
+        typer.Option(
+            "--regions", metavar="auto|none|FILE", rich_help_panel="Regions",
+            help="auto: every adapter finds its place by itself; or a YAML file with a list of regions.",
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="Repeat a picture (or recipe.json), with whatever else is given changed."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change any value, also inside: adapters.0.weight=0.5."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the pictures go: a .png file or a folder.",
+                                  rich_help_panel="Output"),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", "--dry-run", help="Say what would be done, make nothing.",
+                           rich_help_panel="Output"),
+    ] = False,
+    detach: launch.Detach = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Make pictures with several adapters."""
+    output = Output(json, quiet)
+    silence.library_warnings()
+    named = [region_option.of_adapter(text) for text in lora or []]
+    changes = {**fields, **({"adapters": [use for use, _ in named]} if named else {})}
+    changes = {**_regions(region, regions, [place for _, place in named if place]), **changes}
+    chosen, threads = _configuration(config, from_, changes, set_ or [])
+    if out is not None and detach:
+        raise InputError("--out and --detach exclude each other: the worker keeps its pictures in the job's folder.")
+    if from_ is None and not plan and not _says_what(chosen):
+        raise InputError('There is nothing to draw: say what with --prompt ("" for a picture without words).')
+    chosen = _checked(chosen)
+    if plan:
+        _show_plan(chosen, output)
+    elif detach:
+        launch.detach("compose", chosen, output)
+    else:
+        _make(chosen, threads, out, output)
+
+
+def _says_what(config: ComposeConfig) -> bool:
+    """Whether there is something to draw: a prompt of the whole or of a region, or an empty one given on purpose."""
+    parts = config.regions if isinstance(config.regions, list) else []
+    return "prompt" in config.model_fields_set or any(part.prompt for part in parts)
+
+
+def _configuration(
+    file: Path | None, picture: Path | None, changes: dict[str, Any], settings: Sequence[str]
+) -> tuple[ComposeConfig, int | None]:
+    """The configuration asked for, and the CPU threads of the picture that is repeated."""
+    if file is not None and picture is not None:
+        raise InputError("Give either a configuration file or --from, not both.")
+    if file is not None and not file.suffix and not file.exists():
+        raise InputError(f"There is no configuration file '{file}'; the words of a picture go behind --prompt.")
+    if picture is None:
+        values = _with_settings(_with_places({**(read_yaml(file) if file else {}), **changes}), settings)
+        return ComposeConfig.parse({**suited(values), **values}, source=str(file or "compose")), None
+    from studio.composition import recipe_png, recipes
+
+    recipe = recipe_png.read_recipe(picture)
+    if "regions" in changes and "method" not in changes:
+        kept = recipe["config"].get("method")
+        changes["method"] = _fitting_method(kept, bool(changes["regions"]))
+    whole = [text for text in settings if "." not in text.partition("=")[0]]
+    repeated = recipes.replay(recipe, {**changes, **_with_settings({}, whole)}).model_dump(mode="json")
+    inside = _with_settings(repeated, [text for text in settings if text not in whole])
+    threads = recipe.get("made_on", {}).get("threads")
+    return ComposeConfig.parse(inside, source="the recipe"), threads if isinstance(threads, int) else None
+
+
+def _regions(region: Sequence[str] | None, regions: str | None, own: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``--region``, ``--regions`` and the places of adapters (``own``) say."""
+    if regions and (region or own):
+        raise InputError("Give either --regions, or --region and places behind adapters (#PLACE), not both.")
+    if regions:
+        return region_option.read(regions)
+    parts = [*own, *(region_option.parse(text) for text in region or [])]
+    return {"regions": parts} if parts else {}
+
+
+def _fitting_method(kept: Any, regional: bool) -> Any:
+    """The recipe's method where it can be kept, now that there are regions or none."""
+    if (kept in REGIONAL_METHODS) == regional:
+        return kept
+    return DEFAULT_METHOD if regional else "merge"
+
+
+def _with_places(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with every adapter that a region names, taken from the library where ``adapters`` has it not."""
+    regions = values.get("regions")
+    uses = values.get("adapters") or []
+    if not isinstance(regions, list) or not isinstance(uses, list):
+        return values
+    known = {use.get("name") or Path(str(use.get("path", ""))).stem for use in uses if isinstance(use, dict)}
+    wanted = [name for region in regions if isinstance(region, dict) for name in region.get("adapters") or []]
+    more = [{"name": name, "path": name} for name in dict.fromkeys(map(str, wanted)) if name not in known]
+    return {**values, "adapters": [*uses, *more]} if more else values
+
+
+def _with_settings(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """``values`` after every ``key=value`` of ``--set``."""
+    for text in settings:
+        place, value = pair("--set", text)
+        _put(values, place.split("."), value, place)
+    return values
+
+
+def _put(target: Any, parts: list[str], value: Any, place: str) -> None:
+    try:
+        for part in parts[:-1]:
+            target = target[int(part)] if isinstance(target, list) else target[part]
+        if isinstance(target, list):
+            target[int(parts[-1])] = value
+        else:
+            target[parts[-1]] = value
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise InputError(f"--set {place}: there is no such place in the configuration.") from None
+
+
+def _checked(config: ComposeConfig) -> ComposeConfig:
+    """The configuration with its files looked up now, so that a wrong name is told before a job is made of it."""
+    from studio import library
+    from studio.composition import job
+
+    library.resolve_pipeline(config.base)
+    return job.settled(config)
+
+
+def _show_plan(config: ComposeConfig, output: Output) -> None:
+    from studio.composition import job
+
+    planned = job.plan(config)
+    output.result(planned.to_dict(), str(planned))
+
+
+def _make(config: ComposeConfig, threads: int | None, out: Path | None, output: Output) -> None:
+    from studio import jobs
+
+    if out is not None:
+        _check_place(out)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    job = launch.here(lambda terminal: jobs.run_here("compose", config, terminal), output)
+    result = dict(job.result or {})
+    if out is not None:
+        result["images"] = _copied([Path(path) for path in result["images"]], out)
+    output.result({"job": job.id, **result}, "\n".join(result["images"]))
+    output.note(f"{len(result['images'])} picture(s) in {duration(result['seconds'])}")
+
+
+def _check_place(out: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    folder = out.parent if out.suffix else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: the folder '{folder}' cannot be made ({error.strerror}).") from None
+    if out.suffix and out.suffix.lower() != ".png":
+        raise InputError(f"--out: pictures are written as .png (they carry the recipe), got '{out.suffix}'.")
+
+
+def _copied(pictures: list[Path], out: Path) -> list[str]:
+    if not out.suffix:
+        targets = [out / picture.name for picture in pictures]
+    elif len(pictures) == 1:
+        targets = [out]
+    else:
+        targets = [out.with_name(f"{out.stem}-{picture.stem.split('-')[-1]}.png") for picture in pictures]
+    for picture, target in zip(pictures, targets, strict=True):
+        shutil.copyfile(picture, target)
+    return [str(target) for target in targets]

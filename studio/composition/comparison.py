@@ -1,0 +1,98 @@
+"""The comparison job: the same picture by several methods, side by side."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters import files
+from adapters.errors import Cancelled, InputError, StudioError
+from adapters.progress import Monitor, check, part
+from studio import catalogue
+from studio.composition import job as compose
+from studio.composition.comparison_schema import CompareConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger("studio.composition.comparison")
+
+GRID = "comparison.png"
+CELL, LABEL, GAP = 256, 30, 12
+"""Sizes of the grid, in pixels; larger pictures keep their own size."""
+
+
+def run(config: CompareConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
+    """Make one picture per method in ``folder/METHOD`` (each with its recipe), and the labelled grid of all of them.
+
+    A method that cannot work with these adapters or regions is left out, and its reason is in ``result["skipped"]``.
+
+    Raises:
+        adapters.errors.InputError: none of the methods can.
+        adapters.errors.Cancelled: ``monitor`` said so; pictures that are finished are kept.
+    """
+    begun = time.monotonic()
+    made: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    regions: dict[str, Any] = {}
+    for number, name in enumerate(config.methods):
+        check(monitor)
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            result = compose.run(config.of(name), place, part(monitor, number, len(config.methods), title(name)))
+        except Cancelled:
+            raise
+        except StudioError as error:
+            logger.warning("%s left out: %s", name, error)
+            skipped[name] = str(error)
+            continue
+        made[name], regions[name] = result["images"][0], result["regions"]
+    if not made:
+        raise InputError("None of the methods can make this picture. " + " ".join(_reasons(skipped)))
+    drawn = grid([Path(path) for path in made.values()], [title(name) for name in made])
+    files.write(folder / GRID, lambda part: drawn.save(part, format="PNG"), sync=False)
+    return {
+        "images": list(made.values()),
+        "methods": list(made),
+        "skipped": skipped,
+        "regions": regions,
+        "grid": str(folder / GRID),
+        "base": config.base,
+        "seconds": round(time.monotonic() - begun, 3),
+    }
+
+
+def title(name: str) -> str:
+    """How people write a method."""
+    return next((method.title or name for method in catalogue.stage("compose") if method.name == name), name)
+
+
+def grid(pictures: Sequence[Path], labels: Sequence[str]) -> Image.Image:
+    """The pictures beside each other with their labels below, in rows of about the same length."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    opened = [Image.open(path).convert("RGB") for path in pictures]
+    zoom = max(1, CELL // max(opened[0].size))
+    width, height = (side * zoom for side in opened[0].size)
+    columns = min(len(opened), 4 if len(opened) > 6 else 3)
+    rows = -(-len(opened) // columns)
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + rows * (height + LABEL + GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for number, (picture, label) in enumerate(zip(opened, labels, strict=True)):
+        left = GAP + number % columns * (width + GAP)
+        top = GAP + number // columns * (height + LABEL + GAP)
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left + width / 2, top + height + LABEL / 2), label, fill="black", font=font, anchor="mm")
+    return sheet
+
+
+def _reasons(skipped: dict[str, str]) -> list[str]:
+    """Every reason once, with the methods that gave it."""
+    told: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        told.setdefault(reason, []).append(title(name))
+    return [f"{', '.join(names)}: {reason}" for reason, names in told.items()]

@@ -1,0 +1,161 @@
+"""The composition job: pictures from one prompt with several adapters, each with its whole recipe."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from adapters import files
+from adapters.progress import Monitor, Progress, check, part
+from studio import catalogue, library
+from studio.composition import pipeline_cache, recipe_png, recipes
+from studio.composition.region_schema import Region, RegionFields
+from studio.composition.schema import ComposeConfig
+from studio.library import scan
+
+PREVIEWS = 5
+"""Previews shown while one picture is made."""
+
+
+def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | None = None) -> dict[str, Any]:
+    """Make the pictures of ``config`` in ``folder``: ``picture-<seed>.png`` and ``recipe.json``.
+
+    Pictures are made one by one, so that each can be repeated alone and those finished before a stop are kept.
+
+    Args:
+        threads: CPU threads to compute with, for repeating a picture of another machine to the bit.
+
+    Raises:
+        adapters.errors.InputError: an adapter, the base or a value cannot be used.
+        adapters.errors.Cancelled: ``monitor`` said so.
+    """
+    begun = time.monotonic()
+    monitor.report(Progress("loading", message=f"base {config.base}"))
+    config = settled(config)
+    _set_threads(threads)
+    with pipeline_cache.pipeline(config) as pipe:
+        _prepare(pipe, config)
+        recipe = recipes.build(config, _made_on(pipe))
+        files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
+        made = [_picture(pipe, config, recipe, folder, monitor, number) for number in range(config.images)]
+    return {
+        "images": [str(path) for path, _ in made],
+        "regions": made[0][1],
+        "recipe": str(folder / "recipe.json"),
+        "adapters": [entry["name"] for entry in recipe["adapters"]],
+        "base": config.base,
+        "method": config.method,
+        "made_on": recipe["made_on"],
+        "seconds": round(time.monotonic() - begun, 3),
+    }
+
+
+def plan(config: ComposeConfig) -> Any:
+    """What :func:`run` would do, without making a picture: a :class:`pipelines.diffusion.report.Plan`."""
+    config = settled(config)
+    with pipeline_cache.pipeline(config) as pipe:
+        _prepare(pipe, config)
+        return pipe.plan(config.steps, config.guidance_scale, config.scheduler, config.prompt)
+
+
+def settled(config: ComposeConfig) -> ComposeConfig:
+    """``config`` with nothing left to guess: every adapter has a name and its trigger words, masks are inside.
+
+    A missing name is the file's own, made unique by a number; missing triggers are those the library knows. A mask's
+    file is read now and kept as a ``data:`` URI, so that the recipe repeats without the file.
+
+    Raises:
+        InputError: there is no such method or adapter.
+    """
+    catalogue.check(config.method, "compose")
+    taken = {use.name for use in config.adapters}
+    uses = []
+    for use in config.adapters:
+        name = use.name or _free(Path(use.path).stem or "adapter", taken)
+        taken.add(name)
+        place = library.resolve_adapter(use.path)
+        triggers = use.triggers or list(scan.record(place, "adapter").triggers)
+        uses.append(use.model_copy(update={"name": name, "triggers": triggers}))
+    regions = config.regions if config.regions == "auto" else [_with_mask(region) for region in config.regions]
+    return config.model_copy(update={"adapters": uses, "regions": regions})
+
+
+def _with_mask(region: Region) -> Region:
+    if not region.mask:
+        return region
+    from pipelines.diffusion.regions.pictures import as_uri, open_mask
+
+    return region.model_copy(update={"mask": as_uri(open_mask(region.mask))})
+
+
+def _free(name: str, taken: set[str]) -> str:
+    return next(text for text in (name, *(f"{name}-{number}" for number in range(2, 999))) if text not in taken)
+
+
+def _prepare(pipe: Any, config: ComposeConfig) -> None:
+    for use in config.adapters:
+        pipe.load_lora(
+            library.resolve_adapter(use.path), name=use.name, weight=use.weight, te_weight=use.te_weight,
+            triggers=tuple(use.triggers), blocks=use.blocks or None, schedule=list(use.schedule) or None,
+        )  # fmt: skip
+    pipe.compose(
+        config.method, adapters=[use.name for use in config.adapters], tau=config.tau, te_mode=config.te_mode,
+        adapter_batch=config.adapter_batch, regions=_regions(config),
+        **{name: getattr(config, name) for name in RegionFields.model_fields if name != "regions"},
+    )  # fmt: skip
+
+
+def _regions(config: ComposeConfig) -> Any:
+    """The regions as the pipeline takes them."""
+    if config.regions == "auto":
+        return "auto"
+    return [{**region.model_dump(), "mask": region.mask or None} for region in config.regions]
+
+
+def _picture(
+    pipe: Any, config: ComposeConfig, recipe: dict[str, Any], folder: Path, monitor: Monitor, number: int
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Make picture ``number``; returns its path and where its regions were."""
+    check(monitor)
+    seed = config.seed + number
+    out = pipe(
+        config.prompt, negative_prompt=config.negative_prompt, steps=config.steps,
+        guidance_scale=config.guidance_scale, seed=seed, images=1, width=config.width, height=config.height,
+        scheduler=config.scheduler, monitor=part(monitor, number, config.images),
+        preview_every=max(1, config.steps // PREVIEWS), allow_double_guidance=config.allow_double_guidance,
+    )  # fmt: skip
+    path = recipe_png.save_png(out.images[0], folder / f"picture-{seed}.png", recipes.for_picture(recipe, seed))
+    places = [_place(region, folder, seed, i) for i, region in enumerate(out.regions, 1)]
+    monitor.report(Progress("saved", number + 1, config.images, preview=path, message=f"picture {path.name}"))
+    return path, places
+
+
+def _place(region: Any, folder: Path, seed: int, number: int) -> dict[str, Any]:
+    """A region for the job's result; the mask of one without a box is written as a picture."""
+    mask = None
+    if region.box is None:
+        mask = folder / f"region-{seed}-{number}.png"
+        files.write(mask, region.mask.save, sync=False)
+    return {"name": region.name, "box": region.box and list(region.box), "mask": mask and str(mask)}
+
+
+def _made_on(pipe: Any) -> dict[str, Any]:
+    import torch
+
+    chosen = pipe.settings
+    return {
+        "family": chosen.family,
+        "device": chosen.device,
+        "dtype": chosen.dtype,
+        "attention": chosen.attention,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)

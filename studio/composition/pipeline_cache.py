@@ -1,0 +1,70 @@
+"""The one pipeline this process keeps loaded, so that the next picture from the same base starts at once."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import StudioError
+from studio import library, silence
+from studio.composition.schema import ModelChoice
+from studio.library import cache
+
+_kept: tuple[tuple[str, ...], Any] | None = None
+
+
+@contextmanager
+def pipeline(choice: ModelChoice) -> Iterator[Any]:
+    """The :class:`pipelines.diffusion.MultiLoRAPipeline` for ``choice``, without adapters.
+
+    Adapters loaded meanwhile are taken off again. After an error nobody has foreseen the pipeline is dropped, because
+    nobody knows what state it is in.
+    """
+    global _kept
+    key = _key(choice)
+    kept = _kept  # another thread may release it meanwhile; this use goes on with what it has
+    if kept is None or kept[0] != key:
+        release()
+        kept = _kept = (key, _load(choice))
+    pipe = kept[1]
+    try:
+        with pipe:
+            yield pipe
+    except StudioError:
+        raise
+    except BaseException:
+        release()
+        raise
+
+
+def release() -> None:
+    """Free the memory of the kept pipeline."""
+    global _kept
+    if _kept is None:
+        return
+    _kept = None
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load(choice: ModelChoice) -> Any:
+    from pipelines.diffusion import MultiLoRAPipeline
+
+    silence.loading_bars()
+    return MultiLoRAPipeline.from_pretrained(
+        library.resolve_pipeline(choice.base), family=choice.family, dtype=choice.dtype, device=choice.device,
+        attention=choice.attention, memory=choice.memory,
+    )  # fmt: skip
+
+
+def _key(choice: ModelChoice) -> tuple[str, ...]:
+    """What makes a loaded pipeline the right one: the choice, and the base's files as they are now."""
+    place = library.resolve_pipeline(choice.base)
+    stamp = cache.stamp(Path(place)) if Path(place).exists() else ""
+    return (place, stamp, choice.family, choice.dtype, choice.device, choice.attention, choice.memory)

@@ -1,0 +1,113 @@
+"""``--region PLACE=ADAPTERS[*scale][@start-end][: prompt]``: one region of a picture in one word; ``--lora ...#PLACE``:
+an adapter with a region of its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapters.errors import InputError
+from studio.composition import lora_option
+
+FORM = "PLACE=ADAPTER[*scale][@start-end][: prompt]"
+
+PLACES = {
+    "all": (0.0, 0.0, 1.0, 1.0),
+    "left": (0.0, 0.0, 0.5, 1.0),
+    "right": (0.5, 0.0, 1.0, 1.0),
+    "top": (0.0, 0.0, 1.0, 0.5),
+    "bottom": (0.0, 0.5, 1.0, 1.0),
+}
+"""Boxes with a name."""
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_RANGE = re.compile(rf"(.*)@({_NUMBER})-({_NUMBER})")
+_SCALE = re.compile(rf"(.*)\*({_NUMBER})")
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The values of one :class:`~studio.composition.region_schema.Region`.
+
+    PLACE is ``left``, ``right``, ``top``, ``bottom``, ``all``, four numbers ``x0,y0,x1,y1`` between 0 and 1, or a mask
+    picture; several adapters are joined by ``+``.
+
+    Raises:
+        InputError: a part is missing or is none.
+    """
+    place, equals, rest = text.partition("=")
+    adapters, _, prompt = rest.partition(":")
+    if not equals or not place.strip() or not adapters.strip():
+        raise InputError(f"--region wants {FORM}, as in \"left=fox: a fox\", got '{text}'.")
+    region: dict[str, Any] = _place(place.strip(), f"--region '{text}'")
+    adapters = adapters.strip()
+    if match := _RANGE.fullmatch(adapters):
+        adapters = match.group(1)
+        region["schedule"] = lora_option.window("--region", text, float(match.group(2)), float(match.group(3)))
+    if match := _SCALE.fullmatch(adapters):
+        adapters = match.group(1)
+        region["scale"] = float(match.group(2))
+    region["adapters"] = [name.strip() for name in adapters.split("+") if name.strip()]
+    if prompt.strip():
+        region["prompt"] = prompt.strip()
+    return region
+
+
+def of_adapter(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The adapter that ``--lora`` names, and its region where ``#PLACE`` ends it.
+
+    Raises:
+        InputError: a part is missing or is none.
+    """
+    adapter, mark, place = text.rpartition("#")
+    if not mark:
+        return lora_option.parse(text), None
+    use = lora_option.parse(adapter)
+    use.setdefault("name", Path(use["path"]).stem)
+    return use, {**_place(place.strip(), f"--lora '{text}'"), "adapters": [use["name"]]}
+
+
+def read(text: str) -> dict[str, Any]:
+    """The values that ``--regions`` gives: "auto", "none", or a YAML file with a list of regions (or with ``regions:``
+    and other settings beside it). Masks in a file are looked for beside it.
+
+    Raises:
+        InputError: no such file, or nothing of that kind in it.
+    """
+    if text in ("auto", "none"):
+        return {"regions": "auto" if text == "auto" else []}
+    file = Path(text).expanduser()
+    if not file.is_file():
+        raise InputError(f"--regions wants 'auto', 'none' or a YAML file; '{text}' does not exist.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"'{file}' is not valid YAML: {error}") from None
+    if isinstance(values, list):
+        values = {"regions": values}
+    if not isinstance(values, dict) or "regions" not in values:
+        raise InputError(f"'{file}' holds no regions: it must be a list of them, or have the key 'regions'.")
+    for region in values["regions"] if isinstance(values["regions"], list) else []:
+        mask = region.get("mask") if isinstance(region, dict) else None
+        if isinstance(mask, str) and not mask.startswith("data:") and (file.parent / mask).is_file():
+            region["mask"] = str(file.parent / mask)
+    return values
+
+
+def _place(place: str, said: str) -> dict[str, Any]:
+    if place in PLACES:
+        return {"box": list(PLACES[place])}
+    parts = place.split(",")
+    if re.fullmatch(_NUMBER, parts[0].strip()):
+        try:
+            box = [float(part) for part in parts]
+        except ValueError:
+            box = []
+        if len(box) != 4:
+            raise InputError(f"{said}: a box is four numbers x0,y0,x1,y1 between 0 and 1.")
+        return {"box": box}
+    if not Path(place).expanduser().is_file():
+        raise InputError(f"{said}: '{place}' is no mask picture, no box x0,y0,x1,y1 and none of {', '.join(PLACES)}.")
+    return {"mask": place}

@@ -1,0 +1,90 @@
+"""The composition job: one prompt, several adapters, one method."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from studio.composition.region_schema import RegionFields
+from studio.schema import JobConfig
+from studio.training.schemas import rules
+from studio.training.schemas.rules import Strength
+
+
+class AdapterUse(JobConfig):
+    """One adapter in a composition."""
+
+    name: str = Field("", description="Name in this composition; the file's name when empty.")
+    path: str = Field(description="Name in the library, file, PEFT directory or hub id.")
+    weight: float = Field(1.0, description="Strength in the denoiser.")
+    te_weight: float | None = Field(None, description="Strength in the text encoders; same as weight when empty.")
+    triggers: list[str] = Field(default_factory=list, description="Words that call the concept or style.")
+    blocks: dict[str, float] = Field(
+        default_factory=dict, description="Extra factor per block, by module prefix ('down_blocks.1': 0.5)."
+    )
+    schedule: list[Strength] = Field(
+        default_factory=list,
+        description="Keyframes (progress, strength), interpolated between; empty = always at full strength.",
+    )
+
+    @field_validator("weight", "te_weight")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
+            raise ValueError("a weight must be a finite number")
+        return value
+
+    _keyframes = field_validator("schedule")(rules.keyframes)
+
+
+class ModelChoice(JobConfig):
+    """Which base model, and how it runs."""
+
+    base: str = Field("tinymoji", description="Base model: name in the library, hub id, directory or .safetensors.")
+    family: Literal["auto", "sd", "sdxl", "sd3", "flux"] = Field("auto", description="Model family.")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="Precision of the weights.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="Attention backend.")
+    memory: Literal["none", "balanced", "low"] = Field(
+        "none", description="Memory preset: offloading and tiling traded against time."
+    )
+
+
+class ComposeConfig(RegionFields, ModelChoice):
+    """Make pictures from one prompt with several adapters."""
+
+    kind: ClassVar[str] = "compose"
+
+    prompt: str = Field("", description="What to draw.")
+    negative_prompt: str = Field("", description="What to avoid.")
+    adapters: list[AdapterUse] = Field(default_factory=list, description="Adapters to combine, in order.")
+    method: str = Field("merge", description="How the adapters are combined (see: studio methods).")
+    tau: int = Field(1, ge=1, description="switch: steps an adapter keeps the pen.")
+    te_mode: Literal["auto", "per_adapter", "official", "merged"] = Field(
+        "auto", description="Text encoder LoRAs: one encoding per adapter, the paper code's way, or all at once."
+    )
+    adapter_batch: int | None = Field(
+        None, ge=1, description="composite: adapters denoised together; smaller uses less memory. Empty = all."
+    )
+    steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
+    guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 switches it off.")
+    allow_double_guidance: bool = Field(
+        False, description="Guide on top of the guidance that a distilled adapter has built in."
+    )
+    scheduler: Literal["default", "ddim", "dpm++", "euler", "euler_a", "unipc", "lcm"] = Field(
+        "default", description="Sampler; default = the base model's own."
+    )
+    width: int | None = Field(None, ge=8, description="Pixels; empty = the base model's own size.")
+    height: int | None = Field(None, ge=8, description="Pixels; empty = the base model's own size.")
+    seed: int = Field(0, ge=0, description="Seed of the first picture; the next pictures count up.")
+    images: int = Field(1, ge=1, le=64, description="How many pictures.")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> ComposeConfig:
+        names = [use.name for use in self.adapters if use.name]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"adapter names must differ, given twice: {', '.join(sorted(twice))}")
+        return self

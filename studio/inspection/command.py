@@ -1,0 +1,150 @@
+"""``studio inspect``: what training has done to a model's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapters.errors import InputError
+from studio.cli.output import Json, Output, Quiet, facts, table
+from studio.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from adapters.inspection.intruders import Report
+
+Base = Annotated[str, typer.Option("--base", help="The untouched base model: name in the library, folder or hub id.")]
+K = Annotated[int, typer.Option("--k", min=1, help="How many of the largest directions are looked at.")]
+Eps = Annotated[float, typer.Option("--eps", help="A direction less like all of the base's than this is an intruder.")]
+Adapter = Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")]
+
+group = typer.Typer(help="What training did to the weights: intruder dimensions, forgetting.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group."""
+    app.add_typer(group, name="inspect")
+
+
+@group.command()
+def intruders(
+    base: Base,
+    adapter: Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")] = "",
+    tuned: Annotated[str, typer.Option("--tuned", help="Instead of an adapter: a model tuned from the base.")] = "",
+    k: K = 10,
+    eps: Eps = 0.5,
+    side: Annotated[str, typer.Option("--side", metavar="left|right|both", help="Which singular vectors.")] = "left",
+    from_files: Annotated[
+        bool,
+        typer.Option("--files", help="Read the weights from .safetensors files or folders without building the model."),
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw every layer into this .png file.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Count directions that training put among a weight's largest and the base never had, layer by layer."""
+    from studio import silence
+    from studio.inspection import intruders
+
+    output = Output(json, quiet)
+    silence.library_warnings()
+    silence.loading_bars()
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"--plot: pictures are written as .png, got '{plot.suffix}'.")
+    with Terminal(quiet) as terminal:
+        report = intruders.intruders(adapter, base, tuned, k, eps, side, terminal, from_files)  # type: ignore[arg-type]
+    if plot is not None:
+        from adapters import files
+
+        drawn = intruders.picture(report)
+        files.write(plot, lambda part: drawn.save(part, format="PNG"))
+        output.note(f"Drawn to {plot}")
+    output.result(report.to_dict(), lambda: _shown(report))
+
+
+@group.command()
+def soften(
+    adapter: Adapter,
+    base: Base,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new file (diffusers), or a folder (peft).")],
+    strength: Annotated[
+        float, typer.Option("--lambda", help="0 removes intruders, 1 changes nothing, more amplifies them.")
+    ] = 0.75,
+    control: Annotated[
+        Path | None,
+        typer.Option("--control", help="Also write the control: the whole update shrunk to the same size."),
+    ] = None,
+    recompress: Annotated[bool, typer.Option("--recompress", help="Cut every layer back to its rank.")] = False,
+    k: K = 10,
+    eps: Eps = 0.5,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write an adapter with its intruder dimensions scaled. Compare it with the control before you trust it."""
+    from studio import silence
+    from studio.adapter_files.command import _write
+    from studio.inspection import intruders
+
+    output = Output(json, quiet)
+    silence.library_warnings()
+    silence.loading_bars()
+    with Terminal(quiet) as terminal:
+        made, shrunk, found = intruders.soften(adapter, base, strength, k, eps, recompress, terminal)
+    if strength > 1:
+        output.note("A lambda above 1 amplifies intruders: the model forgets more.")
+    for file, place in ((made, out), (shrunk, control)):
+        if place is not None:
+            _write(file, place, "diffusers" if place.suffix == ".safetensors" else "peft")
+    output.result({"path": str(out), **found}, lambda: facts({"path": str(out), **found}.items()))
+
+
+@group.command()
+def forgetting(
+    adapter: Adapter,
+    base: Base,
+    old: Annotated[
+        str, typer.Option("--old", help="What the base knew: a folder of pictures, or a text file (language models).")
+    ],
+    new: Annotated[str, typer.Option("--new", help="What the adapter learnt, in the same form.")] = "",
+    strengths: Annotated[
+        list[float] | None, typer.Option("--lambda", help="Also with intruders scaled so; may be given several times.")
+    ] = None,
+    k: K = 10,
+    eps: Eps = 0.5,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Measure how much is forgotten, with intruders scaled, and with the whole update shrunk as much (the control)."""
+    from studio import silence
+    from studio.inspection import intruders
+
+    output = Output(json, quiet)
+    silence.library_warnings()
+    silence.loading_bars()
+    chosen = tuple(strengths or (1.0, 0.75, 0.5, 0.25, 0.0))
+    with Terminal(quiet) as terminal:
+        rows = intruders.forgetting(adapter, base, old, new, chosen, k, eps, terminal)
+    values = [{"variant": r.variant, "factor": r.strength, "norm": r.norm, **r.losses} for r in rows]
+    names = list(values[0])
+    output.result(values, lambda: table(names, [[_cell(value[name]) for name in names] for value in values]))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _shown(report: Report) -> Any:
+    from rich.console import Group
+
+    rows = [
+        (layer.name, f"{layer.shape[0]} x {layer.shape[1]}", str(layer.rank), f"{layer.relative_change:.3f}",
+         str(layer.intruders), " ".join(map(str, layer.positions)), f"{layer.captured:.0%}")
+        for layer in report.layers
+    ]  # fmt: skip
+    total = {
+        "intruders": f"{report.total} of {report.k * len(report.layers)}",
+        **{f"in {kind}": str(count) for kind, count in report.by_kind().items() if count},
+    }
+    names = ["layer", "shape", "rank", "|dW|/|W0|", "intruders", "at", "share of dW"]
+    return Group(table(names, rows), facts(total.items()))

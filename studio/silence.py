@@ -1,0 +1,27 @@
+"""Keeping the model libraries' own remarks and bars, which say nothing to the person, out of the terminal."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+def library_warnings() -> None:
+    """Silence advice and deprecations (unless ``ADAPTER_STUDIO_DEBUG`` is set); to be called before any import."""
+    if os.environ.get("ADAPTER_STUDIO_DEBUG"):
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def loading_bars() -> None:
+    """No bars for reading local files; downloads still show theirs."""
+    import diffusers
+    import transformers
+    from huggingface_hub import utils as hub
+
+    for library_logging in (diffusers.utils.logging, transformers.utils.logging):
+        library_logging.disable_progress_bar()
+    hub.enable_progress_bars()  # type: ignore[attr-defined]

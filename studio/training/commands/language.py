@@ -1,0 +1,60 @@
+"""``studio train language``: adapters of language models from rows of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from studio.cli.output import Json, Output, Quiet
+from studio.cli.schema_options import with_options
+from studio.training.commands import launch
+from studio.training.commands import run as training_run
+from studio.training.schemas.language import TrainLanguageConfig
+
+
+def register(group: typer.Typer, text: str) -> None:
+    """Add the command to the group ``train``; ``text`` is its help."""
+    group.command("language", help=text)(with_options(TrainLanguageConfig)(language))
+
+
+def language(
+    fields: dict[str, Any],
+    config: Annotated[Path | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only read the data and show what would be learnt.", rich_help_panel="Output"),
+    ] = False,
+    folder: training_run.Folder = None,
+    resume: training_run.Resume = False,
+    detach: launch.Detach = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a LoRA of a language model."""
+    output = Output(json, quiet)
+    chosen = training_run.read(TrainLanguageConfig, config, fields, folder, resume)
+    if check:
+        _show(chosen, output)
+        return
+    from studio.training.schemas import combinations
+
+    for sentence in combinations.warnings(chosen):
+        output.note(sentence)
+    training_run.begin("studio.training.language:run", chosen, folder, resume, detach, output)
+
+
+def _show(config: TrainLanguageConfig, output: Output) -> None:
+    from studio.training.language_check import check_data
+
+    found = check_data(config)
+    lengths = found["tokens"]
+    text = (
+        f"{found['rows']} rows, {found['held_out']} kept out; {found['samples']} samples of {lengths['shortest']} to "
+        f"{lengths['longest']} tokens (mean {lengths['mean']:.0f}); learnt tokens: {found['learnt']:.0%}\n"
+        + (f"{found['remark']}\n" if found["remark"] else "")
+        + (f"labels: {', '.join(found['labels'])}\n" if found["labels"] else "")
+        + f"\nThe first sample, what is learnt in [[ ]]:\n{found['example']}"
+    )
+    output.result(found, text)

@@ -1,0 +1,96 @@
+"""Starting a training from a command: as a job here, in the worker, or in a folder for ``accelerate launch``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from adapters.errors import InputError
+from studio import silence
+from studio.cli.output import Output
+from studio.schema import JobConfig, read_yaml
+from studio.training.commands import launch
+
+C = TypeVar("C", bound=JobConfig)
+
+Folder = Annotated[
+    Path | None,
+    typer.Option("--folder", help="Where the run is kept instead of a job's folder (for accelerate launch).",
+                 rich_help_panel="Output"),
+]  # fmt: skip
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint in --folder.", rich_help_panel="Output")
+]
+
+
+def read(
+    schema: type[C],
+    config: Path | None,
+    fields: dict[str, Any],
+    folder: Path | None,
+    resume: bool,
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> C:
+    """What is to be trained: the file's values, changed by the flags, then completed (by a preset).
+
+    Raises:
+        InputError: values that cannot be trained, or a folder that is missing where one is needed.
+    """
+    silence.library_warnings()
+    if folder is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("Several processes train together: give them one place with --folder.")
+    if resume and folder is None:
+        raise InputError("--resume goes with --folder; a job goes on with  studio jobs resume ID.")
+    values = complete({**(read_yaml(config) if config else {}), **fields})
+    return schema.parse(values, source=str(config or schema.kind.replace("-", " ")))
+
+
+def begin(entry: str, config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output) -> None:
+    """Train as ``config`` says and print the result.
+
+    Args:
+        entry: ``"module:function"`` with ``run(config, folder, monitor, resume=...)``.
+    """
+    if not detach:
+        silence.loading_bars()
+    if folder is not None:
+        _in_folder(entry, config, folder, resume, output)
+    elif detach:
+        launch.detach(config.kind, config, output)
+    else:
+        _as_job(config, output)
+
+
+def _as_job(config: JobConfig, output: Output) -> None:
+    from studio import jobs
+
+    job = launch.here(lambda terminal: jobs.run_here(config.kind, config, terminal), output)
+    output.result({"job": job.id, **(job.result or {})}, lines(job.result or {}))
+
+
+def _in_folder(entry: str, config: JobConfig, folder: Path, resume: bool, output: Output) -> None:
+    """Without a record in the job store: every process of ``accelerate launch`` calls this."""
+    from adapters.errors import Cancelled
+    from studio.cli.terminal import Terminal
+
+    module, _, name = entry.partition(":")
+    run = getattr(importlib.import_module(module), name)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = os.environ.get("RANK", "0") == "0"
+    with Terminal(output.quiet or not first) as terminal:
+        try:
+            result = run(config, folder, terminal, resume=resume)
+        except Cancelled:
+            raise Cancelled(f"Stopped. Go on with the same command and  --resume --folder {folder}") from None
+    if first:
+        output.result(result, lines(result))
+
+
+def lines(result: dict[str, Any]) -> str:
+    """The result's plain values, one a line."""
+    return "\n".join(f"{name}: {value}" for name, value in result.items() if isinstance(value, (str, int, float)))

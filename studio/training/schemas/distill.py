@@ -1,0 +1,238 @@
+"""The distillation job: guidance, or most of the steps, become part of a LoRA on the same frozen base.
+
+What is trained and how (rank, optimiser, schedule, saving) are the image trainer's own fields, taken over with their
+help and limits; only defaults differ.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from studio.composition.schema import ModelChoice
+from studio.training.schemas import rules
+from studio.training.schemas.image import LrSchedule, Optimizer, TrainImageConfig, as_in_image, option
+
+Objective = Literal["guidance", "consistency"]
+GuidanceMode = Literal["fixed", "strength", "embedding"]
+
+_GUIDANCE = option("Guidance")
+_GUIDANCE_MORE = option("Guidance", advanced=True)
+_STATES = option("What it practises on")
+_STATES_MORE = option("What it practises on", advanced=True)
+_STEPS = option("Few steps")
+_STEPS_MORE = option("Few steps", advanced=True)
+
+
+def _in_group(name: str, group: dict[str, Any], **changes: Any) -> Any:
+    return as_in_image(name, json_schema_extra=group, **changes)
+
+
+class DistillConfig(ModelChoice):
+    """Distil guidance, or a whole sampling path, into a LoRA on the same base."""
+
+    kind: ClassVar[str] = "distill"
+
+    # ---------------------------------------------------------------- Guidance
+    name: str = _in_group("name", _GUIDANCE, default="guided")
+    objective: Objective = Field(
+        "guidance",
+        description="guidance: one pass per step instead of two, same number of steps; "
+        "consistency: pictures in 2 to 8 steps (LCM), guidance built in.",
+        json_schema_extra=_GUIDANCE,
+    )
+    guidance: float = Field(
+        7.5,
+        description="Guidance w to build in, as pipelines count it (1 = none). "
+        "guidance_mode strength: what weight 1 will mean.",
+        json_schema_extra=_GUIDANCE,
+    )
+    guidance_mode: GuidanceMode = Field(
+        "fixed",
+        description="fixed: one w; strength: w is chosen with the adapter's weight; "
+        "embedding: w stays a setting (an extra file beside the LoRA, UNet models only).",
+        json_schema_extra=_GUIDANCE,
+    )
+    guidance_min: float = Field(
+        1.0, ge=1, description="strength, embedding: smallest w practised.", json_schema_extra=_GUIDANCE_MORE
+    )
+    guidance_max: float | None = Field(
+        None,
+        gt=1,
+        description="strength, embedding: largest w practised; empty = 1.6 times guidance.",
+        json_schema_extra=_GUIDANCE_MORE,
+    )
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="Tames the teacher's saturation at high w (0.7 is usual).",
+        json_schema_extra=_GUIDANCE_MORE,
+    )  # fmt: skip
+    guidance_from: float = Field(
+        0.0, ge=0, lt=1, description="The teacher is guided from this noise level up (0 = clean).",
+        json_schema_extra=_GUIDANCE_MORE,
+    )  # fmt: skip
+    guidance_to: float = Field(
+        1.0, gt=0, le=1, description="... up to this one (1 = pure noise).", json_schema_extra=_GUIDANCE_MORE
+    )
+    null_prompt: str = Field(
+        "",
+        description="What stands for 'no prompt' (a usual negative prompt can be built in here).",
+        json_schema_extra=_GUIDANCE_MORE,
+    )
+    styles: list[str] = Field(
+        default_factory=list,
+        description="Adapters that teacher and student both have, as name or name:weight: the result goes on top.",
+        json_schema_extra=_GUIDANCE,
+    )
+    force: bool = Field(
+        False, description="Also distil a base that is distilled already.", json_schema_extra=_GUIDANCE_MORE
+    )
+
+    # ---------------------------------------------------------------- What it practises on
+    states: Literal["data", "trajectories"] = Field(
+        "trajectories",
+        description="trajectories: states the guided teacher passes while it draws prompts (no pictures needed); "
+        "data: noisy pictures of a captioned folder.",
+        json_schema_extra=_STATES,
+    )
+    data: str = _in_group("data", _STATES, default="", description="data: folder of pictures with captions.")
+    prompts: str = Field(
+        "",
+        description="trajectories: text file with one prompt per line; empty = the captions of the folder in data.",
+        json_schema_extra=_STATES,
+    )
+    trajectory_count: int = Field(
+        128, ge=1, description="trajectories: how many are recorded.", json_schema_extra=_STATES
+    )
+    trajectories: str = Field(
+        "",
+        description="trajectories: folder they are recorded to, or were; empty = in the run's own folder.",
+        json_schema_extra=_STATES_MORE,
+    )
+    resolution: int | None = _in_group("resolution", _STATES_MORE)
+    buckets: bool = _in_group("buckets", _STATES_MORE)
+    flip: bool = _in_group("flip", _STATES_MORE)
+    skip_broken: bool = _in_group("skip_broken", _STATES_MORE)
+
+    # ---------------------------------------------------------------- Few steps
+    knots: int = Field(
+        50,
+        ge=1,
+        le=1000,
+        description="Points of the teacher's path: consistency joins neighbours; trajectories are recorded at them.",
+        json_schema_extra=_STEPS_MORE,
+    )
+    inference_steps: int = Field(
+        4, ge=1, le=50, description="consistency: steps the samples are drawn in and the card recommends.",
+        json_schema_extra=_STEPS,
+    )  # fmt: skip
+    distance: Literal["l2", "huber"] = Field(
+        "l2", description="Distance between student and target; huber is LCM's for few steps.",
+        json_schema_extra=_STEPS_MORE,
+    )  # fmt: skip
+    huber_c: float = Field(
+        1e-3, gt=0, description="huber: where quadratic becomes absolute.", json_schema_extra=_STEPS_MORE
+    )
+
+    # ---------------------------------------------------------------- as in the image trainer
+    rank: int = as_in_image("rank", default=64)
+    alpha: float | None = as_in_image("alpha")
+    targets: Literal["attention", "attention-mlp", "linear", "all"] = as_in_image("targets", default="all")
+    target_regex: str = as_in_image("target_regex")
+    exclude_regex: str = as_in_image("exclude_regex")
+    continue_from: str = as_in_image("continue_from")
+
+    optimizer: Optimizer = as_in_image("optimizer")
+    learning_rate: float = as_in_image("learning_rate")
+    weight_decay: float = as_in_image("weight_decay", default=0.0)
+    beta1: float = as_in_image("beta1")
+    beta2: float = as_in_image("beta2")
+    epsilon: float = as_in_image("epsilon")
+    max_grad_norm: float = as_in_image("max_grad_norm")
+    seed: int = as_in_image("seed")
+
+    steps: int = as_in_image("steps")
+    batch_size: int = as_in_image("batch_size", default=16)
+    gradient_accumulation: int = as_in_image("gradient_accumulation")
+    lr_schedule: LrSchedule = as_in_image("lr_schedule")
+    warmup_steps: int = as_in_image("warmup_steps")
+    warmup_ratio: float = as_in_image("warmup_ratio", default=0.1)
+    min_lr_ratio: float = as_in_image("min_lr_ratio")
+
+    cache_folder: str = as_in_image("cache_folder")
+    gradient_checkpointing: bool = as_in_image("gradient_checkpointing")
+    tf32: bool = as_in_image("tf32")
+
+    ema: bool = as_in_image("ema")
+    ema_decay: float = as_in_image("ema_decay")
+    sample_prompts: list[str] = as_in_image("sample_prompts", description="Prompts drawn during training.")
+    sample_every: int = as_in_image("sample_every")
+    sample_steps: int = as_in_image("sample_steps")
+    sample_seed: int = as_in_image("sample_seed")
+    save_every: int = as_in_image("save_every")
+    keep_last: int = as_in_image("keep_last")
+    checkpoint_every: int = as_in_image("checkpoint_every")
+    keep_checkpoints: int = as_in_image("keep_checkpoints")
+    export: list[Literal["diffusers", "peft", "kohya"]] = as_in_image("export")
+    save_dtype: Literal["fp32", "fp16", "bf16"] = as_in_image("save_dtype")
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = as_in_image("tracker")
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """Smallest and largest w practised."""
+        if self.guidance_mode == "fixed":
+            return self.guidance, self.guidance
+        return self.guidance_min, self.guidance_max or round(1.6 * self.guidance, 6)
+
+    def training(self) -> TrainImageConfig:
+        """The same run as the image trainer's parts (targets, optimiser, data, saving) understand it."""
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name in _SHARED}
+        return TrainImageConfig.model_validate({**shared, "mode": "captioned"})
+
+    # ---------------------------------------------------------------- rules between fields
+    _file_name = field_validator("name")(rules.file_name)
+
+    @field_validator("guidance")
+    @classmethod
+    def _guides(cls, value: float) -> float:
+        if not (math.isfinite(value) and value > 1):
+            raise ValueError("guidance must be above 1: at 1 there is nothing to distil")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> DistillConfig:
+        rules.refuse(self, _REFUSED)
+        self.training()  # what the image trainer refuses
+        return self
+
+
+_SHARED = frozenset(TrainImageConfig.model_fields) - {"guidance"}
+"""Fields with the image trainer's meaning; its ``guidance`` is another one (the value Flux takes as an input)."""
+
+_REFUSED: list[rules.Refusal] = [
+    (
+        lambda c: c.objective == "consistency" and c.guidance_mode == "strength",
+        "the path of few steps is not linear in the guidance: choose guidance_mode fixed or embedding",
+    ),
+    (
+        lambda c: c.guidance_mode != "fixed" and c.guidance_range[0] >= c.guidance_range[1],
+        "guidance_min must be below guidance_max",
+    ),
+    (
+        lambda c: c.guidance_from >= c.guidance_to,
+        "guidance_from must be below guidance_to",
+    ),
+    (
+        lambda c: c.guidance_mode == "strength" and c.guidance_rescale > 0,
+        "a rescaled teacher is not linear in the guidance: set guidance_rescale to 0 or guidance_mode to fixed",
+    ),
+    (
+        lambda c: c.states == "data" and not c.data.strip(),
+        "states 'data' needs a folder of captioned pictures in data",
+    ),
+    (
+        lambda c: c.states == "trajectories" and not (c.data.strip() or c.prompts.strip()),
+        "trajectories need prompts: a text file with one per line in prompts, or a captioned folder in data",
+    ),
+]

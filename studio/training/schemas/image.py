@@ -1,0 +1,473 @@
+"""The image training job: pictures in, one ordinary LoRA out.
+
+The fields are flat on purpose: one field is one YAML key, one command line flag and one widget. ``group`` names the
+section of the form, ``advanced`` hides a field until it is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from studio.composition.schema import ModelChoice
+from studio.training.schemas import combinations, rules
+from studio.training.schemas.method import MethodFields
+
+Mode = Literal["concept", "style", "captioned"]
+Optimizer = Literal["adamw", "adamw8bit", "adafactor", "sgd", "prodigy", "schedulefree-adamw"]
+LrSchedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"]
+Export = Literal["diffusers", "peft", "kohya"]
+
+
+def option(group: str, advanced: bool = False) -> dict[str, Any]:
+    """What the form knows of a field."""
+    return {"group": group, "advanced": advanced}
+
+
+_DATA = option("Data")
+_DATA_MORE = option("Data", advanced=True)
+_ADAPTER = option("Adapter")
+_ADAPTER_MORE = option("Adapter", advanced=True)
+_OPTIMISER = option("Optimiser")
+_OPTIMISER_MORE = option("Optimiser", advanced=True)
+_SCHEDULE = option("Schedule")
+_SCHEDULE_MORE = option("Schedule", advanced=True)
+_LOSS = option("Noise and loss")
+_LOSS_MORE = option("Noise and loss", advanced=True)
+_MEMORY = option("Memory and speed")
+_MEMORY_MORE = option("Memory and speed", advanced=True)
+_OUTPUT = option("Samples and saving")
+_OUTPUT_MORE = option("Samples and saving", advanced=True)
+
+
+class TrainImageConfig(MethodFields, ModelChoice):
+    """Train a LoRA of a text-to-image model from a folder of pictures."""
+
+    kind: ClassVar[str] = "train-image"
+
+    # ---------------------------------------------------------------- Data
+    name: str = Field("adapter", description="Name of the adapter that is made.", json_schema_extra=_DATA)
+    data: str = Field(
+        description="Folder of pictures, with captions as same-named .txt files or metadata.jsonl / metadata.csv.",
+        json_schema_extra=_DATA,
+    )
+    mode: Mode = Field(
+        "concept",
+        description="concept: one thing called by a trigger word; style: a look called by a trigger word; "
+        "captioned: a set in which every picture has its own caption.",
+        json_schema_extra=_DATA,
+    )
+    trigger: str = Field(
+        "", description="New or rare word that calls the concept or style, e.g. 'zxq'.", json_schema_extra=_DATA
+    )
+    instance_prompt: str = Field(
+        "",
+        description="Prompt of pictures without a caption; {trigger} stands for the trigger word. "
+        "Empty = 'a picture of {trigger}' (concept), 'a picture, {trigger} style' (style).",
+        json_schema_extra=_DATA,
+    )
+    caption_template: str = Field(
+        "{caption}",
+        description="How a caption is used: {caption} and {trigger} are replaced. "
+        "A trigger word that is in neither is put in front.",
+        json_schema_extra=_DATA_MORE,
+    )
+    caption_prefix: str = Field(
+        "", description="Text put in front of every caption and prompt of the set.", json_schema_extra=_DATA_MORE
+    )
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="Share of pictures shown with an empty caption.", json_schema_extra=_DATA_MORE
+    )
+    shuffle_tags: bool = Field(
+        False, description="Shuffle the comma-separated parts of a caption.", json_schema_extra=_DATA_MORE
+    )
+    keep_tags: int = Field(
+        1,
+        ge=0,
+        description="Leading comma-separated parts that shuffling leaves in place.",
+        json_schema_extra=_DATA_MORE,
+    )
+    allow_missing_captions: bool = Field(
+        False,
+        description="captioned: use the instance prompt (or nothing) where a caption is missing.",
+        json_schema_extra=_DATA_MORE,
+    )
+    skip_broken: bool = Field(
+        False, description="Leave out empty and unreadable pictures instead of stopping.", json_schema_extra=_DATA_MORE
+    )
+    repeats: int = Field(
+        1, ge=1, description="How often every picture is shown per epoch.", json_schema_extra=_DATA_MORE
+    )
+    resolution: int | None = Field(
+        None,
+        ge=8,
+        description="Pixels (side of the square with the same area); empty = the base model's own.",
+        json_schema_extra=_DATA,
+    )
+    buckets: bool = Field(
+        True,
+        description="Keep aspect ratios: pictures are grouped into sizes of about equal area.",
+        json_schema_extra=_DATA_MORE,
+    )
+    bucket_min: int | None = Field(
+        None, ge=8, description="Shortest side of a bucket; empty = half the resolution.", json_schema_extra=_DATA_MORE
+    )
+    bucket_max: int | None = Field(
+        None, ge=8, description="Longest side of a bucket; empty = twice the resolution.", json_schema_extra=_DATA_MORE
+    )
+    bucket_step: int | None = Field(
+        None,
+        ge=1,
+        description="Sides are multiples of this; empty = what the model needs.",
+        json_schema_extra=_DATA_MORE,
+    )
+    no_upscale: bool = Field(
+        False, description="Never enlarge a picture: small ones go to smaller buckets.", json_schema_extra=_DATA_MORE
+    )
+    crop: Literal["center", "random"] = Field(
+        "center",
+        description="Where a picture is cut to its bucket (random needs live latents).",
+        json_schema_extra=_DATA_MORE,
+    )
+    flip: bool = Field(False, description="Mirror half of the pictures left to right.", json_schema_extra=_DATA_MORE)
+    prior_preservation: bool = Field(
+        False,
+        description="concept: also show pictures of the class, so that the class does not become the concept.",
+        json_schema_extra=_DATA,
+    )
+    class_prompt: str = Field(
+        "", description="What the base calls such things, e.g. 'a picture of a cat'.", json_schema_extra=_DATA
+    )
+    class_data: str = Field(
+        "", description="Folder of class pictures; empty = the base model draws them.", json_schema_extra=_DATA_MORE
+    )
+    class_images: int = Field(
+        50,
+        ge=1,
+        description="Class pictures the base model draws (kept for the next run).",
+        json_schema_extra=_DATA_MORE,
+    )
+    prior_weight: float = Field(
+        1.0, ge=0, description="Weight of the class pictures' loss.", json_schema_extra=_DATA_MORE
+    )
+
+    # ---------------------------------------------------------------- Adapter
+    rank: int = Field(16, ge=1, description="Rank of the linear layers.", json_schema_extra=_ADAPTER)
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Scale: the update is multiplied by alpha / rank. Empty = rank.",
+        json_schema_extra=_ADAPTER,
+    )
+    targets: Literal["attention", "attention-mlp", "linear", "all"] = Field(
+        "attention",
+        description="Layers that learn: attention; + feed-forward; every linear layer; every layer with convolutions.",
+        json_schema_extra=_ADAPTER,
+    )
+    target_regex: str = Field(
+        "",
+        description="Instead of a preset: regular expression of whole module names.",
+        json_schema_extra=_ADAPTER_MORE,
+    )
+    exclude_regex: str = Field(
+        "", description="Regular expression of module names that stay untouched.", json_schema_extra=_ADAPTER_MORE
+    )
+    conv_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of the convolutions; 0 = same as the linear layers where targets includes them.",
+        json_schema_extra=_ADAPTER_MORE,
+    )
+    conv_alpha: float | None = Field(
+        None, gt=0, description="Alpha of the convolutions; empty = conv_rank.", json_schema_extra=_ADAPTER_MORE
+    )
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict,
+        description="Rank by module name pattern ('up_blocks.*attn2': 8).",
+        json_schema_extra=_ADAPTER_MORE,
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="Alpha by module name pattern.", json_schema_extra=_ADAPTER_MORE
+    )
+    train_text_encoder: bool = Field(
+        False, description="Also train a LoRA of the text encoder(s).", json_schema_extra=_ADAPTER
+    )
+    text_encoder_rank: int | None = Field(
+        None, ge=1, description="Rank in the text encoders; empty = rank.", json_schema_extra=_ADAPTER_MORE
+    )
+    text_encoder_stop: int | None = Field(
+        None,
+        ge=1,
+        description="Step after which the text encoders no longer learn; empty = never.",
+        json_schema_extra=_ADAPTER_MORE,
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout in front of the low-rank pair.", json_schema_extra=_ADAPTER_MORE
+    )
+    use_rslora: bool = Field(
+        False, description="Rank-stabilised scale: alpha / sqrt(rank).", json_schema_extra=_ADAPTER_MORE
+    )
+    use_dora: bool = Field(
+        False, description="DoRA: direction and magnitude learn separately.", json_schema_extra=_ADAPTER_MORE
+    )
+    continue_from: str = Field(
+        "",
+        description="Start from this adapter (library name or file) instead of from zero.",
+        json_schema_extra=_ADAPTER_MORE,
+    )
+
+    # ---------------------------------------------------------------- Optimiser
+    optimizer: Optimizer = Field("adamw", description="Optimiser.", json_schema_extra=_OPTIMISER)
+    learning_rate: float = Field(
+        1e-4, description="Learning rate (prodigy: a factor, use 1).", json_schema_extra=_OPTIMISER
+    )
+    text_encoder_learning_rate: float | None = Field(
+        None,
+        description="Learning rate of the text encoders; empty = half of learning_rate.",
+        json_schema_extra=_OPTIMISER_MORE,
+    )
+    loraplus_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: learning rate of B over that of A.", json_schema_extra=_OPTIMISER_MORE
+    )
+    text_encoder_loraplus_ratio: float = Field(
+        1.0, gt=0, description="LoRA+ ratio in the text encoders.", json_schema_extra=_OPTIMISER_MORE
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.", json_schema_extra=_OPTIMISER_MORE)
+    beta1: float = Field(
+        0.9, ge=0, lt=1, description="First moment decay (momentum of sgd).", json_schema_extra=_OPTIMISER_MORE
+    )
+    beta2: float = Field(0.999, ge=0, lt=1, description="Second moment decay.", json_schema_extra=_OPTIMISER_MORE)
+    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.", json_schema_extra=_OPTIMISER_MORE)
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are clipped to this norm; 0 = not.", json_schema_extra=_OPTIMISER_MORE
+    )
+    seed: int = Field(0, ge=0, description="Start of every random number of the run.", json_schema_extra=_OPTIMISER)
+
+    # ---------------------------------------------------------------- Schedule
+    steps: int = Field(500, ge=1, description="Optimiser steps.", json_schema_extra=_SCHEDULE)
+    epochs: int | None = Field(
+        None, ge=1, description="Passes over the data; when given, replaces steps.", json_schema_extra=_SCHEDULE
+    )
+    batch_size: int = Field(4, ge=1, description="Pictures per forward pass and process.", json_schema_extra=_SCHEDULE)
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Forward passes per optimiser step.", json_schema_extra=_SCHEDULE
+    )
+    lr_schedule: LrSchedule = Field(
+        "cosine", description="How the learning rate moves after the warm-up.", json_schema_extra=_SCHEDULE
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.", json_schema_extra=_SCHEDULE_MORE)
+    warmup_ratio: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Warm-up as a share of all steps, when warmup_steps is 0.",
+        json_schema_extra=_SCHEDULE_MORE,
+    )
+    min_lr_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="The schedule ends at this share of the learning rate.",
+        json_schema_extra=_SCHEDULE_MORE,
+    )
+    lr_cycles: int = Field(1, ge=1, description="cosine-restarts: how many.", json_schema_extra=_SCHEDULE_MORE)
+    lr_power: float = Field(1.0, gt=0, description="polynomial: the power.", json_schema_extra=_SCHEDULE_MORE)
+
+    # ---------------------------------------------------------------- Noise and loss
+    loss: Literal["l2", "l1", "huber"] = Field("l2", description="Distance to the target.", json_schema_extra=_LOSS)
+    huber_delta: float = Field(
+        0.1, gt=0, description="huber: where quadratic becomes linear.", json_schema_extra=_LOSS_MORE
+    )
+    snr_gamma: float | None = Field(
+        None, gt=0, description="Min-SNR loss weights (5 is usual); empty = off.", json_schema_extra=_LOSS
+    )
+    noise_offset: float = Field(
+        0.0, ge=0, description="Shared noise per channel; helps very dark and bright pictures.", json_schema_extra=_LOSS
+    )
+    noise_offset_random: bool = Field(
+        False, description="Draw the offset's strength anew for each picture.", json_schema_extra=_LOSS_MORE
+    )
+    input_perturbation: float = Field(
+        0.0, ge=0, description="Extra noise on the noisy input only.", json_schema_extra=_LOSS_MORE
+    )
+    timestep_sampling: Literal["auto", "uniform", "logit-normal"] = Field(
+        "auto",
+        description="Which noise levels are practised; auto = uniform (SD, SDXL), logit-normal (SD3, Flux).",
+        json_schema_extra=_LOSS_MORE,
+    )
+    logit_mean: float = Field(0.0, description="logit-normal: mean.", json_schema_extra=_LOSS_MORE)
+    logit_std: float = Field(1.0, gt=0, description="logit-normal: spread.", json_schema_extra=_LOSS_MORE)
+    timestep_shift: float | None = Field(
+        None,
+        gt=0,
+        description="Above 1 practises noisier levels more, below 1 cleaner ones; empty = the model's own.",
+        json_schema_extra=_LOSS_MORE,
+    )
+    timestep_min: float = Field(
+        0.0, ge=0, lt=1, description="Lowest noise level (0 = clean).", json_schema_extra=_LOSS_MORE
+    )
+    timestep_max: float = Field(
+        1.0, gt=0, le=1, description="Highest noise level (1 = pure noise).", json_schema_extra=_LOSS_MORE
+    )
+    guidance: float = Field(
+        1.0, ge=0, description="Flux: guidance value the model is trained at.", json_schema_extra=_LOSS_MORE
+    )
+
+    # ---------------------------------------------------------------- Memory and speed
+    cache_latents: Literal["auto", "none", "memory", "disk"] = Field(
+        "auto",
+        description="Encode every picture once; auto = memory unless crops are random.",
+        json_schema_extra=_MEMORY,
+    )
+    cache_text: Literal["auto", "none", "memory", "disk"] = Field(
+        "auto",
+        description="Encode every caption once; auto = memory unless the text encoder learns.",
+        json_schema_extra=_MEMORY,
+    )
+    cache_folder: str = Field(
+        "",
+        description="Folder of the caches and drawn class pictures; empty = the studio's own.",
+        json_schema_extra=_MEMORY_MORE,
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute instead of remembering: less memory, about a third more time.",
+        json_schema_extra=_MEMORY,
+    )
+    compile: bool = Field(False, description="torch.compile the denoiser.", json_schema_extra=_MEMORY_MORE)
+    tf32: bool = Field(True, description="Fast fp32 products on Nvidia GPUs.", json_schema_extra=_MEMORY_MORE)
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that read pictures when latents are not cached.",
+        json_schema_extra=_MEMORY_MORE,
+    )
+
+    # ---------------------------------------------------------------- Samples and saving
+    ema: bool = Field(
+        False, description="Save (and sample) a running average of the adapter.", json_schema_extra=_OUTPUT
+    )
+    ema_decay: float = Field(0.995, gt=0, lt=1, description="EMA decay per step.", json_schema_extra=_OUTPUT_MORE)
+    sample_prompts: list[str] = Field(
+        default_factory=list,
+        description="Prompts drawn during training; {trigger} is replaced.",
+        json_schema_extra=_OUTPUT,
+    )
+    sample_every: int = Field(
+        0, ge=0, description="Draw the samples every so many steps; 0 = only at the end.", json_schema_extra=_OUTPUT
+    )
+    sample_at_start: bool = Field(
+        False, description="Also draw them before the first step.", json_schema_extra=_OUTPUT_MORE
+    )
+    sample_negative: str = Field("", description="Negative prompt of the samples.", json_schema_extra=_OUTPUT_MORE)
+    sample_steps: int = Field(
+        20, ge=1, le=1000, description="Denoising steps of a sample.", json_schema_extra=_OUTPUT_MORE
+    )
+    sample_guidance: float = Field(5.0, ge=0, description="Guidance of the samples.", json_schema_extra=_OUTPUT_MORE)
+    sample_seed: int = Field(
+        0, ge=0, description="Seed of the samples, always the same.", json_schema_extra=_OUTPUT_MORE
+    )
+    validation_split: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the pictures kept out to measure a validation loss.",
+        json_schema_extra=_OUTPUT_MORE,
+    )
+    validation_every: int = Field(
+        50, ge=1, description="Steps between validations, when pictures are kept out.", json_schema_extra=_OUTPUT_MORE
+    )
+    save_every: int = Field(
+        0,
+        ge=0,
+        description="Also save the adapter every so many steps; 0 = only at the end.",
+        json_schema_extra=_OUTPUT,
+    )
+    keep_last: int = Field(
+        3, ge=1, description="How many of those intermediate adapters are kept.", json_schema_extra=_OUTPUT_MORE
+    )
+    checkpoint_every: int = Field(
+        250,
+        ge=0,
+        description="Steps between checkpoints a run can be resumed from; 0 = only when cancelled.",
+        json_schema_extra=_OUTPUT,
+    )
+    keep_checkpoints: int = Field(1, ge=1, description="How many checkpoints are kept.", json_schema_extra=_OUTPUT_MORE)
+    export: list[Export] = Field(
+        default=["diffusers"],
+        description="File formats: diffusers (always written), peft (a directory), kohya (web UIs).",
+        json_schema_extra=_OUTPUT,
+    )
+    save_dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="Precision of the saved adapter.", json_schema_extra=_OUTPUT_MORE
+    )
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = Field(
+        "none", description="Also log to this tracker.", json_schema_extra=_OUTPUT_MORE
+    )
+
+    # ---------------------------------------------------------------- rules between fields
+    _file_name = field_validator("name")(rules.file_name)
+    _positive_rate = field_validator("learning_rate", "text_encoder_learning_rate")(rules.learning_rate)
+    _valid_regex = field_validator("target_regex", "exclude_regex")(rules.regular_expression)
+
+    @field_validator("caption_template", "instance_prompt")
+    @classmethod
+    def _known_placeholders(cls, value: str) -> str:
+        strange = set(re.findall(r"{([^{}]*)}", value)) - {"caption", "trigger"}
+        if strange:
+            raise ValueError(f"only {{caption}} and {{trigger}} are replaced, found {{{sorted(strange)[0]}}}")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainImageConfig:
+        rules.refuse(self, _REFUSED)
+        combinations.refuse(self)
+        return self
+
+
+_REFUSED: list[rules.Refusal] = [
+    (
+        lambda c: c.mode in ("concept", "style") and not c.trigger and not c.instance_prompt,
+        "a concept or style needs a trigger word (or an instance_prompt) that calls it",
+    ),
+    (
+        lambda c: c.prior_preservation and not c.class_prompt,
+        "prior_preservation needs a class_prompt, e.g. 'a picture of a cat'",
+    ),
+    (
+        lambda c: c.timestep_min >= c.timestep_max,
+        "timestep_min must be below timestep_max",
+    ),
+    (
+        lambda c: c.train_text_encoder and c.cache_text in ("memory", "disk"),
+        "cached captions would go stale while the text encoder learns: set cache_text to 'none' or 'auto', "
+        "or train_text_encoder to false",
+    ),
+    (
+        lambda c: c.crop == "random" and c.cache_latents in ("memory", "disk"),
+        "cached latents have a fixed crop: set crop to 'center' or cache_latents to 'none'",
+    ),
+    (
+        lambda c: c.snr_gamma is not None and c.family in ("sd3", "flux"),
+        "min-SNR weights mean nothing for flow matching models (SD3, Flux): leave snr_gamma empty",
+    ),
+    (
+        lambda c: c.bucket_min is not None and c.bucket_max is not None and c.bucket_min > c.bucket_max,
+        "bucket_min must not be above bucket_max",
+    ),
+    (
+        lambda c: c.text_encoder_stop is not None and not c.train_text_encoder,
+        "text_encoder_stop is for train_text_encoder: switch that on or leave the stop empty",
+    ),
+]
+
+
+def as_in_image(name: str, **changes: Any) -> Any:
+    """A field of the image trainer for another schema, with what ``changes`` says otherwise (default, words, group)."""
+    field = copy.copy(TrainImageConfig.model_fields[name])
+    for key, value in changes.items():
+        setattr(field, key, value)
+    return field

@@ -1,0 +1,230 @@
+"""The language training job: rows of text in, one ordinary PEFT adapter out.
+
+Flat like the image schema: one field is one YAML key, one command line flag and one widget.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from studio.schema import JobConfig
+from studio.training.schemas import combinations, rules
+from studio.training.schemas.image import LrSchedule, Optimizer, as_in_image, option
+from studio.training.schemas.method import MethodFields, RegulariserFields
+
+Task = Literal["causal", "classification", "masked"]
+_MODEL = option("Model")
+_MODEL_MORE = option("Model", advanced=True)
+_DATA = option("Data")
+_DATA_MORE = option("Data", advanced=True)
+_ADAPTER = option("Adapter")
+_ADAPTER_MORE = option("Adapter", advanced=True)
+_OPTIMISER = option("Optimiser")
+_OPTIMISER_MORE = option("Optimiser", advanced=True)
+_SCHEDULE = option("Schedule")
+_SCHEDULE_MORE = option("Schedule", advanced=True)
+_MEMORY = option("Memory and speed")
+_MEMORY_MORE = option("Memory and speed", advanced=True)
+_OUTPUT = option("Samples and saving")
+_OUTPUT_MORE = option("Samples and saving", advanced=True)
+
+
+class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
+    """Train a LoRA of a language model from rows of text."""
+
+    kind: ClassVar[str] = "train-language"
+
+    # ---------------------------------------------------------------- Model
+    base: str = Field(
+        "smollm2",
+        description="Language model: name in the library, directory or hub id (smollm2 = SmolLM2-135M-Instruct).",
+        json_schema_extra=_MODEL,
+    )
+    quantization: Literal["none", "4bit", "8bit"] = Field(
+        "none",
+        description="QLoRA: keep the frozen base in 4 or 8 bits (needs bitsandbytes).",
+        json_schema_extra=_MODEL,
+    )
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="Precision of the frozen weights.", json_schema_extra=_MODEL_MORE
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...", json_schema_extra=_MODEL_MORE)
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="Attention backend.", json_schema_extra=_MODEL_MORE
+    )
+
+    # ---------------------------------------------------------------- Data
+    name: str = as_in_image("name")
+    task: Task = Field(
+        "causal",
+        description="causal: learn to answer or to write; classification: tell labels apart; masked: fill gaps (BERT).",
+        json_schema_extra=_DATA,
+    )
+    data: str = Field(
+        description="File of rows (.jsonl, .json, .csv, .tsv, .parquet, .txt) or hub id of a data set.",
+        json_schema_extra=_DATA,
+    )
+    data_split: str = Field("train", description="Split of a hub data set.", json_schema_extra=_DATA_MORE)
+    validation_data: str = Field(
+        "", description="File or hub id of rows to measure with, never trained on.", json_schema_extra=_DATA_MORE
+    )
+    validation_split: float = Field(
+        0.0, ge=0, lt=1, description="Share of the rows kept out to measure with.", json_schema_extra=_DATA
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use the first so many rows only; empty = all.", json_schema_extra=_DATA_MORE
+    )
+    skip_broken: bool = as_in_image(
+        "skip_broken", description="Leave unreadable rows out instead of refusing the file."
+    )
+    system_prompt: str = Field(
+        "", description="System message put before conversations that have none.", json_schema_extra=_DATA
+    )
+    chat_template: str = Field(
+        "",
+        description="Chat template for bases without one: 'chatml' or a Jinja file. Empty = the base's own.",
+        json_schema_extra=_DATA_MORE,
+    )
+    messages_column: str = Field(
+        "", description="Column of conversations; empty = 'messages' or 'conversations'.", json_schema_extra=_DATA_MORE
+    )
+    prompt_column: str = Field(
+        "", description="Column of prompts; empty = 'prompt', 'instruction', 'question'.", json_schema_extra=_DATA_MORE
+    )
+    completion_column: str = Field(
+        "",
+        description="Column of answers; empty = 'completion', 'output', 'response', 'answer'.",
+        json_schema_extra=_DATA_MORE,
+    )
+    text_column: str = Field(
+        "", description="Column of plain texts; empty = 'text', 'sentence'.", json_schema_extra=_DATA_MORE
+    )
+    label_column: str = Field(
+        "", description="classification: column of labels; empty = 'label', 'class'.", json_schema_extra=_DATA_MORE
+    )
+    max_length: int = Field(512, ge=2, description="Longest sample in tokens.", json_schema_extra=_DATA)
+    too_long: Literal["skip", "cut", "refuse"] = Field(
+        "skip",
+        description="Longer conversations: leave out, cut the end off, or refuse. Plain texts become several samples.",
+        json_schema_extra=_DATA_MORE,
+    )
+    loss_on: Literal["completion", "all"] = Field(
+        "completion",
+        description="causal: learn the answers only, or every token.",
+        json_schema_extra=_DATA,
+    )
+    packing: bool = Field(
+        False,
+        description="causal: several short samples share one row of max_length, kept apart by attention; "
+        "faster, and batch_size then counts rows.",
+        json_schema_extra=_DATA,
+    )
+    mask_share: float = Field(
+        0.15, gt=0, lt=1, description="masked: share of tokens to guess.", json_schema_extra=_DATA_MORE
+    )
+
+    # ---------------------------------------------------------------- Adapter
+    rank: int = as_in_image("rank", default=8, description="Rank of the low-rank pair.")
+    alpha: float | None = Field(
+        None, gt=0, description="Numerator of the scale alpha / rank; empty = rank.", json_schema_extra=_ADAPTER_MORE
+    )
+    targets: Literal["attention", "linear"] = Field(
+        "linear",
+        description="Layers that get an adapter: attention projections, or every linear layer except the head.",
+        json_schema_extra=_ADAPTER,
+    )
+    target_regex: str = as_in_image("target_regex", description="Instead: regular expression over whole module names.")
+    exclude_regex: str = as_in_image("exclude_regex", description="Leave out modules whose whole name matches.")
+    rank_pattern: dict[str, int] = as_in_image("rank_pattern", description="Rank by module name pattern.")
+    alpha_pattern: dict[str, float] = as_in_image("alpha_pattern")
+    dropout: float = as_in_image("dropout")
+    use_rslora: bool = as_in_image("use_rslora")
+    use_dora: bool = as_in_image("use_dora")
+    continue_from: str = as_in_image(
+        "continue_from", description="Start from this adapter (library name or folder) instead of from zero."
+    )
+
+    # ---------------------------------------------------------------- Optimiser
+    optimizer: Optimizer = as_in_image("optimizer")
+    learning_rate: float = as_in_image("learning_rate", default=2e-4)
+    loraplus_ratio: float = as_in_image("loraplus_ratio")
+    weight_decay: float = as_in_image("weight_decay", default=0.0)
+    beta1: float = as_in_image("beta1")
+    beta2: float = as_in_image("beta2")
+    epsilon: float = as_in_image("epsilon")
+    max_grad_norm: float = as_in_image("max_grad_norm")
+    neftune_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="NEFTune: noise on the embeddings while training (5 is usual); empty = none.",
+        json_schema_extra=_OPTIMISER_MORE,
+    )
+    seed: int = as_in_image("seed")
+
+    # ---------------------------------------------------------------- Schedule
+    steps: int = as_in_image("steps", default=300)
+    epochs: int | None = as_in_image("epochs")
+    batch_size: int = as_in_image("batch_size", default=8, description="Samples per forward pass and process.")
+    gradient_accumulation: int = as_in_image("gradient_accumulation")
+    lr_schedule: LrSchedule = as_in_image("lr_schedule")
+    warmup_steps: int = as_in_image("warmup_steps")
+    warmup_ratio: float = as_in_image("warmup_ratio", default=0.03)
+    min_lr_ratio: float = as_in_image("min_lr_ratio")
+    lr_cycles: int = as_in_image("lr_cycles")
+    lr_power: float = as_in_image("lr_power")
+
+    # ---------------------------------------------------------------- Memory and speed
+    gradient_checkpointing: bool = as_in_image("gradient_checkpointing")
+    tf32: bool = as_in_image("tf32")
+    workers: int = as_in_image("workers", description="Processes that prepare batches.")
+
+    # ---------------------------------------------------------------- Samples and saving
+    ema: bool = as_in_image("ema", description="Save (and answer with) a running average of the adapter.")
+    ema_decay: float = as_in_image("ema_decay")
+    sample_prompts: list[str] = as_in_image(
+        "sample_prompts", description="Questions (causal) or texts (classification, masked) answered during training."
+    )
+    sample_every: int = as_in_image("sample_every", description="Answer them every so many steps; 0 = only at the end.")
+    sample_at_start: bool = as_in_image("sample_at_start", description="Also before the first step.")
+    sample_tokens: int = Field(48, ge=1, description="Most tokens of a sample answer.", json_schema_extra=_OUTPUT_MORE)
+    validation_every: int = as_in_image(
+        "validation_every", description="Steps between measurements, when rows are kept out."
+    )
+    checkpoint_every: int = as_in_image("checkpoint_every")
+    keep_checkpoints: int = as_in_image("keep_checkpoints")
+    save_dtype: Literal["fp32", "fp16", "bf16"] = as_in_image("save_dtype")
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = as_in_image("tracker")
+
+    # ---------------------------------------------------------------- rules between fields
+    _file_name = field_validator("name")(rules.file_name)
+    _positive_rate = field_validator("learning_rate")(rules.learning_rate)
+    _valid_regex = field_validator("target_regex", "exclude_regex")(rules.regular_expression)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainLanguageConfig:
+        rules.refuse(self, _REFUSED)
+        combinations.refuse(self)
+        return self
+
+
+_REFUSED: list[rules.Refusal] = [
+    (lambda c: not c.data.strip(), "name a file of rows (or a hub id) in data"),
+    (
+        lambda c: c.packing and c.task != "causal",
+        "packing is for the causal task: switch it off",
+    ),
+    (
+        lambda c: bool(c.validation_data) and c.validation_split > 0,
+        "rows to measure with come from validation_data or from validation_split, not from both",
+    ),
+    (
+        lambda c: c.task != "causal" and c.system_prompt,
+        "a system prompt belongs to conversations (task causal): leave system_prompt empty",
+    ),
+    (
+        lambda c: c.quantization != "none" and c.task == "masked",
+        "quantized bases are for the causal and classification tasks: set quantization to 'none'",
+    ),
+]
