@@ -17,10 +17,10 @@ from pipelines.language.adapters import Laid
 from pipelines.language.answer import Manner, prompt, stream
 from pipelines.language.loading import open_model
 from studio import jobs, library
-from studio.chat import Question, Voice, parse_adapter, voices_of
-from studio.chat.client import Client
-from studio.chat.session import Session
 from studio.cli.app import run as command
+from studio.conversation import Question, Voice, parse_adapter, voices_of
+from studio.conversation.client import Client
+from studio.conversation.session import Session
 from studio.library import scan, smollm2
 from tests.language.conftest import settings, write_rows
 

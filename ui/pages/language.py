@@ -15,8 +15,8 @@ import gradio as gr
 
 from adapters.errors import InputError, StudioError
 from studio import jobs, library, settings
-from studio.chat import Message, Question, Voice, voices_of
-from studio.chat.client import Client
+from studio.conversation import Message, Question, Voice, voices_of
+from studio.conversation.client import Client
 from studio.datasets import texts
 from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
 from studio.jobs import Job

@@ -12,7 +12,7 @@ from typing import Any
 
 from adapters.errors import InputError
 from studio import settings
-from studio.chat import Question
+from studio.conversation import Question
 
 Event = dict[str, Any]
 
@@ -25,7 +25,7 @@ class Client:
         self._busy = threading.Lock()
 
     def ask(self, question: Question) -> Generator[Event, None, None]:
-        """The events of an answer (see :mod:`studio.chat.session`); closing the iterator stops the model.
+        """The events of an answer (see :mod:`studio.conversation.session`); closing the iterator stops the model.
 
         Raises:
             InputError: another answer is under way, or what the process says is wrong.
@@ -82,8 +82,8 @@ class Client:
         if self._process is None or self._process.poll() is not None:
             log = (settings.folder("logs") / "chat.log").open("a", encoding="utf-8")
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "studio.chat.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, encoding="utf-8", bufsize=1,
+                [sys.executable, "-m", "studio.conversation.worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8", bufsize=1,
             )  # fmt: skip
             log.close()
             atexit.register(self.close)

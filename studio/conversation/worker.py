@@ -14,7 +14,7 @@ import threading
 from typing import Any, TextIO
 
 from studio import error_sentences, silence
-from studio.chat import Question
+from studio.conversation import Question
 
 IDLE_SECONDS = 600.0
 
@@ -50,7 +50,7 @@ def main(source: TextIO, target: TextIO, idle: float = IDLE_SECONDS) -> None:
         stop.clear()
         try:
             if session is None:
-                from studio.chat.session import Session
+                from studio.conversation.session import Session
 
                 session = Session()
             for event in session.ask(Question.from_json(asked), stop.is_set):

@@ -11,8 +11,8 @@ import typer
 
 from adapters.errors import InputError
 from studio import silence
-from studio.chat import Message, Question, Voice, parse_adapter, voices_of
 from studio.cli.output import Json, Output, Quiet
+from studio.conversation import Message, Question, Voice, parse_adapter, voices_of
 
 HELP = "Talk to a language model, with adapters."
 COMMANDS = "Write a message. /clear forgets the conversation, /exit (or Ctrl-D) ends."
@@ -76,7 +76,7 @@ class _Talk:
         self, base: str, voices: tuple[Voice, ...], system: str, device: str, dtype: str, manner: dict[str, Any],
         output: Output,
     ) -> None:  # fmt: skip
-        from studio.chat.session import Session
+        from studio.conversation.session import Session
 
         self.base, self.voices, self.device, self.dtype = base, voices, device, dtype
         self.manner, self.output, self.session = manner, output, Session()

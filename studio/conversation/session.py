@@ -12,7 +12,7 @@ from pipelines.language.adapters import Laid
 from pipelines.language.answer import Manner, stream
 from pipelines.language.loading import LanguageModel, open_model
 from studio import devices, library, silence
-from studio.chat import Message, Question, Voice
+from studio.conversation import Message, Question, Voice
 from studio.datasets.cache import fingerprint
 from studio.library import scan, smollm2
 
