@@ -13,6 +13,7 @@ which it covers half).
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,12 +39,16 @@ class Place:
     mask: Tensor | None
 
     def soft(self, height: int, width: int) -> Tensor:
-        """Share of every cell of a grid that lies inside: (height, width) in [0, 1]."""
+        """Share of every cell of a grid that lies inside: (height, width) in [0, 1]. Give the sides of a coarse grid
+        as :func:`grids` made them: where halving rounded up, its last cells are smaller than the others."""
         if self.box is not None:
             x0, y0, x1, y1 = self.box
             return covered(y0, y1, height)[:, None] * covered(x0, x1, width)[None, :]
         assert self.mask is not None
-        return F.adaptive_avg_pool2d(self.mask[None, None], (height, width))[0, 0].clamp(0, 1)
+        if edges(height) is None and edges(width) is None:
+            return F.adaptive_avg_pool2d(self.mask[None, None], (height, width))[0, 0].clamp(0, 1)
+        rows, columns = (averages(side, pixels) for side, pixels in zip((height, width), self.mask.shape, strict=True))
+        return (rows @ self.mask.double() @ columns.T).float().clamp(0, 1)
 
     def hard(self, height: int, width: int) -> Tensor:
         """The cells of a grid that belong to the region: (height, width) of 0 and 1."""
@@ -56,10 +61,51 @@ class Place:
         return made
 
 
+class Side(int):
+    """How many cells a side of a coarse grid has, made by halving ``finest`` cells ``halvings`` times, rounding up.
+    (A plain int is a side of equal cells.)"""
+
+    finest: int
+    halvings: int
+
+    def __new__(cls, finest: int, halvings: int = 0) -> Side:
+        side = super().__new__(cls, -(-finest // 2**halvings))
+        side.finest, side.halvings = finest, halvings
+        return side
+
+
+def edges(count: int) -> list[int] | None:
+    """Where the cells of a side begin and end, in cells of the finest grid; None if all are equally long."""
+    if not isinstance(count, Side) or count.finest % 2**count.halvings == 0:
+        return None
+    return [min(cell * 2**count.halvings, count.finest) for cell in range(count + 1)]
+
+
+def located(fraction: float, count: int) -> float:
+    """A fraction of the picture's side in cells: 2.5 is the middle of the third cell."""
+    borders = edges(count)
+    if borders is None:
+        return fraction * count
+    fine = fraction * borders[-1]
+    cell = min(bisect_right(borders, fine), count) - 1
+    return cell + (fine - borders[cell]) / (borders[cell + 1] - borders[cell])
+
+
+def averages(count: int, pixels: int) -> Tensor:
+    """Averaging weights (count, pixels), each row of sum 1: the share of each pixel in each cell of a side."""
+    borders = torch.tensor(edges(count) or range(count + 1), dtype=torch.float64)
+    borders = borders * (pixels / borders[-1])
+    left = torch.arange(pixels, dtype=torch.float64)
+    overlap = torch.minimum(borders[1:, None], left + 1) - torch.maximum(borders[:-1, None], left)
+    overlap = overlap.clamp(min=0)
+    return overlap / overlap.sum(1, keepdim=True)
+
+
 def covered(start: float, end: float, count: int) -> Tensor:
-    """How much of each of ``count`` equal cells the stretch from ``start`` to ``end`` (fractions) covers."""
+    """How much of each cell of a side the stretch from ``start`` to ``end`` (fractions) covers: (count,)."""
     left = torch.arange(count, dtype=torch.float64)
-    share = (torch.clamp(left + 1, max=end * count) - torch.clamp(left, min=start * count)).clamp(0, 1)
+    first, last = located(start, count), located(end, count)
+    share = (torch.clamp(left + 1, max=last) - torch.clamp(left, min=first)).clamp(0, 1)
     share[share < ROUND] = 0
     share[share > 1 - ROUND] = 1
     return share.float()
@@ -67,7 +113,7 @@ def covered(start: float, end: float, count: int) -> Tensor:
 
 def cells(start: float, end: float, count: int) -> tuple[int, int]:
     """First cell and end (exclusive) of the cells that lie wholly between ``start`` and ``end`` (fractions)."""
-    return math.ceil(start * count - ROUND), math.floor(end * count + ROUND)
+    return math.ceil(located(start, count) - ROUND), math.floor(located(end, count) + ROUND)
 
 
 def place(region: Region) -> Place:
@@ -191,10 +237,7 @@ def level_of(masks: Tensor, height: int, width: int, device: torch.device) -> Le
     return Level(height, width, shares.to(device), tuple(rows), index.to(device), gather.to(device), weights.to(device))
 
 
-def grids(height: int, width: int) -> list[tuple[int, int]]:
+def grids(height: int, width: int) -> list[tuple[Side, Side]]:
     """The grids of a UNet on latents of this size, finest first: every downsampling halves and rounds up."""
-    made = [(height, width)]
-    while made[-1] != (1, 1):
-        rows, columns = made[-1]
-        made.append((-(-rows // 2), -(-columns // 2)))
-    return made
+    halvings = max(height - 1, width - 1).bit_length()
+    return [(Side(height, level), Side(width, level)) for level in range(halvings + 1)]
