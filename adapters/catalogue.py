@@ -2,25 +2,31 @@
 
 A module that implements a method says so with a constant ``METHOD = Method(...)`` (or ``METHODS``, several). The
 command line, the pages, the table in the README and a parametrised test read the list from here; adding a method is
-adding a file.
+adding a file: in this project, or in a package of your own that names its module as an entry point in the group
+``adapter_studio.methods``. Declarations are read from the source text (:mod:`adapters.discovery`), so the list is there
+without torch.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from adapters import discovery
 from adapters.errors import InputError, nearest
 
 Stage = Literal[
     "initialise", "learn", "layers", "compression", "merging", "compose", "federated", "generation", "serving",
     "inspection", "task",
 ]
+
+Properties = TypeVar("Properties")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Method:
         paper: title and arXiv id, empty for what has none.
         entry: ``"module:attribute"`` of the function or class that does it.
         status: "works" or, in plain words, what is missing.
+        properties: what callers of this stage must know of the method, as plain values by name; :meth:`typed` reads
+            them as the dataclass that the stage defines.
     """
 
     name: str
@@ -46,11 +54,29 @@ class Method:
     paper: str
     entry: str
     status: str = "works"
+    properties: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def load(self) -> object:
         """Import and return what ``entry`` names."""
         module, _, attribute = self.entry.partition(":")
         return getattr(importlib.import_module(module), attribute)
+
+    def typed(self, kind: type[Properties]) -> Properties:
+        """The properties as ``kind``, a dataclass whose defaults stand for what the method does not say.
+
+        Raises:
+            ValueError: a property that ``kind`` does not have, or a value of another type.
+        """
+        known = get_type_hints(kind)
+        for name, value in self.properties.items():
+            if name not in known:
+                raise ValueError(
+                    f"method '{self.name}' has no property '{name}'{nearest(name, known)}: possible are "
+                    f"{', '.join(item.name for item in fields(kind))}"  # type: ignore[arg-type]
+                )
+            if not _fits(value, known[name]):
+                raise ValueError(f"method '{self.name}': property '{name}' cannot be {value!r}")
+        return kind(**self.properties)
 
 
 SEARCHED = ("adapters", "pipelines")
@@ -59,12 +85,21 @@ SEARCHED = ("adapters", "pipelines")
 
 @cache
 def methods() -> tuple[Method, ...]:
-    """Every registered method, ordered by stage and name; raises ``ValueError`` for a name used twice in a stage."""
+    """Every method, ordered by stage and name: ours, then those of installed packages.
+
+    A package whose declaration cannot be used is left out with a warning that names it.
+
+    Raises:
+        ValueError: a name used twice in a stage, or a declaration of ours that cannot be read.
+    """
     found: dict[tuple[str, str], Method] = {}
-    for module in _modules(SEARCHED):
-        for method in _registered(module):
-            if found.setdefault((method.stage, method.name), method) != method:
-                raise ValueError(f"two methods are registered as {method.stage} '{method.name}'")
+    for package in SEARCHED:
+        _add(found, package)
+    for distribution, module in discovery.installed():
+        try:
+            found |= _add(dict(found), module)
+        except (OSError, SyntaxError, ValueError) as error:
+            logger.warning("The methods of the package '%s' are left out: %s.", distribution, error)
     return tuple(found[key] for key in sorted(found))
 
 
@@ -93,14 +128,17 @@ def markdown_table(entries: Iterable[Method]) -> str:
     return "\n".join([head, *rows])
 
 
-def _registered(module: ModuleType) -> tuple[Method, ...]:
-    one = getattr(module, "METHOD", None)
-    return (one,) if isinstance(one, Method) else tuple(getattr(module, "METHODS", ()))
+def _add(found: dict[tuple[str, str], Method], module: str) -> dict[tuple[str, str], Method]:
+    """``found`` with the methods of a module or package."""
+    for file in discovery.sources(module):
+        for method in discovery.declarations(file, {"Method": Method}):
+            if found.setdefault((method.stage, method.name), method) != method:
+                raise ValueError(f"two methods are registered as {method.stage} '{method.name}'")
+    return found
 
 
-def _modules(packages: Iterable[str]) -> Iterator[ModuleType]:
-    for name in packages:
-        package = importlib.import_module(name)
-        yield package
-        for info in pkgutil.walk_packages(package.__path__, prefix=f"{name}."):
-            yield importlib.import_module(info.name)
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a plain value has an annotated type (what is neither a plain type nor a Literal is not looked at)."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is kind if kind in (bool, int, str) else kind is not float or type(value) in (int, float)

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from adapters import catalogue as core
 from adapters.errors import InputError
-from studio import catalogue, jobs
+from studio import jobs
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.library import Record
@@ -106,10 +105,6 @@ def test_other_schedules_stay_as_they_are(schedule: list[tuple[float, float]]) -
 )
 def test_trigger_words_are_added_once(prompt: str, expected: str) -> None:
     assert compose.with_word(prompt, "zxq") == expected
-
-
-def test_methods_read_from_the_text_are_the_catalogue() -> None:
-    assert catalogue.declared() == core.methods()
 
 
 # ------------------------------------------------------------------------------------------------ train
