@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adapters.layers.gated import Gates
 from pipelines.diffusion.families import Encoding, Family
+from pipelines.diffusion.families.base import repeat
 from pipelines.diffusion.methods.composite import reduce
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.text import Voices
@@ -125,11 +126,8 @@ class Denoising:
         if count == 1 and not own_text:
             return args, kwargs
         batch = _batch(args, kwargs)
-        wide = tuple(_repeat(value, count, batch) for value in args)
-        named = {
-            name: _repeat(value, count, batch) if name in self.family.batch_arguments else value
-            for name, value in kwargs.items()
-        }
+        wide = tuple(repeat(value, count, batch) for value in args)
+        named = {name: self.family.repeat(name, value, count, batch) for name, value in kwargs.items()}
         if own_text:
             for path, kind in self.family.text_arguments.items():
                 given = _at(kwargs, path)
@@ -167,19 +165,6 @@ def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
     size: int = latents.shape[0]
     return size
-
-
-def _repeat(value: Any, count: int, batch: int) -> Any:
-    """Every tensor in ``value`` whose first dimension is the batch, ``count`` times after itself."""
-    if count == 1:
-        return value
-    if isinstance(value, Tensor):
-        return value.repeat(count, *[1] * (value.ndim - 1)) if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, Mapping):
-        return {key: _repeat(item, count, batch) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_repeat(item, count, batch) for item in value)
-    return value
 
 
 def _at(values: Mapping[str, Any], path: tuple[str, ...]) -> Any:

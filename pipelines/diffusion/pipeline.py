@@ -413,7 +413,7 @@ class MultiLoRAPipeline:
         """
         check_prompt(prompt, "The prompt")
         check_prompt(negative_prompt, "The negative prompt")
-        flow_flux = self.family.name == "flux"
+        flow_flux = self.family.guidance_input
         wanted = true_cfg_scale if flow_flux else guidance_scale
         guidance, mark = check_use(self._active_marks(), self._composition.method, wanted, allow_double_guidance)
         guidance_scale = 5.0 if flow_flux and guidance_scale is None else guidance_scale if flow_flux else guidance

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from adapters.errors import InputError
 from studio import library
-
-USUAL = {"sd": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
-"""Sides of pictures of models whose folder is not here, by family."""
+from studio.library.base_families import usual_size
 
 
 def size(base: str, width: int | None = None, height: int | None = None) -> tuple[int, int]:
@@ -32,7 +30,7 @@ def side(base: str) -> int:
         blocks = _config(folder / "vae").get("block_out_channels")
         if isinstance(cells, int) and isinstance(blocks, list) and blocks:
             return int(cells * 2 ** (len(blocks) - 1))
-    return USUAL.get(family, 512)
+    return usual_size(family)
 
 
 def _config(folder: Path) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from studio.composition.region_schema import RegionFields
+from studio.library.base_families import FamilyName
 from studio.schema import JobConfig
 from studio.training.schemas import rules
 from studio.training.schemas.rules import Strength
@@ -43,7 +44,7 @@ class ModelChoice(JobConfig):
     """Which base model, and how it runs."""
 
     base: str = Field("tinymoji", description="Base model: name in the library, hub id, directory or .safetensors.")
-    family: Literal["auto", "sd", "sdxl", "sd3", "flux"] = Field("auto", description="Model family.")
+    family: FamilyName = Field("auto", description="Model family.")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="Precision of the weights.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
     attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="Attention backend.")

@@ -11,16 +11,12 @@ import yaml
 
 from adapters.errors import InputError
 from adapters.files import WORDS, WORDS_ENTRY
+from pipelines.diffusion.families import FAMILIES, of_checkpoint
 from studio.composition import distilled_adapters
 from studio.library import header
 
 RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
-
-_PIPELINES = {
-    "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionPipeline": "sd",
-}  # fmt: skip
 
 
 def adapter(path: Path) -> dict[str, Any]:
@@ -107,16 +103,17 @@ def base(path: Path) -> dict[str, Any]:
     if path.is_dir():
         index = _json(path / "model_index.json")
         name = str(index.get("_class_name", ""))
-        families = [family for start, family in _PIPELINES.items() if name == start]
-        if not families:
-            raise InputError(f"its pipeline class '{name}' is none of {', '.join(_PIPELINES)}")
+        family = next((family.name for family in FAMILIES.values() if family.pipeline == name), None)
+        if family is None:
+            known = ", ".join(family.pipeline for family in FAMILIES.values())
+            raise InputError(f"its pipeline class '{name}' is none of {known}")
         card = _card(path)
         notes = {key: card[key] for key in ("description", "license") if key in card}
-        return {"family": families[0], "format": "diffusers", "notes": {"pipeline": name, **notes}}
-    family = header.base_family(header.read(path).shapes)
-    if family == "unknown":
-        raise InputError("holds no complete base model of a known family (sd, sdxl, sd3, flux)")
-    return {"family": family, "format": "single file"}
+        return {"family": family, "format": "diffusers", "notes": {"pipeline": name, **notes}}
+    found = of_checkpoint(header.read(path).shapes)
+    if found is None:
+        raise InputError(f"holds no complete base model of a known family ({', '.join(FAMILIES)})")
+    return {"family": found.name, "format": "single file"}
 
 
 def weight_file(path: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import InputError
+from pipelines.diffusion.families import of_adapter
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -85,23 +86,9 @@ def adapter_family(header: Header) -> str:
     names = "\n".join(header.shapes)
     if _LANGUAGE.search(names):
         return "language"
-    if re.search(r"single_transformer_blocks|single_blocks|double_blocks", names):
-        return "flux"
-    if re.search(r"joint_blocks|attn[._]add_q_proj", names):
-        return "sd3"
-    if (
-        re.search(r"text_encoder_2|lora_te2|lora_te1|text_encoders\.clip_g", names)
-        or _context_width(header.shapes) == 2048
-    ):
-        return "sdxl"
-    hint = " ".join(header.metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version"))
-    if re.search(r"sdxl|stable-diffusion-xl", hint, re.I):
-        return "sdxl"
-    return (
-        "sd"
-        if re.search(r"down_blocks|up_blocks|mid_block|input_blocks|lora_unet|text_model|clip_l", names)
-        else "unknown"
-    )
+    hints = " ".join(header.metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version"))
+    family = of_adapter(header.shapes, _context_width(header.shapes), hints)
+    return family.name if family else "unknown"
 
 
 _LANGUAGE = re.compile(
@@ -118,18 +105,6 @@ def _context_width(shapes: Shapes) -> int | None:
         if re.search(r"attn2[._]to_[kv]\b", name.replace("_lora", ".lora")) and _DOWN.match(name) and len(shape) == 2:
             return shape[1]
     return None
-
-
-def base_family(shapes: Shapes) -> str:
-    """The family of a single-file base model, "unknown" when it is none."""
-    names = "\n".join(shapes)
-    if re.search(r"double_blocks\.\d+\.img_attn|single_transformer_blocks", names):
-        return "flux"
-    if "joint_blocks." in names:
-        return "sd3"
-    if "conditioner.embedders.1" in names or "add_embedding.linear_1" in names or "label_emb.0.0" in names:
-        return "sdxl"
-    return "sd" if re.search(r"model\.diffusion_model\.|cond_stage_model\.", names) else "unknown"
 
 
 _KOHYA_COMPONENT = re.compile(r"lora_(unet|transformer|te\d?)_")

@@ -30,6 +30,7 @@ from pipelines.diffusion.distillation.consistency import pseudo_huber
 from pipelines.diffusion.distillation.guidance import strength
 from pipelines.diffusion.distillation.mark import Mark, config_hash
 from pipelines.diffusion.distillation.student import Student
+from pipelines.diffusion.families.base import latent_factor
 from pipelines.diffusion.samplers import sampler
 from studio import devices
 from studio.datasets.cache import key_of
@@ -175,7 +176,7 @@ class Distillation(Training):
         size = self.rule.square
         captions = [picture.caption or "" for picture in report.pictures] if report else []
         prompts = list(self.listed) or captions
-        factor = family._latent_factor
+        factor = latent_factor(family.pipe)
         facts = trajectories.Facts(
             base=self.base_digest,
             prediction_type=self._prediction,

@@ -187,8 +187,7 @@ class Training:
             raise InputError(f"Text encoder LoRAs of {family.name} are not trained: set train_text_encoder to false.")
         if config.snr_gamma is not None:
             family.process.check_min_snr()
-        if family.name == "flux":
-            family.guidance = config.guidance  # type: ignore[attr-defined]
+        family.guidance = config.guidance
 
     def _class_pictures(self) -> PictureSet | None:
         config = self.config
@@ -229,7 +228,8 @@ class Training:
         encoders = family.text_encoders if config.train_text_encoder else {}
         models: dict[str, Any] = {family.denoiser_name: family.denoiser, **encoders}
         self.plugins.before_inject(models)
-        made = {name: lora_config(model, config, text=name in encoders) for name, model in models.items()}
+        patterns = family.about.targets
+        made = {name: lora_config(model, config, name in encoders, patterns) for name, model in models.items()}
         earlier = self._earlier_adapter(models)
         with global_seed(config.seed, "init"):
             for name, model in models.items():

@@ -15,29 +15,23 @@ from adapters.errors import InputError
 from adapters.formats.lora import LoraFile, LoraLayer
 from adapters.initialise.plain import in_peft
 from adapters.layers.variant import read_layers
+from pipelines.diffusion.families.base import OUTSIDE_BLOCKS, TARGETS
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.targets import check_ranks, no_match
 
 ADAPTER = "default"
 """Name of the adapter inside the model."""
 
-ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
-FEED_FORWARD = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out|proj_in)"
 TEXT_ATTENTION = r"([qkv]_proj|out_proj)"
 TEXT_FEED_FORWARD = r"(fc1|fc2|wi|wo|wi_0|wi_1)"
-OUTSIDE_BLOCKS = r"(conv_in|conv_out|pos_embed.*|x_embedder|context_embedder|proj_out|norm_out.*)"
-"""First and last layers, which 'linear' and 'all' leave alone as other trainers do."""
 
-PRESETS = {
-    "attention": (rf"(.*\.)?{ATTENTION}", rf"(.*\.)?{TEXT_ATTENTION}"),
-    "attention-mlp": (
-        rf"(.*\.)?{ATTENTION}|.*\.{FEED_FORWARD}",
-        rf"(.*\.)?({TEXT_ATTENTION}|{TEXT_FEED_FORWARD})",
-    ),
-    "linear": (rf"(?!{OUTSIDE_BLOCKS}$).*", r"(?!.*text_projection$).*"),
-    "all": (rf"(?!{OUTSIDE_BLOCKS}$).*", r"(?!.*text_projection$).*"),
+TEXT_TARGETS = {
+    "attention": rf"(.*\.)?{TEXT_ATTENTION}",
+    "attention-mlp": rf"(.*\.)?({TEXT_ATTENTION}|{TEXT_FEED_FORWARD})",
+    "linear": r"(?!.*text_projection$).*",
+    "all": r"(?!.*text_projection$).*",
 }
-"""Preset -> (regular expression for the denoiser, for text encoders), matched against whole module names."""
+"""Choice of layers -> regular expression of whole module names in text encoders (denoisers: the family's own)."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +46,21 @@ class Targets:
         return [*self.linear, *self.convolution]
 
 
-def find_targets(model: nn.Module, config: TrainImageConfig, text: bool) -> Targets:
-    """The layers of ``model`` that ``config`` chooses (``text``: it is a text encoder).
+def find_targets(
+    model: nn.Module, config: TrainImageConfig, text: bool, targets: Mapping[str, str] = TARGETS
+) -> Targets:
+    """The layers of ``model`` that ``config`` chooses.
+
+    Args:
+        text: it is a text encoder.
+        targets: the patterns of the family's denoiser.
 
     Convolutions join with targets 'all', with a ``conv_rank``, or when ``target_regex`` names them.
 
     Raises:
         InputError: no layer matches (near names are shown), or a layer is smaller than its rank.
     """
-    pattern = PRESETS[config.targets][1 if text else 0]
+    pattern = (TEXT_TARGETS if text else targets)[config.targets]
     with_convolutions = config.targets == "all" or config.conv_rank > 0
     if config.target_regex:
         pattern, with_convolutions = config.target_regex, True
@@ -82,9 +82,11 @@ def find_targets(model: nn.Module, config: TrainImageConfig, text: bool) -> Targ
     )
 
 
-def lora_config(model: nn.Module, config: TrainImageConfig, text: bool = False) -> LoraConfig:
-    """PEFT's configuration for ``model``."""
-    targets = find_targets(model, config, text)
+def lora_config(
+    model: nn.Module, config: TrainImageConfig, text: bool = False, family: Mapping[str, str] = TARGETS
+) -> LoraConfig:
+    """PEFT's configuration for ``model``; ``family`` holds the patterns of the family's denoiser."""
+    targets = find_targets(model, config, text, family)
     rank = config.text_encoder_rank or config.rank if text else config.rank
     alpha = config.alpha or rank
     if text and config.alpha:

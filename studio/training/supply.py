@@ -209,7 +209,7 @@ class Supply:
 
     def _condition_of(self, text: str) -> Tensors:
         assert self._texts is not None
-        key = key_of("text", self._text_key, text)
+        key = key_of("embeddings", self._text_key, text)
         return self._texts.get(key, lambda: {k: v[0] for k, v in self.family.condition([text]).items()})
 
     def _known_texts(self, picks: Sequence[Pick]) -> list[str]:

@@ -247,3 +247,30 @@ def sgm_name(module: str) -> str:
         if module.startswith(f"{ours}."):
             return module.replace(ours, theirs, 1)
     raise AssertionError(module)
+
+
+def test_repeat_and_list_inputs() -> None:
+    """A batch in front is repeated as a whole; lists with one entry per sample too; other arguments stay."""
+
+    class Listed(type(FAMILIES["sd"])):  # type: ignore[misc]
+        batch_arguments = ("x", "nested")
+        list_arguments = ("captions",)
+
+    family = Listed()
+    x = torch.arange(4.0).view(2, 2)
+    assert torch.equal(family.repeat("x", x, 2, 2), torch.cat([x, x]))
+    assert torch.equal(family.repeat("nested", {"a": [x]}, 2, 2)["a"][0], torch.cat([x, x]))
+    assert [row.tolist() for row in family.repeat("captions", [x[0], x[1]], 2, 2)] == [[0, 1], [2, 3]] * 2
+    assert family.repeat("scale", 3.0, 2, 2) == 3.0
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+def test_descriptions_are_whole(family: Any) -> None:
+    pipe = family.tiny()
+    assert all((family.title, family.short, family.licence))
+    assert all(getattr(pipe, name) is not None for name in (*family.components, family.denoiser))
+    assert set(family.text_encoders) <= set(family.components)
+    assert set(family.targets) == {"attention", "attention-mlp", "linear", "all"}
+    given = family.condition(pipe, ["a", "b c"])
+    assert set(given) <= set(family.call_names)
+    assert all(len(tensor) == 2 for tensor in given.values())

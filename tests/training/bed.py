@@ -53,7 +53,7 @@ def pipeline(steps: int = 400, seed: int = 0):
     means = family.moments(pixels)[:, 0]
     pipe.vae.register_to_config(scaling_factor=1 / float(means.std()))
     latents = means * pipe.vae.config.scaling_factor
-    words = family.condition([text for text, _ in pictures])["words"]
+    words = family.condition([text for text, _ in pictures])["embeds"]
     generator = torch.Generator().manual_seed(seed)
     pipe.unet.train()
     optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=4e-3, fused=True)
@@ -63,7 +63,7 @@ def pipeline(steps: int = 400, seed: int = 0):
         noise = torch.randn(latents[chosen].shape, generator=generator)
         times = family.process.times(torch.rand(8, generator=generator))
         noisy = family.process.noisy(latents[chosen], noise, times)
-        predicted = family.predict(pipe.unet, noisy, times, {"words": words[chosen]})
+        predicted = family.predict(pipe.unet, noisy, times, {"embeds": words[chosen]})
         loss = (predicted - family.process.target(latents[chosen], noise, times)).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -242,11 +242,11 @@ def test_the_null_prompt_is_the_pipelines(bases):
         wanted = pipe.encode_prompt(prompt="a cat", device="cpu", num_images_per_prompt=1,
                                     do_classifier_free_guidance=True)  # fmt: skip
         null = family_of(pipe).null_condition()
-        torch.testing.assert_close(null["words"], wanted[1])
+        torch.testing.assert_close(null["embeds"], wanted[1])
         if family == "sdxl":
-            assert not null["words"].any()
+            assert not null["embeds"].any()
             torch.testing.assert_close(null["pooled"], wanted[3])
-            assert family_of(pipe).null_condition("ugly")["words"].any()
+            assert family_of(pipe).null_condition("ugly")["embeds"].any()
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])

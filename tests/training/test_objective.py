@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import InputError
+from pipelines.diffusion.families.flux import unpack
 from studio.datasets.seeds import derive, global_seed, normal, uniform
-from studio.training.families import _unpack, family_of
+from studio.training.families import family_of
 from studio.training.forward import draw
 from studio.training.objective import Diffusion, FlowMatching, elementwise_loss, levels, per_sample, with_prior
 from studio.training.supply import Batch
@@ -128,7 +129,7 @@ def test_conditioning_is_the_pipelines(name):
     pipe = tiny.FAMILIES[name]()
     found = family_of(pipe).condition(["a cat", ""])
     wanted = pipe.encode_prompt(["a cat", ""], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
-    torch.testing.assert_close(found["words"], wanted[0])
+    torch.testing.assert_close(found["embeds"], wanted[0])
     if name == "sdxl":
         torch.testing.assert_close(found["pooled"], wanted[2])
 
@@ -147,4 +148,4 @@ def test_latents_are_the_vaes():
 def test_flux_packing_is_undone():
     latents = torch.randn(2, 4, 8, 6)
     packed = diffusers.FluxPipeline._pack_latents(latents, 2, 4, 8, 6)
-    assert torch.equal(_unpack(packed, 8, 6), latents)
+    assert torch.equal(unpack(packed, 8, 6), latents)

@@ -13,7 +13,7 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio.composition import distilled_adapters
-from studio.library import Record
+from studio.library import Record, base_families
 from ui import markup
 from ui.theme import script
 
@@ -52,13 +52,8 @@ def suit(rows: Sequence[Row] | None) -> distilled_adapters.Distilled | None:
 
 def short_facts(record: Record) -> str:
     """Family and rank in a few characters."""
-    return " · ".join(filter(None, [family_name(record.family), f"rank {record.rank}" if record.rank else ""]))
-
-
-def family_name(family: str) -> str:
-    """How people write a model family."""
-    written = {"sd": "SD 1.5/2", "sdxl": "SDXL", "sd3": "SD 3", "flux": "Flux", "language": "language"}
-    return written.get(family, "unknown family")
+    family = base_families.written(record.family)
+    return " · ".join(filter(None, [family, f"rank {record.rank}" if record.rank else ""]))
 
 
 def add(rows: Sequence[Row] | None, record: Record) -> list[Row]:

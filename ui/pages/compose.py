@@ -17,6 +17,7 @@ from studio.composition.comparison_schema import CompareConfig
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.jobs import Job
+from studio.library import base_families
 from ui import markup
 from ui.components import advice, canvas, job_panel, rack, schema_form
 from ui.components.advice import Advice
@@ -227,7 +228,7 @@ def adapter_choices() -> list[tuple[str, str]]:
 def base_choices() -> list[tuple[str, str]]:
     """Usable base models as choices."""
     usable = [record for record in library.bases() if not record.problem and record.family != "language"]
-    return [(f"{record.name}   {rack.family_name(record.family)}", record.name) for record in usable]
+    return [(f"{record.name}   {base_families.written(record.family)}", record.name) for record in usable]
 
 
 # ------------------------------------------------------------------------------------------------ the rack

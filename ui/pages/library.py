@@ -11,7 +11,7 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import jobs, library
-from studio.library import Record, Trashed
+from studio.library import Record, Trashed, base_families
 from ui import markup
 from ui.components import rack, spectrum
 from ui.components.pick_list import pick_list, picked
@@ -208,7 +208,7 @@ def describe(record: Record) -> str:
     notes = record.notes
     words = "".join(markup.tag(word) for word in record.triggers)
     pairs = [
-        ("Family", rack.family_name(record.family)), ("Format", record.format), ("Rank", record.rank),
+        ("Family", base_families.written(record.family)), ("Format", record.format), ("Rank", record.rank),
         ("Layers", notes.get("layers")), ("Size", markup.file_size(record.size)), ("Algorithm", notes.get("algorithm")),
         ("Base model", notes.get("base_model")), ("Licence", notes.get("license")),
         ("Targets", _shortened(record.targets)), ("SHA-256", record.sha256), ("Where", record.path),

@@ -66,5 +66,5 @@ class Blending(Denoising):
 
 def latent_grid(family: Any, pipe: Any, height: int, width: int) -> tuple[int, int]:
     """The cells of a prediction for a picture of this size: latents, or Flux's packed tokens."""
-    factor = pipe.vae_scale_factor * (2 if family.name == "flux" else 1)
-    return height // factor, width // factor
+    grid: tuple[int, int] = family.grid(pipe, height, width)
+    return grid

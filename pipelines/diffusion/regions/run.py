@@ -107,7 +107,7 @@ class RegionalCall:
         triggers = [word for name in region.adapters for word in self.composer.adapters[name].triggers]
         words = subject_words(region.words, triggers, prompt, region.title)
         if self.composer.family.flow:
-            return joint_positions(self.composer.family.name, self.composer.pipe, prompt, words, region.title)
+            return joint_positions(self.composer.family.text_parts(self.composer.pipe), prompt, words, region.title)
         vocabulary, own = self.composer._vocabulary(), self.composer._words(region)
         tokens = {**word_tokens(vocabulary).get("text_encoder", {}), **layer_tokens(own).get("text_encoder", {})}
         tokenizer = with_tokens(self.composer.pipe.tokenizer, tokens)
@@ -151,7 +151,7 @@ class RegionalCall:
         denoiser, engine = composer._denoiser(), composer._built().denoiser
         if composer.family.flow:
             joint = self._joint(steps, [encoding], [])
-            twice = composer.family.name == "flux" and self.asked.guided  # real guidance: a pass for each half
+            twice = composer.family.guidance_input and self.asked.guided  # real guidance: a pass for each half
             joint.capture = attention = TextAttention(every=2 if twice else 1)
             return joint, attention.maps, (joint.level.height, joint.level.width)
         run = RegionalUNet(
@@ -295,7 +295,7 @@ class Attending:
 def conditions(composer: MultiLoRAPipeline, encoding: Encoding, size: tuple[int, int]) -> dict[str, Any]:
     """The arguments of a UNet besides sample and time, for the positive half."""
     text = encoding.positive["embeds"]
-    if composer.family.name != "sdxl":
+    if not composer.family.size_input:
         return {"encoder_hidden_states": text}
     pipe, pooled = composer.pipe, encoding.positive["pooled"]
     width = pipe.text_encoder_2.config.projection_dim if pipe.text_encoder_2 is not None else pooled.shape[-1]

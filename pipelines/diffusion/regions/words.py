@@ -56,21 +56,20 @@ def subject_words(words: Sequence[str], triggers: Sequence[str], prompt: str, ti
     return held
 
 
-T5_TOKENS = {"sd3": 256, "flux": 512}
-"""How many of T5's tokens diffusers' pipelines read."""
+def joint_positions(
+    readers: Sequence[tuple[Any, int, int]], prompt: str, words: Sequence[str], title: str
+) -> list[int]:
+    """Positions of the words in the text sequence of a joint transformer.
 
-
-def joint_positions(family: str, pipe: Any, prompt: str, words: Sequence[str], title: str) -> list[int]:
-    """Positions of the words in the text sequence of a joint transformer: Flux reads T5's tokens, SD3 CLIP's and then
-    T5's (if there is a T5).
+    Args:
+        readers: tokenizer, first position and number of tokens of every part of the sequence
+            (:meth:`pipelines.diffusion.families.Family.text_parts`).
 
     Raises:
         InputError: as :func:`positions`.
     """
-    if family == "flux":
-        return positions(pipe.tokenizer_2, prompt, words, title, T5_TOKENS[family])
-    found = positions(pipe.tokenizer, prompt, words, title, pipe.tokenizer_max_length)
-    if pipe.text_encoder_3 is None:
-        return found
-    more = positions(pipe.tokenizer_3, prompt, words, title, T5_TOKENS[family])
-    return found + [pipe.tokenizer_max_length + number for number in more]
+    return [
+        start + number
+        for tokenizer, start, limit in readers
+        for number in positions(tokenizer, prompt, words, title, limit)
+    ]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from studio.composition.schema import ModelChoice
+from studio.library.base_families import FLOW
 from studio.training.schemas import combinations, rules
 from studio.training.schemas.method import MethodFields
 
@@ -451,7 +452,7 @@ _REFUSED: list[rules.Refusal] = [
         "cached latents have a fixed crop: set crop to 'center' or cache_latents to 'none'",
     ),
     (
-        lambda c: c.snr_gamma is not None and c.family in ("sd3", "flux"),
+        lambda c: c.snr_gamma is not None and c.family in FLOW,
         "min-SNR weights mean nothing for flow matching models (SD3, Flux): leave snr_gamma empty",
     ),
     (

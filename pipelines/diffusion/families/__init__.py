@@ -1,0 +1,168 @@
+"""Base families: one file each describes everything that differs between them.
+
+A module here with a constant ``FAMILY`` is a family; an installed package adds more under the entry point group
+``adapter_studio.families`` (its value names a module with such a constant). Composing, training, distilling, the
+recognition of files and bases, pages and commands all read the descriptions from here. Importing this package loads
+neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InputError
+from pipelines.diffusion.families.base import Encoding, Family
+
+GROUP = "adapter_studio.families"
+
+
+@cache
+def _discovered() -> Mapping[str, Family]:
+    modules = [f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__)]
+    modules += [point.value for point in entry_points(group=GROUP)]
+    found: dict[str, Family] = {}
+    for module in modules:
+        family = getattr(importlib.import_module(module), "FAMILY", None)
+        if isinstance(family, Family) and found.setdefault(family.name, family) is not family:
+            raise ValueError(f"two families are called '{family.name}'")
+    return dict(sorted(found.items(), key=lambda pair: (pair[1].order, pair[0])))
+
+
+FAMILIES: Mapping[str, Family] = _discovered()
+"""Every family by name, in the order of lists."""
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a diffusers pipeline object.
+
+    Raises:
+        InputError: a class of no known family.
+    """
+    return by_pipeline(type(pipe).__name__, f"a {type(pipe).__name__}")
+
+
+def by_pipeline(name: str, source: str) -> Family:
+    """The family whose pipeline class is called ``name``; ``source`` is named when there is none.
+
+    Raises:
+        InputError: no such family.
+    """
+    for family in FAMILIES.values():
+        if family.pipeline == name:
+            return family
+    possible = ", ".join(family.pipeline for family in FAMILIES.values())
+    raise InputError(f"{source} is made for '{name or 'an unnamed pipeline'}'; composition works with {possible}.")
+
+
+def find(name: str) -> Family:
+    """The family called ``name``.
+
+    Raises:
+        InputError: not one of the known names.
+    """
+    if name not in FAMILIES:
+        raise InputError(f"Unknown model family '{name}': possible are auto, {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def of_adapter(names: Iterable[str], width: int | None = None, hints: str = "") -> Family | None:
+    """The family an adapter file was made for, judged by its header alone.
+
+    Args:
+        names: of its tensors.
+        width: inputs of a cross-attention key projection, where there is one.
+        hints: what its metadata says of the base.
+    """
+    text = "\n".join(names)
+    for family in _by_precedence():
+        sign = family.signature
+        if sign.fits_adapter(text, width) or (sign.hints and _says(sign.hints, hints)):
+            return family
+    return None
+
+
+def of_checkpoint(names: Iterable[str]) -> Family | None:
+    """The family of a whole single-file model with tensors of these names."""
+    text = "\n".join(names)
+    return next((family for family in _by_precedence() if family.signature.fits_checkpoint(text)), None)
+
+
+def detect(source: str | Path) -> Family:
+    """The family of a model directory, a single file or a hub id.
+
+    Raises:
+        InputError: nothing there, or a family we do not know.
+    """
+    place = Path(source)
+    if place.is_dir():
+        index = place / "model_index.json"
+        if not index.is_file():
+            raise InputError(f"'{place}' holds no model_index.json, so it is no diffusers pipeline directory.")
+        return by_pipeline(_class_name(index), f"'{place}'")
+    if place.is_file():
+        return _detect_file(place)
+    if place.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
+        raise InputError(f"Base model '{source}' is no directory, no file and no hub id ('owner/name').")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        index = Path(hf_hub_download(str(source), "model_index.json"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"Base model '{source}' is not here and could not be fetched from the hub: {reason}") from None
+    return by_pipeline(_class_name(index), f"'{source}'")
+
+
+def _detect_file(file: Path) -> Family:
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix != ".safetensors":
+        raise InputError(f"Single-file models are read as .safetensors only, not '{file.name}'.")
+    try:
+        with safe_open(file, framework="np") as content:
+            keys = list(content.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"'{file}' is not a readable safetensors file: {error}") from None
+    family = of_checkpoint(keys)
+    if family is None:
+        raise InputError(
+            f"'{file.name}' is a checkpoint of no known family ({', '.join(FAMILIES)}): name it with --family."
+        )
+    return family
+
+
+def _by_precedence() -> list[Family]:
+    return sorted(FAMILIES.values(), key=lambda family: -family.signature.precedence)
+
+
+def _says(pattern: str, hints: str) -> bool:
+    return bool(re.search(pattern, hints, re.IGNORECASE))
+
+
+def _class_name(index: Path) -> str:
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8")).get("_class_name", ""))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"'{index}' is not valid JSON: {error}") from None
+
+
+__all__ = [
+    "FAMILIES",
+    "Encoding",
+    "Family",
+    "by_pipeline",
+    "detect",
+    "family_of",
+    "find",
+    "of_adapter",
+    "of_checkpoint",
+]

@@ -1,0 +1,300 @@
+"""What a description of a base family holds; one file per family fills it in.
+
+A description is read without torch and diffusers (recognition and pages need that); its methods import them when they
+are called with a loaded diffusers pipeline, always named ``pipe``. An encoded prompt is a dictionary of named tensors
+with the batch in front. Everything else that composes, trains and distils is written once for all families.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapters.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Tensors = dict[str, "Tensor"]
+
+ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
+FEED_FORWARD = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out|proj_in)"
+OUTSIDE_BLOCKS = r"(conv_in|conv_out|pos_embed.*|x_embedder|context_embedder|proj_out|norm_out.*)"
+"""First and last layers, which 'linear' and 'all' leave alone as other trainers do."""
+
+TARGETS = {
+    "attention": rf"(.*\.)?{ATTENTION}",
+    "attention-mlp": rf"(.*\.)?{ATTENTION}|.*\.{FEED_FORWARD}",
+    "linear": rf"(?!{OUTSIDE_BLOCKS}$).*",
+    "all": rf"(?!{OUTSIDE_BLOCKS}$).*",
+}
+"""Choice of layers -> regular expression of whole module names, as diffusers names them in most denoisers."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A denoising network: its attribute in the pipeline, and the noise levels it is asked at (0 clean, 1 noise)."""
+
+    name: str
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of tokens inside the denoiser.
+
+    Attributes:
+        sequence: what stands in one sequence, in order: "text", "image", "reference". A network with cross-attention
+            has the image alone.
+        patch: latent cells along each side of one image token.
+        packed: the pipeline hands over tokens (batch, tokens, channels) instead of latents (batch, channels, h, w).
+    """
+
+    sequence: tuple[str, ...] = ("image",)
+    patch: int = 1
+    packed: bool = False
+
+    @property
+    def text_first(self) -> bool:
+        """Whether text stands before the image in one sequence."""
+        return "text" in self.sequence and self.sequence.index("text") < self.sequence.index("image")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How files of a family are told apart by the names in their header.
+
+    Attributes:
+        adapter: regular expression found in the module names of adapter files.
+        checkpoint: regular expression found in the tensor names of whole single-file models.
+        width: inputs of a cross-attention key projection that only this family has.
+        hints: regular expression found in the metadata that trainers write about the base.
+        precedence: families of higher precedence are asked first (others may share some of their names).
+    """
+
+    adapter: str
+    checkpoint: str
+    width: int | None = None
+    hints: str = ""
+    precedence: int = 1
+
+    def fits_adapter(self, names: str, width: int | None = None) -> bool:
+        """Whether an adapter with these tensor names (one a line) is the family's."""
+        return bool(re.search(self.adapter, names, re.MULTILINE)) or (width is not None and width == self.width)
+
+    def fits_checkpoint(self, names: str) -> bool:
+        """Whether a single-file model with these tensor names (one a line) is the family's."""
+        return bool(re.search(self.checkpoint, names, re.MULTILINE))
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """An encoded prompt: the positive and (or None) the negative embeddings.
+
+    ``positive`` and ``negative`` map the family's names ("embeds" (batch, tokens, width), "pooled" (batch, width), a
+    mask ...) to tensors; ``names`` maps them to the arguments of the diffusers pipeline.
+    """
+
+    positive: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor] | None
+    names: Mapping[str, str] = field(default_factory=lambda: CALL_NAMES)
+
+    def call_arguments(self) -> dict[str, Tensor]:
+        """The arguments with which a diffusers pipeline takes these embeddings."""
+        arguments = {self.names[key]: tensor for key, tensor in self.positive.items()}
+        if self.negative is not None:
+            arguments |= {f"negative_{self.names[key]}": tensor for key, tensor in self.negative.items()}
+        return arguments
+
+
+CALL_NAMES: Mapping[str, str] = {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+
+
+class Family:
+    """A base family.
+
+    Attributes:
+        name: what configurations call it.
+        title, short: its name for people, and the same in a few characters.
+        order: place in lists (smaller first).
+        licence: note on the public checkpoints.
+        pipeline: diffusers' class.
+        components: attributes of the pipeline that hold models.
+        denoisers: the denoising networks; most families have one.
+        text_encoders: attributes of the text encoders an adapter may touch.
+        learning_encoders: those of them that can be trained here.
+        batch_arguments: keyword arguments of the denoiser whose first dimension is the batch.
+        list_arguments: those that are lists with one entry per sample.
+        text_arguments: where the denoiser takes embeddings: path of keys -> name in the encoding.
+        call_names: name in the encoding -> argument of the pipeline.
+        targets: choice of layers -> regular expression of whole module names of the denoiser.
+        layout: the order of tokens inside the denoiser.
+        predictions: what the denoiser may predict: "epsilon", "v_prediction", "sample" or "flow".
+        guidance_input: the denoiser takes the guidance as an input; real guidance is a second pass.
+        size_input: the denoiser takes the size and the cut of the picture as an input.
+        usual_size: pixels of a side where the model itself is not at hand.
+        signature: how files are recognised.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    short: ClassVar[str]
+    order: ClassVar[int] = 100
+    licence: ClassVar[str] = ""
+    pipeline: ClassVar[str]
+    components: ClassVar[tuple[str, ...]]
+    denoisers: ClassVar[tuple[Denoiser, ...]]
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    learning_encoders: ClassVar[tuple[str, ...]] = ()
+    batch_arguments: ClassVar[tuple[str, ...]]
+    list_arguments: ClassVar[tuple[str, ...]] = ()
+    text_arguments: ClassVar[Mapping[tuple[str, ...], str]]
+    call_names: ClassVar[Mapping[str, str]] = CALL_NAMES
+    targets: ClassVar[Mapping[str, str]] = TARGETS
+    layout: ClassVar[Layout] = Layout()
+    predictions: ClassVar[tuple[str, ...]]
+    guidance_input: ClassVar[bool] = False
+    size_input: ClassVar[bool] = False
+    usual_size: ClassVar[int] = 1024
+    signature: ClassVar[Signature]
+
+    @property
+    def denoiser(self) -> str:
+        """Attribute of the first denoising network."""
+        return self.denoisers[0].name
+
+    @property
+    def flow(self) -> bool:
+        """Trained by flow matching (its samplers differ)."""
+        return self.predictions == ("flow",)
+
+    # ------------------------------------------------------------------ sizes
+    def pixel_step(self, pipe: Any) -> int:
+        """Width and height must be multiples of this many pixels."""
+        factor: int = pipe.vae_scale_factor
+        return factor * self.layout.patch
+
+    def grid(self, pipe: Any, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the cells of a prediction (tokens where they are packed) for a picture of this size."""
+        factor = pipe.vae_scale_factor * (self.layout.patch if self.layout.packed else 1)
+        return height // factor, width // factor
+
+    def resolution(self, pipe: Any) -> int:
+        """Pixels of a side that the base was made for."""
+        size = getattr(pipe, self.denoiser).config.sample_size
+        return int(size if isinstance(size, int) else size[0]) * latent_factor(pipe)
+
+    def multiple(self, pipe: Any) -> int:
+        """Sides of a picture to train on are best multiples of this many pixels."""
+        return latent_factor(pipe) * self.layout.patch
+
+    # ------------------------------------------------------------------ prompts
+    def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
+        """The prompt as the pipeline encodes it, ``images`` times; with the negative prompt where ``guided``."""
+        raise NotImplementedError
+
+    def encoding(self, positive: Mapping[str, Any], negative: Mapping[str, Any], guided: bool) -> Encoding:
+        """An :class:`Encoding` in the family's names; the negative half only where ``guided``."""
+        return Encoding(positive, negative if guided else None, self.call_names)
+
+    def tokens(self, pipe: Any, texts: Sequence[str]) -> Tensors:
+        """Integer inputs (batch, tokens) of the text encoders that can learn.
+
+        Raises:
+            InputError: no text encoder of this family is trained here.
+        """
+        if not self.learning_encoders:
+            raise InputError(f"Text encoder LoRAs of {self.name} are not trained: set train_text_encoder to false.")
+        return {name: token_ids(tokenizer_of(pipe, name), texts) for name in self.learning_encoders}
+
+    def encode_tokens(self, pipe: Any, tokens: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> Tensors:
+        """Embeddings from ``tokens``; gradients flow into ``encoders``."""
+        raise NotImplementedError
+
+    def condition(self, pipe: Any, texts: Sequence[str]) -> Tensors:
+        """Embeddings of prompts by the pipeline's own encoders, without gradients."""
+        import torch
+
+        encoders = {name: getattr(pipe, name) for name in self.learning_encoders}
+        device = next(iter(encoders.values())).device
+        with torch.no_grad():
+            return self.encode_tokens(pipe, {k: v.to(device) for k, v in self.tokens(pipe, texts).items()}, encoders)
+
+    def null_condition(self, pipe: Any, text: str = "") -> Tensors:
+        """Embeddings (batch 1) that the pipeline uses for "no prompt" in guidance."""
+        return self.condition(pipe, [text])
+
+    def text_parts(self, pipe: Any) -> list[tuple[Any, int, int]]:
+        """Tokenizer, first position and number of tokens of every part of the denoiser's text sequence, in order."""
+        return [(pipe.tokenizer, 0, pipe.tokenizer.model_max_length)]
+
+    # ------------------------------------------------------------------ denoiser
+    def predict(
+        self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
+        """The denoiser's prediction, shaped like ``noisy`` (batch, channels, height, width).
+
+        Args:
+            times: noise levels (batch,), as the family's process counts them.
+            given: embeddings, and the size ("time_ids") or guidance ("guidance") where the denoiser takes them.
+            guidance: what the denoiser is told where it takes the guidance as a number.
+        """
+        raise NotImplementedError
+
+    def repeat(self, name: str, value: Any, count: int, batch: int) -> Any:
+        """The argument ``name`` of the denoiser ``count`` times after itself, where it has the batch in front."""
+        if name in self.list_arguments:
+            return list(value) * count
+        return repeat(value, count, batch) if name in self.batch_arguments else value
+
+    # ------------------------------------------------------------------ tests
+    def tiny(self, seed: int = 0, **changes: Any) -> Any:
+        """A random pipeline of this family in miniature, made from configurations alone."""
+        raise NotImplementedError
+
+
+def repeat(value: Any, count: int, batch: int) -> Any:
+    """Every tensor in ``value`` whose first dimension is the batch, ``count`` times after itself."""
+    import torch
+
+    if count == 1:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.repeat(count, *[1] * (value.ndim - 1)) if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, Mapping):
+        return {key: repeat(item, count, batch) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(repeat(item, count, batch) for item in value)
+    return value
+
+
+def latent_factor(pipe: Any) -> int:
+    """Pixels along each side of a latent cell."""
+    levels: int = len(pipe.vae.config.block_out_channels)
+    return 1 << (levels - 1)
+
+
+def tokenizer_of(pipe: Any, encoder: str) -> Any:
+    """The tokenizer of a text encoder."""
+    return getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Token numbers (batch, tokens) of ``texts``, filled up or cut to what the encoder reads."""
+    ids: torch.Tensor = tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids
+
+
+def t5_length(tokenizer: Any, usual: int) -> int:
+    """Tokens of T5: what the pipeline uses, or fewer where the tokenizer has fewer (it may be left out)."""
+    return min(usual, tokenizer.model_max_length) if tokenizer is not None else usual

@@ -1,0 +1,126 @@
+"""Stable Diffusion 3 and 3.5: joint attention over picture and text, two CLIP encoders and T5, flow matching.
+
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv 2403.03206).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pipelines.diffusion.families.base import Denoiser, Encoding, Family, Layout, Signature, Tensors, t5_length
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T5_TOKENS = 256
+"""How many of T5's tokens diffusers' pipeline reads."""
+
+
+class StableDiffusion3(Family):
+    """SD 3.x; text encoders only encode here."""
+
+    name = "sd3"
+    title = "Stable Diffusion 3 / 3.5"
+    short = "SD 3"
+    order = 30
+    licence = "Stability AI Community License"
+    pipeline = "StableDiffusion3Pipeline"
+    components = ("vae", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    denoisers = (Denoiser("transformer"),)
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    batch_arguments = (
+        "hidden_states",
+        "timestep",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "block_controlnet_hidden_states",
+    )
+    text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {
+        ("encoder_hidden_states",): "embeds",
+        ("pooled_projections",): "pooled",
+    }
+    layout = Layout(("image", "text"), patch=2)
+    predictions = ("flow",)
+    signature = Signature(adapter=r"joint_blocks|attn[._]add_q_proj", checkpoint=r"(^|\.)joint_blocks\.", precedence=2)
+
+    def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
+        positive, negatives, pooled, negative_pooled = pipe.encode_prompt(
+            prompt=prompt,
+            prompt_2=None,
+            prompt_3=None,
+            device=pipe._execution_device,
+            num_images_per_prompt=images,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative,
+        )
+        return self.encoding(
+            {"embeds": positive, "pooled": pooled}, {"embeds": negatives, "pooled": negative_pooled}, guided
+        )
+
+    def condition(self, pipe: Any, texts: Sequence[str]) -> Tensors:
+        import torch
+
+        prompts = list(texts)
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                prompts,
+                prompts,
+                prompts,
+                do_classifier_free_guidance=False,
+                max_sequence_length=t5_length(pipe.tokenizer_3, T5_TOKENS),
+            )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def text_parts(self, pipe: Any) -> list[tuple[Any, int, int]]:
+        first: int = pipe.tokenizer_max_length
+        parts = [(pipe.tokenizer, 0, first)]
+        return parts if pipe.text_encoder_3 is None else [*parts, (pipe.tokenizer_3, first, T5_TOKENS)]
+
+    def predict(
+        self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
+        predicted: Tensor = denoiser(
+            hidden_states=noisy,
+            timestep=times.to(noisy.dtype) * 1000,
+            encoder_hidden_states=given["embeds"].to(noisy.dtype),
+            pooled_projections=given["pooled"].to(noisy.dtype),
+            return_dict=False,
+        )[0]
+        return predicted
+
+    def tiny(self, seed: int = 0, **changes: Any) -> Any:
+        import torch
+
+        from pipelines.diffusion.families import miniature
+
+        torch.manual_seed(seed)
+        values = {
+            "sample_size": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 32,
+            "out_channels": 4,
+            "pos_embed_max_size": 16,
+        }
+        pipe = miniature.make(
+            "StableDiffusion3Pipeline",
+            transformer=miniature.make("SD3Transformer2DModel", **(values | changes)),
+            scheduler=miniature.make("FlowMatchEulerDiscreteScheduler", shift=3.0),
+            vae=miniature.vae(shift_factor=0.1),
+            text_encoder=miniature.make("CLIPTextModelWithProjection", miniature.clip_config()),
+            tokenizer=miniature.clip_tokenizer(),
+            text_encoder_2=miniature.make("CLIPTextModelWithProjection", miniature.clip_config()),
+            tokenizer_2=miniature.clip_tokenizer(),
+            text_encoder_3=miniature.t5(),
+            tokenizer_3=miniature.t5_tokenizer(),
+        )
+        return miniature.quiet(pipe)
+
+
+FAMILY = StableDiffusion3()
