@@ -14,11 +14,10 @@ from typing import Any, Literal
 import torch
 
 from adapters.errors import FamilyError, InputError, MissingDependencyError
+from pipelines.precision import choose_dtype
 
 Task = Literal["causal", "classification", "masked"]
 Quantization = Literal["none", "4bit", "8bit"]
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -58,23 +57,6 @@ class LanguageModel:
                 offset = 2 if self.architecture in ("roberta", "xlm-roberta", "camembert") else 0
                 return found - offset
         return None
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Precision of the frozen weights; ``auto`` is fp32 on CPU, bf16 on GPUs that have it, else fp16.
-
-    Raises:
-        InputError: fp16 on CPU.
-    """
-    if dtype == "fp16" and device.type == "cpu":
-        raise InputError("fp16 needs a GPU: set dtype to fp32 or bf16.")
-    if dtype != "auto":
-        return DTYPES[dtype]
-    if device.type == "cpu":
-        return torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
 
 
 def open_model(

@@ -6,31 +6,10 @@ from typing import Any
 
 import torch
 
-from adapters.errors import InputError
+from pipelines.precision import DTYPES
 from studio.training.schemas.image import TrainImageConfig
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def choose_dtype(config: TrainImageConfig, device: torch.device) -> torch.dtype:
-    """Precision of the frozen weights and of the products.
-
-    ``auto`` is fp32 on CPU, bf16 on GPUs that have it, else fp16.
-
-    Raises:
-        InputError: fp16 on CPU.
-    """
-    if config.dtype == "fp16" and device.type == "cpu":
-        raise InputError("Training in fp16 needs a GPU: set dtype to fp32 or bf16.")
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    if device.type == "cpu":
-        return torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
 
 
 def settle(pipe: Any) -> Any:

@@ -103,8 +103,11 @@ def load(path: Path) -> Checkpoint:
         ) from None
 
 
-def check_same_run(saved: Checkpoint, config: JobConfig, data: str) -> None:
-    """Refuse to resume a run with another configuration or other pictures; output settings may change.
+def check_same_run(saved: Checkpoint, config: JobConfig, data: str, noun: str) -> None:
+    """Refuse to resume a run with another configuration or other data; output settings may change.
+
+    Args:
+        noun: what the person calls the data (a plural).
 
     Raises:
         InputError: naming the keys that differ.
@@ -115,7 +118,7 @@ def check_same_run(saved: Checkpoint, config: JobConfig, data: str) -> None:
         shown = "; ".join(f"{key}: {saved.config.get(key)!r} -> {now[key]!r}" for key in differing)
         raise InputError(f"This run was started with another configuration ({shown}): set those back, or start anew.")
     if saved.data != data:
-        raise InputError("The pictures or captions have changed since this run was started: start anew.")
+        raise InputError(f"The {noun} have changed since this run was started: start anew.")
 
 
 def _free(config: JobConfig, key: str) -> bool:

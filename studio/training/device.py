@@ -1,42 +1,62 @@
-"""One accelerator per run, also when several runs follow each other in one process."""
+"""The device of a run and accelerate's shared state, also when several runs follow each other in one process."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from studio.training.schemas.image import TrainImageConfig
+from studio.training.schemas.base import TrainConfig
 
 
-def make_accelerator(config: TrainImageConfig, dtype: torch.dtype, device: str, folder: Path) -> Any:
-    """Accelerate's ``Accelerator`` for this run.
+def launched() -> bool:
+    """Whether ``accelerate launch`` or torchrun started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
-    Under ``accelerate launch`` the launcher decides the devices; otherwise ``device`` (a resolved name) is used and
-    what an earlier run in this process left in accelerate's shared state is forgotten.
+
+def own_device(device: str) -> str:
+    """``device`` (a resolved name), or under a launcher this process's own."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local is not None and device.startswith("cuda") else device
+
+
+@contextmanager
+def fresh_state(device: str) -> Iterator[None]:
+    """Forget what an earlier run left in accelerate's shared state; an accelerator made inside keeps to ``device``.
+
+    Under a launcher the launcher decides the devices.
     """
-    from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    precision = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    AcceleratorState._reset_state(reset_partial_state=not launched)
+    AcceleratorState._reset_state(reset_partial_state=not launched())
     GradientState._reset_state()
-    options: dict[str, Any] = {"cpu": device == "cpu"}
-    if not launched:
-        PartialState._reset_state()
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-            os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    if launched():
+        yield
+        return
+    PartialState._reset_state()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
     try:
+        yield
+    finally:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+
+
+def make_accelerator(config: TrainConfig, dtype: torch.dtype, device: str, folder: Path) -> Any:
+    """Accelerate's ``Accelerator`` for this run, on ``device`` unless a launcher decides the devices."""
+    from accelerate import Accelerator
+
+    precision = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    with fresh_state(device):
         return Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=config.gradient_accumulation,
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(folder / "logs"),
-            **options,
+            cpu=device == "cpu",
         )
-    finally:
-        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)

@@ -32,12 +32,13 @@ from pipelines.diffusion.distillation.mark import Mark, config_hash
 from pipelines.diffusion.distillation.student import Student
 from pipelines.diffusion.families.base import latent_factor
 from pipelines.diffusion.samplers import sampler
+from pipelines.precision import choose_dtype
 from studio import devices
 from studio.datasets.cache import key_of
 from studio.datasets.pictures import FolderReport
 from studio.datasets.prompts import read_prompts
 from studio.datasets.seeds import global_seed, uniform
-from studio.training.base import choose_dtype, load_base
+from studio.training.base import load_base
 from studio.training.device import make_accelerator
 from studio.training.export import RECIPE_ENTRY, write_adapter
 from studio.training.families import Tensors, family_of
@@ -78,7 +79,7 @@ def run(config: DistillConfig, folder: Path, monitor: Monitor = SILENT, resume: 
     listed = read_prompts(Path(config.prompts).expanduser()) if config.prompts.strip() else []
     monitor.report(Progress("loading", message=f"Loading the base model {config.base}"))
     device = devices.resolve(config.device)
-    dtype = choose_dtype(training, torch.device(device))
+    dtype = choose_dtype(config.dtype, torch.device(device))
     accelerator = make_accelerator(training, dtype, device, folder)
     family = family_of(load_base(training, dtype, accelerator.device))
     listening = monitor if accelerator.is_main_process else SILENT

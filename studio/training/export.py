@@ -15,8 +15,8 @@ from adapters.errors import InputError
 from adapters.files import whole
 from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, write_peft
 from adapters.plugin import Layers
+from pipelines.precision import DTYPES
 from studio.schema import JobConfig
-from studio.training.base import DTYPES
 from studio.training.schemas.image import TrainImageConfig
 
 RECIPE_ENTRY = "adapter_studio_recipe"

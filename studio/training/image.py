@@ -26,6 +26,7 @@ from adapters.formats import LoraFile, read
 from adapters.formats.fit import fit
 from adapters.plugin import Calibration, Closure, Handles, Layers, Outputs, Plugin, Plugins
 from adapters.progress import Monitor, Progress, Silent
+from pipelines.precision import choose_dtype
 from studio import devices, settings
 from studio.datasets.cache import fingerprint
 from studio.datasets.pictures import FolderReport, usable_pictures
@@ -33,7 +34,7 @@ from studio.datasets.plan import PictureSet, Plan
 from studio.datasets.seeds import global_seed
 from studio.schema import JobConfig
 from studio.training import checkpoint as checkpoints
-from studio.training.base import choose_dtype, load_base
+from studio.training.base import load_base
 from studio.training.checkpoint import Checkpoint
 from studio.training.device import make_accelerator
 from studio.training.export import (
@@ -94,7 +95,7 @@ def run(
     report = read_folder(config)  # before anything large is loaded
     monitor.report(Progress("loading", message=f"Loading the base model {config.base}"))
     device = devices.resolve(config.device)
-    dtype = choose_dtype(config, torch.device(device))
+    dtype = choose_dtype(config.dtype, torch.device(device))
     accelerator = make_accelerator(config, dtype, device, folder)
     family = family_of(load_base(config, dtype, accelerator.device))
     listening = monitor if accelerator.is_main_process else SILENT
@@ -302,7 +303,7 @@ class Training:
             self.accelerator.init_trackers(self.config.name)
 
     def _load(self, saved: Checkpoint) -> None:
-        checkpoints.check_same_run(saved, self.asked, self.data_digest)
+        checkpoints.check_same_run(saved, self.asked, self.data_digest, "pictures or captions")
         with torch.no_grad():
             for name, parameter in self._named_parameters():
                 parameter.copy_(saved.adapter[name])

@@ -12,8 +12,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from studio import devices
 from studio.datasets.cache import fingerprint
 from studio.datasets.seeds import global_seed
 from studio.training import checkpoint as checkpoints
+from studio.training.device import fresh_state, own_device
 from studio.training.export import make_recipe
 from studio.training.inject import lora_layers, start_from, trainable
 from studio.training.language_data import Collate, Rows, RunSampler, Samples, SampleSet, encode, masked, read_rows
@@ -73,7 +74,8 @@ def run(
 
     Returns:
         ``adapter`` (path), ``card``, ``loss`` (mean of the last tenth), ``first_loss``, ``steps``, ``validation``
-        (measures by step), ``answers`` (path), ``seconds``, ``steps_per_second``, ``parameters``, ``labels``.
+        (measures by step), ``seconds``, ``steps_per_second``, ``parameters``, ``labels``, and ``answers`` (path) when
+        prompts were answered.
 
     Raises:
         InputError: something that cannot be trained, in one sentence.
@@ -84,13 +86,13 @@ def run(
     rows = read_rows(config)  # before anything large is loaded
     chat_template = chat_template_of(config)
     monitor.report(Progress("loading", message=f"Loading the language model {config.base}"))
-    device = _device(devices.resolve(config.device))
+    device = own_device(devices.resolve(config.device))
     base = _open(config, rows.labels, device, chat_template)
     samples = encode(rows, base.tokenizer, config, base.longest)
     monitor.report(Progress("data", message=_summary(rows, samples)))
     chosen = Plugins(plugins_for(config) if plugins is None else plugins)
     training = LanguageTraining(config, folder, monitor, base, rows, samples, chosen)
-    with _fresh_accelerate(device), global_seed(config.seed, "run"):
+    with fresh_state(device), global_seed(config.seed, "run"):
         training.prepare(device, resume)
         return training.train()
 
@@ -269,7 +271,7 @@ class LanguageTraining:
             mark = _read_mark(found[-1])
             checkpoints.check_same_run(
                 checkpoints.Checkpoint(mark["step"], {}, {}, mark["config"], mark["data"], [], 0.0, {}), self.config,
-                self.rows.digest,
+                self.rows.digest, "rows",
             )  # fmt: skip
             step, self.losses, self.seconds = mark["step"], mark["losses"], mark["seconds"]
             self.validation = mark["validation"]
@@ -327,7 +329,7 @@ class LanguageTraining:
         """What follows an optimiser step: report, measure, answer, and ask the trainer to save or stop."""
         config, trainer = self.config, self.trainer
         self.seconds += took
-        self.losses.append(trainer.step_loss)
+        self.losses.append(trainer.mean_loss())
         if (average := self._average()) is not None:
             average.step(trainable(self.model))
         found = self.measure() if due(self.step, config.validation_every) and self.samples.held_out else {}
@@ -474,12 +476,12 @@ class LanguageTraining:
             "first_loss": self.losses[0],
             "steps": self.step,
             "validation": self.validation,
-            "answers": str(answers) if answers.is_file() else "",
             "seconds": round(self.seconds, 3),
             "steps_per_second": self.step / self.seconds if self.seconds else 0.0,
             "parameters": sum(parameter.numel() for parameter in trainable(self.model)),
             "labels": self.rows.labels,
             "triggers": [],
+            **({"answers": str(answers)} if answers.is_file() else {}),
         }
 
 
@@ -556,30 +558,3 @@ def check_packing(base: LanguageModel, samples: Samples) -> None:
             f"A {base.architecture} model does not keep packed samples apart: set packing to false "
             "(or attention to 'sdpa')."
         )
-
-
-def _device(device: str) -> str:
-    """Under ``accelerate launch`` every process has a device of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if local is not None and device.startswith("cuda") else device
-
-
-@contextmanager
-def _fresh_accelerate(device: str) -> Iterator[None]:
-    """Forget what an earlier run in this process left in accelerate's shared state, and keep to ``device``."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    AcceleratorState._reset_state(reset_partial_state=not launched)
-    GradientState._reset_state()
-    if launched:
-        yield
-        return
-    PartialState._reset_state()
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    try:
-        yield
-    finally:
-        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)

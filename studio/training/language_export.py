@@ -16,7 +16,7 @@ from adapters.formats import LoraLayer
 from adapters.formats.peft_config import config_of
 from adapters.formats.peft_directory import CONFIG, PREFIX, WEIGHTS
 from adapters.formats.tensors import write_tensors
-from studio.training.base import DTYPES
+from pipelines.precision import DTYPES
 from studio.training.export import RECIPE_ENTRY
 from studio.training.language_layers import TASK_TYPES
 from studio.training.schemas.language import TrainLanguageConfig

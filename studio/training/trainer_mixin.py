@@ -147,6 +147,13 @@ class StudioTrainerMixin:
             self.plugins.grads_ready(step)
         return loss
 
+    def mean_loss(self) -> float:
+        """The loss of the step that just ended, averaged over the processes; all of them must ask."""
+        if self.accelerator.num_processes == 1:
+            return self.step_loss
+        found = self.accelerator.reduce(torch.tensor(self.step_loss, device=self.accelerator.device), "mean")
+        return float(found)
+
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.accelerator.scaler is not None:  # unscaled already, which may be done only once
             return torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)

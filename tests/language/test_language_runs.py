@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,40 @@ def test_resume_refuses_another_configuration(bases, chats, tmp_path):
         run(settings(bases("llama"), chats), tmp_path, Watcher(stop_at=2))
     with pytest.raises(InputError, match="learning_rate"):
         run(settings(bases("llama"), chats, learning_rate=1e-3), tmp_path, Watcher(), resume=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text(chats.read_text() + chats.read_text())
+    chosen = settings(bases("llama"), other)
+    with pytest.raises(Cancelled):
+        run(chosen, tmp_path / "rows", Watcher(stop_at=2))
+    other.write_text(chats.read_text())
+    with pytest.raises(InputError, match="The rows have changed since this run was started"):
+        run(chosen, tmp_path / "rows", Watcher(), resume=True)
+
+
+PROGRAM = """
+import sys
+import torch
+from pathlib import Path
+from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.language import run
+torch.set_num_threads(1)
+run(TrainLanguageConfig.from_yaml(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_log_the_loss_of_both(bases, chats, tmp_path):
+    alone = Watcher()
+    run(settings(bases("llama"), chats, batch_size=4, optimizer="sgd"), tmp_path / "alone", alone)
+    (tmp_path / "half.yaml").write_text(settings(bases("llama"), chats, batch_size=2, optimizer="sgd").to_yaml())
+    (tmp_path / "program.py").write_text(PROGRAM)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "program.py"),
+         str(tmp_path / "half.yaml"), str(tmp_path / "both")],
+        check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    rows = read_curve(tmp_path / "both" / "loss.csv")
+    assert [float(row["loss"]) for row in rows] == pytest.approx(alone.losses, rel=1e-5)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(bases, chats, tmp_path, monkeypatch):

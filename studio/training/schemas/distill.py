@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from studio.composition.schema import ModelChoice
 from studio.training.schemas import rules
-from studio.training.schemas.image import LrSchedule, Optimizer, TrainImageConfig, as_in_image, option
+from studio.training.schemas.base import TrainConfig, changed, option
+from studio.training.schemas.image import PictureFields, Targets, TrainImageConfig
 
 Objective = Literal["guidance", "consistency"]
 GuidanceMode = Literal["fixed", "strength", "embedding"]
@@ -27,10 +28,10 @@ _STEPS_MORE = option("Few steps", advanced=True)
 
 
 def _in_group(name: str, group: dict[str, Any], **changes: Any) -> Any:
-    return as_in_image(name, json_schema_extra=group, **changes)
+    return changed(TrainImageConfig, name, json_schema_extra=group, **changes)
 
 
-class DistillConfig(ModelChoice):
+class DistillConfig(PictureFields, ModelChoice, TrainConfig):
     """Distil guidance, or a whole sampling path, into a LoRA on the same base."""
 
     kind: ClassVar[str] = "distill"
@@ -135,48 +136,13 @@ class DistillConfig(ModelChoice):
         1e-3, gt=0, description="huber: where quadratic becomes absolute.", json_schema_extra=_STEPS_MORE
     )
 
-    # ---------------------------------------------------------------- as in the image trainer
-    rank: int = as_in_image("rank", default=64)
-    alpha: float | None = as_in_image("alpha")
-    targets: Literal["attention", "attention-mlp", "linear", "all"] = as_in_image("targets", default="all")
-    target_regex: str = as_in_image("target_regex")
-    exclude_regex: str = as_in_image("exclude_regex")
-    continue_from: str = as_in_image("continue_from")
-
-    optimizer: Optimizer = as_in_image("optimizer")
-    learning_rate: float = as_in_image("learning_rate")
-    weight_decay: float = as_in_image("weight_decay", default=0.0)
-    beta1: float = as_in_image("beta1")
-    beta2: float = as_in_image("beta2")
-    epsilon: float = as_in_image("epsilon")
-    max_grad_norm: float = as_in_image("max_grad_norm")
-    seed: int = as_in_image("seed")
-
-    steps: int = as_in_image("steps")
-    batch_size: int = as_in_image("batch_size", default=16)
-    gradient_accumulation: int = as_in_image("gradient_accumulation")
-    lr_schedule: LrSchedule = as_in_image("lr_schedule")
-    warmup_steps: int = as_in_image("warmup_steps")
-    warmup_ratio: float = as_in_image("warmup_ratio", default=0.1)
-    min_lr_ratio: float = as_in_image("min_lr_ratio")
-
-    cache_folder: str = as_in_image("cache_folder")
-    gradient_checkpointing: bool = as_in_image("gradient_checkpointing")
-    tf32: bool = as_in_image("tf32")
-
-    ema: bool = as_in_image("ema")
-    ema_decay: float = as_in_image("ema_decay")
-    sample_prompts: list[str] = as_in_image("sample_prompts", description="Prompts drawn during training.")
-    sample_every: int = as_in_image("sample_every")
-    sample_steps: int = as_in_image("sample_steps")
-    sample_seed: int = as_in_image("sample_seed")
-    save_every: int = as_in_image("save_every")
-    keep_last: int = as_in_image("keep_last")
-    checkpoint_every: int = as_in_image("checkpoint_every")
-    keep_checkpoints: int = as_in_image("keep_checkpoints")
-    export: list[Literal["diffusers", "peft", "kohya"]] = as_in_image("export")
-    save_dtype: Literal["fp32", "fp16", "bf16"] = as_in_image("save_dtype")
-    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = as_in_image("tracker")
+    # ---------------------------------------------------------------- other defaults than the image trainer's
+    rank: int = changed(TrainConfig, "rank", default=64)
+    targets: Targets = changed(TrainImageConfig, "targets", default="all")
+    weight_decay: float = changed(TrainConfig, "weight_decay", default=0.0)
+    batch_size: int = changed(TrainConfig, "batch_size", default=16)
+    warmup_ratio: float = changed(TrainConfig, "warmup_ratio", default=0.1)
+    sample_prompts: list[str] = changed(TrainConfig, "sample_prompts", description="Prompts drawn during training.")
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -191,8 +157,6 @@ class DistillConfig(ModelChoice):
         return TrainImageConfig.model_validate({**shared, "mode": "captioned"})
 
     # ---------------------------------------------------------------- rules between fields
-    _file_name = field_validator("name")(rules.file_name)
-
     @field_validator("guidance")
     @classmethod
     def _guides(cls, value: float) -> float:

@@ -6,27 +6,20 @@ section of the form, ``advanced`` hides a field until it is asked for.
 
 from __future__ import annotations
 
-import copy
 import re
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from studio.composition.schema import ModelChoice
 from studio.library.base_families import FLOW
 from studio.training.schemas import combinations, rules
+from studio.training.schemas.base import AdapterTrainConfig, option
 from studio.training.schemas.method import MethodFields
 
 Mode = Literal["concept", "style", "captioned"]
-Optimizer = Literal["adamw", "adamw8bit", "adafactor", "sgd", "prodigy", "schedulefree-adamw"]
-LrSchedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"]
+Targets = Literal["attention", "attention-mlp", "linear", "all"]
 Export = Literal["diffusers", "peft", "kohya"]
-
-
-def option(group: str, advanced: bool = False) -> dict[str, Any]:
-    """What the form knows of a field."""
-    return {"group": group, "advanced": advanced}
-
 
 _DATA = option("Data")
 _DATA_MORE = option("Data", advanced=True)
@@ -44,13 +37,53 @@ _OUTPUT = option("Samples and saving")
 _OUTPUT_MORE = option("Samples and saving", advanced=True)
 
 
-class TrainImageConfig(MethodFields, ModelChoice):
+class PictureFields(BaseModel):
+    """What jobs that learn from and draw pictures share."""
+
+    resolution: int | None = Field(
+        None,
+        ge=8,
+        description="Pixels (side of the square with the same area); empty = the base model's own.",
+        json_schema_extra=_DATA,
+    )
+    buckets: bool = Field(
+        True,
+        description="Keep aspect ratios: pictures are grouped into sizes of about equal area.",
+        json_schema_extra=_DATA_MORE,
+    )
+    flip: bool = Field(False, description="Mirror half of the pictures left to right.", json_schema_extra=_DATA_MORE)
+    cache_folder: str = Field(
+        "",
+        description="Folder of the caches and drawn class pictures; empty = the studio's own.",
+        json_schema_extra=_MEMORY_MORE,
+    )
+    sample_steps: int = Field(
+        20, ge=1, le=1000, description="Denoising steps of a sample.", json_schema_extra=_OUTPUT_MORE
+    )
+    sample_seed: int = Field(
+        0, ge=0, description="Seed of the samples, always the same.", json_schema_extra=_OUTPUT_MORE
+    )
+    save_every: int = Field(
+        0,
+        ge=0,
+        description="Also save the adapter every so many steps; 0 = only at the end.",
+        json_schema_extra=_OUTPUT,
+    )
+    keep_last: int = Field(
+        3, ge=1, description="How many of those intermediate adapters are kept.", json_schema_extra=_OUTPUT_MORE
+    )
+    export: list[Export] = Field(
+        default=["diffusers"],
+        description="File formats: diffusers (always written), peft (a directory), kohya (web UIs).",
+        json_schema_extra=_OUTPUT,
+    )
+
+
+class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainConfig):
     """Train a LoRA of a text-to-image model from a folder of pictures."""
 
     kind: ClassVar[str] = "train-image"
 
-    # ---------------------------------------------------------------- Data
-    name: str = Field("adapter", description="Name of the adapter that is made.", json_schema_extra=_DATA)
     data: str = Field(
         description="Folder of pictures, with captions as same-named .txt files or metadata.jsonl / metadata.csv.",
         json_schema_extra=_DATA,
@@ -96,22 +129,8 @@ class TrainImageConfig(MethodFields, ModelChoice):
         description="captioned: use the instance prompt (or nothing) where a caption is missing.",
         json_schema_extra=_DATA_MORE,
     )
-    skip_broken: bool = Field(
-        False, description="Leave out empty and unreadable pictures instead of stopping.", json_schema_extra=_DATA_MORE
-    )
     repeats: int = Field(
         1, ge=1, description="How often every picture is shown per epoch.", json_schema_extra=_DATA_MORE
-    )
-    resolution: int | None = Field(
-        None,
-        ge=8,
-        description="Pixels (side of the square with the same area); empty = the base model's own.",
-        json_schema_extra=_DATA,
-    )
-    buckets: bool = Field(
-        True,
-        description="Keep aspect ratios: pictures are grouped into sizes of about equal area.",
-        json_schema_extra=_DATA_MORE,
     )
     bucket_min: int | None = Field(
         None, ge=8, description="Shortest side of a bucket; empty = half the resolution.", json_schema_extra=_DATA_MORE
@@ -133,7 +152,6 @@ class TrainImageConfig(MethodFields, ModelChoice):
         description="Where a picture is cut to its bucket (random needs live latents).",
         json_schema_extra=_DATA_MORE,
     )
-    flip: bool = Field(False, description="Mirror half of the pictures left to right.", json_schema_extra=_DATA_MORE)
     prior_preservation: bool = Field(
         False,
         description="concept: also show pictures of the class, so that the class does not become the concept.",
@@ -156,25 +174,10 @@ class TrainImageConfig(MethodFields, ModelChoice):
     )
 
     # ---------------------------------------------------------------- Adapter
-    rank: int = Field(16, ge=1, description="Rank of the linear layers.", json_schema_extra=_ADAPTER)
-    alpha: float | None = Field(
-        None,
-        gt=0,
-        description="Scale: the update is multiplied by alpha / rank. Empty = rank.",
-        json_schema_extra=_ADAPTER,
-    )
-    targets: Literal["attention", "attention-mlp", "linear", "all"] = Field(
+    targets: Targets = Field(
         "attention",
         description="Layers that learn: attention; + feed-forward; every linear layer; every layer with convolutions.",
         json_schema_extra=_ADAPTER,
-    )
-    target_regex: str = Field(
-        "",
-        description="Instead of a preset: regular expression of whole module names.",
-        json_schema_extra=_ADAPTER_MORE,
-    )
-    exclude_regex: str = Field(
-        "", description="Regular expression of module names that stay untouched.", json_schema_extra=_ADAPTER_MORE
     )
     conv_rank: int = Field(
         0,
@@ -184,14 +187,6 @@ class TrainImageConfig(MethodFields, ModelChoice):
     )
     conv_alpha: float | None = Field(
         None, gt=0, description="Alpha of the convolutions; empty = conv_rank.", json_schema_extra=_ADAPTER_MORE
-    )
-    rank_pattern: dict[str, int] = Field(
-        default_factory=dict,
-        description="Rank by module name pattern ('up_blocks.*attn2': 8).",
-        json_schema_extra=_ADAPTER_MORE,
-    )
-    alpha_pattern: dict[str, float] = Field(
-        default_factory=dict, description="Alpha by module name pattern.", json_schema_extra=_ADAPTER_MORE
     )
     train_text_encoder: bool = Field(
         False, description="Also train a LoRA of the text encoder(s).", json_schema_extra=_ADAPTER
@@ -205,77 +200,18 @@ class TrainImageConfig(MethodFields, ModelChoice):
         description="Step after which the text encoders no longer learn; empty = never.",
         json_schema_extra=_ADAPTER_MORE,
     )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout in front of the low-rank pair.", json_schema_extra=_ADAPTER_MORE
-    )
-    use_rslora: bool = Field(
-        False, description="Rank-stabilised scale: alpha / sqrt(rank).", json_schema_extra=_ADAPTER_MORE
-    )
-    use_dora: bool = Field(
-        False, description="DoRA: direction and magnitude learn separately.", json_schema_extra=_ADAPTER_MORE
-    )
-    continue_from: str = Field(
-        "",
-        description="Start from this adapter (library name or file) instead of from zero.",
-        json_schema_extra=_ADAPTER_MORE,
-    )
 
     # ---------------------------------------------------------------- Optimiser
-    optimizer: Optimizer = Field("adamw", description="Optimiser.", json_schema_extra=_OPTIMISER)
-    learning_rate: float = Field(
-        1e-4, description="Learning rate (prodigy: a factor, use 1).", json_schema_extra=_OPTIMISER
-    )
     text_encoder_learning_rate: float | None = Field(
         None,
         description="Learning rate of the text encoders; empty = half of learning_rate.",
         json_schema_extra=_OPTIMISER_MORE,
     )
-    loraplus_ratio: float = Field(
-        1.0, gt=0, description="LoRA+: learning rate of B over that of A.", json_schema_extra=_OPTIMISER_MORE
-    )
     text_encoder_loraplus_ratio: float = Field(
         1.0, gt=0, description="LoRA+ ratio in the text encoders.", json_schema_extra=_OPTIMISER_MORE
     )
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay.", json_schema_extra=_OPTIMISER_MORE)
-    beta1: float = Field(
-        0.9, ge=0, lt=1, description="First moment decay (momentum of sgd).", json_schema_extra=_OPTIMISER_MORE
-    )
-    beta2: float = Field(0.999, ge=0, lt=1, description="Second moment decay.", json_schema_extra=_OPTIMISER_MORE)
-    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.", json_schema_extra=_OPTIMISER_MORE)
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="Gradients are clipped to this norm; 0 = not.", json_schema_extra=_OPTIMISER_MORE
-    )
-    seed: int = Field(0, ge=0, description="Start of every random number of the run.", json_schema_extra=_OPTIMISER)
 
     # ---------------------------------------------------------------- Schedule
-    steps: int = Field(500, ge=1, description="Optimiser steps.", json_schema_extra=_SCHEDULE)
-    epochs: int | None = Field(
-        None, ge=1, description="Passes over the data; when given, replaces steps.", json_schema_extra=_SCHEDULE
-    )
-    batch_size: int = Field(4, ge=1, description="Pictures per forward pass and process.", json_schema_extra=_SCHEDULE)
-    gradient_accumulation: int = Field(
-        1, ge=1, description="Forward passes per optimiser step.", json_schema_extra=_SCHEDULE
-    )
-    lr_schedule: LrSchedule = Field(
-        "cosine", description="How the learning rate moves after the warm-up.", json_schema_extra=_SCHEDULE
-    )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.", json_schema_extra=_SCHEDULE_MORE)
-    warmup_ratio: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Warm-up as a share of all steps, when warmup_steps is 0.",
-        json_schema_extra=_SCHEDULE_MORE,
-    )
-    min_lr_ratio: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="The schedule ends at this share of the learning rate.",
-        json_schema_extra=_SCHEDULE_MORE,
-    )
-    lr_cycles: int = Field(1, ge=1, description="cosine-restarts: how many.", json_schema_extra=_SCHEDULE_MORE)
-    lr_power: float = Field(1.0, gt=0, description="polynomial: the power.", json_schema_extra=_SCHEDULE_MORE)
 
     # ---------------------------------------------------------------- Noise and loss
     loss: Literal["l2", "l1", "huber"] = Field("l2", description="Distance to the target.", json_schema_extra=_LOSS)
@@ -328,49 +264,11 @@ class TrainImageConfig(MethodFields, ModelChoice):
         description="Encode every caption once; auto = memory unless the text encoder learns.",
         json_schema_extra=_MEMORY,
     )
-    cache_folder: str = Field(
-        "",
-        description="Folder of the caches and drawn class pictures; empty = the studio's own.",
-        json_schema_extra=_MEMORY_MORE,
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute instead of remembering: less memory, about a third more time.",
-        json_schema_extra=_MEMORY,
-    )
     compile: bool = Field(False, description="torch.compile the denoiser.", json_schema_extra=_MEMORY_MORE)
-    tf32: bool = Field(True, description="Fast fp32 products on Nvidia GPUs.", json_schema_extra=_MEMORY_MORE)
-    workers: int = Field(
-        0,
-        ge=0,
-        description="Processes that read pictures when latents are not cached.",
-        json_schema_extra=_MEMORY_MORE,
-    )
 
     # ---------------------------------------------------------------- Samples and saving
-    ema: bool = Field(
-        False, description="Save (and sample) a running average of the adapter.", json_schema_extra=_OUTPUT
-    )
-    ema_decay: float = Field(0.995, gt=0, lt=1, description="EMA decay per step.", json_schema_extra=_OUTPUT_MORE)
-    sample_prompts: list[str] = Field(
-        default_factory=list,
-        description="Prompts drawn during training; {trigger} is replaced.",
-        json_schema_extra=_OUTPUT,
-    )
-    sample_every: int = Field(
-        0, ge=0, description="Draw the samples every so many steps; 0 = only at the end.", json_schema_extra=_OUTPUT
-    )
-    sample_at_start: bool = Field(
-        False, description="Also draw them before the first step.", json_schema_extra=_OUTPUT_MORE
-    )
     sample_negative: str = Field("", description="Negative prompt of the samples.", json_schema_extra=_OUTPUT_MORE)
-    sample_steps: int = Field(
-        20, ge=1, le=1000, description="Denoising steps of a sample.", json_schema_extra=_OUTPUT_MORE
-    )
     sample_guidance: float = Field(5.0, ge=0, description="Guidance of the samples.", json_schema_extra=_OUTPUT_MORE)
-    sample_seed: int = Field(
-        0, ge=0, description="Seed of the samples, always the same.", json_schema_extra=_OUTPUT_MORE
-    )
     validation_split: float = Field(
         0.0,
         ge=0,
@@ -378,41 +276,9 @@ class TrainImageConfig(MethodFields, ModelChoice):
         description="Share of the pictures kept out to measure a validation loss.",
         json_schema_extra=_OUTPUT_MORE,
     )
-    validation_every: int = Field(
-        50, ge=1, description="Steps between validations, when pictures are kept out.", json_schema_extra=_OUTPUT_MORE
-    )
-    save_every: int = Field(
-        0,
-        ge=0,
-        description="Also save the adapter every so many steps; 0 = only at the end.",
-        json_schema_extra=_OUTPUT,
-    )
-    keep_last: int = Field(
-        3, ge=1, description="How many of those intermediate adapters are kept.", json_schema_extra=_OUTPUT_MORE
-    )
-    checkpoint_every: int = Field(
-        250,
-        ge=0,
-        description="Steps between checkpoints a run can be resumed from; 0 = only when cancelled.",
-        json_schema_extra=_OUTPUT,
-    )
-    keep_checkpoints: int = Field(1, ge=1, description="How many checkpoints are kept.", json_schema_extra=_OUTPUT_MORE)
-    export: list[Export] = Field(
-        default=["diffusers"],
-        description="File formats: diffusers (always written), peft (a directory), kohya (web UIs).",
-        json_schema_extra=_OUTPUT,
-    )
-    save_dtype: Literal["fp32", "fp16", "bf16"] = Field(
-        "fp32", description="Precision of the saved adapter.", json_schema_extra=_OUTPUT_MORE
-    )
-    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = Field(
-        "none", description="Also log to this tracker.", json_schema_extra=_OUTPUT_MORE
-    )
 
     # ---------------------------------------------------------------- rules between fields
-    _file_name = field_validator("name")(rules.file_name)
-    _positive_rate = field_validator("learning_rate", "text_encoder_learning_rate")(rules.learning_rate)
-    _valid_regex = field_validator("target_regex", "exclude_regex")(rules.regular_expression)
+    _positive_text_rate = field_validator("text_encoder_learning_rate")(rules.learning_rate)
 
     @field_validator("caption_template", "instance_prompt")
     @classmethod
@@ -464,11 +330,3 @@ _REFUSED: list[rules.Refusal] = [
         "text_encoder_stop is for train_text_encoder: switch that on or leave the stop empty",
     ),
 ]
-
-
-def as_in_image(name: str, **changes: Any) -> Any:
-    """A field of the image trainer for another schema, with what ``changes`` says otherwise (default, words, group)."""
-    field = copy.copy(TrainImageConfig.model_fields[name])
-    for key, value in changes.items():
-        setattr(field, key, value)
-    return field

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from studio.schema import JobConfig
 from studio.training.schemas import combinations, rules
-from studio.training.schemas.image import LrSchedule, Optimizer, as_in_image, option
+from studio.training.schemas.base import AdapterTrainConfig, changed, option
 from studio.training.schemas.method import MethodFields, RegulariserFields
 
 Task = Literal["causal", "classification", "masked"]
@@ -31,7 +30,7 @@ _OUTPUT = option("Samples and saving")
 _OUTPUT_MORE = option("Samples and saving", advanced=True)
 
 
-class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
+class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
     """Train a LoRA of a language model from rows of text."""
 
     kind: ClassVar[str] = "train-language"
@@ -56,7 +55,6 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     )
 
     # ---------------------------------------------------------------- Data
-    name: str = as_in_image("name")
     task: Task = Field(
         "causal",
         description="causal: learn to answer or to write; classification: tell labels apart; masked: fill gaps (BERT).",
@@ -76,8 +74,8 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     limit: int | None = Field(
         None, ge=1, description="Use the first so many rows only; empty = all.", json_schema_extra=_DATA_MORE
     )
-    skip_broken: bool = as_in_image(
-        "skip_broken", description="Leave unreadable rows out instead of refusing the file."
+    skip_broken: bool = changed(
+        AdapterTrainConfig, "skip_broken", description="Leave unreadable rows out instead of refusing the file."
     )
     system_prompt: str = Field(
         "", description="System message put before conversations that have none.", json_schema_extra=_DATA
@@ -126,7 +124,7 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
     )
 
     # ---------------------------------------------------------------- Adapter
-    rank: int = as_in_image("rank", default=8, description="Rank of the low-rank pair.")
+    rank: int = changed(AdapterTrainConfig, "rank", default=8, description="Rank of the low-rank pair.")
     alpha: float | None = Field(
         None, gt=0, description="Numerator of the scale alpha / rank; empty = rank.", json_schema_extra=_ADAPTER_MORE
     )
@@ -135,73 +133,60 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, JobConfig):
         description="Layers that get an adapter: attention projections, or every linear layer except the head.",
         json_schema_extra=_ADAPTER,
     )
-    target_regex: str = as_in_image("target_regex", description="Instead: regular expression over whole module names.")
-    exclude_regex: str = as_in_image("exclude_regex", description="Leave out modules whose whole name matches.")
-    rank_pattern: dict[str, int] = as_in_image("rank_pattern", description="Rank by module name pattern.")
-    alpha_pattern: dict[str, float] = as_in_image("alpha_pattern")
-    dropout: float = as_in_image("dropout")
-    use_rslora: bool = as_in_image("use_rslora")
-    use_dora: bool = as_in_image("use_dora")
-    continue_from: str = as_in_image(
-        "continue_from", description="Start from this adapter (library name or folder) instead of from zero."
+    target_regex: str = changed(
+        AdapterTrainConfig, "target_regex", description="Instead: regular expression over whole module names."
+    )
+    exclude_regex: str = changed(
+        AdapterTrainConfig, "exclude_regex", description="Leave out modules whose whole name matches."
+    )
+    rank_pattern: dict[str, int] = changed(
+        AdapterTrainConfig, "rank_pattern", description="Rank by module name pattern."
+    )
+    continue_from: str = changed(
+        AdapterTrainConfig,
+        "continue_from",
+        description="Start from this adapter (library name or folder) instead of from zero.",
     )
 
     # ---------------------------------------------------------------- Optimiser
-    optimizer: Optimizer = as_in_image("optimizer")
-    learning_rate: float = as_in_image("learning_rate", default=2e-4)
-    loraplus_ratio: float = as_in_image("loraplus_ratio")
-    weight_decay: float = as_in_image("weight_decay", default=0.0)
-    beta1: float = as_in_image("beta1")
-    beta2: float = as_in_image("beta2")
-    epsilon: float = as_in_image("epsilon")
-    max_grad_norm: float = as_in_image("max_grad_norm")
+    learning_rate: float = changed(AdapterTrainConfig, "learning_rate", default=2e-4)
+    weight_decay: float = changed(AdapterTrainConfig, "weight_decay", default=0.0)
     neftune_alpha: float | None = Field(
         None,
         gt=0,
         description="NEFTune: noise on the embeddings while training (5 is usual); empty = none.",
         json_schema_extra=_OPTIMISER_MORE,
     )
-    seed: int = as_in_image("seed")
 
     # ---------------------------------------------------------------- Schedule
-    steps: int = as_in_image("steps", default=300)
-    epochs: int | None = as_in_image("epochs")
-    batch_size: int = as_in_image("batch_size", default=8, description="Samples per forward pass and process.")
-    gradient_accumulation: int = as_in_image("gradient_accumulation")
-    lr_schedule: LrSchedule = as_in_image("lr_schedule")
-    warmup_steps: int = as_in_image("warmup_steps")
-    warmup_ratio: float = as_in_image("warmup_ratio", default=0.03)
-    min_lr_ratio: float = as_in_image("min_lr_ratio")
-    lr_cycles: int = as_in_image("lr_cycles")
-    lr_power: float = as_in_image("lr_power")
+    steps: int = changed(AdapterTrainConfig, "steps", default=300)
+    batch_size: int = changed(
+        AdapterTrainConfig, "batch_size", default=8, description="Samples per forward pass and process."
+    )
+    warmup_ratio: float = changed(AdapterTrainConfig, "warmup_ratio", default=0.03)
 
     # ---------------------------------------------------------------- Memory and speed
-    gradient_checkpointing: bool = as_in_image("gradient_checkpointing")
-    tf32: bool = as_in_image("tf32")
-    workers: int = as_in_image("workers", description="Processes that prepare batches.")
+    workers: int = changed(AdapterTrainConfig, "workers", description="Processes that prepare batches.")
 
     # ---------------------------------------------------------------- Samples and saving
-    ema: bool = as_in_image("ema", description="Save (and answer with) a running average of the adapter.")
-    ema_decay: float = as_in_image("ema_decay")
-    sample_prompts: list[str] = as_in_image(
-        "sample_prompts", description="Questions (causal) or texts (classification, masked) answered during training."
+    ema: bool = changed(
+        AdapterTrainConfig, "ema", description="Save (and answer with) a running average of the adapter."
     )
-    sample_every: int = as_in_image("sample_every", description="Answer them every so many steps; 0 = only at the end.")
-    sample_at_start: bool = as_in_image("sample_at_start", description="Also before the first step.")
+    sample_prompts: list[str] = changed(
+        AdapterTrainConfig,
+        "sample_prompts",
+        description="Questions (causal) or texts (classification, masked) answered during training.",
+    )
+    sample_every: int = changed(
+        AdapterTrainConfig, "sample_every", description="Answer them every so many steps; 0 = only at the end."
+    )
+    sample_at_start: bool = changed(AdapterTrainConfig, "sample_at_start", description="Also before the first step.")
     sample_tokens: int = Field(48, ge=1, description="Most tokens of a sample answer.", json_schema_extra=_OUTPUT_MORE)
-    validation_every: int = as_in_image(
-        "validation_every", description="Steps between measurements, when rows are kept out."
+    validation_every: int = changed(
+        AdapterTrainConfig, "validation_every", description="Steps between measurements, when rows are kept out."
     )
-    checkpoint_every: int = as_in_image("checkpoint_every")
-    keep_checkpoints: int = as_in_image("keep_checkpoints")
-    save_dtype: Literal["fp32", "fp16", "bf16"] = as_in_image("save_dtype")
-    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = as_in_image("tracker")
 
     # ---------------------------------------------------------------- rules between fields
-    _file_name = field_validator("name")(rules.file_name)
-    _positive_rate = field_validator("learning_rate")(rules.learning_rate)
-    _valid_regex = field_validator("target_regex", "exclude_regex")(rules.regular_expression)
-
     @model_validator(mode="after")
     def _combinations(self) -> TrainLanguageConfig:
         rules.refuse(self, _REFUSED)

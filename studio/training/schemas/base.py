@@ -1,0 +1,221 @@
+"""What every training job has: its adapter, optimiser, schedule and saving.
+
+The fields are flat on purpose: one field is one YAML key, one command line flag and one widget. ``group`` names the
+section of the form, ``advanced`` hides a field until it is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from studio.schema import JobConfig
+from studio.training.schemas import rules
+
+Optimizer = Literal["adamw", "adamw8bit", "adafactor", "sgd", "prodigy", "schedulefree-adamw"]
+LrSchedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"]
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+GROUPS = (
+    "",
+    "Model",
+    "Guidance",
+    "What it practises on",
+    "Few steps",
+    "Method",
+    "Data",
+    "Adapter",
+    "Optimiser",
+    "Schedule",
+    "Noise and loss",
+    "Memory and speed",
+    "Samples and saving",
+)
+"""Sections of a form in their order; fields without a group are about the base model."""
+
+
+def option(group: str, advanced: bool = False) -> dict[str, Any]:
+    """What the form knows of a field."""
+    return {"group": group, "advanced": advanced}
+
+
+def changed(schema: type[BaseModel], name: str, **changes: Any) -> Any:
+    """A field of ``schema`` for another one, with what ``changes`` says otherwise (default, description ...)."""
+    field = copy.copy(schema.model_fields[name])
+    for key, value in changes.items():
+        setattr(field, key, value)
+    return field
+
+
+_DATA = option("Data")
+_DATA_MORE = option("Data", advanced=True)
+_ADAPTER = option("Adapter")
+_ADAPTER_MORE = option("Adapter", advanced=True)
+_OPTIMISER = option("Optimiser")
+_OPTIMISER_MORE = option("Optimiser", advanced=True)
+_SCHEDULE = option("Schedule")
+_SCHEDULE_MORE = option("Schedule", advanced=True)
+_LOSS = option("Noise and loss")
+_LOSS_MORE = option("Noise and loss", advanced=True)
+_MEMORY = option("Memory and speed")
+_MEMORY_MORE = option("Memory and speed", advanced=True)
+_OUTPUT = option("Samples and saving")
+_OUTPUT_MORE = option("Samples and saving", advanced=True)
+
+
+def _place(field: Any) -> int:
+    extra = field.json_schema_extra
+    return GROUPS.index(extra.get("group", "") if isinstance(extra, dict) else "")
+
+
+class TrainConfig(JobConfig):
+    """Base of the training schemas: what every kind has."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Put the fields in the order of :data:`GROUPS`; pydantic lists a base's fields before one's own."""
+        super().__pydantic_init_subclass__(**options)
+        cls.__pydantic_fields__ = dict(sorted(cls.__pydantic_fields__.items(), key=lambda item: _place(item[1])))
+        cls.model_rebuild(force=True)
+
+    name: str = Field("adapter", description="Name of the adapter that is made.", json_schema_extra=_DATA)
+    rank: int = Field(16, ge=1, description="Rank of the linear layers.", json_schema_extra=_ADAPTER)
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Scale: the update is multiplied by alpha / rank. Empty = rank.",
+        json_schema_extra=_ADAPTER,
+    )
+    target_regex: str = Field(
+        "",
+        description="Instead of a preset: regular expression of whole module names.",
+        json_schema_extra=_ADAPTER_MORE,
+    )
+    exclude_regex: str = Field(
+        "", description="Regular expression of module names that stay untouched.", json_schema_extra=_ADAPTER_MORE
+    )
+    continue_from: str = Field(
+        "",
+        description="Start from this adapter (library name or file) instead of from zero.",
+        json_schema_extra=_ADAPTER_MORE,
+    )
+    optimizer: Optimizer = Field("adamw", description="Optimiser.", json_schema_extra=_OPTIMISER)
+    learning_rate: float = Field(
+        1e-4, description="Learning rate (prodigy: a factor, use 1).", json_schema_extra=_OPTIMISER
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.", json_schema_extra=_OPTIMISER_MORE)
+    beta1: float = Field(
+        0.9, ge=0, lt=1, description="First moment decay (momentum of sgd).", json_schema_extra=_OPTIMISER_MORE
+    )
+    beta2: float = Field(0.999, ge=0, lt=1, description="Second moment decay.", json_schema_extra=_OPTIMISER_MORE)
+    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.", json_schema_extra=_OPTIMISER_MORE)
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are clipped to this norm; 0 = not.", json_schema_extra=_OPTIMISER_MORE
+    )
+    seed: int = Field(0, ge=0, description="Start of every random number of the run.", json_schema_extra=_OPTIMISER)
+    steps: int = Field(500, ge=1, description="Optimiser steps.", json_schema_extra=_SCHEDULE)
+    batch_size: int = Field(4, ge=1, description="Pictures per forward pass and process.", json_schema_extra=_SCHEDULE)
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Forward passes per optimiser step.", json_schema_extra=_SCHEDULE
+    )
+    lr_schedule: LrSchedule = Field(
+        "cosine", description="How the learning rate moves after the warm-up.", json_schema_extra=_SCHEDULE
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.", json_schema_extra=_SCHEDULE_MORE)
+    warmup_ratio: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Warm-up as a share of all steps, when warmup_steps is 0.",
+        json_schema_extra=_SCHEDULE_MORE,
+    )
+    min_lr_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="The schedule ends at this share of the learning rate.",
+        json_schema_extra=_SCHEDULE_MORE,
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute instead of remembering: less memory, about a third more time.",
+        json_schema_extra=_MEMORY,
+    )
+    tf32: bool = Field(True, description="Fast fp32 products on Nvidia GPUs.", json_schema_extra=_MEMORY_MORE)
+    ema: bool = Field(
+        False, description="Save (and sample) a running average of the adapter.", json_schema_extra=_OUTPUT
+    )
+    ema_decay: float = Field(0.995, gt=0, lt=1, description="EMA decay per step.", json_schema_extra=_OUTPUT_MORE)
+    sample_prompts: list[str] = Field(
+        default_factory=list,
+        description="Prompts drawn during training; {trigger} is replaced.",
+        json_schema_extra=_OUTPUT,
+    )
+    sample_every: int = Field(
+        0, ge=0, description="Draw the samples every so many steps; 0 = only at the end.", json_schema_extra=_OUTPUT
+    )
+    checkpoint_every: int = Field(
+        250,
+        ge=0,
+        description="Steps between checkpoints a run can be resumed from; 0 = only when cancelled.",
+        json_schema_extra=_OUTPUT,
+    )
+    keep_checkpoints: int = Field(1, ge=1, description="How many checkpoints are kept.", json_schema_extra=_OUTPUT_MORE)
+    save_dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="Precision of the saved adapter.", json_schema_extra=_OUTPUT_MORE
+    )
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = Field(
+        "none", description="Also log to this tracker.", json_schema_extra=_OUTPUT_MORE
+    )
+
+    _file_name = field_validator("name")(rules.file_name)
+    _positive_rate = field_validator("learning_rate")(rules.learning_rate)
+    _valid_regex = field_validator("target_regex", "exclude_regex")(rules.regular_expression)
+
+
+class AdapterTrainConfig(TrainConfig):
+    """What jobs that learn from a data set have besides."""
+
+    skip_broken: bool = Field(
+        False, description="Leave out empty and unreadable pictures instead of stopping.", json_schema_extra=_DATA_MORE
+    )
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict,
+        description="Rank by module name pattern ('up_blocks.*attn2': 8).",
+        json_schema_extra=_ADAPTER_MORE,
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="Alpha by module name pattern.", json_schema_extra=_ADAPTER_MORE
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout in front of the low-rank pair.", json_schema_extra=_ADAPTER_MORE
+    )
+    use_rslora: bool = Field(
+        False, description="Rank-stabilised scale: alpha / sqrt(rank).", json_schema_extra=_ADAPTER_MORE
+    )
+    use_dora: bool = Field(
+        False, description="DoRA: direction and magnitude learn separately.", json_schema_extra=_ADAPTER_MORE
+    )
+    loraplus_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: learning rate of B over that of A.", json_schema_extra=_OPTIMISER_MORE
+    )
+    epochs: int | None = Field(
+        None, ge=1, description="Passes over the data; when given, replaces steps.", json_schema_extra=_SCHEDULE
+    )
+    lr_cycles: int = Field(1, ge=1, description="cosine-restarts: how many.", json_schema_extra=_SCHEDULE_MORE)
+    lr_power: float = Field(1.0, gt=0, description="polynomial: the power.", json_schema_extra=_SCHEDULE_MORE)
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that read pictures when latents are not cached.",
+        json_schema_extra=_MEMORY_MORE,
+    )
+    sample_at_start: bool = Field(
+        False, description="Also draw them before the first step.", json_schema_extra=_OUTPUT_MORE
+    )
+    validation_every: int = Field(
+        50, ge=1, description="Steps between validations, when pictures are kept out.", json_schema_extra=_OUTPUT_MORE
+    )
