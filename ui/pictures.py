@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from adapters.errors import InputError
 from studio import settings
+from studio.datasets import captions as caption_files
+from studio.datasets.captions import ENDINGS as CAPTIONS
+from studio.datasets.pictures import SUFFIXES, is_picture, read
 from ui import markup
 
 Item = dict[str, Any]
 """One picture on the page: id (its path below the uploads folder), name, url (of its thumbnail), size, caption."""
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SIDE = 240
 
 
@@ -29,23 +29,57 @@ def uploads() -> Path:
 
 
 def receive(paths: Iterable[str | Path], present: Sequence[Item] = ()) -> tuple[list[Item], list[str]]:
-    """Items for dropped files (pictures, and captions as same-named ``.txt``), and a sentence per unusable file."""
+    """Items for dropped files, and a sentence per file that is not used or not as it is.
+
+    Caption files belong to pictures of the same name that came with them; one that came alone belongs to a present
+    picture, if one alone has that name.
+    """
     files = [Path(path) for path in paths]
-    captions = {file.stem: file.read_text(encoding="utf-8", errors="replace").strip()
-                for file in files if file.suffix.lower() == ".txt"}  # fmt: skip
-    items = [{**item, "caption": captions.get(Path(item["name"]).stem, item["caption"])} for item in present]
+    fresh, problems = _items([file for file in files if not caption_files.is_caption(file)])
+    items = [dict(item) for item in present]
     known = {item["id"] for item in items}
-    problems: list[str] = []
-    for file in files:
-        if file.suffix.lower() == ".txt":
-            continue
+    fresh = [item for item in fresh if item["id"] not in known]
+    for file in sorted((f for f in files if caption_files.is_caption(f)), key=_rank):
         try:
-            item = _item(file, captions.get(file.stem, ""))
+            text = caption_files.one_line(caption_files.read_text(file))
         except InputError as error:
             problems.append(str(error))
             continue
-        if item["id"] not in known:
-            items.append(item)
+        owners = [item for group in (fresh, items) if (item := _owner(file, group, problems)) is not None][:1]
+        if not owners:
+            problems.append(f"'{file.name}' belongs to no picture that was dropped with it.")
+        for item in owners:
+            item["caption"] = text
+    return [*items, *fresh], list(dict.fromkeys(problems))
+
+
+def _rank(file: Path) -> int:
+    """Caption files in the order of how little they count: a later one replaces an earlier one."""
+    return -caption_files.ENDINGS.index(file.suffix.lower())
+
+
+def _owner(file: Path, items: Sequence[Item], problems: list[str]) -> Item | None:
+    """The one picture that a caption file is for: of the same full name, or else of the same stem."""
+    for same in (lambda name: name, lambda name: Path(name).stem):
+        owners = [item for item in items if same(item["name"]) == file.stem]
+        if len(owners) == 1:
+            return owners[0]
+        if owners:
+            problems.append(f"'{file.name}' could belong to {len(owners)} pictures: write their captions by hand.")
+            return None
+    return None
+
+
+def _items(files: Sequence[Path]) -> tuple[list[Item], list[str]]:
+    items, problems = [], []
+    for file in files:
+        try:
+            item, remarks = _item(file)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        items.append(item)
+        problems += [f"'{file.name}': {remark}." for remark in remarks]
     return items, problems
 
 
@@ -73,37 +107,34 @@ def uploaded(item_id: str) -> Path:
     """The dropped file with this id; raises :class:`InputError` for anything outside the uploads folder."""
     root = uploads().resolve()
     path = (root / item_id).resolve()
-    if not path.is_relative_to(root) or not path.is_file() or path.suffix.lower() not in ENDINGS:
+    if not path.is_relative_to(root) or not path.is_file() or not is_picture(path):
         raise InputError("A picture is no longer there: drop it again.")
     return path
 
 
-def _item(file: Path, caption: str) -> Item:
+def _item(file: Path) -> tuple[Item, tuple[str, ...]]:
     root = uploads().resolve()
     place = file.resolve()
     if not place.is_relative_to(root):
         raise InputError(f"'{file.name}' was not uploaded here.")
-    thumbnail, (width, height) = _thumbnail(place)
+    if not is_picture(file):
+        raise InputError(f"'{file.name}' is neither a picture nor a caption.")
+    thumbnail, (width, height), remarks = _thumbnail(place)
     return {
         "id": place.relative_to(root).as_posix(), "name": file.name, "url": markup.file_url(thumbnail),
-        "size": f"{width} × {height}", "caption": caption,
-    }  # fmt: skip
+        "size": f"{width} × {height}", "caption": "",
+    }, remarks  # fmt: skip
 
 
-def _thumbnail(file: Path) -> tuple[Path, tuple[int, int]]:
-    if file.suffix.lower() not in ENDINGS:
-        raise InputError(f"'{file.name}' is no picture the studio reads ({', '.join(ENDINGS)}).")
-    if not file.stat().st_size:
-        raise InputError(f"'{file.name}' is empty.")
+def _thumbnail(file: Path) -> tuple[Path, tuple[int, int], tuple[str, ...]]:
+    """A small copy, the picture's size in pixels, and what of it was not kept."""
     key = hashlib.sha256(f"{file} {file.stat().st_mtime_ns}".encode()).hexdigest()[:20]
     target = settings.folder("uploads", "thumbnails") / f"{key}.webp"
-    try:
-        with Image.open(file) as image:
-            size = image.size
-            image.draft("RGB", (SIDE, SIDE))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise InputError(f"'{file.name}' cannot be read as a picture.") from None
+    reading = read(file)
+    small = reading.image.copy()
     small.thumbnail((SIDE, SIDE))
     small.save(target, "WEBP", quality=85)
-    return target, size
+    return target, reading.image.size, reading.remarks
+
+
+__all__ = ["CAPTIONS", "SUFFIXES", "Item", "keep", "receive", "uploaded", "uploads"]

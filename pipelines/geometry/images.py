@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from adapters.errors import InputError
+from pipelines import pictures
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,11 @@ def read_photo(path: str | Path, size: int = 512, patch: int = 16, square_ok: bo
     file = Path(path)
     try:
         data = file.read_bytes()
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"There is no picture '{file}'.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise InputError(f"'{file.name}' cannot be read as a picture.") from None
+    except OSError as error:
+        raise InputError(f"The picture '{file}' cannot be read: {error.strerror}.") from None
+    picture = pictures.open_picture(data, file.name)
     return prepare(picture, file.name, hashlib.sha256(data).hexdigest(), size, patch, square_ok)
 
 

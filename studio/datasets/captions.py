@@ -3,83 +3,166 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import InputError
+from studio.datasets.folders import shown
 
 COLUMNS = ("text", "caption", "prompt")
 """Names under which metadata.jsonl and metadata.csv may hold the caption."""
 
+ENDINGS = (".txt", ".caption", ".cap", ".tags")
+"""Endings (in small letters) of files that hold the caption of the picture of the same name, the first one counts."""
 
-def read_captions(folder: Path, pictures: list[Path]) -> dict[Path, str]:
-    """Caption by picture: ``metadata.jsonl`` or ``metadata.csv`` first, a same-named ``.txt`` where those are silent.
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+# The longer marks first: that of UTF-32 begins as that of UTF-16 does.
+_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"),
+          (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # fmt: skip
+_SHOWN = 5
+
+
+@dataclass
+class Captions:
+    """Caption by picture, the files that were understood, and sentences on what was not used."""
+
+    texts: dict[Path, str] = field(default_factory=dict)
+    files: set[Path] = field(default_factory=set)
+    remarks: list[str] = field(default_factory=list)
+
+
+def read_captions(folder: Path, pictures: Sequence[Path], files: Sequence[Path]) -> Captions:
+    """The captions of ``pictures`` among ``files``, all of them below ``folder``.
+
+    ``metadata.jsonl`` or ``metadata.csv`` (in the folder or in ones below it, names relative to where it lies) comes
+    first; where it is silent, a file beside the picture: ``NAME.png.txt`` or ``NAME.txt``, with any of
+    :data:`ENDINGS`. White space, line breaks too, becomes single spaces.
 
     Raises:
-        InputError: metadata that cannot be read, or that names pictures which are not in ``folder``.
+        InputError: captions that cannot be read, or metadata that names pictures which are not there.
     """
-    listed = _read_metadata(folder)
-    known = {picture.relative_to(folder).as_posix() for picture in pictures}
-    strange = sorted(set(listed) - known)
-    if strange:
-        raise InputError(
-            f"The captions in '{folder}' name {len(strange)} pictures that are not there: {', '.join(strange[:5])}."
-        )
-    found: dict[Path, str] = {}
+    made = Captions()
+    listed = _read_metadata(folder, pictures, files, made)
+    beside: dict[Path, list[Path]] = {}
+    for file in files:
+        if is_caption(file):
+            beside.setdefault(file.with_suffix(""), []).append(file)
     for picture in pictures:
-        text = listed.get(picture.relative_to(folder).as_posix())
-        beside = picture.with_suffix(".txt")
-        if text is None and beside.is_file():
-            text = _read_text(beside)
+        own = [*_ranked(beside.get(picture, ())), *_ranked(beside.get(picture.with_suffix(""), ()))]
+        made.files.update(own)
+        text = listed.get(picture)
+        if text is None and own:
+            text = read_text(own[0])
+            _name_others(picture, own, made)
         if text is not None and text.strip():
-            found[picture] = " ".join(text.split())
-    return found
+            made.texts[picture] = one_line(text)
+    return made
 
 
-def _read_metadata(folder: Path) -> dict[str, str]:
-    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if jsonl.is_file():
-        return _read_jsonl(jsonl)
-    return _read_csv(table) if table.is_file() else {}
+def is_caption(file: Path) -> bool:
+    """Whether the file's ending is one of a caption."""
+    return file.suffix.lower() in ENDINGS
 
 
-def _read_jsonl(file: Path) -> dict[str, str]:
+def one_line(text: str) -> str:
+    """The text with single spaces for any run of white space."""
+    return " ".join(text.split())
+
+
+def _ranked(files: Sequence[Path]) -> list[Path]:
+    return sorted(files, key=lambda file: (ENDINGS.index(file.suffix.lower()), file.name))
+
+
+def _name_others(picture: Path, own: Sequence[Path], made: Captions) -> None:
+    texts = {one_line(read_text(file)) for file in own}
+    if len(texts) > 1:
+        names = ", ".join(shown(file.name) for file in own[1:])
+        made.remarks.append(f"{shown(picture.name)} takes its caption from {shown(own[0].name)}, not from {names}")
+
+
+def _read_metadata(folder: Path, pictures: Sequence[Path], files: Sequence[Path], made: Captions) -> dict[Path, str]:
+    """Caption by picture; a file deeper in the tree counts more."""
+    known = set(pictures)
+    by_folder: dict[Path, list[Path]] = {}
+    for file in files:
+        if file.name in METADATA:
+            by_folder.setdefault(file.parent, []).append(file)
+    listed: dict[Path, str] = {}
+    for place, found in sorted(by_folder.items(), key=lambda item: len(item[0].parts)):
+        used, *others = sorted(found, key=lambda file: METADATA.index(file.name))
+        made.files.update(found)
+        made.remarks += [f"{shown(str(o.relative_to(folder)))} is not read: {used.name} is" for o in others]
+        texts = {place / name: text for name, text in read_metadata(used).items()}
+        strange = sorted(shown(file.relative_to(place).as_posix()) for file in texts if file not in known)
+        if strange:
+            raise InputError(
+                f"The captions in '{shown(str(place))}' name {len(strange)} pictures that are not there: "
+                f"{', '.join(strange[:_SHOWN])}."
+            )
+        listed |= texts
+    return listed
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Caption by file name of a ``metadata.jsonl`` or ``metadata.csv``.
+
+    Raises:
+        InputError: it cannot be read, or a line does not give file_name and text.
+    """
     rows: dict[str, str] = {}
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
+    for number, row in (_json_rows if file.suffix == ".jsonl" else _csv_rows)(file):
+        name = row.get("file_name")
+        text = next((row[column] for column in COLUMNS if row.get(column) is not None), None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise InputError(f"Line {number} of '{shown(str(file))}' must give file_name and text.")
+        rows[Path(name).as_posix()] = text
+    return rows
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    # JSON lines end at \n alone: other characters that end lines may stand inside a text.
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"Line {number} of '{file}' is not JSON: {error}.") from None
-        rows |= _row(row if isinstance(row, dict) else {}, file, number)
-    return rows
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"Line {number} of '{shown(str(file))}' is not JSON: {error}.") from None
+        yield number, row if isinstance(row, dict) else {}
 
 
-def _read_csv(file: Path) -> dict[str, str]:
-    rows: dict[str, str] = {}
-    for number, row in enumerate(csv.DictReader(_read_text(file).splitlines()), start=2):
-        rows |= _row(row, file, number)
-    return rows
-
-
-def _row(row: Mapping[str, object], file: Path, number: int) -> dict[str, str]:
-    name = row.get("file_name")
-    text = next((row[column] for column in COLUMNS if row.get(column) is not None), None)
-    if not isinstance(name, str) or not isinstance(text, str):
-        raise InputError(f"Line {number} of '{file}' must give file_name and text.")
-    return {Path(name).as_posix(): text}
-
-
-def _read_text(file: Path) -> str:
+def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"'{file}' is not a UTF-8 text file.") from None
+        begun = reader.line_num + 1
+        for row in reader:
+            yield max(begun, 2), row
+            begun = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"Line {reader.line_num} of '{shown(str(file))}' is not CSV: {error}.") from None
+
+
+def read_text(file: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 or UTF-32 when it begins with their mark.
+
+    Raises:
+        InputError: it cannot be read, or is in another encoding.
+    """
+    try:
+        content = file.read_bytes()
     except OSError as error:
-        raise InputError(f"'{file}' cannot be read: {error.strerror}.") from None
+        raise InputError(f"'{shown(str(file))}' cannot be read: {error.strerror}.") from None
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        raise InputError(f"'{shown(str(file))}' is not a UTF-8 text file: save it as UTF-8.") from None
 
 
 def compose_caption(
@@ -88,24 +171,32 @@ def compose_caption(
     """The prompt a picture is trained with.
 
     A caption goes through ``template``, a missing one is replaced by ``instance_prompt``; a trigger word that is in
-    neither is put in front; ``prefix`` comes before everything.
+    neither (as a word of its own) is put in front; ``prefix`` comes before everything.
     """
     pattern = template if caption is not None else instance_prompt
     text = pattern.replace("{caption}", caption or "").replace("{trigger}", trigger).strip()
-    if trigger and trigger not in text:
+    if trigger and not _has_word(text, trigger):
         text = f"{trigger}, {text}" if text else trigger
     return f"{prefix}{text}"
+
+
+def _has_word(text: str, word: str) -> bool:
+    """Whether ``word`` stands in ``text`` by itself, not inside a longer word."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
 def vary_caption(
     caption: str, rng: random.Random, *, dropout: float = 0.0, shuffle: bool = False, keep: int = 1
 ) -> str:
-    """Drop the caption with probability ``dropout``; shuffle its comma-separated parts after the first ``keep``."""
+    """Drop the caption with probability ``dropout``; shuffle its comma-separated parts after the first ``keep``.
+
+    Empty parts (a comma at the end, two in a row) are dropped before shuffling.
+    """
     if dropout and rng.random() < dropout:
         return ""
     if not shuffle:
         return caption
-    parts = [part.strip() for part in caption.split(",")]
+    parts = [part.strip() for part in caption.split(",") if part.strip()]
     moving = parts[keep:]
     rng.shuffle(moving)
     return ", ".join(parts[:keep] + moving)

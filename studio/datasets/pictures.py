@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image, ImageOps
+from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
+from pipelines.pictures import SUFFIXES, PictureError, is_picture, open_picture, read
 from studio.datasets.buckets import Placement, Size
-from studio.datasets.captions import read_captions
+from studio.datasets.captions import is_caption, read_captions
+from studio.datasets.folders import Tree, walk
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class FolderReport:
         pictures: the usable ones, sorted by name.
         broken: file name -> what is wrong with it.
         uncaptioned: names of usable pictures without a caption.
+        remarks: sentences on what of the folder is not used, or not as it is.
     """
 
     folder: Path
     pictures: list[Picture] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     uncaptioned: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
         """SHA-256 over every picture and caption: the identity of the data set."""
@@ -50,38 +53,54 @@ class FolderReport:
         return total.hexdigest()
 
 
+__all__ = ["SUFFIXES", "FolderReport", "Picture", "PictureError", "is_picture", "open_picture", "read", "read_pixels",
+           "scan", "usable_pictures"]  # fmt: skip
+
+
 def scan(folder: Path) -> FolderReport:
-    """Look at every picture below ``folder`` (hidden files excepted).
+    """Look at every picture below ``folder`` (hidden files excepted), in linked folders too.
 
     Raises:
         InputError: the folder does not exist, or captions cannot be read.
     """
     if not folder.is_dir():
         raise InputError(f"The picture folder '{folder}' does not exist.")
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    captions = read_captions(folder, files)
-    report = FolderReport(folder)
+    tree = walk(folder)
+    files = [file for file in tree.files if is_picture(file)]
+    captions = read_captions(folder, files, tree.files)
+    report = FolderReport(folder, remarks=[*tree.remarks, *captions.remarks])
     for file in files:
-        name = file.relative_to(folder).as_posix()
+        name = tree.name(file)
         try:
             content = file.read_bytes()
-            if not content:
-                raise InputError("empty file")
-            size = open_picture(file).size
-        except (InputError, OSError) as error:
-            report.broken[name] = str(error)
+            reading = read(content, file.name)
+        except PictureError as error:
+            report.broken[name] = error.reason
             continue
-        caption = captions.get(file)
+        except OSError as error:
+            report.broken[name] = error.strerror or str(error)
+            continue
+        caption = captions.texts.get(file)
         if caption is None:
             report.uncaptioned.append(name)
-        report.pictures.append(Picture(file, size, caption, hashlib.sha256(content).hexdigest()))
+        report.remarks += [f"{name}: {remark}" for remark in reading.remarks]
+        report.pictures.append(Picture(file, reading.image.size, caption, hashlib.sha256(content).hexdigest()))
+    unused = [file for file in tree.files if not is_picture(file) and file not in captions.files]
+    report.remarks += _unused(unused, tree)
     return report
+
+
+def _unused(files: Sequence[Path], tree: Tree) -> list[str]:
+    """What lies beside the pictures and is not read."""
+    alone = [tree.name(file) for file in files if is_caption(file)]
+    others = [tree.name(file) for file in files if not is_caption(file)]
+    made = [f"{_some(alone)} belong to no picture"] if alone else []
+    return [*made, f"{_some(others)} are not read"] if others else made
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{len(names)} files ({shown}{', ...' if len(names) > 5 else ''})"
 
 
 def usable_pictures(folder: Path, *, skip_broken: bool = False, need_captions: bool = False) -> FolderReport:
@@ -107,35 +126,13 @@ def usable_pictures(folder: Path, *, skip_broken: bool = False, need_captions: b
     return report
 
 
-def open_picture(file: Path) -> Image.Image:
-    """Read a picture as RGB, turned as its camera says, transparency on white.
-
-    Raises:
-        InputError: it is not a picture, is damaged, or is too large to be trusted.
-    """
-    try:
-        with Image.open(file) as opened:
-            turned = ImageOps.exif_transpose(opened)
-            return flatten(turned)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"not a readable picture: {error}".replace(str(file), file.name)) from None
-
-
-def flatten(picture: Image.Image) -> Image.Image:
-    """RGB, with transparent parts on white."""
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(white, layer).convert("RGB")
-
-
 def read_pixels(file: Path, placement: Placement, flip: bool) -> torch.Tensor:
     """Pixels ``(3, height, width)`` in [-1, 1] of a picture, resized, cut and (if ``flip``) mirrored."""
-    try:
-        picture = open_picture(file)
-    except InputError as error:
-        raise InputError(f"'{file}' is {error}.") from None
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    picture = open_picture(file)
     if picture.size != placement.resized:
         picture = picture.resize(placement.resized, Image.Resampling.LANCZOS)
     width, height = placement.size

@@ -104,13 +104,12 @@ def rename(name: str, new_name: str, kind: scan.Kind = "adapter") -> Record:
 
 def set_preview(record: Record, picture: Path) -> Path:
     """Put a small PNG of ``picture`` beside an adapter of the library; returns its path."""
-    from PIL import Image
+    from pipelines.pictures import open_picture
 
     place = record.path / "preview.png" if record.path.is_dir() else record.path.with_suffix(".png")
-    with Image.open(picture) as image:
-        small = image.convert("RGB")
-        small.thumbnail((512, 512))
-        files.write(place, lambda part: small.save(part, format="PNG"), sync=False)
+    small = open_picture(picture)
+    small.thumbnail((512, 512))
+    files.write(place, lambda part: small.save(part, format="PNG"), sync=False)
     return place
 
 

@@ -46,13 +46,13 @@ def pictures_in(folder: str | Path) -> list[str]:
     Raises:
         InputError: no folder, or neither pictures nor a video in it.
     """
-    from studio.datasets.pictures import SUFFIXES
+    from pipelines.pictures import SUFFIXES, UNREADABLE
 
     place = Path(folder)
     if not place.is_dir():
         raise InputError(f"There is no folder '{folder}'.")
     found = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
-    for endings in (SUFFIXES, VIDEOS):
+    for endings in (SUFFIXES | UNREADABLE, VIDEOS):  # those that cannot be read are named when they are opened
         chosen = [str(file.resolve()) for file in found if file.suffix.lower() in endings]
         if chosen:
             return chosen

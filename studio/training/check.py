@@ -15,7 +15,8 @@ def check_data(config: TrainImageConfig) -> dict[str, Any]:
 
     Returns:
         ``pictures`` (how many are usable), ``broken`` (name -> reason), ``uncaptioned`` (names), ``smallest`` and
-        ``largest`` (width, height; None without pictures), ``prompts`` (the first five as the model will see them).
+        ``largest`` (width, height; None without pictures), ``prompts`` (the first five as the model will see them),
+        ``remarks`` (what of the folder is not used, or not as it is).
     """
     report = scan(Path(config.data).expanduser())
     by_area = sorted((picture.size for picture in report.pictures), key=lambda size: size[0] * size[1])
@@ -26,4 +27,5 @@ def check_data(config: TrainImageConfig) -> dict[str, Any]:
         "smallest": by_area[0] if by_area else None,
         "largest": by_area[-1] if by_area else None,
         "prompts": list(prompts(report.pictures[:5], config)),
+        "remarks": list(report.remarks),
     }

@@ -58,6 +58,7 @@ from studio.training.supply import (
     augmentation,
     bucket_rule,
     class_set,
+    cut_away,
     picture_set,
     read_folder,
     split,
@@ -176,6 +177,8 @@ class Training:
         parts = [f"{len(shown)} pictures, {len(set(shown.captions))} different captions, sizes {sizes}"]
         if report.broken:
             parts.append(f"left out: {', '.join(sorted(report.broken))}")
+        remarks = [*report.remarks, *cut_away(shown)]
+        parts += [*remarks[:20], *([f"and {len(remarks) - 20} more remarks"] if len(remarks) > 20 else [])]
         long = self.family.cut_short(sorted(set(shown.captions)))
         if long:
             parts.append(f"{len(long)} captions are longer than the text encoder reads, e.g. '{long[0][:60]}...'")

@@ -15,6 +15,7 @@ from adapters.progress import Monitor, Progress, check
 from studio.datasets.buckets import BucketRule, place
 from studio.datasets.cache import TensorCache, Tensors, fingerprint, key_of
 from studio.datasets.captions import compose_caption
+from studio.datasets.folders import shown
 from studio.datasets.pictures import FolderReport, Picture, read_pixels, usable_pictures
 from studio.datasets.plan import Augmentation, Pick, PictureSet, Plan
 from studio.datasets.seeds import rng
@@ -83,6 +84,18 @@ def picture_set(report: FolderReport, rule: BucketRule, config: TrainImageConfig
         raise InputError(f"{len(small)} pictures are too small ({names}): {next(iter(small.values()))}.")
     captions = prompts(report.pictures, config)
     return PictureSet(tuple(report.pictures), captions, tuple(buckets))
+
+
+def cut_away(pictures: PictureSet) -> list[str]:
+    """A sentence per picture of which a bucket shows less than half."""
+    said = []
+    for picture, bucket in zip(pictures.pictures, pictures.buckets, strict=True):
+        placed = place(picture.size, bucket)
+        lost = 1 - bucket[0] * bucket[1] / (placed.resized[0] * placed.resized[1])
+        if lost > 0.5:
+            (width, height), name = picture.size, shown(picture.path.name)
+            said.append(f"{name} ({width} x {height}) is so long that {lost:.0%} of it is cut off")
+    return said
 
 
 def prompts(pictures: Sequence[Picture], config: TrainImageConfig) -> tuple[str, ...]:

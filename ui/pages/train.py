@@ -90,11 +90,12 @@ def show_way(way: str) -> list[Any]:
 
 def _picture_card() -> tuple[gr.File, gr.HTML]:
     with gr.Group(elem_classes="as-card"):
-        gr.HTML(markup.heading("Pictures", "Five to twenty work well. Captions may come along as .txt files."),
-                apply_default_css=False)  # fmt: skip
+        hint = "Five to twenty work well. Captions may come along as .txt or .caption files."
+        gr.HTML(markup.heading("Pictures", hint), apply_default_css=False)
         drop = gr.File(
-            label="Drop pictures here", file_count="multiple", file_types=["image", ".txt"], height=120,
-            elem_id="train-drop", show_label=False,
+            label="Drop pictures here", file_count="multiple", height=120,
+            file_types=["image", *sorted(pictures.SUFFIXES), *pictures.CAPTIONS], elem_id="train-drop",
+            show_label=False,
         )  # fmt: skip
         captions = gr.HTML(
             [], html_template='<ul class="as-captions" aria-label="Training pictures" hidden></ul>',
@@ -180,7 +181,7 @@ def _wire_pictures(drop: gr.File, captions: gr.HTML) -> None:
     def dropped(files: list[str] | None, present: list[Item]) -> Any:
         items, problems = pictures.receive(files or (), present)
         if problems:
-            say(" ".join(problems), title="Left out")
+            say(" ".join(problems), title="About these files")
         return None, items
 
     drop.upload(dropped, [drop, captions], [drop, captions], show_progress="hidden", api_visibility="private")

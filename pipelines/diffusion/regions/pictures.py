@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
+from pipelines.pictures import eight_bits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +31,7 @@ def open_mask(source: Any) -> Image.Image:
     from PIL import Image
 
     what = "A region's mask" if not isinstance(source, str | Path) else f"The mask '{str(source)[:60]}'"
-    image = source if isinstance(source, Image.Image) else _read(source, what)
+    image = eight_bits(source if isinstance(source, Image.Image) else _read(source, what))
     if image.has_transparency_data:
         alpha: Any = image.convert("RGBA").getchannel("A")
         image = alpha if alpha.getextrema()[0] < 255 else image.convert("RGB")
