@@ -11,6 +11,7 @@ import torch
 from adapters.errors import InputError, MissingDependencyError
 from adapters.formats.lora import LoraFile
 from pipelines.diffusion.families import Family, detect, find
+from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.memory import PRESETS, apply_preset
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -68,6 +69,7 @@ def open_pipeline(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"Base model '{source}' could not be opened as {chosen_family.title}: {reason}") from error
+    check_base(pipe, chosen_family)
     if chosen_attention == "xformers":
         pipe.enable_xformers_memory_efficient_attention()
     notes = apply_preset(pipe, memory, chosen_family.denoiser, chosen_device, DTYPES[chosen_dtype])

@@ -42,6 +42,7 @@ from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.distillation.use import Distilled, check_use, distilled, merged_mark
 from pipelines.diffusion.families import Encoding, Family, family_of
+from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.loading import Settings, modern_blocks, open_pipeline
 from pipelines.diffusion.methods.situation import Situation
 from pipelines.diffusion.methods.step import Step
@@ -157,6 +158,7 @@ class MultiLoRAPipeline:
         self._composition = Composition()
         self._engines: Engines | None = None
         check_pristine(pipe, self._components())
+        check_base(pipe, self.family)
 
     @classmethod
     def from_pretrained(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.diffusion.latents import unscaled
+
 LARGEST = 64
 """Latents are shrunk to this many cells per side first, so that a preview stays cheap at any size."""
 
@@ -21,7 +23,5 @@ def preview(pipe: Any, latents: Tensor, height: int, width: int) -> Any:
     largest = max(latents.shape[-2:])
     if largest > LARGEST:
         latents = F.interpolate(latents.float(), scale_factor=LARGEST / largest, mode="area").to(latents.dtype)
-    config = pipe.vae.config
-    shift = getattr(config, "shift_factor", None) or 0.0
-    picture = pipe.vae.decode((latents / config.scaling_factor + shift).to(pipe.vae.dtype), return_dict=False)[0]
+    picture = pipe.vae.decode(unscaled(latents, pipe.vae.config).to(pipe.vae.dtype), return_dict=False)[0]
     return pipe.image_processor.postprocess(picture.float(), output_type="pil")[0]

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from adapters.errors import InputError
+from pipelines.diffusion.families.configuration import is_edm
 
 NOISE = {
     "ddim": "DDIMScheduler",
@@ -32,6 +33,8 @@ def sampler(name: str, own: Any, flow: bool) -> Any:
     if name not in known:
         kind = "flow-matching models" if flow else "this model"
         raise InputError(f"The sampler '{name}' is not possible for {kind}: choose default, {', '.join(known)}.")
+    if is_edm(own):
+        raise InputError(f"This base has EDM's noise, which the sampler '{name}' does not have: choose default.")
     kind_of_scheduler = getattr(diffusers, known[name])
     return kind_of_scheduler.from_config(own.config)
 

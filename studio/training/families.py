@@ -14,6 +14,8 @@ import torch
 
 from pipelines.diffusion import families
 from pipelines.diffusion.families.base import latent_factor
+from pipelines.diffusion.families.configuration import check_trainable
+from pipelines.diffusion.latents import scaled
 from studio.datasets.buckets import Placement, Size
 from studio.training.objective import Diffusion, FlowMatching, Process
 
@@ -32,6 +34,7 @@ class Family:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.about = families.family_of(pipe)
+        check_trainable(pipe, self.about)
         config = pipe.scheduler.config
         self.process: Process = FlowMatching(config) if self.about.flow else Diffusion(config)
         self.guidance = 1.0
@@ -89,11 +92,7 @@ class Family:
 
     def latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Scaled latents ``(batch, channels, h, w)`` drawn from ``moments (batch, 2, channels, h, w)``."""
-        config = self.pipe.vae.config
-        drawn = moments[:, 0] + moments[:, 1] * noise
-        shift: float = getattr(config, "shift_factor", None) or 0.0
-        scale: float = config.scaling_factor
-        return (drawn - shift) * scale
+        return scaled(moments[:, 0] + moments[:, 1] * noise, self.pipe.vae.config)
 
     # ------------------------------------------------------------------ prompts
     def tokens(self, texts: Sequence[str]) -> Tensors:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters.errors import InputError
@@ -134,6 +135,8 @@ class Family:
         targets: choice of layers -> regular expression of whole module names of the denoiser.
         layout: the order of tokens inside the denoiser.
         predictions: what the denoiser may predict: "epsilon", "v_prediction", "sample" or "flow".
+        vae_fields: statistics of latents in the autoencoder's configuration that the pipeline uses.
+        denoiser_inputs: field of the denoiser's configuration that asks for an input -> values that are given.
         guidance_input: the denoiser takes the guidance as an input; real guidance is a second pass.
         size_input: the denoiser takes the size and the cut of the picture as an input.
         usual_size: pixels of a side where the model itself is not at hand.
@@ -157,6 +160,8 @@ class Family:
     targets: ClassVar[Mapping[str, str]] = TARGETS
     layout: ClassVar[Layout] = Layout()
     predictions: ClassVar[tuple[str, ...]]
+    vae_fields: ClassVar[tuple[str, ...]] = ()
+    denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
     guidance_input: ClassVar[bool] = False
     size_input: ClassVar[bool] = False
     usual_size: ClassVar[int] = 1024
@@ -182,6 +187,11 @@ class Family:
         """Rows and columns of the cells of a prediction (tokens where they are packed) for a picture of this size."""
         factor = pipe.vae_scale_factor * (self.layout.patch if self.layout.packed else 1)
         return height // factor, width // factor
+
+    def input_channels(self, pipe: Any) -> int:
+        """Channels of the denoiser's input."""
+        channels: int = pipe.vae.config.latent_channels
+        return channels * self.layout.patch**2 if self.layout.packed else channels
 
     def resolution(self, pipe: Any) -> int:
         """Pixels of a side that the base was made for."""

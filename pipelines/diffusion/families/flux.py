@@ -53,6 +53,7 @@ class Flux(Family):
     }
     layout = Layout(("text", "image"), patch=2, packed=True)
     predictions = ("flow",)
+    vae_fields = ("shift_factor",)
     guidance_input = True
     signature = Signature(
         adapter=r"single_transformer_blocks|single_blocks|double_blocks",

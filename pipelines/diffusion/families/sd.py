@@ -40,6 +40,12 @@ class StableDiffusion(Family):
     batch_arguments = UNET_ARGUMENTS
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {("encoder_hidden_states",): "embeds"}
     predictions = ("epsilon", "v_prediction", "sample")
+    denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None,),
+        "encoder_hid_dim_type": (None, "text_proj"),
+    }
     usual_size = 512
     signature = Signature(
         adapter=r"down_blocks|up_blocks|mid_block|input_blocks|lora_unet|text_model|clip_l",

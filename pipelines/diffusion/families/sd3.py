@@ -42,6 +42,7 @@ class StableDiffusion3(Family):
     }
     layout = Layout(("image", "text"), patch=2)
     predictions = ("flow",)
+    vae_fields = ("shift_factor",)
     signature = Signature(adapter=r"joint_blocks|attn[._]add_q_proj", checkpoint=r"(^|\.)joint_blocks\.", precedence=2)
 
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:

@@ -31,6 +31,11 @@ class StableDiffusionXL(StableDiffusion):
         ("encoder_hidden_states",): "embeds",
         ("added_cond_kwargs", "text_embeds"): "pooled",
     }
+    vae_fields = ("latents_mean", "latents_std")
+    denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **StableDiffusion.denoiser_inputs,
+        "addition_embed_type": ("text_time",),
+    }
     size_input = True
     usual_size = 1024
     signature = Signature(
