@@ -264,7 +264,7 @@ def test_repeat_and_list_inputs() -> None:
     assert family.repeat("scale", 3.0, 2, 2) == 3.0
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_descriptions_are_whole(family: Any) -> None:
     pipe = family.tiny()
     assert all((family.title, family.short, family.licence))
