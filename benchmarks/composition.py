@@ -171,7 +171,7 @@ class Ours:
 
     def _picture(self, composer: Any, method: str, count: int) -> Tensor:
         names = tuple(f"a{k}" for k in range(count))
-        if (composer._composition.method, composer._composition.adapters) != (method, names):
+        if (composer.composition.method, composer.composition.adapters) != (method, names):
             composer.compose(method, names)
         result: Tensor = composer(
             PROMPT,
@@ -227,7 +227,7 @@ def gate_change(ours: Ours, count: int) -> float:
     """Milliseconds to write the gates of another adapter (median of 200)."""
     ours.alone.compose("switch", [f"a{k}" for k in range(count)])
     ours._picture(ours.alone, "switch", count)
-    gates = ours.alone._built().denoiser.gates
+    gates = ours.alone.joined().denoiser.gates
     values = []
     for k in range(200):
         before = time.perf_counter()

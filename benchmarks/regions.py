@@ -152,7 +152,7 @@ def peak(model: str, count: int) -> None:
     bench.picture("activation", count)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     size = sum(p.numel() * p.element_size() for p in bench.pipe.unet.parameters()) / 2**20
-    own = bench.composer._built().denoiser.nbytes() / 2**20
+    own = bench.composer.joined().denoiser.nbytes() / 2**20
     print(json.dumps({"peak": round(most, 1), "model": round(size, 1), "adapters": round(own, 1)}))
 
 

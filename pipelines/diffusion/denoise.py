@@ -22,8 +22,7 @@ from adapters.layers.gated import Gates
 from pipelines.diffusion.families import Encoding, Family
 from pipelines.diffusion.families.base import repeat
 from pipelines.diffusion.methods.composite import reduce
-from pipelines.diffusion.methods.step import Step
-from pipelines.diffusion.text import Voices
+from pipelines.diffusion.methods.step import Step, TextAdapters
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -35,7 +34,7 @@ class Denoising:
         family: names of the denoiser's arguments.
         gates: the engine's gates.
         steps: what happens at each step.
-        voices: for each step, the encoding of each of its predictions.
+        texts: for each step, the encoding of each of its predictions.
         encodings: the encodings; the pipeline itself was given that of ``given``.
         adapter_batch: most predictions in one call (None = all).
     """
@@ -45,12 +44,12 @@ class Denoising:
         family: Family,
         gates: Gates,
         steps: Sequence[Step],
-        voices: Sequence[Sequence[Voices]],
-        encodings: Mapping[Voices, Encoding],
-        given: Voices,
+        texts: Sequence[Sequence[TextAdapters]],
+        encodings: Mapping[TextAdapters, Encoding],
+        given: TextAdapters,
         adapter_batch: int | None = None,
     ) -> None:
-        self.family, self.gates, self.steps, self.voices = family, gates, steps, voices
+        self.family, self.gates, self.steps, self.texts = family, gates, steps, texts
         self.encodings, self.given = encodings, given
         self.adapter_batch = adapter_batch
         self.step = 0
@@ -121,8 +120,8 @@ class Denoising:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], predictions: list[int], count: int
     ) -> Arguments:
         """The arguments repeated ``count`` times, with the encoding of each prediction in place."""
-        voices = [self.voices[min(self.step, len(self.voices) - 1)][k] for k in predictions]
-        own_text = any(voice != self.given for voice in voices)
+        texts = [self.texts[min(self.step, len(self.texts) - 1)][k] for k in predictions]
+        own_text = any(active != self.given for active in texts)
         if count == 1 and not own_text:
             return args, kwargs
         batch = _batch(args, kwargs)
@@ -132,7 +131,7 @@ class Denoising:
             for path, kind in self.family.text_arguments.items():
                 given = _at(kwargs, path)
                 role = self._role(given, kind)
-                tensors = [_of_role(self.encodings[voice], kind, role).to(given) for voice in voices]
+                tensors = [_of_role(self.encodings[active], kind, role).to(given) for active in texts]
                 named = _put(named, path, torch.cat(tensors))
         return wide, named
 

@@ -16,15 +16,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 from adapters.errors import InputError
-from pipelines.diffusion.methods.step import Step
+from pipelines.diffusion import methods
+from pipelines.diffusion.methods.step import Step, TextAdapters
 
 TextMode = Literal["auto", "per_adapter", "official", "merged"]
 MODES: tuple[TextMode, ...] = ("auto", "per_adapter", "official", "merged")
-JOINT = ("merge", "k-lora")
-"""Methods with several adapters in one prediction."""
-
-Voices = tuple[int, ...]
-"""The adapters whose text encoder LoRAs are active in an encoding."""
 
 
 def resolve_mode(mode: str, method: str) -> TextMode:
@@ -35,16 +31,17 @@ def resolve_mode(mode: str, method: str) -> TextMode:
     """
     if mode not in MODES:
         raise InputError(f"Unknown te_mode '{mode}': possible are {', '.join(MODES)}.")
+    together = methods.properties(method).text == "together"
     if mode == "auto":
-        return "merged" if method in JOINT else "per_adapter"
-    if mode == "per_adapter" and method in JOINT:
+        return "merged" if together else "per_adapter"
+    if mode == "per_adapter" and together:
         raise InputError(
             f"te_mode 'per_adapter' needs a method with one adapter per prediction; {method} uses 'merged'."
         )
     return next(known for known in MODES if known == mode)
 
 
-def voices_of_step(step: Step, mode: TextMode, method: str, strengths: Mapping[int, float]) -> list[Voices]:
+def text_adapters(step: Step, mode: TextMode, method: str, strengths: Mapping[int, float]) -> list[TextAdapters]:
     """The encoding of each prediction of a step.
 
     Args:
@@ -55,8 +52,8 @@ def voices_of_step(step: Step, mode: TextMode, method: str, strengths: Mapping[i
     """
     predictions = max(1, len(step.active)) if step.separate else 1
     if mode == "per_adapter":
-        speakers = step.active[:predictions] or (-1,)  # no adapter: the base model's encoding
-        return [(i,) if i in strengths else () for i in speakers]
-    if mode == "official" and method == "switch":
+        active = step.active[:predictions] or (-1,)  # no adapter: the base model's encoding
+        return [(i,) if i in strengths else () for i in active]
+    if mode == "official" and methods.properties(method).official_text == "first":
         return [(0,) if 0 in strengths else ()]
     return [tuple(sorted(strengths))] * predictions

@@ -140,7 +140,7 @@ def _fitting_method(kept: Any, regional: bool) -> Any:
     """The recipe's method where it can be kept, now that there are regions or none."""
     if (kept in REGIONAL_METHODS) == regional:
         return kept
-    return DEFAULT_METHOD if regional else "merge"
+    return DEFAULT_METHOD if regional else ComposeConfig.model_fields["method"].default
 
 
 def _with_places(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check
 from studio import catalogue, library
 from studio.composition import job as compose
-from studio.composition.region_schema import REGIONAL_METHODS
+from studio.composition import methods
 from studio.composition.schema import ComposeConfig
 from studio.library import Record
 
@@ -104,15 +104,17 @@ def scenes(records: Sequence[Record]) -> list[Scene]:
 
 def columns(scene: Scene) -> list[Cell]:
     """The pictures of one row."""
-    alone = [Cell("base", (), "merge"), *(Cell(record.name, (record,), "merge") for record in scene.pair)]
+    usual = methods.usual(regional=False)
+    alone = [Cell("base", (), usual), *(Cell(record.name, (record,), usual) for record in scene.pair)]
     return [*alone, *(Cell(method.name, scene.pair, method.name) for method in catalogue.stage("compose")
                       if _suits(method.name, scene))]  # fmt: skip
 
 
 def _suits(method: str, scene: Scene) -> bool:
-    """Regions are for two subjects; K-LoRA is for a subject and a style."""
+    """Regions are for two subjects, other methods for those and for a subject in a style (some for nothing else)."""
     styled = _is_style(scene.pair[1])
-    return not styled if method in REGIONAL_METHODS else styled or method != "k-lora"
+    known = methods.known(method)
+    return not styled if known.regional else styled or not known.pair
 
 
 def _two_subjects(left: Record, right: Record) -> Scene:
@@ -142,10 +144,10 @@ def _config(scene: Scene, cell: Cell, base: str, steps: int, seed: int) -> Compo
     values: dict[str, Any] = {"prompt": scene.prompt, "adapters": uses, "method": cell.method}
     if not _is_style(scene.pair[1]):
         values["width"], values["height"] = PAIR_CANVAS
-    if cell.method in REGIONAL_METHODS:
+    if methods.known(cell.method).regional:
         halves = zip(cell.adapters, LEFT_AND_RIGHT, strict=True)
         values["regions"] = [{"adapters": [record.name], "box": box} for record, box in halves]
-    if cell.method == "lora-composer":
+    if methods.known(cell.method).any_scope:
         values["scope"] = "spatial"  # the shipped adapters act in every attention layer, not in cross-attention alone
     values |= {"base": base, "scheduler": SAMPLER, "steps": steps, "seed": seed}
     return ComposeConfig.parse(values, source="the demonstration")

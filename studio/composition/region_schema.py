@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
+from studio.composition import methods
 from studio.schema import JobConfig
 from studio.training.schemas import rules
 from studio.training.schemas.rules import Strength
@@ -18,10 +19,10 @@ from studio.training.schemas.rules import Strength
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 as fractions of width and height, from the top left corner; the end is exclusive."""
 
-REGIONAL_METHODS = ("output", "activation", "cross", "lora-composer")
+REGIONAL_METHODS = methods.with_regions()
 """Methods that use regions; the others refuse them."""
 
-DEFAULT_METHOD = "activation"
+DEFAULT_METHOD = methods.usual(regional=True)
 """The method when regions are given and no method is."""
 
 _REGIONS: dict[str, Any] = {"group": "Regions", "advanced": False}

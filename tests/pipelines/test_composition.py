@@ -219,8 +219,8 @@ def test_block_weights_by_exact_prefix(sd: Bed) -> None:
     """The factor holds for the block alone; a prefix is a whole name."""
     composer = MultiLoRAPipeline(sd.pipe())
     composer.load_lora(sd.files["a"], "a", blocks={"up_blocks.1": 0.25, "up_blocks.1.attentions.1": 2.0})
-    gated = {layer.name: layer for layer in composer._built().denoiser.layers}
-    whole = {layer.name: layer for layer in sd.composer("a")._built().denoiser.layers}
+    gated = {layer.name: layer for layer in composer.joined().denoiser.layers}
+    whole = {layer.name: layer for layer in sd.composer("a").joined().denoiser.layers}
     ratios = {name: float((gated[name].B / whole[name].B).nanmean()) for name in gated}
     for name, ratio in ratios.items():
         wanted = (
@@ -254,7 +254,7 @@ def test_schedule_in_halves_equals_two_half_runs_bitwise(sd: Bed) -> None:
     pipe.scheduler.set_timesteps(4)
     for k, t in enumerate(pipe.scheduler.timesteps):
         half = composer_a if k < 2 else composer_b
-        with half._built().denoiser.attached() as gates, torch.no_grad():
+        with half.joined().denoiser.attached() as gates, torch.no_grad():
             gates.joint([1.0])
             noise = pipe.unet(torch.cat([z] * 2), t, encoder_hidden_states=text, return_dict=False)[0]
         without, with_text = noise.chunk(2)

@@ -198,7 +198,7 @@ def test_kohya_file_in_sdxls_original_names(beds: Callable[[str], Bed], tmp_path
 
     bed = beds("sdxl")
     composer = bed.composer("b")
-    layers = composer._loaded["b"].file.parts["unet"]
+    layers = composer.rack.loaded["b"].file.parts["unet"]
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
         name = f"lora_unet_{sgm_name(module).replace('.', '_')}"
@@ -218,7 +218,7 @@ def test_other_files_in_sdxls_original_names(written: str, beds: Callable[[str],
     from safetensors.torch import save_file
 
     bed = beds("sdxl")
-    layers = bed.composer("b")._loaded["b"].file.parts["unet"]
+    layers = bed.composer("b").rack.loaded["b"].file.parts["unet"]
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
         if written == "ComfyUI":
@@ -230,7 +230,7 @@ def test_other_files_in_sdxls_original_names(written: str, beds: Callable[[str],
     save_file(tensors, tmp_path / "sgm.safetensors")
     again = MultiLoRAPipeline(bed.pipe())
     assert again.load_lora(tmp_path / "sgm.safetensors").layers == {"unet": len(layers)}
-    found = again._loaded["sgm"].file.parts["unet"]
+    found = again.rack.loaded["sgm"].file.parts["unet"]
     for module, layer in layers.items():
         torch.testing.assert_close(found[module].delta(), layer.delta())
 

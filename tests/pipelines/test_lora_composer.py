@@ -28,15 +28,17 @@ TWO = (
 def call_of(composer: Any, *regions: Region, steps: int = 4, images: int = 1, **options: Any) -> RegionalCall:
     """The parts of a call, as the pipeline makes them."""
     from adapters.progress import Silent
-    from pipelines.diffusion.pipeline import Asked
+    from pipelines.diffusion.drawing import Request
 
     composer.compose("lora-composer", regions=list(regions), **options)
     plan = composer.plan(steps=steps)
     how = {"width": 32, "height": 32, "num_inference_steps": steps, "guidance_scale": 5.0, "output_type": "latent"}
-    asked = Asked(PROMPT, "", images, True, 3, (32, 32), how, Silent(), 0)
+    request = Request(PROMPT, "", images, True, 3, (32, 32), how, Silent(), 0)
     composer.pipe.scheduler.set_timesteps(steps)
     with torch.no_grad():
-        return RegionalCall(composer, plan, composer._composition.regions, composer._composition.options, asked)
+        return RegionalCall(
+            composer.region_context(), plan, composer.composition.regions, composer.composition.options, request
+        )
 
 
 # Isolation
@@ -291,7 +293,7 @@ def test_other_samplers_scale_once(sd: Bed, scheduler: str) -> None:
 def test_refinement_is_for_models_of_its_size(sd: Bed) -> None:
     composer = sd.composer("a")
     composer.compose("lora-composer", regions=[Region(("a",), box=ALL)])
-    assert composer._composition.options.refine is False
+    assert composer.composition.options.refine is False
 
 
 def test_the_model_is_as_before_also_after_a_stop(sd: Bed) -> None:
@@ -319,7 +321,7 @@ def test_the_model_is_as_before_also_after_a_stop(sd: Bed) -> None:
     ]
     assert after == before
     assert [p.requires_grad for p in unet.parameters()] == wanted
-    assert composer._built().denoiser.gates.token_gates is None
+    assert composer.joined().denoiser.gates.token_gates is None
 
 
 def test_automatic_regions(sd: Bed) -> None:

@@ -52,7 +52,7 @@ def test_a_region_of_the_whole_picture_is_plain_lora(beds: Any, family: str, met
 def test_cross_on_the_whole_picture_is_the_lora_restricted_to_cross_attention(beds: Any, family: str) -> None:
     bed: Bed = beds(family)
     full = bed.composer("a")
-    loaded = full._loaded["a"].file
+    loaded = full.rack.loaded["a"].file
     kept = {k: v for k, v in loaded.parts["unet"].items() if k.endswith(("attn2.to_k", "attn2.to_v", "attn2.to_out.0"))}
     restricted = MultiLoRAPipeline(bed.pipe())
     restricted.load_lora(loaded.with_parts({**loaded.parts, "unet": kept}), "a", weight=0.7)

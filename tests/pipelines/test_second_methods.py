@@ -11,7 +11,7 @@ import torch
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
 from pipelines.diffusion.methods import cmlora, k_lora, w_composite, w_switch
-from pipelines.diffusion.methods.situation import Situation, normalised, without
+from pipelines.diffusion.methods.context import MethodContext, normalised, without
 from tests.pipelines.conftest import PROMPT, Bed, close, latents
 
 TRIGGERS = {"a": ("red",), "b": ("apple",), "c": ("a",)}
@@ -24,7 +24,7 @@ def composer(bed: Bed, *names: str, **weights: float) -> Any:
     return made
 
 
-def situation(prompt: str | None = "one two", *triggers: str) -> Situation:
+def context(prompt: str | None = "one two", *triggers: str) -> MethodContext:
     """Texts are embedded as what words they have: one axis per word."""
     words = ["one", "two", "three", "four"]
 
@@ -32,7 +32,7 @@ def situation(prompt: str | None = "one two", *triggers: str) -> Situation:
         return torch.tensor([1.0 if word in text.split() else 0.01 for word in words])
 
     names = tuple(f"n{k}" for k in range(len(triggers)))
-    return Situation(names, tuple({} for _ in names), tuple((word,) for word in triggers), prompt, embed)
+    return MethodContext(names, tuple({} for _ in names), tuple((word,) for word in triggers), prompt, embed)
 
 
 # The limits they share
@@ -75,19 +75,19 @@ def test_relevance_of_the_turns() -> None:
     assert normalised([0.0, 0.15]) == pytest.approx((0.25, 0.75))
     assert w_switch.lengths((0.25, 0.75), 6) == [2, 6]
     assert w_switch.lengths((0.01, 0.99), 3) == [1, 3]
-    close_words = situation("one two three", "one", "nothing")
+    close_words = context("one two three", "one", "nothing")
     one, nothing = w_switch.weights(close_words)
     assert one > nothing  # taking away what is not there changes nothing
     assert sum(w_switch.weights(close_words)) == pytest.approx(1)
     strengths = ((1.0, 1.0),) * 6
     made = w_switch.steps(strengths, close_words, tau=2)
     assert [step.active[0] for step in made] == [0, 0, 1, 0, 0, 1]
-    planned = w_switch.steps(strengths, situation(None, "one", "two"), tau=2)
+    planned = w_switch.steps(strengths, context(None, "one", "two"), tau=2)
     assert [step.active[0] for step in planned] == [0, 0, 1, 1, 0, 0]
 
 
 def test_shares_of_the_weighted_mean() -> None:
-    near, far = w_composite.weights(situation("one two", "one", "four"))
+    near, far = w_composite.weights(context("one two", "one", "four"))
     assert near > far
     predictions = torch.arange(8.0).view(4, 2)  # two adapters, batch of two
     found = w_composite.weighted(predictions, [1.0, 3.0])
@@ -95,9 +95,9 @@ def test_shares_of_the_weighted_mean() -> None:
 
 
 def test_w_composite_with_equal_shares_is_composite(sd: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w_composite, "weights", lambda situation: (0.5, 0.5))
+    monkeypatch.setattr(w_composite, "weights", lambda context: (0.5, 0.5))
     close(latents(composer(sd, "a", "b"), "w-composite"), latents(composer(sd, "a", "b"), "composite"))
-    monkeypatch.setattr(w_composite, "weights", lambda situation: (1.0, 0.0))
+    monkeypatch.setattr(w_composite, "weights", lambda context: (1.0, 0.0))
     close(latents(composer(sd, "a", "b"), "w-composite"), latents(composer(sd, "a"), "merge"))
     close(
         latents(composer(sd, "a", "b"), "w-composite", adapter_batch=1), latents(composer(sd, "a", "b"), "w-composite")
@@ -105,7 +105,7 @@ def test_w_composite_with_equal_shares_is_composite(sd: Bed, monkeypatch: pytest
 
 
 def test_w_switch_with_equal_relevance_is_switch(sd: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w_switch, "weights", lambda situation: (0.5, 0.5))
+    monkeypatch.setattr(w_switch, "weights", lambda context: (0.5, 0.5))
     assert torch.equal(
         latents(composer(sd, "a", "b"), "w-switch", tau=2), latents(composer(sd, "a", "b"), "switch", tau=2)
     )
@@ -134,7 +134,7 @@ def test_cmlora_shares_and_refreshes() -> None:
 def test_cmlora_without_reuse_is_the_weighted_mean(sd: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cmlora, "interval", lambda progress: 1)
     monkeypatch.setattr(cmlora, "high_frequency", lambda difference: 0.0)
-    monkeypatch.setattr(w_composite, "weights", lambda situation: tuple(cmlora.shares(2, 0)))
+    monkeypatch.setattr(w_composite, "weights", lambda context: tuple(cmlora.shares(2, 0)))
     close(latents(composer(sd, "a", "b"), "cmlora", tau=9), latents(composer(sd, "a", "b"), "w-composite"))
 
 

@@ -121,7 +121,7 @@ def test_every_format_draws_the_same_and_says_the_same(bases, prompts, tmp_path)
     assert beside.items() >= marks[0].to_metadata().items()
     unet = diffusers.UNet2DConditionModel.from_pretrained(bases("sd"), subfolder="unet")
     with torch.no_grad():  # merged into the weights: the same
-        for name, layer in pipe._loaded[next(iter(pipe.adapters))].file.parts["unet"].items():
+        for name, layer in pipe.rack.loaded[next(iter(pipe.adapters))].file.parts["unet"].items():
             unet.get_parameter(f"{name}.weight").add_(layer.delta())
     merged = MultiLoRAPipeline.from_pretrained(bases("sd"), unet=unet)
     latents = merged("a cat", steps=2, guidance_scale=1.0, output_type="latent").images

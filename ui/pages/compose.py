@@ -12,7 +12,7 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import catalogue, jobs, library
-from studio.composition import recipe_png, recipes
+from studio.composition import methods, recipe_png, recipes
 from studio.composition.comparison_schema import CompareConfig
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
@@ -142,7 +142,7 @@ def _method_settings(form: Form) -> Compare:
                             elem_id="compare-methods", info="One picture each, all from the same seed.")  # fmt: skip
     on = gr.Checkbox(False, label="Compare methods side by side", container=False, elem_id="compare")
     form["method"].change(
-        lambda name: (_method_help(name), gr.update(visible="switch" in str(name))),
+        lambda name: (_method_help(name), gr.update(visible=methods.known(str(name)).turns)),
         form["method"], [summary, form["tau"]], show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     on.input(lambda chosen: [gr.update(visible=chosen), gr.update(visible=not chosen)], on, [many, one],

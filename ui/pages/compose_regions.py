@@ -11,8 +11,8 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import catalogue, library
-from studio.composition import canvas_size
-from studio.composition.region_schema import DEFAULT_METHOD, REGIONAL_METHODS, RegionFields
+from studio.composition import canvas_size, methods
+from studio.composition.region_schema import DEFAULT_METHOD, RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.jobs import Job
 from ui import markup
@@ -96,10 +96,9 @@ def switch(mode: str) -> list[Any]:
 def offered(mode: str) -> list[tuple[str, str]]:
     """The methods for a mode as choices: those with regions, or those without."""
     regional = mode in (DRAWN, AUTO)
-    found = [method for method in catalogue.stage("compose") if (method.name in REGIONAL_METHODS) == regional]
-    order = {name: number for number, name in enumerate(("merge", "switch", "composite", DEFAULT_METHOD))}
-    found.sort(key=lambda method: order.get(method.name, len(order)))
-    return [(method.title or method.name, method.name) for method in found]
+    found = {method.name: method for method in catalogue.stage("compose")}
+    chosen = [found[name] for name in methods.names(lambda known: known.regional == regional)]
+    return [(method.title or method.name, method.name) for method in chosen]
 
 
 def suitable(mode: str, method: str) -> str:

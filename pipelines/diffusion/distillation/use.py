@@ -12,11 +12,9 @@ from torch import Tensor
 
 from adapters.errors import InputError
 from adapters.formats import LoraFile
+from pipelines.diffusion import methods
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark, config_hash, read_mark
-
-COMPOSABLE = ("merge",)
-"""Composition methods in which an adapter acts in every prediction, as a distilled one must."""
 
 GUIDANCE = 5.0
 """Guidance of a call that names none, without a distilled adapter."""
@@ -80,9 +78,10 @@ def check_use(
     if len(active) > 1:
         raise InputError(f"Two distilled adapters guide twice ({', '.join(active)}): keep one of them.")
     name, (mark, weight) = next(iter(active.items()))
-    if method not in COMPOSABLE:
+    if not methods.properties(method).constant:
         raise InputError(
-            f"'{name}' is distilled and must act in every prediction, which '{method}' does not do: use method 'merge'."
+            f"'{name}' is distilled and must act in every prediction, which '{method}' does not do: use method "
+            f"'{methods.usual(regional=False)}'."
         )
     if mark.mode == "embedding":
         chosen = mark.guidance if guidance is None else guidance

@@ -1,44 +1,45 @@
-"""Composition methods, one per file: a ``METHOD`` entry that names a function (strengths, ...) -> list[Step].
+"""Composition methods, one per file: a ``METHOD`` entry with the method's properties, and the function it names,
+(strengths, ...) -> list[Step].
 
-A method that does more in a step than its gates say also has a class ``Run``, a
-:class:`pipelines.diffusion.denoise.Denoising` of its own.
+The list is the catalogue's, so a method of an installed package counts as well. A method that does more in a step than
+its gates say also has, in the module of its entry, a class ``Run``: a :class:`pipelines.diffusion.denoise.Denoising` of
+its own. Importing this package loads no torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
+from adapters import catalogue
 from adapters.catalogue import Method
-from adapters.errors import InputError, nearest
+from pipelines.diffusion.methods.properties import Properties
 from pipelines.diffusion.methods.step import Step, Strengths
 
-__all__ = ["Step", "Strengths", "find", "names", "plan_steps", "runner"]
+__all__ = ["Properties", "Step", "Strengths", "find", "names", "plan_steps", "properties", "runner", "usual"]
 
 
-@cache
-def _methods() -> dict[str, Method]:
-    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    return {module.METHOD.name: module.METHOD for module in modules if hasattr(module, "METHOD")}
+def names(suits: Callable[[Properties], bool] = lambda _: True) -> tuple[str, ...]:
+    """The methods whose properties suit, the usual ones first."""
+    found = [(method.typed(Properties), method.name) for method in catalogue.stage("compose")]
+    return tuple(name for known, name in sorted(found, key=lambda pair: pair[0].position) if suits(known))
 
 
-def names() -> tuple[str, ...]:
-    """The composition methods there are."""
-    return tuple(sorted(_methods()))
+def usual(regional: bool) -> str:
+    """The method to take when none is named, with regions or without."""
+    return names(lambda known: known.regional == regional)[0]
 
 
 def find(name: str) -> Method:
-    """The method called ``name``.
+    """The method called ``name``; raises :class:`~adapters.errors.InputError` with the nearest ones."""
+    return catalogue.find("compose", name)
 
-    Raises:
-        InputError: there is none; the message lists the possible ones.
-    """
-    if name not in _methods():
-        raise InputError(f"Unknown method '{name}'{nearest(name, names())}: possible are {', '.join(names())}.")
-    return _methods()[name]
+
+def properties(name: str) -> Properties:
+    """What is to be known of the method called ``name``; raises as :func:`find`."""
+    return find(name).typed(Properties)
 
 
 def plan_steps(name: str, strengths: Strengths, **options: Any) -> list[Step]:

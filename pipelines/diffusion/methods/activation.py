@@ -22,4 +22,5 @@ METHOD = Method(
     makes="picture",
     paper="",
     entry="pipelines.diffusion.regions.rows:together",
+    properties={"position": 3, "regions": "network"},
 )

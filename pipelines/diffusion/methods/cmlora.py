@@ -37,6 +37,7 @@ METHOD = Method(
     makes="picture",
     paper="Cached Multi-LoRA Composition for Multi-Concept Image Generation, arXiv 2502.04923 (approximated)",
     entry="pipelines.diffusion.methods.cmlora:steps",
+    properties={"position": 10, "turns": True},
 )
 
 CUTOFF = 0.4

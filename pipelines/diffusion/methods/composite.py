@@ -25,6 +25,7 @@ METHOD = Method(
     makes="picture",
     paper="Multi-LoRA Composition for Image Generation, arXiv 2402.16843",
     entry="pipelines.diffusion.methods.composite:steps",
+    properties={"position": 2},
 )
 
 

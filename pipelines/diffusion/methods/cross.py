@@ -22,4 +22,5 @@ METHOD = Method(
     makes="picture",
     paper="LoRA-Composer, arXiv 2403.11627 (concept injection alone)",
     entry="pipelines.diffusion.regions.rows:together",
+    properties={"position": 20, "regions": "network", "transformers": False, "scope": "cross", "hard": True},
 )

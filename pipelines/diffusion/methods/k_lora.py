@@ -25,7 +25,7 @@ from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
 from pipelines.diffusion.denoise import Denoising
-from pipelines.diffusion.methods.situation import Situation
+from pipelines.diffusion.methods.context import MethodContext
 from pipelines.diffusion.methods.step import Step, Strengths
 
 METHOD = Method(
@@ -36,6 +36,7 @@ METHOD = Method(
     makes="picture",
     paper="K-LoRA: Unlocking Training-Free Fusion of Any Subject and Style LoRAs, arXiv 2502.18461",
     entry="pipelines.diffusion.methods.k_lora:steps",
+    properties={"position": 11, "text": "together", "order_matters": True, "pair": True},
 )
 
 GAIN, START = 1.5, 0.5
@@ -63,21 +64,21 @@ class Run(Denoising):
         return super()._before(module, args, kwargs)
 
 
-def steps(strengths: Strengths, situation: Situation) -> list[Step]:
+def steps(strengths: Strengths, context: MethodContext) -> list[Step]:
     """One prediction per step, in which the layers divide the two adapters among themselves.
 
     Raises:
         InputError: not two adapters, other layers in one than in the other, or a DoRA adapter.
     """
-    if len(situation.names) != 2:
-        raise InputError(f"K-LoRA draws with a concept and a style: give two adapters, not {len(situation.names)}.")
-    concept, style = situation.layers
+    if len(context.names) != 2:
+        raise InputError(f"K-LoRA draws with a concept and a style: give two adapters, not {len(context.names)}.")
+    concept, style = context.layers
     odd = sorted(concept.keys() ^ style.keys())
     if odd:
         raise InputError(
             f"K-LoRA needs two adapters of the same layers; {len(odd)} are in one of them only, such as '{odd[0]}'."
         )
-    if any(layer.magnitude is not None for layers in situation.layers for layer in layers.values()):
+    if any(layer.magnitude is not None for layers in context.layers for layer in layers.values()):
         raise InputError("K-LoRA cannot compare DoRA adapters: their change is no product of two matrices.")
     change = crossings(concept, style)
     made: list[Step] = []

@@ -20,4 +20,8 @@ METHOD = Method(
     makes="picture",
     paper="LoRA-Composer, arXiv 2403.11627",
     entry="pipelines.diffusion.regions.rows:together",
-)
+    properties={
+        "position": 21, "regions": "network", "transformers": False, "scope": "cross", "any_scope": True, "parts": True,
+        "hard": True,
+    },
+)  # fmt: skip

@@ -19,6 +19,7 @@ METHOD = Method(
     makes="picture",
     paper="Multi-LoRA Composition for Image Generation, arXiv 2402.16843 (baseline)",
     entry="pipelines.diffusion.methods.merge:steps",
+    properties={"position": 0, "text": "together", "constant": True},
 )
 
 

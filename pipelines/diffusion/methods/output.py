@@ -20,4 +20,5 @@ METHOD = Method(
     makes="picture",
     paper="",
     entry="pipelines.diffusion.regions.rows:apart",
+    properties={"position": 22, "regions": "predictions"},
 )

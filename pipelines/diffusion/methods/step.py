@@ -33,3 +33,6 @@ class Step:
 
 Strengths = tuple[tuple[float, ...], ...]
 """strengths[k][i]: weight times schedule of adapter i at step k."""
+
+TextAdapters = tuple[int, ...]
+"""The adapters whose text encoder LoRAs are active in an encoding."""

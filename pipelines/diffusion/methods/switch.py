@@ -21,6 +21,7 @@ METHOD = Method(
     makes="picture",
     paper="Multi-LoRA Composition for Image Generation, arXiv 2402.16843",
     entry="pipelines.diffusion.methods.switch:steps",
+    properties={"position": 1, "official_text": "first", "turns": True, "order_matters": True},
 )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapters.catalogue import Method
 from pipelines.diffusion.denoise import Denoising
-from pipelines.diffusion.methods.situation import Situation, normalised
+from pipelines.diffusion.methods.context import MethodContext, normalised
 from pipelines.diffusion.methods.step import Step, Strengths
 
 METHOD = Method(
@@ -28,6 +28,7 @@ METHOD = Method(
     makes="picture",
     paper="Prompt-aware multi-LoRA composition (W-Switch, W-Composite), arXiv 2606.03792",
     entry="pipelines.diffusion.methods.w_composite:steps",
+    properties={"position": 12, "needs_prompt": True},
 )
 
 
@@ -47,18 +48,18 @@ class Run(Denoising):
         return weighted(predictions, [step.shares[i] for i in step.active])
 
 
-def steps(strengths: Strengths, situation: Situation) -> list[Step]:
+def steps(strengths: Strengths, context: MethodContext) -> list[Step]:
     """Separate predictions per step; without a prompt (a plan) all shares are equal."""
-    situation.need_triggers("w-composite")
+    context.need_triggers("w-composite")
     count = len(strengths[0]) if strengths else 0
-    shares = weights(situation) if situation.prompt is not None else (1 / max(count, 1),) * count
+    shares = weights(context) if context.prompt is not None else (1 / max(count, 1),) * count
     return [WeightedStep(row, separate=True, shares=shares) for row in strengths]
 
 
-def weights(situation: Situation) -> tuple[float, ...]:
+def weights(context: MethodContext) -> tuple[float, ...]:
     """w_i, summing to 1."""
-    prompt = situation.prompt or ""
-    return normalised([situation.closeness(prompt, ", ".join(words)) for words in situation.triggers])
+    prompt = context.prompt or ""
+    return normalised([context.closeness(prompt, ", ".join(words)) for words in context.triggers])
 
 
 def weighted(predictions: Tensor, shares: list[float]) -> Tensor:

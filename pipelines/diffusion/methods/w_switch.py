@@ -14,7 +14,7 @@ here: a schedule does it.)
 from __future__ import annotations
 
 from adapters.catalogue import Method
-from pipelines.diffusion.methods.situation import Situation, normalised, without
+from pipelines.diffusion.methods.context import MethodContext, normalised, without
 from pipelines.diffusion.methods.step import Step, Strengths
 
 METHOD = Method(
@@ -25,14 +25,15 @@ METHOD = Method(
     makes="picture",
     paper="Prompt-aware multi-LoRA composition (W-Switch, W-Composite), arXiv 2606.03792",
     entry="pipelines.diffusion.methods.w_switch:steps",
+    properties={"position": 13, "turns": True, "order_matters": True, "needs_prompt": True},
 )
 
 
-def steps(strengths: Strengths, situation: Situation, tau: int = 1) -> list[Step]:
+def steps(strengths: Strengths, context: MethodContext, tau: int = 1) -> list[Step]:
     """One prediction per step with the adapter whose turn it is; without a prompt (a plan) all turns are tau."""
-    situation.need_triggers("w-switch")
+    context.need_triggers("w-switch")
     count = len(strengths[0]) if strengths else 0
-    turns = lengths(weights(situation), tau) if situation.prompt is not None else [tau] * count
+    turns = lengths(weights(context), tau) if context.prompt is not None else [tau] * count
     order = [i for i, length in enumerate(turns) for _ in range(length)]
     return [
         Step(tuple(value if i == order[k % len(order)] else 0.0 for i, value in enumerate(row))) if order else Step(row)
@@ -40,10 +41,10 @@ def steps(strengths: Strengths, situation: Situation, tau: int = 1) -> list[Step
     ]
 
 
-def weights(situation: Situation) -> tuple[float, ...]:
+def weights(context: MethodContext) -> tuple[float, ...]:
     """w_i, summing to 1."""
-    prompt = situation.prompt or ""
-    return normalised([1 - situation.closeness(prompt, without(prompt, words)) for words in situation.triggers])
+    prompt = context.prompt or ""
+    return normalised([1 - context.closeness(prompt, without(prompt, words)) for words in context.triggers])
 
 
 def lengths(shares: tuple[float, ...], tau: int) -> list[int]:

@@ -11,9 +11,8 @@ from torch import Tensor
 from adapters.layers.gated import Gates
 from pipelines.diffusion.denoise import Denoising
 from pipelines.diffusion.families import Encoding, Family
-from pipelines.diffusion.methods.step import Step
+from pipelines.diffusion.methods.step import Step, TextAdapters
 from pipelines.diffusion.regions.masks import Place, level
-from pipelines.diffusion.text import Voices
 
 
 class Blending(Denoising):
@@ -31,14 +30,14 @@ class Blending(Denoising):
         family: Family,
         gates: Gates,
         steps: Sequence[Step],
-        encodings: Mapping[Voices, Encoding],
+        encodings: Mapping[TextAdapters, Encoding],
         places: Sequence[Place],
         grid: tuple[int, int],
         adapter_batch: int | None = None,
     ) -> None:
         rows = list(range(len(places) + 1))
-        voices = [[(row,) for row in rows]] * len(steps)
-        super().__init__(family, gates, steps, voices, encodings, (0,), adapter_batch)
+        texts = [[(row,) for row in rows]] * len(steps)
+        super().__init__(family, gates, steps, texts, encodings, (0,), adapter_batch)
         self.shares = level(places, *grid, hard=False, device=torch.device("cpu")).shares
         self.used = [row for row in rows if bool((self.shares[row] > 0).any())]
         self.grid = grid

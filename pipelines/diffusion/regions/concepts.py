@@ -129,7 +129,7 @@ def expanded(prompt: str, words: LayerWords) -> list[str]:
 
 
 @contextmanager
-def speaking(pipe: Any, tokens: Tokens) -> Iterator[None]:
+def knowing(pipe: Any, tokens: Tokens) -> Iterator[None]:
     """Let the pipeline's tokenizers and text encoders know the tokens; afterwards they are what they were."""
     with ExitStack() as stack:
         for encoder, rows in tokens.items():

@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters.errors import InputError, nearest
+from pipelines.diffusion import methods
 from pipelines.diffusion.checks import check_weight
 from pipelines.diffusion.schedule import Keyframes, check_keyframes
 
 Box = tuple[float, float, float, float]
 Scope = Literal["cross", "spatial"]
 
-REGIONAL = ("output", "activation", "cross", "lora-composer")
-"""Composition methods that use regions."""
-
 CROSS_LAYERS = ("attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 """The layers of an adapter that the scope "cross" uses."""
-
-SPEAKING = ("activation", "cross", "lora-composer")
-"""Methods in which each cross-attention layer may read a text of its own."""
 
 PARTS = ("self_mask", "reinit", "refine")
 """LoRA-Composer's parts that can be switched."""
@@ -109,9 +104,10 @@ def check_regions(
         InputError: regions for a method without them or none for one that needs them; no, a wrong or an unknown
             adapter; a box that is none; no place at all; a number that is not finite.
     """
-    if method not in REGIONAL:
+    if not methods.properties(method).regional:
         if regions:
-            raise InputError(f"'{method}' has no regions: choose {', '.join(REGIONAL)}, or leave the regions out.")
+            regional = ", ".join(methods.names(lambda known: known.regional))
+            raise InputError(f"'{method}' has no regions: choose {regional}, or leave the regions out.")
         return ()
     if not regions:
         raise InputError(f"'{method}' needs regions: give some, or 'auto'.")
@@ -148,24 +144,30 @@ def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> Region
         if name not in known:
             raise InputError(f"compose has no option '{name}'{nearest(name, known)}.")
     made = RegionOptions(**options)
-    if method not in REGIONAL:
+    kind = methods.properties(method)
+    if not kind.regional:
         if made != RegionOptions():
             changed = [item.name for item in fields(made) if getattr(made, item.name) != item.default]
             raise InputError(f"'{method}' has no regions, so {', '.join(changed)} would do nothing: leave it out.")
         return made
     if made.scope not in (None, "cross", "spatial"):
         raise InputError(f"Unknown scope '{made.scope}': possible are cross, spatial.")
-    own: Scope = "spatial" if method in ("output", "activation") else "cross"
-    if method != "lora-composer" and made.scope not in (None, own):
-        other = "activation" if made.scope == "spatial" else "cross"
-        raise InputError(f"'{method}' always has the scope '{own}': choose the method '{other}' or 'lora-composer'.")
-    asked = [name for name in PARTS if getattr(made, name)]
-    if method == "output" and asked:
-        raise InputError(f"'output' makes separate predictions and has no {', '.join(asked)}: use 'lora-composer'.")
-    if flow and (method in ("cross", "lora-composer") or made.reinit or made.refine):
+    own: Scope = kind.scope
+    if not kind.any_scope and made.scope not in (None, own):
+        others = methods.names(lambda known: known.layer_text and (known.any_scope or known.scope == made.scope))
+        raise InputError(f"'{method}' always has the scope '{own}': choose {_listed(others)}.")
+    chosen = [name for name in PARTS if getattr(made, name)]
+    if kind.regions == "predictions" and chosen:
+        others = methods.names(lambda known: known.parts)
         raise InputError(
-            "This family has no separate cross-attention, which 'cross', 'lora-composer', reinit and refine work on: "
-            "use 'activation' or 'output'."
+            f"'{method}' makes separate predictions and has no {', '.join(chosen)}: use {_listed(others)}."
+        )
+    if flow and (not kind.transformers or made.reinit or made.refine):
+        able = methods.names(lambda known: known.regional and known.transformers)
+        unable = methods.names(lambda known: known.regional and not known.transformers)
+        raise InputError(
+            f"This family has no separate cross-attention, which {_listed(unable, 'and')}, and reinit "
+            f"and refine, work on: use {_listed(able)}."
         )
     for name in ("refine_rate", "trust_region", "auto_steps"):
         value = getattr(made, name)
@@ -175,7 +177,7 @@ def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> Region
         raise InputError(f"auto_steps is a share of the steps, at most 1, got {made.auto_steps}.")
     if made.capture is not None and made.capture < 1:
         raise InputError(f"capture must be at least 1, got {made.capture}.")
-    whole = method == "lora-composer"
+    whole = kind.parts
     return replace(
         made,
         scope=made.scope or own,
@@ -183,6 +185,12 @@ def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> Region
         reinit=whole if made.reinit is None else made.reinit,
         refine=False if made.refine is None and not whole else made.refine,
     )
+
+
+def _listed(names: Sequence[str], last: str = "or") -> str:
+    """'a', 'b' or 'c'."""
+    quoted = [f"'{name}'" for name in names]
+    return f" {last} ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
 
 
 def _checked(given: Region | Mapping[str, Any], number: int, known: Sequence[str]) -> Region:

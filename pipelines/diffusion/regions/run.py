@@ -6,33 +6,31 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapters.errors import InputError
-from adapters.formats import LoraFile
 from adapters.progress import Changed, Progress
+from pipelines.diffusion import methods
+from pipelines.diffusion.drawing import Request, draw
 from pipelines.diffusion.families import Encoding
-from pipelines.diffusion.methods.step import Step
+from pipelines.diffusion.methods.step import Step, TextAdapters
 from pipelines.diffusion.regions import masks
 from pipelines.diffusion.regions.automatic import assigned
 from pipelines.diffusion.regions.blend import Blending, latent_grid
 from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
 from pipelines.diffusion.regions.concepts import layer_tokens, spelled, with_tokens, word_tokens
+from pipelines.diffusion.regions.context import RegionContext
 from pipelines.diffusion.regions.joint import RegionalTransformer, TextAttention, joined
 from pipelines.diffusion.regions.masks import Place
 from pipelines.diffusion.regions.refine import Refinement, loss
-from pipelines.diffusion.regions.region import CROSS_LAYERS, PlacedRegion, Region, RegionOptions
+from pipelines.diffusion.regions.region import PlacedRegion, Region, RegionOptions
 from pipelines.diffusion.regions.reinit import bounds, rearranged
 from pipelines.diffusion.regions.unet import RegionalUNet, RowText
 from pipelines.diffusion.regions.words import joint_positions, positions, subject_words
-from pipelines.diffusion.text import Voices
-
-if TYPE_CHECKING:
-    from pipelines.diffusion.pipeline import Asked, Loaded, MultiLoRAPipeline
-    from pipelines.diffusion.report import Plan
+from pipelines.diffusion.report import Plan
 
 Run = RegionalUNet | RegionalTransformer | Blending
 
@@ -41,33 +39,33 @@ class RegionalCall:
     """One call with regions.
 
     Args:
-        composer: the pipeline.
+        context: the pipeline around it.
         plan: the steps.
         regions: the regions, with a place each.
         options: how they are used, everything decided.
-        asked: what the pipeline was called with.
+        request: what the pipeline was called with.
     """
 
     def __init__(
         self,
-        composer: MultiLoRAPipeline,
+        context: RegionContext,
         plan: Plan,
         regions: Sequence[Region],
         options: RegionOptions,
-        asked: Asked,
+        request: Request,
     ) -> None:
-        self.composer, self.plan, self.regions, self.options, self.asked = composer, plan, regions, options, asked
-        self.size = asked.size
-        self.grid = latent_grid(composer.family, composer.pipe, *asked.size)
-        texts = [(asked.prompt, asked.negative)]
+        self.context, self.plan, self.regions, self.options, self.request = context, plan, regions, options, request
+        self.size = request.size
+        self.grid = latent_grid(context.family, context.pipe, *request.size)
+        texts = [(request.prompt, request.negative)]
         texts += [
-            (region.prompt or asked.prompt, asked.negative if region.negative is None else region.negative)
+            (region.prompt or request.prompt, request.negative if region.negative is None else region.negative)
             for region in regions
         ]
-        self.encodings = composer.encode_rows(texts, regions, asked.images, asked.guided)
+        self.encodings = context.prompts.by_regions(texts, regions, request.images, request.guided)
         automatic = all(region.box is None and region.mask is None for region in regions)
         self.places = self._found() if automatic else [masks.place(region) for region in regions]
-        check_places(self.places, regions, self.grid, asked.size)
+        check_places(self.places, regions, self.grid, request.size)
         self.run = self._run(self.plan.steps, self.encodings, self.places)
         self.attention = self._attention() if options.reinit or options.refine else None
 
@@ -75,10 +73,10 @@ class RegionalCall:
         """The latents to begin with, where they are not the usual noise."""
         if self.attention is None:
             return {}
-        pipe, scheduler = self.composer.pipe, self.composer.pipe.scheduler
-        scheduler.set_timesteps(self.asked.call["num_inference_steps"], device=pipe._execution_device)
+        pipe, scheduler = self.context.pipe, self.context.pipe.scheduler
+        scheduler.set_timesteps(self.request.call["num_inference_steps"], device=pipe._execution_device)
         latents = pipe.prepare_latents(
-            self.asked.images, pipe.unet.config.in_channels, *self.size, self.encodings[0].positive["embeds"].dtype,
+            self.request.images, pipe.unet.config.in_channels, *self.size, self.encodings[0].positive["embeds"].dtype,
             pipe._execution_device, list(generators), None,
         )  # fmt: skip
         begun = self.attention.start(latents)
@@ -95,7 +93,7 @@ class RegionalCall:
         """LoRA-Composer's parts that look at attention maps."""
         assert isinstance(self.run, RegionalUNet)
         tokens = [self.tokens(region) for region in self.regions]
-        return Attending(self.composer, self.run, self.options, self.places, self.encodings[0], tokens, self.size)
+        return Attending(self.context, self.run, self.options, self.places, self.encodings[0], tokens, self.size)
 
     def tokens(self, region: Region) -> list[int]:
         """Positions of the words that name a region's subject in its prompt.
@@ -103,14 +101,14 @@ class RegionalCall:
         Raises:
             InputError: there are no such words.
         """
-        prompt = region.prompt or self.asked.prompt
-        triggers = [word for name in region.adapters for word in self.composer.adapters[name].triggers]
+        prompt = region.prompt or self.request.prompt
+        triggers = [word for name in region.adapters for word in self.context.triggers[name]]
         words = subject_words(region.words, triggers, prompt, region.title)
-        if self.composer.family.flow:
-            return joint_positions(self.composer.family.text_parts(self.composer.pipe), prompt, words, region.title)
-        vocabulary, own = self.composer._vocabulary(), self.composer._words(region)
+        if self.context.family.flow:
+            return joint_positions(self.context.family.text_parts(self.context.pipe), prompt, words, region.title)
+        vocabulary, own = self.context.prompts.vocabulary, self.context.prompts.layer_words(region)
         tokens = {**word_tokens(vocabulary).get("text_encoder", {}), **layer_tokens(own).get("text_encoder", {})}
-        tokenizer = with_tokens(self.composer.pipe.tokenizer, tokens)
+        tokenizer = with_tokens(self.context.pipe.tokenizer, tokens)
         named = [spelled(word, vocabulary) for word in words]
         return positions(tokenizer, spelled(prompt, vocabulary), named, region.title)
 
@@ -120,10 +118,10 @@ class RegionalCall:
         Raises:
             InputError: no words for a subject.
         """
-        composer, asked = self.composer, self.asked
+        context, request = self.context, self.request
         tokens = [self.tokens(region) for region in self.regions]
         everywhere = [replace(step, rows=(step.gates,)) for step in self.plan.steps]
-        encoding = composer.encode_rows([(asked.prompt, asked.negative)], (), asked.images, asked.guided)
+        encoding = context.prompts.by_regions([(request.prompt, request.negative)], (), request.images, request.guided)
         run, found, grid = self._reading(everywhere, encoding[0])
         count = math.ceil(self.options.auto_steps * len(everywhere))
 
@@ -135,9 +133,9 @@ class RegionalCall:
         def looking(progress: Progress) -> Progress:
             return replace(progress, stage="looking for places", total=0)
 
-        part = replace(asked, monitor=Changed(asked.monitor, looking), preview_every=0)
-        with run.attached(composer._denoiser()), suppress(Captured):
-            composer._draw(run, part, encoding[0].call_arguments(), part.generators(), enough)
+        part = replace(request, monitor=Changed(request.monitor, looking), preview_every=0)
+        with run.attached(context.denoiser), suppress(Captured):
+            draw(context.pipe, run, part, encoding[0].call_arguments(), part.generators(), enough)
         attention = found()  # (cells, tokens)
         subjects = torch.stack([attention[:, chosen].sum(1).view(grid) for chosen in tokens])
         return [Place(None, mask.cpu()) for mask in assigned(subjects, self.grid)]
@@ -147,15 +145,15 @@ class RegionalCall:
     ) -> tuple[RegionalUNet | RegionalTransformer, Callable[[], Tensor], tuple[int, int]]:
         """A run without regions that reads the attention to the text, where it is afterwards (cells, tokens), and the
         cells' grid."""
-        composer, options = self.composer, self.options
-        denoiser, engine = composer._denoiser(), composer._built().denoiser
-        if composer.family.flow:
+        context, options = self.context, self.options
+        denoiser, engine = context.denoiser, context.adapters
+        if context.family.flow:
             joint = self._joint(steps, [encoding], [])
-            twice = composer.family.guidance_input and self.asked.guided  # real guidance: a pass for each half
+            twice = context.family.guidance_input and self.request.guided  # real guidance: a pass for each half
             joint.capture = attention = TextAttention(every=2 if twice else 1)
             return joint, attention.maps, (joint.level.height, joint.level.width)
         run = RegionalUNet(
-            denoiser, engine, steps, [row_text(encoding)], [], hard=True, self_mask=False, guided=self.asked.guided
+            denoiser, engine, steps, [row_text(encoding)], [], hard=True, self_mask=False, guided=self.request.guided
         )
         factor = capture_factor(run.unet, self.grid, options.capture)
         layers = [name for name, size in factors(run.unet).items() if size == factor]
@@ -167,18 +165,16 @@ class RegionalCall:
         self, steps: Sequence[Step], encodings: Sequence[Encoding], places: Sequence[Place]
     ) -> RegionalTransformer:
         """A run inside SD3 or Flux."""
-        composer, factor = self.composer, self.composer.pipe.vae_scale_factor * 2
+        context, factor = self.context, self.context.pipe.vae_scale_factor * 2
         grid = self.size[0] // factor, self.size[1] // factor
         segment = encodings[0].positive["embeds"].shape[1]
-        engine = composer._built().denoiser
-        return RegionalTransformer(
-            composer._denoiser(), engine, steps, places, grid, segment, bool(self.options.self_mask)
-        )
+        engine = context.adapters
+        return RegionalTransformer(context.denoiser, engine, steps, places, grid, segment, bool(self.options.self_mask))
 
     @property
     def hard(self) -> bool:
         """Cells belong to a region or not (the paper's way)."""
-        return self.plan.method in ("cross", "lora-composer")
+        return methods.properties(self.plan.method).hard
 
     def arguments(self) -> dict[str, Any]:
         """What the diffusers pipeline is given as its prompt."""
@@ -189,10 +185,10 @@ class RegionalCall:
     @contextmanager
     def attached(self) -> Iterator[Run]:
         """Let the regions act."""
-        denoiser = self.composer._denoiser()
+        denoiser = self.context.denoiser
         with ExitStack() as stack:
             if isinstance(self.run, Blending):
-                stack.enter_context(self.composer._built().denoiser.attached())
+                stack.enter_context(self.context.adapters.attached())
             stack.enter_context(self.run.attached(denoiser))
             yield self.run
 
@@ -207,17 +203,17 @@ class RegionalCall:
         return tuple(made)
 
     def _run(self, steps: Sequence[Step], encodings: Sequence[Encoding], places: Sequence[Place]) -> Run:
-        composer, options = self.composer, self.options
-        denoiser, engine = composer._denoiser(), composer._built().denoiser
-        if self.plan.method == "output":
-            named: dict[Voices, Encoding] = {(row,): encoding for row, encoding in enumerate(encodings)}
+        context, options = self.context, self.options
+        denoiser, engine = context.denoiser, context.adapters
+        if methods.properties(self.plan.method).regions == "predictions":
+            named: dict[TextAdapters, Encoding] = {(row,): encoding for row, encoding in enumerate(encodings)}
             batch = self.plan.adapter_batch
-            return Blending(composer.family, engine.gates, steps, named, places, self.grid, batch)
-        if composer.family.flow:
+            return Blending(context.family, engine.gates, steps, named, places, self.grid, batch)
+        if context.family.flow:
             return self._joint(steps, encodings, places)
         texts = [row_text(encoding) for encoding in encodings]
         return RegionalUNet(
-            denoiser, engine, steps, texts, places, self.hard, bool(options.self_mask), self.asked.guided
+            denoiser, engine, steps, texts, places, self.hard, bool(options.self_mask), self.request.guided
         )
 
 
@@ -225,7 +221,7 @@ class Attending:
     """What looks at attention maps before and between steps: re-initialisation and refinement.
 
     Args:
-        composer, run, options: of the call.
+        context, run, options: of the call.
         places: the regions' places.
         encoding: the background's text, which the forward pass is given.
         tokens: positions of each region's subject in its prompt.
@@ -234,7 +230,7 @@ class Attending:
 
     def __init__(
         self,
-        composer: MultiLoRAPipeline,
+        context: RegionContext,
         run: RegionalUNet,
         options: RegionOptions,
         places: Sequence[Place],
@@ -242,11 +238,11 @@ class Attending:
         tokens: Sequence[Sequence[int]],
         size: tuple[int, int],
     ) -> None:
-        self.pipe, self.run, self.options, self.tokens = composer.pipe, run, options, tokens
-        grid = latent_grid(composer.family, composer.pipe, *size)
+        self.pipe, self.run, self.options, self.tokens = context.pipe, run, options, tokens
+        grid = latent_grid(context.family, context.pipe, *size)
         self.factor = capture_factor(run.unet, grid, options.capture)
         self.layers = [name for name, factor in factors(run.unet).items() if factor == self.factor]
-        step = composer.pipe.vae_scale_factor * self.factor
+        step = context.pipe.vae_scale_factor * self.factor
         if size[0] % step or size[1] % step:
             raise InputError(
                 f"Reading attention needs a width and height that are multiples of {step}, got {size[1]} x {size[0]}."
@@ -254,13 +250,13 @@ class Attending:
         self.masks = [place.hard(grid[0] // self.factor, grid[1] // self.factor) for place in places]
         for number, mask in enumerate(self.masks, 1):
             check_cells(mask, number, self.factor)
-        self.stop = composer.settings.memory != "low"  # offloaded layers must be left in order
-        self.conditions = conditions(composer, encoding, size)
+        self.stop = not context.offloaded  # offloaded layers must be left in order
+        self.conditions = conditions(context, encoding, size)
         refining = options.refine
         self.refinement = Refinement(len(run.steps), options, self.measure) if refining else None
 
     def start(self, noise: Tensor) -> Tensor:
-        """The first latents, rearranged and corrected as asked."""
+        """The first latents, rearranged and corrected as the options say."""
         if self.options.reinit:
             found = self.maps(noise, 0, with_self=False).cross_maps()  # (batch, regions, cells, tokens)
             rows, columns = self.masks[0].shape
@@ -292,12 +288,12 @@ class Attending:
                 parameter.requires_grad_(wanted)
 
 
-def conditions(composer: MultiLoRAPipeline, encoding: Encoding, size: tuple[int, int]) -> dict[str, Any]:
+def conditions(context: RegionContext, encoding: Encoding, size: tuple[int, int]) -> dict[str, Any]:
     """The arguments of a UNet besides sample and time, for the positive half."""
     text = encoding.positive["embeds"]
-    if not composer.family.size_input:
+    if not context.family.size_input:
         return {"encoder_hidden_states": text}
-    pipe, pooled = composer.pipe, encoding.positive["pooled"]
+    pipe, pooled = context.pipe, encoding.positive["pooled"]
     width = pipe.text_encoder_2.config.projection_dim if pipe.text_encoder_2 is not None else pooled.shape[-1]
     ids = pipe._get_add_time_ids(size, (0, 0), size, dtype=text.dtype, text_encoder_projection_dim=width)
     times = ids.to(text.device).repeat(len(text), 1)
@@ -341,47 +337,3 @@ def check_places(
                 f"The region '{title}' covers no whole cell of the {grid[1]} x {grid[0]} cells that a picture of "
                 f"{size[1]} x {size[0]} pixels has: make it or the picture larger."
             )
-
-
-def cross_part(file: LoraFile, component: str) -> set[str]:
-    """The layers of an adapter that the scope "cross" uses."""
-    return {name for name in file.parts.get(component, {}) if name.endswith(CROSS_LAYERS)}
-
-
-def share_outside(file: LoraFile, component: str) -> float:
-    """The share of an adapter's squared update norm that the scope "cross" leaves out."""
-    inside = cross_part(file, component)
-    sizes = {
-        name: layer.scale**2 * _product_size(layer.A, layer.B) for name, layer in file.parts.get(component, {}).items()
-    }
-    total = sum(sizes.values())
-    return 1 - sum(sizes[name] for name in inside) / total if total else 0.0
-
-
-def check_scope(loaded: Sequence[Loaded], component: str) -> list[str]:
-    """Warnings about adapters that the scope "cross" hardly uses.
-
-    Raises:
-        InputError: an adapter without any cross-attention layer.
-    """
-    said = []
-    for item in loaded:
-        name = item.report.name
-        if not cross_part(item.file, component):
-            raise InputError(
-                f"'{name}' has no layer in cross-attention ({', '.join(CROSS_LAYERS)}), so the scope 'cross' would not "
-                "use it: choose scope 'spatial' or the method 'activation'."
-            )
-        share = share_outside(item.file, component)
-        if share > 0.5:
-            said.append(
-                f"{share:.0%} of '{name}' lie outside of cross-attention, and the scope 'cross' leaves that out: "
-                "scope 'spatial' or the method 'activation' uses all of it."
-            )
-    return said
-
-
-def _product_size(A: Tensor, B: Tensor) -> float:
-    """|B A|^2 without making the product."""
-    down, up = A.float().flatten(1), B.float().flatten(1)
-    return float(((down @ down.T) * (up.T @ up)).sum())

@@ -17,7 +17,7 @@ FLOOR = 0.05
 
 
 @dataclass(frozen=True, eq=False)
-class Situation:
+class MethodContext:
     """A composition that is about to be drawn.
 
     Attributes:

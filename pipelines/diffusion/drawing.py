@@ -1,0 +1,99 @@
+"""One call of the diffusers pipeline: what is asked for, the sampler, reports of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapters.progress import Monitor, Progress, check
+from pipelines.diffusion.preview import preview
+from pipelines.diffusion.samplers import sampler
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for.
+
+    Attributes:
+        size: height and width of the pictures.
+        call: what the diffusers pipeline is told unchanged.
+    """
+
+    prompt: str
+    negative: str
+    images: int
+    guided: bool
+    seed: int
+    size: tuple[int, int]
+    call: Mapping[str, Any]
+    monitor: Monitor
+    preview_every: int
+
+    def generators(self) -> list[torch.Generator]:
+        """One per picture, so that a picture is the same whatever the number of pictures."""
+        return [torch.Generator().manual_seed(self.seed + k) for k in range(self.images)]
+
+
+BeforeStep = Callable[[int, torch.Tensor], dict[str, Any]]
+"""(number of the next step, latents) -> what changes before it: {} or {"latents": ...}."""
+
+
+@contextmanager
+def sampling(pipe: Any, name: str, flow: bool) -> Iterator[Any]:
+    """A fresh sampler in place of the pipeline's own, and no progress bar, for the time of a call."""
+    own, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
+    fresh = sampler(name, own, flow)
+    try:
+        pipe.scheduler = fresh
+        pipe.set_progress_bar_config(disable=True)
+        yield fresh
+    finally:
+        pipe.scheduler = own
+        pipe.set_progress_bar_config(**bar)
+
+
+def draw(
+    pipe: Any,
+    run: Any,
+    request: Request,
+    arguments: Mapping[str, Any],
+    generators: Sequence[torch.Generator],
+    before_step: BeforeStep | None = None,
+) -> Any:
+    """Let the diffusers pipeline draw, while ``run`` is attached; returns what it returned."""
+    return pipe(
+        **request.call,
+        **arguments,
+        generator=generators,
+        callback_on_step_end=_reporter(run, request, before_step),
+    )
+
+
+def one_after_the_other(results: Sequence[Any]) -> Any:
+    """What several calls of a diffusers pipeline returned, as if it were of one."""
+    made, images = results[0], [result.images for result in results]
+    together = isinstance(images[0], torch.Tensor)
+    made.images = torch.cat(images) if together else [picture for part in images for picture in part]
+    if getattr(made, "nsfw_content_detected", None):
+        made.nsfw_content_detected = [flag for result in results for flag in result.nsfw_content_detected]
+    return made
+
+
+def _reporter(run: Any, request: Request, before_step: BeforeStep | None) -> Any:
+    """diffusers' callback: move to the next step, correct the latents, report, stop if asked."""
+    total, every = len(run.steps), request.preview_every
+
+    def on_step_end(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        run.step = index + 1
+        picture = None
+        if every and (index + 1) % every == 0 and index + 1 < total:
+            picture = preview(pipe, tensors["latents"], *request.size)
+        request.monitor.report(Progress("sampling", index + 1, total, preview=picture))
+        check(request.monitor)
+        return before_step(index + 1, tensors["latents"]) if before_step and index + 1 < total else {}
+
+    return on_step_end

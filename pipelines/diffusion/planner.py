@@ -1,0 +1,185 @@
+"""What happens at every step of a call: the composition that was chosen, applied to the adapters it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from adapters.errors import InputError
+from pipelines.diffusion import methods
+from pipelines.diffusion.families import Family
+from pipelines.diffusion.methods.context import MethodContext
+from pipelines.diffusion.methods.properties import Properties
+from pipelines.diffusion.methods.step import TextAdapters
+from pipelines.diffusion.rack import Loaded
+from pipelines.diffusion.regions.region import Region, RegionOptions, check_regions
+from pipelines.diffusion.regions.scope import check_scope
+from pipelines.diffusion.report import Plan, report_region
+from pipelines.diffusion.schedule import factor_at
+from pipelines.diffusion.text import resolve_mode, text_adapters
+
+Places = tuple[Region, ...] | Literal["auto", "own"]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What :meth:`~pipelines.diffusion.pipeline.MultiLoRAPipeline.compose` chose; ``adapters`` None means all that are
+    loaded, ``regions`` "own" the regions they were loaded with."""
+
+    method: str = methods.usual(regional=False)
+    adapters: tuple[str, ...] | None = None
+    tau: int = 1
+    te_mode: str = "auto"
+    adapter_batch: int | None = None
+    regions: Places = ()
+    options: RegionOptions = field(default_factory=RegionOptions)
+
+    @property
+    def properties(self) -> Properties:
+        """Of the method."""
+        return methods.properties(self.method)
+
+    def cross_only(self, loaded: Sequence[Loaded]) -> tuple[str, ...]:
+        """The adapters that only act in cross-attention."""
+        if not self.properties.regional or self.options.scope != "cross":
+            return ()
+        return tuple(sorted({name for region in placed_regions(self, loaded) for name in region.adapters}))
+
+
+Texts = list[list[TextAdapters]]
+"""For each step, the encoding that each of its predictions reads."""
+
+
+def make_plan(
+    composition: Composition,
+    loaded: Sequence[Loaded],
+    family: Family,
+    count: int,
+    guided: bool,
+    memory: int,
+    prompt: str | None,
+    embed: Callable[[str], Tensor],
+) -> tuple[Plan, Texts]:
+    """The plan of ``count`` steps, and which encoding each prediction reads.
+
+    Args:
+        memory: bytes of the adapters' joined matrices.
+        prompt: what is to be drawn; None while only planning.
+        embed: text -> its mean-pooled embedding, for methods that weigh adapters by the prompt.
+
+    Raises:
+        InputError: the composition cannot be done.
+    """
+    method, known = composition.method, composition.properties
+    mode = resolve_mode(composition.te_mode, method)
+    with_words = [item.report.name for item in loaded if item.file.embeddings]
+    if with_words and not known.layer_text:
+        raise InputError(
+            f"'{with_words[0]}' has a word with an embedding per layer, which only regions inside the network read: "
+            f"choose {', '.join(methods.names(lambda other: other.layer_text))}."
+        )
+    rows = strengths(loaded, count)
+    regions = placed_regions(composition, loaded)
+    numbers = {item.report.name: i for i, item in enumerate(loaded)}
+    steps = methods.plan_steps(
+        method,
+        rows,
+        tau=composition.tau,
+        members=[tuple(numbers[name] for name in region.adapters) for region in regions],
+        factors=region_factors(loaded, regions, count),
+        context=MethodContext(
+            names=tuple(numbers),
+            layers=tuple(item.file.parts.get(family.denoiser, {}) for item in loaded),
+            triggers=tuple(item.report.triggers for item in loaded),
+            prompt=prompt,
+            embed=embed,
+        ),
+    )
+    in_text = {
+        i: item.report.te_weight
+        for i, item in enumerate(loaded)
+        if item.report.te_weight != 0 and any(part != family.denoiser for part in item.file.parts)
+    }
+    texts = [text_adapters(step, mode, method, in_text) for step in steps]
+    plan = Plan(
+        method=method,
+        adapters=tuple(numbers),
+        te_mode=mode,
+        steps=tuple(steps),
+        guided=guided,
+        adapter_batch=composition.adapter_batch,
+        encodings=len(regions) + 1 if regions else len({active for row in texts for active in row}),
+        memory=memory,
+        regions=tuple(report_region(region) for region in regions),
+        options=composition.options.to_dict() if known.regional else {},
+        warnings=tuple(_scope_warnings(composition, loaded, regions, family.denoiser)),
+    )
+    return plan, texts
+
+
+def placed_regions(composition: Composition, loaded: Sequence[Loaded]) -> tuple[Region, ...]:
+    """The regions of a composition; automatic ones are one per adapter, and have no place yet.
+
+    Raises:
+        InputError: an adapter was loaded with a region and the method has none, or all such adapters are gone.
+    """
+    own = tuple(item.report.region for item in loaded if item.report.region)
+    if own and not composition.properties.regional:
+        regional = methods.names(lambda known: known.regional)
+        raise InputError(
+            f"'{own[0].title}' was loaded with a region, which '{composition.method}' has none of: "
+            f"compose with {', '.join(regional)}."
+        )
+    if composition.regions == "auto":
+        return tuple(Region((item.report.name,)) for item in loaded)
+    if composition.regions == "own":
+        check_regions(composition.method, own, [item.report.name for item in loaded])
+        return own
+    return composition.regions
+
+
+def strengths(loaded: Sequence[Loaded], count: int) -> methods.Strengths:
+    """Weight times schedule of every adapter at every step (of a DoRA adapter: the schedule alone, 0 or 1)."""
+    rows = []
+    for k in range(count):
+        row = []
+        for item in loaded:
+            factor = factor_at(item.report.schedule, k / count)
+            if item.report.dora and factor not in (0, 1):
+                raise InputError(
+                    f"'{item.report.name}' is a DoRA adapter: its schedule may switch it on and off (1 and 0) but "
+                    f"not fade it (it asks for {factor:g}); use weight to set its strength."
+                )
+            if item.report.dora:
+                factor = factor if item.report.weight != 0 else 0.0
+            else:
+                factor *= item.report.weight
+            row.append(factor)
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def region_factors(loaded: Sequence[Loaded], regions: Sequence[Region], count: int) -> list[list[float]]:
+    """Scale times schedule of every region at every step."""
+    rows = [[region.scale * factor_at(region.schedule, k / count) for region in regions] for k in range(count)]
+    dora = {item.report.name for item in loaded if item.report.dora}
+    for i, region in enumerate(regions):
+        faded = next((row[i] for row in rows if row[i] not in (0, 1)), None)
+        if faded is not None and dora.intersection(region.adapters):
+            raise InputError(
+                f"'{', '.join(dora.intersection(region.adapters))}' is a DoRA adapter: a region may switch it on "
+                f"and off (1 and 0) but not fade it (it asks for {faded:g}); use weight to set its strength."
+            )
+    return rows
+
+
+def _scope_warnings(
+    composition: Composition, loaded: Sequence[Loaded], regions: Sequence[Region], denoiser: str
+) -> list[str]:
+    if not regions or composition.options.scope != "cross":
+        return []
+    placed = {name for region in regions for name in region.adapters}
+    return check_scope({item.report.name: item.file for item in loaded if item.report.name in placed}, denoiser)

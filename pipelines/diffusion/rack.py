@@ -1,0 +1,205 @@
+"""The adapters that are loaded on a base model, and their matrices joined for one composition."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters.errors import FamilyError, InputError, nearest
+from adapters.formats import LoraFile, read
+from adapters.formats.fit import fit
+from adapters.layers.gated import Adapter, GatedAdapters
+from pipelines.diffusion.checks import block_factor, check_blocks, check_weight
+from pipelines.diffusion.distillation.use import Distilled, distilled
+from pipelines.diffusion.families import Family
+from pipelines.diffusion.loading import DTYPES, Settings, modern_blocks
+from pipelines.diffusion.regions.region import CROSS_LAYERS, Region, check_own_region
+from pipelines.diffusion.report import LoraReport
+from pipelines.diffusion.schedule import Keyframes, check_keyframes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded adapter: what it reports, and its layers fitted to the model."""
+
+    report: LoraReport
+    file: LoraFile
+    distilled: Distilled | None = None
+
+    @property
+    def active_distilled(self) -> Distilled | None:
+        """What is distilled into it, unless its weight is 0."""
+        return self.distilled if self.report.weight != 0 else None
+
+    def text_strength(self) -> float:
+        """Its gate in the text encoders (a DoRA adapter has its strength in its matrices)."""
+        return 1.0 if self.report.dora else self.report.te_weight
+
+
+@dataclass
+class Joined:
+    """The joined adapters of one composition: for the denoiser and for each text encoder."""
+
+    key: tuple[Any, ...]
+    denoiser: GatedAdapters
+    text: dict[str, GatedAdapters] = field(default_factory=dict)
+
+
+class Rack:
+    """Loads adapters and keeps them by name.
+
+    Args:
+        pipe: the diffusers pipeline they are for; it is read, never changed.
+        family: its family.
+        settings: how it was opened.
+    """
+
+    def __init__(self, pipe: Any, family: Family, settings: Settings) -> None:
+        self.pipe, self.family, self.settings = pipe, family, settings
+        self.loaded: dict[str, Loaded] = {}
+        self._joined: Joined | None = None
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, self.family.denoiser)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The parts of the pipeline that an adapter may touch."""
+        return (self.family.denoiser, *self.family.text_encoders)
+
+    def load(
+        self,
+        path: str | Path | LoraFile,
+        name: str | None,
+        weight: float,
+        te_weight: float | None,
+        triggers: Sequence[str],
+        blocks: Mapping[str, float] | None,
+        schedule: Keyframes | None,
+        region: Region | Mapping[str, Any] | None,
+    ) -> LoraReport:
+        """See :meth:`pipelines.diffusion.pipeline.MultiLoRAPipeline.load_lora`."""
+        file = path if isinstance(path, LoraFile) else read(path)
+        chosen = name or (file.path.stem if file.path else "adapter")
+        if chosen in self.loaded:
+            raise InputError(f"An adapter named '{chosen}' is already loaded; give this one another name.")
+        weight = check_weight(weight, f"The weight of '{chosen}'")
+        te_weight = weight if te_weight is None else check_weight(te_weight, f"The te_weight of '{chosen}'")
+        keyframes = check_keyframes(schedule or (), chosen)
+        place = None if region is None else check_own_region(region, chosen)
+        modern = modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None))
+        fitted = fit(modern, self._models(), f"the base model ({self.family.title})", tables=False)
+        factors = check_blocks(blocks or {}, fitted.parts, self.family.denoiser)
+        self._check_words(file, chosen)
+        special = distilled(file, chosen, self.pipe, self.family.denoiser)
+        report = LoraReport(
+            name=chosen,
+            path=str(file.path or ""),
+            sha256=file.sha256,
+            format=file.format,
+            layers=fitted.counts(),
+            ranks=fitted.ranks(),
+            dora=fitted.is_dora(),
+            parameters=fitted.parameters(),
+            weight=weight,
+            te_weight=te_weight,
+            triggers=tuple(triggers) or (*file.words, *file.embeddings),
+            blocks=factors,
+            schedule=keyframes,
+            distilled=special.mark if special else None,
+            region=place,
+        )
+        self.loaded[chosen] = Loaded(report, fitted, special)
+        self._joined = None
+        return report
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; raises :class:`InputError` if there is none of that name."""
+        self.check(name)
+        del self.loaded[name]
+        self._joined = None
+
+    def clear(self) -> None:
+        """Forget all adapters."""
+        self.loaded.clear()
+        self._joined = None
+
+    def check(self, name: str) -> None:
+        """Refuse a name that no adapter has; raises :class:`InputError`."""
+        if name not in self.loaded:
+            known = ", ".join(self.loaded) or "none"
+            raise InputError(f"No adapter '{name}' is loaded{nearest(name, self.loaded)}: loaded are {known}.")
+
+    def chosen(self, names: Sequence[str] | None) -> list[Loaded]:
+        """The adapters of these names in this order; all for None."""
+        return list(self.loaded.values()) if names is None else [self.loaded[name] for name in names]
+
+    def joined(self, names: Sequence[str] | None, cross_only: Collection[str] = ()) -> Joined:
+        """The matrices of these adapters joined (kept until something changes).
+
+        Args:
+            cross_only: adapters of which only the cross-attention layers act in the denoiser.
+        """
+        loaded = self.chosen(names)
+        key = (tuple(sorted(cross_only)), *((item.report.name, item.report.sha256) for item in loaded))
+        if self._joined is None or self._joined.key != key:
+            made = Joined(key, self._join(self.family.denoiser, loaded, cross_only))
+            for component in self.family.text_encoders:
+                if any(component in item.file.parts for item in loaded):
+                    made.text[component] = self._join(component, loaded)
+            self._joined = made
+        return self._joined
+
+    def _join(self, component: str, loaded: Sequence[Loaded], cross_only: Collection[str] = ()) -> GatedAdapters:
+        model = getattr(self.pipe, component)
+        strength = "weight" if component == self.family.denoiser else "te_weight"
+        parts = [
+            Adapter(
+                layers := {
+                    name: layer
+                    for name, layer in item.file.parts.get(component, {}).items()
+                    if item.report.name not in cross_only or name.endswith(CROSS_LAYERS)
+                },
+                {name: block_factor(f"{component}.{name}", item.report.blocks) for name in layers},
+                getattr(item.report, strength) if item.report.dora else 1.0,
+            )
+            for item in loaded
+        ]
+        keep = torch.device("cpu") if self.settings.memory == "low" else self.pipe._execution_device
+        return GatedAdapters(model, parts, keep, _compute_dtype(model, self.settings))
+
+    def _models(self) -> dict[str, nn.Module]:
+        """The parts of the base model an adapter may touch."""
+        parts = {component: getattr(self.pipe, component, None) for component in self.components}
+        return {component: model for component, model in parts.items() if isinstance(model, nn.Module)}
+
+    def _check_words(self, file: LoraFile, name: str) -> None:
+        """Refuse words that this model cannot use, or that are taken."""
+        from pipelines.diffusion.regions.concepts import check_layer_words, check_taken, check_words
+        from pipelines.diffusion.regions.unet import ordered_blocks
+
+        known = {word for item in self.loaded.values() for word in (*item.file.words, *item.file.embeddings)}
+        if file.words:
+            widths = {part: getattr(self.pipe, part).config.hidden_size for part in self.family.text_encoders}
+            check_words(file.words, {} if self.family.flow else widths, self.family.title, name)
+            check_taken(file.words, known, name)
+        if file.embeddings:
+            if self.family.name != "sd":
+                raise FamilyError(
+                    f"'{name}' is an ED-LoRA, made for Stable Diffusion 1.x; this is {self.family.title}."
+                )
+            layers, width = len(ordered_blocks(self.denoiser)), self.pipe.text_encoder.config.hidden_size
+            check_layer_words(file.embeddings, layers, width, name)
+            check_taken(file.embeddings, known | set(self.pipe.tokenizer.get_vocab()), name)
+
+
+def _compute_dtype(model: Any, settings: Settings) -> torch.dtype:
+    """The precision a model computes in (its weights may be stored in fewer bits)."""
+    stored: torch.dtype = model.dtype
+    return stored if stored in DTYPES.values() else DTYPES[settings.dtype]

@@ -1,0 +1,18 @@
+"""Composition methods as schemas, commands and pages need them: by their properties. Loads no torch."""
+
+from __future__ import annotations
+
+from pipelines.diffusion.methods import Properties, names, properties, usual
+
+
+def with_regions() -> tuple[str, ...]:
+    """The methods that use regions; the others refuse them."""
+    return names(lambda known: known.regional)
+
+
+def known(name: str) -> Properties:
+    """The properties of a method; those of an ordinary one for a name that there is not (others refuse it)."""
+    return properties(name) if name in names() else Properties()
+
+
+__all__ = ["known", "names", "usual", "with_regions"]
