@@ -80,7 +80,9 @@ def graph() -> dict[str, set[str]]:
 
 def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
-    inside = ast.parse("import a\nif TYPE_CHECKING:\n    import b\ndef f():\n    import c\ntry:\n    import d\nexcept E: 0")
+    inside = ast.parse(
+        "import a\nif TYPE_CHECKING:\n    import b\ndef f():\n    import c\ntry:\n    import d\nexcept E: 0"
+    )
     names = [alias.name for node in at_import(inside) if isinstance(node, ast.Import) for alias in node.names]
     assert names == ["a", "d"]
 
