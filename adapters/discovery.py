@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -52,14 +53,25 @@ def declarations(file: Path, calls: Mapping[str, Callable[..., Any]]) -> list[An
         ValueError: a declaration that is not written with plain values (file and line in the message).
     """
     text = file.read_text(encoding="utf-8")
-    if "METHOD" not in text:
+    start = max((found.start() for found in re.finditer(r"^METHODS?\b", text, re.MULTILINE)), default=None)
+    if start is None:
         return []
-    constants = _constants(ast.parse(text))
+    constants = _constants(_parsed(text, start))
     try:
         one = [_value(constants["METHOD"], constants, calls)] if "METHOD" in constants else []
         return [*one, *(_value(constants["METHODS"], constants, calls) if "METHODS" in constants else ())]
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _parsed(text: str, start: int) -> ast.Module:
+    """The module up to the end of the statement that begins at ``start``: what comes later cannot be used in it, and
+    reading it would take most of the time."""
+    following = re.compile(r"^[A-Za-z_@]", re.MULTILINE).search(text, start + 1)
+    try:
+        return ast.parse(text[: following.start() if following else None])
+    except SyntaxError:  # a text over several lines
+        return ast.parse(text)
 
 
 def _prefixes(name: str) -> list[str]:
