@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from adapters import discovery
 from adapters.errors import InputError, nearest
+from adapters.options import SLOTS, Option, Rule, Slot, Training
 
 Stage = Literal[
     "initialise", "learn", "layers", "compression", "merging", "compose", "federated", "generation", "serving",
@@ -44,6 +45,7 @@ class Method:
         status: "works" or, in plain words, what is missing.
         properties: what callers of this stage must know of the method, as plain values by name; :meth:`typed` reads
             them as the dataclass that the stage defines.
+        training: its options and how it takes part, if it is a training method.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Method:
     entry: str
     status: str = "works"
     properties: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    training: Training | None = None
 
     def load(self) -> object:
         """Import and return what ``entry`` names."""
@@ -83,6 +86,10 @@ SEARCHED = ("adapters", "pipelines")
 """Packages whose modules may register methods (named as text: this package never depends on the others)."""
 
 
+DECLARED = {"Method": Method, "Option": Option, "Rule": Rule, "Training": Training}
+"""The dataclasses a declaration is written with."""
+
+
 @cache
 def methods() -> tuple[Method, ...]:
     """Every method, ordered by stage and name: ours, then those of installed packages.
@@ -108,6 +115,49 @@ def stage(name: Stage) -> tuple[Method, ...]:
     return tuple(method for method in methods() if method.stage == name)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A field that chooses training methods: a slot, or the switch of one method."""
+
+    key: str
+    methods: tuple[Method, ...]
+    slot: Slot | None = None
+
+    def chosen(self, value: Any) -> Method | None:
+        """The method that a value of the field chooses."""
+        if self.slot is None:
+            return self.methods[0] if value else None
+        return next((method for method in self.methods if method.name == value), None)
+
+    def options(self) -> dict[Option, tuple[str, ...]]:
+        """The options it decides over, in order, and the methods that read each; of a switch, all of its own."""
+        shared = self.slot.options if self.slot else ()
+        found = {item: tuple(m.name for m in self.methods if item.name in _training(m).shared) for item in shared}
+        for method in self.methods:
+            for item in _training(method).options:
+                found[item] = (*found.get(item, ()), method.name)
+        return found
+
+
+@cache
+def choices() -> tuple[Choice, ...]:
+    """The fields of training methods, in the order in which methods take part: how it starts, then what learns."""
+    by_key: dict[str, list[Method]] = {slot.key: [] for slot in SLOTS}
+    for method in sorted(methods(), key=lambda method: (method.stage != "learn", method.name)):
+        if method.training is not None:
+            by_key.setdefault(method.training.key, []).append(method)
+    slots = {slot.key: slot for slot in SLOTS}
+    first, *rest = slots
+    learning = [key for key, found in by_key.items() if key not in slots and found[0].stage == "learn"]
+    looking = [key for key in by_key if key not in slots and key not in learning]
+    return tuple(Choice(key, tuple(by_key[key]), slots.get(key)) for key in [first, *learning, *rest, *looking])
+
+
+def _training(method: Method) -> Training:
+    assert method.training is not None
+    return method.training
+
+
 def find(stage_name: Stage, name: str) -> Method:
     """The method ``name`` of a stage, or an :class:`InputError` that lists the possible ones."""
     known = {method.name: method for method in stage(stage_name)}
@@ -131,10 +181,22 @@ def markdown_table(entries: Iterable[Method]) -> str:
 def _add(found: dict[tuple[str, str], Method], module: str) -> dict[tuple[str, str], Method]:
     """``found`` with the methods of a module or package."""
     for file in discovery.sources(module):
-        for method in discovery.declarations(file, {"Method": Method}):
+        for method in discovery.declarations(file, DECLARED):
             if found.setdefault((method.stage, method.name), method) != method:
                 raise ValueError(f"two methods are registered as {method.stage} '{method.name}'")
+    _check_options(found.values())
     return found
+
+
+def _check_options(entries: Iterable[Method]) -> None:
+    """Refuse one key declared as two different options, and a method that nothing can choose."""
+    known = {item.name: item for slot in SLOTS for item in slot.options}
+    for method in entries:
+        for item in method.training.options if method.training else ():
+            if known.setdefault(item.name, item) != item or item.name in (slot.key for slot in SLOTS):
+                raise ValueError(f"method '{method.name}' declares the option '{item.name}', which there is already")
+        if method.training and method.training.key not in {*(slot.key for slot in SLOTS), *known}:
+            raise ValueError(f"method '{method.name}' is chosen by '{method.training.key}', which is no option of it")
 
 
 def _fits(value: object, kind: Any) -> bool:

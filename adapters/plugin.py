@@ -17,7 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
+from adapters.layers.variant import adapted, pair
 
 Layers = dict[str, dict[str, LoraLayer]]
 """Component -> module path -> layer."""
@@ -209,3 +211,44 @@ class Plugins:
         for plugin in self.plugins:
             layers = plugin.finalize(layers)
         return layers
+
+
+# ------------------------------------------------------------------------------------------------ for plugins
+
+
+def layers_of(handles: Handles) -> dict[str, Any]:
+    """Adapted PEFT layers as "component.module path" -> layer."""
+    return {
+        f"{component}.{name}": layer
+        for component, model in handles.models.items()
+        for name, layer in adapted(model, handles.adapter).items()
+    }
+
+
+def matrices_of(handles: Handles) -> dict[str, Any]:
+    """Adapted linear layers and convolutions (adapters of embeddings stay plain)."""
+    found = {name: layer for name, layer in layers_of(handles).items() if handles.adapter in layer.lora_A}
+    if not found:
+        raise InputError("The models have no adapter layers that learn by this method.")
+    return found
+
+
+def check_whole(layers: Mapping[str, Any], adapter: str, method: str) -> None:
+    """Refuse parameters that are split over processes: row norms of a piece mean nothing."""
+    for layer in layers.values():
+        for parameter in pair(layer, adapter):
+            if hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") or parameter.ndim < 2:
+                raise InputError(
+                    f"{method} needs whole matrices, but this launch splits parameters over processes "
+                    "(FSDP or ZeRO-3): use DDP or ZeRO-2."
+                )
+
+
+def no_decay(handles: Handles, parameters: Sequence[torch.Tensor]) -> None:
+    """No weight decay in the optimiser's groups that hold nothing but these."""
+    if handles.optimizer is None or not parameters:
+        return
+    chosen = {id(parameter) for parameter in parameters}
+    for group in handles.optimizer.param_groups:
+        if group["params"] and all(id(parameter) in chosen for parameter in group["params"]):
+            group["weight_decay"] = 0.0

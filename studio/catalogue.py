@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapters.catalogue import Stage, find, stage
+from adapters.catalogue import Choice, Stage, choices, find, stage
 from adapters.catalogue import methods as declared
 
 
@@ -11,4 +11,4 @@ def check(name: str, stage_: Stage) -> None:
     find(stage_, name)
 
 
-__all__ = ["check", "declared", "stage"]
+__all__ = ["Choice", "check", "choices", "declared", "stage"]

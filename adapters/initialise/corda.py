@@ -17,6 +17,8 @@ from torch import Tensor
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
+from adapters.initialise.start import StartLayer
+from adapters.options import Option, Training
 
 METHOD = Method(
     name="corda",
@@ -25,7 +27,21 @@ METHOD = Method(
     stage="initialise",
     makes="ordinary LoRA",
     paper="CorDA, arXiv 2406.05223",
-    entry="adapters.initialise.corda:corda_factors",
+    entry="adapters.initialise.corda:start",
+    training=Training(
+        key="init",
+        shared=("init_batches",),
+        options=(
+            Option(
+                "corda_mode",
+                "ipm",
+                choices=("kpm", "ipm"),
+                help="corda: ipm learns fast along the directions the data uses, kpm keeps them and uses the others.",
+            ),
+        ),
+        looks_at="scaled moments",
+        sets="offset",
+    ),
 )
 
 
@@ -54,3 +70,8 @@ def _invertible(moment: Tensor) -> tuple[Tensor, Tensor]:
         if float(torch.dist(damped @ inverse, identity)) < 0.05:
             return damped, inverse
         damp *= 2
+
+
+def start(layer: StartLayer, corda_mode: str) -> tuple[Tensor, Tensor]:
+    """A0 and B0 of one layer."""
+    return corda_factors(layer.W0, layer.measured, layer.rank, layer.scale, corda_mode)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from adapters.catalogue import Method
+from adapters.initialise.start import StartLayer
+from adapters.options import Training
 
 METHOD = Method(
     name="eva",
@@ -21,7 +23,8 @@ METHOD = Method(
     stage="initialise",
     makes="ordinary LoRA",
     paper="EVA, arXiv 2410.07170",
-    entry="adapters.initialise.eva:eva_factor",
+    entry="adapters.initialise.eva:start",
+    training=Training(key="init", shared=("init_batches",), looks_at="moments", sets="factors"),
 )
 
 
@@ -29,3 +32,8 @@ def eva_factor(moment: Tensor, rank: int) -> Tensor:
     """A0 (r, in) from the inputs' second moment X^T X (in, in), directions in descending order."""
     _, vectors = torch.linalg.eigh(moment)
     return vectors.flip(1)[:, :rank].T.contiguous()
+
+
+def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """A0 and a B of zeros (out, r) of one layer."""
+    return eva_factor(layer.measured, layer.rank), layer.W0.new_zeros(layer.W0.shape[0], layer.rank)

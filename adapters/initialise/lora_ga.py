@@ -20,7 +20,9 @@ from torch import Tensor
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
+from adapters.initialise.start import StartLayer
 from adapters.low_rank import truncated_svd
+from adapters.options import Option, Rule, Training
 
 METHOD = Method(
     name="lora_ga",
@@ -29,7 +31,44 @@ METHOD = Method(
     stage="initialise",
     makes="ordinary LoRA",
     paper="LoRA-GA, arXiv 2407.05000",
-    entry="adapters.initialise.lora_ga:ga_factors",
+    entry="adapters.initialise.lora_ga:start",
+    training=Training(
+        key="init",
+        shared=("init_batches",),
+        options=(
+            Option(
+                "ga_gamma",
+                16.0,
+                gt=0,
+                help="lora_ga: strength of the start is out^(1/4) / sqrt(gamma); smaller starts stronger.",
+            ),
+            Option(
+                "ga_direction",
+                "ArB2r",
+                choices=("ArB2r", "A2rBr", "ArBr", "random"),
+                help="lora_ga: which of the 2r singular directions of the gradient go to A and which to B.",
+            ),
+            Option(
+                "ga_scale",
+                "stable",
+                choices=("stable", "unit", "gd", "weightS"),
+                help="lora_ga: size of the start (stable is the paper's).",
+            ),
+            Option(
+                "ga_norm_clip",
+                False,
+                help="lora_ga: never start with an offset larger than the largest base weight.",
+            ),
+        ),
+        warned=(
+            Rule(
+                "not use_rslora and grad_rule != 'allora'",
+                "LoRA-GA's size is derived for rank-stabilised LoRA: switch use_rslora on.",
+            ),
+        ),
+        looks_at="gradients",
+        sets="offset",
+    ),
 )
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
@@ -73,6 +112,15 @@ def ga_factors(
         if ratio < 1:
             A0, B0 = A0 * ratio**0.5, B0 * ratio**0.5
     return A0, B0
+
+
+def start(
+    layer: StartLayer, ga_gamma: float, ga_direction: str, ga_scale: str, ga_norm_clip: bool
+) -> tuple[Tensor, Tensor]:
+    """A0 and B0 of one layer."""
+    return ga_factors(
+        layer.measured, layer.rank, layer.scale, ga_gamma, ga_direction, ga_scale, layer.W0, ga_norm_clip, layer.seed
+    )
 
 
 def _split(rank: int, direction: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
+from adapters.initialise.start import StartLayer
 from adapters.low_rank import truncated_svd
+from adapters.options import Option, Rule, Training
 
 METHOD = Method(
     name="lora_sb",
@@ -30,7 +32,44 @@ METHOD = Method(
     stage="initialise",
     makes="ordinary LoRA",
     paper="LoRA-SB, arXiv 2411.19557",
-    entry="adapters.initialise.lora_sb:sb_factors",
+    entry="adapters.initialise.lora_sb:start",
+    training=Training(
+        key="init",
+        shared=("init_batches",),
+        options=(
+            Option(
+                "sb_step",
+                None,
+                type="float",
+                gt=0,
+                help="lora_sb: length of the first full step it starts from; empty = the first step's learning rate.",
+            ),
+        ),
+        refused=(
+            Rule(
+                "use_dora",
+                "lora_sb trains a small matrix between A and B, which DoRA knows nothing of: switch use_dora off",
+            ),
+            Rule("freeze_a", "lora_sb freezes A and B already: switch freeze_a off"),
+            Rule(
+                "grad_rule == 'allora'",
+                "allora scales the gradients of A and B, which lora_sb does not train: choose one of them",
+            ),
+            Rule(
+                "loraplus_ratio != 1",
+                "LoRA+ gives B a learning rate of its own, but lora_sb does not train B: set loraplus_ratio to 1",
+            ),
+        ),
+        warned=(
+            Rule(
+                "",
+                "LoRA-SB trains rank x rank numbers per layer: use a larger rank than for LoRA (and more learning "
+                "rate).",
+            ),
+        ),
+        looks_at="gradients",
+        sets="core",
+    ),
 )
 
 
@@ -58,6 +97,11 @@ def sb_factors(
     step = -eta * (g if linear else g.sign())
     U, S, Vh = truncated_svd(step, rank, seed)
     return Vh.contiguous(), U.contiguous(), torch.diag(S / scale)
+
+
+def start(layer: StartLayer, sb_step: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and R of one layer."""
+    return sb_factors(layer.measured, layer.rank, layer.scale, sb_step or layer.rate, seed=layer.seed)
 
 
 def from_lora(A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

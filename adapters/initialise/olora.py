@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from adapters.catalogue import Method
+from adapters.initialise.start import StartLayer
+from adapters.options import Training
 
 METHOD = Method(
     name="olora",
@@ -20,7 +22,8 @@ METHOD = Method(
     stage="initialise",
     makes="ordinary LoRA",
     paper="OLoRA, arXiv 2406.01775",
-    entry="adapters.initialise.olora:olora_factors",
+    entry="adapters.initialise.olora:start",
+    training=Training(key="init", sets="offset"),
 )
 
 
@@ -28,3 +31,8 @@ def olora_factors(W0: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A0 (r, in) and B0 (out, r) of a weight (out, in)."""
     Q, R = torch.linalg.qr(W0)
     return R[:rank], Q[:, :rank]
+
+
+def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """A0 and B0 of one layer."""
+    return olora_factors(layer.W0, layer.rank)

@@ -12,7 +12,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from adapters.catalogue import Method
+from adapters.initialise.start import StartLayer
 from adapters.low_rank import truncated_svd
+from adapters.options import Training
 
 METHOD = Method(
     name="pissa",
@@ -21,7 +23,8 @@ METHOD = Method(
     stage="initialise",
     makes="ordinary LoRA",
     paper="PiSSA, arXiv 2404.02948",
-    entry="adapters.initialise.pissa:pissa_factors",
+    entry="adapters.initialise.pissa:start",
+    training=Training(key="init", sets="offset"),
 )
 
 
@@ -30,3 +33,8 @@ def pissa_factors(W0: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[T
     U, S, Vh = truncated_svd(W0, rank, seed)
     root = (S / scale).sqrt()
     return root[:, None] * Vh, U * root
+
+
+def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """A0 and B0 of one layer."""
+    return pissa_factors(layer.W0, layer.rank, layer.scale, layer.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from adapters.catalogue import Method
+from adapters.options import Rule, Training
 
 METHODS = (
     Method(
@@ -18,6 +19,7 @@ METHODS = (
         makes="ordinary LoRA",
         paper="LoRA, arXiv 2106.09685",
         entry="adapters.initialise.plain:in_peft",
+        training=Training(key="init"),
     ),
     Method(
         name="gaussian",
@@ -27,6 +29,7 @@ METHODS = (
         makes="ordinary LoRA",
         paper="LoRA, arXiv 2106.09685",
         entry="adapters.initialise.plain:in_peft",
+        training=Training(key="init"),
     ),
     Method(
         name="orthogonal",
@@ -36,6 +39,15 @@ METHODS = (
         makes="ordinary LoRA",
         paper="",
         entry="adapters.initialise.plain:in_peft",
+        training=Training(
+            key="init",
+            refused=(
+                Rule(
+                    "freeze_a",
+                    "the orthogonal start shares its directions between A and B: with freeze_a choose another init",
+                ),
+            ),
+        ),
     ),
 )
 

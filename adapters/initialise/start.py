@@ -1,55 +1,105 @@
 """Give the plain, freshly added adapters of some models another start.
 
-The adapters must still change nothing (B = 0), so that what is measured is the pre-trained model.
+A start is a function of one layer, ``start(layer: StartLayer, **options)`` with the options its method declares; the
+declaration says what it looks at and what it returns (:class:`adapters.options.Training`):
+
+    factors   A (r, in), B (out, r)
+    offset    the same, also kept frozen and subtracted: the model does not change
+    core      A (r, in), B (out, r), R (r, r): A and B frozen, R between them trained
+
+The adapters must still change nothing (B = 0), so that what is measured is the pre-trained model. A data-driven start
+that moves the model is bounded: where the loss on the batches it looked at is worse than the base's by more than
+:data:`WORSE`, its step is halved until it is not.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from adapters import catalogue
 from adapters.errors import InputError
-from adapters.initialise.corda import corda_factors
-from adapters.initialise.eva import eva_factor
-from adapters.initialise.lora_ga import ga_factors
-from adapters.initialise.lora_sb import sb_factors
-from adapters.initialise.olora import olora_factors
-from adapters.initialise.pissa import pissa_factors
 from adapters.initialise.statistics import Closure, capture_gradients, capture_moments
-from adapters.layers.variant import adapted, base_weight, pair, set_core, set_offset
+from adapters.layers.variant import (
+    base_weight,
+    core_of,
+    offset_of,
+    pair,
+    set_core,
+    set_offset,
+    set_offset_buffers,
+)
+from adapters.options import Training
+from adapters.plugin import Handles, Need, Plugin, layers_of, no_decay
 
 Losses = Callable[[int], Iterable[Closure]]
 """The training loss of the first n batches, one closure each."""
 
-GRADIENTS = ("lora_ga", "lora_sb")
-MOMENTS = ("eva", "corda")
-PLAIN = ("default", "gaussian", "orthogonal")
+WORSE = 0.1
+"""How much of the base's loss a start may add."""
+
+HALVINGS = 30
+"""How often a step is halved before the start is refused."""
+
+
+@dataclass(frozen=True)
+class StartLayer:
+    """What a start knows of one layer.
+
+    Attributes:
+        W0: the frozen weight (out, in * kernel), fp32 or more precise.
+        measured: mean gradient (out, in * kernel) or second moment (in * kernel, in * kernel), as the method's
+            ``looks_at`` says; else empty.
+        rank: r.
+        scale: s, the forward factor.
+        seed: of the run.
+        rate: learning rate of the first optimiser step.
+    """
+
+    W0: Tensor
+    measured: Tensor
+    rank: int
+    scale: float
+    seed: int = 0
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
 class Start:
-    """Which start, and its options (see the methods' own modules)."""
+    """Which start, how many batches it looks at, and its options by name (what is missing has its default)."""
 
     name: str
     batches: int = 8
-    gamma: float = 16.0
-    direction: str = "ArB2r"
-    size: str = "stable"
-    norm_clip: bool = False
-    mode: str = "ipm"
-    eta: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 0.0
     seed: int = 0
+
+    @property
+    def training(self) -> Training:
+        """The method's declaration."""
+        found = catalogue.find("initialise", self.name).training
+        if found is None:
+            raise InputError(f"'{self.name}' is no start of a training.")
+        return found
 
     @property
     def looks(self) -> bool:
         """Whether it needs some batches."""
-        return self.name in GRADIENTS + MOMENTS
+        return self.training.looks_at != "nothing"
+
+    def factors(self, layer: StartLayer) -> tuple[Tensor, ...]:
+        """What the method's function gives for a layer."""
+        function: Any = catalogue.find("initialise", self.name).load()
+        options = {item.name: self.options.get(item.name, item.default) for item in self.training.options}
+        found: tuple[Tensor, ...] = function(layer, **options)
+        return found
 
 
 def apply(
@@ -63,36 +113,39 @@ def apply(
         losses: needed by data-driven starts.
 
     Raises:
-        InputError: a layer the start cannot work with (named), or batches that are missing.
+        InputError: a layer the start cannot work with (named), batches that are missing, or a start that stays worse
+            than the base however short its step.
     """
-    if start.name in PLAIN:
+    if start.training.sets == "nothing":
         return  # PEFT has done it
-    layers = {
-        f"{component}.{name}": layer
-        for component, model in models.items()
-        for name, layer in adapted(model, adapter).items()
-    }
-    measured = _measure(start, models, layers, losses)
+    layers = layers_of(Handles(models, adapter=adapter))
+    seen: list[float] = []
+    measured = _measure(start, models, layers, losses, seen)
     for name, layer in layers.items():
         try:
             _set(start, layer, measured.get(name), adapter)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
+    if losses is not None and seen and start.training.sets != "offset":
+        _bound(start, models, list(layers.values()), losses, _shared_mean(seen, layers), adapter)
 
 
 def _measure(
-    start: Start, models: Mapping[str, nn.Module], layers: Mapping[str, Any], losses: Losses | None
+    start: Start, models: Mapping[str, nn.Module], layers: Mapping[str, Any], losses: Losses | None, seen: list[float]
 ) -> dict[str, Tensor]:
+    """What the start looks at, by layer; the batches' losses are added to ``seen``."""
     if not start.looks:
         return {}
     if losses is None:
         raise InputError(f"The start '{start.name}' looks at some batches first, and none were given.")
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+    looks_at, batches = start.training.looks_at, _noted(losses(start.batches), seen)
     with _evaluating(models):
-        if start.name in GRADIENTS:
-            found = capture_gradients(bases, losses(start.batches), start.batches)
+        if looks_at == "gradients":
+            found = capture_gradients(bases, batches, start.batches)
         else:
-            found = capture_moments(bases, losses(start.batches), start.batches, scaled=start.name == "corda")
+            found = capture_moments(bases, batches, start.batches, scaled=looks_at == "scaled moments")
+    batches.close()
     for model in models.values():
         for parameter in model.parameters():
             parameter.grad = None
@@ -101,32 +154,83 @@ def _measure(
 
 @torch.no_grad()
 def _set(start: Start, layer: Any, measured: Tensor | None, adapter: str) -> None:
-    rank, scale = layer.r[adapter], layer.scaling[adapter]
     W0 = base_weight(layer)
     W0 = W0.to(torch.promote_types(W0.dtype, torch.float32))
     seen = torch.empty(0) if measured is None else measured.to(W0)
-    if start.name == "lora_sb":
-        A, B, R = (_same_everywhere(t) for t in sb_factors(seen, rank, scale, start.eta, seed=start.seed))
-        down, up = pair(layer, adapter)
-        down.copy_(A.reshape(down.shape))
-        up.copy_(B.reshape(up.shape))
-        set_core(layer, R, adapter)
+    known = StartLayer(W0, seen, layer.r[adapter], layer.scaling[adapter], start.seed, start.rate)
+    A, B, *core = (_same_everywhere(tensor) for tensor in start.factors(known))
+    if start.training.sets == "offset":
+        set_offset(layer, A, B, adapter)
         return
-    if start.name == "eva":
-        down, _ = pair(layer, adapter)
-        down.copy_(_same_everywhere(eva_factor(seen, rank)).reshape(down.shape))
+    down, up = pair(layer, adapter)
+    down.copy_(A.reshape(down.shape))
+    up.copy_(B.reshape(up.shape))
+    if start.training.sets == "core":
+        set_core(layer, core[0], adapter)
+
+
+# ------------------------------------------------------------------------------------------------ bounding the step
+
+
+@torch.no_grad()
+def _bound(
+    start: Start, models: Mapping[str, nn.Module], layers: list[Any], losses: Losses, base: float, adapter: str
+) -> None:
+    """Halve what moves the model until its loss is at most :data:`WORSE` worse than ``base``; say what was done."""
+    moved = [_mover(layer, adapter) for layer in layers]
+    if not any(bool(tensor.any()) for tensor in moved):
         return
-    if start.name == "pissa":
-        A, B = pissa_factors(W0, rank, scale, start.seed)
-    elif start.name == "olora":
-        A, B = olora_factors(W0, rank)
-    elif start.name == "corda":
-        A, B = corda_factors(W0, seen, rank, scale, start.mode)
-    elif start.name == "lora_ga":
-        A, B = ga_factors(seen, rank, scale, start.gamma, start.direction, start.size, W0, start.norm_clip, start.seed)
-    else:
-        raise InputError(f"There is no start '{start.name}'.")
-    set_offset(layer, _same_everywhere(A), _same_everywhere(B), adapter)
+    first = loss = _loss(start, models, losses, layers)
+    halvings = 0
+    while not loss <= base + WORSE * abs(base) and halvings < HALVINGS:
+        for tensor in moved:
+            tensor.div_(2)
+        loss, halvings = _loss(start, models, losses, layers), halvings + 1
+    if not loss <= base + WORSE * abs(base):
+        raise InputError(
+            f"The start '{start.name}' makes the loss {first:.3g} where the base has {base:.3g}, however short its "
+            "step: lower learning_rate, raise init_batches, or choose another init."
+        )
+    if halvings:
+        warnings.warn(
+            f"The start '{start.name}' made the loss {first:.3g} where the base has {base:.3g}: its step was "
+            f"shortened to 1/{2**halvings}, where the loss is {loss:.3g}.",
+            stacklevel=2,
+        )
+
+
+def _mover(layer: Any, adapter: str) -> Tensor:
+    """The matrix whose size is that of the start's step: the core, or B."""
+    core = core_of(layer, adapter)
+    return pair(layer, adapter)[1] if core is None else core
+
+
+def _loss(start: Start, models: Mapping[str, nn.Module], losses: Losses, layers: list[Any]) -> float:
+    """Mean loss of the batches the start looked at, over all processes."""
+    with _evaluating(models):
+        return _shared_mean([float(closure()) for closure in losses(start.batches)], dict(enumerate(layers)))
+
+
+def _shared_mean(values: list[float], layers: Mapping[Any, Any]) -> float:
+    mean = torch.tensor(sum(values) / len(values), dtype=torch.float64)
+    return float(_over_processes(mean.float(), next(iter(layers.values())))) if _together() else float(mean)
+
+
+def _noted(losses: Iterable[Closure], seen: list[float]) -> Any:
+    """The closures, whose values are also added to ``seen``."""
+
+    def noted(closure: Closure) -> Closure:
+        def loss() -> Tensor:
+            value = closure()
+            seen.append(float(value.detach()))
+            return value
+
+        return loss
+
+    return (noted(closure) for closure in losses)
+
+
+# ------------------------------------------------------------------------------------------------ the models
 
 
 @contextmanager
@@ -142,9 +246,14 @@ def _evaluating(models: Mapping[str, nn.Module]) -> Iterator[None]:
             module.training = training
 
 
+def _together() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def _over_processes(value: Tensor, layer: nn.Module) -> Tensor:
     """The mean over all processes that train together."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _together():
         return value
     device = next(layer.parameters()).device
     shared = value.to(device)
@@ -154,7 +263,69 @@ def _over_processes(value: Tensor, layer: nn.Module) -> Tensor:
 
 def _same_everywhere(value: Tensor) -> Tensor:
     """The first process's tensor: decompositions may differ in sign between machines."""
-    if dist.is_available() and dist.is_initialized():
+    if _together():
         value = value.contiguous()
         dist.broadcast(value, 0)
     return value
+
+
+# ------------------------------------------------------------------------------------------------ in a training
+
+
+class StartPlugin(Plugin):
+    """Any start: applied before the first step; what it freezes is in the checkpoint."""
+
+    name = "start"
+
+    def configure(self, config: Any) -> None:
+        chosen = Start(config.init)
+        options = {item.name: getattr(config, item.name) for item in chosen.training.options}
+        self.start = Start(config.init, config.init_batches, options, seed=config.seed)
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"calibration"}) if self.start.looks else frozenset()
+
+    def initialise(self, handles: Handles) -> None:
+        self.layers, self.adapter = layers_of(handles), handles.adapter
+        start, look = self.start, handles.calibration
+        if look is not None:
+            start = Start(start.name, start.batches, start.options, look.rate, start.seed)
+        elif start.looks:  # a run is taken up: what is missing comes with its state
+            if start.training.sets == "core":
+                for layer in self.layers.values():
+                    rank = layer.r[self.adapter]
+                    set_core(layer, torch.zeros(rank, rank), self.adapter)
+            return
+        apply(start, handles.models, None if look is None else look.losses, self.adapter)
+
+    def after_inject(self, handles: Handles) -> None:
+        cores = [core for layer in self.layers.values() if (core := core_of(layer, self.adapter)) is not None]
+        no_decay(handles, cores)  # it would pull towards W0, not towards the start
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {}
+        for name, layer in self.layers.items():
+            frozen = offset_of(layer, self.adapter)
+            if core_of(layer, self.adapter) is not None:
+                frozen = pair(layer, self.adapter)
+            if frozen is not None:
+                kept[name] = [tensor.detach().cpu().clone() for tensor in frozen]
+        return {"init": self.start.name, "frozen": kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("init") != self.start.name:
+            raise InputError(
+                f"The checkpoint was not started with '{self.start.name}': its frozen matrices are missing; start anew."
+            )
+        sets = self.start.training.sets
+        for name, layer in self.layers.items() if sets in ("offset", "core") else ():
+            if name not in state["frozen"]:
+                raise InputError(f"The checkpoint has no start of the layer '{name}': start anew.")
+            first, second = state["frozen"][name]
+            if sets == "offset":
+                set_offset_buffers(layer, first, second, self.adapter)
+                continue
+            with torch.no_grad():
+                down, up = pair(layer, self.adapter)
+                down.copy_(first)
+                up.copy_(second)

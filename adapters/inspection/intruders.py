@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
-from adapters.layers.variant import base_weight
+from adapters.layers.variant import base_weight, effective
 from adapters.low_rank import compact_svd, top_singular
 from adapters.merging.concatenate import cut, join
+from adapters.options import Option, Rule, Training
+from adapters.plugin import Answers, Handles, Outputs, Plugin, matrices_of
 from adapters.progress import Monitor, Progress, Silent, check
 
 METHOD = Method(
@@ -43,6 +45,25 @@ METHOD = Method(
     makes="report, ordinary LoRA",
     paper="LoRA vs Full Fine-tuning: An Illusion of Equivalence, arXiv 2410.21228",
     entry="adapters.inspection.intruders:inspect",
+    training=Training(
+        key="intruders_every",
+        options=(
+            Option(
+                "intruders_every",
+                0,
+                ge=0,
+                help="Count intruder dimensions every so many steps and log them; 0 = never.",
+            ),
+        ),
+        refused=(
+            Rule(
+                "use_dora",
+                "intruder dimensions are counted during training for plain low-rank layers only: set intruders_every "
+                "to 0, or inspect the finished adapter",
+            ),
+        ),
+        plugin="adapters.inspection.intruders:IntruderPlugin",
+    ),
 )
 
 Side = Literal["left", "right", "both"]
@@ -433,3 +454,33 @@ def heat_map(W0: Tensor, layer: LoraLayer, size: int = 64) -> Tensor:
     left, right = update_of(layer, W0)
     Y = torch.linalg.svd(W0.double() + left.double() @ right.double(), full_matrices=False)[0]
     return (spectrum(W0).U[:, :size].T @ Y[:, :size]).abs()
+
+
+class IntruderPlugin(Plugin):
+    """Counts intruder dimensions now and then; the number is in the logs of the steps after."""
+
+    name = "intruders"
+
+    def configure(self, config: Any) -> None:
+        self.every = config.intruders_every
+        self.logs: dict[str, float] = {}
+
+    def after_inject(self, handles: Handles) -> None:
+        self.layers, self.adapter = matrices_of(handles), handles.adapter
+        self.bases: dict[str, Spectrum] = {}
+
+    def after_step(self, step: int) -> None:
+        if (step + 1) % self.every:
+            return
+        total = 0
+        for name, layer in self.layers.items():
+            W0 = base_weight(layer).cpu()
+            if name not in self.bases:
+                self.bases[name] = spectrum(W0)
+            left, right = (tensor.cpu() for tensor in effective(layer, self.adapter))
+            k = min(10, *W0.shape)
+            total += len(find(W0, layer.scaling[self.adapter] * left, right, k, base=self.bases[name]).intruders)
+        self.logs = {"intruders": float(total)}
+
+    def loss(self, loss: Tensor, outputs: Outputs | Answers) -> tuple[Tensor, dict[str, float]]:
+        return loss, self.logs

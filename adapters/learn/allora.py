@@ -23,8 +23,11 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from adapters.catalogue import Method
-from adapters.layers.variant import offset_of, pair
+from adapters.errors import InputError
+from adapters.layers.variant import attach, offset_of, pair
 from adapters.low_rank import row_norms_squared
+from adapters.options import Option, Rule, Training
+from adapters.plugin import Handles, Plugin, check_whole, matrices_of, no_decay
 
 METHOD = Method(
     name="allora",
@@ -33,7 +36,47 @@ METHOD = Method(
     stage="learn",
     makes="ordinary LoRA",
     paper="ALLoRA, arXiv 2410.09692",
-    entry="adapters.learn.allora:AlloraRule",
+    entry="adapters.learn.allora:AlloraPlugin",
+    training=Training(
+        key="grad_rule",
+        options=(
+            Option(
+                "allora_eta",
+                2.0,
+                gt=0,
+                finite=True,
+                help="allora: factor on the gradient of rows that are still zero.",
+            ),
+            Option(
+                "allora_mode",
+                "gradient",
+                choices=("gradient", "lr"),
+                help="allora: gradient is the paper's; lr scales the optimiser's update instead (ours, for AdamW).",
+            ),
+        ),
+        refused=(
+            Rule(
+                "use_rslora or alpha not in (None, rank) or alpha_pattern or (rank_pattern and alpha is not None) "
+                "or conv_alpha not in (None, conv_rank)",
+                "ALLoRA has no scaling factor (its forward factor is 1): leave alpha empty and use_rslora off",
+            ),
+            Rule("dropout > 0", "ALLoRA replaces dropout: set dropout to 0"),
+            Rule("use_dora", "ALLoRA's gradient rule is for plain low-rank layers: switch use_dora off"),
+            Rule(
+                "allora_mode == 'lr' and optimizer == 'schedulefree-adamw'",
+                "allora_mode 'lr' scales each step of the weights, but schedule-free AdamW keeps two sets of them: "
+                "choose another optimizer",
+            ),
+        ),
+        warned=(
+            Rule(
+                "allora_mode == 'gradient' and optimizer in ('adamw', 'adamw8bit', 'adafactor', 'prodigy', "
+                "'schedulefree-adamw')",
+                "Adam-like optimisers divide the gradient's size away, so ALLoRA's rule has almost no effect: "
+                "use optimizer 'sgd', or allora_mode 'lr'.",
+            ),
+        ),
+    ),
 )
 
 
@@ -157,3 +200,31 @@ class ScaledSteps:
         for layer in self.layers:
             A, B = pair(layer, self.adapter)
             yield A, B, offset_of(layer, self.adapter)
+
+
+class AlloraPlugin(Plugin):
+    """ALLoRA's gradient rule, or its factors on the optimiser's steps."""
+
+    name = "allora"
+
+    def configure(self, config: Any) -> None:
+        self.eta, self.mode = config.allora_eta, config.allora_mode
+
+    def initialise(self, handles: Handles) -> None:
+        self.layers, self.adapter = matrices_of(handles), handles.adapter
+        for name, layer in self.layers.items():
+            if layer.scaling[self.adapter] != 1:
+                raise InputError(
+                    f"ALLoRA has no scaling factor, but '{name}' has alpha / r = {layer.scaling[self.adapter]:g}: "
+                    "leave alpha empty."
+                )
+            if self.mode == "gradient":
+                attach(layer, self.adapter).rule = AlloraRule(self.eta)
+
+    def after_inject(self, handles: Handles) -> None:
+        check_whole(self.layers, self.adapter, "ALLoRA")
+        no_decay(handles, [pair(layer, self.adapter)[1] for layer in self.layers.values()])
+        if self.mode == "lr":
+            if handles.optimizer is None:
+                raise InputError("allora_mode 'lr' scales an optimiser's steps, but there is none.")
+            ScaledSteps(self.layers, self.eta, self.adapter).attach(handles.optimizer)

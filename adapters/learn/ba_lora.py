@@ -17,7 +17,9 @@ B. Stored: an ordinary LoRA.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from torch import Tensor
 from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.low_rank import truncated_svd
+from adapters.options import Option, Rule, Training
+from adapters.plugin import Answers, Handles, Need, Outputs, Plugin
 
 METHOD = Method(
     name="ba",
@@ -35,7 +39,59 @@ METHOD = Method(
     stage="learn",
     makes="ordinary LoRA",
     paper="BA-LoRA, arXiv 2408.04556",
-    entry="adapters.learn.ba_lora:consistency",
+    entry="adapters.learn.ba_lora:BiasPlugin",
+    training=Training(
+        key="reg",
+        options=(
+            Option(
+                "ba_task",
+                "auto",
+                choices=("auto", "nlu", "nlg"),
+                help="ba: nlg for text, nlu for classification; auto looks at the logits.",
+            ),
+            Option(
+                "ba_l1", None, type="float", ge=0, help="ba: weight of consistency with the base; empty = the paper's."
+            ),
+            Option("ba_l2", None, type="float", ge=0, help="ba: weight of diversity; empty = the paper's."),
+            Option("ba_l3", None, type="float", ge=0, help="ba: weight of concentration; empty = the paper's."),
+            Option(
+                "ba_k",
+                None,
+                type="int",
+                ge=1,
+                help="ba: how many singular values count as large; empty = the paper's.",
+            ),
+            Option("ba_topk", 20, ge=2, help="ba, text: diversity among this many likeliest tokens."),
+            Option("ba_temp", 2.0, gt=0, help="ba: temperature of the consistency term."),
+            Option(
+                "ba_norm",
+                "auto",
+                choices=("auto", "frobenius", "nuclear"),
+                help="ba: what large singular values are compared with.",
+            ),
+            Option(
+                "ba_schedule",
+                "paper",
+                choices=("paper", "constant"),
+                help="ba: paper lets consistency fall and the others begin after a fifth of the run.",
+            ),
+            Option(
+                "ba_version",
+                "2026",
+                choices=("2026", "2024"),
+                help="ba: formulas of the final paper or of the authors' first code.",
+            ),
+        ),
+        refused=(
+            Rule(
+                "fused_loss",
+                "BA-LoRA needs logits, which a fused loss never makes: switch the fused loss off",
+            ),
+        ),
+        warned=(
+            Rule("init != 'pissa'", "BA-LoRA's paper starts from PiSSA: set init to 'pissa' to follow it."),
+        ),
+    ),
 )
 
 CHUNK = 4096
@@ -162,3 +218,96 @@ def consistency_2024(zf: Tensor, zp: Tensor, task: str) -> Tensor:
 def diversity_2024(zf: Tensor, task: str) -> Tensor:
     """DR of the first code: as now for NLU, minus the entropy of the whole vocabulary over all positions for NLG."""
     return diversity_covariance(zf) if task == "nlu" else diversity_topk(zf.flatten(0, -2), zf.shape[-1])
+
+
+class BiasPlugin(Plugin):
+    """BA-LoRA's three terms on the logits."""
+
+    name = "ba"
+
+    def configure(self, config: Any) -> None:
+        self.config, self.step, self.total, self.seed = config, 0, 0, int(getattr(config, "seed", 0))
+        self._warned: set[str] = set()
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"logits", "reference"})
+
+    def after_inject(self, handles: Handles) -> None:
+        self.total = handles.steps
+        if self.config.ba_schedule == "paper" and self.config.ba_version == "2026":
+            weights_at(PAPER["nlg"], 0, self.total)  # refuses an unknown number of steps now
+
+    def step_begin(self, step: int) -> None:
+        self.step = step
+
+    def loss(self, loss: Tensor, outputs: Outputs | Answers) -> tuple[Tensor, dict[str, float]]:
+        if not isinstance(outputs, Answers):
+            raise InputError("BA-LoRA needs a model with logits; for pictures use prior_preservation instead.")
+        config, logits = self.config, outputs.logits
+        task = ("nlg" if logits.ndim == 3 else "nlu") if config.ba_task == "auto" else config.ba_task
+        if task == "nlu" and logits.ndim != 2:
+            raise InputError("BA-LoRA for classification needs one row of logits per sample: set ba_task to 'nlg'.")
+        terms = self._terms(task, outputs)
+        logs: dict[str, float] = {}
+        for name, (weight, value) in terms.items():
+            loss = loss + outputs.share * weight * value
+            logs[f"ba_{name}"] = measured = float(value.detach())
+            logs[f"ba_{name}_weighted"] = weight * measured
+        return loss, logs
+
+    def _weights(self, task: str) -> Weights:
+        config = self.config
+        first = config.ba_version == "2024"
+        base = FIRST_CODE if first else PAPER[task]
+        chosen = Weights(
+            base.l1 if config.ba_l1 is None else config.ba_l1,
+            base.l2 if config.ba_l2 is None else config.ba_l2,
+            base.l3 if config.ba_l3 is None else config.ba_l3,
+            config.ba_k or base.k,
+        )
+        return weights_at(chosen, self.step, self.total, "constant" if first else config.ba_schedule)
+
+    def _terms(self, task: str, outputs: Answers) -> dict[str, tuple[float, Tensor]]:
+        """Name -> (weight, value) of the terms with a weight."""
+        config, weights, first = self.config, self._weights(task), self.config.ba_version == "2024"
+        mask: Any = ...
+        if task == "nlg":
+            mask = valid_rows(outputs.labels, outputs.shifted)
+            if not bool(mask.any()):
+                self._warn("a batch has no valid tokens: BA-LoRA skips it")
+                return {}
+        rows = outputs.logits[mask]
+        found: dict[str, tuple[float, Tensor]] = {}
+        if weights.l1 > 0:
+            teacher = outputs.reference()
+            if teacher.shape != outputs.logits.shape:
+                raise InputError("The base gives other logits than the model in training: same vocabulary needed.")
+            value = (
+                consistency_2024(outputs.logits, teacher, task)
+                if first
+                else consistency(rows, teacher[mask], config.ba_temp)
+            )
+            found["consistency"] = weights.l1, value
+        if weights.l2 > 0 and task == "nlu" and rows.shape[0] < 2:
+            self._warn("a batch of one sample has no covariance: BA-LoRA's diversity term skips it")
+        elif weights.l2 > 0:
+            if first:
+                value = diversity_2024(outputs.logits if task == "nlg" else rows, task)
+            elif task == "nlu":
+                value = diversity_covariance(rows)
+            else:
+                value = diversity_topk(rows, config.ba_topk)
+            found["diversity"] = weights.l2, value
+        if weights.l3 > 0:
+            if weights.k > min(rows.shape):
+                self._warn(f"ba_k {weights.k} is cut to the {min(rows.shape)} singular values there are")
+            kind = config.ba_norm
+            if kind == "auto":
+                kind = "nuclear" if task == "nlu" or first else "frobenius"
+            found["spectral"] = weights.l3, spectral(rows, weights.k, kind, self.seed + self.step)
+        return found
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=3)

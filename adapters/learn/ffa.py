@@ -9,12 +9,17 @@ Trained: B. Stored: an ordinary LoRA.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.layers.variant import adapted, freeze, pair
+from adapters.options import Option, Rule, Training
+from adapters.plugin import Handles, Plugin, layers_of
 
 METHOD = Method(
     name="ffa",
@@ -23,7 +28,25 @@ METHOD = Method(
     stage="learn",
     makes="ordinary LoRA",
     paper="FFA-LoRA, arXiv 2403.12313",
-    entry="adapters.learn.ffa:freeze_a",
+    entry="adapters.learn.ffa:FreezePlugin",
+    training=Training(
+        key="freeze_a",
+        options=(
+            Option(
+                "freeze_a",
+                False,
+                help="Train B only (FFA-LoRA): half the parameters, and averages of several adapters are exact.",
+                advanced=False,
+            ),
+        ),
+        warned=(
+            Rule(
+                "init in ('default', 'gaussian')",
+                "With A frozen at random directions, learning is slower: a higher learning rate or rank makes up for "
+                "it.",
+            ),
+        ),
+    ),
 )
 
 
@@ -41,3 +64,24 @@ def freeze_a(model: nn.Module, adapter: str = "default") -> None:
         if not float(values[-1]) > 1e-6 * float(values[0]):
             raise InputError(f"A of '{name}' has less than its full rank {A.shape[0]}: start it at random.")
         freeze(layer, "lora_A", adapter)
+
+
+class FreezePlugin(Plugin):
+    """FFA-LoRA: A is frozen."""
+
+    name = "freeze"
+
+    def initialise(self, handles: Handles) -> None:
+        self.layers, self.adapter = layers_of(handles), handles.adapter
+        for model in handles.models.values():
+            freeze_a(model, self.adapter)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: pair(layer, self.adapter)[0].detach().cpu().clone() for name, layer in self.layers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                if name not in state:
+                    raise InputError(f"The checkpoint has no frozen A of the layer '{name}': start anew.")
+                pair(layer, self.adapter)[0].copy_(state[name])

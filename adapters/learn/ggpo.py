@@ -15,6 +15,7 @@ them: (sigma |W'_i| + beta |G_i|^2) / sqrt(out). Trained: A and B. Stored: an or
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +25,36 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from adapters.catalogue import Method
+from adapters.errors import InputError
 from adapters.layers.variant import base_weight
 from adapters.learn.direction import gradient_row_norms, weight_row_norms
+from adapters.learn.perturbation import PerturbationPlugin
+from adapters.options import Option, Rule, Training
+from adapters.plugin import Handles
+
+SIGMA = Option(
+    "perturb_sigma",
+    0.03,
+    gt=0,
+    finite=True,
+    help="ggpo, flat: noise relative to the rows of the weight (0.03 is mild, 0.2 strong).",
+)
+SCHEDULE = Option(
+    "perturb_schedule",
+    "constant",
+    choices=("constant", "cosine"),
+    help="ggpo, flat: constant noise, or growing from zero to full over the run.",
+)
+NORM = Option(
+    "perturb_norm",
+    "sqrt",
+    choices=("sqrt", "sd-scripts"),
+    help="ggpo, flat: how weight and gradient norms are mixed (sqrt, or as kohya's sd-scripts does).",
+)
+STRONG = Rule(
+    "perturb_sigma >= 0.5",
+    "Noise of half the weight's size and more usually destroys the model: 0.03 to 0.2 is usual.",
+)
 
 METHODS = (
     Method(
@@ -36,7 +65,18 @@ METHODS = (
         stage="learn",
         makes="ordinary LoRA",
         paper="LoRA-GGPO, arXiv 2502.14538v1",
-        entry="adapters.learn.ggpo:RowNoise",
+        entry="adapters.learn.ggpo:GuidedNoisePlugin",
+        training=Training(
+            key="perturb",
+            shared=("perturb_every",),
+            options=(
+                SIGMA,
+                Option("perturb_beta", 0.01, ge=0, finite=True, help="ggpo: weight of the gradients in the noise."),
+                NORM,
+                SCHEDULE,
+            ),
+            warned=(STRONG,),
+        ),
     ),
     Method(
         name="flat",
@@ -45,7 +85,10 @@ METHODS = (
         stage="learn",
         makes="ordinary LoRA",
         paper="Flat-LoRA, arXiv 2409.14396",
-        entry="adapters.learn.ggpo:RowNoise",
+        entry="adapters.learn.ggpo:NoisePlugin",
+        training=Training(
+            key="perturb", shared=("perturb_every",), options=(SIGMA, NORM, SCHEDULE), warned=(STRONG,)
+        ),
     ),
 )
 
@@ -93,14 +136,14 @@ class RowNoise:
         W0 = base_weight(layer)
         self.base_squared = W0.to(torch.promote_types(W0.dtype, torch.float32)).square().sum(1)
         self.columns = W0.shape[1]
-        self.gradient: Tensor | None = None
+        self.memory: Tensor | None = None  # |G_i|^2 of the step before
         self.deviations: Tensor | None = None
         self.seed = 0
 
     def begin(self, layer: Any, adapter: str, step: int, strength: float = 1.0) -> None:
         """Set E for an optimiser step; ``strength`` multiplies sigma (schedules)."""
         weight = weight_row_norms(layer, adapter, self.base_squared)
-        gradient = None if self.gradient is None else self.gradient.to(weight)
+        gradient = None if self.memory is None else self.memory.to(weight)
         self.deviations = row_deviations(weight, gradient, strength * self.sigma, self.beta, self.columns, self.mix)
         self.seed = noise_seed(self.run, step, self.name)
 
@@ -108,7 +151,7 @@ class RowNoise:
         """Gradients are in: remember their size, and be off."""
         self.deviations = None
         if self.beta:
-            self.gradient = gradient_row_norms(layer, adapter)
+            self.memory = gradient_row_norms(layer, adapter)
 
     def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         if self.deviations is None:
@@ -152,3 +195,38 @@ class _Noise(torch.autograd.Function):
                 stride, padding, dilation = ctx.geometry
                 total = total + conv2d_input(size, E.reshape(-1, *ctx.shape), g[:, rows], stride, padding, dilation)
         return total.to(dtype), None, None, None, None, None
+
+
+class NoisePlugin(PerturbationPlugin):
+    """Flat-LoRA: every layer disturbed by noise in proportion to its rows."""
+
+    active: dict[str, RowNoise]
+    beta = 0.0
+
+    def configure(self, config: Any) -> None:
+        super().configure(config)
+        self.sigma, self.mix, self.schedule = config.perturb_sigma, config.perturb_norm, config.perturb_schedule
+
+    def after_inject(self, handles: Handles) -> None:
+        self.steps = handles.steps
+        if self.schedule == "cosine" and self.steps < 1:
+            raise InputError("perturb_schedule 'cosine' needs the number of steps: set it, or use 'constant'.")
+        super().after_inject(handles)
+
+    def disturbance(self, name: str, layer: Any, handles: Handles) -> RowNoise:
+        return RowNoise(layer, name, self.sigma, self.beta, self.mix, handles.seed)
+
+    def begin(self, name: str, layer: Any, step: int) -> None:
+        strength = 1.0
+        if self.schedule == "cosine":
+            strength = (1 - math.cos(math.pi * min(1.0, step / self.steps))) / 2
+        if strength > 0:
+            self.active[name].begin(layer, self.adapter, step, strength)
+
+
+class GuidedNoisePlugin(NoisePlugin):
+    """LoRA-GGPO: the noise also follows the gradients of the step before."""
+
+    def configure(self, config: Any) -> None:
+        super().configure(config)
+        self.beta = config.perturb_beta

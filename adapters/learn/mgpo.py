@@ -22,7 +22,10 @@ from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.layers.variant import product
 from adapters.learn.direction import Change, direction, gradient_of
+from adapters.learn.perturbation import PerturbationPlugin
 from adapters.low_rank import norm
+from adapters.options import Option, Rule, Training
+from adapters.plugin import Answers, Handles, Need, Outputs
 
 METHOD = Method(
     name="mgpo",
@@ -31,7 +34,32 @@ METHOD = Method(
     stage="learn",
     makes="ordinary LoRA",
     paper="LoRA-MGPO, arXiv 2502.14538",
-    entry="adapters.learn.mgpo:MomentumBranch",
+    entry="adapters.learn.mgpo:MomentumPlugin",
+    training=Training(
+        key="perturb",
+        shared=("perturb_every",),
+        options=(
+            Option("perturb_rho", 0.05, gt=0, finite=True, help="mgpo: radius of the disturbance."),
+            Option("perturb_ema", 0.9, ge=0, lt=1, help="mgpo: memory of the gradient norm."),
+            Option(
+                "perturb_direction",
+                "downhill",
+                choices=("downhill", "uphill"),
+                help="mgpo: downhill looks ahead along the step (the authors' code), uphill is SAM's direction.",
+            ),
+        ),
+        refused=(
+            Rule(
+                "optimizer not in ('adamw', 'sgd')",
+                "mgpo follows the optimiser's momentum, which only adamw and sgd keep in plain form: "
+                "choose one of them, or perturb 'ggpo'",
+            ),
+            Rule(
+                "optimizer == 'sgd' and beta1 == 0",
+                "mgpo follows the momentum, and beta1 is 0: set beta1 above 0, or perturb to 'ggpo'",
+            ),
+        ),
+    ),
 )
 
 LARGEST = 10.0
@@ -71,13 +99,13 @@ class MomentumBranch:
 
     def __init__(self, rho: float, ema: float = 0.9, sign: float = -1.0) -> None:
         self.rho, self.ema, self.sign = rho, ema, sign
-        self.mean_norm: float | None = None
+        self.memory: float | None = None  # gbar
         self.branch: tuple[Tensor, Tensor] | None = None
 
     @property
     def adaptive(self) -> float:
         """k."""
-        return 1.0 if self.mean_norm is None else min(1 / (self.mean_norm + 1e-12), LARGEST)
+        return 1.0 if self.memory is None else min(1 / (self.memory + 1e-12), LARGEST)
 
     @torch.no_grad()
     def begin(self, layer: Any, adapter: str, momentum: Change) -> None:
@@ -101,10 +129,40 @@ class MomentumBranch:
             return
         left, right = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in found)
         size = float(layer.scaling[adapter]) * float(norm(left, right))
-        self.mean_norm = size if self.mean_norm is None else self.ema * self.mean_norm + (1 - self.ema) * size
+        self.memory = size if self.memory is None else self.ema * self.memory + (1 - self.ema) * size
 
     def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         if self.branch is None:
             return None
         left, right = self.branch
         return product(layer, adapter, x, right.to(x), left.to(x))
+
+
+class MomentumPlugin(PerturbationPlugin):
+    """LoRA-MGPO: every layer disturbed along its momentum."""
+
+    active: dict[str, MomentumBranch]
+
+    def configure(self, config: Any) -> None:
+        super().configure(config)
+        self.rho, self.ema = config.perturb_rho, config.perturb_ema
+        self.sign = -1.0 if config.perturb_direction == "downhill" else 1.0
+
+    def needs(self) -> frozenset[Need]:
+        return super().needs() | {"momenta"}
+
+    def after_inject(self, handles: Handles) -> None:
+        if handles.optimizer is None:
+            raise InputError("mgpo follows an optimiser's momentum, but there is none: use perturb 'ggpo'.")
+        self.momentum = momentum_of(handles.optimizer)
+        super().after_inject(handles)
+
+    def disturbance(self, name: str, layer: Any, handles: Handles) -> MomentumBranch:
+        return MomentumBranch(self.rho, self.ema, self.sign)
+
+    def begin(self, name: str, layer: Any, step: int) -> None:
+        self.active[name].begin(layer, self.adapter, self.momentum)
+
+    def loss(self, loss: Tensor, outputs: Outputs | Answers) -> tuple[Tensor, dict[str, float]]:
+        ks = [branch.adaptive for branch in self.active.values()]
+        return loss, {"mgpo_k": sum(ks) / len(ks)} if ks else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -296,7 +297,7 @@ def test_every_start_on_linear_and_convolution(name):
     model.train()
     state = torch.get_rng_state()
     start.apply(
-        Start(name, batches=2, eta=0.01),
+        Start(name, batches=2, rate=0.01),
         {"model": model},
         lambda n: ((lambda b=b: model(b).square().mean()) for b in itertools.islice(batches, n)),
     )
@@ -324,3 +325,37 @@ def test_a_start_names_the_layer_it_cannot_work_with():
         )
     with pytest.raises(InputError, match="none were given"):
         start.apply(Start("eva"), {"model": model})
+
+
+def test_a_start_much_worse_than_the_base_is_shortened():
+    def outcome(rate: float) -> tuple[float, float, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["mid", "out"])).eval()
+        x = torch.randn(6, 2, 6, 6)
+        loss = lambda: model(x).square().mean()  # noqa: E731
+        before = loss().item()
+        start.apply(Start("lora_sb", batches=1, rate=rate), {"model": model}, lambda n: [loss])
+        return before, loss().item(), {name: variant.core_of(layer) for name, layer in variant.adapted(model).items()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before, after, small = outcome(1e-3)  # fine as it is: nothing is said and nothing changed
+    assert after < before
+    with pytest.warns(UserWarning, match=r"'lora_sb' made the loss .* shortened to 1/(\d+)") as said:
+        before, after, bounded = outcome(16.0)
+    assert after <= (1 + start.WORSE) * before
+    halved = int(str(said[0].message).split("1/")[1].split(",")[0])
+    for name, core in bounded.items():
+        torch.testing.assert_close(core, small[name] * (16.0 / 1e-3 / halved), rtol=1e-4, atol=1e-7)
+
+
+def test_a_start_that_stays_worse_is_refused():
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["mid"])).eval()
+    x, calls = torch.randn(6, 2, 6, 6), itertools.count()
+
+    def loss() -> torch.Tensor:
+        found = model(x).square().mean()
+        return found if next(calls) == 0 else found + torch.inf
+
+    with pytest.raises(InputError, match="however short its step: lower learning_rate"):
+        start.apply(Start("lora_sb", batches=1, rate=1e-3), {"model": model}, lambda n: [loss])

@@ -210,7 +210,7 @@ def test_momentum_branch_is_the_normalised_direction(kind, sign):
     size = 2 * torch.linalg.matrix_norm(dense_direction(layer, gradient_of))
     branch.end(layer, "default")
     branch.begin(layer, "default", momentum_of(optimizer))
-    torch.testing.assert_close(torch.tensor(branch.mean_norm).double(), size.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(branch.memory).double(), size.double(), rtol=1e-5, atol=0)
     D = dense_direction(layer, lambda p: optimizer.state[p]["exp_avg"])
     k = min(1 / float(size), 10)
     E = sign * 0.5 * k * D / torch.linalg.matrix_norm(D)

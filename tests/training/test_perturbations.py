@@ -10,10 +10,9 @@ from torch.func import functional_call
 
 from adapters.layers.variant import pair
 from adapters.learn.ggpo import noise_blocks, noise_seed
-from adapters.plugin import Handles
+from adapters.plugin import Handles, layers_of
 from benchmarks import dialects
 from benchmarks.plain_loop import Recipe, go_on, prepare
-from studio.training.methods import layers_of
 
 STEPS, RANK, ALPHA, RATE = 8, 6, 12, 6e-3
 GGPO = {"perturb": "ggpo", "perturb_sigma": 0.2, "perturb_beta": 1.0}

@@ -1,4 +1,4 @@
-"""Training methods on a form: names and a sentence each from the catalogue, warnings from the combinations table."""
+"""Training methods on a form: names and a sentence each from the catalogue, warnings from their rules."""
 
 from __future__ import annotations
 
@@ -16,36 +16,30 @@ from ui.components import schema_form
 from ui.components.schema_form import Field
 from ui.errors import errors_shown
 
-STAGES = {"init": "initialise", "grad_rule": "learn", "perturb": "learn", "reg": "learn"}
+CHOICES = {choice.key: choice for choice in catalogue.choices()}
+"""Fields that choose training methods."""
+
+STAGES = {key: choice.slot.stage for key, choice in CHOICES.items() if choice.slot is not None}
 """Fields whose values are methods of the catalogue, and the stage those are in."""
 
-SWITCHES = {"freeze_a": "ffa"}
+SWITCHES = {key: choice.methods[0].name for key, choice in CHOICES.items() if choice.slot is None}
 """Fields that switch one method on."""
 
-OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "init_batches": ("init", combinations.CALIBRATED_INITS),
-    **dict.fromkeys(("ga_gamma", "ga_direction", "ga_scale", "ga_norm_clip"), ("init", ("lora_ga",))),
-    "corda_mode": ("init", ("corda",)),
-    "sb_step": ("init", ("lora_sb",)),
-    **dict.fromkeys(("allora_eta", "allora_mode"), ("grad_rule", ("allora",))),
-    **dict.fromkeys(("perturb_sigma", "perturb_schedule"), ("perturb", ("ggpo", "flat"))),
-    **dict.fromkeys(("perturb_beta", "perturb_norm"), ("perturb", ("ggpo",))),
-    **dict.fromkeys(("perturb_rho", "perturb_ema", "perturb_direction"), ("perturb", ("mgpo",))),
-    "perturb_every": ("perturb", ("ggpo", "flat", "mgpo")),
-    **dict.fromkeys(("ba_task", "ba_l1", "ba_l2", "ba_l3", "ba_k", "ba_topk", "ba_temp", "ba_norm", "ba_schedule",
-                     "ba_version"), ("reg", ("ba",))),
-}  # fmt: skip
+OPTIONS = {
+    option.name: (key, readers)
+    for key, choice in CHOICES.items()
+    for option, readers in choice.options().items()
+    if option.name != key
+}
 """Fields that only some methods read: the field that chooses the method, and which those are."""
 
-WATCHED = (*STAGES, *SWITCHES, "allora_mode", "perturb_sigma", "optimizer", "beta1", "rank", "alpha", "conv_rank",
-           "conv_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "dropout", "loraplus_ratio",
-           "continue_from", "intruders_every", "ema")  # fmt: skip
-"""Fields the table of combinations reads."""
+WATCHED = combinations.looked_at()
+"""Fields the rules of the methods look at."""
 
 
 def choices(item: Field) -> list[tuple[str, str]]:
     """What a method field's menu shows: the methods' titles; values that are no method keep their name."""
-    titles = {method.name: method.title for method in catalogue.declared() if method.stage == STAGES[item.name]}
+    titles = {method.name: method.title for method in CHOICES[item.name].methods}
     return [(titles.get(value, value), value) for value in item.choices]
 
 
@@ -62,14 +56,14 @@ def widget(item: Field, page: str, **options: Any) -> gr.components.Component:
 
 def needed(name: str, chosen: Any) -> bool:
     """Whether the method option ``name`` is read when the field that decides over it is ``chosen``."""
-    return chosen in OPTIONS[name][1]
+    choice, readers = CHOICES[OPTIONS[name][0]], OPTIONS[name][1]
+    method = choice.chosen(chosen)
+    return method is not None and method.name in readers
 
 
 def explain(values: Mapping[str, Any]) -> str:
     """HTML: a sentence for every method that is chosen, then what does not go together or may surprise."""
-    known: dict[tuple[str, Any], Any] = {(method.stage, method.name): method for method in catalogue.declared()}
-    chosen = [known.get((stage, values.get(name))) for name, stage in STAGES.items()]
-    chosen += [known.get(("learn", method)) for name, method in SWITCHES.items() if values.get(name)]
+    chosen = [choice.chosen(values.get(key)) for key, choice in CHOICES.items()]
     lines = "".join(f"<p><b>{markup.text(m.title)}</b>: {markup.text(m.summary)}</p>" for m in chosen if m is not None)
     config = SimpleNamespace(**values)
     refused = combinations.refusal(config)
@@ -96,7 +90,7 @@ def watch(form: Mapping[str, Any], known: Mapping[str, Field], page: str) -> gr.
 
     for name in names:
         form[name].change(changed, [form[n] for n in names], shown, show_progress="hidden", api_visibility="private")
-    for chooser in STAGES:
+    for chooser in CHOICES:
         options = [name for name, (decides, _) in OPTIONS.items() if decides == chooser and name in form]
         if options:
             form[chooser].change(
