@@ -51,9 +51,11 @@ def test_the_page_is_short() -> None:
 def test_it_is_listed_and_has_flags(installed: Path, tmp_path: Path) -> None:
     main = "from studio.cli import main; main()"
     listed = _run(installed, tmp_path, main, "methods", "--json")
-    assert '"steepest"' in listed and '"backwards"' in listed
+    assert '"steepest"' in listed
+    assert '"backwards"' in listed
     flags = _run(installed, tmp_path, main, "train", "image", "--help")
-    assert "--steepest-size" in flags and "length of each row of A" in flags
+    assert "--steepest-size" in flags
+    assert "length of each row of A" in flags
 
 
 def test_it_is_in_yaml_form_and_table_without_torch(installed: Path, tmp_path: Path) -> None:
