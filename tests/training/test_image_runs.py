@@ -359,4 +359,5 @@ def test_data_can_be_looked_at_before(tmp_path):
         "smallest": (32, 32),
         "largest": (32, 32),
         "prompts": ["a picture of zxq", "zxq, a cross"],
+        "remarks": [],
     }
