@@ -1,0 +1,260 @@
+"""The functions of ``import studio``: values are checked as a job's YAML file is, then the job runs in this process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapters.errors import InputError, nearest
+from adapters.progress import Monitor, Silent
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from pipelines.diffusion import MultiLoRAPipeline
+
+Adapters = Iterable[str | os.PathLike[str] | Mapping[str, Any]]
+"""Adapters as names or paths ("fox", "fox:0.8", Path), or as mappings with the keys of a composition's adapter."""
+
+Device = str
+Dtype = Literal["auto", "fp32", "fp16", "bf16"]
+Message = Mapping[str, str]
+
+
+def load(
+    base: str | os.PathLike[str] = "tinymoji",
+    *,
+    family: str = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attention: Literal["auto", "sdpa", "xformers"] = "auto",
+    memory: Literal["none", "balanced", "low"] = "none",
+) -> MultiLoRAPipeline:
+    """Open a text-to-image base model.
+
+    Args:
+        base: name in the library, hub id, directory or ``.safetensors`` file.
+        family: model family, recognised if "auto".
+        dtype: precision of the weights; "auto" fits the device.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        attention: attention backend.
+        memory: memory preset.
+
+    Returns:
+        The pipeline: ``load_lora``, ``compose``, then a call makes pictures.
+
+    Raises:
+        InputError: no such model, or a choice it does not offer.
+    """
+    from studio import library, silence
+
+    silence.library_warnings()
+    from pipelines.diffusion import MultiLoRAPipeline
+
+    silence.loading_bars()
+    place = library.resolve_pipeline(os.fspath(base))
+    return MultiLoRAPipeline.from_pretrained(place, family, dtype, device, attention, memory)
+
+
+def compose(
+    prompt: str,
+    adapters: Adapters = (),
+    *,
+    method: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    monitor: Monitor | None = None,
+    **values: Any,
+) -> list[Image.Image]:
+    """Make pictures from one prompt with several adapters.
+
+    Args:
+        prompt: what to draw.
+        adapters: names in the library, files, PEFT directories or hub ids, each with ``:weight`` if not 1; or mappings
+            with the keys of :class:`studio.composition.schema.AdapterUse`.
+        method: how they are combined (``studio methods``); left out it is "merge", or with ``regions`` "activation".
+        folder: where the pictures and their recipe are kept; nothing is kept if left out.
+        monitor: is told every step and may cancel.
+        values: every other key of :class:`studio.composition.schema.ComposeConfig` (base, steps, seed, images ...).
+
+    Returns:
+        The pictures; each carries its recipe in ``image.info["adapter-studio"]``.
+
+    Raises:
+        InputError: an adapter, the base or a value that cannot be used.
+        Cancelled: ``monitor`` asked to stop.
+    """
+    from studio import silence
+    from studio.composition import job
+    from studio.composition.region_schema import DEFAULT_METHOD
+    from studio.composition.schema import ComposeConfig
+
+    silence.library_warnings()
+    chosen = method or (DEFAULT_METHOD if values.get("regions") else "merge")
+    config = ComposeConfig.parse({**values, "prompt": prompt, "adapters": _uses(adapters), "method": chosen})
+    if folder is not None:
+        return _pictures(job.run(config, _made(folder), monitor or Silent()))
+    with tempfile.TemporaryDirectory(prefix="adapter-studio-") as place:
+        return _pictures(job.run(config, Path(place), monitor or Silent()))
+
+
+def train(
+    kind: str = "image",
+    *,
+    folder: str | os.PathLike[str],
+    resume: bool = False,
+    monitor: Monitor | None = None,
+    preset: str = "",
+    **values: Any,
+) -> dict[str, Any]:
+    """Train an adapter.
+
+    Args:
+        kind: "image", "distill" or "language".
+        folder: where the run lives: adapter, card, samples, checkpoints.
+        resume: go on from the newest checkpoint in ``folder``.
+        monitor: is told every step and may cancel (a checkpoint is written then).
+        preset: image: starting values ("concept", "style-quick" ...); ``values`` win over them.
+        values: the keys of the kind's configuration (``studio train KIND --help``).
+
+    Returns:
+        ``adapter`` (its path), ``loss``, ``steps``, ``seconds`` and what else the kind reports.
+
+    Raises:
+        InputError: a kind or value that cannot be used, or data that cannot be learnt from.
+        Cancelled: ``monitor`` asked to stop.
+    """
+    from studio import silence
+    from studio.jobs import kinds
+    from studio.training.presets import with_preset
+
+    silence.library_warnings()
+    names = {"image": "train-image", "distill": "distill", "language": "train-language"}
+    if kind not in names:
+        raise InputError(f"There is no training of kind '{kind}'{nearest(kind, names)}: there are {', '.join(names)}.")
+    if preset and kind != "image":
+        raise InputError(f"Presets are for image training; leave preset '{preset}' out.")
+    found = kinds.find(names[kind])
+    config = found.parse(with_preset(preset, values) if preset else values)
+    return found.function()(config, _made(folder), monitor or Silent(), resume=resume)
+
+
+def reconstruct(
+    images: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
+    *,
+    folder: str | os.PathLike[str],
+    monitor: Monitor | None = None,
+    **values: Any,
+) -> dict[str, Any]:
+    """Photos of one scene in, cameras and 3D points out.
+
+    Args:
+        images: photos in any order, a folder of them, or one video.
+        folder: gets ``scene.glb``, ``scene.npz``, depth pictures and ``cameras.json``.
+        monitor: is told the progress and may cancel.
+        values: every other key of :class:`studio.reconstruction.schema.ReconstructConfig` (model, calibrate ...).
+
+    Returns:
+        ``glb`` and ``scene`` (paths), ``points`` (their number), ``cameras``, ``warnings`` and more.
+
+    Raises:
+        InputError: pictures, weights or settings that cannot be used.
+        Cancelled: ``monitor`` asked to stop.
+    """
+    from studio.reconstruction import job
+    from studio.reconstruction.schema import ReconstructConfig
+
+    given = [images] if isinstance(images, str | os.PathLike) else list(images)
+    places = [os.fspath(place) for place in given]
+    if len(places) == 1 and Path(places[0]).is_dir():
+        places = job.pictures_in(places[0])
+    config = ReconstructConfig.parse({**values, "images": places})
+    return job.run(config, _made(folder), monitor or Silent())
+
+
+def chat(
+    message: str | Sequence[Message],
+    adapters: Adapters = (),
+    *,
+    base: str | os.PathLike[str] = "smollm2",
+    system: str = "",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    **sampling: Any,
+) -> str:
+    """Ask a language model; model and adapters stay loaded for the next question.
+
+    Args:
+        message: one message, or a conversation of ``{"role": ..., "content": ...}`` that ends with the user's.
+        adapters: names or paths, each with ``:strength`` if not 1; their updates are added.
+        base: name in the library, directory or hub id.
+        system: a system message put in front.
+        sampling: ``max_tokens`` (256), ``temperature`` (0 = the likeliest token), ``top_p``, ``repetition_penalty``,
+            ``seed``.
+
+    Returns:
+        The whole answer.
+
+    Raises:
+        InputError: the base, an adapter or a value cannot be used.
+    """
+    from studio import silence
+
+    silence.library_warnings()
+    from studio.conversation import Question, Voice, parse_adapter
+    from studio.conversation.session import Session
+
+    global _session
+    talk = [{"role": "user", "content": message}] if isinstance(message, str) else [dict(turn) for turn in message]
+    if system:
+        talk = [{"role": "system", "content": system}, *talk]
+    chosen = []
+    for use in adapters:
+        if isinstance(use, Mapping):
+            raise InputError("An adapter of a conversation is a name or path, with ':strength' if it is not 1.")
+        chosen.append(parse_adapter(os.fspath(use)))
+    question = Question(os.fspath(base), (Voice("", tuple(chosen)),), (tuple(talk),), device, dtype, sampling)
+    if _session is None:
+        _session = Session()
+    return "".join(event["text"] for event in _session.ask(question) if event["event"] == "piece")
+
+
+_session: Any = None
+"""The :class:`studio.conversation.session.Session` of this process's questions, once there is one."""
+
+
+def _uses(adapters: Adapters) -> list[Mapping[str, Any]]:
+    from studio.conversation import parse_adapter
+
+    if isinstance(adapters, str | os.PathLike):
+        adapters = [adapters]
+    uses: list[Mapping[str, Any]] = []
+    for use in adapters:
+        if isinstance(use, Mapping):
+            uses.append(use)
+        else:
+            path, weight = parse_adapter(os.fspath(use))
+            uses.append({"path": path, "weight": weight})
+    return uses
+
+
+def _pictures(result: Mapping[str, Any]) -> list[Image.Image]:
+    from PIL import Image
+
+    pictures = []
+    for path in result["images"]:
+        with Image.open(path) as file:
+            file.load()
+            pictures.append(file.copy())
+    return pictures
+
+
+def _made(folder: str | os.PathLike[str]) -> Path:
+    place = Path(folder).expanduser()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder '{place}' cannot be made: {error.strerror}.") from None
+    return place
