@@ -15,6 +15,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("out/distillation"), help="folder of the run")
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--trajectories", type=int, default=16, help="paths of the base to learn from")
+    options.add_argument("--knots", type=int, default=50, help="points of each path")
     chosen = options.parse_args()
 
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -28,6 +29,7 @@ def main() -> None:
         states="trajectories",
         prompts=str(prompts),
         trajectory_count=chosen.trajectories,
+        knots=chosen.knots,
         steps=chosen.steps,
         batch_size=4,
         learning_rate=2e-3,

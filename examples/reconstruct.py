@@ -11,7 +11,7 @@ import studio
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("photos", type=Path, nargs="*", help="photos, one folder or one video; the sample room if none")
+    options.add_argument("photos", type=Path, nargs="*", help="photos, a folder or a video (a sample room if left out)")
     options.add_argument("--out", type=Path, default=Path("out/scene"))
     options.add_argument("--calibrate", action="store_true", help="train an adapter on this scene first (LoRA3D)")
     options.add_argument("--steps", type=int, default=300, help="steps of the alignment")

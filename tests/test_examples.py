@@ -64,7 +64,8 @@ def test_train_and_use(tmp_path: Path) -> None:
 
 @needs_model
 def test_distil(tmp_path: Path) -> None:
-    said = run("distil.py", "--steps", "1", "--trajectories", "1", "--out", tmp_path / "out", home=tmp_path)
+    said = run("distil.py", "--steps", "1", "--trajectories", "1", "--knots", "5", "--out", tmp_path / "out",
+        home=tmp_path)  # fmt: skip
     assert "steps: 1, loss" in said
     assert (tmp_path / "out" / "pictures" / "picture-0.png").is_file()
 
