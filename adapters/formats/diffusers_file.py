@@ -26,7 +26,8 @@ from adapters.formats.keys import (
     written_alpha,
 )
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
-from adapters.formats.peft_config import alpha_of, check_config, config_of
+from adapters.formats.peft_config import alpha_of, config_of
+from adapters.formats.peft_options import check_options
 from adapters.formats.tensors import write_tensors
 from adapters.formats.words import write_beside
 
@@ -79,7 +80,7 @@ def component_configs(metadata: Mapping[str, str], source: str) -> dict[str, dic
         component, _, option = key.partition(".")
         configs.setdefault(component, {})[option] = value
     for component, config in configs.items():
-        check_config(config, f"{source} ({component})")
+        check_options(config, f"{source} ({component})")
     return configs
 
 

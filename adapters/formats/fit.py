@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import FamilyError, InputError, nearest
-from adapters.formats.lora import TEXT_ENCODERS, LoraFile, LoraLayer
+from adapters.formats.lora import MODEL, TEXT_ENCODERS, LoraFile, LoraLayer
 
 
 def fit(
@@ -34,6 +34,9 @@ def fit(
     """
     if not any(file.parts.values()):
         raise InputError(f"{_source(file)} holds no LoRA layers.")
+    if set(models) == {MODEL} and len(file.parts) == 1:  # a file for one model does not say which
+        copies = {MODEL: next(iter(file.copies.values()), {})}
+        file = replace(file.with_parts({MODEL: next(iter(file.parts.values()))}, file.flat), copies=copies)
     parts: dict[str, dict[str, LoraLayer]] = {}
     for component, layers in file.parts.items():
         if component not in models:
@@ -47,20 +50,22 @@ def fit(
         for written, layer in layers.items():
             module = lookup.get(written)
             if module is None:
+                where = "" if component == MODEL else f" in its {component}"
                 raise FamilyError(
-                    f"{_source(file)}: {base} has no module '{written}' in its {component}"
-                    f"{nearest(written, lookup)}: the adapter was made for another model."
+                    f"{_source(file)}: {base} has no module '{written}'{where}{nearest(written, lookup)}: the adapter "
+                    "was made for another model."
                 )
             if module in fitted:
-                raise InputError(f"{_source(file)}: two layers for the module '{component}.{module}'.")
-            fitted[module] = fit_layer(layer, names[module], f"{component}.{module}", _source(file), base)
+                raise InputError(f"{_source(file)}: two layers for the module '{_shown(component, module)}'.")
+            shown = _shown(component, module)
+            fitted[module] = fit_layer(layer, names[module], shown, _source(file), base)
             if fitted[module].embedding and not tables:
                 raise InputError(
-                    f"{_source(file)} changes the embeddings '{component}.{module}'; only adapters on linear layers "
+                    f"{_source(file)} changes the embeddings '{shown}'; only adapters on linear layers "
                     "and convolutions can be used here."
                 )
         for written, weight in file.copies.get(component, {}).items():
-            check_copy(weight, names.get(lookup.get(written, "")), f"{component}.{written}", _source(file), base)
+            check_copy(weight, names.get(lookup.get(written, "")), _shown(component, written), _source(file), base)
         parts[component] = fitted
     return file.with_parts(parts)
 
@@ -140,6 +145,11 @@ def _lookup(names: Iterable[str], flat: bool, text: bool) -> dict[str, str]:
     for written, name in table.items():
         flattened.setdefault(written.replace(".", "_"), name)
     return flattened
+
+
+def _shown(component: str, module: str) -> str:
+    """A module in messages; a model that is no pipeline has no parts to name."""
+    return module if component == MODEL else f"{component}.{module}"
 
 
 def _source(file: LoraFile) -> str:

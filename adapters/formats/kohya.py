@@ -94,6 +94,8 @@ def _place(key: str) -> tuple[str, str]:
     """Component and module of a key (or of its part before the role)."""
     prefix = max((prefix for prefix in PREFIXES if key.startswith(prefix)), key=len, default="")
     module = modern_name(key.removeprefix(prefix))
+    if prefix.endswith("_"):  # diffusers' DoRA script flattens the names of A and B, and not those of the magnitudes
+        module = module.replace(".", "_")
     component = PREFIXES.get(prefix, "unet")
     if not component:
         component = "unet" if re.match(r"(down|mid|up)_block", module) else "transformer"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class LoraFile:
         copies: weights of the base that PEFT writes beside an adapter on an embedding or output layer: component ->
             module -> weight. ``fit`` makes sure that the base has the same.
         words: of pivotal tuning: word -> text encoder -> (vectors, width of the text).
+        config: PEFT's configuration, of a PEFT directory for one model.
     """
 
     parts: Mapping[str, Mapping[str, LoraLayer]]
@@ -84,6 +86,7 @@ class LoraFile:
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     words: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     copies: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[str, str, LoraLayer]]:
         """(component, module path, layer), in a fixed order."""

@@ -1,4 +1,4 @@
-"""The part of PEFT's ``LoraConfig`` that decides what the tensors mean: alpha, rsLoRA, and what is refused.
+"""The part of PEFT's ``LoraConfig`` that decides how strong the tensors are: alpha, rank, rsLoRA.
 
 Read from ``adapter_config.json`` (PEFT) or from the safetensors entry ``lora_adapter_metadata`` (diffusers).
 """
@@ -13,35 +13,10 @@ from typing import Any
 
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
-
-KINDS = ("LORA", "LOHA", "LOKR")
-"""PEFT's methods that are read."""
+from adapters.formats.peft_options import kind_of
 
 _REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
 _LONGEST_PATTERN = 500
-
-
-def kind_of(config: Mapping[str, Any]) -> str:
-    """PEFT's name of the method."""
-    return str(config.get("peft_type") or "LORA").rpartition(".")[2].upper()
-
-
-def check_config(config: Mapping[str, Any], source: str) -> None:
-    """Refuse what is not a LoRA, DoRA, LoHa or LoKr.
-
-    Raises:
-        InputError: another method, trained biases, or whole modules saved beside the LoRA.
-    """
-    kind = kind_of(config)
-    if kind not in KINDS:
-        raise InputError(f"{source} holds a {kind} adapter; of PEFT's methods {', '.join(KINDS)} are read.")
-    if config.get("modules_to_save"):
-        raise InputError(
-            f"{source} also replaces whole modules ({config['modules_to_save']}), which cannot be composed."
-        )
-    if config.get("lora_bias") or config.get("bias", "none") not in (None, "none"):
-        raise InputError(f"{source} also trains biases, which cannot be composed.")
-    # fan_in_fan_out only says how the base keeps its weight (GPT-2's Conv1D): A and B are the same either way
 
 
 def alpha_of(config: Mapping[str, Any], module: str, source: str) -> float:

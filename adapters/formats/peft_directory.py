@@ -17,7 +17,8 @@ from adapters.errors import InputError
 from adapters.files import write_text
 from adapters.formats.keys import Role, guess_component, layer_of, modern_name, refuse_foreign, split_role
 from adapters.formats.lora import COMPONENTS, MODEL, LoraFile, LoraLayer
-from adapters.formats.peft_config import alpha_of, check_config, config_of, kind_of, scale_of
+from adapters.formats.peft_config import alpha_of, config_of, scale_of
+from adapters.formats.peft_options import check_options, kind_of
 from adapters.formats.tensors import check_finite, read_tensors, write_tensors
 
 CONFIG = "adapter_config.json"
@@ -39,14 +40,15 @@ def read_peft(path: Path) -> LoraFile:
         InputError: missing or damaged files, another PEFT method, keys that are not understood.
     """
     if (path / CONFIG).is_file():
-        component, layers, copied, text = _read_one(path)
-        parts, copies = {component: layers}, {component: copied}
-    else:
-        parts, copies, text = {}, {}, {}
-        for name in COMPONENTS:
-            if (path / name / CONFIG).is_file():
-                _, parts[name], copies[name], own = _read_one(path / name)
-                text |= own
+        return _read_one(path)
+    parts: dict[str, Mapping[str, LoraLayer]] = {}
+    copies: dict[str, Mapping[str, Tensor]] = {}
+    text: dict[str, str] = {}
+    for name in COMPONENTS:
+        if (path / name / CONFIG).is_file():
+            one = _read_one(path / name)
+            parts[name], copies[name] = next(iter(one.parts.values())), next(iter(one.copies.values()))
+            text |= one.metadata
     return LoraFile(parts, "peft", metadata=text, path=path, copies=copies)
 
 
@@ -70,8 +72,8 @@ def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in ("lora_adapter_metadata", "format")}
 
 
-def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, Tensor], dict[str, str]]:
-    """Component, layers, copied weights of the base, and the text entries of one PEFT directory."""
+def _read_one(path: Path) -> LoraFile:
+    """One PEFT directory, of one component."""
     config = _read_config(path / CONFIG)
     weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if weights is None:
@@ -97,7 +99,12 @@ def _read_one(path: Path) -> tuple[str, dict[str, LoraLayer], dict[str, Tensor],
         module: layer_of(parts, number(config, module, source), rslora, module, source, scaled=not plain)
         for module, parts in groups.items()
     }
-    return component, layers, copies, text
+    bare = next((name for name, layer in layers.items() if layer.magnitude is None), None)
+    if config.get("use_dora") and bare is not None:
+        raise InputError(f"{source} says that it is DoRA (use_dora), but the layer '{bare}' has no magnitude.")
+    return LoraFile(
+        {component: layers}, "peft", metadata=text, path=path, copies={component: copies}, config=dict(config)
+    )
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -107,7 +114,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         raise InputError(f"'{path}' is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"'{path}' does not hold a PEFT configuration.")
-    check_config(config, f"'{path}'")
+    check_options(config, f"'{path}'")
     return config
 
 

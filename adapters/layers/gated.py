@@ -9,7 +9,8 @@ With W0 (out, in) frozen and adapters i = 1..N of rank r_i and scale s_i, R = su
     G     (1 | batch, R)  the gate g_i of the adapter that owns the column
 
 so N adapters cost two products instead of 2 N. A convolution is the same with A_cat as one convolution with R outputs
-and a 1 x 1 convolution B_cat. This is exact, not an approximation; a gate is any number, per adapter and sample.
+and a 1 x 1 convolution B_cat. A table of embeddings takes the rows of A_cat^T that its tokens name. This is exact, not
+an approximation; a gate is any number, per adapter and sample.
 
 When the batch is *grouped* (adapter-major: sample block i belongs to adapter i alone, as Composite needs it) the
 off-diagonal blocks of the product are never computed: A (N, in, r) and B (N, r, out), ranks padded with zeros, multiply
@@ -34,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
@@ -194,6 +196,7 @@ class GatedLayer:
         self.offsets = tuple(sum(self.ranks[:i]) for i in range(len(self.ranks) + 1))
         self.module = module
         self.is_conv = isinstance(module, nn.Conv2d)
+        self.is_table = isinstance(module, nn.Embedding)
         pairs, self.rows = _pairs(name, module, layers, adapters, device, dtype)
         self.A, self.B = _joined(pairs)
         self._grouped: Pair | None = None
@@ -217,10 +220,13 @@ class GatedLayer:
         base = output
         rows = self._row_scale(output) if self.rows is not None else None
         if rows is not None:
-            bias = _channels(self.module.bias, output, self.is_conv) if self.module.bias is not None else 0
+            own = getattr(self.module, "bias", None)  # a table has none
+            bias = _channels(own, output, self.is_conv) if own is not None else 0
             output = output + rows * (base - bias)
         if lo == hi:
             return output
+        if self.is_table:
+            return self._table(x, output, lo, hi)
         if gates.mode == "grouped":
             return self._conv_groups(x, output) if self.is_conv else self._linear_groups(x, output)
         return self._conv(x, output, lo, hi) if self.is_conv else self._linear(x, output, lo, hi)
@@ -240,6 +246,15 @@ class GatedLayer:
         A, B = _like(self.A[lo:hi], x), _like(self.B[lo:hi], x)
         h = F.linear(x, A) * self._gate(x, x.shape[-2] if x.ndim == 3 else 0, lo, hi)
         return _add(output, h.reshape(-1, hi - lo), B)
+
+    def _table(self, tokens: Tensor, output: Tensor, lo: int, hi: int) -> Tensor:
+        """Tokens (b, L) of an embedding: their columns of A, and what the module multiplies its rows with (Gemma)."""
+        if self.gates.mode == "grouped":
+            raise InputError(f"The embeddings '{self.name}' take no batch in which each part has its own adapter.")
+        A, B = _like(self.A[lo:hi], output), _like(self.B[lo:hi], output)
+        h = A.T[tokens] * self._gate(output, tokens.shape[-1] if tokens.ndim == 2 else 0, lo, hi)
+        scale = getattr(self.module, "embed_scale", None)
+        return output + (h @ B if scale is None else h @ B * scale)
 
     def _conv(self, x: Tensor, output: Tensor, lo: int, hi: int) -> Tensor:
         A, B = _like(self.A[lo:hi], x), _like(self.B[lo:hi], x)
@@ -489,7 +504,8 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
+    """W0, outputs first."""
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_meta:
         raise InputError(f"A DoRA adapter needs the weight of '{name}', which is offloaded: compose before offloading.")
-    return weight
+    return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight

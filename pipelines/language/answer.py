@@ -14,7 +14,7 @@ from adapters.errors import InputError
 
 
 @dataclass(frozen=True)
-class Manner:
+class Sampling:
     """How to answer.
 
     Attributes:
@@ -22,7 +22,7 @@ class Manner:
         temperature: 0 always takes the likeliest token; higher is more varied.
         top_p: only the likeliest tokens that together have this probability.
         repetition_penalty: above 1 avoids words said before.
-        seed: of the dice.
+        seed: the same seed gives the same answer.
     """
 
     max_tokens: int = 256
@@ -33,7 +33,7 @@ class Manner:
 
 
 def stream(
-    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], manner: Manner
+    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], sampling: Sampling
 ) -> Generator[str, None, None]:
     """The answer to ``messages`` in pieces; closing the iterator stops the model.
 
@@ -43,11 +43,11 @@ def stream(
         InputError: nothing was asked, or it is longer than the model reads.
     """
     inputs = prompt(tokenizer, messages, next(model.parameters()).device)
-    _check_room(model, inputs["input_ids"].shape[1], manner)
+    _check_room(model, inputs["input_ids"].shape[1], sampling)
     pieces: Queue[Any] = Queue()
     asked_to_stop = threading.Event()
     speaker = threading.Thread(
-        target=_speak, args=(model, tokenizer, inputs, manner, pieces, asked_to_stop), name="answer", daemon=True
+        target=_speak, args=(model, tokenizer, inputs, sampling, pieces, asked_to_stop), name="answer", daemon=True
     )
     speaker.start()
     try:
@@ -84,27 +84,27 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int
         messages.append({"role": "user", "content": question})
         inputs = prompt(tokenizer, messages, next(model.parameters()).device)
         with torch.no_grad():
-            made = model.generate(**inputs, **_options(model, tokenizer, Manner(max_tokens=max_tokens)))
+            made = model.generate(**inputs, **_options(model, tokenizer, Sampling(max_tokens=max_tokens)))
         answers.append(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return answers
 
 
-def _check_room(model: Any, length: int, manner: Manner) -> None:
+def _check_room(model: Any, length: int, sampling: Sampling) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and length + manner.max_tokens > longest:
+    if isinstance(longest, int) and length + sampling.max_tokens > longest:
         raise InputError(
-            f"The conversation has {length} tokens; with {manner.max_tokens} new ones that is more than the "
+            f"The conversation has {length} tokens; with {sampling.max_tokens} new ones that is more than the "
             f"{longest} this model reads: clear the conversation, or ask for fewer tokens."
         )
 
 
-def _options(model: Any, tokenizer: Any, manner: Manner) -> dict[str, Any]:
+def _options(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "max_new_tokens": manner.max_tokens, "do_sample": manner.temperature > 0,
-        "pad_token_id": tokenizer.pad_token_id, "repetition_penalty": manner.repetition_penalty, "use_cache": True,
+        "max_new_tokens": sampling.max_tokens, "do_sample": sampling.temperature > 0,
+        "pad_token_id": tokenizer.pad_token_id, "repetition_penalty": sampling.repetition_penalty, "use_cache": True,
     }  # fmt: skip
-    if manner.temperature > 0:
-        options |= {"temperature": manner.temperature, "top_p": manner.top_p}
+    if sampling.temperature > 0:
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
     if ends:
         options["eos_token_id"] = sorted(ends)
@@ -116,7 +116,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _speak(
-    model: Any, tokenizer: Any, inputs: dict[str, Any], manner: Manner, pieces: Queue[Any], stop: threading.Event
+    model: Any, tokenizer: Any, inputs: dict[str, Any], sampling: Sampling, pieces: Queue[Any], stop: threading.Event
 ) -> None:
     """Generate in this thread and put text, an error, and at last None into ``pieces``."""
     from transformers import StoppingCriteriaList, TextStreamer
@@ -131,8 +131,8 @@ def _speak(
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(manner.seed)
-            options = _options(model, tokenizer, manner)
+            torch.manual_seed(sampling.seed)
+            options = _options(model, tokenizer, sampling)
             model.generate(**inputs, **options, streamer=streamer, stopping_criteria=stopping)
     except BaseException as error:
         pieces.put(error)

@@ -27,7 +27,7 @@ class Question:
         base: library name, directory or hub id.
         voices: in the order in which they answer.
         conversations: one per voice.
-        manner: fields of :class:`pipelines.language.answer.Manner`.
+        sampling: fields of :class:`pipelines.language.answer.Sampling`.
     """
 
     base: str
@@ -35,7 +35,7 @@ class Question:
     conversations: tuple[tuple[Message, ...], ...]
     device: str = "auto"
     dtype: str = "auto"
-    manner: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,7 +48,7 @@ class Question:
             for voice in values["voices"]
         )
         talks = tuple(tuple(dict(message) for message in talk) for talk in values["conversations"])
-        return cls(values["base"], voices, talks, values["device"], values["dtype"], dict(values["manner"]))
+        return cls(values["base"], voices, talks, values["device"], values["dtype"], dict(values["sampling"]))
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
@@ -68,8 +68,14 @@ def parse_adapter(text: str) -> tuple[str, float]:
 
 
 def voices_of(adapters: Iterable[tuple[str, float]], compare: bool) -> tuple[Voice, ...]:
-    """One voice with all adapters at once; or, to compare, the base alone and each adapter by itself."""
-    chosen = tuple(adapters)
+    """One voice with all adapters at once; or, to compare, the base alone and each adapter by itself.
+
+    An adapter that is given several times acts with the sum of its strengths.
+    """
+    total: dict[str, float] = {}
+    for name, weight in adapters:
+        total[name] = total.get(name, 0.0) + weight
+    chosen = tuple(total.items())
     if not compare:
         return (Voice(" + ".join(name for name, _ in chosen) or "base", chosen),)
     return (Voice("base"), *(Voice(name, ((name, weight),)) for name, weight in chosen))

@@ -44,7 +44,7 @@ def chat(
     repetition_penalty: Annotated[
         float, typer.Option("--repetition-penalty", min=0.5, max=5, help="Above 1 avoids repeating words.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the dice.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same answer.")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", metavar="auto|fp32|fp16|bf16", help="Precision.")] = "auto",
     json: Json = False,
@@ -58,13 +58,15 @@ def chat(
     if json and prompt is None:
         raise InputError("--json gives one answer: say what to ask with --prompt.")
     voices = voices_of([parse_adapter(text) for text in adapter or ()], compare)
-    manner = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
               "repetition_penalty": repetition_penalty, "seed": seed}  # fmt: skip
-    talk = _Talk(base, voices, system, device, dtype, manner, output)
+    talk = _Talk(base, voices, system, device, dtype, sampling, output)
     if prompt is not None:
         answers = talk.ask(prompt)
         if json:
-            output.result({"base": base, "prompt": prompt, "system": system, "manner": manner, "answers": answers}, "")
+            output.result(
+                {"base": base, "prompt": prompt, "system": system, "sampling": sampling, "answers": answers}, ""
+            )
         return
     _converse(talk)
 
@@ -73,13 +75,13 @@ class _Talk:
     """The conversation of every voice, and the session that answers."""
 
     def __init__(
-        self, base: str, voices: tuple[Voice, ...], system: str, device: str, dtype: str, manner: dict[str, Any],
+        self, base: str, voices: tuple[Voice, ...], system: str, device: str, dtype: str, sampling: dict[str, Any],
         output: Output,
     ) -> None:  # fmt: skip
         from studio.conversation.session import Session
 
         self.base, self.voices, self.device, self.dtype = base, voices, device, dtype
-        self.manner, self.output, self.session = manner, output, Session()
+        self.sampling, self.output, self.session = sampling, output, Session()
         self.start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.clear()
 
@@ -91,7 +93,7 @@ class _Talk:
         for talk in self.conversations:
             talk.append({"role": "user", "content": text})
         question = Question(self.base, self.voices, tuple(map(tuple, self.conversations)), self.device, self.dtype,
-                            self.manner)  # fmt: skip
+                            self.sampling)  # fmt: skip
         answers: list[dict[str, Any]] = [
             {"voice": voice.name, "adapters": [list(pair) for pair in voice.adapters], "text": ""}
             for voice in self.voices

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from adapters.errors import InputError
-from pipelines.language.adapters import Laid
-from pipelines.language.answer import Manner, stream
+from pipelines.language.adapters import AdaptedModel
+from pipelines.language.answer import Sampling, stream
 from pipelines.language.loading import LanguageModel, open_model
 from studio import devices, library, silence
 from studio.conversation import Message, Question, Voice
@@ -27,7 +28,8 @@ class Session:
     def __init__(self) -> None:
         self._key: tuple[str, str, str] | None = None
         self._base: LanguageModel | None = None
-        self._laid: Laid | None = None
+        self._adapted: AdaptedModel | None = None
+        self._paths: dict[str, Path] = {}
         self._digest = ""
 
     def ask(self, question: Question, stopped: Callable[[], bool] = lambda: False) -> Generator[Event, None, None]:
@@ -42,7 +44,7 @@ class Session:
         for number, (voice, messages) in enumerate(zip(question.voices, question.conversations, strict=True)):
             if stopped():
                 return
-            yield from self._answer(number, voice, messages, Manner(**question.manner), stopped)
+            yield from self._answer(number, voice, messages, Sampling(**question.sampling), stopped)
 
     def _load(self, question: Question) -> Iterator[Event]:
         key = (question.base, question.device, question.dtype)
@@ -54,29 +56,30 @@ class Session:
             silence.loading_bars()
             device = devices.resolve(question.device)
             self._base = open_model(library.resolve_base(question.base), dtype=question.dtype, device=device)
-            self._laid = Laid(self._base.model, question.base)
+            self._adapted = AdaptedModel(self._base.model, question.base)
             self._key = key
-        assert self._laid is not None
+        assert self._adapted is not None
         for name in dict.fromkeys(name for voice in question.voices for name, _ in voice.adapters):
-            if name in self._laid.names:
+            if name in self._paths:
                 continue
             yield {"event": "loading", "text": f"Loading {name} ..."}
             path = library.resolve_adapter(name)
             remark = self._made_on_another(name, scan.record(path, "adapter").recipe)
-            self._laid.add(name, path)
+            self._adapted.add(str(path), path)
+            self._paths[name] = path
             if remark:
                 yield {"event": "remark", "text": remark}
 
     def _answer(
-        self, number: int, voice: Voice, messages: Sequence[Message], manner: Manner, stopped: Callable[[], bool]
+        self, number: int, voice: Voice, messages: Sequence[Message], sampling: Sampling, stopped: Callable[[], bool]
     ) -> Iterator[Event]:
-        assert self._laid is not None
+        assert self._adapted is not None
         assert self._base is not None
         begun, pieces = time.monotonic(), 0
         yield {"event": "begin", "voice": number}
         with (
-            self._laid.speaking(dict(voice.adapters)) as model,
-            closing(stream(model, self._base.tokenizer, messages, manner)) as answer,
+            self._adapted.active(self._weights(voice)) as model,
+            closing(stream(model, self._base.tokenizer, messages, sampling)) as answer,
         ):
             for piece in answer:
                 pieces += 1
@@ -85,18 +88,26 @@ class Session:
                     break
         yield {"event": "end", "voice": number, "words": pieces, "seconds": round(time.monotonic() - begun, 3)}
 
+    def _weights(self, voice: Voice) -> dict[str, float]:
+        """Path -> strength; one adapter under two names acts with the sum."""
+        total: dict[str, float] = {}
+        for name, weight in voice.adapters:
+            path = str(self._paths[name])
+            total[path] = total.get(path, 0.0) + weight
+        return total
+
     def _made_on_another(self, name: str, recipe: dict[str, Any] | None) -> str:
         """A remark when the recipe names other base weights than those loaded: of the same shape, it still runs."""
         digest = ((recipe or {}).get("base") or {}).get("digest")
-        if not digest or self._base is None or self._laid is None:
+        if not digest or self._base is None:
             return ""
-        if not self._digest and not self._laid.names:  # before the first adapter: the weights are the base's own
-            self._digest = fingerprint(self._base.model)
-        if not self._digest or self._digest == digest:
+        self._digest = self._digest or fingerprint(self._base.model)
+        if self._digest == digest:
             return ""
         return f"'{name}' was trained on other weights than this base's ({(recipe or {})['base'].get('name')})."
 
     def release(self) -> None:
         """Free the memory."""
-        self._key = self._base = self._laid = None
+        self._key = self._base = self._adapted = None
+        self._paths = {}
         self._digest = ""

@@ -39,15 +39,11 @@ class Base:
     def fit(self, file: LoraFile) -> LoraFile:
         """``file`` with this base's module names."""
         from adapters.formats.fit import fit
-        from adapters.formats.lora import MODEL
 
         if self.unet_config is not None:
             from pipelines.diffusion.loading import modern_blocks
 
             file = modern_blocks(file, self.unet_config)
-        if set(self.models) == {MODEL} and len(file.parts) == 1:  # the files of one component do not say which
-            layers, copies = next(iter(file.parts.values())), {MODEL: next(iter(file.copies.values()), {})}
-            file = replace(file.with_parts({MODEL: layers}, file.flat), copies=copies)
         return fit(file, self.models, f"'{self.name}'")
 
 

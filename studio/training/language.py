@@ -26,11 +26,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from adapters import files
 from adapters.errors import Cancelled, InputError
-from adapters.formats import LoraFile, read
+from adapters.formats import LoraFile
 from adapters.formats.lora import MODEL
 from adapters.plugin import Plugin, Plugins
 from adapters.progress import Monitor, Progress, Silent
-from pipelines.language.adapters import check_fits
+from pipelines.language.adapters import read_fitting
 from pipelines.language.answer import complete
 from pipelines.language.loading import LanguageModel, open_model
 from studio import devices
@@ -224,9 +224,7 @@ class LanguageTraining:
             return None
         from studio import library
 
-        path = library.resolve_adapter(self.config.continue_from)
-        check_fits(path, self.base.model, self.config.base)
-        return read(path)
+        return read_fitting(library.resolve_adapter(self.config.continue_from), self.base.model, self.config.base)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return make_optimizer(parameter_groups({COMPONENT: model}, COMPONENT, self.config), self.config)

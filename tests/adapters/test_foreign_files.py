@@ -171,6 +171,20 @@ def test_the_magnitude_per_input_of_a_square_layer_is_refused_too(tmp_path: Path
         loaded(tensors | {f"{name}.dora_scale": rand(1, 4)}, tmp_path, {"unet": square})
 
 
+def test_a_magnitude_under_a_dotted_name_belongs_to_its_flat_layer(tmp_path: Path) -> None:
+    """diffusers' DoRA script writes A and B under webui's flat names, and the magnitude with some dots left."""
+    block = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1"
+    tensors = {
+        f"{block}_to_q.lora_down.weight": rand(2, 6), f"{block}_to_q.lora_up.weight": rand(5, 2, seed=1),
+        f"{block}.to_q.lora_magnitude_vector": rand(5, seed=2).abs(),
+    }  # fmt: skip
+    file = read_only(tensors, tmp_path)
+    ((_, name, layer),) = file.layers()
+    assert name == "mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    assert layer.magnitude is not None
+    assert torch.equal(layer.magnitude, tensors[f"{block}.to_q.lora_magnitude_vector"])
+
+
 def test_numbers_of_eight_bits_are_read(tmp_path: Path) -> None:
     A, B = rand(2, 6).to(torch.float8_e4m3fn), rand(4, 2).to(torch.float8_e4m3fn)
     file = loaded({f"lora_unet_{LINEAR}.lora_down.weight": A, f"lora_unet_{LINEAR}.lora_up.weight": B}, tmp_path)

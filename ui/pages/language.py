@@ -68,7 +68,7 @@ def build() -> Page:
                     info="From your library, or a hub id. smollm2 comes with the studio.", elem_id="language-base",
                 )  # fmt: skip
             with gr.Column(elem_classes="as-form") as chat_side:
-                adapters, together, manner = _chat_settings()
+                adapters, together, sampling = _chat_settings()
             with gr.Column(elem_classes="as-form", visible=False) as train_side:
                 form, drop, rows, preview, start = _train_settings()
         with gr.Column(scale=8, min_width=320) as chat_result:
@@ -80,7 +80,7 @@ def build() -> Page:
         lambda chosen: [gr.update(visible=chosen == "chat")] * 2 + [gr.update(visible=chosen == "train")] * 2,
         mode, [chat_side, chat_result, train_side, train_result], **_PRIVATE,
     )  # fmt: skip
-    _wire_chat(chat, base, adapters, together, manner)
+    _wire_chat(chat, base, adapters, together, sampling)
     _wire_train(form, base, drop, rows, preview, start, result)
     page = Page(base, adapters, mode, result.view)
     _wire_crossing(page, result)
@@ -113,18 +113,19 @@ def _chat_settings() -> tuple[gr.Dropdown, gr.Radio, Form]:
             [("All at once", "together"), ("Side by side with the base", "compare")], value="together",
             label="Several adapters", elem_classes="as-choices", elem_id="language-compare",
         )  # fmt: skip
-    manner: Form = {}
+    sampling: Form = {}
     with gr.Group(elem_classes="as-card"):
-        manner["system"] = gr.Textbox(label="System message", lines=1, max_lines=4, value="",
+        sampling["system"] = gr.Textbox(label="System message", lines=1, max_lines=4, value="",
                                       placeholder="How the model should behave (optional)",
                                       elem_id="language-system")  # fmt: skip
         with gr.Row():
-            manner["temperature"] = gr.Number(0.0, label="Temperature", minimum=0, maximum=5, step=0.1, min_width=100,
+            sampling["temperature"] = gr.Number(0.0, label="Temperature", minimum=0, maximum=5, step=0.1, min_width=100,
                                               info="0 = likeliest words")  # fmt: skip
-            manner["max_tokens"] = gr.Number(200, label="Longest answer", minimum=1, precision=0, min_width=100,
+            sampling["max_tokens"] = gr.Number(200, label="Longest answer", minimum=1, precision=0, min_width=100,
                                              info="tokens", elem_id="language-tokens")  # fmt: skip
-            manner["seed"] = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=100, info="of the dice")
-    return adapters, together, manner
+            sampling["seed"] = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=100,
+                                         info="same seed, same answer")  # fmt: skip
+    return adapters, together, sampling
 
 
 @dataclass
@@ -165,7 +166,7 @@ def voices(adapters: Sequence[str] | None, together: str) -> tuple[Voice, ...]:
     return found
 
 
-def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: gr.Radio, manner: Form) -> None:
+def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: gr.Radio, sampling: Form) -> None:
     @errors_shown
     def fresh(chosen: list[str], how: str) -> Any:
         """Empty conversations under the names of the voices."""
@@ -186,8 +187,8 @@ def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: 
             if not (text or "").strip():
                 raise InputError("Write a message first.")
             present = voices(chosen, how)
-            manners = {"temperature": float(temperature or 0), "max_tokens": int(tokens or 200), "seed": int(seed or 0)}
-            yield from _answers(text.strip(), str(name or EMBEDDED), present, system or "", manners, kept)
+            values = {"temperature": float(temperature or 0), "max_tokens": int(tokens or 200), "seed": int(seed or 0)}
+            yield from _answers(text.strip(), str(name or EMBEDDED), present, system or "", values, kept)
         except StudioError as error:
             say(str(error))
             yield [text, markup.notice(str(error)), *kept]
@@ -197,7 +198,7 @@ def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: 
         base,
         adapters,
         together,
-        *(manner[n] for n in ("system", "temperature", "max_tokens", "seed")),
+        *(sampling[n] for n in ("system", "temperature", "max_tokens", "seed")),
     ]
     outputs = [chat.message, chat.status, *chat.boxes]
     for begin in (chat.send.click, chat.message.submit):
@@ -219,12 +220,13 @@ def plain(talk: Sequence[Mapping[str, Any]] | None) -> list[Message]:
 
 
 def _answers(
-    text: str, base: str, present: tuple[Voice, ...], system: str, manner: Mapping[str, Any], kept: list[list[Message]]
+    text: str, base: str, present: tuple[Voice, ...], system: str, sampling: Mapping[str, Any],
+    kept: list[list[Message]],
 ) -> Iterator[Any]:
     """The boxes as the answers come in; the message field is emptied at once."""
     boxes = [[*talk, {"role": "user", "content": text}] for talk in kept[: len(present)]]
     start = [{"role": "system", "content": system}] if system.strip() else []
-    question = Question(base, present, tuple((*start, *box) for box in boxes), manner=manner)
+    question = Question(base, present, tuple((*start, *box) for box in boxes), sampling=sampling)
     rest = [gr.skip()] * (COLUMNS - len(present))
     yield ["", _status(f"{base} is asked ..."), *boxes, *rest]
     with closing(CLIENT.ask(question)) as events:
