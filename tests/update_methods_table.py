@@ -1,4 +1,4 @@
-"""Write the catalogue's table into the README: ``python -m tests.update_readme``."""
+"""Write the catalogue's table into ``docs/methods.md``: ``python -m tests.update_methods_table``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 from adapters import catalogue
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 
 
 def main() -> None:
-    before, rest = README.read_text(encoding="utf-8").split("<!-- methods -->")
+    before, rest = PAGE.read_text(encoding="utf-8").split("<!-- methods -->")
     after = rest.split("<!-- /methods -->")[1]
     table = catalogue.markdown_table(catalogue.methods())
     text = f"{before}<!-- methods -->\n{table}\n<!-- /methods -->{after}"
-    temporary = README.with_suffix(".tmp")
+    temporary = PAGE.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
-    temporary.replace(README)
+    temporary.replace(PAGE)
 
 
 if __name__ == "__main__":
