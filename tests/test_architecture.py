@@ -1,4 +1,4 @@
-"""The structure the documents promise: who may import whom, and a table of methods that lists what the catalogue lists."""
+"""The structure that the documents promise: who may import whom, and a table of methods that is the catalogue."""
 
 from __future__ import annotations
 
