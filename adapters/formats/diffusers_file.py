@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
+from adapters.formats.format import TensorFormat
 from adapters.formats.keys import (
-    Role,
     guess_component,
     layer_of,
-    refuse_tables,
     refuse_unknown,
     split_component,
     split_role,
@@ -28,10 +25,41 @@ from adapters.formats.keys import (
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
 from adapters.formats.peft_config import alpha_of, config_of
 from adapters.formats.peft_options import check_options
-from adapters.formats.tensors import write_tensors
 from adapters.formats.words import write_beside
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapters.formats.header import Header
+
 CONFIG_ENTRY = "lora_adapter_metadata"
+
+
+class Diffusers(TensorFormat):
+    """Dotted names of diffusers, the scale in a text entry."""
+
+    name, title, order = "diffusers", "diffusers, ai-toolkit", 90  # last: its names have no mark of their own
+
+    def recognises(self, head: Header) -> bool:
+        return bool(head.layers)
+
+    def parse(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> LoraFile:
+        return parse_diffusers(tensors, metadata, source)
+
+    def refusal(self, file: LoraFile) -> str:
+        return file.refusal_of_tables(self.name) or file.refusal_of_model(self.name)
+
+    def _write(self, file: LoraFile, path: Path, metadata: Mapping[str, str]) -> Path:
+        from adapters.formats.tensors import write_tensors
+
+        tensors: dict[str, Tensor] = {}
+        configs: dict[str, Any] = {}
+        for component, layers in file.parts.items():
+            configs |= {f"{component}.{option}": value for option, value in config_of(layers).items()}
+            for module, layer in layers.items():
+                tensors |= _tensors(f"{component}.{module}", layer)
+        text = _own_text(file.metadata) | dict(metadata) | {CONFIG_ENTRY: json.dumps(configs, sort_keys=True)}
+        return write_tensors(path, tensors, write_beside(file, path, text))
 
 
 def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> LoraFile:
@@ -40,7 +68,7 @@ def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
     Raises:
         InputError: keys that are not LoRA keys, or of no known component.
     """
-    groups: dict[tuple[str, str], dict[Role, Tensor]] = {}
+    groups: dict[tuple[str, str], dict[str, Tensor]] = {}
     strange: list[str] = []
     for key, tensor in tensors.items():
         found = split_role(key)
@@ -84,23 +112,6 @@ def component_configs(metadata: Mapping[str, str], source: str) -> dict[str, dic
     return configs
 
 
-def write_diffusers(file: LoraFile, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write ``file`` so that diffusers' ``load_lora_weights`` rebuilds it exactly (its words in a file beside it).
-
-    Raises:
-        InputError: the adapter changes embeddings, or layers of different kinds.
-    """
-    refuse_tables(file, "diffusers")
-    tensors: dict[str, Tensor] = {}
-    configs: dict[str, Any] = {}
-    for component, layers in file.parts.items():
-        configs |= {f"{component}.{option}": value for option, value in config_of(layers).items()}
-        for module, layer in layers.items():
-            tensors |= _tensors(f"{component}.{module}", layer)
-    text = _own_text(file.metadata) | dict(metadata or {}) | {CONFIG_ENTRY: json.dumps(configs, sort_keys=True)}
-    return write_tensors(path, tensors, write_beside(file, path, text))
-
-
 def _tensors(name: str, layer: LoraLayer) -> dict[str, Tensor]:
     made = {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}
     if layer.magnitude is not None:
@@ -109,8 +120,8 @@ def _tensors(name: str, layer: LoraLayer) -> dict[str, Tensor]:
 
 
 def _with_component(
-    groups: dict[tuple[str, str], dict[Role, Tensor]], source: str
-) -> dict[tuple[str, str], dict[Role, Tensor]]:
+    groups: dict[tuple[str, str], dict[str, Tensor]], source: str
+) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Give keys without a prefix the component their names belong to."""
     loose = [module for component, module in groups if not component]
     if not loose:
@@ -123,3 +134,7 @@ def _with_component(
 
 def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in (CONFIG_ENTRY, "format")}
+
+
+FORMAT = Diffusers()
+write_diffusers = FORMAT.write

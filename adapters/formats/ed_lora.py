@@ -12,73 +12,74 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adapters import files
 from adapters.errors import InputError
+from adapters.formats.format import Format
 from adapters.formats.keys import layer_of, modern_name
 from adapters.formats.lora import LoraFile, LoraLayer
-from adapters.formats.tensors import PICKLED, check_finite, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapters.formats.header import Header
 
 EMBEDDINGS = "new_concept_embedding"
 _KEY = re.compile(r"^(.+?)(?:\.lora_(down|up)|_lora\.(down|up))\.weight$")
 _PARTS = ("unet", "text_encoder")
 
 
-def read_ed_lora(path: Path, alpha: float = 1.0) -> LoraFile | None:
-    """The adapter in an ED-LoRA checkpoint, its words in ``embeddings``; None for a file of another kind.
+class EdLora(Format):
+    """A pickle of tensors in tables, read and written with alpha 1 (the multiplier of every update)."""
 
-    Args:
-        alpha: multiplier of every update (1 in training, 0.6 to 1 in use).
+    name, title, suffix, order = "ed-lora", "Mix-of-Show, LoRA-Composer", ".pth", 5
 
-    Raises:
-        InputError: keys that are no ED-LoRA's, halves that are missing, numbers that are not finite, words whose
-            embeddings differ in number.
-    """
-    if path.suffix not in PICKLED:
-        return None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds for what is not a checkpoint
-        return None  # the general reader says what is wrong with it
-    params = content.get("params", content.get("params_ema")) if isinstance(content, dict) else None
-    if not isinstance(params, dict) or EMBEDDINGS not in params:
-        return None
-    source = f"'{path.name}'"
-    words = _words(params[EMBEDDINGS], source)
-    parts = {part: _layers(params[part], part, alpha, source) for part in _PARTS if params.get(part)}
-    if not any(parts.values()):
-        raise InputError(f"{source} holds no LoRA layers.")
-    return LoraFile(parts, "ed-lora", path=path, sha256=sha256(path), embeddings=words)
+    def recognises(self, head: Header) -> bool:
+        return _params(head) is not None
 
+    def read(self, head: Header, alpha: float = 1.0) -> LoraFile:
+        params, source = _params(head) or {}, f"'{head.path.name}'"
+        words = _words(params[EMBEDDINGS], source)
+        parts = {part: _layers(params[part], part, alpha, source) for part in _PARTS if params.get(part)}
+        if not any(parts.values()):
+            raise InputError(f"{source} holds no LoRA layers.")
+        return LoraFile(parts, "ed-lora", path=head.path, embeddings=words)
 
-def write_ed_lora(file: LoraFile, path: Path) -> Path:
-    """Write ``file`` as an ED-LoRA checkpoint (today's spelling, alpha 1); returns ``path``.
-
-    Raises:
-        InputError: it has no words with an embedding per layer, or layers that the format does not know.
-    """
-    if not file.embeddings:
-        raise InputError("An ED-LoRA file holds words with an embedding per layer, and this adapter has none.")
-    params: dict[str, Any] = {EMBEDDINGS: {word: rows.clone() for word, rows in file.embeddings.items()}}
-    for part in _PARTS:
-        params[part] = {}
-        for module, layer in file.parts.get(part, {}).items():
+    def refusal(self, file: LoraFile) -> str:
+        if not file.embeddings:
+            return "An ED-LoRA file holds words with an embedding per layer, and this adapter has none."
+        for component, module, layer in file.layers():
             if layer.magnitude is not None:
-                raise InputError(f"The layer '{part}.{module}' is DoRA, which an ED-LoRA file cannot hold.")
-            name = module if part == "unet" or module.startswith("text_model.") else f"text_model.{module}"
-            params[part][f"{name}.lora_down.weight"] = layer.A.clone()
-            params[part][f"{name}.lora_up.weight"] = layer.B * layer.scale
-    others = set(file.parts) - set(_PARTS)
-    if others:
-        raise InputError(f"An ED-LoRA file has no place for {', '.join(sorted(others))}.")
-    return files.write(path, lambda part: torch.save({"params": params}, part))
+                return f"The layer '{component}.{module}' is DoRA, which an ED-LoRA file cannot hold."
+        others = set(file.parts) - set(_PARTS)
+        return f"An ED-LoRA file has no place for {', '.join(sorted(others))}." if others else ""
+
+    def _write(self, file: LoraFile, path: Path, metadata: Mapping[str, str]) -> Path:
+        """Today's spelling of the keys; the format has no place for text."""
+        import torch
+
+        params: dict[str, Any] = {EMBEDDINGS: {word: rows.clone() for word, rows in file.embeddings.items()}}
+        for part in _PARTS:
+            params[part] = {}
+            for module, layer in file.parts.get(part, {}).items():
+                name = module if part == "unet" or module.startswith("text_model.") else f"text_model.{module}"
+                params[part][f"{name}.lora_down.weight"] = layer.A.clone()
+                params[part][f"{name}.lora_up.weight"] = layer.B * layer.scale
+        return files.write(path, lambda part: torch.save({"params": params}, part))
+
+
+def _params(head: Header) -> dict[str, Any] | None:
+    content = head.content
+    params = content.get("params", content.get("params_ema")) if isinstance(content, dict) else None
+    return params if isinstance(params, dict) and EMBEDDINGS in params else None
 
 
 def _words(given: Any, source: str) -> dict[str, Tensor]:
+    from torch import Tensor
+
+    from adapters.formats.tensors import check_finite
+
     if not isinstance(given, dict) or not given:
         raise InputError(f"{source}: '{EMBEDDINGS}' holds no words.")
     words: dict[str, Tensor] = {}
@@ -93,6 +94,8 @@ def _words(given: Any, source: str) -> dict[str, Tensor]:
 
 
 def _layers(tensors: Any, part: str, alpha: float, source: str) -> dict[str, LoraLayer]:
+    from adapters.formats.tensors import check_finite
+
     if not isinstance(tensors, Mapping):
         raise InputError(f"{source}: its part '{part}' is no table of tensors.")
     check_finite(dict(tensors), source)
@@ -108,5 +111,9 @@ def _layers(tensors: Any, part: str, alpha: float, source: str) -> dict[str, Lor
     made = {}
     for module, pair in halves.items():
         rank = pair["A"].shape[0] if "A" in pair else 1
-        made[module] = layer_of(pair, alpha * rank, False, f"{part}.{module}", source)  # type: ignore[arg-type]
+        made[module] = layer_of(pair, alpha * rank, False, f"{part}.{module}", source)
     return made
+
+
+FORMAT = EdLora()
+write_ed_lora = FORMAT.write

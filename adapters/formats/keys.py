@@ -1,4 +1,4 @@
-"""The grammar of LoRA keys:  [prefix] module path, then what the tensor is (:mod:`adapters.formats.roles`).
+"""The grammar of LoRA keys:  [prefix] module path, then what the tensor is (:mod:`adapters.layers.kinds`).
 
     unet.down_blocks.0.attentions.0...attn1.to_q.lora_A.weight            diffusers (PEFT layers), ai-toolkit
     unet.down_blocks.0...attn1.processor.to_q_lora.down.weight            diffusers before PEFT ("attn procs")
@@ -19,25 +19,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
-from adapters.formats.factors import factors
-from adapters.formats.lora import COMPONENTS, LoraFile, LoraLayer
-from adapters.formats.roles import Role, split_role
+from adapters.formats.lora import COMPONENTS, LoraLayer
+from adapters.layers.kinds import factors, split_role
+from adapters.layers.kinds.dora import magnitude
 
-__all__ = [
-    "Role",
-    "guess_component",
-    "layer_of",
-    "modern_name",
-    "refuse_foreign",
-    "refuse_tables",
-    "split_component",
-    "split_role",
-]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["guess_component", "layer_of", "modern_name", "refuse_foreign", "split_component", "split_role"]
 
 _NEEDS_BASE = "its change depends on the base model's weights, so it is no sum of adapters"
 FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
@@ -57,6 +49,10 @@ FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 """Known formats that are refused, and why."""
 
 _WHAT_IS_READ = "readable are LoRA, DoRA, LoCon, LoHa and LoKr as PEFT directories, diffusers, kohya or ComfyUI files"
+
+
+_LARGEST = 3.4e38
+"""The largest number of fp32, in which updates are computed."""
 
 
 def split_component(module: str) -> tuple[str, str]:
@@ -108,16 +104,7 @@ def refuse_unknown(keys: list[str], source: str) -> None:
         )
 
 
-def refuse_tables(file: LoraFile, format: str) -> None:
-    """Raise :class:`InputError` if the adapter changes embeddings, which only PEFT's own form has a place for."""
-    if tables := file.tables():
-        raise InputError(
-            f"The adapter changes the embeddings '{tables[0]}', which the {format} format has no place for: use the "
-            "peft format."
-        )
-
-
-def written_alpha(parts: Mapping[Role, Tensor], name: str, source: str) -> float | None:
+def written_alpha(parts: Mapping[str, Tensor], name: str, source: str) -> float | None:
     """The alpha a file holds for a layer, None if it holds none.
 
     Raises:
@@ -132,7 +119,7 @@ def written_alpha(parts: Mapping[Role, Tensor], name: str, source: str) -> float
 
 
 def layer_of(
-    parts: Mapping[Role, Tensor], alpha: float | None, rslora: bool, name: str, source: str, scaled: bool = False
+    parts: Mapping[str, Tensor], alpha: float | None, rslora: bool, name: str, source: str, scaled: bool = False
 ) -> LoraLayer:
     """Build a layer from its tensors, checking that they belong together.
 
@@ -153,20 +140,14 @@ def layer_of(
         value = float(rank) if alpha is None or (not made.dim and not scaled) else alpha / dim * rank
     if not math.isfinite(value):
         raise InputError(f"{source}: the scale of layer '{name}' is not a finite number (alpha {alpha}).")
-    magnitude = _magnitude(parts, made.B.shape[0], name, source)
-    return LoraLayer(made.A, made.B, value, rslora and plain, magnitude, embedding="table_A" in parts)
+    norm = magnitude(parts, made.B.shape[0], name, source)
+    layer = LoraLayer(made.A, made.B, value, rslora and plain, norm, embedding="table_A" in parts)
+    _check_product(layer, name, source)
+    return layer
 
 
-def _magnitude(parts: Mapping[Role, Tensor], outputs: int, name: str, source: str) -> Tensor | None:
-    """DoRA's m (out,), if there is one."""
-    if "magnitude" not in parts and "dora_scale" not in parts:
-        return None
-    magnitude = parts["magnitude" if "magnitude" in parts else "dora_scale"]
-    # PEFT writes (out,) or (1, out, 1, 1); kohya and LyCORIS (out, 1) or, with one number per input, (1, in)
-    per_input = "dora_scale" in parts and magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.numel() > 1
-    if per_input or magnitude.numel() != outputs:
-        raise InputError(
-            f"{source}: the DoRA magnitude of '{name}' has shape {tuple(magnitude.shape)} for {outputs} outputs; only "
-            "magnitudes per output are supported (older LyCORIS and OneTrainer files have one per input)."
-        )
-    return magnitude.flatten().to(torch.float32)
+def _check_product(layer: LoraLayer, name: str, source: str) -> None:
+    """Refuse numbers that are finite but whose product s B A is not; multiplied only where it could be so."""
+    largest = float(layer.A.abs().max()) * float(layer.B.abs().max()) * layer.rank * abs(layer.scale)
+    if largest > _LARGEST and not bool(layer.delta().isfinite().all()):
+        raise InputError(f"{source}: the numbers of layer '{name}' are so large that their product is infinite.")

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -51,6 +51,10 @@ class LoraLayer:
     def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
+    @property
+    def size(self) -> int:
+        return self.A.numel() + self.B.numel()
+
     def delta(self) -> Tensor:
         """s B A (out, in...) in fp32 (of a DoRA layer: the part before normalisation).
 
@@ -66,7 +70,7 @@ class LoraFile:
 
     Attributes:
         parts: component ("unet", "transformer", "text_encoder", ...) -> module path -> layer.
-        format: "peft", "diffusers" or "kohya".
+        format: name of the format it was read from (:data:`adapters.formats.FORMATS`), "memory" for none.
         flat: module paths are kohya's, with "_" where the model has "."; ``fit`` resolves them.
         metadata: the text entries of the file.
         path, sha256: where it came from; empty for what was made in memory.
@@ -108,7 +112,7 @@ class LoraFile:
 
     def parameters(self) -> int:
         """How many numbers the adapter holds."""
-        return sum(layer.A.numel() + layer.B.numel() for _, _, layer in self.layers())
+        return sum(layer.size for _, _, layer in self.layers())
 
     def is_dora(self) -> bool:
         return any(layer.magnitude is not None for _, _, layer in self.layers())
@@ -116,6 +120,21 @@ class LoraFile:
     def tables(self) -> tuple[str, ...]:
         """ "component.module" of the adapters on tables of embeddings."""
         return tuple(f"{component}.{module}" for component, module, layer in self.layers() if layer.embedding)
+
+    def refusal_of_tables(self, format: str) -> str:
+        """Why a format that has no place for tables of embeddings cannot hold this adapter, or an empty text."""
+        if not (tables := self.tables()):
+            return ""
+        return (
+            f"The adapter changes the embeddings '{tables[0]}', which the {format} format has no place for: use the "
+            "peft format."
+        )
+
+    def refusal_of_model(self, format: str) -> str:
+        """The same for a format of diffusion pipelines, whose keys name a part of one."""
+        if MODEL not in self.parts:
+            return ""
+        return f"The {format} format is for image models; the adapter of a language or speech model is kept as peft."
 
     def with_parts(self, parts: Mapping[str, Mapping[str, LoraLayer]], flat: bool = False) -> LoraFile:
         """The same file with other (renamed, converted) layers."""
@@ -132,6 +151,8 @@ def group_dict(layers: Mapping[tuple[str, str], LoraLayer]) -> dict[str, dict[st
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """|found - wanted| / |wanted| (0 where both are zero)."""
+    import torch
+
     size = torch.linalg.vector_norm(wanted.float())
     error = torch.linalg.vector_norm(found.float() - wanted.float())
     return float(error / size) if size > 0 else float(error)

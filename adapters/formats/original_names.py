@@ -16,12 +16,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _START = re.compile(r"(double_blocks|single_blocks|joint_blocks)_\d+_")
 _SELF = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -160,6 +161,8 @@ def _trimmed(layer: LoraLayer) -> LoraLayer:
 
 def _swapped(layer: LoraLayer) -> LoraLayer:
     """Rows [shift, scale] as [scale, shift]."""
+
+    import torch
 
     def swap(tensor: Tensor) -> Tensor:
         shift, scale = tensor.chunk(2)

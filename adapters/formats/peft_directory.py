@@ -9,63 +9,69 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
 from adapters.files import write_text
-from adapters.formats.keys import Role, guess_component, layer_of, modern_name, refuse_foreign, split_role
+from adapters.formats.format import Format
+from adapters.formats.header import CONFIG
+from adapters.formats.keys import guess_component, layer_of, modern_name, refuse_foreign, split_role
 from adapters.formats.lora import COMPONENTS, MODEL, LoraFile, LoraLayer
 from adapters.formats.peft_config import alpha_of, config_of, scale_of
 from adapters.formats.peft_options import check_options, kind_of
-from adapters.formats.tensors import check_finite, read_tensors, write_tensors
 
-CONFIG = "adapter_config.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapters.formats.header import Header
+
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 COPY = ".base_layer.weight"
 """PEFT writes the weight of an adapted embedding or output layer a second time, as the base had it."""
 
 
-def is_peft_directory(path: Path) -> bool:
-    """True for a PEFT directory or a directory of them, one per component."""
-    return (path / CONFIG).is_file() or any((path / component / CONFIG).is_file() for component in COMPONENTS)
+class Peft(Format):
+    """A folder with a configuration that says how strong the tensors are."""
 
+    name, title, suffix, order = "peft", "PEFT, transformers, vLLM", "", 10
 
-def read_peft(path: Path) -> LoraFile:
-    """The canonical form of a PEFT directory.
+    def recognises(self, head: Header) -> bool:
+        return head.peft
 
-    Raises:
-        InputError: missing or damaged files, another PEFT method, keys that are not understood.
-    """
-    if (path / CONFIG).is_file():
-        return _read_one(path)
-    parts: dict[str, Mapping[str, LoraLayer]] = {}
-    copies: dict[str, Mapping[str, Tensor]] = {}
-    text: dict[str, str] = {}
-    for name in COMPONENTS:
-        if (path / name / CONFIG).is_file():
-            one = _read_one(path / name)
-            parts[name], copies[name] = next(iter(one.parts.values())), next(iter(one.copies.values()))
-            text |= one.metadata
-    return LoraFile(parts, "peft", metadata=text, path=path, copies=copies)
+    def read(self, head: Header) -> LoraFile:
+        path = head.path
+        if (path / CONFIG).is_file():
+            return _read_one(path)
+        parts: dict[str, Mapping[str, LoraLayer]] = {}
+        copies: dict[str, Mapping[str, Tensor]] = {}
+        text: dict[str, str] = {}
+        for name in COMPONENTS:
+            if (path / name / CONFIG).is_file():
+                one = _read_one(path / name)
+                parts[name], copies[name] = next(iter(one.parts.values())), next(iter(one.copies.values()))
+                text |= one.metadata
+        return LoraFile(parts, "peft", metadata=text, path=path, copies=copies)
 
-
-def write_peft(file: LoraFile, path: Path) -> Path:
-    """Write one PEFT directory, or one per component when there are several; returns ``path``.
-
-    Raises:
-        InputError: the adapter brings words, which PEFT has no place for.
-    """
-    if words := (*file.words, *file.embeddings):
-        raise InputError(
+    def refusal(self, file: LoraFile) -> str:
+        if not (words := (*file.words, *file.embeddings)):
+            return ""
+        return (
             f"The adapter brings words of its own ({', '.join(words)}), which a PEFT directory has no place for: use "
             "the diffusers or kohya format."
         )
-    for component, layers in file.parts.items():
-        _write_one(path if len(file.parts) == 1 else path / component, layers, _own_text(file.metadata))
-    return path
+
+    def _write(self, file: LoraFile, path: Path, metadata: Mapping[str, str]) -> Path:
+        """One PEFT directory, or one per component when there are several."""
+        for component, layers in file.parts.items():
+            place = path if len(file.parts) == 1 else path / component
+            write_directory(place, layers, _own_text(file.metadata) | dict(metadata))
+        return path
+
+
+def is_peft_directory(path: Path) -> bool:
+    """True for a PEFT directory or a directory of them, one per component."""
+    return (path / CONFIG).is_file() or any((path / component / CONFIG).is_file() for component in COMPONENTS)
 
 
 def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -74,6 +80,8 @@ def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _read_one(path: Path) -> LoraFile:
     """One PEFT directory, of one component."""
+    from adapters.formats.tensors import check_finite, read_tensors
+
     config = _read_config(path / CONFIG)
     weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if weights is None:
@@ -81,7 +89,7 @@ def _read_one(path: Path) -> LoraFile:
     tensors, text = read_tensors(weights)
     check_finite(tensors, f"'{weights}'")
     refuse_foreign(tensors, f"'{weights}'")
-    groups: dict[str, dict[Role, Tensor]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key.endswith(COPY):
@@ -118,13 +126,37 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _write_one(path: Path, layers: Mapping[str, LoraLayer], metadata: Mapping[str, str]) -> None:
+def write_directory(
+    path: Path,
+    layers: Mapping[str, LoraLayer],
+    metadata: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    more: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write the adapter of one model; returns ``path``.
+
+    Args:
+        layers: module path -> layer.
+        metadata: text entries of the weights' file.
+        options: further or other values of the configuration (``task_type``, ``modules_to_save``, ...).
+        more: further tensors by their whole keys (modules that learnt besides the layers).
+
+    Raises:
+        InputError: layers of different kinds, or a disk that is full.
+    """
+    from adapters.formats.tensors import write_tensors
+
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
         names = ("lora_embedding_A", "lora_embedding_B") if layer.embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{module}.{name}": side for name, side in zip(names, (layer.A, layer.B), strict=True)}
         if layer.magnitude is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = layer.magnitude
-    text = json.dumps(config_of(layers) | {"inference_mode": True}, indent=2, sort_keys=True)
-    write_tensors(path / WEIGHTS[0], tensors, metadata)
-    write_text(path / CONFIG, text + "\n")
+    config = config_of(layers) | {"inference_mode": True} | dict(options or {})
+    write_tensors(path / WEIGHTS[0], tensors | dict(more or {}), metadata or {})
+    write_text(path / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return path
+
+
+FORMAT = Peft()
+write_peft = FORMAT.write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from adapters import files
 from adapters.errors import InputError
+from adapters.formats.header import PICKLED
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLED)
 
 
@@ -36,7 +37,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
             raise InputError(f"Adapter file '{path}' is not a readable safetensors file: {error}") from None
     if path.suffix in PICKLED:
-        return _read_pickle(path), {}
+        return flat_table(load_pickle(path), path), {}
     ending = f"the ending '{path.suffix}'" if path.suffix else "no ending"
     raise InputError(
         f"'{path}' has {ending}; an adapter is a folder of PEFT or a file ending in {', '.join(SUFFIXES)}."
@@ -64,11 +65,15 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             )
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """A checkpoint of plain tensors; never runs code from the file."""
+def load_pickle(path: Path) -> Any:
+    """What a checkpoint holds; never runs code from the file.
+
+    Raises:
+        InputError: compressed, damaged, or holding more than plain values and tensors.
+    """
     try:
         _refuse_packed(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
@@ -78,6 +83,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"'{path}' cannot be read as plain tensors, and nothing else in it is ever run ({reason}). "
             "Ask for a .safetensors file."
         ) from None
+
+
+def flat_table(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors by name in what :func:`load_pickle` gave, also below "state_dict".
+
+    Raises:
+        InputError: it is no flat table of tensors, or tensors are not stored in the file.
+    """
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(

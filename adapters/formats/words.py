@@ -19,16 +19,20 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
 from adapters.files import WORDS, WORDS_ENTRY
 from adapters.formats.lora import LoraFile
-from adapters.formats.tensors import check_finite, read_tensors, write_tensors
 
-Words = Mapping[str, Mapping[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Words = Mapping[str, Mapping[str, "Tensor"]]
 """word -> text encoder -> (vectors, width)."""
+
+BUNDLED = "bundle_emb."
+"""What the keys of words begin with."""
 
 _BUNDLED = re.compile(r"^bundle_emb\.([^.]+)\.(.+)$")
 _ROWS = "new_concept_embedding."
@@ -119,6 +123,8 @@ def write_beside(file: LoraFile, path: Path, text: Mapping[str, str]) -> dict[st
     others = {key: value for key, value in text.items() if key != WORDS_ENTRY}
     if not file.words and not file.embeddings:
         return others
+    from adapters.formats.tensors import write_tensors
+
     rows = {f"{_ROWS}{word}": tensor for word, tensor in file.embeddings.items()}
     write_tensors(beside(path), word_tensors(file.words) | rows, {})
     return others | {WORDS_ENTRY: json.dumps([*file.words, *file.embeddings])}
@@ -141,6 +147,8 @@ def read_beside(file: LoraFile, path: Path) -> LoraFile:
         raise InputError(
             f"The file '{place.name}' with the words of '{path.name}' ({', '.join(named)}) is missing beside it."
         )
+    from adapters.formats.tensors import check_finite, read_tensors
+
     tensors, _ = read_tensors(place)
     check_finite(tensors, f"'{place.name}'")
     rest, words = split_words(tensors, f"'{place.name}'")

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from adapters.errors import InputError
-from adapters.formats import LoraFile, write_diffusers, write_kohya, write_peft
+from adapters.formats import LoraFile
+from adapters.formats.format import find as find_format
 from adapters.formats.words import with_words_of
 from adapters.merging.concatenate import Merged, concatenate
 from adapters.progress import Monitor, Silent, part
@@ -45,8 +46,6 @@ from pipelines.diffusion.report import LoraReport, Plan
 from pipelines.diffusion.samplers import count_steps, sampler
 from pipelines.diffusion.schedule import Keyframes
 from pipelines.diffusion.text import resolve_mode
-
-WRITERS = {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_peft}
 
 
 @dataclass(frozen=True)
@@ -221,8 +220,7 @@ class MultiLoRAPipeline:
             InputError: the composition changes over the steps or has no sum form, or the format is unknown.
         """
         chosen = self.composition
-        if format not in WRITERS:
-            raise InputError(f"Unknown format '{format}': possible are {', '.join(WRITERS)}.")
+        writer = find_format(format)
         if not chosen.properties.constant:
             able = ", ".join(f"'{name}'" for name in methods.names(lambda known: known.constant))
             raise InputError(
@@ -251,7 +249,7 @@ class MultiLoRAPipeline:
         merged = concatenate([item.file for item in loaded], weights, factors, rank)
         file = with_words_of(merged.file, [item.file for item in loaded])
         merged = replace(merged, file=replace(file, metadata=self._merged_entries(loaded)))
-        WRITERS[format](merged.file, Path(path))
+        writer.write(merged.file, Path(path))
         return merged
 
     # Pictures

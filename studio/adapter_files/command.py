@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapters.errors import InputError, nearest
+from adapters.errors import InputError
+from adapters.formats.format import find, writable
 from studio import silence
 from studio.cli.output import Json, Output, Quiet, facts, size, table
 from studio.cli.schema_options import pair
@@ -17,7 +18,7 @@ from studio.composition import lora_option
 if TYPE_CHECKING:
     from adapters.formats import LoraFile
 
-FORMATS = ("diffusers", "kohya", "peft", "ed-lora")
+FORMATS = writable()
 
 Adapter = Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")]
 Format = Annotated[str, typer.Option("--to", metavar="|".join(FORMATS), help="Format of the new file.")]
@@ -147,7 +148,7 @@ def extract(
 
     output = Output(json, quiet)
     silence.library_warnings()
-    _known_format(to)
+    find(to)
     with Terminal(quiet) as terminal:
         made = difference(models(base)[0], models(tuned)[0], rank, energy, terminal)
     written = _write(made.file, out, to)
@@ -175,9 +176,10 @@ def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
     Raises:
         InputError: names cannot be told without a base model, or the format is unknown.
     """
-    _known_format(to)
+    find(to)
     if base is None:
-        if any(file.flat for file in files) and (to != "kohya" or not all(file.flat for file in files)):
+        flat = [file.flat for file in files]
+        if any(flat) and (find(to).dotted or not all(flat)):
             raise InputError("kohya files write module names without dots: say with --base which model they belong to.")
         return files
     from studio.adapter_files.fit_to_base import fitted
@@ -185,27 +187,14 @@ def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
     return fitted(files, base)
 
 
-def _known_format(to: str) -> None:
-    if to not in FORMATS:
-        raise InputError(f"There is no format '{to}'{nearest(to, FORMATS)}: known are {', '.join(FORMATS)}.")
-
-
 def _write(file: LoraFile, out: Path, to: str) -> Path:
     from adapters import formats
 
-    ending = ".pth" if to == "ed-lora" else ".safetensors"
-    if to != "peft" and out.suffix != ending:
+    ending = find(to).suffix
+    if ending and out.suffix != ending:
         raise InputError(f"--out: the file must end in {ending}, got '{out.name}'.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if to == "peft":
-        formats.write_peft(file, out)
-    elif to == "ed-lora":
-        formats.write_ed_lora(file, out)
-    elif to == "kohya":
-        formats.write_kohya(file, out, dict(file.metadata))
-    else:
-        formats.write_diffusers(file, out, dict(file.metadata))
-    return out
+    return formats.write(file, out, to, dict(file.metadata))
 
 
 def _strongest(file: LoraFile, number: int = 3) -> list[dict[str, Any]]:

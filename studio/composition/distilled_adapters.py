@@ -47,10 +47,11 @@ class Distilled:
 
 def of(path: Path) -> Distilled | None:
     """What the adapter at ``path`` says; None for ordinary adapters and for what cannot be read."""
-    from studio.library import facts, header
+    from adapters.formats.header import read_header
+    from studio.library import facts
 
     try:
-        return of_entries(header.read(facts.weight_file(path)).metadata)
+        return of_entries(read_header(facts.weight_file(path)).metadata)
     except (InputError, OSError):
         return None
 
@@ -60,12 +61,13 @@ def companion(path: Path) -> Path | None:
 
     It keeps its name whatever the adapter is called: the adapter's own file names it, and stays as it is.
     """
-    from studio.library import facts, header
+    from adapters.formats.header import read_header
+    from studio.library import facts
 
     try:
         weights = facts.weight_file(path)
-        name = Path(header.read(weights).metadata.get("w_embedding", "")).name
-    except (InputError, OSError):
+        name = Path(read_header(weights).metadata.get("w_embedding", "")).name
+    except (InputError, OSError, ValueError):
         return None
     found = weights.with_name(name) if EMBEDDING in name else None
     return found if found is not None and found.is_file() else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,18 @@ import yaml
 
 from adapters.errors import InputError
 from adapters.files import WORDS, WORDS_ENTRY
+from adapters.formats.format import formats, recognise
+from adapters.formats.header import CONFIG, PICKLED, Header, read_header
+from adapters.formats.keys import refuse_foreign
+from adapters.formats.peft_directory import PREFIX
+from adapters.formats.peft_directory import WEIGHTS as PEFT_WEIGHTS
 from pipelines.diffusion.families import FAMILIES, of_checkpoint
 from studio.composition import distilled_adapters
-from studio.library import header
+from studio.library import recognition
 
+_MOST = 1000  # items of a list that are kept
+_LONGEST = 2000  # letters of a fact
+_LARGEST_TEXT = 2**20  # bytes of a card or configuration
 RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 
@@ -26,40 +36,61 @@ def adapter(path: Path) -> dict[str, Any]:
         InputError: it is not a usable adapter; the message is the reason alone.
     """
     weights = weight_file(path)
-    if weights.suffix != ".safetensors":
-        if not weights.suffix:
-            raise InputError("it has no ending; adapters are PEFT folders and files ending in .safetensors")
+    if weights.suffix in PICKLED:
         raise InputError(f"{weights.suffix} files are not looked into: studio lora convert makes .safetensors of them")
-    head = header.read(weights)
-    algorithm = header.algorithm(head.shapes)
-    if not algorithm:
+    head = _header(weights)
+    if not head.layers:
+        refuse_foreign(head.shapes, "it")
         raise InputError("holds no LoRA weights")
+    format = recognise(head)
     card = _card(path)
-    recipe = next(filter(None, (header.metadata_json(head, key) for key in RECIPE_KEYS)), None)
-    counts = header.ranks(head.shapes)
+    recipe = next((found for key in RECIPE_KEYS if isinstance(found := head.json(key), dict)), None)
+    counts = head.ranks()
     notes: dict[str, Any] = {
-        "algorithm": algorithm,
+        "algorithm": head.kinds()[-1].name,
         "layers": sum(counts.values()),
-        "ranks": dict(sorted(counts.items())) if len(counts) > 1 else {},
+        "ranks": dict(sorted(counts.items())[:_MOST]) if len(counts) > 1 else {},
         **_from_recipe(recipe or {}),
-        **{key: card[key] for key in ("description", "license", "base_model") if key in card},
+        **{key: text for key in ("description", "license", "base_model") if (text := _line(card.get(key)))},
     }
     return {
-        "family": header.adapter_family(head),
-        "format": "peft" if path.is_dir() and (path / "adapter_config.json").exists() else
-                  header.adapter_format(head.shapes),
+        "family": recognition.adapter_family(head),
+        "format": format.name if format else "",
         "rank": counts.most_common(1)[0][0] if counts else None,
-        "targets": header.targets(head.shapes),
+        "targets": recognition.targets(head.layers)[:_MOST],
         "triggers": _triggers(card, recipe, head.metadata) or _words(head),
         "recipe": recipe,
         "notes": {key: value for key, value in notes.items() if value},
-    }  # fmt: skip
+    }
+
+
+def _header(weights: Path) -> Header:
+    if weights.suffix == ".safetensors":
+        head = read_header(weights)
+        beside = weights.name in PEFT_WEIGHTS and (weights.parent / CONFIG).is_file()
+        return replace(head, peft=beside or any(name.startswith(PREFIX) for name in head.shapes))
+    for format in formats().values():
+        if format.suffix == weights.suffix and (found := format.header(weights)) is not None:
+            return found
+    ending = f"the ending '{weights.suffix}'" if weights.suffix else "no ending"
+    raise InputError(f"it has {ending}; adapters are PEFT folders and files ending in .safetensors")
 
 
 def _from_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """What a person wants to know of a training recipe."""
-    base_model, data, config = (recipe.get(part) or {} for part in ("base", "data", "config"))
-    return {"base_model": base_model.get("name"), "example": data.get("example_prompt"), "mode": config.get("mode")}
+    wanted = {"base_model": ("base", "name"), "example": ("data", "example_prompt"), "mode": ("config", "mode")}
+    return {note: _line(_table(recipe.get(part)).get(key)) for note, (part, key) in wanted.items()}
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _line(value: Any) -> str:
+    """A fact as text; empty for what is no fact, as a list in a list."""
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(_line, value[:_MOST])))
+    return str(value)[:_LONGEST] if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
 
 
 _LANGUAGE_HEADS = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForSequenceClassification|ForPreTraining)$")
@@ -86,7 +117,7 @@ def _language_model(folder: Path) -> dict[str, Any]:
     notes: dict[str, Any] = {
         "architecture": config.get("model_type"), "width": config.get("hidden_size"),
         "layers": config.get("num_hidden_layers"), "heads": config.get("architectures"),
-        **{key: card[key] for key in ("description", "license") if key in card},
+        **{key: text for key in ("description", "license") if (text := _line(card.get(key)))},
     }  # fmt: skip
     return {"family": "language", "format": "transformers",
             "notes": {key: value for key, value in notes.items() if value}}  # fmt: skip
@@ -108,12 +139,18 @@ def base(path: Path) -> dict[str, Any]:
             known = ", ".join(family.pipeline for family in FAMILIES.values())
             raise InputError(f"its pipeline class '{name}' is none of {known}")
         card = _card(path)
-        notes = {key: card[key] for key in ("description", "license") if key in card}
+        notes = {key: text for key in ("description", "license") if (text := _line(card.get(key)))}
         return {"family": family, "format": "diffusers", "notes": {"pipeline": name, **notes}}
-    found = of_checkpoint(header.read(path).shapes)
+    found = of_checkpoint(read_header(path).shapes)
     if found is None:
         raise InputError(f"holds no complete base model of a known family ({', '.join(FAMILIES)})")
     return {"family": found.name, "format": "single file"}
+
+
+def read_start(path: Path, most: int) -> str:
+    """The text of a file, up to ``most`` bytes; raises ValueError when it is not UTF-8."""
+    with path.open("rb") as file:
+        return file.read(most).decode("utf-8")
 
 
 def weight_file(path: Path) -> Path:
@@ -152,7 +189,7 @@ def _card(path: Path) -> dict[str, Any]:
         if place.is_file():
             try:
                 values = yaml.safe_load(_yaml_part(place))
-            except (yaml.YAMLError, UnicodeDecodeError):
+            except (yaml.YAMLError, OSError, ValueError, RecursionError, TypeError):
                 continue
             if isinstance(values, dict):
                 return values
@@ -160,40 +197,36 @@ def _card(path: Path) -> dict[str, Any]:
 
 
 def _yaml_part(place: Path) -> str:
-    text = place.read_text(encoding="utf-8")
+    text = read_start(place, _LARGEST_TEXT)
     if place.suffix != ".md":
         return text
     parts = text.split("---\n", 2)
     return parts[1] if len(parts) == 3 and not parts[0].strip() else ""
 
 
-def _triggers(card: dict[str, Any], recipe: dict[str, Any] | None, metadata: dict[str, str]) -> list[str]:
-    config = (recipe or {}).get("config") or {}
+def _triggers(card: dict[str, Any], recipe: dict[str, Any] | None, metadata: Mapping[str, str]) -> list[str]:
+    recipe = recipe or {}
     places = (
-        (recipe or {}).get("triggers"), config.get("trigger"), card.get("triggers"), card.get("trigger"),
+        recipe.get("triggers"), _table(recipe.get("config")).get("trigger"), card.get("triggers"), card.get("trigger"),
         card.get("instance_prompt"), metadata.get("modelspec.trigger_phrase"),
     )  # fmt: skip
     for place in places:
-        if isinstance(place, str) and place.strip():
-            return [place.strip()]
-        if isinstance(place, list) and place:
-            return [str(word) for word in place]
+        words = [_line(word).strip() for word in (place[:_MOST] if isinstance(place, list) else [place])]
+        if any(words):
+            return list(filter(None, words))
     return []
 
 
-def _words(head: header.Header) -> list[str]:
+def _words(head: Header) -> list[str]:
     """The words that an adapter brings along (pivotal tuning)."""
     bundled = {key.split(".")[1] for key in head.shapes if key.startswith("bundle_emb.") and key.count(".") > 1}
-    try:
-        named = json.loads(head.metadata.get(WORDS_ENTRY, "[]"))
-    except json.JSONDecodeError:
-        named = []
-    return sorted(bundled) or [str(word) for word in named if isinstance(named, list)]
+    named = head.json(WORDS_ENTRY)
+    return sorted(bundled)[:_MOST] or [_line(word) for word in (named if isinstance(named, list) else [])[:_MOST]]
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        value = json.loads(read_start(path, _LARGEST_TEXT))
+    except (OSError, ValueError, RecursionError):
         raise InputError(f"its {path.name} is missing or not JSON") from None
     return value if isinstance(value, dict) else {}

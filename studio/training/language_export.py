@@ -13,9 +13,7 @@ import torch
 from adapters import files
 from adapters.errors import InputError
 from adapters.formats import LoraLayer
-from adapters.formats.peft_config import config_of
-from adapters.formats.peft_directory import CONFIG, PREFIX, WEIGHTS
-from adapters.formats.tensors import write_tensors
+from adapters.formats.peft_directory import PREFIX, write_directory
 from pipelines.precision import DTYPES
 from studio.training.export import RECIPE_ENTRY
 from studio.training.language_layers import TASK_TYPES
@@ -44,32 +42,33 @@ def write_adapter(
         InputError: numbers that are not finite, or a disk that is full.
     """
     dtype = DTYPES[config.save_dtype]
-    tensors: dict[str, torch.Tensor] = {}
-    kept = {name: replace(layer, A=layer.A.to(dtype), B=layer.B.to(dtype)) for name, layer in layers.items()}
-    for name, layer in kept.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.A.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.B.contiguous()
-        if layer.magnitude is not None:
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude.to(dtype)
-    tensors |= {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in heads.items()}
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
-        raise InputError(f"The adapter holds numbers that are not finite in '{broken[0]}': not saved.")
-    described = config_of(kept) | {
+    kept = {
+        name: replace(
+            layer, A=layer.A.to(dtype), B=layer.B.to(dtype),
+            magnitude=None if layer.magnitude is None else layer.magnitude.to(dtype),
+        )
+        for name, layer in layers.items()
+    }  # fmt: skip
+    more = {name: tensor.detach().cpu().to(dtype) for name, tensor in heads.items()}
+    for name, numbers in [*more.items(), *((name, tensor) for name, layer in kept.items() for tensor in _of(layer))]:
+        if not numbers.isfinite().all():
+            raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
+    options = {
         "task_type": TASK_TYPES[config.task],
         "base_model_name_or_path": HUB_NAMES.get(config.base, config.base),
         "modules_to_save": sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in heads}) or None,
         "fan_in_fan_out": transposed,
-        "inference_mode": True,
     }
     target = folder / config.name
     with files.whole(target) as part:
         part.mkdir()
-        entries = {"format": "pt", RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}
-        write_tensors(part / WEIGHTS[0], tensors, entries)
-        files.write_text(part / CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
+        write_directory(part, kept, {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}, options, more)
         files.write_text(part / "README.md", card(recipe))
     return target
+
+
+def _of(layer: LoraLayer) -> list[torch.Tensor]:
+    return [layer.A, layer.B, *([] if layer.magnitude is None else [layer.magnitude])]
 
 
 def card(recipe: Mapping[str, Any]) -> str:

@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from adapters.errors import InputError
+from adapters.formats import header
 from studio import library
 from studio import settings as places
-from studio.library import cache, facts, header, hub, scan
+from studio.library import cache, facts, hub, scan
 from tests.studio.files import diffusers_lora, kohya_lora, peft_lora
 
 
@@ -135,7 +136,7 @@ def test_no_content_breaks_the_listing(tmp_path, data):
     path = tmp_path / "odd.safetensors"
     path.write_bytes(data)
     with suppress(InputError):
-        header.read(path)
+        header.read_header(path)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -153,14 +154,14 @@ def test_no_json_head_breaks_the_listing(tmp_path, head):
     text = json.dumps(head).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     with suppress(InputError):
-        header.read(path)
+        header.read_header(path)
 
 
 def test_scanning_again_reads_nothing(shelf, monkeypatch):
     path = diffusers_lora(shelf / "cat.safetensors")
     before = library.find("cat")
     with monkeypatch.context() as patch:
-        patch.setattr(header, "read", lambda path: pytest.fail("read again"))
+        patch.setattr(facts, "read_header", lambda path: pytest.fail("read again"))
         assert library.find("cat") == before
     diffusers_lora(path, rank=6)
     assert library.find("cat").rank == 6

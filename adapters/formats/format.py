@@ -1,0 +1,144 @@
+"""What a file format is, and the list of them.
+
+A module in this package with a constant ``FORMAT`` is a format; an installed package adds more under the entry point
+group ``adapter_studio.formats`` (its value names a module with such a constant). Reading, writing, the library's
+recognition, conversion choices and the table of the documentation all go through here. Importing loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapters.errors import InputError, nearest
+from adapters.formats.keys import refuse_foreign
+from adapters.formats.lora import LoraFile
+from adapters.formats.words import read_beside, split_words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapters.formats.header import Header
+
+GROUP = "adapter_studio.formats"
+
+
+class Format(ABC):
+    """One way to keep an adapter on disk.
+
+    Attributes:
+        name: what commands call it.
+        title: in words, with the programs that read it.
+        suffix: what its files end in; "" = it is a folder.
+        order: place among the formats when a file is recognised; the first that recognises it reads it.
+        writes: whether adapters can be written in it.
+        dotted: whether its module names must be the model's own ("attn1.to_q"); files of names without dots need the
+            model then.
+    """
+
+    name: str
+    title: str
+    suffix: str = ".safetensors"
+    order: int = 50
+    writes: bool = True
+    dotted: bool = True
+
+    @abstractmethod
+    def recognises(self, head: Header) -> bool:
+        """Whether a file with this head is of the format."""
+
+    @abstractmethod
+    def read(self, head: Header) -> LoraFile:
+        """The adapter; raises :class:`InputError` for what is damaged or not understood."""
+
+    def header(self, path: Path) -> Header | None:
+        """The head of a file that is neither safetensors nor a pickle; None = not ours."""
+        return None
+
+    def refusal(self, file: LoraFile) -> str:
+        """Why the format cannot hold this adapter, as a sentence with what can; empty when it can."""
+        return ""
+
+    def write(self, file: LoraFile, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
+        """Write ``file`` with further text entries; returns the path.
+
+        Raises:
+            InputError: the format cannot hold it, or the disk is full.
+        """
+        if reason := self.refusal(file):
+            raise InputError(reason)
+        return self._write(file, path, metadata or {})
+
+    def _write(self, file: LoraFile, path: Path, metadata: Mapping[str, str]) -> Path:
+        raise InputError(f"Adapters are read from the {self.name} format but not written in it.")
+
+
+class TensorFormat(Format):
+    """A format that is one table of tensors with text entries."""
+
+    @abstractmethod
+    def parse(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> LoraFile:
+        """The adapter that the tensors make; raises :class:`InputError`."""
+
+    def read(self, head: Header) -> LoraFile:
+        from adapters.formats.tensors import check_finite, read_tensors
+
+        source = f"'{head.path.name}'"
+        tensors, metadata = read_tensors(head.path)
+        if not tensors:
+            raise InputError(f"{source} holds no tensors.")
+        refuse_foreign(tensors, source)
+        check_finite(tensors, source)
+        tensors, words = split_words(tensors, source)
+        if not tensors:
+            raise InputError(
+                f"{source} holds words ({', '.join(words)}) and no layers: it is no adapter but an embedding."
+            )
+        made = self.parse(tensors, metadata, source)
+        return read_beside(replace(made, format=self.name, path=head.path, words=words), head.path)
+
+
+@cache
+def _discovered() -> Mapping[str, Format]:
+    package = __name__.rpartition(".")[0]
+    files = sorted(Path(__file__).parent.glob("*.py"))  # the others import torch: looked at as text
+    modules = [f"{package}.{file.stem}" for file in files if "\nFORMAT = " in file.read_text(encoding="utf-8")]
+    modules += [point.value for point in entry_points(group=GROUP)]
+    found: dict[str, Format] = {}
+    for module in modules:
+        made = getattr(importlib.import_module(module), "FORMAT", None)
+        if isinstance(made, Format) and found.setdefault(made.name, made) is not made:
+            raise ValueError(f"two formats are called '{made.name}'")
+    return dict(sorted(found.items(), key=lambda pair: (pair[1].order, pair[0])))
+
+
+def formats() -> Mapping[str, Format]:
+    """Every format by name, in the order in which files are asked."""
+    return _discovered()
+
+
+def writable() -> tuple[str, ...]:
+    """Names of the formats that adapters can be written in."""
+    return tuple(name for name, one in formats().items() if one.writes)
+
+
+def find(name: str) -> Format:
+    """The format to write called ``name``.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in writable():
+        raise InputError(f"There is no format '{name}'{nearest(name, writable())}: known are {', '.join(writable())}.")
+    return formats()[name]
+
+
+def recognise(head: Header) -> Format | None:
+    """The format of a file with this head; None when no format knows it."""
+    return next((one for one in formats().values() if one.recognises(head)), None)

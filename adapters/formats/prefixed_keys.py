@@ -1,0 +1,116 @@
+"""Keys with a prefix for the part of the model, as kohya, webui and LyCORIS write them (flat) and ComfyUI (dotted).
+
+The dots of the module path are lost in kohya's keys; :func:`adapters.formats.fit.fit` finds the module again by the
+names the model has. ComfyUI, XLabs and fal write the same original modules with dots; they are read here too, and the
+blocks of SD3 and Flux get diffusers' names (:mod:`adapters.formats.original_names`). Text encoders keep transformers'
+old prefix ``text_model``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from adapters.errors import InputError
+from adapters.formats import original_names
+from adapters.formats.keys import layer_of, modern_name, refuse_unknown, split_role, written_alpha
+from adapters.formats.lora import LoraFile, LoraLayer, group_dict
+from adapters.formats.words import BUNDLED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KOHYA = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+}
+"""kohya's prefix -> component."""
+
+PREFIXES = {
+    **KOHYA,
+    "lora_transformer_": "transformer",
+    "lycoris_": "",
+    "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": "text_encoder_3",
+    "base_model.model.": "unet",
+}
+"""Every prefix of original names -> component ("" = to be told by the names)."""
+
+
+FLAT = tuple(prefix for prefix in PREFIXES if prefix.endswith("_"))
+"""Prefixes of names whose dots are lost."""
+
+
+def is_prefixed(names: Iterable[str]) -> bool:
+    """True if every name has one of these prefixes, or none and the name of a block of SD3 or Flux."""
+    keys = [name for name in names if not name.startswith(BUNDLED)]
+    if any(key.startswith("base_model.model.") for key in keys):  # PEFT's prefix, and fal's
+        return any(original_names.is_original(_place(key)[1]) for key in keys)
+    return bool(keys) and all(key.startswith(tuple(PREFIXES)) or original_names.is_original(key) for key in keys)
+
+
+def parse_prefixed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> LoraFile:
+    """The canonical form of such a file, with module paths still flat where dots are lost.
+
+    Raises:
+        InputError: keys that are not an adapter's, or parts that do not fit each other.
+    """
+    groups: dict[tuple[str, str], dict[str, Tensor]] = {}
+    strange: list[str] = []
+    for key, tensor in tensors.items():
+        if key.endswith(".diff_b") and not bool(tensor.any()):
+            continue  # an untrained bias, which some programs write beside every difference
+        found = split_role(key)
+        if found is None:
+            strange.append(key)
+            continue
+        component, module = _place(found[0])
+        role = found[1]
+        if role in groups.setdefault((component, module), {}):
+            raise InputError(f"{source}: two tensors say what '{module}' is (one of them is '{key}').")
+        groups[component, module][role] = tensor
+    refuse_unknown(strange, source)
+    layers = {}
+    for (component, module), parts in groups.items():
+        name = f"{component}.{module}"
+        layers[component, module] = layer_of(parts, written_alpha(parts, name, source), False, name, source)
+    return _named(LoraFile(group_dict(layers), flat=True, metadata=dict(metadata)), source)
+
+
+def _place(key: str) -> tuple[str, str]:
+    """Component and module of a key (or of its part before the role)."""
+    prefix = max((prefix for prefix in PREFIXES if key.startswith(prefix)), key=len, default="")
+    module = modern_name(key.removeprefix(prefix))
+    if prefix in FLAT:  # diffusers' DoRA script flattens the names of A and B, and not those of the magnitudes
+        module = module.replace(".", "_")
+    component = PREFIXES.get(prefix, "unet")
+    if not component:
+        component = "unet" if re.match(r"(down|mid|up)_block", module) else "transformer"
+    return component, module
+
+
+def _named(file: LoraFile, source: str) -> LoraFile:
+    """``file`` with diffusers' names for the blocks of SD3 and Flux, and flat names if any name has to be."""
+    parts = {component: dict(layers) for component, layers in file.parts.items()}
+    denoiser = parts.get("unet", {})
+    if any(original_names.is_original(name) for name in denoiser):
+        if "transformer" in parts:
+            raise InputError(f"{source} names the layers of its denoiser in two ways; save it again with one program.")
+        if original_names.is_flux(denoiser) and "text_encoder_3" in parts:  # T5 is Flux's second encoder
+            parts["text_encoder_2"] = parts.pop("text_encoder_3")
+        parts["transformer"] = original_names.renamed(parts.pop("unet"), source)
+        if len(parts) == 1:
+            return file.with_parts(parts)  # no name is flat any more: such a file converts without a model
+    flat: dict[str, dict[str, LoraLayer]] = {}
+    for component, layers in parts.items():
+        flat[component] = {name.replace(".", "_"): layer for name, layer in layers.items()}
+        if len(flat[component]) != len(layers):
+            raise InputError(f"{source}: two layers of its {component} have the same name.")
+    return file.with_parts(flat, flat=True)
