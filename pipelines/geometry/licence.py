@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from adapters.errors import InputError
+
 NONCOMMERCIAL = "CC BY-NC-SA 4.0: not for commercial use"
 PUBLIC = {
     f"naver/DUSt3R_ViTLarge_BaseDecoder_{size}": NONCOMMERCIAL for size in ("224_linear", "512_linear", "512_dpt")
@@ -28,3 +30,16 @@ def licence_by_name(name: str) -> str:
     """The licence that a file or folder of this name most likely has."""
     known = any(word in name.lower() for word in ("dust3r_vit", "mast3r", "croco"))
     return NONCOMMERCIAL if known else "unknown: ask whoever made these weights"
+
+
+def restricted(source: str | Path) -> bool:
+    """Whether the licence of these weights must be accepted before they are used."""
+    return "not for commercial" in licence_of(source)
+
+
+def must_accept(source: str | Path, accepted: bool) -> None:
+    """Raise :class:`InputError` where the licence of these weights must be accepted and is not."""
+    if restricted(source) and not accepted:
+        raise InputError(
+            f"The weights '{source}' come under {licence_of(source)}. If that suits you, say so: --accept-licence."
+        )

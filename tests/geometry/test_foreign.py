@@ -24,7 +24,7 @@ from pipelines.geometry.images import Affine, Photo
 from pipelines.geometry.inference import Predictions
 from pipelines.geometry.objective import regression
 from pipelines.geometry.pairs import make_pairs
-from pipelines.geometry.reconstruction import TO_GL, Reconstruction
+from pipelines.geometry.scene import TO_GL, Scene
 from studio.reconstruction import job as reconstruct
 from studio.reconstruction.schema import ReconstructConfig
 
@@ -159,7 +159,7 @@ def test_a_real_stereo_pair_runs_from_files_to_a_scene(name: str, tmp_path: Path
     folder = Path(package.origin).parent / "datasets/oak-d"
     pair = [str(folder / f"{name}_{side}.png") for side in ("left", "right")]
     done = reconstruct.run(ReconstructConfig(images=pair, device="cpu"), tmp_path, Silent())
-    scene = Reconstruction.load(Path(done["scene"]))
+    scene = Scene.load(Path(done["scene"]))
     focals = ", ".join(f"{focal:.1f}" for focal in scene.focals)
     print(f"\n{name}: focals {focals}, the cameras' own is {451.03 * 64 / 640:.1f}")
     assert np.isfinite(scene.poses).all()

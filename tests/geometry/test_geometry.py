@@ -14,11 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adapters.errors import InputError
-from pipelines.geometry import alignment, cameras, images, metrics, reconstruction
+from pipelines.geometry import alignment, cameras, images, metrics, selection
+from pipelines.geometry.exports.colmap import write_colmap
+from pipelines.geometry.exports.glb import write_glb
+from pipelines.geometry.exports.nerfstudio import write_nerfstudio
+from pipelines.geometry.exports.ply import write_ply
 from pipelines.geometry.images import Affine, Photo
 from pipelines.geometry.inference import Predictions
 from pipelines.geometry.pairs import components, keep_near, make_pairs
-from pipelines.geometry.reconstruction import Reconstruction, Selection
+from pipelines.geometry.scene import Scene
+from pipelines.geometry.selection import Selection
 from tests.geometry.rooms import room
 
 
@@ -210,34 +215,34 @@ def test_measures() -> None:
 
 
 @pytest.fixture
-def kept() -> Reconstruction:
+def kept() -> Scene:
     made = room(5, views=3, size=16)
     scene = alignment.align(made.predictions, 5)
     photos = [Photo(x, Affine((0.5, 0.5), (0, 0), (32, 32)), f"{n}.png") for n, x in enumerate(made.views.image[0])]
-    return Reconstruction.of(scene, photos)
+    return Scene.of(scene, photos)
 
 
-def test_exports_keep_the_geometry(kept: Reconstruction, tmp_path: Path) -> None:
+def test_exports_keep_the_geometry(kept: Scene, tmp_path: Path) -> None:
     import trimesh
 
-    again = Reconstruction.load(kept.save(tmp_path / "scene.npz"))
-    points, _, _ = reconstruction.cloud(again, Selection(percentile=0))
+    again = Scene.load(kept.save(tmp_path / "scene.npz"))
+    points, _, _ = selection.cloud(again, Selection(percentile=0))
     np.testing.assert_allclose(points[:256], kept.points(0).reshape(-1, 3))
-    reconstruction.write_ply(kept, tmp_path / "a.ply", Selection(percentile=0))
+    write_ply(kept, tmp_path / "a.ply", Selection(percentile=0))
     np.testing.assert_allclose(trimesh.load(tmp_path / "a.ply").vertices, points, atol=1e-4)
-    assert reconstruction.write_glb(kept, tmp_path / "a.glb", Selection(percentile=0), cameras=False) == 768
+    assert write_glb(kept, tmp_path / "a.glb", Selection(percentile=0), cameras=False) == 768
     loaded = trimesh.load(tmp_path / "a.glb")
     place, name = loaded.graph[loaded.graph.nodes_geometry[0]]
     glb = trimesh.transform_points(loaded.geometry[name].vertices, place)
     own = (points - kept.poses[0][:3, 3]) @ kept.poses[0][:3, :3]  # the first camera's frame, OpenCV
     np.testing.assert_allclose(np.sort(glb, 0), np.sort(own * [1, -1, -1], 0), atol=1e-4)
-    assert reconstruction.write_glb(kept, tmp_path / "m.glb", mesh=True) > 0
+    assert write_glb(kept, tmp_path / "m.glb", mesh=True) > 0
 
 
-def test_cameras_of_colmap_and_nerfstudio_see_the_points_at_their_pixels(kept: Reconstruction, tmp_path: Path) -> None:
+def test_cameras_of_colmap_and_nerfstudio_see_the_points_at_their_pixels(kept: Scene, tmp_path: Path) -> None:
     from scipy.spatial.transform import Rotation
 
-    folder = reconstruction.write_colmap(kept, tmp_path / "colmap")
+    folder = write_colmap(kept, tmp_path / "colmap")
     _, _, w, h, fx, fy, cx, cy = (folder / "cameras.txt").read_text().splitlines()[2].split()
     row = (folder / "images.txt").read_text().splitlines()[3].split()
     qw, qx, qy, qz, *shift = map(float, row[1:8])
@@ -246,7 +251,7 @@ def test_cameras_of_colmap_and_nerfstudio_see_the_points_at_their_pixels(kept: R
     v, x = np.mgrid[:16, :16]
     np.testing.assert_allclose(u, ((x.ravel() + 0.5) * 2), atol=1e-3)  # pixel centres at halves, twice the size
     assert (int(w), int(h)) == (32, 32)
-    frame = json.loads((reconstruction.write_nerfstudio(kept, tmp_path / "n") / "transforms.json").read_text())[
+    frame = json.loads((write_nerfstudio(kept, tmp_path / "n") / "transforms.json").read_text())[
         "frames"
     ][1]
     gl = np.linalg.inv(np.array(frame["transform_matrix"]))
@@ -257,12 +262,12 @@ def test_cameras_of_colmap_and_nerfstudio_see_the_points_at_their_pixels(kept: R
     assert cy == cx
 
 
-def test_files_of_cameras_need_two_pictures_and_two_names(kept: Reconstruction, tmp_path: Path) -> None:
-    def first(count: int, names: tuple[str, ...]) -> Reconstruction:
-        return Reconstruction(names, *(getattr(kept, f)[:count] for f in (
+def test_files_of_cameras_need_two_pictures_and_two_names(kept: Scene, tmp_path: Path) -> None:
+    def first(count: int, names: tuple[str, ...]) -> Scene:
+        return Scene(names, *(getattr(kept, f)[:count] for f in (
             "affines", "poses", "focals", "images", "depth", "confidence")))  # fmt: skip
 
-    for write in (reconstruction.write_colmap, reconstruction.write_nerfstudio):
+    for write in (write_colmap, write_nerfstudio):
         with pytest.raises(InputError, match="two pictures or more"):
             write(first(1, ("a.png",)), tmp_path / "one")
         with pytest.raises(InputError, match=r"Two pictures are named 'a\.png'"):
@@ -279,16 +284,16 @@ def test_a_broken_alignment_names_its_pair() -> None:
         alignment.align(p, 3)
 
 
-def test_selections(kept: Reconstruction) -> None:
-    everything = len(reconstruction.cloud(kept, Selection(percentile=0))[0])
-    assert len(reconstruction.cloud(kept, Selection(percentile=50))[0]) == pytest.approx(everything / 2, abs=2)
-    assert len(reconstruction.cloud(kept, Selection(percentile=0, frame=1))[0]) == everything / 3
-    assert len(reconstruction.cloud(kept, Selection(limit=10))[0]) == 10
+def test_selections(kept: Scene) -> None:
+    everything = len(selection.cloud(kept, Selection(percentile=0))[0])
+    assert len(selection.cloud(kept, Selection(percentile=50))[0]) == pytest.approx(everything / 2, abs=2)
+    assert len(selection.cloud(kept, Selection(percentile=0, frame=1))[0]) == everything / 3
+    assert len(selection.cloud(kept, Selection(limit=10))[0]) == 10
     least, most = min(c.min() for c in kept.confidence), max(c.max() for c in kept.confidence)
     with pytest.raises(InputError, match=f"between {least:.3g} and {most:.3g}"):
-        reconstruction.cloud(kept, Selection(confidence=1e9))
+        selection.cloud(kept, Selection(confidence=1e9))
     with pytest.raises(InputError, match="No surface is left"):
-        reconstruction.triangles(kept, Selection(confidence=1e9))
+        selection.triangles(kept, Selection(confidence=1e9))
     with pytest.raises(InputError, match="between 0 and 100"):
         Selection(percentile=100)
 
@@ -301,7 +306,7 @@ def test_hidden_by_a_less_sure_point() -> None:
     cleaned = alignment.clean(scene)
     assert float((cleaned.confidence[0] == 0).double().mean()) > 0.3
     photos = [Photo(x, Affine(), f"{n}.png") for n, x in enumerate(made.views.image[0])]
-    shown = reconstruction.masks(Reconstruction.of(scene, photos), Selection(percentile=0, clean=True))
+    shown = selection.masks(Scene.of(scene, photos), Selection(percentile=0, clean=True))
     assert [mask.sum() for mask in shown] == (cleaned.confidence > 0).sum(1).tolist()
 
 
@@ -309,6 +314,6 @@ def test_the_sky_is_blue_or_pale_and_reaches_the_upper_edge() -> None:
     image = np.full((12, 8, 3), (120, 90, 60), np.uint8)
     image[:4, :4], image[:3, 4:] = (90, 150, 230), 250
     image[8:10] = (90, 150, 230)  # a blue lake
-    found = reconstruction.sky(image)
+    found = selection.sky(image)
     assert found.sum() == 16 + 12
     assert not found[8:].any()

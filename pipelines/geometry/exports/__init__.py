@@ -1,0 +1,41 @@
+"""Scenes in the formats of other programs, one file per format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InputError
+from pipelines.geometry.scene import Scene
+from pipelines.geometry.selection import Selection, cloud
+
+FILES = ("glb", "ply", "npz")
+FOLDERS = ("colmap", "nerfstudio")
+KINDS = ("glb", "ply", "colmap", "nerfstudio", "npz")
+
+
+def export(scene: Scene, target: Path, kind: str = "", choice: Selection | None = None, **options: Any) -> int:
+    """Write a scene; see :meth:`pipelines.geometry.scene.Scene.export`.
+
+    Raises:
+        InputError: no such kind, no point left, or a scene that the kind cannot hold.
+    """
+    from pipelines.geometry.exports.colmap import write_colmap
+    from pipelines.geometry.exports.glb import write_glb
+    from pipelines.geometry.exports.nerfstudio import write_nerfstudio
+    from pipelines.geometry.exports.ply import write_ply
+
+    kind = kind or target.suffix.lower().lstrip(".")
+    if kind not in KINDS:
+        raise InputError(f"Unknown export '{kind}': known are {', '.join(KINDS)}.")
+    choice = choice or Selection()
+    if kind == "glb":
+        return write_glb(scene, target, choice, **options)
+    if kind == "ply":
+        return write_ply(scene, target, choice)
+    if kind == "npz":
+        scene.save(target)
+        return sum(mask.size for mask in scene.confidence)
+    write = write_colmap if kind == "colmap" else write_nerfstudio
+    write(scene, target, choice)
+    return len(cloud(scene, choice)[0])

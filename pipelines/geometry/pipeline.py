@@ -1,0 +1,276 @@
+"""Photos of one scene in, a scene out.
+
+    pipeline = ScenePipeline.from_pretrained("path/to/weights")
+    scene = pipeline(["a.jpg", "b.jpg", "c.jpg"], calibrate=True)
+    scene.export("room.glb")
+
+The network answers for every ordered pair of photos (:mod:`~pipelines.geometry.inference`), pairs whose photos
+contradict each other are left out (:mod:`~pipelines.geometry.verification`), and global alignment finds the cameras
+(:mod:`~pipelines.geometry.alignment`). Asked to calibrate, the network first learns a LoRA from its own aligned answers
+(:mod:`~pipelines.geometry.calibration`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from adapters.errors import InputError
+from adapters.progress import Monitor, Progress, Silent, check
+from pipelines.geometry import alignment, calibration, cameras, checkpoints, images, inference, initialise, verification
+from pipelines.geometry.alignment import Alignment
+from pipelines.geometry.calibration import Labels, Recipe
+from pipelines.geometry.estimate import estimate
+from pipelines.geometry.images import Photo
+from pipelines.geometry.inference import Predictions
+from pipelines.geometry.licence import must_accept
+from pipelines.geometry.pairs import make_pairs
+from pipelines.geometry.scene import Record, Scene
+
+Photos = Sequence[str | Path | Photo]
+"""Picture files, one video, or photos that were read before (:meth:`ScenePipeline.read`)."""
+
+VIDEOS = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".m4v")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """An adapter that a network has learnt from one scene or several.
+
+    Attributes:
+        model: the PEFT model.
+        before: the first scene as the network saw it without the adapter.
+        labels: per scene, what was learnt. losses: of every training step.
+        facts: what is kept with the adapter.
+    """
+
+    model: Any
+    before: Scene
+    labels: tuple[Labels, ...]
+    losses: tuple[float, ...]
+    facts: dict[str, Any]
+
+    def save(self, folder: Path, settings: dict[str, Any] | None = None) -> Path:
+        """Write an ordinary PEFT adapter with ``scene.json`` beside it; ``settings`` are kept in that."""
+        base, rest = {"base": self.facts["base"]}, {k: v for k, v in self.facts.items() if k != "base"}
+        return calibration.save_adapter(self.model, folder, {**base, "settings": settings or {}, **rest})
+
+
+class ScenePipeline:
+    """A pointmap network with everything around it.
+
+    Attributes:
+        network: the network, with an adapter around it if one was loaded.
+        checkpoint: the opened weights: name, hash, licence.
+        device: where network and alignment run.
+    """
+
+    def __init__(self, checkpoint: checkpoints.Checkpoint, adapter: str | Path = "") -> None:
+        self.checkpoint = checkpoint
+        self.network: nn.Module = checkpoint.network
+        self.device = next(checkpoint.network.parameters()).device
+        self._known: dict[str, Any] = {}  # facts of the adapter that the network carries
+        if adapter:
+            self.network, scene = calibration.load_adapter(self.network, Path(adapter), checkpoint.sha256)
+            self._known = scene or {"images": []}
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, adapter: str | Path = "", device: str | torch.device = "cpu",
+        accept_licence: bool = False,
+    ) -> ScenePipeline:  # fmt: skip
+        """Open weights of the DUSt3R family.
+
+        Args:
+            source: a ``.pth`` file, a folder with ``config.json`` and ``model.safetensors``, or a hub id.
+            adapter: folder of an adapter that was calibrated on these weights.
+            device: "cpu", "cuda", "cuda:1".
+            accept_licence: the licence of these weights has been read; needed where it forbids commercial use.
+
+        Raises:
+            InputError: nothing there, not readable, licence not accepted, or an adapter of another base.
+        """
+        must_accept(source, accept_licence)
+        return cls(checkpoints.open_checkpoint(source, torch.device(device)), adapter)
+
+    def read(
+        self, photos: Photos, size: int | None = None, seconds_per_frame: float = 1.0, monitor: Monitor | None = None
+    ) -> list[Photo]:
+        """Photos as this network wants them.
+
+        Args:
+            size: longer side in pixels; None: the one that the network was trained with.
+            seconds_per_frame: time between the frames that are taken of a video.
+
+        Raises:
+            InputError: a file that cannot be read, or a video beside other files.
+        """
+        config = self.checkpoint.network.config
+        options = (size or max(config.img_size), config.patch_size, config.img_size[0] == config.img_size[1])
+        given = [photo if isinstance(photo, Photo) else Path(photo) for photo in photos]
+        if any(isinstance(one, Path) and one.suffix.lower() in VIDEOS for one in given):
+            if len(given) > 1:
+                raise InputError("Give either pictures or one video.")
+            assert isinstance(given[0], Path)
+            frames = images.read_video(given[0], seconds_per_frame)
+            return [
+                images.prepare(frame, f"frame-{n:04}.png", hashlib.sha256(frame.tobytes()).hexdigest(), *options)
+                for n, frame in enumerate(frames)
+            ]
+        out = []
+        for one in given:
+            check(monitor or Silent())
+            out.append(one if isinstance(one, Photo) else images.read_photo(one, *options))
+        return out
+
+    def __call__(
+        self, photos: Photos, calibrate: bool | Recipe = False, also: Sequence[Photos] = (), size: int | None = None,
+        seconds_per_frame: float = 1.0, graph: str = "complete", many: bool = False, verify: bool = True,
+        steps: int = 300, schedule: Literal["cosine", "linear"] = "cosine", chunk: int = 8, dtype: str = "auto",
+        mu: float = 0.03, cutoff: float = 1.5, share: bool = True,
+        on_calibrated: Callable[[Calibration], None] | None = None, monitor: Monitor | None = None,
+    ) -> Scene:  # fmt: skip
+        """Make a scene.
+
+        Args:
+            photos: three or more of one scene from different places; one gives its depth, two a relative pose.
+            calibrate: train an adapter on this scene first (LoRA3D), if you like with a :class:`Recipe`; three or more
+                photos. The pipeline's network keeps the adapter from then on.
+            also: further scenes that the same adapter learns from.
+            size, seconds_per_frame: see :meth:`read`.
+            graph: pairs to ask about: "complete", "swin-3", "logwin-2", "oneref-0"; ``many`` allows a complete graph
+                over more than 30 photos.
+            verify: leave out pairs whose photos differ in colour where their points meet.
+            steps, schedule: of the alignment.
+            chunk: pairs decoded together. dtype: precision of the trunk.
+            mu, cutoff, share: of the labels, see :func:`pipelines.geometry.calibration.calibrate`.
+            on_calibrated: gets the adapter as soon as it is trained, before the scene is made anew with it.
+            monitor: is told the progress and may cancel.
+
+        Returns:
+            The scene; ``scene.record`` says how it was made, with warnings and the adapter.
+
+        Raises:
+            InputError: photos or settings that cannot be used.
+            adapters.errors.Cancelled: ``monitor`` said so.
+        """
+        monitor = monitor or Silent()
+        if not photos:
+            raise InputError("There are no pictures: give three or more of one scene, from different places.")
+        if calibrate and self._known:
+            raise InputError("Calibrate anew or use an adapter made earlier, not both: open the weights without one.")
+        if also and not calibrate:
+            raise InputError("Further scenes serve the adapter's training: they go with calibrate=True.")
+        scenes = [self.read(one, size, seconds_per_frame, monitor) for one in (photos, *also)]
+        if calibrate:
+            for one in scenes:
+                _enough(one)
+        shots = scenes[0]
+        graphs = [make_pairs(len(one), graph, many=many) for one in scenes]
+        recipe = calibrate if isinstance(calibrate, Recipe) else Recipe(dtype=dtype)
+        rounds = 3 if calibrate else 1  # plain, robust, with the adapter
+        cost = estimate(
+            self.checkpoint.network.config, sum(map(len, scenes)), sum(map(len, graphs)), *shots[0].size,
+            self.device, chunk, recipe.epochs if calibrate else 0, steps * rounds if len(shots) > 2 else 0,
+        )  # fmt: skip
+        monitor.report(Progress("loading", message=f"expected: {cost}"))
+        check(monitor)
+
+        def ask(network: nn.Module, number: int) -> Predictions:
+            return inference.predict(network, scenes[number], graphs[number], chunk, dtype, monitor)
+
+        def solve(told: Predictions) -> tuple[Alignment, list[str]]:
+            return aligned(told, shots, verify, steps, schedule, self.device, monitor)
+
+        warnings = [*_repeated(shots), *_changed(self._known, shots)]
+        told = ask(self.network, 0)
+        found, said = solve(told)
+        learnt = None
+        if calibrate:
+            before = Scene.of(found, shots)
+            answers = [told, *(ask(self.network, number) for number in range(1, len(scenes)))]
+            model, robust, labels, losses = calibration.calibrate(
+                self.network, scenes, [one.to(self.device) for one in answers], recipe, mu, min(100, steps // 3),
+                cutoff, steps, verify=verify, share=share, monitor=monitor,
+            )  # fmt: skip
+            facts = self._facts(scenes, robust, labels, losses)
+            self.network, self._known = model, facts
+            learnt = Calibration(model, before, tuple(labels), tuple(losses), facts)
+            if on_calibrated is not None:
+                on_calibrated(learnt)
+            warnings += [text for kept in labels for text in kept.warnings]
+            told = ask(self.network, 0)
+            found, said = solve(told)
+        warnings += said
+        if len(shots) > 2 and calibration.still(found):
+            warnings.append("The cameras hardly move: depth and poses mean little.")
+        loss = found.losses[-1] if found.losses else None
+        record = Record(tuple(warnings), str(cost), len(graphs[0]), told.encodings, loss, learnt)
+        return Scene.of(found, shots, record)
+
+    def _facts(
+        self, scenes: Sequence[Sequence[Photo]], robust: Sequence[Alignment], labels: Sequence[Labels],
+        losses: list[float],
+    ) -> dict[str, Any]:  # fmt: skip
+        """What ``scene.json`` says; the first scene is the one that is reconstructed."""
+        facts: list[dict[str, Any]] = [
+            {"images": [photo.facts() for photo in photos], "cutoff": kept.cutoff, "kept": kept.kept,
+             "warnings": kept.warnings, "poses": found.poses.tolist(), "focals": found.focals.tolist()}
+            for photos, found, kept in zip(scenes, robust, labels, strict=True)
+        ]  # fmt: skip
+        weights = self.checkpoint
+        return {
+            "base": {"name": weights.name, "sha256": weights.sha256, "licence": weights.licence}, "transform": "log",
+            "losses": losses, **facts[0], "also": facts[1:],
+        }  # fmt: skip
+
+
+def aligned(
+    told: Predictions, photos: Sequence[Photo], verify: bool = True, steps: int = 300,
+    schedule: Literal["cosine", "linear"] = "cosine", device: torch.device | str = "cpu",
+    monitor: Monitor | None = None,
+) -> tuple[Alignment, list[str]]:  # fmt: skip
+    """Cameras of what the network says about one, two or more photos, and what a person should know about them."""
+    if len(told.sizes) == 1:
+        focals = initialise.own_focals(told)
+        ones = cameras.Similarity(torch.ones(1), torch.eye(3)[None], torch.zeros(1, 3))
+        flat = torch.zeros(2, 1, told.points1.shape[1])
+        return Alignment(told.sizes, torch.eye(4)[None], focals, told.points1[..., 2].clamp_min(1e-4),
+                         initialise.strongest(told), flat, flat, ones), []  # fmt: skip
+    if len(told.sizes) == 2:
+        return alignment.view_pair(told), []
+    said: list[str] = []
+    if verify:
+        seen = verification.verified(told, photos)
+        told, said = seen.predictions, seen.said
+    return alignment.align(told.to(device), steps, schedule=schedule, monitor=monitor), said
+
+
+def _enough(photos: Sequence[Photo]) -> None:
+    different = len({photo.sha256 for photo in photos})
+    if different < 3:
+        raise InputError(f"Calibrating needs three pictures or more of a scene that differ, got {different}.")
+
+
+def _repeated(photos: Sequence[Photo]) -> list[str]:
+    seen = [photo.sha256 for photo in photos]
+    return ["Some pictures are the same file."] if len(set(seen)) < len(seen) else []
+
+
+def _changed(adapter: dict[str, Any], photos: Sequence[Photo]) -> list[str]:
+    """What is to be said when pictures are not those of the same name that the adapter learnt from."""
+    scenes = (adapter, *adapter.get("also", ()))
+    known = {image["name"]: image["sha256"] for scene in scenes for image in scene.get("images", ())}
+    other = [photo.name for photo in photos if known.get(photo.name, photo.sha256) != photo.sha256]
+    if not other:
+        return []
+    return [
+        f"{len(other)} picture(s) differ from those of the same name that the adapter was calibrated on "
+        f"({', '.join(other[:3])}): it helps if they show the same scene."
+    ]

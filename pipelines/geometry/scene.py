@@ -1,0 +1,138 @@
+"""A finished scene: pictures with cameras, depth and confidence, kept as one npz file and exported from there.
+
+Cameras are camera-to-world in OpenCV's axes (x right, y down, z forward); :mod:`pipelines.geometry.exports` writes the
+formats of other programs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters import files
+from adapters.errors import InputError
+from pipelines.geometry.alignment import Alignment
+from pipelines.geometry.images import Affine, Photo
+
+if TYPE_CHECKING:
+    from pipelines.geometry.pipeline import Calibration
+    from pipelines.geometry.selection import Selection
+
+Array = NDArray[Any]
+TO_GL = np.diag([1.0, -1.0, -1.0, 1.0])
+"""From OpenCV's axes to OpenGL's (x right, y up, z backward), and back."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a scene was made.
+
+    Attributes:
+        warnings: what a person should know about it, one sentence each.
+        estimate: the cost that was expected, in words.
+        pairs: ordered pairs that the network was asked about.
+        encodings: pictures that its encoder has seen.
+        loss: of the last step of the alignment; None where nothing was aligned.
+        calibration: the adapter, if the network calibrated itself to the scene.
+    """
+
+    warnings: tuple[str, ...] = ()
+    estimate: str = ""
+    pairs: int = 0
+    encodings: int = 0
+    loss: float | None = None
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """``N`` pictures with cameras, depth and confidence; every picture keeps its own size.
+
+    Attributes:
+        names: of the pictures' files.
+        affines: the way from the files' pixels to the network's.
+        poses: ``(N, 4, 4)`` camera-to-world. focals: ``(N,)`` in network pixels.
+        images: uint8 ``(H, W, 3)``; depth, confidence: ``(H, W)``.
+        record: how it was made; empty after :meth:`load`.
+    """
+
+    names: tuple[str, ...]
+    affines: tuple[Affine, ...]
+    poses: Array
+    focals: Array
+    images: tuple[Array, ...]
+    depth: tuple[Array, ...]
+    confidence: tuple[Array, ...]
+    record: Record = field(default_factory=Record, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, found: Alignment, photos: Sequence[Photo], record: Record | None = None) -> Scene:
+        """From an alignment and its pictures."""
+        each = range(len(photos))
+        return cls(
+            tuple(p.name for p in photos), tuple(p.affine for p in photos), found.poses.double().numpy(),
+            found.focals.double().numpy(),
+            tuple((p.pixels.permute(1, 2, 0) * 255).round().byte().numpy() for p in photos),
+            tuple(found.depth_map(n).numpy() for n in each), tuple(found.confidence_map(n).numpy() for n in each),
+            record or Record(),
+        )  # fmt: skip
+
+    def points(self, n: int) -> Array:
+        """World points ``(H, W, 3)``."""
+        height, width = self.depth[n].shape
+        v, u = np.mgrid[:height, :width].astype(np.float64)
+        own = np.stack([(u - width / 2) / self.focals[n], (v - height / 2) / self.focals[n], np.ones_like(u)], -1)
+        return (own * self.depth[n][..., None]) @ self.poses[n][:3, :3].T + self.poses[n][:3, 3]
+
+    def export(
+        self, target: str | Path, kind: str = "", choice: Selection | None = None, **options: Any
+    ) -> int:
+        """Write the scene for other programs; returns the number of points written.
+
+        Args:
+            target: a file, or for "colmap" and "nerfstudio" a folder.
+            kind: "glb", "ply", "npz", "colmap" or "nerfstudio"; left out, the file's ending says it.
+            choice: which pixels; by default without the least confident fifth.
+            options: of :func:`pipelines.geometry.exports.glb.write_glb` (surfaces, cameras and their size).
+
+        Raises:
+            InputError: no such kind, no point left, or a scene that the kind cannot hold.
+        """
+        from pipelines.geometry import exports
+
+        return exports.export(self, Path(target), kind, choice, **options)
+
+    def save(self, file: Path) -> Path:
+        """Write everything as one npz (no pickles)."""
+        values: dict[str, Any] = {
+            "poses": self.poses, "focals": self.focals,
+            "about": np.array(json.dumps({"names": self.names, "affines": [asdict(a) for a in self.affines]})),
+        }  # fmt: skip
+        for n in range(len(self.names)):
+            values |= {f"image_{n}": self.images[n], f"depth_{n}": self.depth[n].astype(np.float32),
+                       f"confidence_{n}": self.confidence[n].astype(np.float32)}  # fmt: skip
+        with files.whole(file) as part, part.open("wb") as stream:  # a stream: numpy would add an ending to a name
+            np.savez_compressed(stream, **values)
+        return file
+
+    @classmethod
+    def load(cls, file: Path) -> Scene:
+        """Read it back. Raises :class:`InputError` for anything else."""
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                about = json.loads(str(kept["about"]))
+                each = range(len(about["names"]))
+                affines = tuple(Affine(tuple(a["scale"]), tuple(a["crop"]), tuple(a["size"])) for a in about["affines"])
+                return cls(
+                    tuple(about["names"]), affines, kept["poses"], kept["focals"],
+                    tuple(kept[f"image_{n}"] for n in each), tuple(kept[f"depth_{n}"] for n in each),
+                    tuple(kept[f"confidence_{n}"] for n in each),
+                )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"'{file.name}' is no reconstruction of this studio: {error}") from None

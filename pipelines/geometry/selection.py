@@ -1,0 +1,141 @@
+"""Which pixels of a scene are shown or written, and the points and surfaces that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.errors import InputError
+from pipelines.geometry.alignment import Alignment
+from pipelines.geometry.alignment import clean as without_hiding
+from pipelines.geometry.cameras import Similarity
+from pipelines.geometry.scene import Array, Scene
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pixels are shown or written.
+
+    Attributes:
+        confidence: least raw confidence (the network's own scale, always above 1).
+        percentile: drop this share of the least confident pixels too, in per cent.
+        frame: one picture's number, or None for all.
+        hide: background to leave out, judged by colour.
+        clean: leave out points that would hide what another, surer picture sees.
+        limit: most points; a random but fixed choice.
+
+    Raises:
+        InputError: a percentile outside [0, 100) or a limit below 1.
+    """
+
+    confidence: float = 1.0
+    percentile: float = 20.0
+    frame: int | None = None
+    hide: Literal["nothing", "black", "white", "sky"] = "nothing"
+    limit: int = 500_000
+    clean: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.percentile < 100 or self.limit < 1:
+            raise InputError("The percentile must lie between 0 and 100 and the number of points be 1 or more.")
+
+
+def masks(scene: Scene, choice: Selection) -> list[Array]:
+    """Chosen pixels ``(H, W)`` of every picture."""
+    everything = np.concatenate([c.ravel() for c in scene.confidence])
+    least = max(choice.confidence, float(np.percentile(everything, choice.percentile)))
+    out = []
+    for n, confidence in enumerate(cleaned(scene).confidence if choice.clean else scene.confidence):
+        mask = (confidence >= least) & (confidence > 0) & np.isfinite(scene.depth[n])
+        if choice.frame is not None and choice.frame != n:
+            mask = np.zeros_like(mask)
+        if choice.hide == "black":
+            mask &= scene.images[n].astype(int).sum(-1) >= 24
+        elif choice.hide == "white":
+            mask &= scene.images[n].min(-1) <= 240
+        elif choice.hide == "sky":
+            mask &= ~sky(scene.images[n])
+        out.append(mask)
+    return out
+
+
+def cleaned(scene: Scene) -> Scene:
+    """The scene without the confidence of what :func:`pipelines.geometry.alignment.clean` takes for wrong."""
+    room = max(depth.size for depth in scene.depth)
+
+    def flat(maps: Sequence[Array]) -> Tensor:
+        return torch.stack([F.pad(torch.from_numpy(m.ravel()).float(), (0, room - m.size)) for m in maps])
+
+    sizes = tuple((depth.shape[0], depth.shape[1]) for depth in scene.depth)
+    none = torch.zeros(2, 0, room)
+    still = Similarity(torch.ones(0), torch.zeros(0, 3, 3), torch.zeros(0, 3))
+    aligned = without_hiding(
+        Alignment(sizes, torch.from_numpy(scene.poses).float(), torch.from_numpy(scene.focals).float(),
+                  flat(scene.depth), flat(scene.confidence), none, none, still)
+    )  # fmt: skip
+    return replace(scene, confidence=tuple(aligned.confidence_map(n).numpy() for n in range(len(sizes))))
+
+
+def sky(image: Array) -> Array:
+    """Pixels ``(H, W)`` of the sky: bright blue, or nearly white, and joined to the upper edge."""
+    import cv2
+
+    hue, saturation, value = (channel.astype(int) for channel in cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV)))
+    blue = (hue >= 90) & (hue <= 130) & (saturation >= 30) & (value >= 120)  # hue counts half degrees
+    pale = (saturation <= 25) & (value >= 230)
+    _, regions = cv2.connectedComponents((blue | pale).astype(np.uint8))
+    above = np.setdiff1d(regions[0], [0])
+    return np.isin(regions, above)
+
+
+def cloud(scene: Scene, choice: Selection) -> tuple[Array, Array, Array]:
+    """Chosen points ``(M, 3)``, colours uint8 ``(M, 3)`` and confidences ``(M,)``.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    chosen = masks(scene, choice)
+    points = np.concatenate([scene.points(n)[mask] for n, mask in enumerate(chosen)])
+    colours = np.concatenate([scene.images[n][mask] for n, mask in enumerate(chosen)])
+    confidence = np.concatenate([scene.confidence[n][mask] for n, mask in enumerate(chosen)])
+    if len(points) == 0:
+        raise InputError(_nothing_left("point", scene, choice))
+    if len(points) > choice.limit:
+        kept = np.sort(np.random.default_rng(0).choice(len(points), choice.limit, replace=False))
+        points, colours, confidence = points[kept], colours[kept], confidence[kept]
+    return points, colours, confidence
+
+
+def _nothing_left(what: str, scene: Scene, choice: Selection) -> str:
+    least, most = min(float(c.min()) for c in scene.confidence), max(float(c.max()) for c in scene.confidence)
+    return (
+        f"No {what} is left at a confidence of {choice.confidence:g} or more: in this scene it lies between "
+        f"{least:.3g} and {most:.3g}. Lower the confidence threshold, or hide less."
+    )
+
+
+def triangles(scene: Scene, choice: Selection, tear: float = 0.05) -> tuple[Array, Array, Array]:
+    """Vertices, colours and faces ``(F, 3)``: neighbouring pixels joined unless depth jumps by more than ``tear``."""
+    vertices, colours, faces, base = [], [], [], 0
+    for n, mask in enumerate(masks(scene, choice)):
+        height, width = mask.shape
+        index = np.arange(height * width).reshape(height, width)
+        a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
+        quads = np.stack([a, c, b, b, c, d], -1).reshape(-1, 3)
+        depth, kept = scene.depth[n].ravel(), mask.ravel()
+        corner = depth[quads]
+        good = kept[quads].all(1) & (np.ptp(corner, axis=1) < tear * corner.mean(1))
+        vertices.append(scene.points(n).reshape(-1, 3))
+        colours.append(scene.images[n].reshape(-1, 3))
+        faces.append(quads[good] + base)
+        base += height * width
+    joined = np.concatenate(faces)
+    if len(joined) == 0:
+        raise InputError(_nothing_left("surface", scene, choice))
+    return np.concatenate(vertices), np.concatenate(colours), joined
