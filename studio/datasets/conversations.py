@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import InputError, nearest
-from studio.datasets.texts import Row, TextReport
+from studio.datasets.texts import Row, TextReport, left_out
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""``role`` and ``content``, and what else a chat template may write (:data:`PASSED`)."""
+
+LEARN = "learn"
+"""Key of an assistant's message that says whether it is learnt (absent = yes); no template sees it."""
+
+PASSED = ("reasoning_content", "tool_calls", "tool_call_id", "name")
+"""Further keys of a message that chat templates know."""
 
 ROLES = ("system", "user", "assistant", "tool")
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
@@ -29,11 +37,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of a conversation; ``pair`` marks a prompt with its completion, which needs no chat template."""
+    """Turns of a conversation; ``pair`` marks a prompt with its completion, which needs no chat template; ``tools`` are
+    the functions that the assistant may call, as chat templates want them."""
 
     number: int
     messages: tuple[Message, ...]
     pair: bool = False
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,34 +61,53 @@ _PROMPTS = ("prompt", "instruction", "question", "input")
 _COMPLETIONS = ("completion", "output", "response", "answer")
 _TEXTS = ("text", "sentence", "content")
 _LABELS = ("label", "labels", "class", "category")
+_SYSTEMS = ("system", "system_prompt")
+_HISTORY, _TOOLS = "history", "tools"
+_WEIGHTS = ("weight", "train", "training")
+_REASONS = ("reasoning_content", "reasoning", "thinking")
 _SECONDS = ("text_pair", "sentence2", "second_text")
 
 
-def conversations(report: TextReport, columns: Columns, system: str = "") -> list[Conversation | Text]:
+def conversations(
+    report: TextReport, columns: Columns, system: str = "", skip_broken: bool = False
+) -> list[Conversation | Text]:
     """Every row as a conversation, or as a plain text when the data has texts only.
 
+    A ``system`` column, a ``history`` (pairs, or messages) and ``tools`` become parts of the conversation. Columns and
+    keys of messages that are not used are named in ``report.remarks``.
+
     Raises:
-        InputError: columns that are missing, or rows that are no conversation, named by number.
+        InputError: columns that are missing, or (unless ``skip_broken``) rows that are no conversation, by number.
     """
     have = report.columns
+    also = [name for name in (*_SYSTEMS, _HISTORY, _TOOLS) if name in have]
     messages = _column(report, columns.messages, _MESSAGES)
     if messages:
-        return _each(report, lambda row: _conversation(row, messages, system))
+        _name_unused(report, [messages, *also])
+        return _each(report, lambda row: _conversation(row, messages, system, report), skip_broken)
     prompt = _column(report, columns.prompt, _PROMPTS)
     completion = _column(report, columns.completion, _COMPLETIONS)
     if prompt and completion:
         extra = "input" if prompt == "instruction" and "input" in have else ""
-        return _each(report, lambda row: _pair(row, prompt, completion, extra, system))
+        _name_unused(report, [prompt, completion, extra, *also])
+        return _each(report, lambda row: _pair(row, prompt, completion, extra, system, report), skip_broken)
     text = _column(report, columns.text, _TEXTS)
     if text:
-        return _each(report, lambda row: Text(row.number, _string(row, text)))
+        _name_unused(report, [text])
+        return _each(report, lambda row: Text(row.number, _string(row, text)), skip_broken)
     raise InputError(
         f"'{report.source}' has the columns {', '.join(have)}, but training needs 'messages', or 'prompt' and "
         "'completion', or 'text': rename them, or say which is which (prompt_column, completion_column ...)."
     )
 
 
-def labelled_texts(report: TextReport, columns: Columns) -> list[Text]:
+def _name_unused(report: TextReport, used: Sequence[str]) -> None:
+    unused = [name for name in report.columns if name not in used]
+    if unused:
+        report.remarks.append(f"columns that are not used: {', '.join(unused)}")
+
+
+def labelled_texts(report: TextReport, columns: Columns, skip_broken: bool = False) -> list[Text]:
     """Every row as a text with its label.
 
     Raises:
@@ -92,13 +121,15 @@ def labelled_texts(report: TextReport, columns: Columns) -> list[Text]:
             "label: rename them, or set text_column and label_column."
         )
     second = next((name for name in _SECONDS if name in report.columns), "")
+    _name_unused(report, [text, label, second])
     return _each(
         report,
         lambda row: Text(row.number, _string(row, text), _label(row, label), _string(row, second) if second else None),
+        skip_broken,
     )
 
 
-def plain_texts(report: TextReport, columns: Columns) -> list[Text]:
+def plain_texts(report: TextReport, columns: Columns, skip_broken: bool = False) -> list[Text]:
     """Every row as a text.
 
     Raises:
@@ -110,7 +141,8 @@ def plain_texts(report: TextReport, columns: Columns) -> list[Text]:
             f"'{report.source}' has the columns {', '.join(report.columns)}, but masked language modelling needs a "
             "'text': rename it, or set text_column."
         )
-    return _each(report, lambda row: Text(row.number, _string(row, text)))
+    _name_unused(report, [text])
+    return _each(report, lambda row: Text(row.number, _string(row, text)), skip_broken)
 
 
 # ------------------------------------------------------------------------------------------------ one row
@@ -120,19 +152,21 @@ class _Unfit(Exception):
     """Why a row cannot be used."""
 
 
-def _each(report: TextReport, make: Any) -> list[Any]:
-    """``make`` of every row; all rows it refuses become one error."""
+def _each(report: TextReport, make: Any, skip_broken: bool = False) -> list[Any]:
+    """``make`` of every row; all rows it refuses become one error, or a remark with ``skip_broken``."""
     made, wrong = [], []
     for row in report.rows:
         try:
             made.append(make(row))
         except _Unfit as reason:
             wrong.append(f"{report.place(row.number)}: {reason}")
-    if wrong:
+    if wrong and skip_broken and made:
+        report.remarks.append(f"{left_out(len(wrong))} ({'; '.join(wrong[:_SHOWN])})")
+    elif wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise InputError(
             f"'{report.source}' has {len(wrong)} rows that cannot be used ({'; '.join(wrong[:_SHOWN])}{more}): "
-            "mend or remove them."
+            "mend or remove them, or set skip_broken to true to leave them out."
         )
     return made
 
@@ -162,46 +196,152 @@ def _label(row: Row, column: str) -> str:
     return str(value).strip()
 
 
-def _pair(row: Row, prompt: str, completion: str, extra: str, system: str) -> Conversation:
+def _pair(row: Row, prompt: str, completion: str, extra: str, system: str, report: TextReport) -> Conversation:
     asked = row.values.get(prompt)
     answered = row.values.get(completion)
     if isinstance(asked, list) and isinstance(answered, list):  # both halves as messages
-        messages = _messages([*asked, *answered])
+        messages = _messages([*asked, *answered], report)
     else:
         question = _string(row, prompt)
         if extra and str(row.values.get(extra) or "").strip():
             question = f"{question}\n\n{row.values[extra]}"
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _string(row, completion)}]
-    return Conversation(row.number, tuple(_with_system(messages, system)), pair=True)
+    messages = [*_history(row, report), *messages]
+    return Conversation(row.number, _whole(messages, row, system), pair=True, tools=_tools(row))
 
 
-def _conversation(row: Row, column: str, system: str) -> Conversation:
+def _conversation(row: Row, column: str, system: str, report: TextReport) -> Conversation:
     turns = row.values.get(column)
     if not isinstance(turns, list) or not turns:
         raise _Unfit(f"'{column}' is no list of messages")
-    messages = _messages(turns)
-    if not any(message["role"] == "assistant" for message in messages):
+    messages = _messages(turns, report)
+    if not any(message["role"] == "assistant" and message.get(LEARN, True) for message in messages):
         raise _Unfit("no message of the assistant, so there is nothing to learn")
-    return Conversation(row.number, tuple(_with_system(messages, system)))
+    messages = [*_history(row, report), *messages]
+    return Conversation(row.number, _whole(messages, row, system), tools=_tools(row))
 
 
-def _messages(turns: Sequence[Any]) -> list[Message]:
+def _messages(turns: Sequence[Any], report: TextReport) -> list[Message]:
     messages = []
     for position, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping):
             raise _Unfit(f"message {position} is no object with role and content")
-        role = str(turn.get("role", turn.get("from", ""))).lower()
-        role = _OTHER_ROLES.get(role, role)
-        content = turn.get("content", turn.get("value"))
-        if role not in ROLES:
-            raise _Unfit(f"message {position} has the role '{role}' (known: {', '.join(ROLES)})")
-        if not isinstance(content, str) or not content.strip():
-            raise _Unfit(f"message {position} has no content")
-        messages.append({"role": role, "content": content})
+        messages.append(_message(turn, position, report))
     return messages
 
 
-def _with_system(messages: list[Message], system: str) -> list[Message]:
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+def _message(turn: Mapping[str, Any], position: int, report: TextReport) -> Message:
+    role = str(turn.get("role", turn.get("from", ""))).lower()
+    role = _OTHER_ROLES.get(role, role)
+    if role not in ROLES:
+        raise _Unfit(f"message {position} has the role '{role}' (known: {', '.join(ROLES)})")
+    calls = turn.get("tool_calls")
+    made: Message = {"role": role, "content": _content(turn.get("content", turn.get("value")), position, bool(calls))}
+    made |= {key: turn[key] for key in PASSED if turn.get(key)}
+    if calls:
+        made["tool_calls"] = _calls(calls, position)
+    reason = next((turn[key] for key in _REASONS if turn.get(key)), None)
+    if reason is not None:
+        if not isinstance(reason, str):
+            raise _Unfit(f"the reasoning of message {position} is no text but {type(reason).__name__}")
+        made["reasoning_content"] = reason
+    if role == "assistant" and not _learnt(turn, position):
+        made[LEARN] = False
+    _name_keys(turn, role, report)
+    return made
+
+
+def _content(value: Any, position: int, calls: bool) -> str:
+    if isinstance(value, list):
+        kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value]
+        strange = next((kind for kind in kinds if kind != "text"), None)
+        if strange is not None:
+            raise _Unfit(f"message {position} has a part of the type '{strange}': text alone is read")
+        value = "".join(str(part.get("text") or "") for part in value)
+    if value is None and calls:
+        return ""
+    if value is not None and not isinstance(value, str):
+        raise _Unfit(f"the content of message {position} is no text but {type(value).__name__}")
+    if not calls and not (value or "").strip():
+        raise _Unfit(f"message {position} has no content")
+    return str(value)
+
+
+def _calls(calls: Any, position: int) -> list[Any]:
+    """Tool calls with their arguments as objects, as chat templates want them; files often hold them as JSON text."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise _Unfit(f"the tool_calls of message {position} are no list of objects")
+    made = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            arguments = _json(function["arguments"], f"the arguments of a tool call in message {position}")
+            call = {**call, "function": {**function, "arguments": arguments}}
+        made.append(call)
+    return made
+
+
+def _learnt(turn: Mapping[str, Any], position: int) -> bool:
+    """What ``weight`` (0 or 1), ``train`` or ``training`` of a message say."""
+    marks = [turn[key] for key in _WEIGHTS if turn.get(key) is not None]
+    if any(isinstance(mark, str) or mark not in (0, 1) for mark in marks):
+        raise _Unfit(f"message {position} has the weight {marks}: 0 (read only) or 1 (learn) is possible")
+    return all(marks)
+
+
+def _name_keys(turn: Mapping[str, Any], role: str, report: TextReport) -> None:
+    known = {"role", "from", "content", "value", *PASSED, *_REASONS, *(_WEIGHTS if role == "assistant" else ())}
+    for key in turn:
+        if key not in known and turn[key] not in (None, "", [], {}):
+            remark = f"the key '{key}' of messages from the {role} is not used"
+            if remark not in report.remarks:
+                report.remarks.append(remark)
+
+
+def _history(row: Row, report: TextReport) -> list[Message]:
+    """Earlier turns: pairs of question and answer, or messages."""
+    value = row.values.get(_HISTORY)
+    if isinstance(value, str) and value.strip():
+        value = _json(value, f"'{_HISTORY}'")
+    if not value:
+        return []
+    if not isinstance(value, list):
+        raise _Unfit(f"'{_HISTORY}' is no list")
+    turns: list[Any] = []
+    for part in value:
+        if isinstance(part, list | tuple) and len(part) == 2:
+            turns += [{"role": "user", "content": part[0]}, {"role": "assistant", "content": part[1]}]
+        else:
+            turns.append(part)
+    return _messages(turns, report)
+
+
+def _tools(row: Row) -> tuple[Any, ...]:
+    value = row.values.get(_TOOLS)
+    if isinstance(value, str) and value.strip():
+        value = _json(value, f"'{_TOOLS}'")
+    if not value:
+        return ()
+    if not isinstance(value, list):
+        raise _Unfit(f"'{_TOOLS}' is no list of functions")
+    return tuple(value)
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        raise _Unfit(f"{what} is not JSON") from None
+
+
+def _whole(messages: list[Message], row: Row, system: str) -> tuple[Message, ...]:
+    """The conversation with the row's own system message, or else the configured one, unless it begins with one."""
+    own = next((row.values[name] for name in _SYSTEMS if row.values.get(name)), None)
+    if own is not None and not isinstance(own, str):
+        raise _Unfit(f"the system message is no text but {type(own).__name__}")
+    if messages[0]["role"] == "system":
+        if own and own.strip() and own.strip() != messages[0]["content"].strip():
+            raise _Unfit("the row has a system column and another system message in its conversation")
+        return tuple(messages)
+    text = own if own and own.strip() else system
+    return ({"role": "system", "content": text}, *messages) if text else tuple(messages)

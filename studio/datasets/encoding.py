@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import InputError
-from studio.datasets.conversations import Conversation, Message, Text
+from studio.datasets.conversations import LEARN, PASSED, Conversation, Message, Text
 
 IGNORED = -100
 """The label of a token that is not learnt."""
@@ -34,12 +34,14 @@ class Encodings:
         samples: what is trained on.
         cut, skipped: numbers of rows that were too long.
         silent: numbers of rows in which nothing was left to learn.
+        ended: numbers of rows to which an end token was added, since the template writes none.
     """
 
     samples: list[Encoded] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     silent: list[int] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
 
 
 def encode_all(
@@ -62,12 +64,17 @@ def encode_all(
     made = Encodings()
     for item in items:
         if isinstance(item, Text):
-            ids = [*tokenizer.encode(item.text, add_special_tokens=True)]
-            ids = ids if not ids or ids[-1] == tokenizer.eos_token_id else [*ids, *_end(tokenizer)]
+            ids = _one_start(tokenizer.encode(item.text, add_special_tokens=True), tokenizer)
+            ids = _one_end(ids, tokenizer) if ids else ids
             pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+            if len(pieces) > 1 and len(pieces[-1]) == 1:  # the first token of a piece is not learnt
+                pieces[-1] = ids[-2:]
             made.samples += [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
             continue
         ids, learnt = encode_conversation(item, tokenizer)
+        if item.messages[-1].get(LEARN, True) and _endless(ids, learnt, tokenizer):
+            ids, learnt = [*ids, *_end(tokenizer)], [*learnt, *[True] * len(_end(tokenizer))]
+            made.ended.append(item.number)
         if len(ids) > max_length:
             if too_long == "refuse":
                 raise InputError(
@@ -78,7 +85,8 @@ def encode_all(
             if too_long == "skip":
                 continue
             ids, learnt = ids[:max_length], learnt[:max_length]
-        labels = [token if mine or loss_on == "all" else IGNORED for token, mine in zip(ids, learnt, strict=True)]
+        wanted = (True, False) if loss_on == "all" else (True,)
+        labels = [token if mine in wanted else IGNORED for token, mine in zip(ids, learnt, strict=True)]
         if all(label == IGNORED for label in labels[1:]):
             made.silent.append(item.number)
             continue
@@ -91,28 +99,75 @@ def encode_all(
     return made
 
 
-def encode_conversation(item: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """(tokens, whether each belongs to a turn of the assistant).
+def encode_conversation(item: Conversation, tokenizer: Any) -> tuple[list[int], list[bool | None]]:
+    """(tokens, whether each belongs to a turn of the assistant; None = never learnt, by the turn's weight).
 
     The chat template is applied to growing beginnings of the conversation, so any template works in which a turn
     does not change what stands before it.
 
     Raises:
-        InputError: there is no chat template, or it rewrites earlier turns.
+        InputError: there is no chat template, it refuses or leaves out something of the row, or rewrites earlier turns.
     """
-    messages = list(item.messages)
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    messages = [_fitted(message, str(template or ""), item) for message in item.messages]
+    if not template:
         if not item.pair:
             raise InputError(NO_TEMPLATE)
         return _plain_pair(messages, tokenizer)
+    if item.tools and "tools" not in str(template):
+        raise InputError(f"Row {item.number} has tools, which the chat template does not write: {_OTHER_TEMPLATE}")
     ids: list[int] = []
-    learnt: list[bool] = []
-    for position, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        ids, learnt = _grow(ids, learnt, render(tokenizer, messages[:position], True), False, item)
-        ids, learnt = _grow(ids, learnt, render(tokenizer, messages[: position + 1], False), True, item)
+    learnt: list[bool | None] = []
+    try:
+        for position, message in enumerate(item.messages):
+            if message["role"] != "assistant":
+                continue
+            turn = render(tokenizer, messages[: position + 1], False, item.tools)
+            if position:
+                before = render(tokenizer, messages[:position], True, item.tools)
+            else:
+                before = _opening(turn, tokenizer, item)
+            ids, learnt = _grow(ids, learnt, before, False, item)
+            ids, learnt = _grow(ids, learnt, turn, True if message.get(LEARN, True) else None, item)
+    except _TemplateError as error:
+        raise InputError(f"The chat template cannot write row {item.number}: {error}") from None
     return ids, learnt
+
+
+_OTHER_TEMPLATE = "use a base or chat_template that does, or take them out."
+
+
+def _fitted(message: Message, template: str, item: Conversation) -> Message:
+    """A message as the template wants it; reasoning that it does not know becomes a <think> part of the answer."""
+    made = {key: value for key, value in message.items() if key != LEARN}
+    if "tool_calls" in made and "tool_calls" not in template:
+        raise InputError(f"Row {item.number} has tool_calls, which the chat template does not write: {_OTHER_TEMPLATE}")
+    if "reasoning_content" in made and "reasoning_content" not in template:
+        made["content"] = f"<think>\n{made.pop('reasoning_content')}\n</think>\n\n{made['content']}"
+    return made
+
+
+def _opening(turn: list[int], tokenizer: Any, item: Conversation) -> list[int]:
+    """Beginning of a conversation that the assistant opens, up to the answer itself."""
+    asked: list[Message] = [{"role": "user", "content": "?"}]
+    head = render(tokenizer, asked, True)[len(render(tokenizer, asked, False)) :]
+    for start in range(len(turn) - len(head) + 1):
+        if head and turn[start : start + len(head)] == head:
+            return turn[: start + len(head)]
+    raise InputError(
+        f"Row {item.number} begins with the assistant, whose part this chat template does not mark there: begin it "
+        "with a message of the user."
+    )
+
+
+def unwritten(items: Sequence[Any], template: str) -> list[str]:
+    """Sentences on what of messages stands in the rows but not in the template."""
+    keys = {key for item in items if isinstance(item, Conversation) for message in item.messages for key in message}
+    lost = [key for key in PASSED if key in keys and key not in template and key not in ("reasoning_content",)]
+    said = [f"the chat template does not write '{key}' of messages" for key in lost]
+    if "reasoning_content" in keys and "reasoning_content" not in template:
+        said.append("reasoning is written as a <think> part of the answer, since the chat template has no place for it")
+    return said
 
 
 NO_TEMPLATE = (
@@ -121,25 +176,27 @@ NO_TEMPLATE = (
 )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], answer_next: bool) -> list[int]:
-    """Tokens of a conversation; ``answer_next`` ends it where the assistant begins.
+class _TemplateError(Exception):
+    """A template that does not write a conversation."""
 
-    Raises:
-        InputError: the template refuses these roles.
-    """
+
+def render(tokenizer: Any, messages: Sequence[Message], answer_next: bool, tools: Sequence[Any] = ()) -> list[int]:
+    """Tokens of a conversation; ``answer_next`` ends it where the assistant begins."""
     from jinja2 import TemplateError
 
     try:
-        made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer_next, return_dict=True)
-    except TemplateError as error:
-        raise InputError(f"The chat template cannot write this conversation: {error}") from None
+        made = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=answer_next, return_dict=True, tools=list(tools) or None
+        )
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _TemplateError(str(error)) from None
     ids: list[int] = list(made["input_ids"])
     return ids
 
 
 def _grow(
-    ids: list[int], learnt: list[bool], longer: list[int], mine: bool, item: Conversation
-) -> tuple[list[int], list[bool]]:
+    ids: list[int], learnt: list[bool | None], longer: list[int], mine: bool | None, item: Conversation
+) -> tuple[list[int], list[bool | None]]:
     if longer[: len(ids)] != ids:
         raise InputError(
             f"The chat template writes earlier turns differently when later ones follow (row {item.number}), so the "
@@ -148,15 +205,37 @@ def _grow(
     return longer, [*learnt, *[mine] * (len(longer) - len(ids))]
 
 
-def _plain_pair(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _endless(ids: Sequence[int], learnt: Sequence[bool | None], tokenizer: Any) -> bool:
+    """Whether the last answer ends in no special token, so nothing tells the model to stop."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(token for token, what in added.items() if what.special)}
+    for token, mine in zip(reversed(ids), reversed(learnt), strict=True):
+        if not mine or token in special:
+            return not mine and bool(_end(tokenizer))
+        if tokenizer.decode([token]).strip():  # white space may follow the end
+            break
+    return bool(_end(tokenizer))
+
+
+def _one_start(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Without the second start token of a text that brought its own."""
+    double = len(ids) > 1 and tokenizer.bos_token_id is not None and ids[0] == ids[1] == tokenizer.bos_token_id
+    return list(ids[1:] if double else ids)
+
+
+def _one_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    return list(ids) if ids and ids[-1] == tokenizer.eos_token_id else [*ids, *_end(tokenizer)]
+
+
+def _plain_pair(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool | None]]:
     """Prompt and completion written one after the other, for models without a chat template."""
     *before, answer = [message["content"] for message in messages]
-    start: list[int] = tokenizer.encode("\n".join(before), add_special_tokens=True)
+    start = _one_start(tokenizer.encode("\n".join(before), add_special_tokens=True), tokenizer)
     if start and start[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         start = start[:-1]
     gap = "" if before[-1][-1:].isspace() or answer[:1].isspace() else " "
-    rest = [*tokenizer.encode(gap + answer, add_special_tokens=False), *_end(tokenizer)]
-    return [*start, *rest], [False] * len(start) + [True] * len(rest)
+    rest = _one_end(tokenizer.encode(gap + answer, add_special_tokens=False), tokenizer)
+    return [*start, *rest], [*[False] * len(start), *[True] * len(rest)]
 
 
 def _end(tokenizer: Any) -> list[int]:

@@ -37,12 +37,14 @@ class TextReport:
         unit: what the numbers count ("line", "row", "paragraph").
         rows: the readable ones.
         broken: number -> what is wrong there.
+        remarks: sentences on what of the rows is not used.
     """
 
     source: str
     unit: str = "row"
     rows: list[Row] = field(default_factory=list)
     broken: dict[int, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def columns(self) -> list[str]:
@@ -86,19 +88,26 @@ def usable_rows(report: TextReport, skip_broken: bool = False, limit: int | None
     Raises:
         InputError: broken rows (named by number; with ``skip_broken`` they are left out), or none at all.
     """
-    if report.broken and not skip_broken:
+    if report.broken:
         first = list(report.broken.items())[:_SHOWN]
         shown = "; ".join(f"{report.place(number)}: {reason}" for number, reason in first)
         more = f" and {len(report.broken) - len(first)} more" if len(report.broken) > len(first) else ""
-        raise InputError(
-            f"'{report.source}' has {len(report.broken)} unreadable rows ({shown}{more}): "
-            "mend them, or set skip_broken to true to leave them out."
-        )
+        if not skip_broken:
+            raise InputError(
+                f"'{report.source}' has {len(report.broken)} unreadable rows ({shown}{more}): "
+                "mend them, or set skip_broken to true to leave them out."
+            )
+        report.remarks.append(f"{left_out(len(report.broken))} ({shown}{more})")
     if not report.rows:
         raise InputError(f"'{report.source}' holds no rows.")
     if limit is not None:
         report.rows = report.rows[:limit]
     return report
+
+
+def left_out(count: int) -> str:
+    """ "3 rows are left out", for messages."""
+    return f"{count} {'row is' if count == 1 else 'rows are'} left out"
 
 
 # ------------------------------------------------------------------------------------------------ the file formats
@@ -110,6 +119,8 @@ def _jsonl(path: Path) -> TextReport:
         if line.strip():
             try:
                 _add(report, number, json.loads(line))
+            except RecursionError:
+                report.broken[number] = "nested too deeply"
             except json.JSONDecodeError as error:
                 report.broken[number] = f"not JSON ({error.msg} at column {error.colno})"
     return report
@@ -182,10 +193,20 @@ _READERS: dict[str, Callable[[Path], TextReport]] = {
 
 
 def _add(report: TextReport, number: int, value: Any) -> None:
-    if isinstance(value, dict):
+    if not _writable(value):
+        report.broken[number] = "it holds half of a character (a lone surrogate such as \\ud800)"
+    elif isinstance(value, dict):
         report.rows.append(Row(number, value))
     else:
         report.broken[number] = f"an object with columns is expected, found {type(value).__name__}"
+
+
+def _writable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lines(path: Path, report: TextReport) -> Iterator[tuple[int, str]]:

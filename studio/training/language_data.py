@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from adapters.errors import InputError
 from studio.datasets.conversations import Columns, Conversation, Text, conversations, labelled_texts, plain_texts
-from studio.datasets.encoding import CHATML, IGNORED, Encoded, encode_all, pack
+from studio.datasets.encoding import CHATML, IGNORED, Encoded, encode_all, pack, unwritten
 from studio.datasets.seeds import derive, rng
 from studio.datasets.texts import TextReport, scan, usable_rows
 from studio.training.schemas.language import TrainLanguageConfig
@@ -29,6 +29,7 @@ class Rows:
         shown: what is trained on; ``held_out`` is only measured with.
         labels: classification: names of the classes, sorted.
         digest: identity of the data.
+        remarks: what of the rows is not used.
     """
 
     shown: Items
@@ -36,6 +37,7 @@ class Rows:
     labels: list[str] = field(default_factory=list)
     digest: str = ""
     columns: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def read_rows(config: TrainLanguageConfig) -> Rows:
@@ -51,12 +53,13 @@ def read_rows(config: TrainLanguageConfig) -> Rows:
     if config.validation_data:
         other = usable_rows(scan(config.validation_data, config.data_split), config.skip_broken)
         held_out, digest = _items(other, config), f"{digest} {other.digest()}"
+        report.remarks += [f"{other.source}: {remark}" for remark in other.remarks if remark not in report.remarks]
     elif config.validation_split:
         items, held_out = split(items, config.validation_split, config.seed)
     labels = sorted({str(item.label) for item in items if isinstance(item, Text)}) if _classifies(config) else []
     if _classifies(config):
         _check_labels(labels, held_out, config)
-    return Rows(items, held_out, labels, digest, report.columns)
+    return Rows(items, held_out, labels, digest, report.columns, report.remarks)
 
 
 def split(items: Items, share: float, seed: int) -> tuple[Items, Items]:
@@ -119,15 +122,17 @@ def encode(rows: Rows, tokenizer: Any, config: TrainLanguageConfig, longest: int
         return _causal(rows, tokenizer, config)
     shown, cut = _plain(rows.shown, rows.labels, tokenizer, config)
     held_out, _ = _plain(rows.held_out, rows.labels, tokenizer, config)
-    remark = f"{cut} texts were cut at max_length {config.max_length}" if cut else ""
-    return Samples(shown, held_out, remark)
+    remarks = [*rows.remarks, *([f"{cut} texts were cut at max_length {config.max_length}"] if cut else [])]
+    return Samples(shown, held_out, "; ".join(remarks))
 
 
 def _causal(rows: Rows, tokenizer: Any, config: TrainLanguageConfig) -> Samples:
     rules: dict[str, Any] = {"max_length": config.max_length, "too_long": config.too_long, "loss_on": config.loss_on}
     made = encode_all(rows.shown, tokenizer, **rules)
     held_out = encode_all(rows.held_out, tokenizer, **rules).samples if rows.held_out else []
-    remarks = []
+    remarks = [*rows.remarks, *unwritten([*rows.shown, *rows.held_out], str(tokenizer.chat_template or ""))]
+    if made.ended:
+        remarks.append(f"in {len(made.ended)} rows an end token is added, since the chat template writes none")
     if made.skipped:
         remarks.append(f"{len(made.skipped)} rows are longer than {config.max_length} tokens and left out")
     if made.cut:
@@ -251,10 +256,10 @@ def _items(report: TextReport, config: TrainLanguageConfig) -> Items:
         config.messages_column, config.prompt_column, config.completion_column, config.text_column, config.label_column
     )
     if config.task == "classification":
-        return list(labelled_texts(report, columns))
+        return list(labelled_texts(report, columns, config.skip_broken))
     if config.task == "masked":
-        return list(plain_texts(report, columns))
-    return conversations(report, columns, config.system_prompt)
+        return list(plain_texts(report, columns, config.skip_broken))
+    return conversations(report, columns, config.system_prompt, config.skip_broken)
 
 
 def _classifies(config: TrainLanguageConfig) -> bool:
