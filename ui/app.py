@@ -1,4 +1,4 @@
-"""The web app: six pages over the jobs and the library, served to this computer only unless told otherwise."""
+"""The web app: its pages over the jobs and the library, served to this computer only unless told otherwise."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from adapters.errors import InputError
 from studio import jobs as job_store
 from studio import library as shelves
 from studio import settings
-from ui import markup, pictures
+from ui import markup, navigation, pictures
 from ui.components import rack
 from ui.errors import errors_shown
 from ui.pages import compose, jobs, language, library, reconstruct, train
 from ui.theme import STATIC, StudioTheme, css, script
 
-TABS = ("compose", "train", "language", "reconstruct", "library", "jobs")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 A_DAY = 86400
 
@@ -50,23 +50,29 @@ def build() -> gr.Blocks:
     app = gr.Blocks(title="Adapter Studio", analytics_enabled=False, fill_width=True, delete_cache=(A_DAY, A_DAY))
     with app:
         gr.HTML(markup.header(), elem_id="header", apply_default_css=False, js_on_load=script("header"))
-        with gr.Tabs(selected="compose", elem_id="pages") as tabs:
-            with gr.Tab("Compose", id="compose", render_children=True):
-                compose_page = compose.build()
-            with gr.Tab("Train", id="train", render_children=True):
-                train_page = train.build()
-            with gr.Tab("Language", id="language", render_children=True):
-                language_page = language.build()
-            with gr.Tab("Reconstruct", id="reconstruct", render_children=True):
-                reconstruct_page = reconstruct.build()
-            with gr.Tab("Library", id="library", render_children=True):
-                library_page = library.build()
-            with gr.Tab("Jobs", id="jobs", render_children=True):
-                jobs_page = jobs.build()
+        with gr.Row(elem_id="frame", equal_height=False):
+            menu = navigation.menu()
+            with gr.Tabs(selected=navigation.START, elem_id="pages") as tabs:
+                with _tab("compose"):
+                    compose_page = compose.build()
+                with _tab("train"):
+                    train_page = train.build()
+                with _tab("language"):
+                    language_page = language.build()
+                with _tab("reconstruct"):
+                    reconstruct_page = reconstruct.build()
+                with _tab("library"):
+                    library_page = library.build()
+                with _tab("jobs"):
+                    jobs_page = jobs.build()
         pages = _Pages(tabs, compose_page, train_page, language_page, reconstruct_page, library_page, jobs_page)
-        _wire_tabs(app, pages)
+        _wire_tabs(app, menu, pages)
         _wire_crossings(pages)
     return app
+
+
+def _tab(key: str) -> gr.Tab:
+    return gr.Tab(navigation.TITLES[key], id=key, elem_id=f"page-{key}", render_children=True)
 
 
 # ------------------------------------------------------------------------------------------------ between the pages
@@ -81,21 +87,20 @@ def _choosers(pages: _Pages) -> list[Any]:
     ]  # fmt: skip
 
 
-def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
+def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
     """Opening the app, and going from page to page: each shows what is true now."""
     choices = _choosers(pages)
 
     @errors_shown
-    def arrive(request: gr.Request) -> Any:
-        wanted = request.query_params.get("view", "compose")
-        wanted = wanted if wanted in TABS else "compose"
+    def arrive(path: str) -> Any:
+        wanted = navigation.page_at(path)
         return [gr.Tabs(selected=wanted), gr.Timer(active=wanted == "jobs"), *_choices()]
 
     @errors_shown
     def go(event: gr.SelectData) -> Any:
-        return [gr.Timer(active=event.value == "Jobs"), *_choices()]
+        return [gr.Timer(active=event.value == navigation.TITLES["jobs"]), *_choices()]
 
-    app.load(arrive, None, [pages.tabs, pages.jobs.timer, *choices], **_PRIVATE)
+    app.load(arrive, menu, [pages.tabs, pages.jobs.timer, *choices], js="() => [location.pathname]", **_PRIVATE)
     app.load(lambda: _latest("compose", compose.follow, "compare"), None, pages.compose.view, **_PRIVATE)
     app.load(lambda: _latest("train-image", train.follow), None, pages.train.view, **_PRIVATE)
     app.load(lambda: _latest("distill", train.follow), None, pages.train.distill.view, **_PRIVATE)
@@ -109,13 +114,6 @@ def _wire_tabs(app: gr.Blocks, pages: _Pages) -> None:
     gr.on(pages.library.acts, None, cancels=listed, **_PRIVATE)  # an answer from before must not undo an act
     pages.tabs.select(go, None, [pages.jobs.timer, *choices], **_PRIVATE)
     pages.tabs.select(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
-    pages.tabs.select(None, None, None, js=_ADDRESS)
-
-
-_ADDRESS = """() => setTimeout(() => {
-  const name = document.querySelector('#pages button[role=tab][aria-selected=true]')?.textContent.trim().toLowerCase();
-  if (name) history.replaceState(null, '', name === 'compose' ? location.pathname : `?view=${name}`);
-}, 50)"""
 
 
 def _choices() -> list[Any]:
@@ -225,6 +223,7 @@ def launch(
         allowed_paths=served(), blocked_paths=hidden(), theme=StudioTheme(), css=css(), head=_HEAD, footer_links=[],
         favicon_path=STATIC / "icon.png", ssr_mode=False, run_history=False, pwa=False, mcp_server=False,
         show_error=False, quiet=True, enable_monitoring=False, strict_cors=True,
+        app_kwargs={"middleware": [Middleware(navigation.Addresses)]},
     )  # fmt: skip
 
 

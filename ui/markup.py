@@ -112,8 +112,8 @@ _OVERLAP = (
 def header() -> str:
     """The wordmark and the switch between the light and the dark side."""
     return (
-        f'<header class="as-header"><a class="as-brand" href="?" aria-label="Adapter Studio, start page">{_OVERLAP}'
-        "<span>Adapter<b>Studio</b></span></a>"
+        f'<header class="as-header"><a class="as-brand" href="compose" aria-label="Adapter Studio, start page">'
+        f"{_OVERLAP}<span>Adapter<b>Studio</b></span></a>"
         '<button type="button" class="as-theme" data-theme-switch aria-label="Switch between light and dark">'
         '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 3a9 9 0 1 0 9 9 7 7 0 0 1-9-9z"/></svg>'
         "</button></header>"

@@ -151,9 +151,9 @@ class Tab:
     def open(self, view: str = "compose") -> Any:
         """Show a page of the app and wait until it is ready."""
         self.leave()
-        self.page.goto(f"{self.server.url}?view={view}")
+        self.page.goto(f"{self.server.url}{view}")
         self.page.wait_for_selector("#generate", state="attached")
-        self.page.wait_for_selector(f"#pages button[role=tab][aria-selected=true]:text-is('{view.capitalize()}')")
+        self.page.wait_for_selector(f"#nav a[data-page={view}][aria-current]", state="attached")
         return self.page
 
     def leave(self) -> None:

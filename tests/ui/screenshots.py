@@ -97,7 +97,7 @@ def compose(page: Any) -> None:
 
 def reconstruct(page: Any) -> None:
     """The sample scene, long enough for its viewer to draw it."""
-    go(page, "Reconstruct")
+    go(page, "reconstruct")
     page.click("#reconstruct-sample")
     page.wait_for_selector("#reconstruct-drop :text('room-0')")
     page.click("#reconstruct-start")
@@ -107,7 +107,7 @@ def reconstruct(page: Any) -> None:
 
 
 def train(page: Any, pictures: list[Path], name: str) -> None:
-    go(page, "Train")
+    go(page, "train")
     page.set_input_files("#train-drop input[type=file]", [str(picture) for picture in pictures])
     page.wait_for_selector(".as-caption >> nth=2")
     page.fill("#train-name textarea, #train-name input", name)
@@ -121,7 +121,9 @@ def train(page: Any, pictures: list[Path], name: str) -> None:
 
 
 def go(page: Any, view: str) -> None:
-    page.click(f"#pages button[role=tab]:text-is('{view}')")
+    if not page.is_visible(f"#nav a[data-page={view}]"):
+        page.click(".as-nav-open")
+    page.click(f"#nav a[data-page={view}]")
     page.wait_for_timeout(1500)
 
 
@@ -135,7 +137,7 @@ def phone(browser: Any, url: str) -> None:
         choose(page, name)
     page.evaluate("document.querySelector('#rack').scrollIntoView({block: 'center'})")
     shoot(page, "compose")
-    go(page, "Train")
+    go(page, "train")
     page.evaluate("document.querySelector('#train-result').scrollIntoView()")
     shoot(page, "train")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from studio.composition import recipe_png
-from tests.ui.conftest import Tab
+from tests.ui.conftest import Server, Tab
+from ui import navigation
 
 # A browser on a busy machine may miss a beat; what is broken fails three times.
 pytestmark = [pytest.mark.browser, pytest.mark.flaky(reruns=2)]
@@ -17,7 +20,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.flaky(reruns=2)]
 LONG = 240_000
 """Milliseconds for what a worker must start for: enough on a machine that is busy with other things."""
 
-PAGES = ("compose", "train", "language", "library", "jobs")
+PAGES = tuple(place.key for place in navigation.PLACES)
 
 
 def choose(page: Any, name: str) -> None:
@@ -30,15 +33,13 @@ def choose(page: Any, name: str) -> None:
 
 
 def go(page: Any, view: str) -> None:
-    """Open a page by its tab, or by the menu at the end of the bar where a narrow window leaves no room for it."""
-    tab = page.locator(f"#pages button[role=tab]:text-is('{view.capitalize()}')")
-    more = page.locator(f"#pages .overflow-dropdown button:text-is('{view.capitalize()}')")
-    tab.or_(more).first.wait_for(state="attached")
-    if tab.count() and tab.first.is_visible():
-        tab.first.click()
-        return
-    page.click("#pages .overflow-menu > button")
-    more.click()
+    """Open a page by the menu, which a narrow window folds."""
+    link = page.locator(f"#nav a[data-page={view}]")
+    link.wait_for(state="attached")
+    if not link.is_visible():
+        page.click(".as-nav-open")
+    link.click()
+    page.wait_for_selector(f"#nav a[data-page={view}][aria-current]", state="attached")
 
 
 def until_done(page: Any, panel: str) -> None:
@@ -132,7 +133,7 @@ def test_train_five_steps_see_it_in_jobs_and_try_it(tab: Tab, tmp_path: Path) ->
     page.click("#train-start")
     page.wait_for_selector("text=There are no pictures yet")
     page.set_input_files("#train-drop input[type=file]", [*files, str(caption), str(broken)])
-    page.wait_for_selector("text='broken.png' cannot be read as a picture.")
+    page.wait_for_selector("text='broken.png' cannot be read as a picture: its content")
     assert page.locator(".as-caption").count() == 2
     assert page.input_value(".as-caption:has-text('photo-1') textarea") == "a zxq on a table"
     page.fill(".as-caption:has-text('photo-0') textarea", "a zxq in the sun")
@@ -224,3 +225,26 @@ def test_the_dark_side_is_remembered(tab: Tab) -> None:
     assert page.evaluate("document.body.classList.contains('dark')")
     tab.open("jobs")
     page.wait_for_function("document.body.classList.contains('dark')")
+
+
+def test_every_page_has_an_address_and_the_browser_goes_back(tab: Tab) -> None:
+    page = tab.open("train")
+    assert page.title() == "Train · Adapter Studio"
+    go(page, "jobs")
+    assert page.url.endswith("/jobs")
+    page.go_back()
+    page.wait_for_selector("#nav a[data-page=train][aria-current]")
+    assert page.url.endswith("/train")
+    page.goto(f"{tab.server.url}3d")
+    page.wait_for_selector("#nav a[data-page=reconstruct][aria-current]")
+
+
+def test_an_unknown_address_says_where_the_pages_are(server: Server) -> None:
+    request = urllib.request.Request(f"{server.url}nonsense%3Cb%3E", headers={"Accept": "text/html"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    told = refused.value.read().decode()
+    assert refused.value.code == 404
+    assert "nonsense&lt;b&gt;" in told
+    assert all(f'href="/{place.key}"' in told for place in navigation.PLACES)
+    assert server.status("train") == 200

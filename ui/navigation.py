@@ -1,0 +1,134 @@
+"""Which pages there are, in which groups, and at which addresses.
+
+Every page is a tab of one app, so that pages can fill each other's forms; the bar of the tabs is hidden and the menu at
+the side stands for it. A page's address is its key (``/train``); other words that people try lead there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import gradio as gr
+
+from ui import markup
+from ui.theme import script
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A page: its key (address and tab), its title, and other words for its address."""
+
+    key: str
+    title: str
+    also: tuple[str, ...] = ()
+
+
+GROUPS: tuple[tuple[str, tuple[Place, ...]], ...] = (
+    (
+        "Images",
+        (
+            Place("compose", "Compose", ("images", "generate", "create")),
+            Place("train", "Train", ("training", "distill")),
+        ),
+    ),
+    ("Language", (Place("language", "Chat and train", ("chat", "text", "llm")),)),
+    ("3D", (Place("reconstruct", "Reconstruct", ("3d", "scenes", "scene")),)),
+    (
+        "Yours",
+        (
+            Place("library", "Library", ("adapters", "models", "bases")),
+            Place("jobs", "Jobs", ("queue", "runs")),
+        ),
+    ),
+)
+"""The menu."""
+
+PLACES = tuple(place for _, places in GROUPS for place in places)
+START = PLACES[0].key
+ADDRESSES = {word: place.key for place in PLACES for word in (place.key, *place.also)}
+"""Address -> key of the page."""
+
+TITLES = {place.key: place.title for place in PLACES}
+
+
+def page_at(path: str) -> str:
+    """Key of the page at a path as the browser has it (``/train``); the first page for any other."""
+    return ADDRESSES.get(path.strip("/").lower(), START)
+
+
+def menu() -> gr.HTML:
+    """The menu. It follows the tabs, whoever changed them, and keeps address, title and history of the browser true."""
+    groups = "".join(
+        f"<section><h2>{markup.text(title)}</h2><ul>{''.join(map(_link, places))}</ul></section>"
+        for title, places in GROUPS
+    )
+    return gr.HTML(
+        '<nav class="as-nav" aria-label="Pages"><button type="button" class="as-nav-open" aria-expanded="false">'
+        f'<span>Menu</span><b></b></button><div class="as-nav-pages">{groups}</div></nav>',
+        elem_id="nav", js_on_load=script("navigation"), apply_default_css=False,
+    )  # fmt: skip
+
+
+def _link(place: Place) -> str:
+    return f'<li><a href="{markup.text(place.key)}" data-page="{place.key}">{markup.text(place.title)}</a></li>'
+
+
+class Addresses:
+    """ASGI: every page's address serves the app, and an address that nobody knows gets a page that says so."""
+
+    def __init__(self, app: Asgi) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope.get("method") not in ("GET", "HEAD"):
+            await self.app(scope, receive, send)
+            return
+        if scope["path"].strip("/").lower() in ADDRESSES:
+            await self.app({**scope, "path": "/", "raw_path": b"/"}, receive, send)
+            return
+        await self.app(scope, receive, _explaining(scope, send) if _wants_page(scope) else send)
+
+
+def _wants_page(scope: Scope) -> bool:
+    """Whether a person's browser asks, not a program or a picture's tag."""
+    accepted = b",".join(value for name, value in scope.get("headers", ()) if name == b"accept")
+    return b"text/html" in accepted
+
+
+def _explaining(scope: Scope, send: Send) -> Send:
+    """``send``, but with a page in place of a bare 404."""
+    replaced = False
+
+    async def sending(message: Message) -> None:
+        nonlocal replaced
+        if message["type"] == "http.response.start" and message["status"] == 404:
+            replaced = True
+            page = unknown(unquote(scope["path"])).encode()
+            headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-length", str(len(page)).encode())]
+            await send({**message, "headers": headers})
+            await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else page})
+        elif not replaced:
+            await send(message)
+
+    return sending
+
+
+def unknown(path: str) -> str:
+    """The page at an address that nobody knows."""
+    links = "".join(f'<li><a href="/{place.key}">{markup.text(place.title)}</a></li>' for place in PLACES)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<title>No such page · Adapter Studio</title><style>body{font:16px/1.6 system-ui,sans-serif;max-width:34rem;"
+        "margin:12vh auto;padding:0 1.2rem;color-scheme:light dark}a{color:#6f67d9}</style>"
+        f"<h1>There is no page here</h1><p>Adapter Studio has nothing at <b>{markup.text(path[:200])}</b>. "
+        f"Its pages are:</p><ul>{links}</ul></html>"
+    )
