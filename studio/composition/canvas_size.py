@@ -18,6 +18,26 @@ def size(base: str, width: int | None = None, height: int | None = None) -> tupl
     return width or own, height or own
 
 
+SMALL = 256
+"""Pixels of a side up to which a base draws one subject per square, so that two need twice the width."""
+
+
+def wide(base: str, subjects: int) -> tuple[int, int]:
+    """Width and height of a picture of several subjects side by side that the base still draws well.
+
+    A small base (the embedded one was trained on 2 : 1) gets twice its side; one of Stable Diffusion 1.5's size gets
+    3 : 2, where it does not yet repeat itself; larger ones a shape that they were trained on, of about a megapixel.
+    """
+    own = side(base)
+    if subjects < 2:
+        return own, own
+    if own <= SMALL:
+        return 2 * own, own
+    if own < 1024:
+        return own * 3 // 2 // 64 * 64, own
+    return (1216, 832) if subjects == 2 else (1344, 768)
+
+
 def side(base: str) -> int:
     """The side of the square pictures that a base model makes by itself."""
     try:

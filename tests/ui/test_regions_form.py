@@ -134,6 +134,23 @@ def test_the_frame_has_the_shape_of_the_picture() -> None:
     assert canvas_size.size("nothing here", 512, 256) == (512, 256)
 
 
+@pytest.mark.parametrize(
+    ("side", "subjects", "size"),
+    [(64, 1, (64, 64)), (64, 3, (128, 64)), (512, 2, (768, 512)), (768, 2, (1152, 768)), (1024, 2, (1216, 832)),
+     (1024, 4, (1344, 768))],
+)  # fmt: skip
+def test_pictures_side_by_side_are_as_wide_as_the_base_draws_well(
+    side: int, subjects: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canvas_size, "side", lambda base: side)
+    assert canvas_size.wide("a base", subjects) == size
+
+
+def test_a_size_that_was_chosen_stays() -> None:
+    assert compose_regions.wide(2, "tinymoji", 96, None) is None
+    assert compose_regions.wide(2, "tinymoji", "", "") == (128, 64)
+
+
 def test_pictures_of_a_comparison_carry_their_method(tmp_path: Path) -> None:
     for name in ("merge", "composite"):
         (tmp_path / name).mkdir()

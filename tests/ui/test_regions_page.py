@@ -93,6 +93,11 @@ def test_paint_erase_keyboard_and_methods_side_by_side(tab: Tab) -> None:
     page = tab.open("compose")
     open_frame(page)
     page.click("#side-by-side")
+    page.wait_for_function("document.querySelector('#width input, #width textarea').value === '128'")
+    assert page.input_value("#height input, #height textarea") == "64"
+    for region in (1, 2):  # both hear the sentence, as shown
+        field = page.locator(f"[aria-label='Prompt of region {region}']")
+        assert (field.input_value(), field.get_attribute("placeholder")) == ("", "two icons")
     page.click("text=Places as numbers")
     assert [numbers(page, 0), numbers(page, 1)] == [[0, 0, 50, 100], [50, 0, 100, 100]]
     page.focus(".as-region >> nth=1")

@@ -26,7 +26,11 @@ LARGEST = 4_000_000
 
 
 def canvas(**options: Any) -> gr.HTML:
-    """The component; its event ``edit_found`` says that automatic places were made ordinary regions."""
+    """The component.
+
+    Its event ``edit_found`` says that automatic places were made ordinary regions, ``side_by_side`` that a column was
+    drawn for each adapter (``count`` of them).
+    """
     return gr.HTML(
         [], html_template='<div class="as-canvas"></div>', js_on_load=script("regions"), apply_default_css=False,
         elem_id="regions", mode="drawn", frame=[1, 1], picture="", found=[], **options,

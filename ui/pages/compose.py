@@ -159,20 +159,28 @@ def _wire_where(page: Page) -> None:
         return [*compose_regions.switch(mode), *_offer(mode, name)]
 
     @errors_shown
-    def follow(rows: list[Row], report: Mapping[str, Any] | None, mode: str, name: str, drawn: list[Any]) -> Any:
+    def follow(
+        rows: list[Row], report: Mapping[str, Any] | None, mode: str, name: str, drawn: list[Any], *shape: Any
+    ) -> Any:
         changed, advised, regions = advice.followed(rows, report)
+        size = None
         if regions and mode != compose_regions.AUTO:
-            mode, drawn = compose_regions.DRAWN, drawn or canvas.columns([row["name"] for row in changed])
+            if not drawn:
+                drawn = canvas.columns([row["name"] for row in changed])
+                size = compose_regions.wide(len(drawn), *shape)
+            mode = compose_regions.DRAWN
         elif not regions and advised:
             mode = compose_regions.EVERYWHERE
         told, shown, more = compose_regions.switch(mode)
-        return [changed, mode, told, {**shown, "value": drawn}, more, *_offer(mode, advised or name)]
+        frame = {**shown, "value": drawn} | ({"frame": list(size)} if size else {})
+        return [changed, mode, told, frame, more, *_offer(mode, advised or name), *(size or [gr.skip()] * 2)]
 
     where.mode.input(chosen, [where.mode, method], [*where.outputs[1:], method, many], **private)
     where.canvas.edit_found(lambda name: [compose_regions.DRAWN, *chosen(compose_regions.DRAWN, name)], method,
                             [*where.outputs, method, many], **private)  # fmt: skip
-    page.advice.follow.click(follow, [page.rack, page.advice.report, where.mode, method, where.canvas],
-                             [page.rack, *where.outputs, method, many], **private)  # fmt: skip
+    shape = [page.form[name] for name in ("base", "width", "height")]
+    page.advice.follow.click(follow, [page.rack, page.advice.report, where.mode, method, where.canvas, *shape],
+                             [page.rack, *where.outputs, method, many, *shape[1:]], **private)  # fmt: skip
     advice.wire(page.advice, page.rack, page.form["prompt"], where.canvas)
     compose_regions.wire(where, page.form)
 

@@ -117,11 +117,22 @@ def wire(where: Where, form: Mapping[str, Any]) -> None:
         sides = [schema_form.read(known[name], value) for name, value in (("width", width), ("height", height))]
         return gr.update(frame=list(canvas_size.size(base, *sides)))
 
+    @errors_shown
+    def widen(base: str, width: Any, height: Any, event: gr.EventData) -> Any:
+        size = wide(int(getattr(event, "count", 2)), base, width, height)
+        return [*size, gr.update(frame=list(size))] if size else gr.skip()
+
     shape = [form[name] for name in ("base", "width", "height")]
+    where.canvas.side_by_side(widen, shape, [*shape[1:], where.canvas], **_PRIVATE)
     form["base"].change(reshape, shape, where.canvas, **_PRIVATE)
     for side in shape[1:]:
         side.blur(reshape, shape, where.canvas, **_PRIVATE)
         side.submit(reshape, shape, where.canvas, **_PRIVATE)
+
+
+def wide(columns: int, base: str, width: Any, height: Any) -> tuple[int, int] | None:
+    """Width and height for regions side by side; None where the person chose a size already."""
+    return None if width or height else canvas_size.wide(base, columns)
 
 
 def result(job: Job | None, picture: str) -> Any:

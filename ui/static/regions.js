@@ -50,7 +50,13 @@ function addRegion(region) {
   return region;
 }
 
-// The words that call its adapters, as long as nobody wrote anything else.
+// The sentence above, which a region without a prompt of its own hears.
+const sentence = () => document.querySelector('#prompt textarea')?.value.trim() || 'as for the whole picture';
+document.addEventListener('input', (event) => {
+  if (event.target.closest('#prompt')) root.querySelectorAll('[data-field=prompt]').forEach((field) => { field.placeholder = sentence(); });
+});
+
+// The words that call its adapters, as long as nobody wrote anything else. Columns side by side hear the whole sentence.
 function suggest(region) {
   if (region.prompt && region.prompt !== suggested.get(region)) return;
   region.prompt = triggersOf(region).join(' and ');
@@ -66,12 +72,13 @@ function removeRegion(index) {
 
 function sideBySide() {
   const names = offered.length ? offered.map((adapter) => adapter.name) : [null, null];
-  names.forEach((name, k) => addRegion({
+  names.forEach((name, k) => regions.push({
     ...blank(), adapters: name ? [name] : [], box: [round(k / names.length), 0, round((k + 1) / names.length), 1],
   }));
   selected = 0;
   publish();
   draw();
+  trigger('side_by_side', { count: names.length });
 }
 
 function select(index) {
@@ -466,7 +473,7 @@ function drawCard(region, index) {
   return make('li', { class: `as-region-card tone-${tone}${index === selected ? ' selected' : ''}`, 'data-index': index, onfocusin: () => select(index) },
     make('div', { class: 'as-region-head' }, make('span', { class: 'as-region-number' }, String(index + 1)),
       make('div', { class: 'as-rack-chips' }, ...chips, ...lost, none), remove),
-    line('Prompt', text('prompt', 'Prompt', 'as for the whole picture')),
+    line('Prompt', text('prompt', 'Prompt', sentence())),
     line('Strength', scale), more);
 }
 
