@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from adapters.formats.words import with_words_of
 from adapters.merging.concatenate import Merged, concatenate
 from adapters.progress import Monitor, Silent, part
 from pipelines.diffusion import methods
+from pipelines.diffusion.call import Call, Output, check_named, decided, together
 from pipelines.diffusion.checks import block_factor, check_call, check_pristine, check_prompt
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark
@@ -39,6 +40,7 @@ from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.loading import Settings, open_pipeline
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.planner import Composition, Places, Texts, make_plan, placed_regions
+from pipelines.diffusion.prompt_syntax import has_choices, without_adapters
 from pipelines.diffusion.prompts import Prompts
 from pipelines.diffusion.rack import Joined, Loaded, Rack
 from pipelines.diffusion.regions.region import PlacedRegion, Region, check_options, check_regions
@@ -46,17 +48,7 @@ from pipelines.diffusion.report import LoraReport, Plan
 from pipelines.diffusion.samplers import count_steps, sampler
 from pipelines.diffusion.schedule import Keyframes
 from pipelines.diffusion.text import resolve_mode
-
-
-@dataclass(frozen=True)
-class Output:
-    """The pictures of a call (PIL images, or latents if asked), the plan they followed and where its regions were
-    (automatic ones: of each picture, one after the other)."""
-
-    images: Any
-    plan: Plan
-    flagged: tuple[bool, ...] = ()
-    regions: tuple[PlacedRegion, ...] = ()
+from pipelines.diffusion.wildcards import lines_of
 
 
 class MultiLoRAPipeline:
@@ -270,11 +262,14 @@ class MultiLoRAPipeline:
         true_cfg_scale: float = 1.0,
         output_type: str = "pil",
         allow_double_guidance: bool = False,
+        wildcards: str | Path | None = None,
     ) -> Output:
         """Make pictures; picture k uses the seed ``seed + k`` whatever the number of pictures.
 
         Args:
-            prompt, negative_prompt: what to draw and what to avoid.
+            prompt, negative_prompt: what to draw and what to avoid, with the marks of
+                :mod:`pipelines.diffusion.prompt_syntax`: ``(word:1.3)``; ``<lora:name:0.8>`` sets the strength of a
+                loaded adapter for this call; the seed of each picture chooses of ``{a|b}`` and ``__colour__``.
             steps: denoising steps.
             guidance_scale: classifier-free guidance (1 = off); Flux: its distilled guidance. Left out it is 5, with a
                 distilled adapter 1 (or, if that takes the guidance as an input, what it was made for).
@@ -285,6 +280,7 @@ class MultiLoRAPipeline:
             true_cfg_scale: Flux: real guidance with the negative prompt (1 = off).
             output_type: "pil", or "latent" for the denoised latents.
             allow_double_guidance: guide on top of the guidance that a distilled adapter has built in.
+            wildcards: folder with a file colour.txt for the wildcard ``__colour__``.
 
         Raises:
             InputError: a number or composition that cannot be done; out of memory (with what to do).
@@ -292,24 +288,60 @@ class MultiLoRAPipeline:
         """
         check_prompt(prompt, "The prompt")
         check_prompt(negative_prompt, "The negative prompt")
+        call = Call(
+            prompt, negative_prompt, steps, guidance_scale, seed, images, width, height, scheduler, monitor or Silent(),
+            preview_every, true_cfg_scale, output_type, allow_double_guidance,
+        )  # fmt: skip
+        lines = lines_of(None if wildcards is None else Path(wildcards))
+        regions = placed_regions(self.composition, self._chosen())
+        texts = [text or "" for region in regions for text in (region.prompt, region.negative)]
+        if not any(has_choices(text) for text in (prompt, negative_prompt, *texts)):
+            return self._make(call)
+        own = self.composition
+        made = []
+        try:
+            for one in call.each():
+                if own.regions not in ((), "auto"):
+                    self.composition = replace(own, regions=decided(regions, one.seed, lines))
+                made.append(self._make(one.decided(lines)))
+        finally:
+            self.composition = own
+        return together(made)
+
+    def _make(self, call: Call) -> Output:
+        """The pictures of a call whose texts say one thing."""
+        prompt, adapters = without_adapters(call.prompt)
+        regions = placed_regions(self.composition, self._chosen())
+        others = [text or "" for region in regions for text in (region.prompt, region.negative)]
+        check_named(adapters, [call.negative_prompt, *others], [item.report.name for item in self._chosen()])
+        strengths = {adapter.name: adapter.strengths for adapter in adapters}
+        with self.rack.at(strengths):
+            return self._draw(replace(call, prompt=prompt))
+
+    def _draw(self, call: Call) -> Output:
+        """The pictures of a call whose prompt names no adapters."""
         flow_flux = self.family.guidance_input
-        wanted = true_cfg_scale if flow_flux else guidance_scale
-        guidance, mark = check_use(self._active_marks(), self.composition.method, wanted, allow_double_guidance)
-        guidance_scale = 5.0 if flow_flux and guidance_scale is None else guidance_scale if flow_flux else guidance
-        assert guidance_scale is not None
-        check_call(self.family, self.pipe, steps, guidance_scale, images, (width, height), seed)
+        wanted = call.true_cfg_scale if flow_flux else call.guidance_scale
+        guidance, mark = check_use(self._active_marks(), self.composition.method, wanted, call.allow_double_guidance)
+        scale = (5.0 if call.guidance_scale is None else call.guidance_scale) if flow_flux else guidance
+        width, height = call.width, call.height
+        check_call(self.family, self.pipe, call.steps, scale, call.images, (width, height), call.seed)
         check_pristine(self.pipe, self.rack.components)
         guided = guidance > 1 and not (mark and mark.mode == "embedding")
         size = self._pixels(width, height)
         if width or height:  # diffusers takes both or, without a word, neither
             height, width = size
-        call: dict[str, Any] = {
-            "width": width, "height": height, "num_inference_steps": steps, "guidance_scale": guidance_scale,
-            "output_type": output_type, **({"true_cfg_scale": true_cfg_scale} if flow_flux else {}),
+        told: dict[str, Any] = {
+            "width": width, "height": height, "num_inference_steps": call.steps, "guidance_scale": scale,
+            "output_type": call.output_type, **({"true_cfg_scale": call.true_cfg_scale} if flow_flux else {}),
         }  # fmt: skip
-        request = Request(prompt, negative_prompt, images, guided, seed, size, call, monitor or Silent(), preview_every)
-        with torch.no_grad(), sampling(self.pipe, scheduler, self.family.flow) as fresh:
-            plan, texts = self._planned(count_steps(fresh, steps, self.family.flow), guided, prompt)
+        request = Request(
+            call.prompt, call.negative_prompt, call.images, guided, call.seed, size, told, call.monitor,
+            call.preview_every,
+        )  # fmt: skip
+        with torch.no_grad(), sampling(self.pipe, call.scheduler, self.family.flow) as fresh:
+            count = count_steps(fresh, call.steps, self.family.flow)
+            plan, texts = self._planned(count, guided, call.prompt, call.negative_prompt)
             try:
                 if self.composition.properties.regional:
                     result, places = self._regional(plan, request)
@@ -344,11 +376,20 @@ class MultiLoRAPipeline:
             {name: report.triggers for name, report in self.adapters.items()}, self.settings.memory == "low",
         )  # fmt: skip
 
-    def _planned(self, count: int, guided: bool, prompt: str | None = None) -> tuple[Plan, Texts]:
-        memory = self.joined().denoiser.nbytes()
-        return make_plan(
-            self.composition, self._chosen(), self.family, count, guided, memory, prompt, self._prompts().mean
+    def _planned(
+        self, count: int, guided: bool, prompt: str | None = None, negative: str = ""
+    ) -> tuple[Plan, Texts]:
+        prompts, memory = self._prompts(), self.joined().denoiser.nbytes()
+        words = None if prompt is None else prompts.read(prompt).words
+        plan, texts = make_plan(
+            self.composition, self._chosen(), self.family, count, guided, memory, words, prompts.mean
         )
+        if prompt is None:
+            return plan, texts
+        regions = placed_regions(self.composition, self._chosen())
+        said = [prompt, *(region.prompt for region in regions)]
+        said += [negative, *(region.negative or "" for region in regions)] if guided else []
+        return replace(plan, warnings=(*plan.warnings, *prompts.remarks(said))), texts
 
     def _everywhere(self, plan: Plan, texts: Texts, request: Request) -> Any:
         """A call whose adapters have no regions; returns what the diffusers pipeline returned."""

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 
+from adapters.errors import InputError
 from adapters.formats.words import Words
 from adapters.layers.gated import GatedAdapters
+from pipelines.diffusion import prompt_syntax
 from pipelines.diffusion.families import Encoding, Family
+from pipelines.diffusion.families.base import Tensors, tokenizer_of
+from pipelines.diffusion.families.reading import Reader, lay, needed
 from pipelines.diffusion.methods.step import TextAdapters
+from pipelines.diffusion.prompt_syntax import Prompt, literal
 from pipelines.diffusion.rack import Loaded
-from pipelines.diffusion.regions.concepts import expanded, knowing, layer_tokens, spelled, word_tokens
+from pipelines.diffusion.regions.concepts import expanded, in_layer, knowing, layer_tokens, spelled, word_tokens
 from pipelines.diffusion.regions.region import Region
+from pipelines.diffusion.regions.words import positions
+
+Counts = dict[str, int]
+"""Kind of reader -> chunks."""
 
 
 class Prompts:
@@ -43,40 +53,131 @@ class Prompts:
         names = region.adapters if region else ()
         return {word: rows for name in names for word, rows in files[name].embeddings.items()}
 
-    def encode(self, prompt: str, negative: str, images: int, guided: bool) -> Encoding:
-        """A prompt and a negative one, by the text encoders as they are now."""
-        words = self.vocabulary
-        with knowing(self.pipe, word_tokens(words)):
-            return self.family.encode(
-                self.pipe, spelled(prompt, words), spelled(negative, words) or None, images, guided
-            )
+    def read(self, text: str) -> Prompt:
+        """A prompt's words with their weights; the adapters' words are still as they are written."""
+        return prompt_syntax.read(text)
+
+    def counts(self, texts: Sequence[str | Prompt], own: Mapping[str, torch.Tensor] | None = None) -> Counts:
+        """Chunks that these texts need, so that all of them are equally long.
+
+        Args:
+            own: words with an embedding per layer.
+        """
+        found: Counts = {}
+        with self._knowing(own or {}):
+            for text in texts:
+                prompt = self._spelled(text)
+                for reader in self.family.readers(self.pipe):
+                    count = needed(tokenizer_of(self.pipe, reader.encoder), reader, self._converted(reader, prompt))
+                    found[reader.kind] = max(found.get(reader.kind, 1), count)
+        return found
+
+    def encode(
+        self, prompt: str | Prompt, negative: str | Prompt, images: int, guided: bool, counts: Counts | None = None
+    ) -> Encoding:
+        """A prompt and a negative one, by the text encoders as they are now.
+
+        Plain words that fit into the encoders go the pipeline's own way; long or weighted ones are laid out here.
+
+        Args:
+            counts: chunks to lay out (those of the two texts if left out).
+
+        Raises:
+            InputError: weights or parts with a family whose encoders are not known.
+        """
+        counts = self.counts([prompt, negative] if guided else [prompt]) if counts is None else counts
+        with self._knowing({}):
+            given, avoided = self._spelled(prompt), self._spelled(negative)
+            own_way = all(count == 1 for count in counts.values())
+            if own_way and given.plain and (avoided.plain or not guided):
+                return self.family.encode(self.pipe, given.words, avoided.words or None, images, guided)
+            positive = self._laid_out(given, counts)
+            zeros = self.family.zeros_field and getattr(self.pipe.config, self.family.zeros_field, False)
+            if guided and zeros and not avoided.words:
+                without = {name: torch.zeros_like(tensor) for name, tensor in positive.items()}
+            else:
+                without = self._laid_out(avoided, counts) if guided else {}
+        return self.family.encoding(_rows(positive, images), _rows(without, images), guided)
 
     def mean(self, text: str) -> torch.Tensor:
-        """The mean-pooled embedding (width,) of a text, by the base model's text encoders."""
+        """The mean-pooled embedding (width,) of a text without marks, by the base model's text encoders."""
         with torch.no_grad():
-            return self.encode(text, "", 1, False).positive["embeds"][0].float().mean(0)
+            return self.encode(literal(text), literal(""), 1, False).positive["embeds"][0].float().mean(0)
+
+    def remarks(self, texts: Sequence[str]) -> list[str]:
+        """What becomes of long texts: encoded in chunks, or cut (with the words that are lost)."""
+        said: list[str] = []
+        readers = self.family.readers(self.pipe) or [_guessed(self.pipe)]
+        for text in dict.fromkeys(texts):
+            with self._knowing({}):
+                prompt = self._spelled(text)
+                lost, chunks = "", 1
+                for reader in readers:
+                    tokenizer = tokenizer_of(self.pipe, reader.encoder)
+                    here = self._converted(reader, prompt)
+                    count = needed(tokenizer, reader, here)
+                    chunks = max(chunks, count if reader.kind == "clip" else 1)
+                    lost = lay(tokenizer, reader, here, count).lost if reader.places else lost
+            if lost:
+                said.append(f"The prompt is longer than this model reads; these words at its end are lost: '{lost}'.")
+            elif chunks > 1:
+                said.append(f"The prompt is longer than the text encoder reads at once: encoded in {chunks} chunks.")
+        return list(dict.fromkeys(said))
+
+    def positions(
+        self, text: str, words: Sequence[str], title: str, region: Region | None, counts: Counts
+    ) -> list[int]:
+        """Where the words stand in the denoiser's text sequence.
+
+        Raises:
+            InputError: as :func:`pipelines.diffusion.regions.words.positions`.
+        """
+        own = self.layer_words(region)
+        found: list[int] = []
+        start, kinds = 0, set()
+        with self._knowing(own):
+            prompt = self._spelled(text)
+            for reader in self.family.readers(self.pipe) or [_guessed(self.pipe)]:
+                if not reader.places or reader.kind in kinds:
+                    continue
+                kinds.add(reader.kind)
+                tokenizer = tokenizer_of(self.pipe, reader.encoder)
+                count = counts.get(reader.kind, 1)
+                laid = lay(tokenizer, reader, self._converted(reader, prompt), count)
+                named = {word: tokenizer(spelled(word, self.vocabulary), add_special_tokens=False).input_ids
+                         for word in words}  # fmt: skip
+                found += [start + place for place in positions(laid, named, prompt.words, title)]
+                start += reader.length * count
+        return sorted(found)
 
     def by_adapters(
         self, sets: Sequence[TextAdapters], prompt: str, negative: str, images: int, guided: bool
     ) -> dict[TextAdapters, Encoding]:
         """The prompt encoded once for every different set of adapters in the text encoders."""
         made: dict[TextAdapters, Encoding] = {}
+        counts = self.counts([prompt, negative] if guided else [prompt])
         with ExitStack() as stack:
             gates = [stack.enter_context(encoder.attached()) for encoder in self.encoders.values()]
             for active in dict.fromkeys(sets):
                 strengths = [item.text_strength() if i in active else 0.0 for i, item in enumerate(self.loaded)]
                 for gate in gates:
                     gate.joint(strengths)
-                made[active] = self.encode(prompt, negative, images, guided)
+                made[active] = self.encode(prompt, negative, images, guided, counts)
         return made
 
+    def counts_of_regions(self, texts: Sequence[tuple[str, str]], regions: Sequence[Region], guided: bool) -> Counts:
+        """Chunks that the texts of :meth:`by_regions` need."""
+        own = {word: rows for region in regions for word, rows in self.layer_words(region).items()}
+        return self.counts([text for pair in texts for text in (pair if guided else pair[:1])], own)
+
     def by_regions(
-        self, texts: Sequence[tuple[str, str]], regions: Sequence[Region], images: int, guided: bool
+        self, texts: Sequence[tuple[str, str]], regions: Sequence[Region], images: int, guided: bool, counts: Counts
     ) -> list[Encoding]:
         """The text of the background and of every region, each by the text encoders with its own adapters.
 
         Args:
             texts: (prompt, negative prompt), the background's first.
+            counts: chunks of every text, by :meth:`counts_of_regions`.
         """
         placed = {name for region in regions for name in region.adapters}
         made = []
@@ -91,17 +192,72 @@ class Prompts:
                     strengths.append(item.text_strength() * factor if acts else 0.0)
                 for gate in gates:
                     gate.joint(strengths)
-                encoding = self.encode(prompt, negative, images, guided)
                 words = self.layer_words(region)
-                made.append(self._with_layers(encoding, prompt, words) if words else encoding)
+                encoding = self.encode(prompt, negative, images, guided, counts)
+                made.append(self._with_layers(encoding, prompt, words, counts) if words else encoding)
         return made
 
-    def _with_layers(self, encoding: Encoding, prompt: str, words: Mapping[str, torch.Tensor]) -> Encoding:
+    def _with_layers(
+        self, encoding: Encoding, text: str, words: Mapping[str, torch.Tensor], counts: Counts
+    ) -> Encoding:
         """The encoding with one text per cross-attention layer beside it ("layers", (layers, tokens, width))."""
+        with self._knowing(words):
+            prompt = self._spelled(text)
+            if prompt.plain and all(count == 1 for count in counts.values()):
+                layered: Any = expanded(prompt.words, words)
+                embeds = self.family.encode(self.pipe, layered, None, 1, False).positive["embeds"]
+            else:
+                layers = [prompt.mapped(partial(in_layer, words=words, layer=k)) for k in range(_depth(words))]
+                embeds = torch.cat([self._laid_out(layer, counts)["embeds"] for layer in layers])
+        return Encoding({**encoding.positive, "layers": embeds}, encoding.negative)
+
+    def _laid_out(self, prompt: Prompt, counts: Counts) -> Tensors:
+        """Embeddings (batch 1) of a prompt that is spelled already."""
+        readers = self.family.readers(self.pipe)
+        if not readers:
+            raise InputError(
+                f"Words of a prompt have no weights with {self.family.title}: take (word:1.3), [word] and BREAK out."
+            )
+        laid = {
+            reader.encoder: lay(
+                tokenizer_of(self.pipe, reader.encoder), reader, self._converted(reader, prompt),
+                min(counts.get(reader.kind, 1), reader.most),
+            )
+            for reader in readers
+        }  # fmt: skip
+        return self.family.encode_laid(self.pipe, laid)
+
+    def _spelled(self, text: str | Prompt) -> Prompt:
+        """A prompt with the words of pivotal tuning as their tokens."""
+        prompt = self.read(text) if isinstance(text, str) else text
         vocabulary = self.vocabulary
-        prompts: Any = expanded(spelled(prompt, vocabulary), words)
-        tokens = word_tokens(vocabulary)
-        tokens["text_encoder"] = tokens.get("text_encoder", {}) | layer_tokens(words)["text_encoder"]
-        with knowing(self.pipe, tokens):
-            made = self.family.encode(self.pipe, prompts, None, 1, False)
-        return Encoding({**encoding.positive, "layers": made.positive["embeds"]}, encoding.negative)
+        return prompt.mapped(lambda piece: spelled(piece, vocabulary)) if vocabulary else prompt
+
+    def _converted(self, reader: Reader, prompt: Prompt) -> Prompt:
+        """Textual inversions of the pipeline itself, written as their tokens."""
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        if convert is None or reader.kind != "clip":
+            return prompt
+        tokenizer = tokenizer_of(self.pipe, reader.encoder)
+        return prompt.mapped(lambda piece: convert(piece, tokenizer) if piece.strip() else piece)
+
+    def _knowing(self, own: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """Let the tokenizers and encoders know the adapters' words, and those with an embedding per layer (``own``)."""
+        tokens = word_tokens(self.vocabulary)
+        if own:
+            tokens["text_encoder"] = tokens.get("text_encoder", {}) | layer_tokens(own)["text_encoder"]
+        return knowing(self.pipe, tokens)
+
+
+def _rows(tensors: Tensors, images: int) -> Tensors:
+    return {name: tensor.repeat(images, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}
+
+
+def _depth(words: Mapping[str, torch.Tensor]) -> int:
+    return len(next(iter(words.values())))
+
+
+def _guessed(pipe: Any) -> Reader:
+    """The first text encoder of a family that does not describe its own."""
+    marked = pipe.tokenizer.bos_token_id is not None
+    return Reader("text_encoder", "clip" if marked else "t5", pipe.tokenizer.model_max_length, 1)

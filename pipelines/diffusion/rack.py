@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,20 @@ class Rack:
         if name not in self.loaded:
             known = ", ".join(self.loaded) or "none"
             raise InputError(f"No adapter '{name}' is loaded{nearest(name, self.loaded)}: loaded are {known}.")
+
+    @contextmanager
+    def at(self, strengths: Mapping[str, tuple[float, float]]) -> Iterator[None]:
+        """Let adapters act at other strengths (weight, te_weight) for a while."""
+        own, joined = dict(self.loaded), self._joined
+        try:
+            for name, (weight, te_weight) in strengths.items():
+                report = replace(self.loaded[name].report, weight=weight, te_weight=te_weight)
+                self.loaded[name] = replace(self.loaded[name], report=report)
+                if report.dora:  # its strength is in its matrices
+                    self._joined = None
+            yield
+        finally:
+            self.loaded, self._joined = own, joined
 
     def chosen(self, names: Sequence[str] | None) -> list[Loaded]:
         """The adapters of these names in this order; all for None."""

@@ -181,7 +181,9 @@ def _checked(config: ComposeConfig) -> ComposeConfig:
     from studio.composition import job
 
     library.resolve_pipeline(config.base)
-    return job.settled(config)
+    settled = job.settled(config)
+    job.worded(settled, 0)
+    return settled
 
 
 def _show_plan(config: ComposeConfig, output: Output) -> None:
@@ -205,6 +207,8 @@ def _make(config: ComposeConfig, threads: int | None, out: Path | None, output: 
     if out is not None:
         result["images"] = _copied([Path(path) for path in result["images"]], out)
     output.result({"job": job.id, **result}, "\n".join(result["images"]))
+    for remark in result["remarks"]:
+        output.note(f"Note: {remark}")
     output.note(f"{len(result['images'])} picture(s) in {duration(result['seconds'])}")
 
 

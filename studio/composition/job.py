@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapters import files
 from adapters.progress import Monitor, Progress, check, part
 from studio import catalogue, library
-from studio.composition import pipeline_cache, recipe_png, recipes
+from studio.composition import pipeline_cache, prompts, recipe_png, recipes
 from studio.composition.region_schema import Region, RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.library import scan
@@ -34,30 +35,60 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
     begun = time.monotonic()
     monitor.report(Progress("loading", message=f"base {config.base}"))
     config = settled(config)
+    first, remarks = worded(config, 0)
     _set_threads(threads)
+    made: list[Made] = []
     with pipeline_cache.pipeline(config) as pipe:
-        _prepare(pipe, config)
-        recipe = recipes.build(config, _made_on(pipe))
+        whole = config if prompts.open_choices(config) else first.model_copy(update={"images": config.images})
+        recipe = {**recipes.build(whole, _made_on(pipe)), **prompts.told(config, whole)}
         files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
-        made = [_picture(pipe, config, recipe, folder, monitor, number) for number in range(config.images)]
+        for number in range(config.images):
+            one, _ = worded(config, number)
+            if not made or one.adapters != made[-1].config.adapters or one.regions != made[-1].config.regions:
+                _prepare(pipe, one)
+            made.append(_picture(pipe, config, one, folder, monitor, number))
+    said = [*remarks, *(remark for picture in made for remark in picture.remarks)]
     return {
-        "images": [str(path) for path, _ in made],
-        "regions": made[0][1],
+        "images": [str(picture.path) for picture in made],
+        "regions": made[0].regions,
         "recipe": str(folder / "recipe.json"),
-        "adapters": [entry["name"] for entry in recipe["adapters"]],
+        "adapters": [use.name for use in first.adapters],
         "base": config.base,
         "method": config.method,
         "made_on": recipe["made_on"],
+        "remarks": list(dict.fromkeys(said)),
         "seconds": round(time.monotonic() - begun, 3),
     }
 
 
+@dataclass(frozen=True)
+class Made:
+    """A picture: its configuration, its file, where its regions were, what to say about it."""
+
+    config: ComposeConfig
+    path: Path
+    regions: list[dict[str, Any]]
+    remarks: tuple[str, ...]
+
+
 def plan(config: ComposeConfig) -> Any:
     """What :func:`run` would do, without making a picture: a :class:`pipelines.diffusion.report.Plan`."""
-    config = settled(config)
+    config, remarks = worded(settled(config), 0)
     with pipeline_cache.pipeline(config) as pipe:
         _prepare(pipe, config)
-        return pipe.plan(config.steps, config.guidance_scale, config.scheduler, config.prompt)
+        made = pipe.plan(config.steps, config.guidance_scale, config.scheduler, config.prompt)
+        return replace(made, warnings=(*remarks, *made.warnings))
+
+
+def worded(config: ComposeConfig, number: int) -> tuple[ComposeConfig, list[str]]:
+    """The configuration of picture ``number``, its texts decided and the adapters they name among the others, and what
+    to say about it.
+
+    Raises:
+        InputError: marks in a text that are not honoured; no such adapter or wildcard.
+    """
+    one, said = prompts.with_named(prompts.decided(config, config.seed + number))
+    return settled(one.model_copy(update={"seed": config.seed + number, "images": 1})), said
 
 
 def settled(config: ComposeConfig) -> ComposeConfig:
@@ -95,6 +126,9 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _prepare(pipe: Any, config: ComposeConfig) -> None:
+    """Load and compose its adapters, in the place of others."""
+    for name in list(pipe.adapters):
+        pipe.unload_lora(name)
     for use in config.adapters:
         pipe.load_lora(
             library.resolve_adapter(use.path), name=use.name, weight=use.weight, te_weight=use.te_weight,
@@ -115,21 +149,21 @@ def _regions(config: ComposeConfig) -> Any:
 
 
 def _picture(
-    pipe: Any, config: ComposeConfig, recipe: dict[str, Any], folder: Path, monitor: Monitor, number: int
-) -> tuple[Path, list[dict[str, Any]]]:
-    """Make picture ``number``; returns its path and where its regions were."""
+    pipe: Any, whole: ComposeConfig, config: ComposeConfig, folder: Path, monitor: Monitor, number: int
+) -> Made:
+    """Make picture ``number`` of a ``whole`` series, which is that of ``config`` alone."""
     check(monitor)
-    seed = config.seed + number
     out = pipe(
         config.prompt, negative_prompt=config.negative_prompt, steps=config.steps,
-        guidance_scale=config.guidance_scale, seed=seed, images=1, width=config.width, height=config.height,
-        scheduler=config.scheduler, monitor=part(monitor, number, config.images),
+        guidance_scale=config.guidance_scale, seed=config.seed, images=1, width=config.width, height=config.height,
+        scheduler=config.scheduler, monitor=part(monitor, number, whole.images),
         preview_every=max(1, config.steps // PREVIEWS), allow_double_guidance=config.allow_double_guidance,
     )  # fmt: skip
-    path = recipe_png.save_png(out.images[0], folder / f"picture-{seed}.png", recipes.for_picture(recipe, seed))
-    places = [_place(region, folder, seed, i) for i, region in enumerate(out.regions, 1)]
-    monitor.report(Progress("saved", number + 1, config.images, preview=path, message=f"picture {path.name}"))
-    return path, places
+    recipe = {**recipes.build(config, _made_on(pipe)), **prompts.told(whole, config)}
+    path = recipe_png.save_png(out.images[0], folder / f"picture-{config.seed}.png", recipe)
+    places = [_place(region, folder, config.seed, i) for i, region in enumerate(out.regions, 1)]
+    monitor.report(Progress("saved", number + 1, whole.images, preview=path, message=f"picture {path.name}"))
+    return Made(config, path, places, out.plan.warnings)
 
 
 def _place(region: Any, folder: Path, seed: int, number: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A recipe is ``{"version", "job", "config", "adapters": [{name, path, size, sha256}], "base": {name, path, sha256},
 "versions", "made_on"}``. ``config`` is a whole :class:`~studio.composition.schema.ComposeConfig`; the hashes say which
-files were meant, wherever they lie today.
+files were meant, wherever they lie today. Where the texts were written with choices or adapters in them, "written"
+holds them as they were and ``config`` what came of them; "emphasis" lists the words whose weight is not 1.
 """
 
 from __future__ import annotations
@@ -40,11 +41,6 @@ def build(config: ComposeConfig, made_on: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "made_on": made_on,
     }
-
-
-def for_picture(recipe: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The recipe of one picture of a series."""
-    return {**recipe, "config": {**recipe["config"], "seed": seed, "images": 1}}
 
 
 def versions() -> dict[str, str]:

@@ -275,7 +275,7 @@ def test_a_method_without_regions_does_not_ignore_one(sd: Bed) -> None:
         ("lora-composer", [Region(("a",), box=ALL)], {}, "which word of"),
         ("lora-composer", [Region(("a",), box=ALL, words=("dog",))], {}, "does not hold the word 'dog'"),
         ("lora-composer", [Region(("a",), box=ALL, words=("<c1>",), prompt="a <c1>")], {}, "does not know the concept"),
-        ("lora-composer", [Region(("a",), box=ALL, words=("zz",), prompt="abcdefghijklm zz")], {}, "behind the 16 tok"),
+        ("lora-composer", [Region(("a",), box=ALL, words=("zz",), prompt="a" * 600 + " zz")], {}, "behind the 640 tok"),
         ("lora-composer", [Region(("a",), box=(0, 0, 0.15, 1), words=("apple",))], {}, "less than 2 cells"),
         ("output", [Region(("a",), box=ALL)], {"reinit": True}, "separate predictions"),
         ("output", [Region(("a",), box=ALL)], {"te_mode": "merged"}, "leave te_mode"),

@@ -544,6 +544,7 @@ def recipe_panel(recipe: Mapping[str, Any]) -> str:
         ("Guidance", config.get("guidance_scale")), ("Size", size),
         ("Scheduler", config.get("scheduler") if config.get("scheduler") != "default" else ""),
         ("Avoided", config.get("negative_prompt")),
+        ("Written as", (recipe.get("written") or {}).get("prompt")),
     ]  # fmt: skip
     body = f"<ul>{used}</ul>" if used else ""
     return (

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters.errors import InputError
+from pipelines.diffusion.families.reading import Laid, Reader
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +139,7 @@ class Family:
         vae_fields: statistics of latents in the autoencoder's configuration that the pipeline uses.
         denoiser_inputs: field of the denoiser's configuration that asks for an input -> values that are given.
         guidance_input: the denoiser takes the guidance as an input; real guidance is a second pass.
+        zeros_field: field of the pipeline's configuration that replaces an empty negative prompt by zeros.
         size_input: the denoiser takes the size and the cut of the picture as an input.
         usual_size: pixels of a side where the model itself is not at hand.
         signature: how files are recognised.
@@ -163,6 +165,7 @@ class Family:
     vae_fields: ClassVar[tuple[str, ...]] = ()
     denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
     guidance_input: ClassVar[bool] = False
+    zeros_field: ClassVar[str] = ""
     size_input: ClassVar[bool] = False
     usual_size: ClassVar[int] = 1024
     signature: ClassVar[Signature]
@@ -238,9 +241,14 @@ class Family:
         """Embeddings (batch 1) that the pipeline uses for "no prompt" in guidance."""
         return self.condition(pipe, [text])
 
-    def text_parts(self, pipe: Any) -> list[tuple[Any, int, int]]:
-        """Tokenizer, first position and number of tokens of every part of the denoiser's text sequence, in order."""
-        return [(pipe.tokenizer, 0, pipe.tokenizer.model_max_length)]
+    def readers(self, pipe: Any) -> list[Reader]:
+        """The text encoders in the order of the parts of the denoiser's text sequence (those that share a part, and
+        those that only pool, after each other); none: prompts of this family are encoded by its pipeline alone."""
+        return []
+
+    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
+        """Embeddings (batch 1) of a prompt that is laid out for every reader."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------ denoiser
     def predict(

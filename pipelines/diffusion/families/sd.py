@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipelines.diffusion.families.base import Denoiser, Encoding, Family, Signature, Tensors, latent_factor
+from pipelines.diffusion.families.base import (
+    Denoiser,
+    Encoding,
+    Family,
+    Signature,
+    Tensors,
+    latent_factor,
+    tokenizer_of,
+)
+from pipelines.diffusion.families.reading import Laid, Reader, states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +70,16 @@ class StableDiffusion(Family):
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         positive, negatives = pipe.encode_prompt(prompt, pipe._execution_device, images, guided, negative)
         return self.encoding({"embeds": positive}, {"embeds": negatives}, guided)
+
+    def readers(self, pipe: Any) -> list[Reader]:
+        return [
+            Reader(name, "clip", tokenizer_of(pipe, name).model_max_length)
+            for name in self.text_encoders
+            if getattr(pipe, name, None) is not None
+        ]
+
+    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
+        return {"embeds": states(pipe, "text_encoder", laid["text_encoder"])[0]}
 
     def encode_tokens(self, pipe: Any, tokens: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> Tensors:
         return {"embeds": encoders["text_encoder"](tokens["text_encoder"])[0]}

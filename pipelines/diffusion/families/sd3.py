@@ -9,12 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.diffusion.families.base import Denoiser, Encoding, Family, Layout, Signature, Tensors, t5_length
+from pipelines.diffusion.families.reading import Laid, Reader, states
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T5_TOKENS = 256
 """How many of T5's tokens diffusers' pipeline reads."""
+
+MOST_T5_TOKENS = 512
+"""How many it can read at most, for long prompts."""
 
 
 class StableDiffusion3(Family):
@@ -73,10 +77,23 @@ class StableDiffusion3(Family):
             )
         return {"embeds": embeds, "pooled": pooled}
 
-    def text_parts(self, pipe: Any) -> list[tuple[Any, int, int]]:
-        first: int = pipe.tokenizer_max_length
-        parts = [(pipe.tokenizer, 0, first)]
-        return parts if pipe.text_encoder_3 is None else [*parts, (pipe.tokenizer_3, first, T5_TOKENS)]
+    def readers(self, pipe: Any) -> list[Reader]:
+        clips = [Reader(name, "clip", pipe.tokenizer_max_length) for name in ("text_encoder", "text_encoder_2")]
+        t5 = Reader("text_encoder_3", "t5", T5_TOKENS, MOST_T5_TOKENS // T5_TOKENS)
+        return clips if pipe.text_encoder_3 is None else [*clips, t5]
+
+    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
+        import torch
+
+        clips = {name: states(pipe, name, laid[name], -2) for name in ("text_encoder", "text_encoder_2")}
+        embeds = torch.cat([found for found, _ in clips.values()], -1)
+        embeds = torch.nn.functional.pad(embeds, (0, pipe.transformer.config.joint_attention_dim - embeds.shape[-1]))
+        if "text_encoder_3" in laid:
+            last = states(pipe, "text_encoder_3", laid["text_encoder_3"])[0]
+        else:  # the pipeline has zeros in the place of T5's tokens
+            last = embeds.new_zeros(1, T5_TOKENS, embeds.shape[-1])
+        pooled = torch.cat([pooled for _, pooled in clips.values() if pooled is not None], -1)
+        return {"embeds": torch.cat([embeds, last.to(embeds)], 1), "pooled": pooled}
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.diffusion.families.base import Encoding, Signature, Tensors
+from pipelines.diffusion.families.reading import Laid, states
 from pipelines.diffusion.families.sd import StableDiffusion
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class StableDiffusionXL(StableDiffusion):
         "addition_embed_type": ("text_time",),
     }
     size_input = True
+    zeros_field = "force_zeros_for_empty_prompt"
     usual_size = 1024
     signature = Signature(
         adapter=r"text_encoder_2|lora_te2|lora_te1|text_encoders\.clip_g",
@@ -56,6 +58,14 @@ class StableDiffusionXL(StableDiffusion):
         return self.encoding(
             {"embeds": positive, "pooled": pooled}, {"embeds": negatives, "pooled": negative_pooled}, guided
         )
+
+    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
+        import torch
+
+        made = {name: states(pipe, name, tokens, -2) for name, tokens in laid.items()}
+        pooled = made["text_encoder_2"][1]
+        assert pooled is not None
+        return {"embeds": torch.cat([found for found, _ in made.values()], -1), "pooled": pooled}
 
     def encode_tokens(self, pipe: Any, tokens: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> Tensors:
         import torch

@@ -119,13 +119,14 @@ def with_tokens(tokenizer: Any, tokens: Collection[str]) -> Any:
 
 def expanded(prompt: str, words: LayerWords) -> list[str]:
     """The prompt once per layer, with every word replaced by that layer's token."""
-    made = []
-    for layer in range(len(next(iter(words.values())))):
-        text = prompt
-        for word, rows in words.items():
-            text = text.replace(word, _tokens(word, len(rows))[layer])
-        made.append(text)
-    return made
+    return [in_layer(prompt, words, layer) for layer in range(len(next(iter(words.values()))))]
+
+
+def in_layer(text: str, words: LayerWords, layer: int) -> str:
+    """The text as one layer reads it."""
+    for word, rows in words.items():
+        text = text.replace(word, _tokens(word, len(rows))[layer])
+    return text
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from pipelines.diffusion.regions import masks
 from pipelines.diffusion.regions.automatic import assigned
 from pipelines.diffusion.regions.blend import Blending, latent_grid
 from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
-from pipelines.diffusion.regions.concepts import layer_tokens, spelled, with_tokens, word_tokens
 from pipelines.diffusion.regions.context import RegionContext
 from pipelines.diffusion.regions.joint import RegionalTransformer, TextAttention, joined
 from pipelines.diffusion.regions.masks import Place
@@ -29,7 +28,7 @@ from pipelines.diffusion.regions.refine import Refinement, loss
 from pipelines.diffusion.regions.region import PlacedRegion, Region, RegionOptions
 from pipelines.diffusion.regions.reinit import bounds, rearranged
 from pipelines.diffusion.regions.unet import RegionalUNet, RowText
-from pipelines.diffusion.regions.words import joint_positions, positions, subject_words
+from pipelines.diffusion.regions.words import subject_words
 from pipelines.diffusion.report import Plan
 
 Run = RegionalUNet | RegionalTransformer | Blending
@@ -62,7 +61,8 @@ class RegionalCall:
             (region.prompt or request.prompt, request.negative if region.negative is None else region.negative)
             for region in regions
         ]
-        self.encodings = context.prompts.by_regions(texts, regions, request.images, request.guided)
+        self.counts = context.prompts.counts_of_regions(texts, regions, request.guided)
+        self.encodings = context.prompts.by_regions(texts, regions, request.images, request.guided, self.counts)
         automatic = all(region.box is None and region.mask is None for region in regions)
         self.places = self._found() if automatic else [masks.place(region) for region in regions]
         check_places(self.places, regions, self.grid, request.size)
@@ -101,16 +101,10 @@ class RegionalCall:
         Raises:
             InputError: there are no such words.
         """
-        prompt = region.prompt or self.request.prompt
+        prompt, prompts = region.prompt or self.request.prompt, self.context.prompts
         triggers = [word for name in region.adapters for word in self.context.triggers[name]]
-        words = subject_words(region.words, triggers, prompt, region.title)
-        if self.context.family.flow:
-            return joint_positions(self.context.family.text_parts(self.context.pipe), prompt, words, region.title)
-        vocabulary, own = self.context.prompts.vocabulary, self.context.prompts.layer_words(region)
-        tokens = {**word_tokens(vocabulary).get("text_encoder", {}), **layer_tokens(own).get("text_encoder", {})}
-        tokenizer = with_tokens(self.context.pipe.tokenizer, tokens)
-        named = [spelled(word, vocabulary) for word in words]
-        return positions(tokenizer, spelled(prompt, vocabulary), named, region.title)
+        words = subject_words(region.words, triggers, prompts.read(prompt).words, region.title)
+        return prompts.positions(prompt, words, region.title, region, self.counts)
 
     def _found(self) -> list[Place]:
         """Places of automatic regions, from the attention of the first steps with all adapters everywhere.
@@ -121,7 +115,8 @@ class RegionalCall:
         context, request = self.context, self.request
         tokens = [self.tokens(region) for region in self.regions]
         everywhere = [replace(step, rows=(step.gates,)) for step in self.plan.steps]
-        encoding = context.prompts.by_regions([(request.prompt, request.negative)], (), request.images, request.guided)
+        texts = [(request.prompt, request.negative)]
+        encoding = context.prompts.by_regions(texts, (), request.images, request.guided, self.counts)
         run, found, grid = self._reading(everywhere, encoding[0])
         count = math.ceil(self.options.auto_steps * len(everywhere))
 

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from adapters.errors import InputError
+from pipelines.diffusion.families.reading import Laid
 
 
-def positions(tokenizer: Any, prompt: str, words: Sequence[str], title: str, limit: int | None = None) -> list[int]:
-    """Positions, in the whole padded token sequence, of every piece of every word (its first occurrence).
+def positions(laid: Laid, words: Mapping[str, Sequence[int]], prompt: str, title: str) -> list[int]:
+    """Positions, in the text sequence of one encoder, of every token of every word (its first occurrence).
 
     Args:
-        limit: how many tokens the model reads (None: what the tokenizer says).
+        laid: the prompt as the encoder reads it.
+        words: each with its tokens.
+        prompt, title: of the region, for errors.
 
     Raises:
         InputError: a word is not in the prompt, lies behind the last token that the model reads, or is a placeholder
             that the tokenizer does not know.
     """
-    limit = limit or tokenizer.model_max_length
-    whole = tokenizer(prompt, truncation=False, padding=False).input_ids
-    found: list[int] = []
-    for word in words:
-        pieces = tokenizer(word, add_special_tokens=False).input_ids
+    found: set[int] = set()
+    for word, tokens in words.items():
+        pieces = list(tokens)
         if word.startswith("<") and word.endswith(">") and " " not in word and len(pieces) != 1:
             raise InputError(
                 f"Region '{title}': the tokenizer does not know the concept token '{word}'; load the adapter of it."
             )
-        start = next((k for k in range(len(whole)) if pieces and whole[k : k + len(pieces)] == pieces), None)
+        starts = range(len(laid.content) - len(pieces) + 1)
+        start = next((k for k in starts if pieces and list(laid.content[k : k + len(pieces)]) == pieces), None)
+        if start is None and word in prompt and laid.lost:
+            raise InputError(
+                f"Region '{title}': the word '{word}' stands behind the {laid.ids.numel()} tokens that the model "
+                "reads: put it nearer to the beginning of the prompt."
+            )
         if start is None:
             raise InputError(f"Region '{title}': its prompt '{prompt}' does not hold the word '{word}'.")
-        if start + len(pieces) > limit - 1:  # the last position is the end mark
-            raise InputError(
-                f"Region '{title}': the word '{word}' stands behind the {limit} tokens that the model reads: "
-                "put it nearer to the beginning of the prompt."
-            )
-        found += range(start, start + len(pieces))
-    return sorted(set(found))
+        found.update(laid.places[start : start + len(pieces)])
+    return sorted(found)
 
 
 def subject_words(words: Sequence[str], triggers: Sequence[str], prompt: str, title: str) -> tuple[str, ...]:
@@ -54,22 +55,3 @@ def subject_words(words: Sequence[str], triggers: Sequence[str], prompt: str, ti
             "taken where the prompt holds them)."
         )
     return held
-
-
-def joint_positions(
-    readers: Sequence[tuple[Any, int, int]], prompt: str, words: Sequence[str], title: str
-) -> list[int]:
-    """Positions of the words in the text sequence of a joint transformer.
-
-    Args:
-        readers: tokenizer, first position and number of tokens of every part of the sequence
-            (:meth:`pipelines.diffusion.families.Family.text_parts`).
-
-    Raises:
-        InputError: as :func:`positions`.
-    """
-    return [
-        start + number
-        for tokenizer, start, limit in readers
-        for number in positions(tokenizer, prompt, words, title, limit)
-    ]
