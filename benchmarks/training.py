@@ -35,7 +35,7 @@ from studio import library
 from studio.training.base import load_base
 from studio.training.device import make_accelerator
 from studio.training.families import family_of
-from studio.training.image import Training
+from studio.training.tasks.image import Training
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.supply import read_folder
 

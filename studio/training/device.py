@@ -13,9 +13,19 @@ import torch
 from studio.training.schemas.base import TrainConfig
 
 
+def processes() -> int:
+    """How many processes train together: more than one under ``accelerate launch`` or torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched() -> bool:
-    """Whether ``accelerate launch`` or torchrun started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether a launcher started several processes."""
+    return processes() > 1
+
+
+def main_process() -> bool:
+    """Whether this is the process that writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def own_device(device: str) -> str:

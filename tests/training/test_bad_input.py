@@ -11,7 +11,7 @@ import torch
 from adapters.errors import Cancelled, InputError, MissingDependencyError
 from studio.training import checkpoint as checkpoints
 from studio.training import image, optimizers, train_image
-from studio.training.image import run
+from studio.training.tasks.image import run
 from studio.training.schemas.image import TrainImageConfig
 from tests.training import bed
 from tests.training.conftest import Watcher, settings

@@ -21,7 +21,7 @@ from pipelines.diffusion.distillation import embedding, trajectories
 from pipelines.diffusion.distillation.consistency import DiffusionPath
 from pipelines.diffusion.distillation.mark import read_mark
 from studio.training import distill
-from studio.training.distillation import run
+from studio.training.tasks.distillation import run
 from studio.training.families import family_of
 from studio.training.objective import Diffusion
 from studio.training.schemas.distill import DistillConfig
@@ -129,7 +129,7 @@ def test_every_format_draws_the_same_and_says_the_same(bases, prompts, tmp_path)
 
 
 def test_only_the_lora_learns(bases, prompts, tmp_path, monkeypatch):
-    from studio.training import distillation
+    from studio.training.tasks import distillation
 
     seen: dict[str, Any] = {}
 
@@ -440,7 +440,7 @@ def test_unknown_predictions_and_targets_that_are_not_finite(bases):
 
 
 def test_adapters_in_the_base_are_refused(bases, prompts, tmp_path, monkeypatch):
-    from studio.training import distillation
+    from studio.training.tasks import distillation
 
     original = distillation.load_base
 

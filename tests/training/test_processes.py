@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from studio.training.image import run
+from studio.training.tasks.image import run
 from tests.training.conftest import settings
 
 PROGRAM = """
@@ -18,7 +18,7 @@ import sys
 import torch
 from pathlib import Path
 from studio.training.schemas.image import TrainImageConfig
-from studio.training.image import run
+from studio.training.tasks.image import run
 torch.set_num_threads(1)
 run(TrainImageConfig.from_yaml(sys.argv[1]), Path(sys.argv[2]))
 """
