@@ -35,9 +35,9 @@ from studio import library
 from studio.training.base import load_base
 from studio.training.device import make_accelerator
 from studio.training.families import family_of
-from studio.training.tasks.image import Training
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.supply import read_folder
+from studio.training.tasks.image import Training
 
 VARIANTS = ("diffusers", "ours", "ours-live")
 TITLES = {

@@ -21,10 +21,10 @@ from pipelines.diffusion.distillation import embedding, trajectories
 from pipelines.diffusion.distillation.consistency import DiffusionPath
 from pipelines.diffusion.distillation.mark import read_mark
 from studio.training import distill
-from studio.training.tasks.distillation import run
 from studio.training.families import family_of
 from studio.training.objective import Diffusion
 from studio.training.schemas.distill import DistillConfig
+from studio.training.tasks.distillation import run
 from studio.training.teacher import Teacher
 from tests import tiny
 from tests.training.conftest import Watcher

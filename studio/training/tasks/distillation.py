@@ -40,7 +40,7 @@ from studio.datasets.seeds import uniform
 from studio.training.device import main_process
 from studio.training.drivers import accelerate as driver
 from studio.training.export import RECIPE_ENTRY, write_adapter
-from studio.training.families import Tensors
+from studio.training.families import Family, Tensors
 from studio.training.forward import draw
 from studio.training.inject import ADAPTER
 from studio.training.objective import elementwise_loss, levels, per_sample
@@ -137,22 +137,27 @@ class DistillationTask(Task):
             self._prepare_trajectories(self.report)
 
     @property
+    def family(self) -> Family:
+        """The base's."""
+        return self.pictures.family
+
+    @property
     def _needs_path(self) -> bool:
         return self.asked.objective == "consistency" or self.asked.states == "trajectories"
 
     def check(self) -> None:
         self.pictures.check()
-        wanted, denoiser = self.asked, self.pictures.family.denoiser
-        check_pristine(self.pictures.family.pipe, (self.pictures.family.denoiser_name, *self.pictures.family.encoder_parts))
+        wanted, denoiser = self.asked, self.family.denoiser
+        check_pristine(self.family.pipe, (self.family.denoiser_name, *self.family.encoder_parts))
         taken = [key for key in ("guidance_embeds", "time_cond_proj_dim") if denoiser.config.get(key)]
         if taken and not wanted.force:
             raise InputError(
                 f"The base '{wanted.base}' takes guidance as an input already ({taken[0]}), so it is distilled: choose "
                 "its undistilled sibling, or set force if it really is guided by a second pass."
             )
-        if wanted.guidance_mode == "embedding" and self.pictures.family.denoiser_name != "unet":
+        if wanted.guidance_mode == "embedding" and self.family.denoiser_name != "unet":
             raise InputError(
-                f"Guidance as an embedding is for UNet models (SD, SDXL), not for {self.pictures.family.name}: choose "
+                f"Guidance as an embedding is for UNet models (SD, SDXL), not for {self.family.name}: choose "
                 "guidance_mode 'fixed' or 'strength'."
             )
 
@@ -163,11 +168,9 @@ class DistillationTask(Task):
             return
         from studio import library
 
-        models = {self.pictures.family.denoiser_name: self.pictures.family.denoiser, **self.pictures.family.encoder_parts}
+        models = {self.family.denoiser_name: self.family.denoiser, **self.family.encoder_parts}
         chosen = [_named(text) for text in names]
-        files = [
-            fit(read(library.resolve_adapter(name)), models, self.asked.base, tables=False) for name, _ in chosen
-        ]
+        files = [fit(read(library.resolve_adapter(name)), models, self.asked.base, tables=False) for name, _ in chosen]
         for component, model in models.items():
             parts = [
                 Adapter(file.parts.get(component, {}), strength=weight)
@@ -178,7 +181,7 @@ class DistillationTask(Task):
                 self.attached.enter_context(engine.attached()).joint([1.0] * len(parts))
 
     def _prepare_trajectories(self, report: FolderReport | None) -> None:
-        wanted, family, accelerator = self.asked, self.pictures.family, self.session.accelerator
+        wanted, family, accelerator = self.asked, self.family, self.session.accelerator
         self.pictures.rule = bucket_rule(self.config, family)
         size = self.pictures.rule.square
         captions = [picture.caption or "" for picture in report.pictures] if report else []
@@ -197,14 +200,15 @@ class DistillationTask(Task):
             prompts=key_of(*prompts),
             seed=wanted.seed,
         )
-        place = Path(wanted.trajectories).expanduser() if wanted.trajectories.strip() else self.session.folder / "trajectories"
+        session, own = self.session, not wanted.trajectories.strip()
+        place = session.folder / "trajectories" if own else Path(wanted.trajectories).expanduser()
         conditions, count = Conditions(family, size), wanted.trajectory_count
         assert self.path is not None
         if accelerator.is_main_process:
-            prepare_folder(place, facts, own=not wanted.trajectories.strip())
+            prepare_folder(place, facts, own=own)
             record(
-                place, facts, count, prompts, self.teacher, self.path, conditions, accelerator.device, self.session.dtype,
-                accelerator.autocast, self.session.monitor,
+                place, facts, count, prompts, self.teacher, self.path, conditions, accelerator.device, session.dtype,
+                accelerator.autocast, session.monitor,
             )  # fmt: skip
         accelerator.wait_for_everyone()
         recording = trajectories.read_recording(place, count)
@@ -221,7 +225,7 @@ class DistillationTask(Task):
 
     @property
     def _prediction(self) -> str:
-        return str(getattr(self.pictures.family.process, "prediction", "flow_velocity"))
+        return str(getattr(self.family.process, "prediction", "flow_velocity"))
 
     def _style_digests(self) -> list[str]:
         from studio import library
@@ -239,7 +243,7 @@ class DistillationTask(Task):
         return self.pictures.inject(models)
 
     def trainee(self) -> nn.Module:
-        self.student = Student(self.pictures.family.denoiser, ADAPTER)
+        self.student = Student(self.family.denoiser, ADAPTER)
         self.teacher.student = self.student
         return self.pictures.trainee()
 
@@ -269,7 +273,7 @@ class DistillationTask(Task):
         return _State(batch.states.to(device), times, given, batch.guidance.to(device), batch.targets.to(device))
 
     def _noised(self, batch: Batch) -> _State:
-        config, process, device = self.config, self.pictures.family.process, self.session.accelerator.device
+        config, process, device = self.config, self.family.process, self.session.accelerator.device
         draws = draw(batch, config, config.seed)
         if self.asked.objective == "consistency":
             assert self.path is not None
@@ -281,7 +285,7 @@ class DistillationTask(Task):
                 low=0.0, high=1.0,
             )  # fmt: skip
             times = process.times(u).to(device)
-        clean = self.pictures.family.latents(batch.moments.to(device), draws.posterior.to(device))
+        clean = self.family.latents(batch.moments.to(device), draws.posterior.to(device))
         noisy = process.noisy(clean, draws.noise.to(device), times)
         given = {name: value.to(device) for name, value in batch.given.items()}
         low, high = self.asked.guidance_range
@@ -335,29 +339,35 @@ class DistillationTask(Task):
 
     def sample(self, step: int) -> None:
         """One conditional pass per step; few steps with their own sampler."""
-        wanted, pipe = self.asked, self.pictures.family.pipe
+        wanted, pipe = self.asked, self.family.pipe
         values: dict[str, Any] = {"sample_guidance": 1.0}
         own = pipe.scheduler
         with ExitStack() as stack:
             if wanted.objective == "consistency":
                 values["sample_steps"] = wanted.inference_steps
-                pipe.scheduler = sampler("lcm", own, self.pictures.family.denoiser_name != "unet")
+                pipe.scheduler = sampler("lcm", own, self.family.denoiser_name != "unet")
                 stack.callback(setattr, pipe, "scheduler", own)
             if wanted.guidance_mode == "embedding":
                 values["sample_guidance"] = wanted.guidance
-                stack.enter_context(embedding.announced(self.pictures.family.denoiser))
+                stack.enter_context(embedding.announced(self.family.denoiser))
             self.pictures.draw(step, self.config.model_copy(update=values))
 
     def before_first(self) -> None:
         """The sample prompts as the teacher draws them (not for Flux, whose pipeline guides in another way)."""
-        if not (main_process() and self.pictures.prompts) or self.pictures.family.name == "flux":
+        if not (main_process() and self.pictures.prompts) or self.family.name == "flux":
             return
         wanted = self.asked
         config = self.config.model_copy(
             update={"sample_guidance": wanted.guidance, "sample_negative": wanted.null_prompt}
         )
         with self.student.off():
-            pictures = draw_samples(self.pictures.family.pipe, self.pictures.prompts, self.pictures.rule.square, config, self.session.accelerator.device)
+            pictures = draw_samples(
+                self.family.pipe,
+                self.pictures.prompts,
+                self.pictures.rule.square,
+                config,
+                self.session.accelerator.device,
+            )
         for number, picture in enumerate(pictures):
             with whole(self.session.folder / "samples" / f"teacher-{number}.png") as part:
                 picture.save(part, format="PNG")
@@ -376,7 +386,7 @@ class DistillationTask(Task):
             rescale=wanted.guidance_rescale,
             interval=(wanted.guidance_from, wanted.guidance_to),
             base=wanted.base,
-            config_hash=config_hash(self.pictures.family.denoiser),
+            config_hash=config_hash(self.family.denoiser),
             objective=wanted.objective,
             steps=wanted.inference_steps if few else 0,
             sampler="lcm" if few else "",
@@ -387,7 +397,7 @@ class DistillationTask(Task):
         paths: dict[str, str] = {}
         if self.asked.guidance_mode == "embedding":
             with self.session.best_weights():
-                weight = self.pictures.family.denoiser.time_embedding.cond_proj.weight.detach().cpu().float().clone()
+                weight = self.family.denoiser.time_embedding.cond_proj.weight.detach().cpu().float().clone()
             file = folder / f"{name}-{embedding.NAME}-{key_of(*weight.flatten().tolist())[:8]}.safetensors"
             entries["w_embedding"] = file.name
             paths["w-embedding"] = str(embedding.write(file, weight, {RECIPE_ENTRY: json.dumps(recipe), **entries}))
@@ -404,7 +414,7 @@ class DistillationTask(Task):
             "example_prompt": self.supply.recording.prompts[0],
             "resolution": self.pictures.rule.resolution,
         }
-        return {"family": self.pictures.family.name}, data
+        return {"family": self.family.name}, data
 
     def card(self, recipe: dict[str, Any]) -> Path:
         samples = self.pictures.latest_samples()

@@ -35,6 +35,7 @@ from studio.training.supply import (
     augmentation,
     bucket_rule,
     class_set,
+    cut_away,
     picture_set,
     read_folder,
     split,
@@ -96,8 +97,7 @@ class ImageTask(Task):
             raise InputError(f"Text encoder LoRAs of {family.name} are not trained: set train_text_encoder to false.")
         if config.snr_gamma is not None:
             family.process.check_min_snr()
-        if family.name == "flux":
-            family.guidance = config.guidance  # type: ignore[attr-defined]
+        family.guidance = config.guidance
 
     def digest(self) -> str:
         return fingerprint(self.family.denoiser)
@@ -134,6 +134,8 @@ class ImageTask(Task):
         parts = [f"{len(shown)} pictures, {len(set(shown.captions))} different captions, sizes {sizes}"]
         if report.broken:
             parts.append(f"left out: {', '.join(sorted(report.broken))}")
+        remarks = [*report.remarks, *cut_away(shown)]
+        parts += [*remarks[:20], *([f"and {len(remarks) - 20} more remarks"] if len(remarks) > 20 else [])]
         long = self.family.cut_short(sorted(set(shown.captions)))
         if long:
             parts.append(f"{len(long)} captions are longer than the text encoder reads, e.g. '{long[0][:60]}...'")
@@ -190,7 +192,8 @@ class ImageTask(Task):
         return fit(file, dict(models), self.config.base, tables=False)
 
     def inject(self, models: dict[str, Any]) -> dict[str, Any]:
-        made = {name: lora_config(model, self.config, text=name in self.encoders) for name, model in models.items()}
+        config, patterns = self.config, self.family.about.targets
+        made = {name: lora_config(model, config, name in self.encoders, patterns) for name, model in models.items()}
         for name, model in models.items():
             inject(model, made[name])
         self.learner = Trainee(self.family, self.encoders)
@@ -209,7 +212,8 @@ class ImageTask(Task):
 
     # ---------------------------------------------------------------- steps
     def collate(self, start: int, stop: int) -> Iterator[Batch]:
-        return self.supply.stream(start, stop)
+        batches: Iterator[Batch] = self.supply.stream(start, stop)
+        return batches
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, Outputs]:
         config, session = self.config, self.session
