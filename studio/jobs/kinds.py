@@ -118,7 +118,7 @@ register(
     Kind(
         "train-language",
         "studio.training.schemas.language:TrainLanguageConfig",
-        "studio.training.language:run",
+        "studio.training.tasks.language:run",
         continues=True,
         afterwards="studio.library.adopt:trained",
     )

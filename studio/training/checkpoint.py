@@ -49,6 +49,8 @@ class Checkpoint:
     validation: list[dict[str, float]] = field(default_factory=list)
     trainer: str = ""
     """The state of transformers' Trainer as JSON, empty without it."""
+    folder: Path | None = None
+    """Where it was read from."""
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -115,6 +117,7 @@ def load(path: Path) -> Checkpoint:
             scaler=states["scaler"],
             validation=plain.get("validation", []),
             trainer=trainer.read_text(encoding="utf-8") if trainer.is_file() else "",
+            folder=path,
         )
     except Exception as error:
         raise InputError(

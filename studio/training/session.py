@@ -137,6 +137,7 @@ class TrainSession:
             for old in self.task.leftovers:
                 place = self.folder / old
                 shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
+        self.task.rewind(self.step)
         with whole(self.folder / "config.yaml") as part:
             part.write_text(self.task.asked.to_yaml(), encoding="utf-8")
         self.curve = LossCurve(self.folder / "loss.csv", self.step)

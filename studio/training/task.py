@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adapters.formats import LoraFile
-from adapters.plugin import Layers, Outputs, Plugin
+from adapters.plugin import Answers, Layers, Outputs, Plugin
 
 if TYPE_CHECKING:
     from studio.training.session import TrainSession
@@ -99,7 +99,7 @@ class Task:
         """Batches ``start`` .. ``stop - 1`` of the run, for this process."""
         raise NotImplementedError
 
-    def loss(self, batch: Any) -> tuple[torch.Tensor, Outputs]:
+    def loss(self, batch: Any) -> tuple[torch.Tensor, Outputs | Answers]:
         """The loss of one batch, with gradients, and what plugins may see of it."""
         raise NotImplementedError
 
@@ -127,6 +127,9 @@ class Task:
 
     def sample(self, step: int) -> None:
         """Answer or draw the sample prompts with the weights the models hold now; write and report them."""
+
+    def rewind(self, step: int) -> None:
+        """A resumed run goes on after ``step``: drop from the task's own files what it will write again."""
 
     def before_first(self) -> None:
         """A fresh run is about to take its first step."""

@@ -21,10 +21,13 @@ from transformers import (
 
 from adapters.errors import Cancelled, InputError
 from studio.datasets.seeds import global_seed
-from studio.training.language import check_packing, existing, run
-from studio.training.language_data import Collate, RunSampler, encode, read_rows
+from studio.training.checkpoint import existing
+from studio.training.drivers.trainer import RunSampler
+from studio.training.language_data import Collate, encode, read_rows
 from studio.training.optimizers import lr_factor
 from studio.training.records import read_curve
+from studio.training.tasks.causal import check_packing
+from studio.training.tasks.language import run
 from tests.language.conftest import Watcher, settings, write_rows
 
 
@@ -81,7 +84,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(bases, chats, tmp_path):
     whole = run(config, tmp_path / "whole", Watcher())
     with pytest.raises(Cancelled, match="step 4 of 9"):
         run(config, tmp_path / "part", Watcher(stop_at=4))
-    assert [place.name for place in existing(tmp_path / "part" / "checkpoints")] == ["checkpoint-4"]
+    assert [place.name for place in existing(tmp_path / "part" / "checkpoints")] == ["step-000004"]
     resumed = run(config, tmp_path / "part", Watcher(), resume=True)
     assert same(weights(whole), weights(resumed))
     curves = [[row["loss"] for row in read_curve(tmp_path / name / "loss.csv")] for name in ("whole", "part")]
@@ -130,7 +133,7 @@ import sys
 import torch
 from pathlib import Path
 from studio.training.schemas.language import TrainLanguageConfig
-from studio.training.language import run
+from studio.training.tasks.language import run
 torch.set_num_threads(1)
 run(TrainLanguageConfig.from_yaml(sys.argv[1]), Path(sys.argv[2]))
 """
@@ -152,20 +155,20 @@ def test_two_processes_log_the_loss_of_both(bases, chats, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(bases, chats, tmp_path, monkeypatch):
-    from studio.training import trainer_mixin
+    from studio.training import checkpoint
 
     config = settings(bases("llama"), chats, steps=6, checkpoint_every=2)
-    write = trainer_mixin.files.write
+    write = checkpoint.save_file
 
-    def full(target, *rest, **options):
-        if "checkpoint-4" in str(target):
+    def full(tensors, path):
+        if "step-000004" in str(path):
             raise OSError(28, "No space left on device")
-        return write(target, *rest, **options)
+        write(tensors, path)
 
-    monkeypatch.setattr(trainer_mixin.files, "write", full)
-    with pytest.raises(InputError, match=r"checkpoint-4' could not be written .*No space left"):
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match=r"step-000004' could not be written .*No space left"):
         run(config, tmp_path, Watcher())
-    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     monkeypatch.undo()
     monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
     assert run(config, tmp_path, Watcher(), resume=True)["steps"] == 6
