@@ -128,6 +128,64 @@ def test_resume_refuses_another_configuration(bases, chats, tmp_path):
         run(chosen, tmp_path / "rows", Watcher(), resume=True)
 
 
+def in_the_old_form(run_folder: Path) -> None:
+    """Write the newest checkpoint as version 0.1 did, and leave no other."""
+    place = existing(run_folder / "checkpoints")[-1]
+    plain = json.loads((place / "state.json").read_text())
+    old = place.with_name(f"checkpoint-{plain['step']}")
+    place.rename(old)
+    (old / "state.json").rename(old / "studio.json")
+    parameters = {name.removeprefix("model."): value for name, value in load_file(old / "adapter.safetensors").items()}
+    (old / "adapter.safetensors").unlink()
+    plugins = torch.load(old / "plugins.pt", weights_only=True) if (old / "plugins.pt").is_file() else {}
+    (old / "plugins.pt").unlink(missing_ok=True)
+    torch.save({"parameters": parameters, "plugins": plugins}, old / "studio_state.pt")
+
+
+def test_checkpoints_of_earlier_versions_are_taken_up(bases, chats, tmp_path):
+    config = settings(bases("llama"), chats, steps=6, ema=True, perturb="ggpo", reg="ba")
+    whole = run(config, tmp_path / "whole", Watcher())
+    with pytest.raises(Cancelled):
+        run(config, tmp_path / "part", Watcher(stop_at=3))
+    in_the_old_form(tmp_path / "part")
+    assert [place.name for place in existing(tmp_path / "part" / "checkpoints")] == ["checkpoint-3"]
+    assert same(weights(whole), weights(run(config, tmp_path / "part", Watcher(), resume=True)))
+
+
+def test_either_driver_turns_the_steps(bases, chats, tmp_path):
+    """The accelerate loop and transformers' Trainer train the same task to the same adapter."""
+    from studio.training.drivers import accelerate
+    from studio.training.session import TrainSession
+    from studio.training.tasks.language import task_for
+
+    config = settings(bases("llama"), chats, steps=4, reg="ba", ema=True, validation_split=0.25)
+    usual = run(config, tmp_path / "usual", first := Watcher())
+    session = TrainSession.of(task_for(config), tmp_path / "loop", second := Watcher())
+    other = accelerate.train(session)
+    assert first.losses == pytest.approx(second.losses, rel=1e-5)
+    one, two = weights(usual), weights(other)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one | two)
+    measured = [made["validation"][-1]["validation_loss"] for made in (usual, other)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
+
+
+def test_plugins_join_those_of_the_configuration(bases, chats, tmp_path):
+    from adapters.plugin import Plugin
+
+    class Noting(Plugin):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def after_step(self, step: int) -> None:
+            self.steps.append(step)
+
+    config = settings(bases("llama"), chats, steps=3, perturb="ggpo")
+    alone = run(config, tmp_path / "alone", Watcher())
+    joined = run(config, tmp_path / "joined", Watcher(), plugins=[noting := Noting()])
+    assert same(weights(alone), weights(joined))
+    assert noting.steps == [0, 1, 2]
+
+
 PROGRAM = """
 import sys
 import torch
