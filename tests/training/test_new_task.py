@@ -181,7 +181,7 @@ def test_it_stops_and_resumes_to_the_bit(toy, tmp_path):
 def test_it_resumes_the_same_run_only(toy, tmp_path):
     with pytest.raises(Cancelled):
         toy.run(config(toy), tmp_path, Watcher(stop_at=2))
-    with pytest.raises(InputError, match="slope: 2.0 -> 3.0"):
+    with pytest.raises(InputError, match=r"slope: 2\.0 -> 3\.0"):
         toy.run(config(toy, slope=3.0), tmp_path, resume=True)
 
 
