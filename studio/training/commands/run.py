@@ -82,7 +82,7 @@ def _in_folder(entry: str, config: JobConfig, folder: Path, resume: bool, output
     run = getattr(importlib.import_module(module), name)
     folder.mkdir(parents=True, exist_ok=True)
     first = os.environ.get("RANK", "0") == "0"
-    with Terminal(output.quiet or not first) as terminal:
+    with Terminal(output.quiet or not first, on_end=bool) as terminal:
         try:
             result = run(config, folder, terminal, resume=resume)
         except Cancelled:
