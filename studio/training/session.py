@@ -33,6 +33,11 @@ from studio.training.task import Measures, Task
 
 SILENT = Silent()
 
+DEAD_STEPS = 5
+"""So many steps without a gradient, at more than twice the first loss, and a run is over."""
+RISE = 10.0
+"""A loss that ends so many times above where it began is told."""
+
 
 @dataclass
 class TrainSession:
@@ -62,6 +67,7 @@ class TrainSession:
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     validation: list[dict[str, float]] = field(default_factory=list)
+    _norms: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, task: Task, folder: Path, monitor: Monitor, plugins: Sequence[Plugin] = ()) -> TrainSession:
@@ -204,6 +210,8 @@ class TrainSession:
         self.step += 1
         self.seconds += took
         self.losses.append(loss)
+        self._norms = [*self._norms, norm][-DEAD_STEPS:]
+        self.check_alive()
         found = self.measure() if due(self.step, self.config.validation_every) and self.task.measurable else {}
         values = {"learning_rate": rate, "grad_norm": norm}
         shown = values | logs | {"steps_per_second": 1 / took, "epoch": self.task.epoch(self.step)} | found
@@ -218,6 +226,25 @@ class TrainSession:
         if due(self.step, getattr(self.config, "save_every", 0)) and self.step < self.total:
             self._save_intermediate()
         return shown
+
+    def check_alive(self) -> None:
+        """Raise :class:`InputError` when the run has diverged to where no gradient leads back."""
+        dead = len(self._norms) == DEAD_STEPS and self.config.max_grad_norm > 0 and not any(self._norms)
+        if dead and min(self.losses[-DEAD_STEPS:]) > 2 * self.losses[0] > 0:
+            raise InputError(f"The training has diverged: {self._rise()}, and no gradient is left. {self._advice()}")
+
+    def diverged(self) -> str:
+        """A sentence when the loss ended far above where it began, else empty."""
+        first = recent(self.losses[:10][::-1])
+        if first > 0 and recent(self.losses) > RISE * first:
+            return f"The training has probably diverged: {self._rise()}. {self._advice()}"
+        return ""
+
+    def _rise(self) -> str:
+        return f"the loss rose from {self.losses[0]:.4g} to {recent(self.losses):.4g} in {self.step} steps"
+
+    def _advice(self) -> str:
+        return f"Lower learning_rate (it is {self.config.learning_rate:g}) and start anew."
 
     def checkpoint_due(self) -> bool:
         """Whether the driver has to write a checkpoint now."""
@@ -293,6 +320,9 @@ class TrainSession:
         if not due(self.step, self.config.sample_every):
             self.sample()
         card = task.card(recipe)
+        warning = self.diverged()
+        if warning:
+            self.monitor.report(Progress("training", self.step, self.total, message=warning))
         return {
             "adapter": next(iter(paths.values())),
             "card": str(card),
@@ -304,4 +334,5 @@ class TrainSession:
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "triggers": recipe["triggers"],
             **task.result(paths),
+            **({"warning": warning} if warning else {}),
         }

@@ -189,3 +189,23 @@ def test_it_is_a_kind_of_job(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
     job = jobs.run_here("train-line", {"steps": 3}, Watcher())
     assert job.result["steps"] == 3
+
+
+def test_a_run_that_diverges_says_so(toy, tmp_path):
+    rising = toy.run(config(toy, learning_rate=50.0, optimizer="sgd", max_grad_norm=0, steps=3), tmp_path / "rising")
+    assert "probably diverged: the loss rose from" in rising["warning"]
+    assert "Lower learning_rate (it is 50)" in rising["warning"]
+    assert "warning" not in toy.run(config(toy), tmp_path / "usual")
+
+
+def test_a_run_without_a_gradient_at_a_high_loss_ends(toy, tmp_path, monkeypatch):
+    """Saturated: what a rate of 1e6 leaves behind."""
+    loss = toy.LineTask.loss
+
+    def saturates(task, batch):
+        value, outputs = loss(task, batch)
+        return (value if task.session.step < 2 else value * 0 + 100.0), outputs
+
+    monkeypatch.setattr(toy.LineTask, "loss", saturates)
+    with pytest.raises(InputError, match=r"has diverged: the loss rose .* no gradient is left.*Lower learning_rate"):
+        toy.run(config(toy, steps=40), tmp_path)
