@@ -18,6 +18,16 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def left_alone() -> bool:
+    """Whether ``accelerate launch`` was asked for several processes and started this one only, as it does on a CPU.
+
+    It then still tells where the others would meet, but neither it nor MPI says how many there are.
+    """
+    told = os.environ.keys()
+    several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= told
+    return several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & told
+
+
 def launched() -> bool:
     """Whether a launcher started several processes."""
     return processes() > 1
