@@ -28,16 +28,14 @@ from typing import Any
 
 import torch
 
-from adapters.plugin import Plugins
 from adapters.progress import Silent
 from benchmarks.measures import peak_memory
 from studio import library
-from studio.training.base import load_base
 from studio.training.device import make_accelerator
-from studio.training.families import family_of
-from studio.training.image import Training
+from studio.training.drivers.accelerate import Loop
 from studio.training.schemas.image import TrainImageConfig
-from studio.training.supply import read_folder
+from studio.training.session import TrainSession
+from studio.training.tasks.image import ImageTask
 
 VARIANTS = ("diffusers", "ours", "ours-live")
 TITLES = {
@@ -82,15 +80,15 @@ def config_for(base: str, data: Path, batch: int, rank: int, side: int, live: bo
 
 def our_step(config: TrainImageConfig, folder: Path) -> Callable[[], Any]:
     """One optimiser step of the studio's trainer."""
-    accelerator = make_accelerator(config, torch.float32, "cpu", folder)
-    family = family_of(load_base(config, torch.float32, accelerator.device))
-    training = Training(config, folder, Silent(), accelerator, torch.float32, family, Plugins())
-    training.prepare(read_folder(config))
-    batches = training.supply.stream(0, training.total)
+    session = TrainSession.of(ImageTask(config), folder, Silent())
+    session.accelerator = make_accelerator(config, torch.float32, "cpu", folder)
+    loop = Loop(session)
+    loop.prepare()
+    batches = loop.batches()
 
     def step() -> None:
-        training.optimiser_step(batches)
-        training.step += 1
+        loop.optimiser_step(batches)
+        session.step += 1
 
     return step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -23,24 +24,34 @@ class Terminal:
     Args:
         quiet: show nothing.
         stopping: what to say at the first Ctrl-C.
+        on_end: given, SIGTERM and SIGUSR1 (a scheduler, a shutdown) ask the work to stop too, and call this. They may
+            come several times: launchers pass on what the process group was sent already.
     """
 
-    def __init__(self, quiet: bool = False, stopping: str = STOPPING) -> None:
+    def __init__(
+        self, quiet: bool = False, stopping: str = STOPPING, on_end: Callable[[], object] | None = None
+    ) -> None:
         self.quiet = quiet
         self.stopping = stopping
+        self.on_end = on_end
         self.bar: Any = None
         self.task: Any = None
         self.interrupted = False
         self._stage = ""
         self._preview = ""
         self._line_at = 0.0
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        try:
-            self._before = signal.signal(signal.SIGINT, self._on_interrupt)
-        except ValueError:  # not the main thread
-            self._before = None
+        handlers: dict[str, Any] = {"SIGINT": self._on_interrupt}
+        if self.on_end is not None:
+            handlers |= {"SIGTERM": self._on_end, "SIGUSR1": self._on_end}
+        for name, handler in handlers.items():
+            try:
+                number = getattr(signal, name)
+                self._before[number] = signal.signal(number, handler)
+            except (ValueError, AttributeError):  # not the main thread; a system without SIGUSR1
+                continue
         if not self.quiet and sys.stderr.isatty():
             self.bar = _bar()
             self.bar.start()
@@ -50,8 +61,8 @@ class Terminal:
                  ) -> None:  # fmt: skip
         if self.bar is not None:
             self.bar.stop()
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def report(self, progress: Progress) -> None:
         if self.quiet:
@@ -104,6 +115,13 @@ class Terminal:
         self.interrupted = True
         if self.stopping:
             self.say(self.stopping)
+
+    def _on_end(self, number: int, frame: FrameType | None) -> None:
+        if self.on_end is not None:
+            self.on_end()
+        if not self.interrupted:
+            self.interrupted = True
+            self.say(f"{signal.Signals(number).name}: stopping at the next safe place ...")
 
 
 def _short(progress: Progress) -> str:

@@ -111,7 +111,7 @@ def _ended(job: Job, error: BaseException) -> None:
         stopped_with_process = STOPPING.is_set() and not cancelling
         logger.info("stopped on request")
         if stopped_with_process:
-            _finish(job.id, "interrupted", error="The worker was stopped; resume the job to go on.")
+            _finish(job.id, "interrupted", error="The process was stopped; resume the job to go on.")
         else:
             _finish(job.id, "cancelled")
         return

@@ -100,7 +100,7 @@ register(
     Kind(
         "train-image",
         "studio.training.schemas.image:TrainImageConfig",
-        "studio.training.image:run",
+        "studio.training.tasks.image:run",
         continues=True,
         afterwards="studio.library.adopt:trained",
     )
@@ -109,7 +109,7 @@ register(
     Kind(
         "distill",
         "studio.training.schemas.distill:DistillConfig",
-        "studio.training.distillation:run",
+        "studio.training.tasks.distillation:run",
         continues=True,
         afterwards="studio.library.adopt:trained",
     )
@@ -118,7 +118,7 @@ register(
     Kind(
         "train-language",
         "studio.training.schemas.language:TrainLanguageConfig",
-        "studio.training.language:run",
+        "studio.training.tasks.language:run",
         continues=True,
         afterwards="studio.library.adopt:trained",
     )

@@ -24,7 +24,7 @@ def train_image(
     resume: bool = False,
     **values: Any,
 ) -> dict[str, Any]:
-    """Train an image LoRA and return its result (see :func:`studio.training.image.run`).
+    """Train an image LoRA and return its result (see :func:`studio.training.tasks.image.run`).
 
     Args:
         config: the whole configuration; or leave it out and give ``values`` (and a ``preset`` below them).
@@ -37,9 +37,9 @@ def train_image(
 
     from adapters.errors import InputError
     from adapters.progress import Silent
-    from studio.training.image import run
     from studio.training.presets import with_preset
     from studio.training.schemas.image import TrainImageConfig
+    from studio.training.tasks.image import run
 
     if config is not None and (values or preset):
         raise InputError("Give train_image either a config or single values, not both.")
@@ -56,7 +56,8 @@ def distill(
     resume: bool = False,
     **values: Any,
 ) -> dict[str, Any]:
-    """Distil guidance, or most of the steps, into a LoRA; see :func:`studio.training.distillation.run` for the result.
+    """Distil guidance, or most of the steps, into a LoRA; the result is that of
+    :func:`studio.training.tasks.distillation.run`.
 
     Args:
         config: the whole configuration; or leave it out and give ``values``.
@@ -69,8 +70,8 @@ def distill(
 
     from adapters.errors import InputError
     from adapters.progress import Silent
-    from studio.training.distillation import run
     from studio.training.schemas.distill import DistillConfig
+    from studio.training.tasks.distillation import run
 
     if config is not None and values:
         raise InputError("Give distill either a config or single values, not both.")

@@ -2,14 +2,16 @@
 
 ``checkpoints/step-N/`` holds ``adapter.safetensors`` (fp32, as PEFT names it), ``optimizer.pt``, ``ema.pt`` and
 ``scaler.pt`` where there are such, and ``state.json`` (step, configuration, data set, plugin state). Random numbers
-need no state: they are functions of the seed and the step (``studio.datasets.seeds``).
+need no state: they are functions of the seed and the step (``studio.datasets.seeds``). ``trainer_state.json`` is there
+when transformers' Trainer turned the steps. Checkpoints of language runs from before this format, ``checkpoint-N/``
+with ``studio.json``, are read too.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ BOUND_KEYS = frozenset({"name", "ema", "ema_decay", "validation_split"})
 """Keys of a free group that still belong to the run ('name' is in no free group; it names the result)."""
 
 
+TRAINER = "trainer_state.json"
+OLD_MARK = "studio.json"
+
+
 @dataclass
 class Checkpoint:
     """What is saved: tensors by component, optimiser and other states, and plain values."""
@@ -40,6 +46,11 @@ class Checkpoint:
     plugins: dict[str, Any]
     ema: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None
+    validation: list[dict[str, float]] = field(default_factory=list)
+    trainer: str = ""
+    """The state of transformers' Trainer as JSON, empty without it."""
+    folder: Path | None = None
+    """Where it was read from."""
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -58,8 +69,11 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "data": checkpoint.data,
             "losses": checkpoint.losses,
             "seconds": checkpoint.seconds,
+            "validation": checkpoint.validation,
             "config": checkpoint.config,
         }
+        if checkpoint.trainer:
+            (part / TRAINER).write_text(checkpoint.trainer, encoding="utf-8")
         (part / "state.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
     for old in existing(folder)[:-keep]:
         shutil.rmtree(old)
@@ -68,7 +82,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def existing(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    found = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
+    found += [path for path in folder.glob("checkpoint-*") if (path / OLD_MARK).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 def load(path: Path) -> Checkpoint:
@@ -78,16 +94,19 @@ def load(path: Path) -> Checkpoint:
         InputError: it is damaged.
     """
     try:
-        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        states = {
-            name: torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
-            if (path / f"{name}.pt").is_file()
-            else None
-            for name in ("optimizer", "ema", "scaler", "plugins")
-        }
+        old = (path / OLD_MARK).is_file()
+        plain = json.loads((path / (OLD_MARK if old else "state.json")).read_text(encoding="utf-8"))
+        states = {name: _state(path / f"{name}.pt") for name in ("optimizer", "ema", "scaler", "plugins")}
+        if old:
+            kept = _state(path / "studio_state.pt") or {}
+            states["plugins"] = kept["plugins"]
+            adapter = {f"model.{name}": value for name, value in kept["parameters"].items()}
+        else:
+            adapter = load_file(path / "adapter.safetensors")
+        trainer = path / TRAINER
         return Checkpoint(
             step=plain["step"],
-            adapter=load_file(path / "adapter.safetensors"),
+            adapter=adapter,
             optimizer=states["optimizer"] or {},
             config=plain["config"],
             data=plain["data"],
@@ -96,11 +115,21 @@ def load(path: Path) -> Checkpoint:
             plugins=states["plugins"] or {},
             ema=states["ema"],
             scaler=states["scaler"],
+            validation=plain.get("validation", []),
+            trainer=trainer.read_text(encoding="utf-8") if trainer.is_file() else "",
+            folder=path,
         )
     except Exception as error:
         raise InputError(
             f"The checkpoint '{path}' is damaged ({error}): delete it and resume from an older one."
         ) from None
+
+
+def _state(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return found
 
 
 def check_same_run(saved: Checkpoint, config: JobConfig, data: str, noun: str) -> None:

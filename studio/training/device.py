@@ -13,9 +13,29 @@ import torch
 from studio.training.schemas.base import TrainConfig
 
 
+def processes() -> int:
+    """How many processes train together: more than one under ``accelerate launch`` or torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def left_alone() -> bool:
+    """Whether ``accelerate launch`` was asked for several processes and started this one only, as it does on a CPU.
+
+    It then still tells where the others would meet, but neither it nor MPI says how many there are.
+    """
+    told = os.environ.keys()
+    several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= told
+    return several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & told
+
+
 def launched() -> bool:
-    """Whether ``accelerate launch`` or torchrun started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether a launcher started several processes."""
+    return processes() > 1
+
+
+def main_process() -> bool:
+    """Whether this is the process that writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def own_device(device: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
 
 from adapters.errors import InputError
 from studio.datasets.conversations import Columns, Conversation, Text, conversations, labelled_texts, plain_texts
@@ -161,37 +160,6 @@ def _plain(
             sample["labels"] = [labels.index(str(item.label))]
         made.append(sample)
     return made, cut
-
-
-class SampleSet(Dataset[Encoded]):
-    """Samples by number."""
-
-    def __init__(self, samples: Sequence[Encoded]) -> None:
-        self.samples = list(samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, number: int) -> Encoded:
-        return self.samples[number]
-
-
-class RunSampler(Sampler[int]):
-    """The whole run as one pass: permutation after permutation of the samples, each a function of seed and number."""
-
-    def __init__(self, samples: int, total: int, seed: int) -> None:
-        self.samples, self.total, self.seed = samples, total, seed
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[int]:
-        given = 0
-        while given < self.total:
-            order = list(range(self.samples))
-            rng(self.seed, "data", given // self.samples).shuffle(order)
-            yield from order[: self.total - given]
-            given += self.samples
 
 
 # ------------------------------------------------------------------------------------------------ batches

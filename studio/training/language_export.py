@@ -16,7 +16,6 @@ from adapters.formats import LoraLayer
 from adapters.formats.peft_directory import PREFIX, write_directory
 from pipelines.precision import DTYPES
 from studio.training.export import RECIPE_ENTRY
-from studio.training.language_layers import TASK_TYPES
 from studio.training.schemas.language import TrainLanguageConfig
 
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -26,17 +25,19 @@ HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 def write_adapter(
     layers: Mapping[str, LoraLayer],
     heads: Mapping[str, torch.Tensor],
-    folder: Path,
+    target: Path,
     config: TrainLanguageConfig,
     recipe: Mapping[str, Any],
-    transposed: bool = False,
+    options: Mapping[str, Any],
+    text: str,
 ) -> Path:
-    """Write the PEFT directory ``folder / NAME`` and return it.
+    """Write the PEFT directory ``target`` and return it.
 
     Args:
         layers: module path -> layer.
         heads: whole trained modules (a classification head), tensors by PEFT's keys.
-        transposed: the base's layers keep their weights transposed (GPT-2).
+        options: entries of ``adapter_config.json`` that only the task knows.
+        text: the card.
 
     Raises:
         InputError: numbers that are not finite, or a disk that is full.
@@ -53,17 +54,15 @@ def write_adapter(
     for name, numbers in [*more.items(), *((name, tensor) for name, layer in kept.items() for tensor in _of(layer))]:
         if not numbers.isfinite().all():
             raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
-    options = {
-        "task_type": TASK_TYPES[config.task],
+    entries = {
+        **options,
         "base_model_name_or_path": HUB_NAMES.get(config.base, config.base),
         "modules_to_save": sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in heads}) or None,
-        "fan_in_fan_out": transposed,
     }
-    target = folder / config.name
     with files.whole(target) as part:
         part.mkdir()
-        write_directory(part, kept, {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}, options, more)
-        files.write_text(part / "README.md", card(recipe))
+        write_directory(part, kept, {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}, entries, more)
+        files.write_text(part / "README.md", text)
     return target
 
 
@@ -71,8 +70,8 @@ def _of(layer: LoraLayer) -> list[torch.Tensor]:
     return [layer.A, layer.B, *([] if layer.magnitude is None else [layer.magnitude])]
 
 
-def card(recipe: Mapping[str, Any]) -> str:
-    """The adapter's card: what it is, how it was made, how it is loaded."""
+def card(recipe: Mapping[str, Any], auto_class: str) -> str:
+    """The adapter's card: what it is, how it was made, how it is loaded (the base by ``auto_class``)."""
     config, training, data, base = recipe["config"], recipe["training"], recipe["data"], recipe["base"]
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["validation"].items())
     labels = ", ".join(data.get("labels") or ())
@@ -96,10 +95,10 @@ def card(recipe: Mapping[str, Any]) -> str:
         f"- Data digest: `{data['digest']}`",
         "",
         "```python",
-        f"from transformers import {_AUTO[config['task']]}",
+        f"from transformers import {auto_class}",
         "from peft import PeftModel",
         "",
-        f"model = {_AUTO[config['task']]}.from_pretrained({base['name']!r}"
+        f"model = {auto_class}.from_pretrained({base['name']!r}"
         + (f", num_labels={len(data['labels'])})" if labels else ")"),
         f"model = PeftModel.from_pretrained(model, {recipe['name']!r})",
         "```",
@@ -108,10 +107,3 @@ def card(recipe: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-_AUTO = {
-    "causal": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "masked": "AutoModelForMaskedLM",
-}

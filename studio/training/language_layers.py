@@ -21,8 +21,6 @@ ATTENTION = (
 HEADS = r"(.*\.)?(lm_head|embed_out|score|classifier|pre_classifier|pooler|cls|qa_outputs|vocab_\w+)(\..*)?"
 """Output layers, which 'linear' leaves alone as other trainers do."""
 
-TASK_TYPES = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS", "masked": None}
-
 
 def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
     """Names of the layers of ``model`` that ``config`` chooses.
@@ -45,8 +43,10 @@ def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
     return chosen
 
 
-def peft_config(model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = ()) -> LoraConfig:
-    """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole."""
+def peft_config(
+    model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
+) -> LoraConfig:
+    """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole, ``task_type`` is PEFT's word."""
     targets = [name for name in find_targets(model, config) if name not in fresh]
     conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
     made = LoraConfig(
@@ -59,7 +59,7 @@ def peft_config(model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[s
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=in_peft(config.init),
-        task_type=TASK_TYPES[config.task],
+        task_type=task_type,
         fan_in_fan_out=conv1d,
         modules_to_save=list(fresh) or None,
     )
@@ -67,9 +67,11 @@ def peft_config(model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[s
     return made
 
 
-def add_adapter(model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = ()) -> PeftModel:
+def add_adapter(
+    model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
+) -> PeftModel:
     """``model`` with a new adapter in fp32; nothing else learns but the ``fresh`` modules (a new head)."""
-    made = peft_config(model, config, fresh)
+    made = peft_config(model, config, fresh, task_type)
     if config.quantization != "none":
         import peft
 

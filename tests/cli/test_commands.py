@@ -172,8 +172,11 @@ def test_watching_a_failed_job_fails(ask):
     assert "not liked" in out
 
 
-def test_ctrl_c_stops_where_it_can_and_says_how_to_go_on(home):
-    job = jobs.run_here("count", {"to": 1}, _silent())
+@pytest.mark.parametrize(
+    ("asks", "status"), [("SIGINT", "cancelled"), ("SIGTERM", "interrupted"), ("SIGUSR1", "interrupted")]
+)
+def test_signals_stop_where_it_can_and_say_how_to_go_on(home, asks, status):
+    """Ctrl-C, and what schedulers and shutdowns send."""
     program = "from studio.cli import main; main()"
     slow = jobs.submit("count", {"to": 500, "pause": 0.02})
     jobs.cancel(slow)
@@ -182,18 +185,11 @@ def test_ctrl_c_stops_where_it_can_and_says_how_to_go_on(home):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     reached(slow, 2)
-    asked.send_signal(signal.SIGINT)
+    asked.send_signal(getattr(signal, asks))
     _, err = asked.communicate(timeout=120)
     assert asked.returncode == 130
     assert f"studio jobs resume {slow}" in err
-    assert jobs.get(slow).status == "cancelled"
-    assert job.status == "done"
-
-
-def _silent():
-    from adapters.progress import Silent
-
-    return Silent()
+    assert jobs.get(slow).status == status
 
 
 def test_a_worker_in_the_terminal(home):

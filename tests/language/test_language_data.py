@@ -14,10 +14,11 @@ from adapters.errors import InputError
 from studio.datasets.conversations import Columns, conversations
 from studio.datasets.encoding import IGNORED, encode_all, encode_conversation, pack
 from studio.datasets.texts import scan, usable_rows
+from studio.training.drivers.trainer import RunSampler
 from studio.training.language_check import check_data
-from studio.training.language_data import Collate, RunSampler, encode, masked, read_rows, split
-from studio.training.language_measure import macro_f1
+from studio.training.language_data import Collate, encode, masked, read_rows, split
 from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.tasks.classification import macro_f1
 from tests.language import tiny
 from tests.language.conftest import settings, write_rows
 

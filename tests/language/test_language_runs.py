@@ -21,10 +21,13 @@ from transformers import (
 
 from adapters.errors import Cancelled, InputError
 from studio.datasets.seeds import global_seed
-from studio.training.language import check_packing, existing, run
-from studio.training.language_data import Collate, RunSampler, encode, read_rows
+from studio.training.checkpoint import existing
+from studio.training.drivers.trainer import RunSampler
+from studio.training.language_data import Collate, encode, read_rows
 from studio.training.optimizers import lr_factor
 from studio.training.records import read_curve
+from studio.training.tasks.causal import check_packing
+from studio.training.tasks.language import run
 from tests.language.conftest import Watcher, settings, write_rows
 
 
@@ -81,7 +84,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(bases, chats, tmp_path):
     whole = run(config, tmp_path / "whole", Watcher())
     with pytest.raises(Cancelled, match="step 4 of 9"):
         run(config, tmp_path / "part", Watcher(stop_at=4))
-    assert [place.name for place in existing(tmp_path / "part" / "checkpoints")] == ["checkpoint-4"]
+    assert [place.name for place in existing(tmp_path / "part" / "checkpoints")] == ["step-000004"]
     resumed = run(config, tmp_path / "part", Watcher(), resume=True)
     assert same(weights(whole), weights(resumed))
     curves = [[row["loss"] for row in read_curve(tmp_path / name / "loss.csv")] for name in ("whole", "part")]
@@ -125,12 +128,70 @@ def test_resume_refuses_another_configuration(bases, chats, tmp_path):
         run(chosen, tmp_path / "rows", Watcher(), resume=True)
 
 
+def in_the_old_form(run_folder: Path) -> None:
+    """Write the newest checkpoint as version 0.1 did, and leave no other."""
+    place = existing(run_folder / "checkpoints")[-1]
+    plain = json.loads((place / "state.json").read_text())
+    old = place.with_name(f"checkpoint-{plain['step']}")
+    place.rename(old)
+    (old / "state.json").rename(old / "studio.json")
+    parameters = {name.removeprefix("model."): value for name, value in load_file(old / "adapter.safetensors").items()}
+    (old / "adapter.safetensors").unlink()
+    plugins = torch.load(old / "plugins.pt", weights_only=True) if (old / "plugins.pt").is_file() else {}
+    (old / "plugins.pt").unlink(missing_ok=True)
+    torch.save({"parameters": parameters, "plugins": plugins}, old / "studio_state.pt")
+
+
+def test_checkpoints_of_earlier_versions_are_taken_up(bases, chats, tmp_path):
+    config = settings(bases("llama"), chats, steps=6, ema=True, perturb="ggpo", reg="ba")
+    whole = run(config, tmp_path / "whole", Watcher())
+    with pytest.raises(Cancelled):
+        run(config, tmp_path / "part", Watcher(stop_at=3))
+    in_the_old_form(tmp_path / "part")
+    assert [place.name for place in existing(tmp_path / "part" / "checkpoints")] == ["checkpoint-3"]
+    assert same(weights(whole), weights(run(config, tmp_path / "part", Watcher(), resume=True)))
+
+
+def test_either_driver_turns_the_steps(bases, chats, tmp_path):
+    """The accelerate loop and transformers' Trainer train the same task to the same adapter."""
+    from studio.training.drivers import accelerate
+    from studio.training.session import TrainSession
+    from studio.training.tasks.language import task_for
+
+    config = settings(bases("llama"), chats, steps=4, reg="ba", ema=True, validation_split=0.25)
+    usual = run(config, tmp_path / "usual", first := Watcher())
+    session = TrainSession.of(task_for(config), tmp_path / "loop", second := Watcher())
+    other = accelerate.train(session)
+    assert first.losses == pytest.approx(second.losses, rel=1e-5)
+    one, two = weights(usual), weights(other)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one | two)
+    measured = [made["validation"][-1]["validation_loss"] for made in (usual, other)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
+
+
+def test_plugins_join_those_of_the_configuration(bases, chats, tmp_path):
+    from adapters.plugin import Plugin
+
+    class Noting(Plugin):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def after_step(self, step: int) -> None:
+            self.steps.append(step)
+
+    config = settings(bases("llama"), chats, steps=3, perturb="ggpo")
+    alone = run(config, tmp_path / "alone", Watcher())
+    joined = run(config, tmp_path / "joined", Watcher(), plugins=[noting := Noting()])
+    assert same(weights(alone), weights(joined))
+    assert noting.steps == [0, 1, 2]
+
+
 PROGRAM = """
 import sys
 import torch
 from pathlib import Path
 from studio.training.schemas.language import TrainLanguageConfig
-from studio.training.language import run
+from studio.training.tasks.language import run
 torch.set_num_threads(1)
 run(TrainLanguageConfig.from_yaml(sys.argv[1]), Path(sys.argv[2]))
 """
@@ -152,20 +213,20 @@ def test_two_processes_log_the_loss_of_both(bases, chats, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(bases, chats, tmp_path, monkeypatch):
-    from studio.training import trainer_mixin
+    from studio.training import checkpoint
 
     config = settings(bases("llama"), chats, steps=6, checkpoint_every=2)
-    write = trainer_mixin.files.write
+    write = checkpoint.save_file
 
-    def full(target, *rest, **options):
-        if "checkpoint-4" in str(target):
+    def full(tensors, path):
+        if "step-000004" in str(path):
             raise OSError(28, "No space left on device")
-        return write(target, *rest, **options)
+        write(tensors, path)
 
-    monkeypatch.setattr(trainer_mixin.files, "write", full)
-    with pytest.raises(InputError, match=r"checkpoint-4' could not be written .*No space left"):
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match=r"step-000004' could not be written .*No space left"):
         run(config, tmp_path, Watcher())
-    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     monkeypatch.undo()
     monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
     assert run(config, tmp_path, Watcher(), resume=True)["steps"] == 6

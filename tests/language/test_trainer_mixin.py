@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from adapters.plugin import Plugin
-from studio.training.language_data import Collate, SampleSet
+from studio.training.drivers.trainer import SampleSet
+from studio.training.language_data import Collate
 from studio.training.trainer_mixin import StudioTrainerMixin
 
 

@@ -10,9 +10,10 @@ import torch
 
 from adapters.errors import Cancelled, InputError, MissingDependencyError
 from studio.training import checkpoint as checkpoints
-from studio.training import image, optimizers, train_image
-from studio.training.image import run
+from studio.training import optimizers, train_image
 from studio.training.schemas.image import TrainImageConfig
+from studio.training.tasks import image
+from studio.training.tasks.image import run
 from tests.training import bed
 from tests.training.conftest import Watcher, settings
 

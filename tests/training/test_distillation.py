@@ -21,10 +21,10 @@ from pipelines.diffusion.distillation import embedding, trajectories
 from pipelines.diffusion.distillation.consistency import DiffusionPath
 from pipelines.diffusion.distillation.mark import read_mark
 from studio.training import distill
-from studio.training.distillation import run
 from studio.training.families import family_of
 from studio.training.objective import Diffusion
 from studio.training.schemas.distill import DistillConfig
+from studio.training.tasks.distillation import run
 from studio.training.teacher import Teacher
 from tests import tiny
 from tests.training.conftest import Watcher
@@ -129,24 +129,24 @@ def test_every_format_draws_the_same_and_says_the_same(bases, prompts, tmp_path)
 
 
 def test_only_the_lora_learns(bases, prompts, tmp_path, monkeypatch):
-    from studio.training import distillation
+    from studio.training.drivers.accelerate import Loop
 
     seen: dict[str, Any] = {}
+    steps = Loop.run
 
-    class Watched(distillation.Distillation):
-        def train(self) -> dict[str, Any]:
-            unet = self.family.denoiser
-            frozen = {name: p for name, p in unet.named_parameters() if "lora_" not in name}
-            seen["before"] = {name: (p.data_ptr(), p.clone()) for name, p in frozen.items()}
-            result = super().train()
-            seen["same"] = all(torch.equal(p, seen["before"][n][1]) for n, p in frozen.items())
-            seen["shared"] = all(p.data_ptr() == seen["before"][n][0] for n, p in frozen.items())
-            seen["states"] = {id(p) for p in self.optimizer.optimizer.state}
-            seen["lora"] = {id(p) for name, p in unet.named_parameters() if "lora_" in name}
-            seen["grad"] = [name for name, p in unet.named_parameters() if p.requires_grad and "lora_" not in name]
-            return result
+    def watched(loop: Loop) -> dict[str, Any]:
+        unet = loop.session.models["unet"]
+        frozen = {name: p for name, p in unet.named_parameters() if "lora_" not in name}
+        before = {name: (p.data_ptr(), p.clone()) for name, p in frozen.items()}
+        result = steps(loop)
+        seen["same"] = all(torch.equal(p, before[n][1]) for n, p in frozen.items())
+        seen["shared"] = all(p.data_ptr() == before[n][0] for n, p in frozen.items())
+        seen["states"] = {id(p) for p in loop.session.optimizer.state}
+        seen["lora"] = {id(p) for name, p in unet.named_parameters() if "lora_" in name}
+        seen["grad"] = [name for name, p in unet.named_parameters() if p.requires_grad and "lora_" not in name]
+        return result
 
-    monkeypatch.setattr(distillation, "Distillation", Watched)
+    monkeypatch.setattr(Loop, "run", watched)
     run(config(bases("sd"), prompts, guidance_mode="strength"), tmp_path)
     assert seen["same"]
     assert seen["shared"]
@@ -440,9 +440,9 @@ def test_unknown_predictions_and_targets_that_are_not_finite(bases):
 
 
 def test_adapters_in_the_base_are_refused(bases, prompts, tmp_path, monkeypatch):
-    from studio.training import distillation
+    from studio.training.tasks import image
 
-    original = distillation.load_base
+    original = image.load_base
 
     def with_adapter(*arguments: Any) -> Any:
         pipe = original(*arguments)
@@ -450,7 +450,7 @@ def test_adapters_in_the_base_are_refused(bases, prompts, tmp_path, monkeypatch)
         pipe.fuse_lora()
         return pipe
 
-    monkeypatch.setattr(distillation, "load_base", with_adapter)
+    monkeypatch.setattr(image, "load_base", with_adapter)
     with pytest.raises(InputError, match="fused into this pipeline"):
         run(config(bases("sd"), prompts), tmp_path / "run")
 

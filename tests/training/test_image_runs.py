@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from adapters.errors import Cancelled, InputError
 from studio.training import train_image
 from studio.training.check import check_data
-from studio.training.image import run
 from studio.training.records import read_curve
+from studio.training.tasks.image import run
 from tests.training import bed
 from tests.training.conftest import Watcher, settings
 

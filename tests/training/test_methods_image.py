@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapters.errors import Cancelled, InputError
-from studio.training.image import run
+from studio.training.tasks.image import run
 from tests.training.conftest import Watcher, settings
 from tests.training.test_image_runs import same, tensors
 

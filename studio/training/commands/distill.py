@@ -30,4 +30,4 @@ def distill(
 ) -> None:
     """Distil guidance or few-step sampling into a LoRA."""
     chosen = training_run.read(DistillConfig, config, fields, folder, resume)
-    training_run.begin("studio.training.distillation:run", chosen, folder, resume, detach, Output(json, quiet))
+    training_run.begin("studio.training.tasks.distillation:run", chosen, folder, resume, detach, Output(json, quiet))

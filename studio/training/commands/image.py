@@ -40,4 +40,4 @@ def image(
         return with_preset(preset, values) if preset else values
 
     chosen = training_run.read(TrainImageConfig, config, fields, folder, resume, complete)
-    training_run.begin("studio.training.image:run", chosen, folder, resume, detach, Output(json, quiet))
+    training_run.begin("studio.training.tasks.image:run", chosen, folder, resume, detach, Output(json, quiet))

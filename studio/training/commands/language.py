@@ -42,7 +42,7 @@ def language(
 
     for sentence in combinations.warnings(chosen):
         output.note(sentence)
-    training_run.begin("studio.training.language:run", chosen, folder, resume, detach, output)
+    training_run.begin("studio.training.tasks.language:run", chosen, folder, resume, detach, output)
 
 
 def _show(config: TrainLanguageConfig, output: Output) -> None:

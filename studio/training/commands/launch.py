@@ -31,14 +31,15 @@ def detach(kind: str, config: Any, output: Output) -> None:
 
 
 def here(start: Callable[[Terminal], Job], output: Output) -> Job:
-    """Run ``start`` with a progress display; a job that is stopped says how it goes on.
+    """Run ``start`` with a progress display; a job that is stopped, also by SIGTERM or SIGUSR1, says how it goes on.
 
     Raises:
         adapters.errors.StudioError: the job failed, or was stopped.
     """
     from studio import jobs
+    from studio.jobs.monitor import STOPPING
 
-    with Terminal(output.quiet) as terminal:
+    with Terminal(output.quiet, on_end=STOPPING.set) as terminal:
         try:
             return start(terminal)
         except (Cancelled, KeyboardInterrupt):

@@ -58,12 +58,25 @@ def begin(entry: str, config: JobConfig, folder: Path | None, resume: bool, deta
     """
     if not detach:
         silence.loading_bars()
+        _tell_alone(output)
     if folder is not None:
         _in_folder(entry, config, folder, resume, output)
     elif detach:
         launch.detach(config.kind, config, output)
     else:
         _as_job(config, output)
+
+
+def _tell_alone(output: Output) -> None:
+    """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing."""
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        from studio.training.device import left_alone
+
+        if left_alone():
+            output.note(
+                "Several processes were asked for, but accelerate launch started this one only (on CPUs it needs MPI), "
+                "which trains alone. Start several with  torchrun --nproc_per_node=2 -m studio train ... --folder run"
+            )
 
 
 def _as_job(config: JobConfig, output: Output) -> None:
@@ -82,7 +95,7 @@ def _in_folder(entry: str, config: JobConfig, folder: Path, resume: bool, output
     run = getattr(importlib.import_module(module), name)
     folder.mkdir(parents=True, exist_ok=True)
     first = os.environ.get("RANK", "0") == "0"
-    with Terminal(output.quiet or not first) as terminal:
+    with Terminal(output.quiet or not first, on_end=bool) as terminal:
         try:
             result = run(config, folder, terminal, resume=resume)
         except Cancelled:

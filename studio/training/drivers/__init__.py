@@ -1,0 +1,1 @@
+"""Who turns the steps of a session: an accelerate loop of our own, or transformers' Trainer."""

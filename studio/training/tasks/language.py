@@ -1,0 +1,261 @@
+"""What the language tasks share: a base with one adapter, rows as tokens, an ordinary PEFT directory.
+
+How rows become tokens is in :mod:`studio.training.language_data`; a task of its own says what its model is called in
+other programs, how it is measured and how it answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from adapters import files
+from adapters.formats import LoraFile
+from adapters.layers.variant import untouched
+from adapters.plugin import Answers, Layers, Plugin
+from adapters.progress import Monitor, Progress
+from pipelines.language.adapters import read_fitting
+from pipelines.language.loading import LanguageModel, open_model
+from studio.datasets.cache import fingerprint
+from studio.datasets.seeds import global_seed
+from studio.training.drivers import trainer as driver
+from studio.training.drivers.trainer import Batch, RunSampler, SampleSet, TrainerTask
+from studio.training.language_data import Collate, Rows, Samples, encode, read_rows, template_of
+from studio.training.language_export import card, write_adapter
+from studio.training.language_layers import add_adapter
+from studio.training.language_measure import resting
+from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.session import SILENT, TrainSession
+from studio.training.trainer_mixin import COMPONENT
+
+
+def run(
+    config: TrainLanguageConfig,
+    folder: Path,
+    monitor: Monitor = SILENT,
+    resume: bool = False,
+    plugins: Sequence[Plugin] = (),
+) -> dict[str, Any]:
+    """Train the adapter that ``config`` describes in ``folder``.
+
+    Args:
+        folder: gets ``NAME/`` (a PEFT directory), ``card.md``, ``config.yaml``, ``loss.csv``, ``answers.jsonl``,
+            ``checkpoints/``.
+        resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
+        plugins: training methods that join those of the configuration.
+
+    Returns:
+        ``adapter`` (path), ``card``, ``loss`` (mean of the last tenth), ``first_loss``, ``steps``, ``validation``
+        (measures by step), ``seconds``, ``steps_per_second``, ``parameters``, ``labels``, and ``answers`` (path) when
+        prompts were answered.
+
+    Raises:
+        InputError: something that cannot be trained, in one sentence.
+        Cancelled: stopped on request; a checkpoint to resume from was written.
+    """
+    return driver.train(TrainSession.of(task_for(config), folder, monitor, plugins), resume)
+
+
+def task_for(config: TrainLanguageConfig) -> LanguageTask:
+    """The task that ``config`` names."""
+    from studio.training.tasks.causal import CausalTask
+    from studio.training.tasks.classification import ClassificationTask
+    from studio.training.tasks.masked import MaskedTask
+
+    tasks: tuple[type[LanguageTask], ...] = (CausalTask, ClassificationTask, MaskedTask)
+    return {task.name: task for task in tasks}[config.task](config)
+
+
+class LanguageTask(TrainerTask):
+    """A language model and rows of text.
+
+    Attributes:
+        name: what the configuration calls the task.
+        peft_type: what PEFT calls it, if it has a name for it.
+        auto_class: the class of transformers that loads such a model.
+    """
+
+    data_noun = "rows"
+    measures_at_end = True
+    leftovers = ("checkpoints", "answers.jsonl")
+
+    name: ClassVar[str]
+    peft_type: ClassVar[str | None] = None
+    auto_class: ClassVar[str]
+
+    config: TrainLanguageConfig
+    base: LanguageModel
+    data: Samples
+
+    # ---------------------------------------------------------------- before the first step
+    def rows(self) -> None:
+        self.read: Rows = read_rows(self.config)
+        self.template = template_of(self.config)
+
+    def open(self, session: TrainSession) -> None:
+        from studio import library
+
+        self.session, config = session, self.config
+        with global_seed(config.seed, "head"):  # a new classification head starts at random
+            self.base = open_model(
+                library.resolve_base(config.base), config.task, labels=self.read.labels, dtype=config.dtype,
+                device=session.device, attention=config.attention, quantization=config.quantization,
+                chat_template=self.template,
+            )  # fmt: skip
+        self.base.model.config.use_cache = False
+
+    def digest(self) -> str:
+        return fingerprint(self.base.model)
+
+    def encode(self) -> None:
+        config = self.config
+        self.data = encode(self.read, self.base.tokenizer, config, self.base.longest)
+        self.samples, self.data_digest = self.data.shown, self.read.digest
+        self.collator = Collate(self.base.tokenizer.pad_token_id, config.packing, config.task == "classification")
+        self.total = config.steps
+        if config.epochs:
+            self.total = math.ceil(config.epochs * len(self.samples) / self.samples_per_step)
+        self.session.monitor.report(Progress("data", message=self._summary()))
+
+    def _summary(self) -> str:
+        lengths = sorted(len(sample["input_ids"]) for sample in self.samples)
+        shown = f"{len(self.read.shown)} rows as {len(lengths)} samples of {lengths[0]} to {lengths[-1]} tokens"
+        kept = f"{len(self.read.held_out)} rows kept out" if self.read.held_out else ""
+        return "; ".join(filter(None, [shown, kept, self.data.remark]))
+
+    def components(self) -> dict[str, Any]:
+        return {COMPONENT: self.base.model}
+
+    def earlier(self, models: Mapping[str, Any]) -> LoraFile | None:
+        if not self.config.continue_from:
+            return None
+        from studio import library
+
+        return read_fitting(library.resolve_adapter(self.config.continue_from), self.base.model, self.config.base)
+
+    def inject(self, models: dict[str, Any]) -> dict[str, Any]:
+        self.learner = add_adapter(models[COMPONENT], self.config, self.base.fresh, self.peft_type)
+        frozen = (p for p in models[COMPONENT].parameters() if not p.requires_grad)
+        self.session.dtype = next(p.dtype for p in frozen if p.is_floating_point())
+        return {COMPONENT: self.learner}
+
+    def trainee(self) -> nn.Module:
+        model: nn.Module = self.learner
+        return model
+
+    # ---------------------------------------------------------------- steps
+    def collate(self, start: int, stop: int) -> Iterator[Batch]:
+        size = self.config.batch_size
+        order = list(RunSampler(len(self.samples), stop * size, self.config.seed))
+        for number in range(start, stop):
+            batch = self.collator([self.samples[i] for i in order[number * size : (number + 1) * size]])
+            yield self.change(batch, "mask", number)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, Answers]:
+        given = {name: value.to(self.session.device) for name, value in batch.items()}
+        outputs = self.learner(**given)
+
+        def reference() -> torch.Tensor:
+            with torch.no_grad(), untouched(self.session.models[COMPONENT]):
+                found: torch.Tensor = self.learner(**given).logits.detach()
+            return found
+
+        return outputs.loss, Answers(outputs.logits, given["labels"], reference, shifted=self.name == "causal")
+
+    @property
+    def measurable(self) -> bool:
+        return bool(self.data.held_out)
+
+    def held_out(self) -> Iterator[Batch]:
+        """Batches of the rows kept out."""
+        loader = DataLoader(SampleSet(self.data.held_out), self.config.batch_size, collate_fn=self.collator)
+        for number, batch in enumerate(loader):
+            yield self.change(batch, "mask-validation", number)
+
+    # ---------------------------------------------------------------- looking and saving
+    @property
+    def samples_wanted(self) -> bool:
+        return bool(self.config.sample_prompts)
+
+    def answer(self, prompts: Sequence[str]) -> Iterable[str]:
+        """The model's answers to ``prompts``; it is in evaluation mode, without gradients."""
+        raise NotImplementedError
+
+    def logits(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, logits) of one text."""
+        tokenizer, length = self.base.tokenizer, self.config.max_length
+        inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=length)
+        return inputs["input_ids"][0], self._model(**inputs.to(self.base.device)).logits[0]
+
+    @property
+    def _model(self) -> Any:
+        return self.session.models[COMPONENT]
+
+    def sample(self, step: int) -> None:
+        """Answers to the sample prompts, added to ``answers.jsonl``."""
+        session, prompts = self.session, self.config.sample_prompts
+        autocast = session.accelerator.autocast()
+        with resting(self._model), global_seed(self.config.seed, "answers"), torch.no_grad(), autocast:
+            answers = list(self.answer(prompts))
+        with self._answers.open("a", encoding="utf-8") as handle:
+            for prompt, text in zip(prompts, answers, strict=True):
+                handle.write(json.dumps({"step": step, "prompt": prompt, "answer": text}, ensure_ascii=False) + "\n")
+                session.monitor.report(Progress("answering", step, self.total, message=f"{prompt} → {text}"))
+
+    @property
+    def _answers(self) -> Path:
+        return self.session.folder / "answers.jsonl"
+
+    def rewind(self, step: int) -> None:
+        """Drop the answers that a resumed run will give again."""
+        if self._answers.is_file():
+            lines = self._answers.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            files.write_text(self._answers, "".join(f"{line}\n" for line in kept))
+
+    def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        source, read = Path(self.config.data), self.read
+        data = {
+            "source": source.name if source.suffix else self.config.data,
+            "rows": len(read.shown),
+            "held_out": len(read.held_out),
+            "digest": read.digest,
+            "labels": read.labels,
+        }
+        return {"family": "language", "architecture": self.base.architecture}, data
+
+    def trained(self) -> dict[str, Any]:
+        last = self.session.validation[-1] if self.session.validation else {}
+        return {"validation": {name: value for name, value in last.items() if name != "step"}}
+
+    def export(self, layers: Layers, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:
+        with self.session.best_weights():
+            heads = _heads(self._model)
+        options = {"task_type": self.peft_type, "fan_in_fan_out": self._model.peft_config["default"].fan_in_fan_out}
+        text = card(recipe, self.auto_class)
+        place = write_adapter(layers[COMPONENT], heads, folder / name, self.config, recipe, options, text)
+        return {"peft": str(place)}
+
+    def card(self, recipe: dict[str, Any]) -> Path:
+        return files.write_text(self.session.folder / "card.md", card(recipe, self.auto_class))
+
+    def result(self, paths: Mapping[str, str]) -> dict[str, Any]:
+        answered = {"answers": str(self._answers)} if self._answers.is_file() else {}
+        return {"validation": self.session.validation, "labels": self.read.labels, **answered}
+
+
+def _heads(model: Any) -> dict[str, torch.Tensor]:
+    """Whole modules that learnt besides the LoRA (a classification head), as PEFT names their tensors."""
+    from peft import get_peft_model_state_dict
+
+    if not model.peft_config["default"].modules_to_save:
+        return {}
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor for name, tensor in state.items() if "lora_" not in name}
