@@ -8,6 +8,7 @@ samples, validates, saves and writes a checkpoint. Only the main process writes.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -486,11 +487,13 @@ class Training:
             return
         folder = self.folder / "saved"
         self.write(folder, f"{self.config.name}-{self.step:06d}", self._recipe())
-        made = sorted(
-            {file.name.split(".")[0].removesuffix("-kohya").removesuffix("-peft") for file in folder.iterdir()}
-        )
-        for name in made[: -self.config.keep_last]:
-            for file in folder.glob(f"{name}*"):
+        steps: dict[int, list[Path]] = {}
+        for file in folder.iterdir():
+            rest = file.name.removeprefix(f"{self.config.name}-")
+            if rest != file.name and rest[:6].isdigit():  # "-000100.safetensors", "-000100-peft" ...
+                steps.setdefault(int(re.split(r"\D", rest)[0]), []).append(file)
+        for step in sorted(steps)[: -self.config.keep_last]:
+            for file in steps[step]:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def write(self, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:

@@ -40,7 +40,17 @@ from studio.training import checkpoint as checkpoints
 from studio.training.device import fresh_state, own_device
 from studio.training.export import make_recipe
 from studio.training.inject import lora_layers, start_from, trainable
-from studio.training.language_data import Collate, Rows, RunSampler, Samples, SampleSet, encode, masked, read_rows
+from studio.training.language_data import (
+    Collate,
+    Rows,
+    RunSampler,
+    Samples,
+    SampleSet,
+    encode,
+    masked,
+    read_rows,
+    spoken,
+)
 from studio.training.language_data import template_of as chat_template_of
 from studio.training.language_export import card, write_adapter
 from studio.training.language_layers import add_adapter
@@ -442,7 +452,7 @@ class LanguageTraining:
                   "digest": self.base_digest},
             data={"source": Path(config.data).name if Path(config.data).suffix else config.data,
                   "rows": len(self.rows.shown), "held_out": len(self.rows.held_out), "digest": self.rows.digest,
-                  "labels": self.rows.labels},
+                  "labels": self.rows.labels, "chat": spoken(self.rows, self.base.tokenizer)},
             training={"steps": self.step, "batch": self._samples_per_step, "loss": recent(self.losses),
                       "seconds": round(self.seconds, 2),
                       "validation": {name: value for name, value in last.items() if name != "step"}},

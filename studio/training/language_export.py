@@ -15,12 +15,10 @@ from adapters.errors import InputError
 from adapters.formats import LoraLayer
 from adapters.formats.peft_directory import PREFIX, write_directory
 from pipelines.precision import DTYPES
+from studio.training.cards import base_lines, base_name, front_matter
 from studio.training.export import RECIPE_ENTRY
 from studio.training.language_layers import TASK_TYPES
 from studio.training.schemas.language import TrainLanguageConfig
-
-HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""What other programs call the bases that we have under a name of our own."""
 
 
 def write_adapter(
@@ -55,7 +53,7 @@ def write_adapter(
             raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
     options = {
         "task_type": TASK_TYPES[config.task],
-        "base_model_name_or_path": HUB_NAMES.get(config.base, config.base),
+        "base_model_name_or_path": base_name(config.base),
         "modules_to_save": sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in heads}) or None,
         "fan_in_fan_out": transposed,
     }
@@ -78,14 +76,13 @@ def card(recipe: Mapping[str, Any]) -> str:
     labels = ", ".join(data.get("labels") or ())
     said = f"A {config['task']} adapter trained on {data['rows']} rows of {data['source']}."
     lines = [
-        "---",
-        f"base_model: {json.dumps(HUB_NAMES.get(base['name'], base['name']))}",
-        "library_name: peft",
-        f"description: {json.dumps(said)}",
-        "---",
+        *front_matter(
+            base["name"], "peft", ["lora", "peft", "adapter-studio"], pipeline_tag=_PIPELINES[config["task"]],
+            description=said,
+        ),
         f"# {recipe['name']}",
         "",
-        f"A LoRA for **{base['name']}** ({base['architecture']}), task {config['task']}"
+        f"A LoRA for **{base_name(base['name'])}** ({base['architecture']}), task {config['task']}"
         + (f", labels: {labels}." if labels else "."),
         "",
         f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}, start: {config['init']}",
@@ -96,12 +93,15 @@ def card(recipe: Mapping[str, Any]) -> str:
         f"- Data digest: `{data['digest']}`",
         "",
         "```python",
-        f"from transformers import {_AUTO[config['task']]}",
+        f"from transformers import AutoTokenizer, {_AUTO[config['task']]}",
         "from peft import PeftModel",
+        *base_lines(base["name"]),
         "",
-        f"model = {_AUTO[config['task']]}.from_pretrained({base['name']!r}"
+        "tokenizer = AutoTokenizer.from_pretrained(base)",
+        f"model = {_AUTO[config['task']]}.from_pretrained(base"
         + (f", num_labels={len(data['labels'])})" if labels else ")"),
-        f"model = PeftModel.from_pretrained(model, {recipe['name']!r})",
+        'model = PeftModel.from_pretrained(model, ".")',
+        *_asking(config["task"]),
         "```",
         "",
         f"Made with adapter-studio; the whole recipe is in the weights' metadata (`{RECIPE_ENTRY}`).",
@@ -110,6 +110,18 @@ def card(recipe: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _asking(task: str) -> list[str]:
+    """Lines that use the loaded model once."""
+    if task == "causal":
+        return [
+            'inputs = tokenizer("Hello", return_tensors="pt")',
+            "made = model.generate(**inputs, max_new_tokens=20)",
+            "print(tokenizer.decode(made[0], skip_special_tokens=True))",
+        ]
+    return ['print(model(**tokenizer("Hello", return_tensors="pt")).logits)']
+
+
+_PIPELINES = {"causal": "text-generation", "classification": "text-classification", "masked": "fill-mask"}
 _AUTO = {
     "causal": "AutoModelForCausalLM",
     "classification": "AutoModelForSequenceClassification",
