@@ -131,10 +131,11 @@ def loading_lines(base: str, file: str, prompt: str, size: int) -> list[str]:
     )  # fmt: skip
     return [
         "```python",
+        "import torch",
         f"from diffusers import {kind}",
         *base_lines(base),
         "",
-        f"pipe = {kind}.{opener}(base)",
+        f"pipe = {kind}.{opener}(base).to(torch.float32)  # torch.float16 on a GPU",
         f'pipe.load_lora_weights(".", weight_name={file!r})',
         f"picture = pipe({prompt!r}, height={size}, width={size}, num_inference_steps=20).images[0]",
         "```",
