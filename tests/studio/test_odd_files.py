@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from adapters.errors import InputError
 from adapters.formats import read
+from pipelines.geometry.checkpoints import open_checkpoint
 from studio import library
 from studio import settings as places
 from studio.cli.app import run as command
@@ -328,6 +329,8 @@ def test_compressed_pickles_are_refused_before_they_are_opened(tmp_path: Path, m
     monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("it was opened"))
     with pytest.raises(InputError, match="compressed archive"):
         read(packed)
+    with pytest.raises(InputError, match="compressed archive"):
+        open_checkpoint(packed)
 
 
 @pytest.mark.parametrize(("size", "fits"), [(1e18, True), (1e20, False)])
