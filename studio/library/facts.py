@@ -41,7 +41,7 @@ def adapter(path: Path) -> dict[str, Any]:
     if weights.suffix in PICKLED:
         raise InputError(f"{weights.suffix} files are not looked into: studio lora convert makes .safetensors of them")
     head = _header(weights)
-    if not head.layers:
+    if not (kinds := head.kinds()):
         refuse_foreign(head.shapes, "it")
         raise InputError("holds no LoRA weights")
     format = recognise(head)
@@ -49,7 +49,7 @@ def adapter(path: Path) -> dict[str, Any]:
     recipe = next((found for key in RECIPE_KEYS if isinstance(found := head.json(key), dict)), None)
     counts = head.ranks()
     notes: dict[str, Any] = {
-        "algorithm": head.kinds()[-1].name,
+        "algorithm": kinds[-1].name,
         "layers": sum(counts.values()),
         "ranks": dict(sorted(counts.items())[:_MOST]) if len(counts) > 1 else {},
         **_from_recipe(recipe or {}),

@@ -157,10 +157,13 @@ def test_written_kohya_uses_the_names_of_old_transformers(file: LoraFile, tmp_pa
     assert same_nested.counts() == file.counts()
 
 
-def test_alpha_and_metadata_are_kept(tmp_path: Path) -> None:
-    file = LoraFile({"unet": {"down_blocks.0.attn1.to_q": layer((4, 6), 2, 5.0, 0)}}, metadata={"recipe": "yes"})
+def test_scale_and_metadata_are_kept(tmp_path: Path) -> None:
+    one = layer((4, 6), 2, 5.0, 0)
+    file = LoraFile({"unet": {"down_blocks.0.attn1.to_q": one}}, metadata={"recipe": "yes"})
     again = read(write_diffusers(file, tmp_path / "a.safetensors"))
-    assert again.parts["unet"]["down_blocks.0.attn1.to_q"].alpha == 5.0
+    found = again.parts["unet"]["down_blocks.0.attn1.to_q"]
+    assert found.scale == 1
+    torch.testing.assert_close(found.delta(), one.delta())
     assert again.metadata["recipe"] == "yes"
     assert again.sha256
 
