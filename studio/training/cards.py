@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from studio.library.resolve import HUB_ID
+
+if TYPE_CHECKING:
+    from studio.library import Record
 
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What the hub calls the bases that we have under a name of our own."""
@@ -44,17 +47,21 @@ def base_lines(base: str) -> list[str]:
     """Lines of Python after which ``base`` is what ``from_pretrained`` opens."""
     if found := hub_id(base):
         return [f'base = "{found}"']
-    if Path(base).expanduser().exists() or "/" in base:
-        return [f"base = {Path(base).name!r}  # the folder of the base model"]
-    return ["from studio import library", f"base = library.resolve_base({base!r})"]
+    if _of_library(base) is not None and "/" not in base:
+        return ["from studio import library", f"base = library.resolve_base({base!r})"]
+    return [f"base = {Path(base).name!r}  # the folder of the base model"]
 
 
 def _license(base: str) -> str:
     """The license that the card of a base in the library states: what is derived from the base is under it too."""
+    known = _of_library(base)
+    return str((known.notes if known else {}).get("license") or "")
+
+
+def _of_library(base: str) -> Record | None:
     from studio import library
 
-    known = next((record for record in library.bases() if base in (record.name, str(record.path))), None)
-    return str((known.notes if known else {}).get("license") or "")
+    return next((record for record in library.bases() if base in (record.name, str(record.path))), None)
 
 
 def card_words(recipe: Mapping[str, Any]) -> str:
