@@ -54,7 +54,9 @@ class Diffusers(TensorFormat):
 
         tensors: dict[str, Tensor] = {}
         configs: dict[str, Any] = {}
-        for component, layers in file.parts.items():
+        for component, written in file.parts.items():
+            # many programs read the tensors alone, where alpha is the rank
+            layers = {module: layer.with_scale_one() for module, layer in written.items()}
             configs |= {f"{component}.{option}": value for option, value in config_of(layers).items()}
             for module, layer in layers.items():
                 tensors |= _tensors(f"{component}.{module}", layer)

@@ -111,8 +111,12 @@ def check_names(names: Mapping[str, Any]) -> None:
     """Refuse names that no module of a model has.
 
     Raises:
-        InputError: longer than a thousand letters.
+        InputError: longer than a thousand letters, or no text.
     """
+    try:
+        "".join(names).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("a tensor in it has a name that is no text") from None
     longest = max(map(len, names), default=0)
     if longest > _LONGEST_NAME:
         raise InputError(f"a tensor in it has a name of {longest} letters, which no module of a model has")

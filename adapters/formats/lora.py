@@ -55,6 +55,15 @@ class LoraLayer:
     def size(self) -> int:
         return self.A.numel() + self.B.numel()
 
+    def with_scale_one(self) -> LoraLayer:
+        """The same update with the scale inside B (or A, where B would overflow), so that alpha is the rank."""
+        if self.scale == 1 and not self.rslora:
+            return self
+        B = (self.B.float() * self.scale).to(self.B.dtype)
+        if bool(B.isfinite().all()):
+            return replace(self, B=B, alpha=float(self.rank), rslora=False)
+        return replace(self, A=(self.A.float() * self.scale).to(self.A.dtype), alpha=float(self.rank), rslora=False)
+
     def delta(self) -> Tensor:
         """s B A (out, in...) in fp32 (of a DoRA layer: the part before normalisation).
 

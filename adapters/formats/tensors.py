@@ -72,7 +72,7 @@ def load_pickle(path: Path) -> Any:
         InputError: compressed, damaged, or holding more than plain values and tensors.
     """
     try:
-        _refuse_packed(path)
+        refuse_packed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
@@ -105,11 +105,13 @@ def flat_table(content: Any, path: Path) -> dict[str, Tensor]:
     return {name: _usable(tensor, name, path) for name, tensor in content.items()}
 
 
-def _refuse_packed(path: Path) -> None:
-    """torch never compresses its files; one that is could unpack to any size."""
+def refuse_packed(path: Path) -> None:
+    """Raise :class:`InputError` for a compressed archive: torch never makes one, and it could unpack to any size."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            entries = archive.infolist()
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise InputError(f"'{path}' is a compressed archive; torch's own files are not. It is not opened.")
 
 

@@ -432,9 +432,13 @@ def load_adapter(network: nn.Module, folder: Path, base_sha256: str = "") -> tup
     """Put a saved adapter on its base; returns the PEFT model and what ``scene.json`` says.
 
     Raises:
-        InputError: no adapter there, made for another base, or shapes that do not fit.
+        InputError: no adapter there, made for another base, shapes that do not fit, or no plain LoRA.
     """
     from peft import PeftModel
+
+    from adapters.formats import read
+    from adapters.formats.fit import fit
+    from adapters.formats.lora import MODEL
 
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"'{folder}' holds no PEFT adapter (adapter_config.json is missing).")
@@ -451,11 +455,5 @@ def load_adapter(network: nn.Module, folder: Path, base_sha256: str = "") -> tup
             f"The adapter '{folder.name}' was made for another base ({scene['base'].get('name', wanted[:12])}): "
             "choose that one."
         )
-    try:
-        return PeftModel.from_pretrained(network, folder), scene
-    except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()
-        raise InputError(
-            f"The adapter '{folder.name}' does not fit this base (its layers have other names or shapes): "
-            f"{(first[1] if len(first) > 1 else first[0]).strip() if first else 'unknown reason'}"
-        ) from None
+    fit(read(folder), {MODEL: network})  # what PEFT would load otherwise than it was made is refused
+    return PeftModel.from_pretrained(network, folder), scene

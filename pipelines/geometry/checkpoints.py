@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adapters import files
 from adapters.errors import InputError
+from adapters.formats.tensors import refuse_packed
 from pipelines.geometry.licence import PUBLIC, licence_by_name, licence_of
 from pipelines.geometry.network import NetworkConfig, PointmapNetwork
 
@@ -101,8 +102,11 @@ def _download(name: str) -> Path:
 
 def _pth(file: Path) -> tuple[NetworkConfig, dict[str, Tensor]]:
     try:
+        refuse_packed(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"'{file.name}' cannot be opened safely as a checkpoint ({type(error).__name__}): it is damaged or holds "

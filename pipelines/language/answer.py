@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any
@@ -33,22 +34,33 @@ class Sampling:
 
 
 def stream(
-    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], sampling: Sampling
+    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], sampling: Sampling, template: str | None = None
 ) -> Generator[str, None, None]:
     """The answer to ``messages`` in pieces; closing the iterator stops the model.
 
-    Without a chat template the contents are written below each other and continued.
+    Args:
+        template: chat template (Jinja) instead of the tokenizer's own; empty = none, so that the contents are written
+            below each other and continued.
 
     Raises:
         InputError: nothing was asked, or it is longer than the model reads.
     """
-    inputs = prompt(tokenizer, messages, next(model.parameters()).device)
+    mark = end_of_turn(tokenizer, messages, template)
+    yield from _until(_pieces(model, tokenizer, messages, sampling, template, mark), mark)
+
+
+def _pieces(
+    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], sampling: Sampling, template: str | None, mark: str
+) -> Generator[str, None, None]:
+    inputs = prompt(tokenizer, messages, next(model.parameters()).device, template)
     _check_room(model, inputs["input_ids"].shape[1], sampling)
     pieces: Queue[Any] = Queue()
     asked_to_stop = threading.Event()
+    options = _options(model, tokenizer, sampling, mark)
     speaker = threading.Thread(
-        target=_speak, args=(model, tokenizer, inputs, sampling, pieces, asked_to_stop), name="answer", daemon=True
-    )
+        target=_speak, args=(model, inputs, tokenizer, options, sampling.seed, pieces, asked_to_stop), name="answer",
+        daemon=True,
+    )  # fmt: skip
     speaker.start()
     try:
         while True:
@@ -63,13 +75,52 @@ def stream(
         speaker.join()
 
 
-def prompt(tokenizer: Any, messages: Sequence[dict[str, str]], device: Any) -> dict[str, torch.Tensor]:
+def _until(pieces: Generator[str, None, None], mark: str) -> Generator[str, None, None]:
+    """The text before ``mark``; what may be its beginning is held back until that is known."""
+    held = ""
+    with closing(pieces):
+        for piece in pieces:
+            held += piece
+            if mark and mark in held:
+                held = held[: held.index(mark)]
+                break
+            begun = next((size for size in range(min(len(mark), len(held)), 0, -1) if held.endswith(mark[:size])), 0)
+            if ready := held[: len(held) - begun]:
+                yield ready
+            held = held[len(held) - begun :]
+    if held:
+        yield held
+
+
+def end_of_turn(tokenizer: Any, messages: Sequence[dict[str, str]], template: str | None = None) -> str:
+    """What the chat template writes after an answer, where that is other text than the end token; else empty."""
+    from jinja2 import TemplateError
+
+    chosen = tokenizer.chat_template if template is None else template
+    if not chosen:
+        return ""
+    answered = [*messages, {"role": "assistant", "content": "x"}]
+    try:
+        before, after = (
+            tokenizer.apply_chat_template(talk, chat_template=chosen, tokenize=False, add_generation_prompt=asked)
+            for talk, asked in ((list(messages), True), (answered, False))
+        )
+    except TemplateError:
+        return ""
+    rest = after.removeprefix(f"{before}x").strip() if after.startswith(f"{before}x") else ""
+    return "" if rest == tokenizer.eos_token else str(rest)
+
+
+def prompt(
+    tokenizer: Any, messages: Sequence[dict[str, str]], device: Any, template: str | None = None
+) -> dict[str, torch.Tensor]:
     """The conversation as the model reads it, up to where its answer begins; raises :class:`InputError` if empty."""
     if not messages or not messages[-1]["content"].strip():
         raise InputError("There is nothing to answer: write a message first.")
-    if tokenizer.chat_template:
+    chosen = tokenizer.chat_template if template is None else template
+    if chosen:
         made = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            list(messages), chat_template=chosen, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
         made = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
@@ -83,9 +134,11 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": question})
         inputs = prompt(tokenizer, messages, next(model.parameters()).device)
+        mark = end_of_turn(tokenizer, messages)
         with torch.no_grad():
-            made = model.generate(**inputs, **_options(model, tokenizer, Sampling(max_tokens=max_tokens)))
-        answers.append(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+            made = model.generate(**inputs, **_options(model, tokenizer, Sampling(max_tokens=max_tokens), mark))
+        text = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.append((text.partition(mark)[0] if mark else text).strip())
     return answers
 
 
@@ -98,7 +151,7 @@ def _check_room(model: Any, length: int, sampling: Sampling) -> None:
         )
 
 
-def _options(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
+def _options(model: Any, tokenizer: Any, sampling: Sampling, mark: str = "") -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_tokens, "do_sample": sampling.temperature > 0,
         "pad_token_id": tokenizer.pad_token_id, "repetition_penalty": sampling.repetition_penalty, "use_cache": True,
@@ -106,6 +159,8 @@ def _options(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
     if sampling.temperature > 0:
         options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
+    if mark and len(one := tokenizer.encode(mark, add_special_tokens=False)) == 1:
+        ends.add(one[0])
     if ends:
         options["eos_token_id"] = sorted(ends)
     return options
@@ -116,7 +171,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _speak(
-    model: Any, tokenizer: Any, inputs: dict[str, Any], sampling: Sampling, pieces: Queue[Any], stop: threading.Event
+    model: Any, inputs: dict[str, Any], tokenizer: Any, options: dict[str, Any], seed: int, pieces: Queue[Any],
+    stop: threading.Event,
 ) -> None:
     """Generate in this thread and put text, an error, and at last None into ``pieces``."""
     from transformers import StoppingCriteriaList, TextStreamer
@@ -131,8 +187,7 @@ def _speak(
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(sampling.seed)
-            options = _options(model, tokenizer, sampling)
+            torch.manual_seed(seed)
             model.generate(**inputs, **options, streamer=streamer, stopping_criteria=stopping)
     except BaseException as error:
         pieces.put(error)

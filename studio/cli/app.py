@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import typer
 
 from adapters.errors import Cancelled, StudioError
+from studio.printable import printable
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def _fail(text: str, code: int, arguments: Sequence[str]) -> int:
-    print(f"studio: {' '.join(text.split())}", file=sys.stderr)
+    print(f"studio: {printable(' '.join(text.split()))}", file=sys.stderr)
     if "--json" in arguments:
         print(json.dumps({"error": text}))
     return code

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from studio.printable import printable
+
 _FILE_WIDTH = 160
 """Columns of a table that goes to a file or another program."""
 
@@ -32,7 +34,7 @@ class Output:
             return
         shown = text() if callable(text) else text
         if isinstance(shown, str):
-            print(shown)
+            print(printable(shown, lines=True))
         elif shown:
             from rich.console import Console
 
@@ -41,7 +43,7 @@ class Output:
     def note(self, text: str) -> None:
         """Print a remark on stderr, unless it should be quiet."""
         if not self.quiet:
-            print(text, file=sys.stderr)
+            print(printable(text, lines=True), file=sys.stderr)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
@@ -63,7 +65,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> Any:
     made = Table(box=None, pad_edge=False, show_header=False)
     for name, value in pairs:
         if value not in (None, "", (), [], {}):
-            made.add_row(f"[bold]{name}[/]", _cell(value))
+            made.add_row(f"[bold]{_cell(name)}[/]", _cell(value))
     return made
 
 
@@ -92,9 +94,19 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _cell(value: Any) -> str:
-    from rich.markup import escape
+def lines(text: str) -> Any:
+    """Text of several lines as a cell of :func:`facts`."""
+    from rich.text import Text
 
+    return Text(printable(text, lines=True))
+
+
+def _cell(value: Any) -> Any:
+    from rich.markup import escape
+    from rich.text import Text
+
+    if isinstance(value, Text):
+        return value
     if isinstance(value, (list, tuple)):
         value = ", ".join(str(item) for item in value)
-    return "" if value is None else escape(str(value))
+    return "" if value is None else escape(printable(value))

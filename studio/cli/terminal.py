@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from adapters.progress import Progress
+from studio.printable import printable
 
 STOPPING = "Stopping at the next safe place (Ctrl-C again stops at once) ..."
 
@@ -81,9 +82,9 @@ class Terminal:
         if self.quiet:
             return
         if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.bar.console.print(printable(text, lines=True), highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr)
+            print(printable(text, lines=True), file=sys.stderr)
 
     def _draw(self, progress: Progress) -> None:
         if self.task is None or progress.stage != self._stage:
@@ -102,7 +103,7 @@ class Terminal:
             self._line_at = now
             count = f" {progress.step}/{progress.total}" if progress.total else ""
             parts = [f"{progress.stage}{count}", _facts(progress), progress.message]
-            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+            print(printable("  ".join(part for part in parts if part), lines=True), file=sys.stderr, flush=True)
 
     def _show_preview(self, progress: Progress) -> None:
         if isinstance(progress.preview, str) and progress.preview != self._preview:

@@ -14,6 +14,7 @@ from pipelines.language.answer import Sampling, stream
 from pipelines.language.loading import LanguageModel, open_model
 from studio import devices, library, silence
 from studio.conversation import Message, Question, Voice
+from studio.conversation.templates import Spoken, differs, spoken
 from studio.datasets.cache import fingerprint
 from studio.library import scan, smollm2
 
@@ -30,6 +31,7 @@ class Session:
         self._base: LanguageModel | None = None
         self._adapted: AdaptedModel | None = None
         self._paths: dict[str, Path] = {}
+        self._spoken: dict[str, Spoken] = {}
         self._digest = ""
 
     def ask(self, question: Question, stopped: Callable[[], bool] = lambda: False) -> Generator[Event, None, None]:
@@ -59,15 +61,17 @@ class Session:
             self._adapted = AdaptedModel(self._base.model, question.base)
             self._key = key
         assert self._adapted is not None
+        assert self._base is not None
         for name in dict.fromkeys(name for voice in question.voices for name, _ in voice.adapters):
             if name in self._paths:
                 continue
             yield {"event": "loading", "text": f"Loading {name} ..."}
             path = library.resolve_adapter(name)
-            remark = self._made_on_another(name, scan.record(path, "adapter").recipe)
+            recipe = scan.record(path, "adapter").recipe
             self._adapted.add(str(path), path)
-            self._paths[name] = path
-            if remark:
+            self._paths[name], self._spoken[name] = path, spoken(path, recipe)
+            remarks = differs(name, self._spoken[name], self._base.tokenizer, question.base)
+            for remark in filter(None, (self._made_on_another(name, recipe), *remarks)):
                 yield {"event": "remark", "text": remark}
 
     def _answer(
@@ -77,9 +81,12 @@ class Session:
         assert self._base is not None
         begun, pieces = time.monotonic(), 0
         yield {"event": "begin", "voice": number}
+        template, remark = self._template(voice)
+        if remark:
+            yield {"event": "remark", "text": remark}
         with (
             self._adapted.active(self._weights(voice)) as model,
-            closing(stream(model, self._base.tokenizer, messages, sampling)) as answer,
+            closing(stream(model, self._base.tokenizer, messages, sampling, template)) as answer,
         ):
             for piece in answer:
                 pieces += 1
@@ -87,6 +94,17 @@ class Session:
                 if stopped():
                     break
         yield {"event": "end", "voice": number, "words": pieces, "seconds": round(time.monotonic() - begun, 3)}
+
+    def _template(self, voice: Voice) -> tuple[str | None, str]:
+        """The chat template of the voice (None = the base's own) and what is to be said of it."""
+        learnt = {name: self._spoken[name].template for name, weight in voice.adapters if weight}
+        known = {name: template for name, template in learnt.items() if template is not None}
+        if not known:
+            return None, ""
+        first = next(iter(known))
+        if len(set(known.values())) == 1:
+            return known[first], ""
+        return known[first], f"The adapters were trained with different chat templates: that of '{first}' is used."
 
     def _weights(self, voice: Voice) -> dict[str, float]:
         """Path -> strength; one adapter under two names acts with the sum."""
@@ -109,5 +127,5 @@ class Session:
     def release(self) -> None:
         """Free the memory."""
         self._key = self._base = self._adapted = None
-        self._paths = {}
+        self._paths, self._spoken = {}, {}
         self._digest = ""

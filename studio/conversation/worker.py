@@ -36,7 +36,7 @@ def main(source: TextIO, target: TextIO, idle: float = IDLE_SECONDS) -> None:
         questions.put(None)
 
     def say(event: dict[str, Any]) -> None:
-        print(json.dumps(event, ensure_ascii=False), file=target, flush=True)
+        print(json.dumps(event), file=target, flush=True)
 
     threading.Thread(target=listen, name="questions", daemon=True).start()
     session: Any = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import StudioError
 from studio import error_sentences
 from studio.library import edit, scan
 from studio.schema import JobConfig
@@ -23,7 +22,7 @@ def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
         samples = [Path(sample) for sample in result.get("samples") or [] if Path(sample).is_file()]
         if samples:
             edit.set_preview(record, samples[-1])
-    except (StudioError, OSError) as error:
+    except Exception as error:  # whatever the library meets, the training is done
         return {**result, "library_problem": error_sentences.sentence(error)}
     return {**result, "library": record.name}
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from adapters import files
 from studio import database
+from studio.printable import without_bytes
 
 _TABLES = """
 create table if not exists facts (path text primary key, stamp text not null, facts text not null);
 create table if not exists hashes (path text primary key, stamp text not null, sha256 text not null);
 """
-_VERSION = 3
+_VERSION = 4
 """Raised when facts are gathered differently, which makes what is remembered worthless."""
 
 
@@ -23,19 +24,21 @@ def facts(path: Path, stamp: str, gather: Callable[[], dict[str, Any]]) -> dict[
     """What ``gather`` says about ``path``, from memory if ``stamp`` is the same as then."""
     link = database.connection("library.db", _TABLES)
     stamp = f"{_VERSION} {stamp}"
-    row = link.execute("select facts from facts where path = ? and stamp = ?", (str(path), stamp)).fetchone()
+    place = without_bytes(str(path))
+    row = link.execute("select facts from facts where path = ? and stamp = ?", (place, stamp)).fetchone()
     if row is not None:
         remembered: dict[str, Any] = json.loads(row["facts"])
         return remembered
     found = gather()
-    link.execute("insert or replace into facts values (?, ?, ?)", (str(path), stamp, json.dumps(found, default=str)))
+    link.execute("insert or replace into facts values (?, ?, ?)", (place, stamp, json.dumps(found, default=str)))
     return found
 
 
 def known_sha256(path: Path) -> str | None:
     """The hash of a file or folder if it is remembered and still true."""
     link = database.connection("library.db", _TABLES)
-    row = link.execute("select sha256 from hashes where path = ? and stamp = ?", (str(path), stamp(path))).fetchone()
+    place = without_bytes(str(path))
+    row = link.execute("select sha256 from hashes where path = ? and stamp = ?", (place, stamp(path))).fetchone()
     return row["sha256"] if row else None
 
 
@@ -46,7 +49,7 @@ def sha256(path: Path) -> str:
         return remembered
     value = _folder_hash(path) if path.is_dir() else files.sha256(path)
     link = database.connection("library.db", _TABLES)
-    link.execute("insert or replace into hashes values (?, ?, ?)", (str(path), stamp(path), value))
+    link.execute("insert or replace into hashes values (?, ?, ?)", (without_bytes(str(path)), stamp(path), value))
     return value
 
 
@@ -55,7 +58,7 @@ def stamp(path: Path) -> str:
     parts = []
     for file in _files(path) if path.is_dir() else [path]:
         status = file.stat()
-        parts.append(f"{file.name} {status.st_mtime_ns} {status.st_size}")
+        parts.append(f"{without_bytes(file.name)} {status.st_mtime_ns} {status.st_size}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -67,5 +70,5 @@ def _files(folder: Path) -> list[Path]:
 def _folder_hash(folder: Path) -> str:
     total = hashlib.sha256()
     for file in _files(folder):
-        total.update(f"{file.relative_to(folder).as_posix()} {files.sha256(file)}\n".encode())
+        total.update(f"{without_bytes(file.relative_to(folder).as_posix())} {files.sha256(file)}\n".encode())
     return total.hexdigest()

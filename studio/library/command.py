@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from studio.cli.output import Json, Output, Quiet, facts, moment, size, table
+from studio.cli.output import Json, Output, Quiet, facts, lines, moment, size, table
 
 if TYPE_CHECKING:
     from studio.library import Record
@@ -167,7 +167,7 @@ def _bases(found: list[Record]) -> Any:
 
 
 def _facts(record: Record) -> Any:
-    recipe = codec.dumps(record.recipe, indent=1, ensure_ascii=False) if record.recipe else ""
+    recipe = lines(codec.dumps(record.recipe, indent=1, ensure_ascii=False)) if record.recipe else ""
     return facts(
         [
             ("name", record.name), ("problem", record.problem), ("family", record.family), ("format", record.format),

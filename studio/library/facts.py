@@ -25,6 +25,8 @@ from studio.library import recognition
 _MOST = 1000  # items of a list that are kept
 _LONGEST = 2000  # letters of a fact
 _LARGEST_TEXT = 2**20  # bytes of a card or configuration
+_LONGEST_CARD = 2**16  # letters of its YAML
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is fast also on what is odd
 RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 
@@ -39,7 +41,7 @@ def adapter(path: Path) -> dict[str, Any]:
     if weights.suffix in PICKLED:
         raise InputError(f"{weights.suffix} files are not looked into: studio lora convert makes .safetensors of them")
     head = _header(weights)
-    if not head.layers:
+    if not (kinds := head.kinds()):
         refuse_foreign(head.shapes, "it")
         raise InputError("holds no LoRA weights")
     format = recognise(head)
@@ -47,7 +49,7 @@ def adapter(path: Path) -> dict[str, Any]:
     recipe = next((found for key in RECIPE_KEYS if isinstance(found := head.json(key), dict)), None)
     counts = head.ranks()
     notes: dict[str, Any] = {
-        "algorithm": head.kinds()[-1].name,
+        "algorithm": kinds[-1].name,
         "layers": sum(counts.values()),
         "ranks": dict(sorted(counts.items())[:_MOST]) if len(counts) > 1 else {},
         **_from_recipe(recipe or {}),
@@ -87,10 +89,10 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _line(value: Any) -> str:
-    """A fact as text; empty for what is no fact, as a list in a list."""
-    if isinstance(value, list):
-        return ", ".join(filter(None, map(_line, value[:_MOST])))
-    return str(value)[:_LONGEST] if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    """A fact, or a plain list of them, as text; empty for what is neither."""
+    items = value[:_MOST] if isinstance(value, list) else [value]
+    told = (item for item in items if isinstance(item, str | int | float) and not isinstance(item, bool))
+    return ", ".join(str(item) for item in told)[:_LONGEST]
 
 
 _LANGUAGE_HEADS = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForSequenceClassification|ForPreTraining)$")
@@ -188,7 +190,7 @@ def _card(path: Path) -> dict[str, Any]:
     for place in places:
         if place.is_file():
             try:
-                values = yaml.safe_load(_yaml_part(place))
+                values = yaml.load(_yaml_part(place)[:_LONGEST_CARD], Loader=_LOADER)
             except (yaml.YAMLError, OSError, ValueError, RecursionError, TypeError):
                 continue
             if isinstance(values, dict):
@@ -211,7 +213,7 @@ def _triggers(card: dict[str, Any], recipe: dict[str, Any] | None, metadata: Map
         card.get("instance_prompt"), metadata.get("modelspec.trigger_phrase"),
     )  # fmt: skip
     for place in places:
-        words = [_line(word).strip() for word in (place[:_MOST] if isinstance(place, list) else [place])]
+        words = [_line([word]).strip() for word in (place[:_MOST] if isinstance(place, list) else [place])]
         if any(words):
             return list(filter(None, words))
     return []
@@ -221,7 +223,7 @@ def _words(head: Header) -> list[str]:
     """The words that an adapter brings along (pivotal tuning)."""
     bundled = {key.split(".")[1] for key in head.shapes if key.startswith("bundle_emb.") and key.count(".") > 1}
     named = head.json(WORDS_ENTRY)
-    return sorted(bundled)[:_MOST] or [_line(word) for word in (named if isinstance(named, list) else [])[:_MOST]]
+    return sorted(bundled)[:_MOST] or [_line([word]) for word in (named if isinstance(named, list) else [])[:_MOST]]
 
 
 def _json(path: Path) -> dict[str, Any]:

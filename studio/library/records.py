@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from studio.printable import without_bytes
+
 Source = Literal["embedded", "library", "folder"]
 """embedded: ships with the studio, read-only; library: in the home folder; folder: in a folder of the settings."""
 
@@ -56,4 +58,6 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        return {**asdict(self), "path": str(self.path), "preview": str(self.preview) if self.preview else None}
+        places = {"path": self.path, "preview": self.preview}
+        shown = {name: without_bytes(str(place)) if place else None for name, place in places.items()}
+        return {**asdict(self), **shown}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import assets
 from adapters.errors import InputError
+from adapters.formats.format import formats
+from adapters.formats.header import PICKLED
 from studio import settings
 from studio.library import cache, facts, smollm2
 from studio.library.records import Record, Source
+from studio.printable import without_bytes
 
 Kind = Literal["adapter", "base"]
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+_log = logging.getLogger(__name__)
+
+PICKLES = PICKLED
 _DEPTH = 5
 
 
@@ -44,24 +50,25 @@ def roots(kind: Kind) -> Iterator[tuple[Path, Source]]:
 
 def record(path: Path, kind: Kind, name: str | None = None, source: Source = "folder") -> Record:
     """The record of one file or folder, wherever it lies."""
-    stamp = ""
+    stamp, size, modified = "", 0, 0.0
     try:
         stamp = _stamp(path)
-        size = _size(path)
+        size, modified = _size(path), path.stat().st_mtime
         gathered = cache.facts(path, f"{kind} {stamp}", lambda: _gather(path, kind))
     except OSError as error:
-        size, gathered = 0, {"problem": f"cannot be read: {error.strerror}"}
+        gathered = {"problem": f"cannot be read: {error.strerror}"}
     values: dict[str, Any] = dict(gathered)
     for field in ("targets", "triggers"):
         values[field] = tuple(values.get(field) or ())
     return Record(
         name=name or own_name(path), path=path, kind=kind, source=source, size=size, preview=facts.preview(path),
-        sha256=_known_hash(path, kind), modified=path.stat().st_mtime if stamp else 0.0, **values,
+        sha256=_known_hash(path, kind), modified=modified, **values,
     )  # fmt: skip
 
 
 def own_name(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
+    """The name that a file or folder gives an adapter; bytes that are not UTF-8 are written as ``\\xff``."""
+    return without_bytes(path.name if path.is_dir() else path.stem)
 
 
 def _known_hash(path: Path, kind: Kind) -> str | None:
@@ -86,23 +93,63 @@ def _gather(path: Path, kind: Kind) -> dict[str, Any]:
         return gather(path)
     except InputError as error:
         return {"problem": str(error)}
+    except OSError:
+        raise
+    except Exception as error:  # one odd file must not break the list
+        _log.exception("unexpected while reading the head of %r", path)
+        return {"problem": f"unexpected {type(error).__name__} while reading it"}
 
 
-def _candidates(root: Path, kind: Kind, depth: int = 0) -> Iterator[Path]:
-    """Files and folders below ``root`` that are, or pretend to be, an adapter or a base."""
+def _candidates(root: Path, kind: Kind, depth: int = 0, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
+    """Files and folders below ``root`` that are, or pretend to be, an adapter or a base; linked folders once."""
+    seen = set() if seen is None else seen
+    if not _first_visit(root, seen):
+        return
     for entry in _entries(root):
         if entry.name.startswith("."):
             continue
-        if entry.is_file():
+        if _is_file(entry):
             if facts.is_companion(entry.name):
                 continue
-            if entry.suffix == ".safetensors" or (kind == "adapter" and entry.suffix in PICKLES):
+            if entry.suffix in (_suffixes() if kind == "adapter" else (".safetensors",)):
                 yield entry
-        elif entry.is_dir():
+        elif _is_folder(entry):
             if _whole(entry, kind):
                 yield entry
             elif depth < _DEPTH and not _foreign(entry):
-                yield from _candidates(entry, kind, depth + 1)
+                yield from _candidates(entry, kind, depth + 1, seen)
+
+
+def _suffixes() -> tuple[str, ...]:
+    """What files with adapters end in."""
+    return (".safetensors", *PICKLES, *(one.suffix for one in formats().values() if one.suffix))
+
+
+def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    try:
+        state = folder.stat()
+    except OSError:
+        return False
+    place = (state.st_dev, state.st_ino)
+    if place in seen:
+        return False
+    seen.add(place)
+    return True
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is an ordinary file; what cannot be asked is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _entries(folder: Path) -> Iterable[Path]:
@@ -131,9 +178,9 @@ def _foreign(folder: Path) -> bool:
 
 def _stamp(path: Path) -> str:
     """Changes when the thing changes; of folders only the top level is looked at."""
-    files = [path] if path.is_file() else [entry for entry in _entries(path) if entry.is_file()]
+    files = [path] if path.is_file() else [entry for entry in _entries(path) if _is_file(entry)]
     beside = [path.with_suffix(ending) for ending in (".yaml", ".json", ".md")] if path.is_file() else []
-    states = [(file.name, file.stat()) for file in [*files, *(card for card in beside if card.is_file())]]
+    states = [(without_bytes(file.name), file.stat()) for file in [*files, *filter(_is_file, beside)]]
     return ";".join(f"{name} {state.st_mtime_ns} {state.st_size}" for name, state in states)
 
 

@@ -17,6 +17,7 @@ from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, 
 from adapters.plugin import Layers
 from pipelines.precision import DTYPES
 from studio.schema import JobConfig
+from studio.training.cards import base_lines, base_name, card_words, front_matter
 from studio.training.schemas.image import TrainImageConfig
 
 RECIPE_ENTRY = "adapter_studio_recipe"
@@ -84,10 +85,12 @@ def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path]) -> 
     """Write ``card.md``: what the adapter is, how it is called, how it was made."""
     config, training, data = recipe["config"], recipe["training"], recipe["data"]
     trigger = ", ".join(f"`{word}`" for word in recipe["triggers"]) or "none"
+    base, name = str(recipe["base"]["name"]), str(recipe["name"])
     lines = [
-        f"# {recipe['name']}",
+        *image_front_matter(recipe),
+        f"# {name}",
         "",
-        f"A {config['mode']} LoRA for **{recipe['base']['name']}** ({recipe['base']['family']}).",
+        f"A {config['mode']} LoRA for **{base_name(base)}** ({recipe['base']['family']}).",
         "",
         f"- Trigger words: {trigger}",
         f"- Example prompt: `{data['example_prompt']}`",
@@ -100,6 +103,8 @@ def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path]) -> 
         "",
         *[f"![sample]({path.relative_to(folder).as_posix()})" for path in samples],
         "",
+        *loading_lines(base, "adapter.safetensors", str(data["example_prompt"]), int(config["resolution"])),
+        "",
         "Made with adapter-studio; the whole recipe is in the file's metadata "
         f"(`{RECIPE_ENTRY}`) and in `config.yaml`.",
         "",
@@ -108,6 +113,33 @@ def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path]) -> 
     with whole(target) as part:
         part.write_text("\n".join(lines), encoding="utf-8")
     return target
+
+
+def image_front_matter(recipe: Mapping[str, Any]) -> list[str]:
+    """What a hub reads at the top of an image adapter's card."""
+    tags = ["lora", "text-to-image", "diffusers", "adapter-studio"]
+    return front_matter(
+        str(recipe["base"]["name"]), "diffusers", tags, instance_prompt=card_words(recipe), pipeline_tag="text-to-image"
+    )
+
+
+def loading_lines(base: str, file: str, prompt: str, size: int) -> list[str]:
+    """The lines that load an image adapter from its own folder and draw with it."""
+    whole_pipeline = not base.endswith((".safetensors", ".ckpt"))
+    kind, opener = ("DiffusionPipeline", "from_pretrained") if whole_pipeline else (
+        "StableDiffusionPipeline", "from_single_file"
+    )  # fmt: skip
+    return [
+        "```python",
+        "import torch",
+        f"from diffusers import {kind}",
+        *base_lines(base),
+        "",
+        f"pipe = {kind}.{opener}(base).to(torch.float32)  # torch.float16 on a GPU",
+        f'pipe.load_lora_weights(".", weight_name={file!r})',
+        f"picture = pipe({prompt!r}, height={size}, width={size}, num_inference_steps=20).images[0]",
+        "```",
+    ]
 
 
 def _cast(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:

@@ -79,6 +79,15 @@ def split(items: Items, share: float, seed: int) -> tuple[Items, Items]:
     )
 
 
+def spoken(rows: Rows, tokenizer: Any) -> dict[str, str]:
+    """How the conversations were written, for whoever talks to the adapter later; {} for plain texts."""
+    if not any(isinstance(item, Conversation) for item in rows.shown):
+        return {}
+    template = tokenizer.chat_template
+    return {"template": template if isinstance(template, str) else "", "begin": tokenizer.bos_token or "",
+            "end": tokenizer.eos_token or ""}  # fmt: skip
+
+
 def template_of(config: TrainLanguageConfig) -> str:
     """The text of the configured chat template (empty = the base's own).
 

@@ -15,11 +15,9 @@ from adapters.errors import InputError
 from adapters.formats import LoraLayer
 from adapters.formats.peft_directory import PREFIX, write_directory
 from pipelines.precision import DTYPES
+from studio.training.cards import base_lines, base_name, front_matter
 from studio.training.export import RECIPE_ENTRY
 from studio.training.schemas.language import TrainLanguageConfig
-
-HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""What other programs call the bases that we have under a name of our own."""
 
 
 def write_adapter(
@@ -56,7 +54,7 @@ def write_adapter(
             raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
     entries = {
         **options,
-        "base_model_name_or_path": HUB_NAMES.get(config.base, config.base),
+        "base_model_name_or_path": base_name(config.base),
         "modules_to_save": sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in heads}) or None,
     }
     with files.whole(target) as part:
@@ -77,14 +75,13 @@ def card(recipe: Mapping[str, Any], auto_class: str) -> str:
     labels = ", ".join(data.get("labels") or ())
     said = f"A {config['task']} adapter trained on {data['rows']} rows of {data['source']}."
     lines = [
-        "---",
-        f"base_model: {json.dumps(HUB_NAMES.get(base['name'], base['name']))}",
-        "library_name: peft",
-        f"description: {json.dumps(said)}",
-        "---",
+        *front_matter(
+            base["name"], "peft", ["lora", "peft", "adapter-studio"], pipeline_tag=_PIPELINES[config["task"]],
+            description=said,
+        ),
         f"# {recipe['name']}",
         "",
-        f"A LoRA for **{base['name']}** ({base['architecture']}), task {config['task']}"
+        f"A LoRA for **{base_name(base['name'])}** ({base['architecture']}), task {config['task']}"
         + (f", labels: {labels}." if labels else "."),
         "",
         f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}, start: {config['init']}",
@@ -95,15 +92,32 @@ def card(recipe: Mapping[str, Any], auto_class: str) -> str:
         f"- Data digest: `{data['digest']}`",
         "",
         "```python",
-        f"from transformers import {auto_class}",
+        f"from transformers import AutoTokenizer, {auto_class}",
         "from peft import PeftModel",
+        *base_lines(base["name"]),
         "",
-        f"model = {auto_class}.from_pretrained({base['name']!r}"
+        "tokenizer = AutoTokenizer.from_pretrained(base)",
+        f"model = {auto_class}.from_pretrained(base"
         + (f", num_labels={len(data['labels'])})" if labels else ")"),
-        f"model = PeftModel.from_pretrained(model, {recipe['name']!r})",
+        'model = PeftModel.from_pretrained(model, ".")',
+        *_asking(config["task"]),
         "```",
         "",
         f"Made with adapter-studio; the whole recipe is in the weights' metadata (`{RECIPE_ENTRY}`).",
         "",
     ]
     return "\n".join(lines)
+
+
+def _asking(task: str) -> list[str]:
+    """Lines that use the loaded model once."""
+    if task == "causal":
+        return [
+            'inputs = tokenizer("Hello", return_tensors="pt")',
+            "made = model.generate(**inputs, max_new_tokens=20)",
+            "print(tokenizer.decode(made[0], skip_special_tokens=True))",
+        ]
+    return ['print(model(**tokenizer("Hello", return_tensors="pt")).logits)']
+
+
+_PIPELINES = {"causal": "text-generation", "classification": "text-classification", "masked": "fill-mask"}

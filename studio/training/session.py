@@ -7,6 +7,7 @@ optimiser and calls :meth:`TrainSession.follow` after each of its steps. Only th
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -299,11 +300,13 @@ class TrainSession:
             return
         folder = self.folder / "saved"
         self.task.export(self.layers(), folder, f"{self.config.name}-{self.step:06d}", self.recipe())
-        made = sorted(
-            {file.name.split(".")[0].removesuffix("-kohya").removesuffix("-peft") for file in folder.iterdir()}
-        )
-        for name in made[: -self.config.keep_last]:
-            for file in folder.glob(f"{name}*"):
+        steps: dict[int, list[Path]] = {}
+        for file in folder.iterdir():
+            rest = file.name.removeprefix(f"{self.config.name}-")
+            if rest != file.name and rest[:6].isdigit():  # "-000100.safetensors", "-000100-peft" ...
+                steps.setdefault(int(re.split(r"\D", rest)[0]), []).append(file)
+        for step in sorted(steps)[: -self.config.keep_last]:
+            for file in steps[step]:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def finish(self) -> dict[str, Any]:

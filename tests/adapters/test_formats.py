@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,47 @@ from adapters.formats.peft_config import config_of
 from tests import tiny
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def by_tensors_alone(path: Path) -> dict[str, torch.Tensor]:
+    """The updates for a reader that knows A, B and .alpha, and no text: without .alpha the scale is 1."""
+    tensors, found = load_file(path), {}
+    for down, up in ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")):
+        for key in [key for key in tensors if key.endswith(down)]:
+            name = key.removesuffix(down)
+            A, B = tensors[key].flatten(1), tensors[name + up].flatten(1)
+            alpha = tensors.get(f"{name}.alpha")
+            module = name.removeprefix("lora_unet_").removeprefix("unet.").replace(".", "_")
+            found[module] = (1.0 if alpha is None else float(alpha) / len(A)) * (B @ A)
+    return found
+
+
+@pytest.mark.parametrize("write", [write_diffusers, write_kohya])
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_readers_of_tensors_alone_get_the_same_update(write: Any, rslora: bool, dtype: Any, tmp_path: Path) -> None:
+    """Of whatever alpha; what diffusers makes of text and tensors is tested in pipelines and training."""
+    parts = {}
+    for number, (name, shape) in enumerate(SHAPES.items()):
+        one = layer(shape, number + 2, 0.7 * number + 1, number, rslora=rslora)
+        parts[name] = replace(one, A=one.A.to(dtype), B=one.B.to(dtype))
+    path = write(LoraFile({"unet": parts}), tmp_path / "a.safetensors")
+    found = by_tensors_alone(path)
+    assert set(found) == {name.replace(".", "_") for name in parts}
+    for name, one in parts.items():
+        wanted = one.delta().flatten(1)
+        rough = 2e-3 if dtype == torch.float16 else 1e-6
+        close = rough * float(wanted.abs().max())
+        torch.testing.assert_close(found[name.replace(".", "_")].float(), wanted, atol=close, rtol=rough)
+
+
+def test_a_scale_that_b_cannot_take_goes_into_a() -> None:
+    one = LoraLayer(torch.full((2, 3), 1e-3).half(), torch.full((4, 2), 6e4).half(), 20.0)
+    other = one.with_scale_one()
+    assert other.scale == 1
+    torch.testing.assert_close(other.delta(), one.delta(), rtol=2e-3, atol=0)
+    plain = LoraLayer(torch.ones(2, 3), torch.ones(4, 2), 2.0)
+    assert plain.with_scale_one() is plain
 
 
 class Toy(nn.Module):
@@ -115,10 +157,13 @@ def test_written_kohya_uses_the_names_of_old_transformers(file: LoraFile, tmp_pa
     assert same_nested.counts() == file.counts()
 
 
-def test_alpha_and_metadata_are_kept(tmp_path: Path) -> None:
-    file = LoraFile({"unet": {"down_blocks.0.attn1.to_q": layer((4, 6), 2, 5.0, 0)}}, metadata={"recipe": "yes"})
+def test_scale_and_metadata_are_kept(tmp_path: Path) -> None:
+    one = layer((4, 6), 2, 5.0, 0)
+    file = LoraFile({"unet": {"down_blocks.0.attn1.to_q": one}}, metadata={"recipe": "yes"})
     again = read(write_diffusers(file, tmp_path / "a.safetensors"))
-    assert again.parts["unet"]["down_blocks.0.attn1.to_q"].alpha == 5.0
+    found = again.parts["unet"]["down_blocks.0.attn1.to_q"]
+    assert found.scale == 1
+    torch.testing.assert_close(found.delta(), one.delta())
     assert again.metadata["recipe"] == "yes"
     assert again.sha256
 

@@ -15,14 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.errors import FamilyError, InputError, MissingDependencyError
 from adapters.progress import Silent
 from pipelines.language.adapters import AdaptedModel
-from pipelines.language.answer import Sampling, prompt, stream
+from pipelines.language.answer import Sampling, _until, end_of_turn, prompt, stream
 from pipelines.language.loading import open_model
 from studio import jobs, library
 from studio.cli.app import run as command
 from studio.conversation import Question, Voice, parse_adapter, voices_of
 from studio.conversation.client import Client
 from studio.conversation.session import Session
+from studio.conversation.templates import Spoken, differs, spoken
+from studio.datasets.encoding import CHATML
 from studio.library import scan, smollm2
+from studio.training.language import run
 from tests.language.conftest import settings, write_rows
 
 ASKED = [{"role": "user", "content": "hello"}]
@@ -148,6 +151,74 @@ def test_a_session_lets_every_voice_answer(bases, adapters):
     with pytest.raises(InputError, match="does not fit"):
         list(session.ask(Question(str(bases("llama")), voices_of([(str(adapters["foreign"]), 1.0)], False),
                                   (tuple(ASKED),), "cpu")))  # fmt: skip
+
+
+def spoken_in(session: Session, base: Path, *adapters: Path) -> tuple[str, list[str]]:
+    """The answer with these adapters, and the remarks."""
+    question = Question(str(base), voices_of([(str(path), 1.0) for path in adapters], False), (tuple(ASKED),), "cpu",
+                        sampling={"max_tokens": 8})  # fmt: skip
+    events = list(session.ask(question))
+    text = "".join(event["text"] for event in events if event["event"] == "piece")
+    return text, [event["text"] for event in events if event["event"] == "remark"]
+
+
+def test_the_chat_speaks_in_the_template_of_the_training(bases, tmp_path):
+    """A base without a template, trained with one: the chat takes it from the recipe and says so."""
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}] * 4
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    result = run(settings(bases("bare"), data, chat_template="chatml", steps=2, learning_rate=0.05), tmp_path / "run")
+    adapter = Path(result["adapter"])
+    recipe = scan.record(adapter, "adapter").recipe
+    assert recipe["data"]["chat"]["template"] == CHATML
+    found, remarks = spoken_in(Session(), bases("bare"), adapter)
+    assert any("another chat template" in remark for remark in remarks)
+    base = open_model(bases("bare"))
+    adapted = AdaptedModel(base.model)
+    adapted.add("a", adapter)
+    with adapted.active({"a": 1.0}) as model:
+        wanted = "".join(stream(model, base.tokenizer, ASKED, Sampling(max_tokens=8), CHATML))
+        bare = "".join(stream(model, base.tokenizer, ASKED, Sampling(max_tokens=8)))
+    assert found == wanted
+    assert found != bare
+
+
+def test_what_is_known_of_an_adapters_template(bases, adapters, tmp_path):
+    tokenizer = open_model(bases("llama")).tokenizer
+    assert spoken(adapters["one"], None) == Spoken()
+    assert differs("a", Spoken(), tokenizer, "b") == []
+    assert differs("a", Spoken(tokenizer.chat_template), tokenizer, "b") == []
+    assert spoken(adapters["one"], {"config": {"chat_template": "chatml"}}) == Spoken(CHATML)
+    lost = spoken(adapters["one"], {"config": {"chat_template": "/not/here.jinja"}})
+    assert "'/not/here.jinja', which is not here" in differs("a", lost, tokenizer, "b")[0]
+    ends = differs("a", Spoken(None, "", "<end>"), tokenizer, "b")
+    assert ends == [f"'a' learnt texts that end with '<end>'; with b they end with '{tokenizer.eos_token}'."]
+    for odd in ({"data": 3, "config": []}, {"data": {"chat": {"template": 5}}}, {"data": {"chat": "x"}}):
+        assert spoken(adapters["one"], odd) == Spoken()
+    shutil.copytree(adapters["one"], tmp_path / "one")
+    (tmp_path / "one" / "chat_template.jinja").write_text("{{ messages[-1].content }}")  # as TRL saves it
+    assert spoken(tmp_path / "one", None) == Spoken("{{ messages[-1].content }}")
+    shutil.copytree(adapters["two"], tmp_path / "two")
+    (tmp_path / "two" / "chat_template.jinja").write_text("{{ messages[-1].content }}?")
+    remarks = spoken_in(Session(), bases("llama"), tmp_path / "one", tmp_path / "two")[1]
+    assert any("different chat templates" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize(("pieces", "wanted"), [
+    (["yes", "<|im", "_end|>", "more"], "yes"), (["a<", "b<|im_", "x"], "a<b<|im_x"), (["<|im_end|>"], ""),
+    (["a", "<"], "a<"), (["no mark"], "no mark"),
+])  # fmt: skip
+def test_answers_end_where_the_turn_ends(pieces, wanted):
+    assert "".join(_until((piece for piece in pieces), "<|im_end|>")) == wanted
+    assert "".join(_until((piece for piece in pieces), "")) == "".join(pieces)
+
+
+def test_the_end_of_a_turn_is_told_by_the_template(bases):
+    tokenizer = open_model(bases("bare")).tokenizer
+    assert end_of_turn(tokenizer, ASKED) == ""
+    assert end_of_turn(tokenizer, ASKED, CHATML) == "<|im_end|>"
+    ending = "{% for m in messages %}{{ m.content }}" + tokenizer.eos_token + "{% endfor %}"
+    assert end_of_turn(tokenizer, ASKED, ending) == ""
+    assert end_of_turn(tokenizer, ASKED, "{{ raise_exception('no') }}") == ""
 
 
 def test_names_with_dots_and_the_same_adapter_by_two_names(bases, adapters, tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -257,7 +259,24 @@ def test_the_adapter_is_what_stock_peft_loads(bases, chats, tmp_path):
     assert total / count == pytest.approx(result["validation"][-1]["validation_loss"], rel=1e-5)
     assert result["validation"][-1]["perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
     described = json.loads((Path(result["adapter"]) / "adapter_config.json").read_text())
-    assert (described["task_type"], described["base_model_name_or_path"]) == ("CAUSAL_LM", str(bases("llama")))
+    assert (described["task_type"], described["base_model_name_or_path"]) == ("CAUSAL_LM", bases("llama").name)
+
+
+def test_the_snippet_of_the_card_runs_as_printed(bases, chats, tmp_path, monkeypatch):
+    result = run(settings(bases("llama"), chats, steps=1), tmp_path, Watcher())
+    adapter = Path(result["adapter"])
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert card == Path(result["card"]).read_text(encoding="utf-8")
+    values = yaml.safe_load(card.split("---\n")[1])
+    assert values["library_name"] == "peft"
+    assert "base_model" not in values
+    assert str(bases("llama").parent) not in card
+    (adapter / bases("llama").name).symlink_to(bases("llama"))  # where the reader has the base
+    monkeypatch.chdir(adapter)
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, object] = {}
+    exec(compile(code, "card", "exec"), found)
+    assert isinstance(found["model"], PeftModel)
 
 
 @pytest.mark.parametrize("method", [

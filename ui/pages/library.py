@@ -12,6 +12,7 @@ import gradio as gr
 from adapters.errors import InputError
 from studio import jobs, library
 from studio.library import Record, Trashed, base_families
+from studio.printable import without_bytes
 from ui import markup
 from ui.components import rack, spectrum
 from ui.components.pick_list import pick_list, picked
@@ -211,7 +212,7 @@ def describe(record: Record) -> str:
         ("Family", base_families.written(record.family)), ("Format", record.format), ("Rank", record.rank),
         ("Layers", notes.get("layers")), ("Size", markup.file_size(record.size)), ("Algorithm", notes.get("algorithm")),
         ("Base model", notes.get("base_model")), ("Licence", notes.get("license")),
-        ("Targets", _shortened(record.targets)), ("SHA-256", record.sha256), ("Where", record.path),
+        ("Targets", _shortened(record.targets)), ("SHA-256", record.sha256), ("Where", without_bytes(str(record.path))),
     ]  # fmt: skip
     parts = [
         _portrait(record, "hero"), f"<h2>{markup.text(record.name)}</h2>",

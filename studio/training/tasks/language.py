@@ -27,7 +27,7 @@ from studio.datasets.cache import fingerprint
 from studio.datasets.seeds import global_seed
 from studio.training.drivers import trainer as driver
 from studio.training.drivers.trainer import Batch, RunSampler, SampleSet, TrainerTask
-from studio.training.language_data import Collate, Rows, Samples, encode, read_rows, template_of
+from studio.training.language_data import Collate, Rows, Samples, encode, read_rows, spoken, template_of
 from studio.training.language_export import card, write_adapter
 from studio.training.language_layers import add_adapter
 from studio.training.language_measure import resting
@@ -228,6 +228,7 @@ class LanguageTask(TrainerTask):
             "held_out": len(read.held_out),
             "digest": read.digest,
             "labels": read.labels,
+            "chat": spoken(read, self.base.tokenizer),
         }
         return {"family": "language", "architecture": self.base.architecture}, data
 

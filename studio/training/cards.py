@@ -1,0 +1,69 @@
+"""What every card of an adapter has: the front matter that a model hub reads, and lines that load it as printed.
+
+The hub takes for a base only its own ids ("owner/name"), and nobody else has the folders of this machine: a base
+without an id is named in words, and its snippet asks the library for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from studio.library.resolve import HUB_ID
+
+if TYPE_CHECKING:
+    from studio.library import Record
+
+HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What the hub calls the bases that we have under a name of our own."""
+
+
+def hub_id(base: str) -> str:
+    """The hub's id of a base, empty where it has none."""
+    if base in HUB_NAMES:
+        return HUB_NAMES[base]
+    local = Path(base).expanduser().exists() or base.startswith((".", "~", "/"))
+    return base if HUB_ID.fullmatch(base) and not local else ""
+
+
+def base_name(base: str) -> str:
+    """What to call a base in a card; of a path the last part alone."""
+    return hub_id(base) or Path(base).name
+
+
+def front_matter(base: str, library: str, tags: Sequence[str], **more: Any) -> list[str]:
+    """The lines between ``---``: base_model, library_name, tags, license where the base's is known, and ``more``."""
+    values: dict[str, Any] = {"base_model": hub_id(base), "library_name": library, "tags": list(tags),
+                              "license": _license(base), **more}  # fmt: skip
+    text = yaml.safe_dump({key: value for key, value in values.items() if value}, allow_unicode=True, sort_keys=False,
+                          width=10_000)  # fmt: skip
+    return ["---", *text.splitlines(), "---"]
+
+
+def base_lines(base: str) -> list[str]:
+    """Lines of Python after which ``base`` is what ``from_pretrained`` opens."""
+    if found := hub_id(base):
+        return [f'base = "{found}"']
+    if _of_library(base) is not None and "/" not in base:
+        return ["from studio import library", f"base = library.resolve_base({base!r})"]
+    return [f"base = {Path(base).name!r}  # the folder of the base model"]
+
+
+def _license(base: str) -> str:
+    """The license that the card of a base in the library states: what is derived from the base is under it too."""
+    known = _of_library(base)
+    return str((known.notes if known else {}).get("license") or "")
+
+
+def _of_library(base: str) -> Record | None:
+    from studio import library
+
+    return next((record for record in library.bases() if base in (record.name, str(record.path))), None)
+
+
+def card_words(recipe: Mapping[str, Any]) -> str:
+    """The trigger of a recipe, empty when there is none."""
+    return ", ".join(str(word) for word in recipe.get("triggers") or ())
