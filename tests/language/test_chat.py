@@ -25,7 +25,7 @@ from studio.conversation.session import Session
 from studio.conversation.templates import Spoken, differs, spoken
 from studio.datasets.encoding import CHATML
 from studio.library import scan, smollm2
-from studio.training.language import run
+from studio.training.tasks.language import run
 from tests.language.conftest import settings, write_rows
 
 ASKED = [{"role": "user", "content": "hello"}]

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from studio.training import cards
-from studio.training.image import run
+from studio.training.tasks.image import run
 from tests.training.conftest import settings
 
 
