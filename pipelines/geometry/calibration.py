@@ -294,39 +294,71 @@ def cosine(step: int, steps: int, peak: float, floor: float) -> float:
     return floor + (peak - floor) * (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
 
 
+class AdapterTraining:
+    """The training of a LoRA on the labels of one scene or several, a step at a time.
+
+    Attributes:
+        model: the PEFT model; its trainable parameters are moved.
+        steps: how many there are.
+        optimizer: AdamW; :meth:`step` sets its rate.
+    """
+
+    def __init__(
+        self, model: Any, photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], recipe: Recipe
+    ) -> None:  # fmt: skip
+        self.model, self.photos, self.labels, self.recipe = model, photos, labels, recipe
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.device = trained[0].device
+        self.optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.01)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        samples = [(scene, edge) for scene, kept in enumerate(labels) for edge in range(len(kept.pairs))]
+        epochs = (_batches(samples, labels, recipe.batch, generator) for _ in range(recipe.epochs))
+        self._plan = [batch for epoch in epochs for batch in epoch]
+        self.steps = len(self._plan)
+
+    def loss(self, step: int) -> Tensor:
+        """DUSt3R's loss on the pairs of a step, with its graph; which pairs those are depends on ``step`` alone.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        batch = self._plan[step]
+        targets, valid = _targets(batch, self.labels, self.device)
+        with precision(self.device, self.recipe.dtype):
+            predicted = self.model.decode(*_encode(self.model, batch, self.photos, self.labels, self.device))
+        loss = confidence_loss(predicted, targets, valid, self.recipe.alpha)
+        if not loss.isfinite():
+            raise InputError(f"The loss of step {step} is not finite: lower the learning rate.")
+        return loss
+
+    def step(self, step: int) -> float:
+        """Do one step; returns its loss. Raises as :meth:`loss` does."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = cosine(step, self.steps, self.recipe.lr, self.recipe.final_lr)
+        loss = self.loss(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+
 def train_adapter(
     model: Any, photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], recipe: Recipe,
     monitor: Monitor | None = None,
 ) -> list[float]:  # fmt: skip
-    """Train the LoRA of a PEFT model on the labels of one or several scenes; returns the loss of every step.
+    """All steps of :class:`AdapterTraining`; returns the loss of each.
 
     Raises:
         InputError: a loss that is not finite.
         adapters.errors.Cancelled: ``monitor`` said so.
     """
     monitor = monitor or Silent()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    device = trained[0].device
-    samples = [(scene, edge) for scene, kept in enumerate(labels) for edge in range(len(kept.pairs))]
-    plan = [batch for _ in range(recipe.epochs) for batch in _batches(samples, labels, recipe.batch, generator)]
+    training = AdapterTraining(model, photos, labels, recipe)
     losses: list[float] = []
-    for step, batch in enumerate(plan):
+    for step in range(training.steps):
         check(monitor)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, len(plan), recipe.lr, recipe.final_lr)
-        targets, valid = _targets(batch, labels, device)
-        with precision(device, recipe.dtype):
-            predicted = model.decode(*_encode(model, batch, photos, labels, device))
-        loss = confidence_loss(predicted, targets, valid, recipe.alpha)
-        if not loss.isfinite():
-            raise InputError(f"The loss of step {step} is not finite: lower the learning rate.")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        monitor.report(Progress("calibrate", step + 1, len(plan), loss=losses[-1]))
+        losses.append(training.step(step))
+        monitor.report(Progress("calibrate", step + 1, training.steps, loss=losses[-1]))
     return losses
 
 

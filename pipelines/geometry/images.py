@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,22 @@ class Affine:
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture: ``pixels (3, H, W)`` in [0, 1], where it came from and how to go back."""
+    """One picture.
+
+    Attributes:
+        pixels: ``(3, H, W)`` in [0, 1].
+        affine: the way back to the pixels of the upright file.
+        name: the file's. sha256: of its bytes.
+        file: where it lies, to be copied beside an export.
+        remarks: what of the file was not kept, and what a video's frames were chosen from.
+    """
 
     pixels: Tensor
     affine: Affine
     name: str
     sha256: str = ""
+    file: Path | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -60,8 +70,9 @@ def read_photo(path: str | Path, size: int = 512, patch: int = 16, square_ok: bo
         raise InputError(f"There is no picture '{file}'.") from None
     except OSError as error:
         raise InputError(f"The picture '{file}' cannot be read: {error.strerror}.") from None
-    picture = pictures.open_picture(data, file.name)
-    return prepare(picture, file.name, hashlib.sha256(data).hexdigest(), size, patch, square_ok)
+    reading = pictures.read(data, file.name)
+    photo = prepare(reading.image, file.name, hashlib.sha256(data).hexdigest(), size, patch, square_ok)
+    return replace(photo, file=file, remarks=tuple(f"{file.name}: {text}." for text in reading.remarks))
 
 
 def prepare(
@@ -102,30 +113,3 @@ def prepare(
     array = np.asarray(resized.crop(box), dtype=np.float32) / 255
     affine = Affine((new[0] / width, new[1] / height), (box[0], box[1]), (width, height))
     return Photo(torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous(), affine, name, sha256)
-
-
-def read_video(path: str | Path, seconds: float, limit: int = 60) -> list[Image.Image]:
-    """A frame of a video every so many ``seconds``, at most ``limit``.
-
-    Raises:
-        InputError: the file is no video, holds no frame, or ``seconds`` is not positive.
-    """
-    import cv2
-
-    if seconds <= 0:
-        raise InputError("The time between frames must be more than 0 seconds.")
-    stream = cv2.VideoCapture(str(path))
-    rate = stream.get(cv2.CAP_PROP_FPS) or 25.0
-    frames: list[Image.Image] = []
-    number = 0
-    while len(frames) < limit:
-        good, frame = stream.read()
-        if not good:
-            break
-        if number >= len(frames) * seconds * rate:
-            frames.append(Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
-        number += 1
-    stream.release()
-    if not frames:
-        raise InputError(f"'{Path(path).name}' holds no frames that can be read: give a video file or pictures.")
-    return frames

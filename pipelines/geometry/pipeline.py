@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,17 @@ from torch import nn
 
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, Silent, check
-from pipelines.geometry import alignment, calibration, cameras, checkpoints, images, inference, initialise, verification
+from pipelines.geometry import (
+    alignment,
+    calibration,
+    cameras,
+    checkpoints,
+    images,
+    inference,
+    initialise,
+    verification,
+    video,
+)  # fmt: skip
 from pipelines.geometry.alignment import Alignment
 from pipelines.geometry.calibration import Labels, Recipe
 from pipelines.geometry.estimate import estimate
@@ -35,8 +45,6 @@ from pipelines.geometry.scene import Record, Scene
 
 Photos = Sequence[str | Path | Photo]
 """Picture files, one video, or photos that were read before (:meth:`ScenePipeline.read`)."""
-
-VIDEOS = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".m4v")
 
 
 @dataclass(frozen=True)
@@ -100,13 +108,15 @@ class ScenePipeline:
         return cls(checkpoints.open_checkpoint(source, torch.device(device)), adapter)
 
     def read(
-        self, photos: Photos, size: int | None = None, seconds_per_frame: float = 1.0, monitor: Monitor | None = None
-    ) -> list[Photo]:
+        self, photos: Photos, size: int | None = None, seconds_per_frame: float = 1.0, frames: Path | None = None,
+        monitor: Monitor | None = None,
+    ) -> list[Photo]:  # fmt: skip
         """Photos as this network wants them.
 
         Args:
             size: longer side in pixels; None: the one that the network was trained with.
             seconds_per_frame: time between the frames that are taken of a video.
+            frames: folder that keeps these frames, so that exports can bring them.
 
         Raises:
             InputError: a file that cannot be read, or a video beside other files.
@@ -114,15 +124,11 @@ class ScenePipeline:
         config = self.checkpoint.network.config
         options = (size or max(config.img_size), config.patch_size, config.img_size[0] == config.img_size[1])
         given = [photo if isinstance(photo, Photo) else Path(photo) for photo in photos]
-        if any(isinstance(one, Path) and one.suffix.lower() in VIDEOS for one in given):
+        if any(isinstance(one, Path) and one.suffix.lower() in video.SUFFIXES for one in given):
             if len(given) > 1:
                 raise InputError("Give either pictures or one video.")
             assert isinstance(given[0], Path)
-            frames = images.read_video(given[0], seconds_per_frame)
-            return [
-                images.prepare(frame, f"frame-{n:04}.png", hashlib.sha256(frame.tobytes()).hexdigest(), *options)
-                for n, frame in enumerate(frames)
-            ]
+            return _frames(video.read_video(given[0], seconds_per_frame), frames, options)
         out = []
         for one in given:
             check(monitor or Silent())
@@ -131,9 +137,9 @@ class ScenePipeline:
 
     def __call__(
         self, photos: Photos, calibrate: bool | Recipe = False, also: Sequence[Photos] = (), size: int | None = None,
-        seconds_per_frame: float = 1.0, graph: str = "complete", many: bool = False, verify: bool = True,
-        steps: int = 300, schedule: Literal["cosine", "linear"] = "cosine", chunk: int = 8, dtype: str = "auto",
-        mu: float = 0.03, cutoff: float = 1.5, share: bool = True,
+        seconds_per_frame: float = 1.0, frames: Path | None = None, graph: str = "complete", many: bool = False,
+        verify: bool = True, steps: int = 300, schedule: Literal["cosine", "linear"] = "cosine", chunk: int = 8,
+        dtype: str = "auto", mu: float = 0.03, cutoff: float = 1.5, share: bool = True,
         on_calibrated: Callable[[Calibration], None] | None = None, monitor: Monitor | None = None,
     ) -> Scene:  # fmt: skip
         """Make a scene.
@@ -143,7 +149,7 @@ class ScenePipeline:
             calibrate: train an adapter on this scene first (LoRA3D), if you like with a :class:`Recipe`; three or more
                 photos. The pipeline's network keeps the adapter from then on.
             also: further scenes that the same adapter learns from.
-            size, seconds_per_frame: see :meth:`read`.
+            size, seconds_per_frame, frames: see :meth:`read`.
             graph: pairs to ask about: "complete", "swin-3", "logwin-2", "oneref-0"; ``many`` allows a complete graph
                 over more than 30 photos.
             verify: leave out pairs whose photos differ in colour where their points meet.
@@ -167,7 +173,10 @@ class ScenePipeline:
             raise InputError("Calibrate anew or use an adapter made earlier, not both: open the weights without one.")
         if also and not calibrate:
             raise InputError("Further scenes serve the adapter's training: they go with calibrate=True.")
-        scenes = [self.read(one, size, seconds_per_frame, monitor) for one in (photos, *also)]
+        scenes = [
+            self.read(one, size, seconds_per_frame, frames if number == 0 else None, monitor)
+            for number, one in enumerate((photos, *also))
+        ]
         if calibrate:
             for one in scenes:
                 _enough(one)
@@ -188,7 +197,8 @@ class ScenePipeline:
         def solve(told: Predictions) -> tuple[Alignment, list[str]]:
             return aligned(told, shots, verify, steps, schedule, self.device, monitor)
 
-        warnings = [*_repeated(shots), *_changed(self._known, shots)]
+        warnings = [text for one in scenes for photo in one for text in photo.remarks]
+        warnings += [*_repeated(shots), *_changed(self._known, shots)]
         told = ask(self.network, 0)
         found, said = solve(told)
         learnt = None
@@ -250,6 +260,20 @@ def aligned(
         seen = verification.verified(told, photos)
         told, said = seen.predictions, seen.said
     return alignment.align(told.to(device), steps, schedule=schedule, monitor=monitor), said
+
+
+def _frames(taken: video.Frames, folder: Path | None, options: tuple[int, int, bool]) -> list[Photo]:
+    """Photos of a video's frames, which are kept in ``folder``; the first one says what was taken."""
+    out = []
+    for n, frame in enumerate(taken.images):
+        name = f"frame-{n:04}.png"
+        photo = images.prepare(frame, name, hashlib.sha256(frame.tobytes()).hexdigest(), *options)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            frame.save(folder / name, compress_level=1)
+            photo = replace(photo, file=folder / name)
+        out.append(replace(photo, remarks=(f"Taken: {taken}",)) if n == 0 else photo)
+    return out
 
 
 def _enough(photos: Sequence[Photo]) -> None:

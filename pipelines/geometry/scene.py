@@ -90,9 +90,7 @@ class Scene:
         own = np.stack([(u - width / 2) / self.focals[n], (v - height / 2) / self.focals[n], np.ones_like(u)], -1)
         return (own * self.depth[n][..., None]) @ self.poses[n][:3, :3].T + self.poses[n][:3, 3]
 
-    def export(
-        self, target: str | Path, kind: str = "", choice: Selection | None = None, **options: Any
-    ) -> int:
+    def export(self, target: str | Path, kind: str = "", choice: Selection | None = None, **options: Any) -> int:
         """Write the scene for other programs; returns the number of points written.
 
         Args:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import files
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress
+from pipelines.geometry.video import SUFFIXES as VIDEOS
 from studio.reconstruction.schema import ReconstructConfig
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from pipelines.geometry.pipeline import Calibration
     from pipelines.geometry.selection import Selection
 
-VIDEOS = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".m4v")
 EXPORTS = ("glb", "ply", "colmap", "nerfstudio", "npz")
 
 
@@ -94,8 +94,10 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
 
     scene = pipeline(
         config.images, recipe if config.calibrate else False, [pictures_in(other) for other in config.also],
-        config.size, config.seconds_per_frame, config.graph, config.many, config.verify, config.steps, config.schedule,
-        config.chunk, config.dtype, config.mu, config.cutoff, config.share, keep, monitor,
+        size=config.size, seconds_per_frame=config.seconds_per_frame, frames=folder / "frames", graph=config.graph,
+        many=config.many, verify=config.verify, steps=config.steps, schedule=config.schedule, chunk=config.chunk,
+        dtype=config.dtype, mu=config.mu, cutoff=config.cutoff, share=config.share, on_calibrated=keep,
+        monitor=monitor,
     )  # fmt: skip
     monitor.report(Progress("saving"))
     record = scene.record

@@ -251,9 +251,7 @@ def test_cameras_of_colmap_and_nerfstudio_see_the_points_at_their_pixels(kept: S
     v, x = np.mgrid[:16, :16]
     np.testing.assert_allclose(u, ((x.ravel() + 0.5) * 2), atol=1e-3)  # pixel centres at halves, twice the size
     assert (int(w), int(h)) == (32, 32)
-    frame = json.loads((write_nerfstudio(kept, tmp_path / "n") / "transforms.json").read_text())[
-        "frames"
-    ][1]
+    frame = json.loads((write_nerfstudio(kept, tmp_path / "n") / "transforms.json").read_text())["frames"][1]
     gl = np.linalg.inv(np.array(frame["transform_matrix"]))
     seen = kept.points(1).reshape(-1, 3) @ gl[:3, :3].T + gl[:3, 3]
     rows = -seen[:, 1] / -seen[:, 2] * frame["fl_y"] + frame["cy"]
