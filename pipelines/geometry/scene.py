@@ -21,6 +21,7 @@ from pipelines.geometry.alignment import Alignment
 from pipelines.geometry.images import Affine, Photo
 
 if TYPE_CHECKING:
+    from pipelines.geometry.exports.written import Written
     from pipelines.geometry.pipeline import Calibration
     from pipelines.geometry.selection import Selection
 
@@ -59,7 +60,7 @@ class Scene:
         affines: the way from the files' pixels to the network's.
         poses: ``(N, 4, 4)`` camera-to-world. focals: ``(N,)`` in network pixels.
         images: uint8 ``(H, W, 3)``; depth, confidence: ``(H, W)``.
-        record: how it was made; empty after :meth:`load`.
+        record: how it was made. files: of the pictures. Both are empty after :meth:`load`.
     """
 
     names: tuple[str, ...]
@@ -70,6 +71,7 @@ class Scene:
     depth: tuple[Array, ...]
     confidence: tuple[Array, ...]
     record: Record = field(default_factory=Record, compare=False, repr=False)
+    files: tuple[Path | None, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, found: Alignment, photos: Sequence[Photo], record: Record | None = None) -> Scene:
@@ -80,7 +82,7 @@ class Scene:
             found.focals.double().numpy(),
             tuple((p.pixels.permute(1, 2, 0) * 255).round().byte().numpy() for p in photos),
             tuple(found.depth_map(n).numpy() for n in each), tuple(found.confidence_map(n).numpy() for n in each),
-            record or Record(),
+            record or Record(), tuple(p.file for p in photos),
         )  # fmt: skip
 
     def points(self, n: int) -> Array:
@@ -90,21 +92,26 @@ class Scene:
         own = np.stack([(u - width / 2) / self.focals[n], (v - height / 2) / self.focals[n], np.ones_like(u)], -1)
         return (own * self.depth[n][..., None]) @ self.poses[n][:3, :3].T + self.poses[n][:3, 3]
 
-    def export(self, target: str | Path, kind: str = "", choice: Selection | None = None, **options: Any) -> int:
-        """Write the scene for other programs; returns the number of points written.
+    def export(
+        self, target: str | Path, kind: str = "", choice: Selection | None = None,
+        originals: Sequence[str | Path | None] | None = None, **options: Any,
+    ) -> Written:  # fmt: skip
+        """Write the scene for other programs.
 
         Args:
             target: a file, or for "colmap" and "nerfstudio" a folder.
             kind: "glb", "ply", "npz", "colmap" or "nerfstudio"; left out, the file's ending says it.
             choice: which pixels; by default without the least confident fifth.
-            options: of :func:`pipelines.geometry.exports.glb.write_glb` (surfaces, cameras and their size).
+            originals: "colmap" and "nerfstudio": the pictures' files, which are brought along upright (default:
+                :attr:`files`); without them the pictures are in the size that the network saw.
+            options: "glb": those of :func:`pipelines.geometry.exports.glb.write_glb` (surfaces, cameras, their size).
 
         Raises:
             InputError: no such kind, no point left, or a scene that the kind cannot hold.
         """
         from pipelines.geometry import exports
 
-        return exports.export(self, Path(target), kind, choice, **options)
+        return exports.export(self, Path(target), kind, choice, originals, **options)
 
     def save(self, file: Path) -> Path:
         """Write everything as one npz (no pickles)."""

@@ -17,6 +17,9 @@ from pipelines.geometry.alignment import clean as without_hiding
 from pipelines.geometry.cameras import Similarity
 from pipelines.geometry.scene import Array, Scene
 
+CONNECTED = 0.9
+"""Share of the chosen pixels that must lie on surfaces for them to suit a scene."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -139,3 +142,43 @@ def triangles(scene: Scene, choice: Selection, tear: float = 0.05) -> tuple[Arra
     if len(joined) == 0:
         raise InputError(_nothing_left("surface", scene, choice))
     return np.concatenate(vertices), np.concatenate(colours), joined
+
+
+def surfaces_suit(scene: Scene, choice: Selection) -> bool:
+    """Whether surfaces show a scene well: most chosen pixels lie on one, so that few holes and shreds are left."""
+    kept = sum(int(mask.sum()) for mask in masks(scene, choice))
+    try:
+        faces = triangles(scene, choice)[2]
+    except InputError:
+        return False
+    return len(np.unique(faces)) >= CONNECTED * kept
+
+
+def squares(scene: Scene, choice: Selection) -> tuple[Array, Array, Array]:
+    """Every chosen point as a square as large as its pixel there, facing its camera: vertices, colours and faces.
+
+    With fewer points than pixels (``choice.limit``) the squares grow alike, so that they still cover the surfaces.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    chosen = masks(scene, choice)
+    count = sum(int(mask.sum()) for mask in chosen)
+    if count == 0:
+        raise InputError(_nothing_left("point", scene, choice))
+    random, share = np.random.default_rng(0), min(1.0, choice.limit / count)
+    half = 0.5 / np.sqrt(share)
+    corners, colours = [], []
+    for n, mask in enumerate(chosen):
+        v, u = np.nonzero(mask & (random.random(mask.shape) < share) if share < 1 else mask)
+        height, width = mask.shape
+        around = np.array([[-half, -half], [half, -half], [half, half], [-half, half]])
+        place = np.stack([u - width / 2, v - height / 2], -1)[:, None] + around
+        own = np.concatenate([place / scene.focals[n], np.ones((*place.shape[:2], 1))], -1)
+        own = own * scene.depth[n][v, u][:, None, None]
+        corners.append((own @ scene.poses[n][:3, :3].T + scene.poses[n][:3, 3]).reshape(-1, 3))
+        colours.append(np.repeat(scene.images[n][v, u], 4, 0))
+    vertices = np.concatenate(corners)
+    first = np.arange(0, len(vertices), 4)[:, None, None]
+    faces = (first + np.array([[0, 3, 1], [1, 3, 2]])).reshape(-1, 3)
+    return vertices, np.concatenate(colours), faces

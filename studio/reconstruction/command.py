@@ -93,11 +93,12 @@ def _one(config: ReconstructConfig, targets: list[tuple[str, Path]], output: Out
     result = dict(done.result or {})
     written = []
     for kind, place in targets:
-        job.export(
+        made = job.export(
             result["scene"], place, kind, config.confidence, config.percentile, config.mesh, config.cameras,
-            max_points=config.max_points,
+            max_points=config.max_points, originals=result["files"],
         )  # fmt: skip
         written.append(str(place))
+        result["warnings"] = [*result["warnings"], *(f"{place.name}: {text}" for text in made.notes)]
     if not output.json:
         output.result({}, "\n".join(written or [result["glb"]]))
     for text in result["warnings"]:

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters import files
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress
-from pipelines.geometry.video import SUFFIXES as VIDEOS
+from pipelines.geometry import video
 from studio.reconstruction.schema import ReconstructConfig
 
 if TYPE_CHECKING:
     from pipelines.geometry import Scene
+    from pipelines.geometry.exports.written import Written
     from pipelines.geometry.pipeline import Calibration
     from pipelines.geometry.selection import Selection
 
+VIDEOS = video.SUFFIXES
+VIEW_FROM = (90, 82, 5.0)
+"""Where viewers in a browser look at ``view.glb`` from: degrees around, degrees from above, distance."""
 EXPORTS = ("glb", "ply", "colmap", "nerfstudio", "npz")
 
 
@@ -29,6 +34,13 @@ def licence(model: str) -> str:
     from pipelines.geometry.licence import licence_of
 
     return licence_of(resolve(model))
+
+
+def restricted(model: str) -> bool:
+    """Whether the licence of weights must be accepted before they are used."""
+    from pipelines.geometry import licence
+
+    return licence.restricted(resolve(model))
 
 
 def resolve(model: str) -> str:
@@ -71,7 +83,7 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
         adapters.errors.InputError: pictures, weights or settings cannot be used.
         adapters.errors.Cancelled: ``monitor`` said so.
     """
-    from pipelines.geometry import ScenePipeline
+    from pipelines.geometry import ScenePipeline, previews
     from pipelines.geometry.calibration import Recipe
     from studio import devices
 
@@ -85,7 +97,7 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
     result: dict[str, Any] = {}
 
     def keep(learnt: Calibration) -> None:
-        _write_glb(learnt.before, folder / "before.glb", config)
+        previews.write_view(learnt.before, folder / "before.glb", _selection(config), config.mesh, config.cameras)
         place = learnt.save(folder / "adapter", config.model_dump(mode="json"))
         result.update(
             before=str(folder / "before.glb"), adapter=str(place), labels=learnt.labels[0].kept,
@@ -103,7 +115,8 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
     record = scene.record
     return {
         "estimate": record.estimate, "licence": pipeline.checkpoint.licence, "warnings": list(record.warnings),
-        **result, **_save(scene, folder, config), "images": len(scene.names), "pairs": record.pairs,
+        **result, **_save(scene, folder, config), "images": len(scene.names),
+        "files": [str(file.resolve()) if file else None for file in scene.files], "pairs": record.pairs,
         "encodings": record.encodings, "loss": record.loss, "seconds": round(time.monotonic() - begun, 2),
     }  # fmt: skip
 
@@ -128,19 +141,21 @@ def _selection(config: ReconstructConfig) -> Selection:
 
 
 def _write_glb(scene: Scene, file: Path, config: ReconstructConfig) -> int:
-    return scene.export(file, "glb", _selection(config), mesh=config.mesh, cameras=config.cameras)
+    return scene.export(file, "glb", _selection(config), mesh=config.mesh, cameras=config.cameras).points
 
 
 def _save(scene: Scene, folder: Path, config: ReconstructConfig) -> dict[str, Any]:
     from PIL import Image
 
-    from pipelines.geometry.previews import depth_picture
+    from pipelines.geometry import previews
 
     scene.save(folder / "scene.npz")
     points = _write_glb(scene, folder / "scene.glb", config)
+    previews.write_view(scene, folder / "view.glb", _selection(config), config.mesh, config.cameras)
+    previews.write_flight(scene, folder / "flight.gif", _selection(config))
     pictures = []
     for n in range(len(scene.names)):
-        row = [scene.images[n], depth_picture(scene.depth[n]), depth_picture(scene.confidence[n])]
+        row = [scene.images[n], previews.depth_picture(scene.depth[n]), previews.depth_picture(scene.confidence[n])]
         for word, array in zip(("picture", "depth", "confidence"), row, strict=True):
             file = folder / f"{word}-{n:03}.png"
             Image.fromarray(array).save(file)
@@ -150,23 +165,31 @@ def _save(scene: Scene, folder: Path, config: ReconstructConfig) -> dict[str, An
         for n, name in enumerate(scene.names)
     ]
     files.write_text(folder / "cameras.json", json.dumps(cameras, indent=1))
-    return {"scene": str(folder / "scene.npz"), "glb": str(folder / "scene.glb"), "points": points,
-            "pictures": pictures, "cameras": cameras}  # fmt: skip
+    return {"scene": str(folder / "scene.npz"), "glb": str(folder / "scene.glb"), "view": str(folder / "view.glb"),
+            "flight": str(folder / "flight.gif"), "points": points, "pictures": pictures,
+            "cameras": cameras}  # fmt: skip
 
 
 def export(
     scene: str | Path, target: Path, kind: str = "glb", confidence: float = 1.0, percentile: float = 20.0,
-    mesh: bool = False, cameras: bool = True, camera_size: float = 5.0, frame: int | None = None, hide: Any = "nothing",
-    max_points: int = 500_000, clean: bool = False,
-) -> tuple[Path, int]:  # fmt: skip
-    """Write a kept scene (``scene.npz``) in another way; the network is not asked. Returns the place and the points.
+    mesh: bool | None = None, cameras: bool = True, camera_size: float = 5.0, frame: int | None = None,
+    hide: Any = "nothing", max_points: int = 500_000, clean: bool = False, originals: Sequence[str | None] = (),
+) -> Written:  # fmt: skip
+    """Write a kept scene (``scene.npz``) in another way; the network is not asked.
+
+    Args:
+        kind: one of :data:`EXPORTS`, or "view": the GLB for viewers in a browser.
+        mesh: surfaces instead of points; None: where they suit the scene.
+        originals: the pictures' files (``files`` of the job's result), to be brought along to COLMAP and nerfstudio.
 
     Raises:
         InputError: no such scene, unknown kind, or no point left.
     """
-    from pipelines.geometry import Scene
+    from pipelines.geometry import Scene, previews
     from pipelines.geometry.selection import Selection
 
     choice = Selection(confidence, percentile, frame, hide, max_points, clean)
+    if kind == "view":
+        return previews.write_view(Scene.load(Path(scene)), target, choice, mesh, cameras, camera_size)
     looks = {"mesh": mesh, "cameras": cameras, "camera_size": camera_size} if kind == "glb" else {}
-    return target, Scene.load(Path(scene)).export(target, kind, choice, **looks)
+    return Scene.load(Path(scene)).export(target, kind, choice, originals, **looks)

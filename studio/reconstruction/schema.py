@@ -63,6 +63,6 @@ class ReconstructConfig(JobConfig):
     percentile: float = _f(
         20.0, _OUTPUT, "Leave out this share of the least confident points, in per cent.", ge=0, lt=100
     )
-    mesh: bool = _f(False, _OUTPUT, "Surfaces instead of points.")
+    mesh: bool | None = _f(None, _OUTPUT, "Surfaces instead of points; left out, where they suit the scene.")
     cameras: bool = _f(True, _OUTPUT, "Show the cameras.")
     max_points: int = _f(500_000, _OUTPUT, "Most points in a file.", ge=1)

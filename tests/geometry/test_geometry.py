@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -14,16 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adapters.errors import InputError
-from pipelines.geometry import alignment, cameras, images, metrics, selection
-from pipelines.geometry.exports.colmap import write_colmap
-from pipelines.geometry.exports.glb import write_glb
-from pipelines.geometry.exports.nerfstudio import write_nerfstudio
-from pipelines.geometry.exports.ply import write_ply
-from pipelines.geometry.images import Affine, Photo
+from pipelines.geometry import alignment, cameras, images, metrics, video
+from pipelines.geometry.images import Affine
 from pipelines.geometry.inference import Predictions
 from pipelines.geometry.pairs import components, keep_near, make_pairs
-from pipelines.geometry.scene import Scene
-from pipelines.geometry.selection import Selection
 from tests.geometry.rooms import room
 
 
@@ -189,7 +182,7 @@ def test_unreadable_pictures_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         images.read_photo(tmp_path / "x.png")
     with pytest.raises(InputError, match="no frames"):
-        images.read_video(tmp_path / "x.png", 1.0)
+        video.read_video(tmp_path / "x.png", 1.0)
     with pytest.raises(InputError, match="too narrow"):
         images.prepare(Image.new("RGB", (2000, 10)), "x")
 
@@ -214,65 +207,6 @@ def test_measures() -> None:
     assert quality["ause"] == pytest.approx(0, abs=1e-9)
 
 
-@pytest.fixture
-def kept() -> Scene:
-    made = room(5, views=3, size=16)
-    scene = alignment.align(made.predictions, 5)
-    photos = [Photo(x, Affine((0.5, 0.5), (0, 0), (32, 32)), f"{n}.png") for n, x in enumerate(made.views.image[0])]
-    return Scene.of(scene, photos)
-
-
-def test_exports_keep_the_geometry(kept: Scene, tmp_path: Path) -> None:
-    import trimesh
-
-    again = Scene.load(kept.save(tmp_path / "scene.npz"))
-    points, _, _ = selection.cloud(again, Selection(percentile=0))
-    np.testing.assert_allclose(points[:256], kept.points(0).reshape(-1, 3))
-    write_ply(kept, tmp_path / "a.ply", Selection(percentile=0))
-    np.testing.assert_allclose(trimesh.load(tmp_path / "a.ply").vertices, points, atol=1e-4)
-    assert write_glb(kept, tmp_path / "a.glb", Selection(percentile=0), cameras=False) == 768
-    loaded = trimesh.load(tmp_path / "a.glb")
-    place, name = loaded.graph[loaded.graph.nodes_geometry[0]]
-    glb = trimesh.transform_points(loaded.geometry[name].vertices, place)
-    own = (points - kept.poses[0][:3, 3]) @ kept.poses[0][:3, :3]  # the first camera's frame, OpenCV
-    np.testing.assert_allclose(np.sort(glb, 0), np.sort(own * [1, -1, -1], 0), atol=1e-4)
-    assert write_glb(kept, tmp_path / "m.glb", mesh=True) > 0
-
-
-def test_cameras_of_colmap_and_nerfstudio_see_the_points_at_their_pixels(kept: Scene, tmp_path: Path) -> None:
-    from scipy.spatial.transform import Rotation
-
-    folder = write_colmap(kept, tmp_path / "colmap")
-    _, _, w, h, fx, fy, cx, cy = (folder / "cameras.txt").read_text().splitlines()[2].split()
-    row = (folder / "images.txt").read_text().splitlines()[3].split()
-    qw, qx, qy, qz, *shift = map(float, row[1:8])
-    own = kept.points(1).reshape(-1, 3) @ Rotation.from_quat([qx, qy, qz, qw]).as_matrix().T + shift
-    u = own[:, 0] / own[:, 2] * float(fx) + float(cx)
-    v, x = np.mgrid[:16, :16]
-    np.testing.assert_allclose(u, ((x.ravel() + 0.5) * 2), atol=1e-3)  # pixel centres at halves, twice the size
-    assert (int(w), int(h)) == (32, 32)
-    frame = json.loads((write_nerfstudio(kept, tmp_path / "n") / "transforms.json").read_text())["frames"][1]
-    gl = np.linalg.inv(np.array(frame["transform_matrix"]))
-    seen = kept.points(1).reshape(-1, 3) @ gl[:3, :3].T + gl[:3, 3]
-    rows = -seen[:, 1] / -seen[:, 2] * frame["fl_y"] + frame["cy"]
-    np.testing.assert_allclose(rows, (v.ravel() + 0.5) * 2, atol=1e-3)
-    assert fy == fx
-    assert cy == cx
-
-
-def test_files_of_cameras_need_two_pictures_and_two_names(kept: Scene, tmp_path: Path) -> None:
-    def first(count: int, names: tuple[str, ...]) -> Scene:
-        return Scene(names, *(getattr(kept, f)[:count] for f in (
-            "affines", "poses", "focals", "images", "depth", "confidence")))  # fmt: skip
-
-    for write in (write_colmap, write_nerfstudio):
-        with pytest.raises(InputError, match="two pictures or more"):
-            write(first(1, ("a.png",)), tmp_path / "one")
-        with pytest.raises(InputError, match=r"Two pictures are named 'a\.png'"):
-            write(first(2, ("a.png", "a.png")), tmp_path / "twins")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_broken_alignment_names_its_pair() -> None:
     p = room(3, views=3, size=8).predictions
     p.confidence2[4, 7] = torch.inf
@@ -280,38 +214,3 @@ def test_a_broken_alignment_names_its_pair() -> None:
         InputError, match=re.escape(f"not finite after 0 steps, first in the pair of pictures {p.pairs[4]}")
     ):
         alignment.align(p, 3)
-
-
-def test_selections(kept: Scene) -> None:
-    everything = len(selection.cloud(kept, Selection(percentile=0))[0])
-    assert len(selection.cloud(kept, Selection(percentile=50))[0]) == pytest.approx(everything / 2, abs=2)
-    assert len(selection.cloud(kept, Selection(percentile=0, frame=1))[0]) == everything / 3
-    assert len(selection.cloud(kept, Selection(limit=10))[0]) == 10
-    least, most = min(c.min() for c in kept.confidence), max(c.max() for c in kept.confidence)
-    with pytest.raises(InputError, match=f"between {least:.3g} and {most:.3g}"):
-        selection.cloud(kept, Selection(confidence=1e9))
-    with pytest.raises(InputError, match="No surface is left"):
-        selection.triangles(kept, Selection(confidence=1e9))
-    with pytest.raises(InputError, match="between 0 and 100"):
-        Selection(percentile=100)
-
-
-def test_hidden_by_a_less_sure_point() -> None:
-    made = room(6, views=3, size=8)
-    scene = alignment.align(made.predictions, 5)
-    scene.depth[0] *= 0.5
-    scene.confidence[0] = 1.5
-    cleaned = alignment.clean(scene)
-    assert float((cleaned.confidence[0] == 0).double().mean()) > 0.3
-    photos = [Photo(x, Affine(), f"{n}.png") for n, x in enumerate(made.views.image[0])]
-    shown = selection.masks(Scene.of(scene, photos), Selection(percentile=0, clean=True))
-    assert [mask.sum() for mask in shown] == (cleaned.confidence > 0).sum(1).tolist()
-
-
-def test_the_sky_is_blue_or_pale_and_reaches_the_upper_edge() -> None:
-    image = np.full((12, 8, 3), (120, 90, 60), np.uint8)
-    image[:4, :4], image[:3, 4:] = (90, 150, 230), 250
-    image[8:10] = (90, 150, 230)  # a blue lake
-    found = selection.sky(image)
-    assert found.sum() == 16 + 12
-    assert not found[8:].any()

@@ -37,9 +37,9 @@ def test_calibrate_then_use_the_adapter_again_and_export_anew(tmp_path: Path) ->
     again = reconstruct.run(config(adapter=done["adapter"]), tmp_path / "b", Silent())
     assert [c["focal"] for c in again["cameras"]] == [c["focal"] for c in done["cameras"]]
     for kind in ("ply", "colmap", "nerfstudio", "npz"):
-        place, points = reconstruct.export(done["scene"], tmp_path / f"x-{kind}", kind, percentile=50)
-        assert place.exists()
-        assert points > 0
+        made = reconstruct.export(done["scene"], tmp_path / f"x-{kind}", kind, percentile=50)
+        assert made.place.exists()
+        assert made.points > 0
 
 
 class _StopAtPairs(Silent):
@@ -82,6 +82,26 @@ def test_bad_input_is_a_sentence(values: dict[str, Any], message: str, tmp_path:
 def test_one_picture_several_times_is_said(tmp_path: Path) -> None:
     done = reconstruct.run(config(images=[PICTURES[0]] * 3), tmp_path, Silent())
     assert "Some pictures are the same file." in done["warnings"]
+
+
+def test_pictures_turned_by_the_camera_are_exported_upright_by_the_command(
+    home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    files = []
+    for n, picture in enumerate(PICTURES[:3]):
+        exif = Image.Exif()
+        exif[0x112] = 6 if n else 1
+        with Image.open(picture) as opened:
+            stored = opened.convert("RGB").resize((64, 48) if n == 0 else (48, 64))
+        files.append(tmp_path / f"photo {n}.jpg")
+        (stored.transpose(Image.Transpose.ROTATE_90) if n else stored).save(files[-1], exif=exif)
+    code, said, error = ask(capsys, *files, "--no-verify", "--out", f"colmap:{tmp_path}/sparse", "--json")
+    assert code == 0, error
+    assert any("'photo 0.jpg' as photo_0.jpg" in text for text in json.loads(said)["warnings"])
+    for row in (tmp_path / "sparse/cameras.txt").read_text().splitlines()[1:]:
+        number, _, width, height, *_ = row.split()
+        with Image.open(tmp_path / f"sparse/images/photo_{int(number) - 1}.jpg") as picture:
+            assert picture.size == (int(width), int(height))
 
 
 @pytest.mark.parametrize("count", [1, 2])

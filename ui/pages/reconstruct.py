@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ MODELS = [
     *(f"naver/DUSt3R_ViTLarge_BaseDecoder_{kind}" for kind in ("512_dpt", "512_linear", "224_linear")),
 ]
 
+SURFACES = {"automatic": None, "surfaces": True, "points": False}
+"""How a scene is drawn, and what ``mesh`` is then."""
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 Form = dict[str, Any]
 
@@ -57,6 +60,8 @@ class _Result:
     beside: gr.Column
     before: gr.Model3D
     after: gr.Model3D
+    flight: gr.Image
+    depth: gr.Gallery
     gallery: gr.Gallery
     table: gr.HTML
     frame: gr.Dropdown
@@ -65,7 +70,7 @@ class _Result:
     @property
     def view(self) -> list[Any]:
         return [self.job, self.shown, self.timer, self.panel, self.cancel, self.body, self.beside, self.before,
-                self.after, self.gallery, self.table, self.frame, self.points]  # fmt: skip
+                self.after, self.flight, self.depth, self.gallery, self.table, self.frame, self.points]  # fmt: skip
 
 
 def build() -> Page:
@@ -107,12 +112,18 @@ def _settings(form: Form) -> None:
                                     info=KNOWN["model"].help, elem_id="reconstruct-model",
                                     interactive=True)  # fmt: skip
         said = gr.HTML(_licence(KNOWN["model"].default), elem_classes="as-help", apply_default_css=False)
-        form["accept_licence"] = schema_form.widget(KNOWN["accept_licence"], label="I accept this licence", info=None)
+        form["accept_licence"] = schema_form.widget(
+            KNOWN["accept_licence"], label="I accept this licence", info=None, elem_id="reconstruct-licence",
+            visible=_restricted(KNOWN["model"].default),
+        )  # fmt: skip
         form["adapter"] = gr.Dropdown(
             adapter_choices(), value="", label="Adapter of a scene", allow_custom_value=True, interactive=True,
             info=KNOWN["adapter"].help, elem_id="reconstruct-adapter",
         )  # fmt: skip
-    form["model"].change(lambda name: _licence(str(name)), form["model"], said, **_PRIVATE)
+    form["model"].change(
+        lambda name: (_licence(str(name)), gr.update(visible=_restricted(str(name)), value=False)), form["model"],
+        [said, form["accept_licence"]], **_PRIVATE,
+    )  # fmt: skip
     with gr.Group(elem_classes="as-card"):
         form["calibrate"] = schema_form.widget(KNOWN["calibrate"], label="Calibrate to this scene", elem_id="calibrate")
         with gr.Accordion("How to calibrate", open=False, elem_classes="as-more"):
@@ -129,6 +140,13 @@ def _licence(model: str) -> str:
     except InputError as error:
         said = str(error)
     return f"<p>Licence of these weights: {markup.text(said)}</p>"
+
+
+def _restricted(model: str) -> bool:
+    try:
+        return work.restricted(model)
+    except InputError:
+        return False
 
 
 def adapter_choices() -> list[tuple[str, str]]:
@@ -155,12 +173,18 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
     panel = gr.HTML(_EMPTY, elem_id="reconstruct-panel", apply_default_css=False)
     with gr.Column(visible=False) as body:
         with gr.Row():
+            # The viewer's file is turned and scaled for this place: pipelines/geometry/previews.py.
             looks: dict[str, Any] = {"clear_color": (0.93, 0.93, 0.95, 1.0), "height": 420, "interactive": False,
-                                     "camera_position": (180, 70, None)}  # fmt: skip
+                                     "camera_position": work.VIEW_FROM}  # fmt: skip
             with gr.Column(visible=False, min_width=150) as beside:
                 before = gr.Model3D(label="Before calibration", elem_id="scene-before", **looks)
-            with gr.Column(min_width=150):
+            with gr.Column(min_width=150, scale=2):
                 after = gr.Model3D(label="Scene", elem_id="scene-after", **looks)
+            with gr.Column(min_width=200, scale=1):
+                flight = gr.Image(label="Flight around it", type="filepath", interactive=False, height=200,
+                                  elem_id="scene-flight", buttons=["download", "fullscreen"])  # fmt: skip
+                depth = gr.Gallery(label="Depth", columns=3, height=204, interactive=False, object_fit="contain",
+                                   elem_id="scene-depth", buttons=["fullscreen"])  # fmt: skip
         points = gr.HTML("", elem_id="scene-points", elem_classes="as-help", apply_default_css=False)
         with gr.Group(elem_classes="as-card"):
             with gr.Row():
@@ -170,9 +194,10 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                                                elem_id="scene-confidence", min_width=150)  # fmt: skip
                 size = gr.Slider(1, 20, 5, step=1, label="Camera size, %", min_width=150)
             with gr.Row():
-                form["mesh"] = schema_form.widget(
-                    KNOWN["mesh"], label="Surfaces", info=None, min_width=110, elem_id="scene-mesh"
-                )
+                form["mesh"] = gr.Dropdown(
+                    list(SURFACES), value="automatic", label="Drawn as", min_width=130, interactive=True,
+                    elem_id="scene-mesh",
+                )  # fmt: skip
                 form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=110)
                 frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=160, interactive=True)
                 hide = gr.Dropdown(["nothing", "black", "white", "sky"], value="nothing", label="Hide background",
@@ -187,11 +212,14 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                                elem_id="scene-kind")  # fmt: skip
             make = gr.Button("Prepare the file", size="md", elem_id="scene-export")
             download = gr.DownloadButton("Download", size="md", interactive=False, elem_id="scene-download")
-        gallery = gr.Gallery(label="Picture, depth, confidence", columns=6, height="auto", interactive=False,
-                             object_fit="contain", elem_id="scene-pictures",
-                             buttons=["download", "fullscreen"])  # fmt: skip
+        with gr.Accordion("Picture, depth and confidence of every photo", open=False, elem_classes="as-more"):
+            gallery = gr.Gallery(show_label=False, columns=6, height="auto", interactive=False,
+                                 object_fit="contain", elem_id="scene-pictures",
+                                 buttons=["download", "fullscreen"])  # fmt: skip
         table = gr.HTML("", apply_default_css=False, elem_id="scene-cameras")
-    result = _Result(job, shown, timer, panel, cancel, body, beside, before, after, gallery, table, frame, points)
+    result = _Result(
+        job, shown, timer, panel, cancel, body, beside, before, after, flight, depth, gallery, table, frame, points
+    )
     controls = [
         form["confidence"],
         form["percentile"],
@@ -208,12 +236,14 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
     def show(job_id: str, *values: Any) -> Any:
         if not job_id:
             return gr.skip()
-        file, count = exported(jobs.get(job_id), "glb", values)
+        file, count, _ = exported(jobs.get(job_id), "view", values)
         return gr.update(value=str(file)), _count(count)
 
     @errors_shown
     def prepare(job_id: str, wanted: str, *values: Any) -> Any:
-        file, _ = exported(jobs.get(job_id), wanted, values)
+        file, _, notes = exported(jobs.get(job_id), wanted, values)
+        for text in notes:
+            say(text, title="Note")
         return gr.update(value=str(file), interactive=True)
 
     for control in controls:
@@ -230,28 +260,33 @@ def _count(points: int) -> str:
     return f"<p>{points:,} points</p>"
 
 
-def exported(job: Job, kind: str, values: Sequence[Any]) -> tuple[Path, int]:
-    """A file of a finished scene with other settings, made from what was kept; equal settings give the same file."""
+def exported(job: Job, kind: str, values: Sequence[Any]) -> tuple[Path, int, list[str]]:
+    """A file of a finished scene with other settings, made from what was kept: the file, its points and notes on it.
+
+    Equal settings give the same file.
+    """
     confidence, percentile, mesh, cameras, size, frame, hide, limit, clean = values
-    scene = Path((job.result or {}).get("scene", ""))
+    result = job.result or {}
+    scene = Path(result.get("scene", ""))
     if not scene.is_file():
         raise InputError("There is no finished scene yet.")
     name = hashlib.sha256(repr((kind, *values)).encode()).hexdigest()[:12]
     folder = job.folder / "exports"
     folder.mkdir(exist_ok=True)
     whole = kind in ("colmap", "nerfstudio")
-    target = folder / (f"{kind}-{name}" if whole else f"scene-{name}.{kind}")
-    file, count = target.with_suffix(".zip") if whole else target, target.with_suffix(".points")
-    if not file.is_file() or not count.is_file():
+    target = folder / (f"{kind}-{name}" if whole else f"scene-{name}.{'glb' if kind == 'view' else kind}")
+    file, about = target.with_suffix(".zip") if whole else target, target.with_suffix(".json")
+    if not file.is_file() or not about.is_file():
         number = None if frame is None or int(frame) < 0 else int(frame)
-        _, points = work.export(
-            scene, target, kind, float(confidence), float(percentile), bool(mesh), bool(cameras), float(size), number,
-            str(hide), int(limit), bool(clean),
+        made = work.export(
+            scene, target, kind, float(confidence), float(percentile), SURFACES[str(mesh)], bool(cameras),
+            float(size), number, str(hide), int(limit), bool(clean), result.get("files", ()),
         )  # fmt: skip
         if whole:
             shutil.make_archive(str(target), "zip", target)
-        count.write_text(str(points))
-    return file, int(count.read_text())
+        about.write_text(json.dumps({"points": made.points, "notes": made.notes}))
+    said = json.loads(about.read_text())
+    return file, int(said["points"]), list(said["notes"])
 
 
 # ------------------------------------------------------------------------------------------------ at work
@@ -288,6 +323,7 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
     def begin(paths: Any, *values: Any) -> Any:
         config = schema_form.read_all(KNOWN, NAMES, values)
         config["adapter"] = config["adapter"] or ""
+        config["mesh"] = SURFACES[str(values[NAMES.index("mesh")])]
         parsed = ReconstructConfig.parse({**config, "images": [str(path) for path in paths or ()]}, source="the form")
         if not parsed.images:
             raise InputError("There are no pictures yet: drop some, or use the sample scene.")
@@ -316,7 +352,7 @@ def follow_nothing() -> list[Any]:
         _EMPTY,
         gr.update(visible=False),
         gr.update(visible=False),
-        *([gr.skip()] * 7),
+        *([gr.skip()] * 9),
     ]
 
 
@@ -344,17 +380,26 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
         gr.update(visible=ready), gr.update(visible=bool(before)),
     ]  # fmt: skip
     if first or not ready:
-        return [*head, *([gr.skip()] * 6)]
+        return [*head, *([gr.skip()] * 8)]
     if shown[-1]:  # it was watched
         for sentence in result.get("warnings", ()):
             say(sentence, title="Note")
     names = [camera["picture"] for camera in result["cameras"]]
+    pictures = [path for path in result["pictures"] if Path(path).is_file()]
     return [
-        *head, before or None, gr.update(value=result["glb"], label="After calibration" if before else "Scene"),
-        [path for path in result["pictures"] if Path(path).is_file()], _table(result),
+        *head, before or None,
+        gr.update(value=_there(result, "view") or result["glb"], label="After calibration" if before else "Scene"),
+        _there(result, "flight"), [path for path in pictures if Path(path).name.startswith("depth-")], pictures,
+        _table(result),
         gr.update(choices=[("All pictures", -1), *((name, n) for n, name in enumerate(names))], value=-1),
         _count(result["points"]),
     ]  # fmt: skip
+
+
+def _there(result: dict[str, Any], name: str) -> str | None:
+    """A file of the result; jobs of earlier versions have fewer."""
+    place = result.get(name, "")
+    return place if place and Path(place).is_file() else None
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import InputError
+from pipelines.geometry.exports.written import Written
 from pipelines.geometry.scene import Scene
-from pipelines.geometry.selection import Selection, cloud
+from pipelines.geometry.selection import Selection
 
 FILES = ("glb", "ply", "npz")
 FOLDERS = ("colmap", "nerfstudio")
 KINDS = ("glb", "ply", "colmap", "nerfstudio", "npz")
 
 
-def export(scene: Scene, target: Path, kind: str = "", choice: Selection | None = None, **options: Any) -> int:
+def export(
+    scene: Scene, target: Path, kind: str = "", choice: Selection | None = None,
+    originals: Sequence[str | Path | None] | None = None, **options: Any,
+) -> Written:  # fmt: skip
     """Write a scene; see :meth:`pipelines.geometry.scene.Scene.export`.
 
     Raises:
@@ -34,8 +39,7 @@ def export(scene: Scene, target: Path, kind: str = "", choice: Selection | None 
     if kind == "ply":
         return write_ply(scene, target, choice)
     if kind == "npz":
-        scene.save(target)
-        return sum(mask.size for mask in scene.confidence)
-    write = write_colmap if kind == "colmap" else write_nerfstudio
-    write(scene, target, choice)
-    return len(cloud(scene, choice)[0])
+        return Written(scene.save(target), sum(mask.size for mask in scene.confidence))
+    given = scene.files if originals is None else originals
+    places = [Path(file) if file else None for file in given]
+    return (write_colmap if kind == "colmap" else write_nerfstudio)(scene, target, choice, places)

@@ -1,58 +1,92 @@
-"""GLB: binary glTF 2.0 for three.js, Blender and the like: points or surfaces, and the cameras as pyramids."""
+"""GLB for three.js, Blender and the like: points or surfaces, and the cameras with their photos.
+
+Axes: x right, y up, z backward of the first camera, which stands in the origin (glTF's axes). Units are the scene's.
+Colours of points and surfaces are linear, as the standard says.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from adapters import files
-from pipelines.geometry.scene import TO_GL, Scene
-from pipelines.geometry.selection import Selection, cloud, triangles
+from pipelines.geometry.exports.gltf import Document
+from pipelines.geometry.exports.written import Written
+from pipelines.geometry.scene import TO_GL, Array, Scene
+from pipelines.geometry.selection import Selection, cloud, surfaces_suit, triangles
+
+_COLOURS = ((230, 85, 60), (60, 130, 230), (60, 170, 90), (235, 170, 40), (150, 90, 200), (40, 175, 185))
+_EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3))
+_BAR = np.array([[0, 1, 2], [2, 1, 3], [4, 6, 5], [5, 6, 7], [0, 4, 1], [1, 4, 5], [2, 3, 6], [6, 3, 7], [0, 2, 4],
+                 [4, 2, 6], [1, 5, 3], [3, 5, 7]])  # fmt: skip
+"""Triangles of a bar with the corners (end, side, side) in binary."""
 
 
 def write_glb(
-    scene: Scene, file: Path, choice: Selection | None = None, mesh: bool = False, cameras: bool = True,
+    scene: Scene, file: Path, choice: Selection | None = None, mesh: bool | None = None, cameras: bool = True,
     camera_size: float = 5.0,
-) -> int:  # fmt: skip
-    """Write points or a mesh, and the cameras as pyramids (``camera_size`` % of the scene); returns the points."""
-    import trimesh
+) -> Written:  # fmt: skip
+    """Write a scene as one GLB.
 
+    Args:
+        mesh: surfaces instead of points; None: where they suit the scene.
+        cameras: pyramids with the photos in them. camera_size: their height, in per cent of the scene.
+    """
     choice = choice or Selection()
     upright = TO_GL @ np.linalg.inv(scene.poses[0])
-    out = trimesh.Scene()
-    if mesh:
+    document = Document()
+    if surfaces_suit(scene, choice) if mesh is None else mesh:
         vertices, colours, faces = triangles(scene, choice)
-        shown = trimesh.Trimesh(vertices, faces, vertex_colors=colours, process=False)
-        shown.remove_unreferenced_vertices()
-        out.add_geometry(shown)
-        points = np.asarray(shown.vertices)
+        points = vertices[np.unique(faces)]
+        document.add_surface("surface", moved(vertices, upright), colours, faces)
     else:
         points, colours, _ = cloud(scene, choice)
-        out.add_geometry(trimesh.PointCloud(points, colors=colours))
+        document.add_points("points", moved(points, upright), colours)
     if cameras:
-        extent = float(np.linalg.norm(np.percentile(points, 90, 0) - np.percentile(points, 10, 0)))
-        for n in range(len(scene.names)):
-            out.add_geometry(_pyramid(scene, n, extent * camera_size / 100))
-    out.apply_transform(upright)
-    files.write(file, lambda part: part.write_bytes(out.export(file_type="glb")))
-    return len(points)
+        add_cameras(document, scene, upright, extent(points) * camera_size / 100)
+    document.write(file)
+    return Written(file, len(points))
 
 
-_COLOURS = ((230, 85, 60), (60, 130, 230), (60, 170, 90), (235, 170, 40), (150, 90, 200), (40, 175, 185))
+def extent(points: Array) -> float:
+    """Size of a scene: between the tenth and the ninetieth percentile of its points."""
+    return float(np.linalg.norm(np.percentile(points, 90, 0) - np.percentile(points, 10, 0)))
 
 
-def _pyramid(scene: Scene, n: int, size: float) -> Any:
-    """A camera: thin bars from its centre to the corners of its picture."""
-    import trimesh
+def moved(points: Array, move: Array) -> Array:
+    """Points ``(..., 3)`` by a matrix ``(4, 4)``."""
+    return points @ move[:3, :3].T + move[:3, 3]
 
+
+def add_cameras(document: Document, scene: Scene, move: Array, size: float) -> Array:
+    """Add every camera as a pyramid of bars around its photo; returns all their corners ``(N * 5, 3)``."""
+    corners = [moved(pyramid(scene, n, size), move) for n in range(len(scene.names))]
+    for n, (name, own) in enumerate(zip(scene.names, corners, strict=True)):
+        bars = [bar(own[a], own[b], 0.03 * size * _scale(move)) for a, b in _EDGES]
+        vertices = np.concatenate(bars)
+        faces = np.concatenate([_BAR + 8 * k for k in range(len(bars))])
+        colours = np.tile(np.array(_COLOURS[n % len(_COLOURS)], np.uint8), (len(vertices), 1))
+        document.add_surface(f"camera {n}", vertices, colours, faces)
+        document.add_picture(name, own[:4], scene.images[n])
+    return np.concatenate(corners)
+
+
+def pyramid(scene: Scene, n: int, size: float) -> Array:
+    """A camera in the world ``(5, 3)``: its picture's corners, clockwise from the upper left, and its centre."""
     height, width = scene.depth[n].shape
     x, y = width / 2 / scene.focals[n] * size, height / 2 / scene.focals[n] * size
-    corners = np.array([[-x, -y, size], [x, -y, size], [x, y, size], [-x, y, size], [0, 0, 0]])
-    edges = [(0, 1), (1, 2), (2, 3), (3, 0), *((4, k) for k in range(4))]
-    bars = [trimesh.creation.cylinder(size * 0.03, segment=corners[[a, b]], sections=5) for a, b in edges]
-    made: Any = trimesh.util.concatenate(bars)
-    made.visual.vertex_colors = (*_COLOURS[n % len(_COLOURS)], 255)
-    made.apply_transform(scene.poses[n])
-    return made
+    return moved(np.array([[-x, -y, size], [x, -y, size], [x, y, size], [-x, y, size], [0, 0, 0]]), scene.poses[n])
+
+
+def bar(start: Array, end: Array, width: float) -> Array:
+    """The eight corners ``(8, 3)`` of a thin bar between two points."""
+    along = end - start
+    side = np.cross(along, np.eye(3)[np.abs(along).argmin()])
+    side *= width / max(float(np.linalg.norm(side)), 1e-12)
+    other = np.cross(along, side)
+    other *= width / max(float(np.linalg.norm(other)), 1e-12)
+    return np.array([p + i * side + j * other for p in (start, end) for i in (-1, 1) for j in (-1, 1)])
+
+
+def _scale(move: Array) -> float:
+    return float(np.linalg.norm(move[:3, 0]))

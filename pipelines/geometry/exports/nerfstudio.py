@@ -1,35 +1,42 @@
-"""nerfstudio's ``transforms.json``: OpenGL cameras (x right, y up, z backward) and ``sparse_pc.ply``."""
+"""nerfstudio's ``transforms.json``, with the pictures and a point cloud beside it.
+
+Poses are camera-to-world in OpenGL's axes (x right, y up, z backward); the world is the scene's, as in
+``sparse_pc.ply``. Every frame has intrinsics of its own, in pixels whose centres lie at halves.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from adapters import files
-from pipelines.geometry.exports import cameras as common
+from pipelines.geometry.exports.pictures import write_pictures
 from pipelines.geometry.exports.ply import write_ply
+from pipelines.geometry.exports.written import Written
 from pipelines.geometry.scene import TO_GL, Scene
 from pipelines.geometry.selection import Selection
 
 
-def write_nerfstudio(scene: Scene, folder: Path, choice: Selection | None = None) -> Path:
-    """Write ``transforms.json`` (OpenGL cameras, intrinsics of the original files) and ``sparse_pc.ply``.
+def write_nerfstudio(
+    scene: Scene, folder: Path, choice: Selection | None = None, originals: Sequence[Path | None] = ()
+) -> Written:
+    """Write ``transforms.json``, ``sparse_pc.ply`` and ``images/``.
 
     Raises:
-        InputError: as :func:`write_colmap`.
+        InputError: as :func:`pipelines.geometry.exports.colmap.write_colmap`.
     """
-    common.check(scene)
-    frames: list[dict[str, Any]] = []
-    for n, name in enumerate(scene.names):
-        fx, fy, cx, cy, width, height = common.intrinsics(scene, n)
-        frames.append({
-            "file_path": f"images/{name}", "transform_matrix": (scene.poses[n] @ TO_GL).tolist(), "fl_x": fx,
-            "fl_y": fy, "cx": cx + 0.5, "cy": cy + 0.5, "w": width, "h": height,
-        })  # fmt: skip
-    whole = {"camera_model": "OPENCV", "ply_file_path": "sparse_pc.ply", "frames": frames}
     with files.whole(folder, sync=False) as part:
         part.mkdir()
+        views, notes = write_pictures(scene, part / "images", originals)
+        frames = [
+            {
+                "file_path": f"images/{view.name}", "transform_matrix": (pose @ TO_GL).tolist(), "fl_x": view.fx,
+                "fl_y": view.fy, "cx": view.cx, "cy": view.cy, "w": view.width, "h": view.height,
+            }
+            for view, pose in zip(views, scene.poses, strict=True)
+        ]  # fmt: skip
+        whole = {"camera_model": "OPENCV", "ply_file_path": "sparse_pc.ply", "frames": frames}
         (part / "transforms.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        write_ply(scene, part / "sparse_pc.ply", choice)
-    return folder
+        points = write_ply(scene, part / "sparse_pc.ply", choice).points
+    return Written(folder, points, tuple(notes))

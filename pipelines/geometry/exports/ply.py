@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from adapters import files
+from pipelines.geometry.exports.written import Written
 from pipelines.geometry.scene import Scene
 from pipelines.geometry.selection import Selection, cloud
 
 
-def write_ply(scene: Scene, file: Path, choice: Selection | None = None) -> int:
-    """Write a binary PLY with x y z, red green blue and confidence; returns the number of points."""
+def write_ply(scene: Scene, file: Path, choice: Selection | None = None) -> Written:
+    """Write a binary PLY with x y z, red green blue and confidence."""
     points, colours, confidence = cloud(scene, choice or Selection())
     kind = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"),
                      ("confidence", "<f4")])  # fmt: skip
@@ -28,4 +29,4 @@ def write_ply(scene: Scene, file: Path, choice: Selection | None = None) -> int:
     head = "".join(f"property {types[kind[name].str]} {name}\n" for name in kind.names or ())
     text = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{head}end_header\n"
     files.write(file, lambda part: part.write_bytes(text.encode() + rows.tobytes()))
-    return len(rows)
+    return Written(file, len(rows))
