@@ -82,6 +82,11 @@ def report(result: dict[str, Any]) -> str:
                   "labels, training and judging of the self-calibrated adapter."]  # fmt: skip
     else:
         lines.append("The scenes were not run.")
+    if "scenes_date" in result:
+        seeds = [scene["seed"] for scene in whole]
+        lines += ["", f"These are the scenes {min(seeds)} to {max(seeds)}, run on {result['scenes_date']}: some were "
+                  "looked at while the method was made. The benchmark now takes scenes that nobody has looked at; they "
+                  "have not been run yet (about 40 CPU minutes). Everything below is of fresh rooms."]  # fmt: skip
     if len(whole) < len(scenes):
         lines += ["", f"{len(scenes) - len(whole)} further scene(s) are not finished and not counted."]
     return "\n".join([*lines, "", *_report_telling(result), *_report_core(result)]) + "\n"

@@ -127,37 +127,45 @@ def test_calibrated_confidence_finds_the_outliers_that_raw_confidence_hides() ->
 
 @cache
 def core_rows() -> list[dict[str, Any]]:
+    """The rooms of ``benchmarks/results/lora3d.md``, each aligned once."""
     from benchmarks import lora3d
 
-    return [lora3d.core(seed, 300) for seed in range(8)]
+    return [lora3d.core_once(seed, 300) for seed in range(8)]
+
+
+def median(name: str) -> float:
+    return float(np.median([row[name] for row in core_rows()]))
 
 
 @pytest.mark.slow
-def test_with_contradicting_pairs_left_out_confident_outliers_hardly_bend_it() -> None:
-    assert np.median([row["verified_ratio"] for row in core_rows()]) <= 0.6
-    assert np.median([row["verified_point_ratio"] for row in core_rows()]) <= 0.7
+def test_calibrated_confidence_finds_wrong_pairs_in_fresh_rooms() -> None:
+    assert median("auc_w") >= 0.7
+    assert median("auc_c") < 0.55
 
 
 @pytest.mark.slow
 @pytest.mark.xfail(
-    reason="ATE ratios after 300 steps: 0.71, 0.96, 1.01, 1.20, 0.34, 1.14, 1.32, 1.17, median 1.08 where 0.6 is asked",
-    strict=False,
+    reason="median ratios of 0.92 (cameras) and 0.94 (points) where 0.6 and 0.7 are asked: of eight fresh rooms the "
+    "robust alignment is much better in one and alike in the others",
+    strict=True,
 )
-def test_confident_outliers_bend_the_robust_alignment_less() -> None:
-    """The rows that ``benchmarks.lora3d`` reports.
+@pytest.mark.parametrize(("measure", "most"), [("ate_ratio", 0.6), ("point_ratio", 0.7)])
+def test_confident_outliers_bend_the_robust_alignment_less(measure: str, most: float) -> None:
+    """In most rooms half of the pairs are wrong and all are equally sure: the spanning tree takes wrong ones, the start
+    is far off, and neither alignment comes back from there within 300 steps."""
+    assert median(measure) <= most
 
-    Why it is missed, as far as measured: in rooms 0 and 2 one pair in fifteen is wrong, and the plain alignment is
-    already right (0.0002 and 0.0012 m). In rooms 1, 3, 5, 6 and 7 every second pair or so is wrong, all are equally
-    sure, so that the spanning tree takes wrong ones: the start errs by 0.19 to 0.56 m, and after 300 steps both
-    alignments still err by 0.005 to 0.08 m (a rate of 0.03 instead of 0.01: 0.012 to 0.03 m, ratios 0.58, 1.10, 0.99
-    and 1.38 in rooms 1, 3, 6 and 7; 0.003 is worse). In room 4 a third is wrong and the start is right (0.004 m): the
-    plain alignment leaves it for 0.015 m, the robust one stays at 0.005 m. So the steps do not drift by themselves.
-    """
-    rows = core_rows()
-    print(rows)
-    assert np.median([row["auc_w"] for row in rows]) >= 0.7
-    assert np.median([row["ate_ratio"] for row in rows]) <= 0.6
-    assert np.median([row["point_ratio"] for row in rows]) <= 0.7
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    reason="median ratios of 1.15 (cameras) and 2.09 (points) in fresh rooms where 0.6 and 0.7 are asked; in the rooms "
+    "that were looked at while the check was made it was 0.14 and 0.34",
+    strict=True,
+)
+@pytest.mark.parametrize(("measure", "most"), [("verified_ratio", 0.6), ("verified_point_ratio", 0.7)])
+def test_with_contradicting_pairs_left_out_confident_outliers_bend_it_less(measure: str, most: float) -> None:
+    """Much better in three rooms of eight (to a fiftieth), worse in four; why is not known."""
+    assert median(measure) <= most
 
 
 # ------------------------------------------------------------------------------------------------ the adapter
