@@ -29,7 +29,8 @@ HALF_FRAME = np.array([0.55, 0.42])
 """Half the width and height of the frame at distance 1."""
 INSIDE = 85
 """Per cent of the points that the frame holds: the rest, mostly stray, may lie beyond its edge."""
-MOST_SQUARES = 80_000
+MOST_SQUARES, MOST_VERTICES = 80_000, 250_000
+"""What a browser draws without delay."""
 BACKGROUND = 237
 VIEWPOINTS, PAUSE, SWING = 15, 120, 25.0
 """Of the flight: places from left to right, milliseconds at each, and degrees to either side."""
@@ -71,8 +72,9 @@ def within(vertices: Array, faces: Array, low: Array, high: Array) -> Array:
 
 def skin(scene: Scene, choice: Selection, mesh: bool | None = None) -> tuple[Array, Array, Array]:
     """Vertices, colours and faces of what is shown: surfaces, or points as squares; None: what suits the scene."""
-    if surfaces_suit(scene, choice) if mesh is None else mesh:
-        return triangles(scene, choice)
+    fewer = replace(choice, limit=min(choice.limit, MOST_VERTICES))
+    if surfaces_suit(scene, fewer) if mesh is None else mesh:
+        return triangles(scene, fewer)
     return squares(scene, replace(choice, limit=min(choice.limit, MOST_SQUARES)))
 
 

@@ -124,18 +124,26 @@ def _nothing_left(what: str, scene: Scene, choice: Selection) -> str:
 
 
 def triangles(scene: Scene, choice: Selection, tear: float = 0.05) -> tuple[Array, Array, Array]:
-    """Vertices, colours and faces ``(F, 3)``: neighbouring pixels joined unless depth jumps by more than ``tear``."""
+    """Vertices, colours and faces ``(F, 3)``: neighbouring pixels joined unless depth jumps by more than ``tear``.
+
+    Of more pixels than ``choice.limit`` every second, third ... row and column is taken.
+
+    Raises:
+        InputError: nothing is left.
+    """
     vertices, colours, faces, base = [], [], [], 0
-    for n, mask in enumerate(masks(scene, choice)):
+    chosen = masks(scene, choice)
+    step = stride(chosen, choice.limit)
+    for n, mask in enumerate(chosen):
+        mask, depth, points = mask[::step, ::step], scene.depth[n][::step, ::step], scene.points(n)[::step, ::step]
         height, width = mask.shape
         index = np.arange(height * width).reshape(height, width)
         a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
         quads = np.stack([a, c, b, b, c, d], -1).reshape(-1, 3)
-        depth, kept = scene.depth[n].ravel(), mask.ravel()
-        corner = depth[quads]
-        good = kept[quads].all(1) & (np.ptp(corner, axis=1) < tear * corner.mean(1))
-        vertices.append(scene.points(n).reshape(-1, 3))
-        colours.append(scene.images[n].reshape(-1, 3))
+        corner = depth.ravel()[quads]
+        good = mask.ravel()[quads].all(1) & (np.ptp(corner, axis=1) < tear * step * corner.mean(1))
+        vertices.append(points.reshape(-1, 3))
+        colours.append(scene.images[n][::step, ::step].reshape(-1, 3))
         faces.append(quads[good] + base)
         base += height * width
     joined = np.concatenate(faces)
@@ -144,9 +152,16 @@ def triangles(scene: Scene, choice: Selection, tear: float = 0.05) -> tuple[Arra
     return np.concatenate(vertices), np.concatenate(colours), joined
 
 
+def stride(chosen: Sequence[Array], limit: int) -> int:
+    """Which rows and columns of pixels are taken so that at most about ``limit`` of the chosen ones are left."""
+    return max(1, int(np.ceil(np.sqrt(sum(int(mask.sum()) for mask in chosen) / limit))))
+
+
 def surfaces_suit(scene: Scene, choice: Selection) -> bool:
     """Whether surfaces show a scene well: most chosen pixels lie on one, so that few holes and shreds are left."""
-    kept = sum(int(mask.sum()) for mask in masks(scene, choice))
+    chosen = masks(scene, choice)
+    step = stride(chosen, choice.limit)
+    kept = sum(int(mask[::step, ::step].sum()) for mask in chosen)
     try:
         faces = triangles(scene, choice)[2]
     except InputError:

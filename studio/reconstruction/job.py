@@ -98,7 +98,10 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
 
     def keep(learnt: Calibration) -> None:
         previews.write_view(learnt.before, folder / "before.glb", _selection(config), config.mesh, config.cameras)
-        place = learnt.save(folder / "adapter", config.model_dump(mode="json"))
+        # an adapter is passed on: it says how it was trained, not where this person keeps files
+        settings = {**config.model_dump(mode="json", exclude={"images", "also", "adapter"}),
+                    "model": Path(config.model).name}  # fmt: skip
+        place = learnt.save(folder / "adapter", settings)
         result.update(
             before=str(folder / "before.glb"), adapter=str(place), labels=learnt.labels[0].kept,
             training_loss=[learnt.losses[0], learnt.losses[-1]],

@@ -271,6 +271,17 @@ def test_squares_cover_their_pixels_and_grow_when_there_are_fewer(kept: Scene) -
     assert np.linalg.norm(fewer[1::4] - fewer[::4], axis=1).mean() == pytest.approx(2 * width, rel=0.1)
 
 
+def test_surfaces_of_many_pixels_take_fewer_rows_and_columns(kept: Scene) -> None:
+    smooth = replace(kept, depth=tuple(np.full((16, 16), 2.0) for _ in range(3)))
+    assert len(np.unique(selection.triangles(smooth, EVERYTHING)[2])) == 768
+    fewer = Selection(percentile=0, limit=200)
+    vertices, colours, faces = selection.triangles(smooth, fewer)
+    assert len(np.unique(faces)) == len(vertices) == 3 * 8 * 8
+    np.testing.assert_array_equal(vertices[:64], smooth.points(0)[::2, ::2].reshape(-1, 3))
+    np.testing.assert_array_equal(colours[:64], smooth.images[0][::2, ::2].reshape(-1, 3))
+    assert selection.surfaces_suit(smooth, fewer)
+
+
 def test_surfaces_suit_smooth_depth_and_not_scattered_depth(kept: Scene) -> None:
     smooth = replace(kept, depth=tuple(np.full((16, 16), 2.0) for _ in range(3)))
     assert selection.surfaces_suit(smooth, EVERYTHING)

@@ -33,6 +33,7 @@ def test_calibrate_then_use_the_adapter_again_and_export_anew(tmp_path: Path) ->
     assert (done["images"], done["pairs"], done["encodings"]) == (4, 12, 4)
     scene = json.loads((tmp_path / "a/adapter/scene.json").read_text())
     assert len(scene["images"]) == 4
+    assert str(Path(PICTURES[0]).parent) not in json.dumps(scene)
     assert scene["base"]["licence"] == "Apache-2.0"
     again = reconstruct.run(config(adapter=done["adapter"]), tmp_path / "b", Silent())
     assert [c["focal"] for c in again["cameras"]] == [c["focal"] for c in done["cameras"]]
