@@ -29,6 +29,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "compose": Command("studio.composition.command", "Make pictures with several adapters."),
     "train": Command("", "Train an adapter."),
+    "data": Command("studio.datasets.command", "Training pictures: what a folder holds, captions and tags."),
     "chat": Command("studio.conversation.command", "Talk to a language model, with adapters."),
     "reconstruct": Command("studio.reconstruction.command", "Photos in, 3D out: cameras, points, self-calibration."),
     "demo": Command("studio.composition.demo_command", "Compose the shipped adapters with every method, side by side."),

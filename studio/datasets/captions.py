@@ -30,9 +30,10 @@ _SHOWN = 5
 
 @dataclass
 class Captions:
-    """Caption by picture, the files that were understood, and sentences on what was not used."""
+    """Caption by picture, the file it stands in, the files that were understood, and sentences on what was not used."""
 
     texts: dict[Path, str] = field(default_factory=dict)
+    sources: dict[Path, Path] = field(default_factory=dict)
     files: set[Path] = field(default_factory=set)
     remarks: list[str] = field(default_factory=list)
 
@@ -58,7 +59,7 @@ def read_captions(folder: Path, pictures: Sequence[Path], files: Sequence[Path])
         made.files.update(own)
         text = listed.get(picture)
         if text is None and own:
-            text = read_text(own[0])
+            text, made.sources[picture] = read_text(own[0]), own[0]
             _name_others(picture, own, made)
         if text is not None and text.strip():
             made.texts[picture] = one_line(text)
@@ -106,6 +107,7 @@ def _read_metadata(folder: Path, pictures: Sequence[Path], files: Sequence[Path]
                 f"{', '.join(strange[:_SHOWN])}."
             )
         listed |= texts
+        made.sources |= dict.fromkeys(texts, used)
     return listed
 
 

@@ -16,7 +16,7 @@ HEAVY = ("torch", "diffusers", "transformers", "gradio", "huey", "huggingface_hu
 
 SUBCOMMANDS = [
     "train image", "train language", "library list", "library import", "library show", "jobs list",
-    "jobs watch", "jobs resume", "lora inspect", "lora merge",
+    "jobs watch", "jobs resume", "lora inspect", "lora merge", "data show", "data caption",
 ]  # fmt: skip
 
 PROGRAM = """

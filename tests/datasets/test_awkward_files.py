@@ -13,10 +13,13 @@ from PIL import Image, ImageCms
 from adapters.errors import InputError
 from pipelines import pictures as reader
 from pipelines.geometry.images import read_photo
+from studio.cli.app import run
 from studio.datasets.buckets import place
 from studio.datasets.captions import compose_caption, read_text, vary_caption
 from studio.datasets.folders import walk
 from studio.datasets.pictures import read_pixels, scan, usable_pictures
+from studio.training.check import check_data
+from studio.training.schemas.image import TrainImageConfig
 from studio.training.supply import cut_away
 from ui import pictures as page
 
@@ -83,7 +86,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_door_reads_the_same(name, tmp_path, home):
+def test_every_door_reads_the_same(name, tmp_path, home, capsys):
     (suffix, write), (row, column), wanted = FILES[name]
     folder = page.uploads() / name
     folder.mkdir(parents=True)
@@ -98,6 +101,12 @@ def test_every_door_reads_the_same(name, tmp_path, home):
     np.testing.assert_allclose((learnt.permute(1, 2, 0) + 1) * 127.5, pixels, atol=1e-3)
     report = usable_pictures(folder)
     assert [(p.size, p.caption) for p in report.pictures] == [(SIZE, "a thing, red and blue")]
+    assert check_data(TrainImageConfig(name="x", data=str(folder), mode="captioned"))["prompts"] == [
+        "a thing, red and blue"
+    ]
+    assert run(["data", "show", str(folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["tags"], told["remarks"]) == ([["a thing", 1], ["red and blue", 1]], report.remarks)
     items, remarks = page.receive([file, folder / f"{name}.caption"])
     assert items[0]["caption"] == "a thing, red and blue"
     kept = usable_pictures(page.keep(items, "set"))

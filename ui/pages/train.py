@@ -13,7 +13,7 @@ from studio import jobs
 from studio.training.presets import PRESETS
 from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
-from ui.components import method_help, schema_form, training_run
+from ui.components import caption_tools, method_help, schema_form, training_run
 from ui.components.training_run import add_to_library, follow, made, samples
 from ui.errors import errors_shown, say
 from ui.pages import compose, distill
@@ -101,6 +101,7 @@ def _picture_card() -> tuple[gr.File, gr.HTML]:
             [], html_template='<ul class="as-captions" aria-label="Training pictures" hidden></ul>',
             js_on_load=script("captions"), apply_default_css=False, elem_id="captions",
         )  # fmt: skip
+        caption_tools.draw(captions)
     return drop, captions
 
 
