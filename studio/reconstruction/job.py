@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import files
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress
+from studio import privacy
 from studio.reconstruction.schema import ReconstructConfig
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
 
     def keep(learnt: Calibration) -> None:
         _write_glb(learnt.before, folder / "before.glb", config)
-        place = learnt.save(folder / "adapter", config.model_dump(mode="json"))
+        place = learnt.save(folder / "adapter", privacy.names_only(config.model_dump(mode="json")))
         result.update(
             before=str(folder / "before.glb"), adapter=str(place), labels=learnt.labels[0].kept,
             training_loss=[learnt.losses[0], learnt.losses[-1]],

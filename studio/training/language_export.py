@@ -15,6 +15,7 @@ from adapters.errors import InputError
 from adapters.formats import LoraLayer
 from adapters.formats.peft_directory import PREFIX, write_directory
 from pipelines.precision import DTYPES
+from studio import privacy
 from studio.training.export import RECIPE_ENTRY
 from studio.training.language_layers import TASK_TYPES
 from studio.training.schemas.language import TrainLanguageConfig
@@ -55,7 +56,7 @@ def write_adapter(
             raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
     options = {
         "task_type": TASK_TYPES[config.task],
-        "base_model_name_or_path": HUB_NAMES.get(config.base, config.base),
+        "base_model_name_or_path": HUB_NAMES.get(config.base, privacy.names_only(config.base)),
         "modules_to_save": sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in heads}) or None,
         "fan_in_fan_out": transposed,
     }
