@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import hmac
 import os
-import socket
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +13,16 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from starlette.middleware import Middleware
 
-from adapters.errors import InputError
 from studio import jobs as job_store
 from studio import library as shelves
 from studio import settings
-from ui import markup, navigation, pictures
+from ui import access, markup, navigation, pictures
+from ui.address import check_access, check_address, check_root_path, names, netloc
 from ui.components import rack
 from ui.errors import errors_shown
 from ui.pages import compose, jobs, language, library, reconstruct, train
 from ui.theme import STATIC, StudioTheme, css, script
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 A_DAY = 86400
 
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -200,6 +195,8 @@ def launch(
     share: bool = False,
     max_upload: str = "200mb",
     open_browser: bool = False,
+    allow_hosts: Sequence[str] = (),
+    root_path: str = "",
 ) -> None:
     """Serve the app until it is stopped.
 
@@ -209,21 +206,28 @@ def launch(
         share: also open a public link through Gradio's server; needs a password.
         max_upload: largest file that may be dropped ("200mb").
         open_browser: open the page.
+        allow_hosts: further names that the app answers to (a proxy's, or ``*.example.org``).
+        root_path: path below which a proxy serves the app ("/studio"), or its whole address there.
 
     Raises:
         InputError: the port is taken, the address is not ours, or the app would be open to strangers.
     """
     check_access(host, password, share)
     check_address(host, port)
+    root_path = check_root_path(root_path)
+    attempts = access.Attempts() if password else None
+    known = names(host, allow_hosts, root_path, share)
+    guard = Middleware(access.Access, names=known, attempts=attempts, root_path=root_path)
     app = build()
     app.queue(default_concurrency_limit=8)
     app.launch(
-        server_name=host, server_port=port, share=share, inbrowser=open_browser, max_file_size=max_upload,
-        auth=_asks_for(password) if password else None, auth_message="Any name, and the password of this studio.",
+        server_name=netloc(host, port).rpartition(":")[0], server_port=port, share=share, inbrowser=open_browser,
+        max_file_size=max_upload, auth=access.asks_for(password) if password else None,
+        auth_message="Any name, and the password of this studio.", root_path=root_path or None,
         allowed_paths=served(), blocked_paths=hidden(), theme=StudioTheme(), css=css(), head=_HEAD, footer_links=[],
         favicon_path=STATIC / "icon.png", ssr_mode=False, run_history=False, pwa=False, mcp_server=False,
         show_error=False, quiet=True, enable_monitoring=False, strict_cors=True,
-        app_kwargs={"middleware": [Middleware(navigation.Addresses)]},
+        app_kwargs={"middleware": [guard, Middleware(navigation.Addresses)]},
     )  # fmt: skip
 
 
@@ -247,45 +251,3 @@ def shipped() -> list[Path]:
 def hidden() -> list[str]:
     """Never handed out, whatever else is allowed."""
     return [str(settings.settings_file())]
-
-
-def check_access(host: str, password: str | None, share: bool) -> None:
-    """Raise :class:`InputError` if strangers could come in."""
-    if not password and (share or host not in LOOPBACK):
-        raise InputError("Others could reach the app, and with it this computer: give a password too (--password).")
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise :class:`InputError` unless we can listen there."""
-    try:
-        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except socket.gaierror:
-        raise InputError(f"'{host}' is no address of this computer: try 127.0.0.1 or 0.0.0.0.") from None
-    except (OverflowError, OSError) as error:
-        raise InputError(_why_not(host, port, error)) from None
-
-
-def _why_not(host: str, port: int, error: Exception) -> str:
-    code = error.errno if isinstance(error, OSError) else None
-    if code == errno.EADDRINUSE:
-        return f"Port {port} is taken by another program (perhaps another studio): choose one with --port {port + 1}."
-    if code == errno.EACCES:
-        return f"Port {port} needs more rights than you have: choose one above 1023 with --port."
-    if code == errno.EADDRNOTAVAIL:
-        return f"'{host}' is no address of this computer: try 127.0.0.1 or 0.0.0.0."
-    return f"The app cannot listen on {host}:{port} ({error}): choose another --host or --port."
-
-
-def _asks_for(password: str) -> Callable[[str, str], bool]:
-    """A check of the password that takes as long for a wrong one as guessing deserves."""
-
-    def check(_name: str, given: str) -> bool:
-        right = hmac.compare_digest(given.encode(), password.encode())
-        if not right:
-            time.sleep(1)
-        return right
-
-    return check

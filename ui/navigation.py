@@ -62,7 +62,7 @@ TITLES = {place.key: place.title for place in PLACES}
 
 def page_at(path: str) -> str:
     """Key of the page at a path as the browser has it (``/train``); the first page for any other."""
-    return ADDRESSES.get(path.strip("/").lower(), START)
+    return ADDRESSES.get(path.rstrip("/").rpartition("/")[2].lower(), START)  # a proxy may serve us below a path
 
 
 def menu() -> gr.HTML:
@@ -112,7 +112,7 @@ def _explaining(scope: Scope, send: Send) -> Send:
         nonlocal replaced
         if message["type"] == "http.response.start" and message["status"] == 404:
             replaced = True
-            page = unknown(unquote(scope["path"])).encode()
+            page = unknown(unquote(scope["path"]), str(scope.get("root_path", ""))).encode()
             headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-length", str(len(page)).encode())]
             await send({**message, "headers": headers})
             await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else page})
@@ -122,9 +122,11 @@ def _explaining(scope: Scope, send: Send) -> Send:
     return sending
 
 
-def unknown(path: str) -> str:
-    """The page at an address that nobody knows."""
-    links = "".join(f'<li><a href="/{place.key}">{markup.text(place.title)}</a></li>' for place in PLACES)
+def unknown(path: str, root: str = "") -> str:
+    """The page at an address that nobody knows; ``root`` is the path of the app at a proxy."""
+    links = "".join(
+        f'<li><a href="{markup.text(root)}/{place.key}">{markup.text(place.title)}</a></li>' for place in PLACES
+    )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         "<title>No such page · Adapter Studio</title><style>body{font:16px/1.6 system-ui,sans-serif;max-width:34rem;"

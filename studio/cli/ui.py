@@ -31,6 +31,13 @@ def ui(
     ] = False,
     max_upload: Annotated[str, typer.Option("--max-upload", help="Largest file that may be dropped.")] = "200mb",
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser window.")] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="A further name that the app answers to, as a proxy's; *.example.org works."),
+    ] = None,
+    root_path: Annotated[
+        str, typer.Option("--root-path", help="Path (/studio) or address below which a proxy serves the app.")
+    ] = "",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -39,11 +46,13 @@ def ui(
 
     if jobs.list(1, ["queued"]):
         jobs.ensure_worker()  # what waited when the app or the computer was last switched off
-    pages = importlib.import_module("ui.app")
-    pages.check_access(host, password, share)
-    pages.check_address(host, port)
-    address = f"http://{host}:{port}"
-    Output(json, quiet).result({"url": address}, f"Adapter Studio opens at {address}  (Ctrl-C ends it)")
+    address, pages = importlib.import_module("ui.address"), importlib.import_module("ui.app")
+    address.check_access(host, password, share)
+    address.check_address(host, port)
+    address.names(host, allow_host or ())
+    url = address.url(host, port, address.check_root_path(root_path))
+    Output(json, quiet).result({"url": url}, f"Adapter Studio opens at {url}  (Ctrl-C ends it)")
     pages.launch(
-        host=host, port=port, password=password, share=share, max_upload=max_upload, open_browser=open_browser
+        host=host, port=port, password=password, share=share, max_upload=max_upload, open_browser=open_browser,
+        allow_hosts=allow_host or (), root_path=root_path,
     )  # fmt: skip

@@ -1,13 +1,17 @@
-"""The size of a picture before it is made: what a page draws regions on."""
+"""The size of a picture before it is made: what a page draws regions on, and whether the memory can hold it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
-from studio import library
+from studio import devices, library
 from studio.library.base_families import usual_size
+
+if TYPE_CHECKING:
+    from studio.composition.schema import ComposeConfig
 
 
 def size(base: str, width: int | None = None, height: int | None = None) -> tuple[int, int]:
@@ -51,6 +55,68 @@ def side(base: str) -> int:
         if isinstance(cells, int) and isinstance(blocks, list) and blocks:
             return int(cells * 2 ** (len(blocks) - 1))
     return usual_size(family)
+
+
+def check_fits(config: ComposeConfig) -> None:
+    """Refuse a picture that cannot fit the memory, before a model is loaded; what may fit is tried.
+
+    Raises:
+        InputError: even the last layer of the VAE is larger than the memory; says the largest size that fits.
+    """
+    width, height = size(config.base, config.width, config.height)
+    memory = _memory(config.device)
+    each = _bytes_per_pixel(config)
+    if width * height * each <= memory:
+        return
+    longer = max(width, height)
+    fitting = int(memory / each / min(width, height)) // 8 * 8
+    most = f"{fitting} x {height}" if longer == width else f"{width} x {fitting}"
+    if fitting < min(width, height):
+        side = int((memory / each) ** 0.5) // 8 * 8
+        most = f"{side} x {side}"
+    raise InputError(
+        f"A picture of {width} x {height} needs at least {width * height * each / 1e9:,.0f} GB of memory, there are "
+        f"{memory / 1e9:,.0f}: the largest that could fit is {most}, and pictures far from the base model's own size "
+        f"({side_text(config.base)}) rarely look right."
+    )
+
+
+def side_text(base: str) -> str:
+    """The base model's own size in words."""
+    own = side(base)
+    return f"{own} x {own}"
+
+
+def _bytes_per_pixel(config: ComposeConfig) -> int:
+    """What one pixel takes at the least: its colours, and in and out of the VAE's last layer unless that is tiled."""
+    colours = 2 * 3 * 4
+    if config.memory != "none":
+        return colours
+    try:
+        channels = _config(Path(library.resolve_base(config.base)) / "vae").get("block_out_channels")
+    except InputError:
+        channels = None
+    width = channels[0] if isinstance(channels, list) and channels and isinstance(channels[0], int) else 0
+    number = 4 if config.dtype == "fp32" or (config.dtype == "auto" and config.device == "cpu") else 2
+    return colours + 2 * width * number
+
+
+def _memory(device: str) -> int:
+    """Bytes that the device has in all, within the limit of a container."""
+    import psutil
+
+    found = int(psutil.virtual_memory().total)
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found = min(found, int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    name = devices.resolve(device)
+    if name.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.get_device_properties(name).total_memory)
+    return found
 
 
 def _config(folder: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ from typing import Any
 from adapters import files
 from adapters.progress import Monitor, Progress, check, part
 from studio import catalogue, library
-from studio.composition import pipeline_cache, prompts, recipe_png, recipes
+from studio.composition import canvas_size, pipeline_cache, prompts, recipe_png, recipes
 from studio.composition.region_schema import Region, RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.library import scan
@@ -98,9 +98,10 @@ def settled(config: ComposeConfig) -> ComposeConfig:
     file is read now and kept as a ``data:`` URI, so that the recipe repeats without the file.
 
     Raises:
-        InputError: there is no such method or adapter.
+        InputError: there is no such method or adapter, or the picture cannot fit the memory.
     """
     catalogue.check(config.method, "compose")
+    canvas_size.check_fits(config)
     taken = {use.name for use in config.adapters}
     uses = []
     for use in config.adapters:

@@ -37,14 +37,39 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = _json_text(file) if file.suffix.lower() == ".json" else _png_text(file)
     try:
         recipe = json.loads(text)
-    except json.JSONDecodeError:
+    except RecursionError:
+        raise InputError(f"The recipe in '{path}' is damaged: {_TOO_DEEP}.") from None
+    except ValueError:  # not JSON, or a number of thousands of digits
         raise InputError(f"The recipe in '{path}' is damaged: it is not JSON.") from None
+    if not _shallow(recipe):
+        raise InputError(f"The recipe in '{path}' is damaged: {_TOO_DEEP}.")
     if not isinstance(recipe, dict) or not isinstance(recipe.get("config"), dict):
         raise InputError(f"The recipe in '{path}' is damaged: it has no 'config'.")
     return recipe
 
 
+_DEPTH = 40
+_TOO_DEEP = "its lists lie in each other deeper than any recipe's"
+_LARGEST = 64 * 2**20
+"""Bytes of a recipe.json; masks, the largest part of one, take far less."""
+
+
+def _shallow(value: Any) -> bool:
+    """Whether lists and mappings lie in each other at most ``_DEPTH`` deep."""
+    level = [value]
+    for _ in range(_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return not level
+
+
 def _json_text(file: Path) -> str:
+    if file.stat().st_size > _LARGEST:
+        raise InputError(f"'{file}' is no recipe: it has more than {_LARGEST >> 20} MB.")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -58,6 +83,10 @@ def _png_text(file: Path) -> str:
         with Image.open(file) as image:
             image.load()  # text may also stand behind the pixels
             text = getattr(image, "text", {}).get(CHUNK)
+    except (Image.DecompressionBombError, MemoryError):
+        raise InputError(
+            f"'{file}' has too many pixels to be read: no picture of Adapter Studio is as large."
+        ) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise InputError(f"'{file}' is no readable picture.") from None
     if not isinstance(text, str):

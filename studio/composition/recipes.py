@@ -1,9 +1,10 @@
 """Recipes: what made a picture, and whether it can be made again.
 
-A recipe is ``{"version", "job", "config", "adapters": [{name, path, size, sha256}], "base": {name, path, sha256},
-"versions", "made_on"}``. ``config`` is a whole :class:`~studio.composition.schema.ComposeConfig`; the hashes say which
-files were meant, wherever they lie today. Where the texts were written with choices or adapters in them, "written"
-holds them as they were and ``config`` what came of them; "emphasis" lists the words whose weight is not 1.
+A recipe is ``{"version", "job", "config", "adapters": [{name, size, sha256}], "base": {name, sha256}, "versions",
+"made_on"}``. ``config`` is a whole :class:`~studio.composition.schema.ComposeConfig` in which files have names only:
+pictures are shared, and a path tells about the person's disk. The hashes say which files were meant, wherever they lie
+today. Recipes of earlier versions hold a ``path`` too. Where the texts were written with choices or adapters in them,
+"written" holds them as they were and ``config`` what came of them; "emphasis" lists the words whose weight is not 1.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adapters.errors import InputError
 from studio import library
@@ -32,10 +33,13 @@ def build(config: ComposeConfig, made_on: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an adapter or the base is not there.
     """
+    values = config.model_dump(mode="json")
+    values["adapters"] = [{**use, "path": _shared(use["path"], "adapter")} for use in values["adapters"]]
+    values["base"] = _shared(config.base, "base")
     return {
         "version": VERSION,
         "job": "compose",
-        "config": config.model_dump(mode="json"),
+        "config": values,
         "adapters": [_adapter(use.name, library.resolve_adapter(use.path)) for use in config.adapters],
         "base": _base(config.base),
         "versions": versions(),
@@ -73,7 +77,7 @@ def replay(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> C
     if "adapters" not in overrides:
         values["adapters"] = _present_adapters(values.get("adapters") or [], recipe.get("adapters") or [])
     if "base" not in overrides:
-        _check_base(recipe.get("base") or {})
+        values["base"] = _present_base(values.get("base"), recipe.get("base") or {})
     return ComposeConfig.parse({**values, **overrides}, source="the recipe")
 
 
@@ -86,27 +90,35 @@ def _present_adapters(uses: list[dict[str, Any]], known: list[dict[str, Any]]) -
 def _same_adapter(use: dict[str, Any], entry: dict[str, Any]) -> str:
     """Where the very file of the recipe is: at its old place, or under another name in the library."""
     name = entry.get("name") or use["path"]
-    place: Path | None = None
-    for text in (use["path"], str(Path(str(entry.get("path", ""))).expanduser())):
+    changed: Path | None = None
+    for text in _former(use["path"], entry, "adapter"):
         try:
             place = library.resolve_adapter(text)
         except InputError:
             continue
         if library.sha256(place) == entry.get("sha256"):
             return text
+        changed = changed or place
     twin = _by_hash(entry)
     if twin is not None:
         return twin
     what_to_do = "put the original back (studio library import), or choose adapters yourself with --lora."
-    if place is None:
+    if changed is None:
         raise InputError(
             f"The adapter '{name}' ({_short(entry)}) of the recipe is neither at its place nor in the library: "
             f"{what_to_do}"
         )
     raise InputError(
-        f"The adapter '{name}' at {place} is another file ({library.sha256(place)[:12]}) than the recipe's "
+        f"The adapter '{name}' at {changed} is another file ({library.sha256(changed)[:12]}) than the recipe's "
         f"({_short(entry)}): {what_to_do}"
     )
+
+
+def _former(given: Any, entry: dict[str, Any], kind: Literal["adapter", "base"]) -> list[str]:
+    """Where the file of a recipe may be: as it says, and where files with its hash were seen on this machine."""
+    known = library.places(str(entry.get("sha256")), kind)
+    texts = [str(given), *([str(Path(str(entry["path"])).expanduser())] if entry.get("path") else []), *map(str, known)]
+    return list(dict.fromkeys(texts))
 
 
 def _by_hash(entry: dict[str, Any]) -> str | None:
@@ -119,43 +131,46 @@ def _by_hash(entry: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_base(entry: dict[str, Any]) -> None:
-    expected = entry.get("sha256")
+def _present_base(given: Any, entry: dict[str, Any]) -> str:
+    """Where the very base model of the recipe is; one that was named by its hub id is taken as it is today."""
+    name, expected = entry.get("name") or given, entry.get("sha256")
     if not expected:
-        return
-    name = entry.get("name", "")
+        return str(given)
     what_to_do = "put the original back, or choose a base model yourself with --base."
-    try:
-        place = Path(library.resolve_base(name))
-    except InputError:
-        raise InputError(f"The base model '{name}' of the recipe is not here: {what_to_do}") from None
-    if not place.exists() or library.sha256(place, "base") != expected:
-        raise InputError(f"The base model '{name}' is another one than the recipe's ({expected[:12]}): {what_to_do}")
+    changed = False
+    for text in _former(name, entry, "base"):
+        try:
+            place = Path(library.resolve_base(text))
+        except InputError:
+            continue
+        if place.exists() and library.sha256(place, "base") == expected:
+            return text
+        changed = True
+    for record in library.bases():
+        if not record.problem and library.sha256(record.path, "base") == expected:
+            return record.name
+    if not changed:
+        raise InputError(f"The base model '{name}' of the recipe is not here: {what_to_do}")
+    raise InputError(f"The base model '{name}' is another one than the recipe's ({expected[:12]}): {what_to_do}")
 
 
 def _adapter(name: str, path: Path) -> dict[str, Any]:
+    return {"name": name or path.stem, "size": _weights(path).stat().st_size, "sha256": library.sha256(path)}
+
+
+def _base(given: str) -> dict[str, Any]:
+    path = Path(library.resolve_base(given))
     return {
-        "name": name or path.stem,
-        "path": _private(path),
-        "size": _weights(path).stat().st_size,
-        "sha256": library.sha256(path),
+        "name": _shared(given, "base"),
+        "sha256": library.sha256(path, "base") if path.exists() else None,
     }
 
 
-def _base(name: str) -> dict[str, Any]:
-    place = library.resolve_base(name)
-    path = Path(place)
-    if not path.exists():
-        return {"name": name, "path": place, "sha256": None}
-    return {"name": name, "path": _private(path), "sha256": library.sha256(path, "base")}
-
-
-def _private(path: Path) -> str:
-    """The path without the person's name in it: pictures are shared."""
-    try:
-        return "~/" + path.absolute().relative_to(Path.home()).as_posix()
-    except ValueError:
-        return str(path.absolute())
+def _shared(given: str, kind: Literal["adapter", "base"]) -> str:
+    """What others may know of a file: its name in the library, its hub id, or its own name without the folders."""
+    records = library.adapters() if kind == "adapter" else library.bases()
+    path = Path(given).expanduser()
+    return path.absolute().name if path.exists() and given not in {record.name for record in records} else given
 
 
 def _weights(path: Path) -> Path:

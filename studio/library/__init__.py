@@ -5,6 +5,7 @@ from studio.library.edit import (
     empty_trash,
     import_adapter,
     import_base,
+    places,
     rename,
     restore,
     sha256,
@@ -16,6 +17,6 @@ from studio.library.records import Record
 from studio.library.resolve import adapters, bases, find, resolve_adapter, resolve_base, resolve_pipeline
 
 __all__ = [
-    "Record", "Trashed", "adapters", "bases", "empty_trash", "find", "import_adapter", "import_base", "rename",
-    "resolve_adapter", "resolve_base", "resolve_pipeline", "restore", "sha256", "show", "trash", "trashed",
+    "Record", "Trashed", "adapters", "bases", "empty_trash", "find", "import_adapter", "import_base", "places",
+    "rename", "resolve_adapter", "resolve_base", "resolve_pipeline", "restore", "sha256", "show", "trash", "trashed",
 ]  # fmt: skip

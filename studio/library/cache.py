@@ -53,6 +53,13 @@ def sha256(path: Path) -> str:
     return value
 
 
+def places(sha256: str) -> list[Path]:
+    """Where files (or folders) with this hash have been seen and something still is; it may have changed since."""
+    link = database.connection("library.db", _TABLES)
+    rows = link.execute("select path from hashes where sha256 = ? order by rowid desc", (sha256,))
+    return [path for row in rows if (path := Path(row["path"])).exists()]
+
+
 def stamp(path: Path) -> str:
     """A text that changes when the file, or any file in the folder, is another."""
     parts = []

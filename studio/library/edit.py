@@ -36,6 +36,14 @@ def sha256(path: Path, kind: scan.Kind = "adapter") -> str:
     return cache.sha256(facts.weight_file(path) if kind == "adapter" else path)
 
 
+def places(sha256: str, kind: scan.Kind = "adapter") -> list[Path]:
+    """Where an adapter or base model with this hash has been used on this machine; it may have changed since."""
+    found = cache.places(sha256)
+    if kind == "base":
+        return found
+    return [path.parent if (path.parent / "adapter_config.json").is_file() else path for path in found]
+
+
 def import_adapter(source: str | os.PathLike[str], name: str | None = None) -> Record:
     """Copy an adapter into the library: a file, a folder, or a hub id (``owner/repo`` or ``owner/repo/file``).
 

@@ -16,6 +16,7 @@ from adapters.files import whole
 from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, write_peft
 from adapters.plugin import Layers
 from pipelines.precision import DTYPES
+from studio import privacy
 from studio.schema import JobConfig
 from studio.training.cards import base_lines, base_name, card_words, front_matter
 from studio.training.schemas.image import TrainImageConfig
@@ -27,9 +28,12 @@ RECIPE_ENTRY = "adapter_studio_recipe"
 def make_recipe(
     config: JobConfig, *, base: Mapping[str, Any], data: Mapping[str, Any], training: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything needed to make the adapter again, and to know what it is for."""
+    """Everything needed to make the adapter again, and to know what it is for.
+
+    Adapters are shared, so files have their names only; ``config.yaml`` in the job's folder says where they lie.
+    """
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    return {
+    return privacy.names_only({
         "version": 1,
         "job": config.kind,
         "name": getattr(config, "name", ""),
@@ -39,7 +43,7 @@ def make_recipe(
         "data": dict(data),
         "training": dict(training),
         "versions": {"adapter-studio": _version("adapter-studio")} | {name: _version(name) for name in packages},
-    }
+    })  # fmt: skip
 
 
 def write_adapter(

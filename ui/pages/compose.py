@@ -507,7 +507,7 @@ def fill(recipe: Mapping[str, Any]) -> list[Any]:
     """Values of :attr:`Page.outputs` from a recipe; says what of it is not here any more."""
     values, rows, missing = form_values(recipe)
     try:
-        recipes.replay(dict(recipe))
+        values[NAMES.index("base")] = recipes.replay(dict(recipe)).base
         gr.Info("The form has the picture's settings. The same adapters and base model are here.", title="Filled in")
     except InputError as error:
         say(str(error), title="Filled in, with a difference")
