@@ -21,10 +21,12 @@ from adapters.errors import InputError
 from studio import jobs as job_store
 from studio import library as shelves
 from studio import settings
+from studio.composition import gallery as kept
+from studio.composition import recipe_png
 from ui import markup, navigation, pictures
-from ui.components import rack
+from ui.components import rack, remembered
 from ui.errors import errors_shown
-from ui.pages import compose, jobs, language, library, reconstruct, train
+from ui.pages import compose, gallery, jobs, language, library, reconstruct, train
 from ui.theme import STATIC, StudioTheme, css, script
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -37,6 +39,7 @@ _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "privat
 class _Pages:
     tabs: gr.Tabs
     compose: compose.Page
+    gallery: gallery.Page
     train: train.Page
     language: language.Page
     reconstruct: reconstruct.Page
@@ -55,6 +58,8 @@ def build() -> gr.Blocks:
             with gr.Tabs(selected=navigation.START, elem_id="pages") as tabs:
                 with _tab("compose"):
                     compose_page = compose.build()
+                with _tab("gallery"):
+                    gallery_page = gallery.build()
                 with _tab("train"):
                     train_page = train.build()
                 with _tab("language"):
@@ -65,7 +70,9 @@ def build() -> gr.Blocks:
                     library_page = library.build()
                 with _tab("jobs"):
                     jobs_page = jobs.build()
-        pages = _Pages(tabs, compose_page, train_page, language_page, reconstruct_page, library_page, jobs_page)
+        pages = _Pages(
+            tabs, compose_page, gallery_page, train_page, language_page, reconstruct_page, library_page, jobs_page
+        )  # fmt: skip
         _wire_tabs(app, menu, pages)
         _wire_crossings(pages)
     return app
@@ -107,6 +114,14 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
     app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
     app.load(lambda: _latest("reconstruct", reconstruct.follow), None, pages.reconstruct.view, **_PRIVATE)
     app.load(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
+    for name, page, outputs in (
+        ("compose", compose, pages.compose.outputs),
+        ("train", train, pages.train.kept),
+    ):
+        form = remembered.remember(name, getattr(pages, name).kept)
+        app.load(errors_shown(page.restore), form, outputs, **_PRIVATE)
+    for arriving in (app.load, pages.tabs.select):
+        arriving(errors_shown(gallery.show), pages.gallery.refresh_inputs, pages.gallery.refresh_outputs, **_PRIVATE)
     listed = [
         arriving(errors_shown(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
         for arriving in (app.load, pages.tabs.select)
@@ -171,6 +186,11 @@ def _wire_crossings(pages: _Pages) -> None:
         tab = gr.Tabs(selected=own_tab.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
 
+    @errors_shown
+    def reuse(key: str) -> Any:
+        return [gr.Tabs(selected="compose"), *compose.fill(recipe_png.read_recipe(kept.find(key).path))]
+
+    pages.gallery.reuse.click(reuse, pages.gallery.chosen, [pages.tabs, *target.outputs], **_PRIVATE)
     base, prompt = target.form["base"], target.form["prompt"]
     used = pages.library.use.click(
         use, [pages.library.chosen, pages.library.shelf, target.rack],

@@ -12,15 +12,16 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import catalogue, jobs, library
-from studio.composition import methods, recipe_png, recipes
+from studio.composition import canvas_size, gallery, methods, recipe_png, recipes
 from studio.composition.comparison_schema import CompareConfig
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.jobs import Job
 from studio.library import base_families
 from ui import markup
-from ui.components import advice, canvas, job_panel, rack, schema_form
+from ui.components import advice, canvas, job_panel, picture_list, rack, remembered, schema_form
 from ui.components.advice import Advice
+from ui.components.pick_list import pick_list, picked
 from ui.components.rack import Row
 from ui.errors import errors_shown, say
 from ui.pages import compose_regions
@@ -33,6 +34,8 @@ NAMES = tuple(name for name in KNOWN if name != "adapters" and name not in Regio
 ADVANCED = ("scheduler", "te_mode", "adapter_batch", "allow_double_guidance", "memory", "dtype", "attention", "device",
             "family")  # fmt: skip
 SECONDS = 0.7
+EARLIER = 12
+"""Pictures made earlier that are offered beside the form."""
 
 Form = dict[str, Any]
 """Widgets by field name."""
@@ -53,6 +56,12 @@ class Page:
     """Components that :func:`follow` fills."""
     suited: gr.State
     """Which distilled adapter the settings suit."""
+
+    @property
+    def kept(self) -> list[Any]:
+        """What a reload brings back, see :func:`restore`."""
+        return [*(self.form[name] for name in NAMES), self.rack, self.new_seed, self.compare.on, self.compare.methods,
+                *self.where.inputs]  # fmt: skip
 
     @property
     def outputs(self) -> list[gr.components.Component]:
@@ -336,6 +345,7 @@ class _Result:
     reuse_seed: gr.Button
     download: gr.DownloadButton
     grid: gr.DownloadButton
+    earlier: gr.HTML
     drop: gr.File
 
     @classmethod
@@ -353,14 +363,16 @@ class _Result:
             download = gr.DownloadButton("Download with recipe", size="md")
             grid = gr.DownloadButton("Download side by side", size="md", visible=False, elem_id="download-grid")
         recipe = gr.HTML("", elem_id="compose-recipe", apply_default_css=False)
-        with gr.Accordion("Settings from a picture made earlier", open=False, elem_classes="as-more"):
+        earlier = pick_list(elem_id="compose-earlier")
+        with gr.Accordion("Settings from a picture file", open=False, elem_classes="as-more"):
             drop = gr.File(label="Drop a PNG made by Adapter Studio", file_types=[".png", ".json"], height=110,
                            elem_id="recipe-drop")  # fmt: skip
-        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, grid, drop)
+        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, grid,
+                   earlier, drop)  # fmt: skip
 
     @property
     def followed(self) -> list[Any]:
-        return [self.job, self.shown, self.timer, self.panel, self.gallery, self.chosen, self.grid]
+        return [self.job, self.shown, self.timer, self.panel, self.gallery, self.chosen, self.grid, self.earlier]
 
 
 _EMPTY = markup.empty(
@@ -389,7 +401,7 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
             return follow(job_id, shown)
         except InputError:  # deleted meanwhile
             hidden = gr.update(visible=False)
-            return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, hidden]
+            return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, earlier(), hidden]
 
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     fields = [page.form[name] for name in NAMES]
@@ -424,8 +436,18 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
         if changed else gr.skip(),
         (str(pictures[0]) if pictures else "") if changed and first else gr.skip(),
         gr.update(visible=bool(grid), value=grid or None),
+        earlier() if changed else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
     ]  # fmt: skip
+
+
+def earlier() -> str:
+    """The pictures made last, to pick from."""
+    found = gallery.pictures(limit=EARLIER)
+    if not found:
+        return ""
+    head = '<h3>Made earlier <a href="gallery" data-page-link="gallery">all pictures</a></h3>'
+    return f'<section class="as-earlier">{head}{picture_list.grid(found)}</section>'
 
 
 ahead = job_panel.ahead
@@ -451,12 +473,9 @@ def preview(job: Job) -> str | None:
 
 
 def made(job: Job) -> list[Path]:
-    """The pictures a job has made so far."""
+    """The pictures a job has made so far, without those that were deleted."""
     named = [Path(path) for path in (job.result or {}).get("images", ())]
-    return [path for path in named if path.is_file()] or sorted(
-        job.folder.glob("*/picture-*.png" if job.kind == "compare" else "picture-*.png"),
-        key=lambda path: path.stat().st_mtime,
-    )
+    return [path for path in named if path.is_file()] or gallery.files_of(job)
 
 
 def captioned(job: Job, pictures: Sequence[Path]) -> list[Any]:
@@ -494,13 +513,41 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     def dropped(path: str | None) -> Any:
         return fill(recipe_png.read_recipe(path)) if path else gr.skip()
 
+    @errors_shown
+    def again(event: gr.EventData) -> Any:
+        picture = gallery.find(picked(event))
+        shown = gr.update(value=[str(picture.path)], visible=True, columns=1)
+        return [picture.job, gr.Timer(active=False), "", shown, str(picture.path)]
+
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    result.earlier.select(again, None, [result.job, result.timer, result.panel, result.gallery, result.chosen],
+                          **private)  # fmt: skip
     result.gallery.select(choose, result.job, result.chosen, **private)
     result.chosen.change(describe, [result.chosen, result.job],
                          [result.recipe, result.actions, result.download, page.where.canvas], **private)  # fmt: skip
     result.reuse.click(reuse, result.chosen, page.outputs, **private)
     result.reuse_seed.click(reuse_seed, result.chosen, page.form["seed"], **private)
     result.drop.upload(dropped, result.drop, page.outputs, **private)
+
+
+def restore(kept: Any) -> Any:
+    """Values of :attr:`Page.outputs` as the browser kept them; adapters that are not here any more are left out."""
+    values = remembered.values(kept, len(NAMES) + 4 + 2 + len(compose_regions.OPTIONS))
+    if values is None:
+        return gr.skip()
+    rows, new_seed, comparing, compared, mode, drawn, *options = values[len(NAMES) :]
+    known = {record.name for record in library.adapters() if not record.problem}
+    fields = dict(zip(NAMES, values, strict=False))
+    told, where, more = compose_regions.switch(mode)
+    method, many = _offer(mode, fields["method"])
+    fields["method"] = method
+    offered = [name for _, name in many["choices"]]
+    chosen = {**many, "visible": comparing, "value": [name for name in compared or () if name in offered]}
+    sides = [schema_form.read(KNOWN[name], fields[name]) for name in ("width", "height")]
+    frame = list(canvas_size.size(str(fields["base"]), *sides))
+    return [*fields.values(), [row for row in rows or () if row.get("name") in known], new_seed, comparing, chosen,
+            gr.update(visible=not comparing), mode, told, {**where, "value": drawn or [], "frame": frame}, more,
+            *options]  # fmt: skip
 
 
 def fill(recipe: Mapping[str, Any]) -> list[Any]:
