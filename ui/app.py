@@ -108,7 +108,7 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         return [gr.Timer(active=event.value == navigation.TITLES["jobs"]), *_choices()]
 
     app.load(arrive, menu, [pages.tabs, pages.jobs.timer, *choices], js="() => [location.pathname]", **_PRIVATE)
-    app.load(lambda: _latest("compose", compose.follow, "compare"), None, pages.compose.view, **_PRIVATE)
+    app.load(lambda: _latest("compose", compose.follow, "compare", "sweep"), None, pages.compose.view, **_PRIVATE)
     app.load(lambda: _latest("train-image", train.follow), None, pages.train.view, **_PRIVATE)
     app.load(lambda: _latest("distill", train.follow), None, pages.train.distill.view, **_PRIVATE)
     app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
@@ -137,8 +137,8 @@ def _choices() -> list[Any]:
     return [adapters, bases, bases, bases, adapters, models, voices, gr.update(choices=reconstruct.adapter_choices())]
 
 
-def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], other: str = "") -> Any:
-    found = [job for name in filter(None, (kind, other)) for job in job_store.list(1, (), name)]
+def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], *others: str) -> Any:
+    found = [job for name in (kind, *others) for job in job_store.list(1, (), name)]
     return follow(max(found, key=lambda job: job.created).id, ()) if found else gr.skip()
 
 
@@ -172,7 +172,7 @@ def _wire_crossings(pages: _Pages) -> None:
                  "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view,
                  "forgetting": pages.library.looking}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
-        kind = {"compare": "compose", "soften": "forgetting"}.get(job.kind, job.kind)
+        kind = {"compare": "compose", "sweep": "compose", "soften": "forgetting"}.get(job.kind, job.kind)
         follow = {
             "compose": compose.follow,
             "train-language": language.open_job,

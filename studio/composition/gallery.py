@@ -18,7 +18,7 @@ from studio import jobs
 from studio.composition import recipe_png
 from studio.jobs import Job
 
-KINDS = ("compose", "compare")
+KINDS = ("compose", "compare", "sweep")
 """Jobs that make pictures."""
 
 STARRED = "starred.json"

@@ -14,7 +14,8 @@ SECRET = "adapter-studio"
 def remember(name: str, components: Sequence[Any]) -> gr.BrowserState:
     """Keep the values of ``components`` in the browser under ``name``, always as they are now."""
     kept = gr.BrowserState(None, storage_key=f"adapter-studio-{name}", secret=SECRET)
-    gr.on([component.change for component in components], None, list(components), kept, js="(...values) => [values]",
+    own = f"(...values) => [values.slice(0, {len(components)})]"  # what was kept before comes behind them
+    gr.on([component.change for component in components], None, list(components), kept, js=own,
           show_progress="hidden", api_visibility="private")  # fmt: skip
     return kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from studio.composition import canvas_size, gallery, methods, recipe_png, recipe
 from studio.composition.comparison_schema import CompareConfig
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
+from studio.composition.sweep_schema import SweepConfig, parse_axis
 from studio.jobs import Job
 from studio.library import base_families
 from ui import markup
@@ -79,6 +81,9 @@ class Compare:
     methods: gr.CheckboxGroup
     one: gr.Column
     """What is asked of a single method."""
+
+    sweep: gr.Textbox
+    """What is varied, one setting per line."""
 
     @property
     def outputs(self) -> list[Any]:
@@ -156,7 +161,13 @@ def _method_settings(form: Form) -> Compare:
     )  # fmt: skip
     on.input(lambda chosen: [gr.update(visible=chosen), gr.update(visible=not chosen)], on, [many, one],
              show_progress="hidden", api_visibility="private")  # fmt: skip
-    return Compare(on, many, one)
+    with gr.Accordion("Sweep", open=False, elem_classes="as-more as-inside"):
+        sweep = gr.Textbox(
+            "", label="Vary", lines=2, max_lines=6, placeholder="fox=0:1.2:7\nseed=1,2,3", elem_id="sweep",
+            info="One picture for each combination, in a labelled grid. One setting per line: an adapter's weight "
+            "(seven values from 0 to 1.2 above), seed, steps, guidance, method or checkpoint. Empty = no sweep.",
+        )  # fmt: skip
+    return Compare(on, many, one, sweep)
 
 
 def _wire_where(page: Page) -> None:
@@ -306,6 +317,7 @@ def config_of(
     rows: Sequence[Row] | None,
     where: Sequence[Any] = (compose_regions.EVERYWHERE, []),
     compare: Sequence[str] = (),
+    sweep: str = "",
 ) -> ComposeConfig:
     """The job that a filled form asks for; raises :class:`InputError` for what cannot work.
 
@@ -314,6 +326,7 @@ def config_of(
         rows: the adapters.
         where: values of :attr:`Where.inputs`.
         compare: methods to make side by side instead of the form's one.
+        sweep: what to vary, one setting per line as in ``studio compose --sweep``.
     """
     config = schema_form.read_all(KNOWN, NAMES, values)
     config["adapters"] = rack.uses(rows, library.adapters())
@@ -322,6 +335,9 @@ def config_of(
     if compare:
         config["method"] = compare[0]
         parsed: ComposeConfig = CompareConfig.parse({**config, "methods": compare}, source="the form")
+    elif axes := [parse_axis(line) for line in sweep.splitlines() if line.strip()]:
+        parsed = SweepConfig.parse({**config, "axes": axes}, source="the sweep")
+        deque(parsed.combinations(), 0)  # tells now what cannot be made
     else:
         parsed = ComposeConfig.parse(config, source="the form")
     if not parsed.prompt.strip():
@@ -361,7 +377,7 @@ class _Result:
             reuse = gr.Button("Reuse these settings", size="md", elem_id="reuse")
             reuse_seed = gr.Button("Reuse the seed", size="md")
             download = gr.DownloadButton("Download with recipe", size="md")
-            grid = gr.DownloadButton("Download side by side", size="md", visible=False, elem_id="download-grid")
+            grid = gr.DownloadButton("Download the grid", size="md", visible=False, elem_id="download-grid")
         recipe = gr.HTML("", elem_id="compose-recipe", apply_default_css=False)
         earlier = pick_list(elem_id="compose-earlier")
         with gr.Accordion("Settings from a picture file", open=False, elem_classes="as-more"):
@@ -385,10 +401,12 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
     view = page.view
 
     @errors_shown
-    def start(new_seed: bool, rows: list[Row], many: bool, compared: list[str], *values: Any) -> Any:
+    def start(new_seed: bool, rows: list[Row], many: bool, compared: list[str], sweep: str, *values: Any) -> Any:
+        if many and sweep.strip():
+            raise InputError("Compare methods or sweep, not both: 'method=merge,switch' in the sweep compares methods.")
         if many and not compared:
             raise InputError("Choose at least one method to compare, or make a picture with one method.")
-        config = config_of(values[: len(NAMES)], rows, values[len(NAMES) :], compared if many else ())
+        config = config_of(values[: len(NAMES)], rows, values[len(NAMES) :], compared if many else (), sweep)
         if new_seed:
             config.seed = secrets.randbelow(2**31)
         job_id = jobs.submit(config.kind, config)
@@ -406,7 +424,8 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     fields = [page.form[name] for name in NAMES]
     for begin in (generate.click, page.form["prompt"].submit):
-        begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, *fields, *page.where.inputs],
+        begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, page.compare.sweep, *fields,
+                      *page.where.inputs],
               [page.form["seed"], *view], **private)  # fmt: skip
         begin(None, None, None, js=_TO_RESULT)
     result.timer.tick(look, [result.job, result.shown], view, **private)
@@ -479,7 +498,10 @@ def made(job: Job) -> list[Path]:
 
 
 def captioned(job: Job, pictures: Sequence[Path]) -> list[Any]:
-    """Pictures for a gallery; those of a comparison carry their method's name."""
+    """Pictures for a gallery; those of a comparison carry their method's name, those of a sweep their values."""
+    labels = (job.result or {}).get("labels") or {}
+    if job.kind == "sweep":
+        return [(str(path), labels.get(path.parent.name, "")) for path in pictures]
     if job.kind != "compare":
         return [str(path) for path in pictures]
     return [(str(path), _method_title(path.parent.name)) for path in pictures]
