@@ -13,7 +13,7 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import catalogue, jobs, library
-from studio.composition import canvas_size, gallery, methods, recipe_png, recipes
+from studio.composition import canvas_size, gallery, methods, recipe_png, recipes, save_mix
 from studio.composition.comparison_schema import CompareConfig
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
@@ -361,6 +361,9 @@ class _Result:
     reuse_seed: gr.Button
     download: gr.DownloadButton
     grid: gr.DownloadButton
+    mix: gr.Accordion
+    mix_name: gr.Textbox
+    save_mix: gr.Button
     earlier: gr.HTML
     drop: gr.File
 
@@ -379,12 +382,19 @@ class _Result:
             download = gr.DownloadButton("Download with recipe", size="md")
             grid = gr.DownloadButton("Download the grid", size="md", visible=False, elem_id="download-grid")
         recipe = gr.HTML("", elem_id="compose-recipe", apply_default_css=False)
+        with gr.Accordion("Save this mix as one LoRA", open=False, visible=False, elem_classes="as-more",
+                          elem_id="mix") as mix:  # fmt: skip
+            mix_name = gr.Textbox(
+                "my mix", label="Name in the library", max_lines=1, elem_id="mix-name",
+                info="The adapters at these weights in one file, exactly: it draws the same at weight 1.",
+            )  # fmt: skip
+            save = gr.Button("Save to the library", size="md", elem_id="save-mix")
         earlier = pick_list(elem_id="compose-earlier")
         with gr.Accordion("Settings from a picture file", open=False, elem_classes="as-more"):
             drop = gr.File(label="Drop a PNG made by Adapter Studio", file_types=[".png", ".json"], height=110,
                            elem_id="recipe-drop")  # fmt: skip
         return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, grid,
-                   earlier, drop)  # fmt: skip
+                   mix, mix_name, save, earlier, drop)  # fmt: skip
 
     @property
     def followed(self) -> list[Any]:
@@ -519,9 +529,11 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     @errors_shown
     def describe(path: str, job_id: str) -> Any:
         if not path:
-            return "", gr.update(visible=False), gr.skip(), compose_regions.result(None, "")
+            return "", gr.update(visible=False), gr.skip(), gr.update(visible=False), compose_regions.result(None, "")
         behind = compose_regions.result(jobs.get(job_id) if job_id else None, path)
-        return recipe_panel(recipe_png.read_recipe(path)), gr.update(visible=True), gr.update(value=path), behind
+        recipe = recipe_png.read_recipe(path)
+        mixed = recipe["config"].get("method") == save_mix.METHOD and len(recipe["config"].get("adapters") or ()) > 1
+        return recipe_panel(recipe), gr.update(visible=True), gr.update(value=path), gr.update(visible=mixed), behind
 
     @errors_shown
     def reuse(path: str) -> Any:
@@ -530,6 +542,12 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     @errors_shown
     def reuse_seed(path: str) -> Any:
         return recipe_png.read_recipe(path)["config"].get("seed", 0)
+
+    @errors_shown
+    def save(path: str, name: str) -> Any:
+        made = save_mix.save_apart(recipes.replay(recipe_png.read_recipe(path)), name, preview=Path(path))
+        gr.Info(f"'{made}' is in the library now: one LoRA, to be used at weight 1.", title="Saved")
+        return gr.update(choices=adapter_choices())
 
     @errors_shown
     def dropped(path: str | None) -> Any:
@@ -545,10 +563,11 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     result.earlier.select(again, None, [result.job, result.timer, result.panel, result.gallery, result.chosen],
                           **private)  # fmt: skip
     result.gallery.select(choose, result.job, result.chosen, **private)
-    result.chosen.change(describe, [result.chosen, result.job],
-                         [result.recipe, result.actions, result.download, page.where.canvas], **private)  # fmt: skip
+    described = [result.recipe, result.actions, result.download, result.mix, page.where.canvas]
+    result.chosen.change(describe, [result.chosen, result.job], described, **private)
     result.reuse.click(reuse, result.chosen, page.outputs, **private)
     result.reuse_seed.click(reuse_seed, result.chosen, page.form["seed"], **private)
+    result.save_mix.click(save, [result.chosen, result.mix_name], page.picker, **private)
     result.drop.upload(dropped, result.drop, page.outputs, **private)
 
 
