@@ -16,11 +16,13 @@ from starlette.middleware import Middleware
 from studio import jobs as job_store
 from studio import library as shelves
 from studio import settings
+from studio.composition import gallery as kept
+from studio.composition import recipe_png
 from ui import access, markup, navigation, pictures
 from ui.address import check_access, check_address, check_root_path, names, netloc
-from ui.components import rack
+from ui.components import rack, remembered
 from ui.errors import errors_shown
-from ui.pages import compose, jobs, language, library, reconstruct, train
+from ui.pages import compose, gallery, jobs, language, library, reconstruct, train
 from ui.theme import STATIC, StudioTheme, css, script
 
 A_DAY = 86400
@@ -32,6 +34,7 @@ _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "privat
 class _Pages:
     tabs: gr.Tabs
     compose: compose.Page
+    gallery: gallery.Page
     train: train.Page
     language: language.Page
     reconstruct: reconstruct.Page
@@ -50,6 +53,8 @@ def build() -> gr.Blocks:
             with gr.Tabs(selected=navigation.START, elem_id="pages") as tabs:
                 with _tab("compose"):
                     compose_page = compose.build()
+                with _tab("gallery"):
+                    gallery_page = gallery.build()
                 with _tab("train"):
                     train_page = train.build()
                 with _tab("language"):
@@ -60,7 +65,9 @@ def build() -> gr.Blocks:
                     library_page = library.build()
                 with _tab("jobs"):
                     jobs_page = jobs.build()
-        pages = _Pages(tabs, compose_page, train_page, language_page, reconstruct_page, library_page, jobs_page)
+        pages = _Pages(
+            tabs, compose_page, gallery_page, train_page, language_page, reconstruct_page, library_page, jobs_page
+        )  # fmt: skip
         _wire_tabs(app, menu, pages)
         _wire_crossings(pages)
     return app
@@ -96,12 +103,20 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         return [gr.Timer(active=event.value == navigation.TITLES["jobs"]), *_choices()]
 
     app.load(arrive, menu, [pages.tabs, pages.jobs.timer, *choices], js="() => [location.pathname]", **_PRIVATE)
-    app.load(lambda: _latest("compose", compose.follow, "compare"), None, pages.compose.view, **_PRIVATE)
+    app.load(lambda: _latest("compose", compose.follow, "compare", "sweep"), None, pages.compose.view, **_PRIVATE)
     app.load(lambda: _latest("train-image", train.follow), None, pages.train.view, **_PRIVATE)
     app.load(lambda: _latest("distill", train.follow), None, pages.train.distill.view, **_PRIVATE)
     app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
     app.load(lambda: _latest("reconstruct", reconstruct.follow), None, pages.reconstruct.view, **_PRIVATE)
     app.load(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
+    for name, page, outputs in (
+        ("compose", compose, pages.compose.outputs),
+        ("train", train, pages.train.kept),
+    ):
+        form = remembered.remember(name, getattr(pages, name).kept)
+        app.load(errors_shown(page.restore), form, outputs, **_PRIVATE)
+    for arriving in (app.load, pages.tabs.select):
+        arriving(errors_shown(gallery.show), pages.gallery.refresh_inputs, pages.gallery.refresh_outputs, **_PRIVATE)
     listed = [
         arriving(errors_shown(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
         for arriving in (app.load, pages.tabs.select)
@@ -117,8 +132,8 @@ def _choices() -> list[Any]:
     return [adapters, bases, bases, bases, adapters, models, voices, gr.update(choices=reconstruct.adapter_choices())]
 
 
-def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], other: str = "") -> Any:
-    found = [job for name in filter(None, (kind, other)) for job in job_store.list(1, (), name)]
+def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], *others: str) -> Any:
+    found = [job for name in (kind, *others) for job in job_store.list(1, (), name)]
     return follow(max(found, key=lambda job: job.created).id, ()) if found else gr.skip()
 
 
@@ -152,7 +167,7 @@ def _wire_crossings(pages: _Pages) -> None:
                  "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view,
                  "forgetting": pages.library.looking}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
-        kind = {"compare": "compose", "soften": "forgetting"}.get(job.kind, job.kind)
+        kind = {"compare": "compose", "sweep": "compose", "soften": "forgetting"}.get(job.kind, job.kind)
         follow = {
             "compose": compose.follow,
             "train-language": language.open_job,
@@ -166,6 +181,11 @@ def _wire_crossings(pages: _Pages) -> None:
         tab = gr.Tabs(selected=own_tab.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
 
+    @errors_shown
+    def reuse(key: str) -> Any:
+        return [gr.Tabs(selected="compose"), *compose.fill(recipe_png.read_recipe(kept.find(key).path))]
+
+    pages.gallery.reuse.click(reuse, pages.gallery.chosen, [pages.tabs, *target.outputs], **_PRIVATE)
     base, prompt = target.form["base"], target.form["prompt"]
     used = pages.library.use.click(
         use, [pages.library.chosen, pages.library.shelf, target.rack],

@@ -37,6 +37,7 @@ GROUPS: tuple[tuple[str, tuple[Place, ...]], ...] = (
         "Images",
         (
             Place("compose", "Compose", ("images", "generate", "create")),
+            Place("gallery", "Gallery", ("pictures", "history")),
             Place("train", "Train", ("training", "distill")),
         ),
     ),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapters import files as written
 from adapters.errors import InputError
 from studio import settings
 from studio.datasets import captions as caption_files
@@ -112,6 +113,18 @@ def uploaded(item_id: str) -> Path:
     return path
 
 
+def still_here(items: Sequence[Mapping[str, Any]] | None) -> list[Item]:
+    """Those of the pictures whose dropped file is still there."""
+    kept = []
+    for item in items or ():
+        try:
+            uploaded(str(item.get("id", "")))
+        except InputError:
+            continue
+        kept.append(dict(item))
+    return kept
+
+
 def _item(file: Path) -> tuple[Item, tuple[str, ...]]:
     root = uploads().resolve()
     place = file.resolve()
@@ -128,13 +141,33 @@ def _item(file: Path) -> tuple[Item, tuple[str, ...]]:
 
 def _thumbnail(file: Path) -> tuple[Path, tuple[int, int], tuple[str, ...]]:
     """A small copy, the picture's size in pixels, and what of it was not kept."""
-    key = hashlib.sha256(f"{file} {file.stat().st_mtime_ns}".encode()).hexdigest()[:20]
-    target = settings.folder("uploads", "thumbnails") / f"{key}.webp"
     reading = read(file)
-    small = reading.image.copy()
-    small.thumbnail((SIDE, SIDE))
-    small.save(target, "WEBP", quality=85)
+    target = _small(file)
+    _shrink(reading.image, target)
     return target, reading.image.size, reading.remarks
 
 
-__all__ = ["CAPTIONS", "SUFFIXES", "Item", "keep", "receive", "uploaded", "uploads"]
+def thumbnail(file: Path) -> Path:
+    """A small copy of a picture that the studio made, written once."""
+    from PIL import Image
+
+    target = _small(file)
+    if not target.is_file():
+        with Image.open(file) as picture:
+            _shrink(picture.convert("RGB"), target)
+    return target
+
+
+def _small(file: Path) -> Path:
+    """Where the small copy of a file lies; another one once the file has changed."""
+    key = hashlib.sha256(f"{file} {file.stat().st_mtime_ns}".encode()).hexdigest()[:20]
+    return settings.folder("uploads", "thumbnails") / f"{key}.webp"
+
+
+def _shrink(picture: Any, target: Path) -> None:
+    small = picture.copy()
+    small.thumbnail((SIDE, SIDE))
+    written.write(target, lambda part: small.save(part, "WEBP", quality=85), sync=False)
+
+
+__all__ = ["CAPTIONS", "SUFFIXES", "Item", "keep", "receive", "thumbnail", "uploaded", "uploads"]

@@ -34,7 +34,9 @@ HIGH = 0.25
 """A quarter of the changes lies in each other's subspaces."""
 MEDIUM = 0.05
 BALANCED = 1.5
-"""Strengths up to this ratio are left as they are."""
+"""Strengths up to this many times the typical one are left as they are."""
+FAR_WEAKER = 4.0
+"""An adapter this many times weaker than the strongest is no measure for the others: it is named, not followed."""
 LIKE_CHANCE = 1.5
 """Overlap up to this times what random subspaces have is no sign of a conflict."""
 
@@ -178,13 +180,28 @@ def common_words(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]
 
 
 def balanced_weights(strengths: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Weights with which no adapter is more than :data:`BALANCED` times as strong as the weakest."""
-    present = [strength for strength in strengths.values() if strength > 0]
-    limit = BALANCED * min(present, default=0.0)
+    """Weights with which no adapter is more than :data:`BALANCED` times as strong as the typical one.
+
+    Far weaker ones (:func:`outliers`) do not count, or an adapter that was hardly trained would silence the others.
+    """
+    limit = BALANCED * _typical(strengths)
     return {
         name: round(weight * limit / strengths[name], 2) if strengths[name] > limit > 0 else weight
         for name, weight in weights.items()
     }
+
+
+def outliers(strengths: Mapping[str, float]) -> list[str]:
+    """The adapters that change something, but :data:`FAR_WEAKER` times less than the strongest."""
+    least = max(strengths.values(), default=0.0) / FAR_WEAKER
+    return [name for name, strength in strengths.items() if 0 < strength < least]
+
+
+def _typical(strengths: Mapping[str, float]) -> float:
+    """The (lower) median strength of the adapters that are neither zero nor far weaker than the others."""
+    weak = outliers(strengths)
+    counted = sorted(strength for name, strength in strengths.items() if strength > 0 and name not in weak)
+    return counted[(len(counted) - 1) // 2] if counted else 0.0
 
 
 def _pair(first: Subject, second: Subject, a: Mapping[str, Update], b: Mapping[str, Update]) -> Pair:
@@ -227,11 +244,17 @@ def _remarks(subjects: Sequence[Subject], strengths: Mapping[str, float], prompt
 def _advice(subjects: Sequence[Subject], pairs: Sequence[Pair], strengths: Mapping[str, float]) -> Advice:
     given = {subject.name: subject.weight for subject in subjects}
     weights = balanced_weights(strengths, given)
+    typical = _typical(strengths)
     reasons = [
-        f"{name} is {strengths[name] / min(s for s in strengths.values() if s > 0):.1f} times as strong as the weakest "
-        f"adapter; at {weights[name]:g} it does not drown it."
+        f"{name} is {strengths[name] / typical:.1f} times as strong as the typical adapter here; at {weights[name]:g} "
+        "it does not drown the others."
         for name in given
         if weights[name] != given[name]
+    ]
+    reasons += [
+        f"{name} is far weaker than the others ({typical / strengths[name]:.0f} times): it was probably trained too "
+        "little, or for another base. Train it longer or raise its weight step by step; the others keep their strength."
+        for name in outliers(strengths)
     ]
     if not pairs:
         return Advice("merge", weights, False, (*reasons, "One adapter alone has nothing to conflict with."))

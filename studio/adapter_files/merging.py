@@ -40,16 +40,19 @@ def methods() -> dict[str, Any]:
 def merge(
     method: str,
     files: Sequence[LoraFile],
-    weights: Sequence[float],
+    weights: Sequence[Mapping[str, float] | float],
     rank: int | None = None,
     options: Mapping[str, Any] | None = None,
+    factors: Sequence[Mapping[str, float]] = (),
 ) -> Merged:
     """The adapters as one.
 
     Args:
         method: a name of :func:`methods`.
+        weights: per file one weight, or (concatenate) a weight per component.
         rank: cut the result to this rank.
         options: what the method knows beside files, weights and rank.
+        factors: concatenate: per file "component.module" -> extra factor; absent = 1.
 
     Raises:
         InputError: an unknown method, or an option it does not have.
@@ -68,16 +71,21 @@ def merge(
             raise InputError(f"The method '{method}' has no option '{name}'{nearest(name, known)}: {has}.")
     from adapters.formats.words import with_words_of
 
-    merged: Merged = function(files, weights, rank=rank, **(options or {}))
+    more = {"factors": factors} if factors else {}
+    merged: Merged = function(files, weights, rank=rank, **more, **(options or {}))
     record = {
         "method": method,
         "rank": rank,
         "options": dict(options or {}),
         "adapters": [
-            {"name": file.path.stem if file.path else "", "sha256": file.sha256, "weight": weight}
+            {"name": file.path.stem if file.path else "", "sha256": file.sha256, "weight": _plain(weight)}
             for file, weight in zip(files, weights, strict=True)
         ],
         "layers": {name: dict(values) for name, values in merged.report.items()},
     }
     metadata = {**merged.file.metadata, RECORD: json.dumps(record)}
     return replace(merged, file=replace(with_words_of(merged.file, files), metadata=metadata))
+
+
+def _plain(weight: Mapping[str, float] | float) -> dict[str, float] | float:
+    return weight if isinstance(weight, int | float) else dict(weight)

@@ -17,6 +17,7 @@ from studio.composition import lora_option, region_option
 from studio.composition.distilled_adapters import suited
 from studio.composition.region_schema import DEFAULT_METHOD, REGIONAL_METHODS
 from studio.composition.schema import ComposeConfig
+from studio.composition.sweep_schema import SweepConfig, parse_axis
 from studio.schema import read_yaml
 from studio.training.commands import launch
 
@@ -56,6 +57,15 @@ def compose(
             help="auto: every adapter finds its place by itself; or a YAML file with a list of regions.",
         ),
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep", metavar="NAME=VALUES",
+            help="One picture per value, in a labelled grid: an adapter's weight (fox=0:1.2:7 is seven values from 0 "
+            "to 1.2), seed=1,2,3, steps, guidance, method or checkpoint. Give it several times for all combinations.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     from_: Annotated[
         Path | None,
         typer.Option("--from", help="Repeat a picture (or recipe.json), with whatever else is given changed."),
@@ -88,10 +98,14 @@ def compose(
     if from_ is None and not plan and not _says_what(chosen):
         raise InputError('There is nothing to draw: say what with --prompt ("" for a picture without words).')
     chosen = _checked(chosen)
+    if sweep and plan:
+        raise InputError("--plan says how one picture is made: leave --sweep out.")
+    if sweep:
+        chosen = _swept(chosen, sweep)
     if plan:
         _show_plan(chosen, output)
     elif detach:
-        launch.detach("compose", chosen, output)
+        launch.detach(chosen.kind, chosen, output)
     else:
         _make(chosen, threads, out, output)
 
@@ -186,6 +200,15 @@ def _checked(config: ComposeConfig) -> ComposeConfig:
     return settled
 
 
+def _swept(config: ComposeConfig, texts: Sequence[str]) -> SweepConfig:
+    """The sweep of a composition; its last axis runs from left to right."""
+    axes = [parse_axis(text) for text in texts]
+    swept = SweepConfig.parse({**config.model_dump(mode="json"), "axes": axes}, source="--sweep")
+    for _, one in swept.combinations():  # wrong values are told before a job is made of them
+        _checked(one)
+    return swept
+
+
 def _show_plan(config: ComposeConfig, output: Output) -> None:
     from studio.composition import job
 
@@ -202,10 +225,11 @@ def _make(config: ComposeConfig, threads: int | None, out: Path | None, output: 
         import torch
 
         torch.set_num_threads(threads)
-    job = launch.here(lambda terminal: jobs.run_here("compose", config, terminal), output)
+    job = launch.here(lambda terminal: jobs.run_here(config.kind, config, terminal), output)
     result = dict(job.result or {})
     if out is not None:
-        result["images"] = _copied([Path(path) for path in result["images"]], out)
+        made = [result["grid"]] if "grid" in result else result["images"]
+        result["images"] = _copied([Path(path) for path in made], out)
     output.result({"job": job.id, **result}, "\n".join(result["images"]))
     for remark in result["remarks"]:
         output.note(f"Note: {remark}")

@@ -98,6 +98,14 @@ register(
 )
 register(
     Kind(
+        "sweep",
+        "studio.composition.sweep_schema:SweepConfig",
+        "studio.composition.sweep:run",
+        keeps_pipeline=True,
+    )
+)
+register(
+    Kind(
         "train-image",
         "studio.training.schemas.image:TrainImageConfig",
         "studio.training.tasks.image:run",

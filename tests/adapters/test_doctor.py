@@ -12,7 +12,7 @@ from scipy.linalg import subspace_angles
 
 from adapters.errors import FamilyError, InputError
 from adapters.formats.lora import LoraFile, LoraLayer
-from adapters.inspection.doctor import Subject, balanced_weights, common_words, diagnose
+from adapters.inspection.doctor import Subject, balanced_weights, common_words, diagnose, outliers
 from adapters.inspection.interference import compare, compare_layer, update, updates
 
 OUT, IN = 12, 10
@@ -109,7 +109,7 @@ def test_advice_follows_what_was_found() -> None:
 def test_strengths_and_words() -> None:
     weak, strong = (
         Subject("weak", file(x=layer(0)), ("zq fox",)),
-        Subject("strong", file(x=layer(1, alpha=40.0)), ("zq cat",)),
+        Subject("strong", file(x=layer(1, alpha=6.0)), ("zq cat",)),
     )
     found = diagnose([weak, strong], prompt="a zq fox")
     assert found.advice.weights["weak"] == 1
@@ -144,3 +144,41 @@ def test_validation_finds_the_order_and_its_absence() -> None:
     assert validate(predicted, opposite, resamples=200).p > 0.9
     with pytest.raises(InputError, match="three pairs"):
         validate(predicted, {pairs[0]: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("strengths", "weights", "weak"),
+    [
+        ({"a": 1.0, "b": 1.2}, {"a": 1, "b": 1}, []),
+        ({"a": 1.0, "b": 3.0}, {"a": 1, "b": 0.5}, []),
+        ({"a": 1.0, "b": 1.0, "c": 3.0}, {"a": 1, "b": 1, "c": 0.5}, []),
+        ({"a": 0.1, "b": 1.0}, {"a": 1, "b": 1}, ["a"]),
+        ({"a": 0.1, "b": 1.0, "c": 1.2}, {"a": 1, "b": 1, "c": 1}, ["a"]),
+        ({"a": 0.0, "b": 1.0}, {"a": 1, "b": 1}, []),
+    ],
+)
+def test_weights_aim_at_the_typical_and_a_far_weaker_adapter_silences_nobody(strengths, weights, weak):
+    assert balanced_weights(strengths, dict.fromkeys(strengths, 1)) == weights
+    assert outliers(strengths) == weak
+
+
+@pytest.mark.slow
+def test_advice_over_the_shipped_adapters_and_one_that_was_hardly_trained():
+    import assets
+    from adapters import formats
+    from adapters.formats.lora import LoraFile, LoraLayer
+
+    places = sorted(assets.path("adapters").glob("*/*.safetensors"))
+    files = {place.stem: formats.read(place) for place in places if not place.stem.startswith("agd")}
+    files = {name: file for name, file in files.items() if not file.is_dora() and set(file.parts) & {"unet"}}
+    fox = files["fox"]
+    parts = {
+        part: {name: LoraLayer(layer.A, 0.05 * layer.B, layer.alpha) for name, layer in layers.items()}
+        for part, layers in fox.parts.items()
+    }
+    for other, file in files.items():
+        if other == "fox":
+            continue
+        found = diagnose([Subject("hardly", LoraFile(parts)), Subject(other, file), Subject("fox", fox)])
+        assert any(reason.startswith("hardly is far weaker") for reason in found.advice.reasons)
+        assert min(found.advice.weights.values()) >= 0.3

@@ -107,7 +107,7 @@ def test_compose_with_two_adapters_and_reuse_the_recipe(tab: Tab, tmp_path: Path
 
     page.reload()
     page.wait_for_selector("#generate")
-    page.click("text=Settings from a picture made earlier")
+    page.click("text=Settings from a picture file")
     page.set_input_files("#recipe-drop input[type=file]", str(picture))
     expect_form(page, config)
 
@@ -248,3 +248,38 @@ def test_an_unknown_address_says_where_the_pages_are(server: Server) -> None:
     assert "nonsense&lt;b&gt;" in told
     assert all(f'href="/{place.key}"' in told for place in navigation.PLACES)
     assert server.status("train") == 200
+
+
+def test_pictures_are_kept_starred_compared_and_used_again(tab: Tab) -> None:
+    page = tab.open("compose")
+    page.fill("#prompt textarea", "a lamp")
+    page.fill("#steps input", "2")
+    page.fill("#images input", "2")
+    page.click("#generate")
+    page.wait_for_selector("#compose-cancel:visible")
+    until_done(page, "#compose-panel")
+    page.wait_for_selector("#compose-earlier .as-kept-one >> nth=1")
+    page.fill("#prompt textarea", "something else")
+    page.click("#compose-earlier [data-page-link]")
+    page.click("#gallery-list .as-kept-one[title^='a lamp'] >> nth=0")
+    page.wait_for_selector(".as-large")
+    page.click("#gallery-star")
+    page.wait_for_selector(".as-kept-one.chosen .star")
+    page.click("#gallery-compare")
+    page.wait_for_selector("text=Now choose the picture")
+    page.click("#gallery-list .as-kept-one:not(.chosen) >> nth=0")
+    page.wait_for_selector("#gallery-slider:visible")
+    assert page.locator(".as-two .as-recipe").count() == 2
+    page.click("#gallery-compare")
+    page.check("#of-starred input")
+    page.wait_for_function("document.querySelectorAll('#gallery-list .as-kept-one').length === 1")
+    page.click("#gallery-reuse")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a lamp'")
+    go(page, "jobs")
+    row = page.locator(".as-job-row:has-text('a lamp')").first
+    row.locator("img.face").wait_for()
+    assert "Merge · seed " in row.inner_text()
+    go(page, "gallery")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#gallery-delete")
+    page.wait_for_selector("#gallery-list :text('No picture is like that'), #gallery-list .as-empty")

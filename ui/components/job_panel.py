@@ -16,7 +16,7 @@ TONES = {
     "interrupted": "bad",
 }  # fmt: skip
 KINDS = {
-    "compose": "Compose", "compare": "Compare", "train-image": "Train", "distill": "Distill",
+    "compose": "Compose", "compare": "Compare", "sweep": "Sweep", "train-image": "Train", "distill": "Distill",
     "train-language": "Language", "reconstruct": "Reconstruct", "forgetting": "Forgetting", "soften": "Soften",
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,17 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import catalogue, jobs, library
-from studio.composition import methods, recipe_png, recipes
+from studio.composition import canvas_size, gallery, methods, recipe_png, recipes, save_mix
 from studio.composition.comparison_schema import CompareConfig
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
+from studio.composition.sweep_schema import SweepConfig, parse_axis
 from studio.jobs import Job
 from studio.library import base_families
 from ui import markup
-from ui.components import advice, canvas, job_panel, rack, schema_form
+from ui.components import advice, canvas, job_panel, picture_list, rack, remembered, schema_form
 from ui.components.advice import Advice
+from ui.components.pick_list import pick_list, picked
 from ui.components.rack import Row
 from ui.errors import errors_shown, say
 from ui.pages import compose_regions
@@ -33,6 +36,8 @@ NAMES = tuple(name for name in KNOWN if name != "adapters" and name not in Regio
 ADVANCED = ("scheduler", "te_mode", "adapter_batch", "allow_double_guidance", "memory", "dtype", "attention", "device",
             "family")  # fmt: skip
 SECONDS = 0.7
+EARLIER = 12
+"""Pictures made earlier that are offered beside the form."""
 
 Form = dict[str, Any]
 """Widgets by field name."""
@@ -55,6 +60,12 @@ class Page:
     """Which distilled adapter the settings suit."""
 
     @property
+    def kept(self) -> list[Any]:
+        """What a reload brings back, see :func:`restore`."""
+        return [*(self.form[name] for name in NAMES), self.rack, self.new_seed, self.compare.on, self.compare.methods,
+                *self.where.inputs]  # fmt: skip
+
+    @property
     def outputs(self) -> list[gr.components.Component]:
         """Every setting: the fields in the order of :data:`NAMES`, the rack, whether each run gets a new seed, whether
         methods are compared, where adapters act."""
@@ -70,6 +81,9 @@ class Compare:
     methods: gr.CheckboxGroup
     one: gr.Column
     """What is asked of a single method."""
+
+    sweep: gr.Textbox
+    """What is varied, one setting per line."""
 
     @property
     def outputs(self) -> list[Any]:
@@ -147,7 +161,13 @@ def _method_settings(form: Form) -> Compare:
     )  # fmt: skip
     on.input(lambda chosen: [gr.update(visible=chosen), gr.update(visible=not chosen)], on, [many, one],
              show_progress="hidden", api_visibility="private")  # fmt: skip
-    return Compare(on, many, one)
+    with gr.Accordion("Sweep", open=False, elem_classes="as-more as-inside"):
+        sweep = gr.Textbox(
+            "", label="Vary", lines=2, max_lines=6, placeholder="fox=0:1.2:7\nseed=1,2,3", elem_id="sweep",
+            info="One picture for each combination, in a labelled grid. One setting per line: an adapter's weight "
+            "(seven values from 0 to 1.2 above), seed, steps, guidance, method or checkpoint. Empty = no sweep.",
+        )  # fmt: skip
+    return Compare(on, many, one, sweep)
 
 
 def _wire_where(page: Page) -> None:
@@ -297,6 +317,7 @@ def config_of(
     rows: Sequence[Row] | None,
     where: Sequence[Any] = (compose_regions.EVERYWHERE, []),
     compare: Sequence[str] = (),
+    sweep: str = "",
 ) -> ComposeConfig:
     """The job that a filled form asks for; raises :class:`InputError` for what cannot work.
 
@@ -305,6 +326,7 @@ def config_of(
         rows: the adapters.
         where: values of :attr:`Where.inputs`.
         compare: methods to make side by side instead of the form's one.
+        sweep: what to vary, one setting per line as in ``studio compose --sweep``.
     """
     config = schema_form.read_all(KNOWN, NAMES, values)
     config["adapters"] = rack.uses(rows, library.adapters())
@@ -313,6 +335,9 @@ def config_of(
     if compare:
         config["method"] = compare[0]
         parsed: ComposeConfig = CompareConfig.parse({**config, "methods": compare}, source="the form")
+    elif axes := [parse_axis(line) for line in sweep.splitlines() if line.strip()]:
+        parsed = SweepConfig.parse({**config, "axes": axes}, source="the sweep")
+        deque(parsed.combinations(), 0)  # tells now what cannot be made
     else:
         parsed = ComposeConfig.parse(config, source="the form")
     if not parsed.prompt.strip():
@@ -336,6 +361,10 @@ class _Result:
     reuse_seed: gr.Button
     download: gr.DownloadButton
     grid: gr.DownloadButton
+    mix: gr.Accordion
+    mix_name: gr.Textbox
+    save_mix: gr.Button
+    earlier: gr.HTML
     drop: gr.File
 
     @classmethod
@@ -351,16 +380,25 @@ class _Result:
             reuse = gr.Button("Reuse these settings", size="md", elem_id="reuse")
             reuse_seed = gr.Button("Reuse the seed", size="md")
             download = gr.DownloadButton("Download with recipe", size="md")
-            grid = gr.DownloadButton("Download side by side", size="md", visible=False, elem_id="download-grid")
+            grid = gr.DownloadButton("Download the grid", size="md", visible=False, elem_id="download-grid")
         recipe = gr.HTML("", elem_id="compose-recipe", apply_default_css=False)
-        with gr.Accordion("Settings from a picture made earlier", open=False, elem_classes="as-more"):
+        with gr.Accordion("Save this mix as one LoRA", open=False, visible=False, elem_classes="as-more",
+                          elem_id="mix") as mix:  # fmt: skip
+            mix_name = gr.Textbox(
+                "my mix", label="Name in the library", max_lines=1, elem_id="mix-name",
+                info="The adapters at these weights in one file, exactly: it draws the same at weight 1.",
+            )  # fmt: skip
+            save = gr.Button("Save to the library", size="md", elem_id="save-mix")
+        earlier = pick_list(elem_id="compose-earlier")
+        with gr.Accordion("Settings from a picture file", open=False, elem_classes="as-more"):
             drop = gr.File(label="Drop a PNG made by Adapter Studio", file_types=[".png", ".json"], height=110,
                            elem_id="recipe-drop")  # fmt: skip
-        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, grid, drop)
+        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, grid,
+                   mix, mix_name, save, earlier, drop)  # fmt: skip
 
     @property
     def followed(self) -> list[Any]:
-        return [self.job, self.shown, self.timer, self.panel, self.gallery, self.chosen, self.grid]
+        return [self.job, self.shown, self.timer, self.panel, self.gallery, self.chosen, self.grid, self.earlier]
 
 
 _EMPTY = markup.empty(
@@ -373,10 +411,12 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
     view = page.view
 
     @errors_shown
-    def start(new_seed: bool, rows: list[Row], many: bool, compared: list[str], *values: Any) -> Any:
+    def start(new_seed: bool, rows: list[Row], many: bool, compared: list[str], sweep: str, *values: Any) -> Any:
+        if many and sweep.strip():
+            raise InputError("Compare methods or sweep, not both: 'method=merge,switch' in the sweep compares methods.")
         if many and not compared:
             raise InputError("Choose at least one method to compare, or make a picture with one method.")
-        config = config_of(values[: len(NAMES)], rows, values[len(NAMES) :], compared if many else ())
+        config = config_of(values[: len(NAMES)], rows, values[len(NAMES) :], compared if many else (), sweep)
         if new_seed:
             config.seed = secrets.randbelow(2**31)
         job_id = jobs.submit(config.kind, config)
@@ -389,12 +429,13 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
             return follow(job_id, shown)
         except InputError:  # deleted meanwhile
             hidden = gr.update(visible=False)
-            return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, hidden]
+            return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, earlier(), hidden]
 
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     fields = [page.form[name] for name in NAMES]
     for begin in (generate.click, page.form["prompt"].submit):
-        begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, *fields, *page.where.inputs],
+        begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, page.compare.sweep, *fields,
+                      *page.where.inputs],
               [page.form["seed"], *view], **private)  # fmt: skip
         begin(None, None, None, js=_TO_RESULT)
     result.timer.tick(look, [result.job, result.shown], view, **private)
@@ -424,8 +465,18 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
         if changed else gr.skip(),
         (str(pictures[0]) if pictures else "") if changed and first else gr.skip(),
         gr.update(visible=bool(grid), value=grid or None),
+        earlier() if changed else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
     ]  # fmt: skip
+
+
+def earlier() -> str:
+    """The pictures made last, to pick from."""
+    found = gallery.pictures(limit=EARLIER)
+    if not found:
+        return ""
+    head = '<h3>Made earlier <a href="gallery" data-page-link="gallery">all pictures</a></h3>'
+    return f'<section class="as-earlier">{head}{picture_list.grid(found)}</section>'
 
 
 ahead = job_panel.ahead
@@ -451,16 +502,16 @@ def preview(job: Job) -> str | None:
 
 
 def made(job: Job) -> list[Path]:
-    """The pictures a job has made so far."""
+    """The pictures a job has made so far, without those that were deleted."""
     named = [Path(path) for path in (job.result or {}).get("images", ())]
-    return [path for path in named if path.is_file()] or sorted(
-        job.folder.glob("*/picture-*.png" if job.kind == "compare" else "picture-*.png"),
-        key=lambda path: path.stat().st_mtime,
-    )
+    return [path for path in named if path.is_file()] or gallery.files_of(job)
 
 
 def captioned(job: Job, pictures: Sequence[Path]) -> list[Any]:
-    """Pictures for a gallery; those of a comparison carry their method's name."""
+    """Pictures for a gallery; those of a comparison carry their method's name, those of a sweep their values."""
+    labels = (job.result or {}).get("labels") or {}
+    if job.kind == "sweep":
+        return [(str(path), labels.get(path.parent.name, "")) for path in pictures]
     if job.kind != "compare":
         return [str(path) for path in pictures]
     return [(str(path), _method_title(path.parent.name)) for path in pictures]
@@ -478,9 +529,11 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     @errors_shown
     def describe(path: str, job_id: str) -> Any:
         if not path:
-            return "", gr.update(visible=False), gr.skip(), compose_regions.result(None, "")
+            return "", gr.update(visible=False), gr.skip(), gr.update(visible=False), compose_regions.result(None, "")
         behind = compose_regions.result(jobs.get(job_id) if job_id else None, path)
-        return recipe_panel(recipe_png.read_recipe(path)), gr.update(visible=True), gr.update(value=path), behind
+        recipe = recipe_png.read_recipe(path)
+        mixed = recipe["config"].get("method") == save_mix.METHOD and len(recipe["config"].get("adapters") or ()) > 1
+        return recipe_panel(recipe), gr.update(visible=True), gr.update(value=path), gr.update(visible=mixed), behind
 
     @errors_shown
     def reuse(path: str) -> Any:
@@ -491,16 +544,51 @@ def _wire_recipes(page: Page, result: _Result) -> None:
         return recipe_png.read_recipe(path)["config"].get("seed", 0)
 
     @errors_shown
+    def save(path: str, name: str) -> Any:
+        made = save_mix.save_apart(recipes.replay(recipe_png.read_recipe(path)), name, preview=Path(path))
+        gr.Info(f"'{made}' is in the library now: one LoRA, to be used at weight 1.", title="Saved")
+        return gr.update(choices=adapter_choices())
+
+    @errors_shown
     def dropped(path: str | None) -> Any:
         return fill(recipe_png.read_recipe(path)) if path else gr.skip()
 
+    @errors_shown
+    def again(event: gr.EventData) -> Any:
+        picture = gallery.find(picked(event))
+        shown = gr.update(value=[str(picture.path)], visible=True, columns=1)
+        return [picture.job, gr.Timer(active=False), "", shown, str(picture.path)]
+
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    result.earlier.select(again, None, [result.job, result.timer, result.panel, result.gallery, result.chosen],
+                          **private)  # fmt: skip
     result.gallery.select(choose, result.job, result.chosen, **private)
-    result.chosen.change(describe, [result.chosen, result.job],
-                         [result.recipe, result.actions, result.download, page.where.canvas], **private)  # fmt: skip
+    described = [result.recipe, result.actions, result.download, result.mix, page.where.canvas]
+    result.chosen.change(describe, [result.chosen, result.job], described, **private)
     result.reuse.click(reuse, result.chosen, page.outputs, **private)
     result.reuse_seed.click(reuse_seed, result.chosen, page.form["seed"], **private)
+    result.save_mix.click(save, [result.chosen, result.mix_name], page.picker, **private)
     result.drop.upload(dropped, result.drop, page.outputs, **private)
+
+
+def restore(kept: Any) -> Any:
+    """Values of :attr:`Page.outputs` as the browser kept them; adapters that are not here any more are left out."""
+    values = remembered.values(kept, len(NAMES) + 4 + 2 + len(compose_regions.OPTIONS))
+    if values is None:
+        return gr.skip()
+    rows, new_seed, comparing, compared, mode, drawn, *options = values[len(NAMES) :]
+    known = {record.name for record in library.adapters() if not record.problem}
+    fields = dict(zip(NAMES, values, strict=False))
+    told, where, more = compose_regions.switch(mode)
+    method, many = _offer(mode, fields["method"])
+    fields["method"] = method
+    offered = [name for _, name in many["choices"]]
+    chosen = {**many, "visible": comparing, "value": [name for name in compared or () if name in offered]}
+    sides = [schema_form.read(KNOWN[name], fields[name]) for name in ("width", "height")]
+    frame = list(canvas_size.size(str(fields["base"]), *sides))
+    return [*fields.values(), [row for row in rows or () if row.get("name") in known], new_seed, comparing, chosen,
+            gr.update(visible=not comparing), mode, told, {**where, "value": drawn or [], "frame": frame}, more,
+            *options]  # fmt: skip
 
 
 def fill(recipe: Mapping[str, Any]) -> list[Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import yaml
 
 from studio import jobs
+from studio.composition import comparison, gallery
 from studio.jobs import Job
-from ui import markup
+from ui import markup, pictures
 from ui.components import job_panel
 from ui.components.pick_list import pick_list, picked
 from ui.errors import errors_shown
@@ -90,12 +92,12 @@ def show(chosen: str, which: str, shown: tuple[Any, ...]) -> Any:
     drawn = f'<div class="as-jobs">{drawn}</div>' if drawn else _nothing(which)
     drawn = "".join(markup.notice(text, "error") for text in jobs.trouble()) + drawn
     log = jobs.log(job.id, tail=200) if job else ""
-    pictures = pictures_of(job) if job else []
-    now = (drawn, job.status if job else "", log, job.id if job else "", pictures)
+    made = pictures_of(job) if job else []
+    now = (drawn, job.status if job else "", log, job.id if job else "", made)
     if now == tuple(shown):
         return gr.skip()
     same_pictures = bool(shown) and now[-2:] == tuple(shown)[-2:]
-    gallery = gr.skip() if same_pictures else gr.update(visible=bool(pictures), value=pictures)
+    gallery = gr.skip() if same_pictures else gr.update(visible=bool(made), value=made)
     return [drawn, job.id if job else "", now, *_detail(job), gallery, _log(log)]
 
 
@@ -119,12 +121,38 @@ def row(job: Job, chosen: bool) -> str:
     when = markup.ago(job.finished or job.started or job.created)
     kind = job_panel.KINDS.get(job.kind, job.kind)
     doing = job_panel.stage(job) if job.active else job_panel.timing(job)
+    small = " · ".join(filter(None, [when, doing, *how(job)]))
+    title = markup.text(job_panel.job_title(job))
     return (
         f'<button type="button" class="as-job-row{" chosen" if chosen else ""}" data-pick="{markup.text(job.id)}" '
-        f'aria-pressed="{str(chosen).lower()}"><span class="kind">{markup.text(kind)}</span><span class="body"><strong>'
-        f"{markup.text(job_panel.job_title(job))}</strong><small>{markup.text(' · '.join(filter(None, [when, doing])))}"
-        f"</small>{bar}</span>{job_panel.status_tag(job)}</button>"
+        f'aria-pressed="{str(chosen).lower()}">{_face(job)}<span class="kind">{markup.text(kind)}</span>'
+        f'<span class="body"><strong>{title}</strong><small>{markup.text(small)}</small>'
+        f"{bar}</span>{job_panel.status_tag(job)}</button>"
     )
+
+
+def how(job: Job) -> list[str]:
+    """Method and seed of a job that makes pictures, in words."""
+    if job.kind not in gallery.KINDS:
+        return []
+    methods = job.config.get("methods") or [job.config.get("method", "")]
+    return [", ".join(comparison.title(str(name)) for name in methods), f"seed {job.config.get('seed', 0)}"]
+
+
+def _face(job: Job) -> str:
+    """A small picture of what the job made, or an empty place."""
+    file = _first(job)
+    if file is None:
+        return '<span class="face" aria-hidden="true"></span>'
+    return f'<img class="face" alt="" loading="lazy" src="{markup.text(markup.file_url(pictures.thumbnail(file)))}">'
+
+
+def _first(job: Job) -> Path | None:
+    if job.kind in gallery.KINDS:
+        return next(iter(gallery.files_of(job)), None)
+    if job.kind in ("train-image", "distill"):
+        return max(job.folder.glob("samples/**/*.png"), key=lambda file: file.stat().st_mtime, default=None)
+    return None
 
 
 def _detail(job: Job | None) -> list[Any]:

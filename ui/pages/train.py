@@ -13,7 +13,7 @@ from studio import jobs
 from studio.training.presets import PRESETS
 from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
-from ui.components import caption_tools, method_help, schema_form, training_run
+from ui.components import caption_tools, method_help, remembered, schema_form, training_run
 from ui.components.training_run import add_to_library, follow, made, samples
 from ui.errors import errors_shown, say
 from ui.pages import compose, distill
@@ -45,6 +45,7 @@ class Page:
     """What other pages may fill."""
 
     form: Form
+    captions: gr.HTML
     job: gr.State
     try_it: gr.Button
     view: list[Any]
@@ -53,6 +54,11 @@ class Page:
     learning: gr.Row
     distilling: gr.Row
     distill: distill.Page
+
+    @property
+    def kept(self) -> list[Any]:
+        """What a reload brings back, see :func:`restore`."""
+        return [self.captions, *(self.form[name] for name in NAMES)]
 
     @property
     def switch(self) -> list[Any]:
@@ -73,11 +79,17 @@ def build() -> Page:
             result = training_run.Run.draw("train", _EMPTY)
     with gr.Row(elem_classes="as-page", visible=False) as distilling:
         distill_page = distill.build()
-    page = Page(form, result.job, result.try_it, result.view, way, learning, distilling, distill_page)
+    page = Page(form, captions, result.job, result.try_it, result.view, way, learning, distilling, distill_page)
     way.input(show_way, way, page.switch, show_progress="hidden", api_visibility="private")
     _wire_pictures(drop, captions)
     result.follow_job(start, _begin, [captions, *(form[name] for name in NAMES)])
     return page
+
+
+def restore(kept: Any) -> Any:
+    """The pictures and the form as the browser kept them; pictures that are not here any more are left out."""
+    values = remembered.values(kept, 1 + len(NAMES))
+    return [pictures.still_here(values[0]), *values[1:]] if values else gr.skip()
 
 
 def show_way(way: str) -> list[Any]:

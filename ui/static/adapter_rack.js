@@ -121,8 +121,19 @@ function drawRow(row, index) {
   const remove = make('button', { type: 'button', class: 'as-icon', 'aria-label': `Remove ${row.name}`, onclick: () => {
     rows.splice(index, 1); publish(); draw();
   } }, '×');
+  const move = (by, word, sign) => make('button', {
+    type: 'button', class: 'as-icon as-move', 'aria-label': `Move ${row.name} ${word}`, title: `Move ${word}`,
+    disabled: rows[index + by] ? null : '', onclick: () => {
+      [rows[index], rows[index + by]] = [rows[index + by], rows[index]];
+      publish();
+      draw();
+      const again = [...rack.querySelectorAll('.as-rack-row')][index + by].querySelectorAll('.as-move');
+      (again[by < 0 ? 0 : 1].disabled ? again[by < 0 ? 1 : 0] : again[by < 0 ? 0 : 1]).focus();
+    },
+  }, sign);
+  const order = rows.length > 1 ? [move(-1, 'up', '↑'), move(1, 'down', '↓')] : [];
   const title = make('div', { class: 'as-rack-title' }, make('strong', {}, row.name), make('span', {}, row.facts || ''));
-  const head = make('div', { class: 'as-rack-head' }, portrait(row), title, remove);
+  const head = make('div', { class: 'as-rack-head' }, portrait(row), title, ...order, remove);
   return make('li', { class: `as-rack-row tone-${tones[index % tones.length]}` },
     head, triggerChips(row), weightControl(row), scheduleControl(row), moreControl(row));
 }

@@ -34,6 +34,12 @@ element.addEventListener('click', (event) => {
   fold(false);
   button(link.dataset.page)?.click();
 });
+document.addEventListener('click', (event) => {  // a link on a page to another page
+  const link = event.target.closest('[data-page-link]');
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+  event.preventDefault();
+  button(link.dataset.pageLink)?.click();
+});
 element.addEventListener('keydown', (event) => { if (event.key === 'Escape') { fold(false); open.focus(); } });
 window.addEventListener('popstate', () => {
   const link = links.find((other) => pathOf(other) === location.pathname) || links[0];

@@ -28,7 +28,30 @@ const clamp = (value, low, high) => Math.min(high, Math.max(low, Number.isFinite
 const penOf = (paint) => paint.getContext('2d', { willReadFrequently: true });
 const round = (value) => Math.round(value * 1000) / 1000;
 const percent = (value) => Math.round(value * 1000) / 10;
-const publish = () => { props.value = regions.map((region) => ({ ...region })); };
+const MOST_STEPS = 60;
+let past = [];  // what can be undone, the latest last; what publish() left last is 'present'
+let future = [];
+let present = '[]';
+const publish = () => {
+  props.value = regions.map((region) => ({ ...region }));
+  const now = JSON.stringify(props.value);
+  if (now === present) return;
+  past = [...past.slice(-MOST_STEPS), present];
+  future = [];
+  present = now;
+  drawUndo();
+};
+function step(from, to) {
+  if (!from.length) return;
+  to.push(present);
+  present = from.pop();
+  regions = JSON.parse(present);
+  selected = Math.min(selected, regions.length - 1);
+  props.value = regions.map((region) => ({ ...region }));
+  draw();
+}
+const undo = () => step(past, future);
+const redo = () => step(future, past);
 const frame = () => { const [width, height] = props.frame || [1, 1]; return { width, height, ratio: width / height }; };
 const toneOf = (region) => {
   const place = offered.findIndex((adapter) => region.adapters.includes(adapter.name));
@@ -428,8 +451,27 @@ function drawTools() {
   const clear = regions.length ? make('button', { type: 'button', class: 'as-quiet', onclick: () => {
     regions = []; selected = -1; publish(); draw();
   } }, 'Clear') : make('button', { type: 'button', class: 'as-quiet', id: 'side-by-side', onclick: sideBySide }, 'Side by side');
-  tools.replaceChildren(...[kinds, tool === 'box' ? '' : size, clear, behind].filter(Boolean));
+  const back = make('span', { class: 'as-tools-kinds' },
+    make('button', { type: 'button', id: 'regions-undo', title: 'Undo (Ctrl + Z)', 'aria-label': 'Undo', onclick: undo }, '↶'),
+    make('button', { type: 'button', id: 'regions-redo', title: 'Redo (Ctrl + Shift + Z)', 'aria-label': 'Redo', onclick: redo }, '↷'));
+  tools.replaceChildren(...[kinds, tool === 'box' ? '' : size, back, clear, behind].filter(Boolean));
+  drawUndo();
 }
+
+function drawUndo() {
+  for (const [id, steps] of [['regions-undo', past], ['regions-redo', future]]) {
+    const button = root.querySelector(`#${id}`);
+    if (button) button.disabled = !steps.length;
+  }
+}
+
+root.addEventListener('keydown', (event) => {
+  if (!(event.ctrlKey || event.metaKey) || event.target.matches('input, textarea')) return;
+  const key = event.key.toLowerCase();
+  if (key !== 'z' && key !== 'y') return;
+  event.preventDefault();
+  if (key === 'y' || event.shiftKey) redo(); else undo();
+});
 
 function drawCard(region, index) {
   const line = (label, field) => make('label', { class: 'as-region-line' }, make('span', {}, label), field);
@@ -526,6 +568,8 @@ function draw() {
 
 function take() {
   regions = (props.value || []).map((region) => ({ ...blank(), ...region }));
+  const now = JSON.stringify(regions);
+  if (now !== present) { past = [...past.slice(-MOST_STEPS), present]; future = []; present = now; }
   selected = Math.min(selected, regions.length - 1);
   draw();
 }

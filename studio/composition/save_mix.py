@@ -1,0 +1,96 @@
+"""What Compose shows with the method "merge", saved as one LoRA that draws the same at weight 1.
+
+The sum of the adapters at their weights (also those in the text encoders and the factors per block) is exact:
+:mod:`adapters.merging.concatenate`. What is no sum of weights cannot be saved so, and is refused with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapters.errors import InputError
+from studio.composition.schema import AdapterUse, ComposeConfig
+
+if TYPE_CHECKING:
+    from adapters.formats import LoraFile
+
+METHOD = "merge"
+
+
+def check(config: ComposeConfig) -> None:
+    """Raise :class:`InputError` unless the composition is one sum of its adapters at every step."""
+    if not config.adapters:
+        raise InputError("There is no adapter to save: choose some and make a picture first.")
+    if config.method != METHOD:
+        raise InputError("Only what Merge shows is one LoRA: make the picture with the method Merge, then save it.")
+    for use in config.adapters:
+        if any(strength != 1 for _, strength in use.schedule):
+            raise InputError(
+                f"'{use.name or use.path}' is at work in a part of the steps only; a LoRA always is: let it act in all."
+            )
+
+
+def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Path | None = None) -> str:
+    """Write the mix into the library; returns the name it has there.
+
+    Args:
+        config: a composition by ``merge``, with paths as they are on this machine.
+        name: what to call it; a number is added when it is taken.
+        rank: cut the result to this rank; None = exact (the ranks add up).
+        preview: a picture of it.
+
+    Raises:
+        InputError: it is no sum (see :func:`check`; DoRA adapters are none either), or an adapter is missing.
+    """
+    from adapters import formats
+    from studio import library
+    from studio.adapter_files import merging
+    from studio.adapter_files.fit_to_base import fitted
+    from studio.library import adopt, edit
+
+    check(config)
+    read = [formats.read(library.resolve_adapter(use.path)) for use in config.adapters]
+    laid = fitted(read, config.base)
+    weights = [_weights(use, file) for use, file in zip(config.adapters, laid, strict=True)]
+    factors = [_factors(use, file) for use, file in zip(config.adapters, laid, strict=True)]
+    merged = merging.merge(merging.DEFAULT, laid, weights, rank, factors=factors).file
+    triggers = list(dict.fromkeys(word for use in config.adapters if use.weight for word in use.triggers))
+    record = {"job": "mix", "triggers": triggers, "config": {"base": config.base}}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "mix.safetensors"
+        formats.write_diffusers(merged, file, {**merged.metadata, "adapter-studio": json.dumps(record)})
+        made = edit.import_adapter(file, adopt.free_name(name.strip() or "mix"))
+    if preview is not None:
+        edit.set_preview(made, preview)
+    return made.name
+
+
+def save_apart(config: ComposeConfig, name: str, rank: int | None = None, preview: Path | None = None) -> str:
+    """:func:`save` in a process of its own, so that the one that serves pages never loads torch."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    check(config)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(save, config, name, rank, preview).result()
+
+
+def _weights(use: AdapterUse, file: LoraFile) -> dict[str, float]:
+    """Strength per component: the text encoders may have one of their own."""
+    text = use.weight if use.te_weight is None else use.te_weight
+    return {part: text if part.startswith("text_encoder") else use.weight for part in file.parts}
+
+
+def _factors(use: AdapterUse, file: LoraFile) -> dict[str, float]:
+    """Factor per layer, of the blocks that have one."""
+    from pipelines.diffusion import checks
+
+    if not use.blocks:
+        return {}
+    denoiser = next((part for part in file.parts if not part.startswith("text_encoder")), "unet")
+    blocks = checks.check_blocks(use.blocks, file.parts, denoiser)
+    full = [f"{component}.{module}" for component, module, _ in file.layers()]
+    return {name: checks.block_factor(name, blocks) for name in full}

@@ -1,0 +1,92 @@
+"""The sweep: pictures over the values of one or several settings, in one labelled grid.
+
+Every picture is made by itself, on one loaded model, so that its recipe repeats it to the bit; a batch would not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters import files
+from adapters.errors import Cancelled, InputError, StudioError
+from adapters.progress import Monitor, check, part
+from studio.composition import job as compose
+from studio.composition.sweep_schema import SweepConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger("studio.composition.sweep")
+
+GRID = "sweep.png"
+CELL, LEFT, TOP, GAP = 192, 150, 34, 6
+"""Smallest side of a cell, room for the labels, and the distance between cells, in pixels."""
+
+
+def run(config: SweepConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
+    """Make one picture per combination in ``folder/NNN`` (each with its recipe), and ``sweep.png`` with all of them.
+
+    A combination that cannot be made is left out, and its reason is in ``result["skipped"]``.
+
+    Raises:
+        adapters.errors.InputError: none can be made.
+        adapters.errors.Cancelled: ``monitor`` said so; pictures that are finished are kept.
+    """
+    begun = time.monotonic()
+    wanted = list(config.combinations())
+    made: dict[tuple[str, ...], Path] = {}
+    skipped: dict[str, str] = {}
+    for number, (labels, one) in enumerate(wanted):
+        check(monitor)
+        place = folder / f"{number:03d}"
+        place.mkdir(parents=True, exist_ok=True)
+        title = ", ".join(labels)
+        try:
+            result = compose.run(one, place, part(monitor, number, len(wanted), title))
+        except Cancelled:
+            raise
+        except StudioError as error:
+            logger.warning("%s left out: %s", title, error)
+            skipped[title] = str(error)
+            continue
+        made[labels] = Path(result["images"][0])
+    if not made:
+        raise InputError("None of the pictures can be made. " + next(iter(skipped.values())))
+    drawn = grid([labels for labels, _ in wanted], made, len(config.axes[-1].values))
+    files.write(folder / GRID, lambda part: drawn.save(part, format="PNG"), sync=False)
+    return {
+        "images": [str(path) for path in made.values()],
+        "labels": {path.parent.name: ", ".join(labels) for labels, path in made.items()},
+        "skipped": skipped,
+        "grid": str(folder / GRID),
+        "base": config.base,
+        "seconds": round(time.monotonic() - begun, 3),
+    }
+
+
+def grid(wanted: list[tuple[str, ...]], made: dict[tuple[str, ...], Path], columns: int) -> Image.Image:
+    """The pictures in rows of ``columns``, labelled at the top (last axis) and at the left (the others)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    with Image.open(next(iter(made.values()))) as first:
+        size = first.size
+    zoom = max(1, math.ceil(CELL / max(size)))
+    width, height = (side * zoom for side in size)
+    rows, left = len(wanted) // columns, LEFT if len(wanted[0]) > 1 else GAP
+    sheet = Image.new("RGB", (left + columns * (width + GAP), TOP + rows * (height + GAP)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for number, labels in enumerate(wanted):
+        row, column = divmod(number, columns)
+        x, y = left + column * (width + GAP), TOP + row * (height + GAP)
+        if row == 0:
+            pen.text((x + width / 2, TOP / 2), labels[-1], fill="black", font=font, anchor="mm")
+        if column == 0 and len(labels) > 1:
+            pen.multiline_text((GAP, y + height / 2), "\n".join(labels[:-1]), fill="black", font=font, anchor="lm")
+        if labels in made:
+            with Image.open(made[labels]) as picture:
+                sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
+    return sheet

@@ -1,0 +1,92 @@
+"""Sweeps: what is written becomes one picture per combination, and their grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from adapters.errors import InputError
+from adapters.progress import Silent
+from studio.composition import recipe_png, sweep
+from studio.composition.schema import ComposeConfig
+from studio.composition.sweep_schema import SweepConfig, parse_axis
+
+
+def config(*axes: str, **values: Any) -> SweepConfig:
+    adapters = [{"name": "fox", "path": "fox"}]
+    given = {"prompt": "a fox", "adapters": adapters, "axes": [parse_axis(axis) for axis in axes], **values}
+    return SweepConfig.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "values"),
+    [
+        ("fox=0:1.2:7", "fox", [0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2]),
+        ("fox=1:0:3", "fox", [1, 0.5, 0]),
+        ("seed=1,2,3", "seed", [1, 2, 3]),
+        ("cfg = 2, 4.5", "guidance_scale", [2, 4.5]),
+        ("method=merge,switch", "method", ["merge", "switch"]),
+        ("checkpoint=C:/a.safetensors,b", "checkpoint", ["C:/a.safetensors", "b"]),
+    ],
+)
+def test_axes_are_read(text: str, name: str, values: list[Any]) -> None:
+    assert parse_axis(text) == {"name": name, "values": values}
+
+
+@pytest.mark.parametrize("text", ["fox", "fox=", "=1", "seed=1.5", "fox=a,b", "fox=nan", "fox=0:1:0", "fox=0:1:9999"])
+def test_what_is_no_axis_is_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_axis(text)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        (["wolf=0,1"], "'wolf' cannot be swept"),
+        (["seed=1", "seed=2"], "swept twice"),
+        (["seed=0:254:255", "steps=1,2"], "510 pictures"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(axes: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        config(*axes)
+
+
+def test_every_combination_has_its_values() -> None:
+    made = list(config("fox=0,1", "seed=1,2", images=4).combinations())
+    assert [labels for labels, _ in made] == [(f"fox {w}", f"seed {s}") for w in (0, 1) for s in (1, 2)]
+    assert [(one.adapters[0].weight, one.seed, one.images) for _, one in made] == [
+        (0, 1, 1),
+        (0, 2, 1),
+        (1, 1, 1),
+        (1, 2, 1),
+    ]
+    (_, other), *_ = config("checkpoint=step-100").combinations()
+    assert (other.adapters[0].path, other.adapters[0].name) == ("step-100", "fox")
+
+
+def test_the_grid_has_every_picture_at_its_place_and_names_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(one: ComposeConfig, folder: Path, monitor: Any) -> dict[str, Any]:
+        if one.seed == 2 and one.adapters[0].weight == 1:
+            raise InputError("not this one")
+        colour = (int(200 * one.adapters[0].weight), 100 * one.seed, 0)
+        path = recipe_png.save_png(Image.new("RGB", (64, 32), colour), folder / "picture-0.png", {"config": {}})
+        return {"images": [str(path)]}
+
+    monkeypatch.setattr("studio.composition.job.run", draw)
+    result = sweep.run(config("fox=0,1", "seed=1,2"), tmp_path, Silent())
+    assert result["labels"] == {"000": "fox 0, seed 1", "001": "fox 0, seed 2", "002": "fox 1, seed 1"}
+    assert result["skipped"] == {"fox 1, seed 2": "not this one"}
+    with Image.open(result["grid"]) as sheet:
+        width, height = 192, 96
+        middle = [
+            sheet.getpixel((sweep.LEFT + x * (width + sweep.GAP) + 96, sweep.TOP + y * (height + sweep.GAP) + 48))
+            for y in (0, 1)
+            for x in (0, 1)
+        ]
+    assert middle == [(0, 100, 0), (0, 200, 0), (200, 100, 0), (255, 255, 255)]
