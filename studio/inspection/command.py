@@ -39,7 +39,7 @@ def intruders(
         bool,
         typer.Option("--files", help="Read the weights from .safetensors files or folders without building the model."),
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw every layer into this .png file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Plot every layer in this .png file.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -108,7 +108,7 @@ def forgetting(
     ],
     new: Annotated[str, typer.Option("--new", help="What the adapter learnt, in the same form.")] = "",
     strengths: Annotated[
-        list[float] | None, typer.Option("--lambda", help="Also with intruders scaled so; may be given several times.")
+        list[float] | None, typer.Option("--lambda", help="Also measure at this factor; repeatable.")
     ] = None,
     k: K = 10,
     eps: Eps = 0.5,

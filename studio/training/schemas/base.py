@@ -23,7 +23,7 @@ GROUPS = (
     "",
     "Model",
     "Guidance",
-    "What it practises on",
+    "What it trains on",
     "Few steps",
     "Method",
     "Data",

@@ -21,8 +21,8 @@ GuidanceMode = Literal["fixed", "strength", "embedding"]
 
 _GUIDANCE = option("Guidance")
 _GUIDANCE_MORE = option("Guidance", advanced=True)
-_STATES = option("What it practises on")
-_STATES_MORE = option("What it practises on", advanced=True)
+_STATES = option("What it trains on")
+_STATES_MORE = option("What it trains on", advanced=True)
 _STEPS = option("Few steps")
 _STEPS_MORE = option("Few steps", advanced=True)
 
@@ -90,7 +90,7 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
         False, description="Also distil a base that is distilled already.", json_schema_extra=_GUIDANCE_MORE
     )
 
-    # ---------------------------------------------------------------- What it practises on
+    # ---------------------------------------------------------------- What it trains on
     states: Literal["data", "trajectories"] = Field(
         "trajectories",
         description="trajectories: states the guided teacher passes while it draws prompts (no pictures needed); "

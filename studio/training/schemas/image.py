@@ -225,7 +225,7 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
         0.0, ge=0, description="Shared noise per channel; helps very dark and bright pictures.", json_schema_extra=_LOSS
     )
     noise_offset_random: bool = Field(
-        False, description="Draw the offset's strength anew for each picture.", json_schema_extra=_LOSS_MORE
+        False, description="Draw a new offset strength for each picture.", json_schema_extra=_LOSS_MORE
     )
     input_perturbation: float = Field(
         0.0, ge=0, description="Extra noise on the noisy input only.", json_schema_extra=_LOSS_MORE
