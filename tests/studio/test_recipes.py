@@ -53,8 +53,8 @@ def odd_pictures(folder: Path) -> dict[str, str]:
     (folder / "list.json").write_text("[]")
     (folder / "half.json").write_text("{")
     return {
-        "plain.png": "carries no recipe",
-        "plain.jpg": "carries no recipe",
+        "plain.png": "has no recipe",
+        "plain.jpg": "has no recipe",
         "text.png": "no readable picture",
         "list.json": "damaged: it has no 'config'",
         "half.json": "damaged: it is not JSON",
