@@ -138,7 +138,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         composer.load_lora(path, "again")
     flux, file = MultiLoRAPipeline(tiny.flux()), read(path)
     with pytest.raises(FamilyError, match="needs none"):
-        flux._check_words(file, "toy")
+        flux.rack._check_words(file, "toy")
     save_file({"bundle_emb.toy.emb_params": torch.ones(1, 16)}, tmp_path / "b.safetensors")
     with pytest.raises(InputError, match="no adapter but an embedding"):
         read(tmp_path / "b.safetensors")

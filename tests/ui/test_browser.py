@@ -132,7 +132,7 @@ def test_train_five_steps_see_it_in_jobs_and_try_it(tab: Tab, tmp_path: Path) ->
     page.click("#train-start")
     page.wait_for_selector("text=There are no pictures yet")
     page.set_input_files("#train-drop input[type=file]", [*files, str(caption), str(broken)])
-    page.wait_for_selector("text='broken.png' cannot be read as a picture.")
+    page.wait_for_selector("text='broken.png' cannot be read as a picture")
     assert page.locator(".as-caption").count() == 2
     assert page.input_value(".as-caption:has-text('photo-1') textarea") == "a zxq on a table"
     page.fill(".as-caption:has-text('photo-0') textarea", "a zxq in the sun")
