@@ -169,7 +169,7 @@ def test_only_one_worker_serves_a_queue():
         worker.ensure("cpu")
     until(lambda: worker.running("cpu"))
     assert len(worker.running("cpu")) == 1
-    with pytest.raises(InputError, match="runs already"):
+    with pytest.raises(InputError, match="is already running"):
         worker.serve("cpu")
 
 
