@@ -157,7 +157,7 @@ SLOTS: tuple[Slot, ...] = (
         stage="learn",
         off="none",
         help="Train at slightly disturbed weights, for flatter and smoother learning.",
-        options=(Option("perturb_every", 1, ge=1, help="Disturb every so many steps."),),
+        options=(Option("perturb_every", 1, ge=1, help="Number of steps between disturbances."),),
         refused=(
             Rule("use_dora", "disturbed weights are not defined for DoRA layers: switch use_dora or perturb off"),
         ),

@@ -20,7 +20,7 @@ def sentence(error: BaseException) -> str:
         return f"'{error.filename}' does not exist."
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return (
-            "The memory did not suffice: choose a smaller size or batch, "
+            "Out of memory: choose a smaller size or batch, "
             "adapter_batch 1 for composite, or the memory preset 'low'."
         )
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

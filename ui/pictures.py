@@ -105,11 +105,11 @@ def keep(items: Sequence[Mapping[str, Any]], name: str) -> Path:
 
 
 def uploaded(item_id: str) -> Path:
-    """The dropped file with this id; raises :class:`InputError` for anything outside the uploads folder."""
+    """The uploaded file with this id; raises :class:`InputError` for anything outside the uploads folder."""
     root = uploads().resolve()
     path = (root / item_id).resolve()
     if not path.is_relative_to(root) or not path.is_file() or not is_picture(path):
-        raise InputError("A picture is no longer there: drop it again.")
+        raise InputError("A picture is missing: upload it again.")
     return path
 
 

@@ -315,12 +315,12 @@ class StartPlugin(Plugin):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state.get("init") != self.start.name:
             raise InputError(
-                f"The checkpoint was not started with '{self.start.name}': its frozen matrices are missing; start anew."
+                f"The checkpoint was not started with '{self.start.name}' (no frozen matrices): start a new run."
             )
         sets = self.start.training.sets
         for name, layer in self.layers.items() if sets in ("offset", "core") else ():
             if name not in state["frozen"]:
-                raise InputError(f"The checkpoint has no start of the layer '{name}': start anew.")
+                raise InputError(f"The checkpoint has no start of the layer '{name}': start a new run.")
             first, second = state["frozen"][name]
             if sets == "offset":
                 set_offset_buffers(layer, first, second, self.adapter)

@@ -52,7 +52,7 @@ METHOD = Method(
                 "intruders_every",
                 0,
                 ge=0,
-                help="Count intruder dimensions every so many steps and log them; 0 = never.",
+                help="Count intruder dimensions every N steps and log them; 0 = never.",
             ),
         ),
         refused=(

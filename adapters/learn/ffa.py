@@ -83,5 +83,5 @@ class FreezePlugin(Plugin):
         with torch.no_grad():
             for name, layer in self.layers.items():
                 if name not in state:
-                    raise InputError(f"The checkpoint has no frozen A of the layer '{name}': start anew.")
+                    raise InputError(f"The checkpoint has no frozen A of the layer '{name}': start a new run.")
                 pair(layer, self.adapter)[0].copy_(state[name])

@@ -279,7 +279,7 @@ def _frames(taken: video.Frames, folder: Path | None, options: tuple[int, int, b
 def _enough(photos: Sequence[Photo]) -> None:
     different = len({photo.sha256 for photo in photos})
     if different < 3:
-        raise InputError(f"Calibrating needs three pictures or more of a scene that differ, got {different}.")
+        raise InputError(f"Calibration needs at least three different pictures of a scene, got {different}.")
 
 
 def _repeated(photos: Sequence[Photo]) -> list[str]:

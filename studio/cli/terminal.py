@@ -12,7 +12,7 @@ from typing import Any, Self
 from adapters.progress import Progress
 from studio.printable import printable
 
-STOPPING = "Stopping at the next safe place (Ctrl-C again stops at once) ..."
+STOPPING = "Stopping at the next safe point (Ctrl-C again stops at once) ..."
 
 _LINE_EVERY = 10.0  # seconds between plain lines of one stage
 

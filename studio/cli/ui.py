@@ -29,7 +29,7 @@ def ui(
     share: Annotated[
         bool, typer.Option("--share", help="Also a public link through Gradio's server (needs a password).")
     ] = False,
-    max_upload: Annotated[str, typer.Option("--max-upload", help="Largest file that may be dropped.")] = "200mb",
+    max_upload: Annotated[str, typer.Option("--max-upload", help="Largest file that may be uploaded.")] = "200mb",
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser window.")] = False,
     allow_host: Annotated[
         list[str] | None,

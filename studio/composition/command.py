@@ -36,7 +36,7 @@ def compose(
         list[str] | None,
         typer.Option(
             "--lora", "-l", metavar=f"{lora_option.FORM}[#PLACE]",
-            help="An adapter with its strength, the part of the steps it is at work and its place (as for --region); "
+            help="An adapter with its strength, its part of the steps and its place (as for --region); "
             "give it several times.",
             rich_help_panel="Adapters",
         ),
@@ -79,7 +79,7 @@ def compose(
                                   rich_help_panel="Output"),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", "--dry-run", help="Say what would be done, make nothing.",
+        bool, typer.Option("--plan", "--dry-run", help="Show what would be done without doing it.",
                            rich_help_panel="Output"),
     ] = False,
     detach: launch.Detach = False,

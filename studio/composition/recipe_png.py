@@ -91,6 +91,6 @@ def _png_text(file: Path) -> str:
         raise InputError(f"'{file}' is no readable picture.") from None
     if not isinstance(text, str):
         raise InputError(
-            f"'{file}' carries no recipe: only PNG files made by Adapter Studio do, unless they were saved anew since."
+            f"'{file}' has no recipe: only PNG files as Adapter Studio wrote them do (other programs drop it)."
         )
     return text

@@ -126,13 +126,13 @@ class RegionFields(BaseModel):
         json_schema_extra=_REGIONS,
     )
     gaussian: bool = Field(
-        True, description="refine: pull subjects to the middle of their region.", json_schema_extra=_REGIONS_MORE
+        True, description="refine: pull subjects towards the centre of their region.", json_schema_extra=_REGIONS_MORE
     )
     fill_loss: bool = Field(
         True, description="refine: make subjects fill their region.", json_schema_extra=_REGIONS_MORE
     )
     region_loss: bool = Field(
-        True, description="refine: keep regions from looking outside.", json_schema_extra=_REGIONS_MORE
+        True, description="refine: keep attention of a region inside it.", json_schema_extra=_REGIONS_MORE
     )
     refine_rate: float = Field(
         20.0, gt=0, allow_inf_nan=False, description="refine: step size on the latents.",

@@ -49,7 +49,7 @@ class ModelChoice(JobConfig):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
     attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="Attention backend.")
     memory: Literal["none", "balanced", "low"] = Field(
-        "none", description="Memory preset: offloading and tiling traded against time."
+        "none", description="Memory preset: less memory for more time (offloading, tiling)."
     )
 
 
@@ -62,12 +62,12 @@ class ComposeConfig(RegionFields, ModelChoice):
     negative_prompt: str = Field("", description="What to avoid.")
     adapters: list[AdapterUse] = Field(default_factory=list, description="Adapters to combine, in order.")
     method: str = Field("merge", description="How the adapters are combined (see: studio methods).")
-    tau: int = Field(1, ge=1, description="switch: steps an adapter keeps the pen.")
+    tau: int = Field(1, ge=1, description="switch: steps per turn of an adapter.")
     te_mode: Literal["auto", "per_adapter", "official", "merged"] = Field(
-        "auto", description="Text encoder LoRAs: one encoding per adapter, the paper code's way, or all at once."
+        "auto", description="Text encoder LoRAs: one encoding per adapter, as in the paper's program, or all at once."
     )
     adapter_batch: int | None = Field(
-        None, ge=1, description="composite: adapters denoised together; smaller uses less memory. Empty = all."
+        None, ge=1, description="composite: adapters denoised at once; fewer need less memory. Empty = all."
     )
     steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
     guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 switches it off.")

@@ -32,7 +32,7 @@ def chat(
     compare: Annotated[
         bool, typer.Option("--compare", help="Let the base and each adapter answer by themselves.")
     ] = False,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and end.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and exit.")] = None,
     system: Annotated[str, typer.Option("--system", help="System message.")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from adapters.inspection.intruders import Report
 
 Base = Annotated[str, typer.Option("--base", help="The untouched base model: name in the library, folder or hub id.")]
-K = Annotated[int, typer.Option("--k", min=1, help="How many of the largest directions are looked at.")]
-Eps = Annotated[float, typer.Option("--eps", help="A direction less like all of the base's than this is an intruder.")]
+K = Annotated[int, typer.Option("--k", min=1, help="How many of the largest singular directions are compared.")]
+Eps = Annotated[float, typer.Option("--eps", help="An intruder's cosines with the base's directions are below this.")]
 Adapter = Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")]
 
 group = typer.Typer(help="What training did to the weights: intruder dimensions, forgetting.", no_args_is_help=True)
@@ -39,7 +39,7 @@ def intruders(
         bool,
         typer.Option("--files", help="Read the weights from .safetensors files or folders without building the model."),
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw every layer into this .png file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Plot every layer in this .png file.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -108,7 +108,7 @@ def forgetting(
     ],
     new: Annotated[str, typer.Option("--new", help="What the adapter learnt, in the same form.")] = "",
     strengths: Annotated[
-        list[float] | None, typer.Option("--lambda", help="Also with intruders scaled so; may be given several times.")
+        list[float] | None, typer.Option("--lambda", help="Also measure at this factor; repeatable.")
     ] = None,
     k: K = 10,
     eps: Eps = 0.5,

@@ -26,7 +26,7 @@ def doctor(
     ],
     prompt: Annotated[str, typer.Option("--prompt", help="What is to be drawn: looks for the trigger words.")] = "",
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the overlaps into this .png file.", rich_help_panel="Output")
+        Path | None, typer.Option("--plot", help="Plot the overlaps in this .png file.", rich_help_panel="Output")
     ] = None,
     base: Annotated[str, typer.Option("--base", help="Base model that resolves module names.")] = "",
     json: Json = False,

@@ -223,10 +223,10 @@ def measure(base: Base, data: str) -> Callable[[], float]:
     path = Path(data).expanduser()
     if base.tokenizer is not None:
         if not path.is_file():
-            raise InputError(f"A language model's loss is measured on a text file; '{data}' is none.")
+            raise InputError(f"A language model's loss is measured on a text file; '{data}' is not one.")
         return _text_loss(base, path)
     if not path.is_dir():
-        raise InputError(f"An image model's loss is measured on a folder of pictures; '{data}' is none.")
+        raise InputError(f"An image model's loss is measured on a folder of pictures; '{data}' is not one.")
     return _picture_loss(base, path)
 
 

@@ -25,12 +25,12 @@ class IntruderFields(JobConfig):
 
     adapter: str = Field(min_length=1, description="Name in the library, file or PEFT folder.")
     base: str = Field(min_length=1, description="The untouched base model: name in the library, folder or hub id.")
-    k: int = Field(10, ge=1, description="How many of the largest directions are looked at.")
-    eps: float = Field(0.5, gt=0, le=1, description="A direction less like all of the base's than this is an intruder.")
+    k: int = Field(10, ge=1, description="How many of the largest singular directions are compared.")
+    eps: float = Field(0.5, gt=0, le=1, description="An intruder's cosines with the base's directions are below this.")
 
 
 class ForgettingConfig(IntruderFields):
-    """Losses at every lambda, with the whole update shrunk as much beside them."""
+    """Losses at every lambda, beside those of an update shrunk to the same size."""
 
     kind: ClassVar[str] = "forgetting"
 

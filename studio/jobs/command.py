@@ -133,11 +133,11 @@ def cancel(ids: Ids, json: Json = False, quiet: Quiet = False) -> None:
 @group.command()
 def resume(
     ids: Ids,
-    here: Annotated[bool, typer.Option("--here", help="Do it in this terminal instead of the worker.")] = False,
+    here: Annotated[bool, typer.Option("--here", help="Run it in this terminal instead of the worker.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with interrupted, cancelled or failed jobs: training from its checkpoint, others from the start."""
+    """Resume interrupted, cancelled or failed jobs: training from its checkpoint, others from the start."""
     from studio import jobs
     from studio.training.commands import launch
 

@@ -175,7 +175,7 @@ def delete(job_id: str) -> None:
     """Remove an ended (or waiting) job and its folder; raises :class:`InputError` while it is at work."""
     job = get(job_id)
     if job.status in ("running", "cancelling"):
-        raise InputError(f"Job {job.id} is at work: cancel it first.")
+        raise InputError(f"Job {job.id} is running: cancel it first.")
     store.forget(job.id)
     shutil.rmtree(job.folder, ignore_errors=True)
 

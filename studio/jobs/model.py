@@ -66,7 +66,7 @@ class Job:
 
     @property
     def active(self) -> bool:
-        """Waiting or at work."""
+        """Waiting or running."""
         return self.status in ACTIVE
 
     @property

@@ -110,7 +110,7 @@ def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> bool:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"A worker for the queue '{name}' runs already on this machine.") from None
+        raise InputError(f"A worker for the queue '{name}' is already running on this machine.") from None
     me = process.identity()
     store.add_worker(**me, queue=name)
     carrier = queue.connect(name)
@@ -141,7 +141,7 @@ def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> bool:
 
 def renew() -> None:
     """Run this process's command again in its place, with the code that is on disk now; does not return."""
-    logger.warning("the package was updated: starting anew")
+    logger.warning("the package was updated: restarting")
     logging.shutdown()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -19,7 +19,7 @@ def worker(
         str, typer.Option("--queue", help="default, or the device whose jobs are done (cpu, cuda:1 ...).")
     ] = "default",
     idle_minutes: Annotated[float, typer.Option("--idle-minutes", help="End when idle for so long; 0 = never.")] = 0.0,
-    list_: Annotated[bool, typer.Option("--list", help="Show the workers that run, and end.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Show the running workers and exit.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -40,6 +40,6 @@ def worker(
 
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
         logging.getLogger("studio").setLevel(logging.INFO)
-    output.note(f"Working on the queue '{queue}'; Ctrl-C ends after the job's next safe place.")
+    output.note(f"Working on the queue '{queue}'; Ctrl-C stops it at the job's next safe point.")
     if process.serve(queue, idle_minutes):
         process.renew()

@@ -96,7 +96,7 @@ def delete(name: Name, base: Bases = False, json: Json = False, quiet: Quiet = F
 def restore(
     name: Annotated[str, typer.Argument(help="Name, or id in the trash.")], json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Bring something back from the trash."""
+    """Restore something from the trash."""
     from studio import library
 
     record = library.restore(name)
@@ -105,7 +105,7 @@ def restore(
 
 @group.command()
 def trash(
-    empty: Annotated[bool, typer.Option("--empty", help="Delete for good what is in it.")] = False,
+    empty: Annotated[bool, typer.Option("--empty", help="Delete its contents permanently.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -115,7 +115,7 @@ def trash(
     output = Output(json, quiet)
     if empty:
         number = library.empty_trash()
-        output.result({"deleted": number}, f"Deleted {number} thing(s) for good.")
+        output.result({"deleted": number}, f"Deleted {number} item(s) permanently.")
         return
     found = library.trashed()
     output.result(

@@ -128,7 +128,7 @@ def _scenes(given: list[Path]) -> dict[str, list[str]]:
     names = [folder.resolve().name for folder in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"Two folders are named '{twice}': scenes go by their folder's name, so rename one.")
+        raise InputError(f"Two folders are named '{twice}': scenes are named after their folder, so rename one.")
     return {name: pictures_in(folder) for name, folder in zip(names, folders, strict=True)}
 
 

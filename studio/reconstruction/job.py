@@ -132,7 +132,7 @@ def _check(config: ReconstructConfig) -> None:
         raise InputError("There are no pictures: give three or more of one scene, from different places.")
     licence.must_accept(resolve(config.model), config.accept_licence)
     if config.calibrate and config.adapter:
-        raise InputError("Calibrate anew or use an adapter made earlier, not both.")
+        raise InputError("Choose calibration or an adapter from an earlier one, not both.")
     if config.also and not config.calibrate:
         raise InputError("Further scenes serve the adapter's training: they go with --calibrate.")
 

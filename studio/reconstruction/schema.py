@@ -25,12 +25,12 @@ class ReconstructConfig(JobConfig):
     kind: ClassVar[str] = "reconstruct"
 
     images: list[str] = _f([], _PICTURES, "Pictures of one scene, or one video.")
-    seconds_per_frame: float = _f(1.0, _PICTURES, "Video: a frame every so many seconds.", gt=0)
+    seconds_per_frame: float = _f(1.0, _PICTURES, "Video: seconds between frames.", gt=0)
     name: str = _f("scene", _PICTURES, "Name of the scene.", min_length=1, max_length=80)
 
     model: str = _f("dust3r-tiny", _MODEL, "Weights: dust3r-tiny, a .pth file, a folder or a hub id.")
     size: int | None = _f(None, _MODEL, "Longer side in pixels; empty = the model's own.", ge=16, le=4096)
-    adapter: str = _f("", _MODEL, "Folder of an adapter calibrated earlier, to use again.")
+    adapter: str = _f("", _MODEL, "Folder of an adapter from an earlier calibration.")
     device: str = _f("auto", _MODEL, "auto, cpu, cuda, cuda:1 ...")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = _f("auto", _MODEL, "Precision of the trunk; heads stay in fp32.")
     accept_licence: bool = _f(
@@ -50,19 +50,19 @@ class ReconstructConfig(JobConfig):
     also: list[str] = _f([], _CALIBRATE, "Folders of further scenes that the same adapter learns from.")
     rank: int = _f(16, _CALIBRATE, "Rank of the adapter.", ge=1, le=1024)
     preset: Literal["paper-18mb", "all-attention"] = _f("paper-18mb", _CALIBRATE, "Which layers are adapted.")
-    epochs: int = _f(10, _CALIBRATE, "Times every pair is seen.", ge=1, le=1000)
+    epochs: int = _f(10, _CALIBRATE, "Passes over all pairs.", ge=1, le=1000)
     lr: float = _f(1e-3, _CALIBRATE, "Learning rate at the start.", gt=0)
-    mu: float = _f(0.03, _CALIBRATE, "How far points may miss before they lose their weight (scene units).", gt=0)
-    cutoff: float = _f(1.5, _CALIBRATE, "Calibrated confidence from which a point becomes a label.", gt=0)
+    mu: float = _f(0.03, _CALIBRATE, "Residual (scene units) at which a point keeps a quarter of its weight.", gt=0)
+    cutoff: float = _f(1.5, _CALIBRATE, "Calibrated confidence above which a point becomes a label.", gt=0)
     share: bool = _f(
         True, _CALIBRATE, "A point that one pair confirms is a label in every pair; off: only where confirmed (paper)."
     )
     seed: int = _f(0, _CALIBRATE, "Seed of the adapter.", ge=0)
 
-    confidence: float = _f(1.0, _OUTPUT, "Least confidence of a point (the network's own scale, from 1 up).", ge=0)
+    confidence: float = _f(1.0, _OUTPUT, "Minimum confidence of a point (the network's scale, 1 and up).", ge=0)
     percentile: float = _f(
-        20.0, _OUTPUT, "Leave out this share of the least confident points, in per cent.", ge=0, lt=100
+        20.0, _OUTPUT, "Percentage of the least confident points to leave out.", ge=0, lt=100
     )
     mesh: bool | None = _f(None, _OUTPUT, "Surfaces instead of points; left out, where they suit the scene.")
     cameras: bool = _f(True, _OUTPUT, "Show the cameras.")
-    max_points: int = _f(500_000, _OUTPUT, "Most points in a file.", ge=1)
+    max_points: int = _f(500_000, _OUTPUT, "Maximum number of points in a file.", ge=1)

@@ -145,9 +145,9 @@ def check_same_run(saved: Checkpoint, config: JobConfig, data: str, noun: str) -
     differing = [key for key in now if now[key] != saved.config.get(key) and not _free(config, key)]
     if differing:
         shown = "; ".join(f"{key}: {saved.config.get(key)!r} -> {now[key]!r}" for key in differing)
-        raise InputError(f"This run was started with another configuration ({shown}): set those back, or start anew.")
+        raise InputError(f"This run was started with other settings ({shown}): set those back, or start a new run.")
     if saved.data != data:
-        raise InputError(f"The {noun} have changed since this run was started: start anew.")
+        raise InputError(f"The {noun} have changed since this run was started: start a new run.")
 
 
 def _free(config: JobConfig, key: str) -> bool:

@@ -234,7 +234,7 @@ class StudioTrainerMixin:
             strange = sorted(own.keys() ^ values.keys())
             raise InputError(
                 f"The checkpoint holds other parameters than this run trains ({len(strange)} differ, e.g. "
-                f"'{strange[0]}'): start anew."
+                f"'{strange[0]}'): start a new run."
             )
         with torch.no_grad():
             for name, parameter in own.items():

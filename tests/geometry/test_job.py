@@ -63,7 +63,7 @@ def test_a_cancelled_job_leaves_no_half_written_file(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"images": []}, "no pictures"),
-        ({"images": PICTURES[:2], "calibrate": True}, "three pictures or more"),
+        ({"images": PICTURES[:2], "calibrate": True}, "at least three different pictures"),
         ({"images": ["nowhere.png"]}, "no picture 'nowhere.png'"),
         ({"model": "naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt"}, "accept-licence"),
         ({"calibrate": True, "adapter": "x"}, "not both"),

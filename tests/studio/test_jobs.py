@@ -169,7 +169,7 @@ def test_only_one_worker_serves_a_queue():
         worker.ensure("cpu")
     until(lambda: worker.running("cpu"))
     assert len(worker.running("cpu")) == 1
-    with pytest.raises(InputError, match="runs already"):
+    with pytest.raises(InputError, match="is already running"):
         worker.serve("cpu")
 
 
@@ -288,7 +288,7 @@ def test_a_job_at_work_is_not_deleted():
     job_id = jobs.submit("count", {"to": 1000, "pause": 0.02})
     jobs.ensure_worker()
     reached(job_id, 1)
-    with pytest.raises(InputError, match="at work"):
+    with pytest.raises(InputError, match="is running"):
         jobs.delete(job_id)
 
 

@@ -70,8 +70,8 @@ def odd_pictures(folder: Path) -> dict[str, str]:
     (folder / "digits.json").write_text('{"config": {"seed": ' + "1" * 10_000 + "}}")
     empty_png(folder / "huge.png", 60_000, 60_000)
     return {
-        "plain.png": "carries no recipe",
-        "plain.jpg": "carries no recipe",
+        "plain.png": "has no recipe",
+        "plain.jpg": "has no recipe",
         "text.png": "no readable picture",
         "list.json": "damaged: it has no 'config'",
         "half.json": "damaged: it is not JSON",

@@ -141,7 +141,7 @@ def test_another_configuration_cannot_be_resumed(bases, tmp_path):
     with pytest.raises(Cancelled):
         run(config, tmp_path / "run", Watcher(stop_at=2))
     changed = config.model_copy(update={"rank": 4, "learning_rate": 0.5, "save_every": 3})
-    with pytest.raises(InputError, match=r"another configuration \(rank: 2 -> 4; learning_rate: 0.01 -> 0.5\)"):
+    with pytest.raises(InputError, match=r"other settings \(rank: 2 -> 4; learning_rate: 0.01 -> 0.5\)"):
         run(changed, tmp_path / "run", resume=True)
     (data / "0.txt").write_text("something else")
     with pytest.raises(InputError, match="pictures or captions have changed"):

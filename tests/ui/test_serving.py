@@ -110,7 +110,7 @@ def test_others_need_a_password(open_to: dict[str, object]) -> None:
 def test_the_web_process_loads_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys, ui.app; ui.app.build(); "
-        "heavy = ('torch', 'diffusers', 'transformers', 'peft', 'pipelines.diffusion'); "
+        "heavy = ('torch', 'diffusers', 'transformers', 'peft', 'pipelines.diffusion.pipeline'); "
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment(tmp_path), capture_output=True, text=True,

@@ -25,7 +25,7 @@ OPTIONS = tuple(name for name in KNOWN if name != "regions")
 """How regions are used, in the order of the form."""
 
 EVERYWHERE, DRAWN, AUTO = "everywhere", "drawn", "auto"
-MODES = [("Everywhere", EVERYWHERE), ("In regions I draw", DRAWN), ("Found by themselves", AUTO)]
+MODES = [("Everywhere", EVERYWHERE), ("In regions I draw", DRAWN), ("Found automatically", AUTO)]
 HELP = {
     EVERYWHERE: "Every adapter acts on the whole picture.",
     DRAWN: "Each region has adapters and a prompt of its own. Keep the seed to see what moving a region changes.",

@@ -70,7 +70,7 @@ _EMPTY = markup.empty(
 def _settings() -> Form:
     form: Form = {}
     with gr.Group(elem_classes="as-card"):
-        form["objective"] = _choice("objective", OBJECTIVES, OBJECTIVE_HELP, "What it should save")
+        form["objective"] = _choice("objective", OBJECTIVES, OBJECTIVE_HELP, "What to save")
         form["name"] = schema_form.widget(KNOWN["name"], elem_id="distill-name")
         form["prompts"] = gr.Textbox(
             label="Prompts", lines=4, max_lines=10, value="", elem_id="distill-prompts",

@@ -108,8 +108,8 @@ def _listed(which: str) -> list[Job]:
 
 def _nothing(which: str) -> str:
     if which == "active":
-        return markup.empty("Nothing is at work", "Start on Compose or Train; jobs run on when you close the page.")
-    return markup.empty("No jobs yet", "Every picture and every training is a job: make one on Compose or Train.")
+        return markup.empty("Nothing is running", "Start on Compose or Train. Jobs survive closing the page.")
+    return markup.empty("No jobs yet", "Every picture and every training run is a job: start one on Compose or Train.")
 
 
 def row(job: Job, chosen: bool) -> str:

@@ -114,7 +114,7 @@ class _Detail:
         restore = gr.Button("Restore", variant="primary", size="md", visible=False, elem_id="restore")
         with gr.Accordion("Empty the trash", open=False, visible=False, elem_classes="as-more") as empty:
             gr.Markdown("Everything in the trash is deleted from the disk and cannot be brought back.")
-            empty_for_good = gr.Button("Delete for good", variant="stop", size="md", elem_id="empty-trash")
+            empty_for_good = gr.Button("Delete permanently", variant="stop", size="md", elem_id="empty-trash")
         return cls(
             panel, use, actions, download, layers, changes, new_name, rename, trash, restore, empty, empty_for_good
         )
@@ -307,7 +307,7 @@ def _wire_changes(page: Page, detail: _Detail) -> None:
     @errors_shown
     def trash(chosen: str, shelf: Shelf, words: str) -> Any:
         library.trash(chosen, "base" if shelf == "base" else "adapter")
-        gr.Info("It waits in the trash and can be restored.", title="Removed")
+        gr.Info("It is in the trash and can be restored.", title="Removed")
         return show(shelf, words, "")
 
     @errors_shown
@@ -318,7 +318,7 @@ def _wire_changes(page: Page, detail: _Detail) -> None:
     @errors_shown
     def delete_for_good(words: str) -> Any:
         number = library.empty_trash()
-        gr.Info(f"{number} thing{'s' if number != 1 else ''} deleted for good.", title="Trash emptied")
+        gr.Info(f"{number} thing{'s' if number != 1 else ''} deleted permanently.", title="Trash emptied")
         return show("trash", words, "")
 
     shelf, search = page.refresh_inputs[0], page.refresh_inputs[1]

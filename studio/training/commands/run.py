@@ -24,7 +24,7 @@ Folder = Annotated[
                  rich_help_panel="Output"),
 ]  # fmt: skip
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the last checkpoint in --folder.", rich_help_panel="Output")
+    bool, typer.Option("--resume", help="Resume from the last checkpoint in --folder.", rich_help_panel="Output")
 ]
 
 
@@ -99,7 +99,7 @@ def _in_folder(entry: str, config: JobConfig, folder: Path, resume: bool, output
         try:
             result = run(config, folder, terminal, resume=resume)
         except Cancelled:
-            raise Cancelled(f"Stopped. Go on with the same command and  --resume --folder {folder}") from None
+            raise Cancelled(f"Stopped. Resume with the same command and  --resume --folder {folder}") from None
     if first:
         output.result(result, lines(result))
 

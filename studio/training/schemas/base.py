@@ -23,7 +23,7 @@ GROUPS = (
     "",
     "Model",
     "Guidance",
-    "What it practises on",
+    "What it trains on",
     "Few steps",
     "Method",
     "Data",
@@ -86,7 +86,7 @@ class TrainConfig(JobConfig):
     alpha: float | None = Field(
         None,
         gt=0,
-        description="Scale: the update is multiplied by alpha / rank. Empty = rank.",
+        description="The update is scaled by alpha / rank. Empty = rank.",
         json_schema_extra=_ADAPTER,
     )
     target_regex: str = Field(
@@ -113,16 +113,16 @@ class TrainConfig(JobConfig):
     beta2: float = Field(0.999, ge=0, lt=1, description="Second moment decay.", json_schema_extra=_OPTIMISER_MORE)
     epsilon: float = Field(1e-8, gt=0, description="Added to the denominator.", json_schema_extra=_OPTIMISER_MORE)
     max_grad_norm: float = Field(
-        1.0, ge=0, description="Gradients are clipped to this norm; 0 = not.", json_schema_extra=_OPTIMISER_MORE
+        1.0, ge=0, description="Gradients are clipped to this norm; 0 = no clipping.", json_schema_extra=_OPTIMISER_MORE
     )
-    seed: int = Field(0, ge=0, description="Start of every random number of the run.", json_schema_extra=_OPTIMISER)
+    seed: int = Field(0, ge=0, description="Seed of all random numbers of the run.", json_schema_extra=_OPTIMISER)
     steps: int = Field(500, ge=1, description="Optimiser steps.", json_schema_extra=_SCHEDULE)
     batch_size: int = Field(4, ge=1, description="Pictures per forward pass and process.", json_schema_extra=_SCHEDULE)
     gradient_accumulation: int = Field(
         1, ge=1, description="Forward passes per optimiser step.", json_schema_extra=_SCHEDULE
     )
     lr_schedule: LrSchedule = Field(
-        "cosine", description="How the learning rate moves after the warm-up.", json_schema_extra=_SCHEDULE
+        "cosine", description="Learning rate schedule after the warm-up.", json_schema_extra=_SCHEDULE
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.", json_schema_extra=_SCHEDULE_MORE)
     warmup_ratio: float = Field(
@@ -155,7 +155,7 @@ class TrainConfig(JobConfig):
         json_schema_extra=_OUTPUT,
     )
     sample_every: int = Field(
-        0, ge=0, description="Draw the samples every so many steps; 0 = only at the end.", json_schema_extra=_OUTPUT
+        0, ge=0, description="Draw samples every N steps; 0 = only at the end.", json_schema_extra=_OUTPUT
     )
     checkpoint_every: int = Field(
         250,
@@ -205,7 +205,7 @@ class AdapterTrainConfig(TrainConfig):
     epochs: int | None = Field(
         None, ge=1, description="Passes over the data; when given, replaces steps.", json_schema_extra=_SCHEDULE
     )
-    lr_cycles: int = Field(1, ge=1, description="cosine-restarts: how many.", json_schema_extra=_SCHEDULE_MORE)
+    lr_cycles: int = Field(1, ge=1, description="cosine-restarts: how many restarts.", json_schema_extra=_SCHEDULE_MORE)
     lr_power: float = Field(1.0, gt=0, description="polynomial: the power.", json_schema_extra=_SCHEDULE_MORE)
     workers: int = Field(
         0,
@@ -214,8 +214,8 @@ class AdapterTrainConfig(TrainConfig):
         json_schema_extra=_MEMORY_MORE,
     )
     sample_at_start: bool = Field(
-        False, description="Also draw them before the first step.", json_schema_extra=_OUTPUT_MORE
+        False, description="Also draw samples before the first step.", json_schema_extra=_OUTPUT_MORE
     )
     validation_every: int = Field(
-        50, ge=1, description="Steps between validations, when pictures are kept out.", json_schema_extra=_OUTPUT_MORE
+        50, ge=1, description="Validate every N steps, if pictures are held out.", json_schema_extra=_OUTPUT_MORE
     )

@@ -21,8 +21,8 @@ GuidanceMode = Literal["fixed", "strength", "embedding"]
 
 _GUIDANCE = option("Guidance")
 _GUIDANCE_MORE = option("Guidance", advanced=True)
-_STATES = option("What it practises on")
-_STATES_MORE = option("What it practises on", advanced=True)
+_STATES = option("What it trains on")
+_STATES_MORE = option("What it trains on", advanced=True)
 _STEPS = option("Few steps")
 _STEPS_MORE = option("Few steps", advanced=True)
 
@@ -57,24 +57,24 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
         json_schema_extra=_GUIDANCE,
     )
     guidance_min: float = Field(
-        1.0, ge=1, description="strength, embedding: smallest w practised.", json_schema_extra=_GUIDANCE_MORE
+        1.0, ge=1, description="strength, embedding: smallest w to train.", json_schema_extra=_GUIDANCE_MORE
     )
     guidance_max: float | None = Field(
         None,
         gt=1,
-        description="strength, embedding: largest w practised; empty = 1.6 times guidance.",
+        description="strength, embedding: largest w to train; empty = 1.6 times guidance.",
         json_schema_extra=_GUIDANCE_MORE,
     )
     guidance_rescale: float = Field(
-        0.0, ge=0, le=1, description="Tames the teacher's saturation at high w (0.7 is usual).",
+        0.0, ge=0, le=1, description="Reduces the teacher's saturation at high w (0.7 is usual).",
         json_schema_extra=_GUIDANCE_MORE,
     )  # fmt: skip
     guidance_from: float = Field(
-        0.0, ge=0, lt=1, description="The teacher is guided from this noise level up (0 = clean).",
+        0.0, ge=0, lt=1, description="Lowest noise level with guidance (0 = clean).",
         json_schema_extra=_GUIDANCE_MORE,
     )  # fmt: skip
     guidance_to: float = Field(
-        1.0, gt=0, le=1, description="... up to this one (1 = pure noise).", json_schema_extra=_GUIDANCE_MORE
+        1.0, gt=0, le=1, description="Highest noise level with guidance (1 = noise).", json_schema_extra=_GUIDANCE_MORE
     )
     null_prompt: str = Field(
         "",
@@ -90,7 +90,7 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
         False, description="Also distil a base that is distilled already.", json_schema_extra=_GUIDANCE_MORE
     )
 
-    # ---------------------------------------------------------------- What it practises on
+    # ---------------------------------------------------------------- What it trains on
     states: Literal["data", "trajectories"] = Field(
         "trajectories",
         description="trajectories: states the guided teacher passes while it draws prompts (no pictures needed); "

@@ -66,7 +66,7 @@ class PictureFields(BaseModel):
     save_every: int = Field(
         0,
         ge=0,
-        description="Also save the adapter every so many steps; 0 = only at the end.",
+        description="Also save the adapter every N steps; 0 = only at the end.",
         json_schema_extra=_OUTPUT,
     )
     keep_last: int = Field(
@@ -116,12 +116,12 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
         0.0, ge=0, le=1, description="Share of pictures shown with an empty caption.", json_schema_extra=_DATA_MORE
     )
     shuffle_tags: bool = Field(
-        False, description="Shuffle the comma-separated parts of a caption.", json_schema_extra=_DATA_MORE
+        False, description="Shuffle the comma-separated tags of a caption.", json_schema_extra=_DATA_MORE
     )
     keep_tags: int = Field(
         1,
         ge=0,
-        description="Leading comma-separated parts that shuffling leaves in place.",
+        description="How many leading tags shuffling leaves in place.",
         json_schema_extra=_DATA_MORE,
     )
     allow_missing_captions: bool = Field(
@@ -225,14 +225,14 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
         0.0, ge=0, description="Shared noise per channel; helps very dark and bright pictures.", json_schema_extra=_LOSS
     )
     noise_offset_random: bool = Field(
-        False, description="Draw the offset's strength anew for each picture.", json_schema_extra=_LOSS_MORE
+        False, description="Draw a new offset strength for each picture.", json_schema_extra=_LOSS_MORE
     )
     input_perturbation: float = Field(
         0.0, ge=0, description="Extra noise on the noisy input only.", json_schema_extra=_LOSS_MORE
     )
     timestep_sampling: Literal["auto", "uniform", "logit-normal"] = Field(
         "auto",
-        description="Which noise levels are practised; auto = uniform (SD, SDXL), logit-normal (SD3, Flux).",
+        description="Which noise levels are trained on; auto = uniform (SD, SDXL), logit-normal (SD3, Flux).",
         json_schema_extra=_LOSS_MORE,
     )
     logit_mean: float = Field(0.0, description="logit-normal: mean.", json_schema_extra=_LOSS_MORE)
@@ -240,7 +240,7 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
     timestep_shift: float | None = Field(
         None,
         gt=0,
-        description="Above 1 practises noisier levels more, below 1 cleaner ones; empty = the model's own.",
+        description="Above 1: more training on noisy levels; below 1: on clean ones. Empty = the model's own.",
         json_schema_extra=_LOSS_MORE,
     )
     timestep_min: float = Field(
@@ -273,7 +273,7 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
         0.0,
         ge=0,
         lt=1,
-        description="Share of the pictures kept out to measure a validation loss.",
+        description="Share of the pictures held out for the validation loss.",
         json_schema_extra=_OUTPUT_MORE,
     )
 

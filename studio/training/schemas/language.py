@@ -57,7 +57,7 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
     # ---------------------------------------------------------------- Data
     task: Task = Field(
         "causal",
-        description="causal: learn to answer or to write; classification: tell labels apart; masked: fill gaps (BERT).",
+        description="causal: write and answer; classification: predict a label; masked: predict hidden words (BERT).",
         json_schema_extra=_DATA,
     )
     data: str = Field(
@@ -66,13 +66,13 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
     )
     data_split: str = Field("train", description="Split of a hub data set.", json_schema_extra=_DATA_MORE)
     validation_data: str = Field(
-        "", description="File or hub id of rows to measure with, never trained on.", json_schema_extra=_DATA_MORE
+        "", description="File or hub id of validation rows, never trained on.", json_schema_extra=_DATA_MORE
     )
     validation_split: float = Field(
-        0.0, ge=0, lt=1, description="Share of the rows kept out to measure with.", json_schema_extra=_DATA
+        0.0, ge=0, lt=1, description="Share of the rows held out for validation.", json_schema_extra=_DATA
     )
     limit: int | None = Field(
-        None, ge=1, description="Use the first so many rows only; empty = all.", json_schema_extra=_DATA_MORE
+        None, ge=1, description="Use only the first N rows; empty = all.", json_schema_extra=_DATA_MORE
     )
     skip_broken: bool = changed(
         AdapterTrainConfig, "skip_broken", description="Leave unreadable rows out instead of refusing the file."
@@ -102,10 +102,10 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
     label_column: str = Field(
         "", description="classification: column of labels; empty = 'label', 'class'.", json_schema_extra=_DATA_MORE
     )
-    max_length: int = Field(512, ge=2, description="Longest sample in tokens.", json_schema_extra=_DATA)
+    max_length: int = Field(512, ge=2, description="Maximum length of a sample, in tokens.", json_schema_extra=_DATA)
     too_long: Literal["skip", "cut", "refuse"] = Field(
         "skip",
-        description="Longer conversations: leave out, cut the end off, or refuse. Plain texts become several samples.",
+        description="What to do with longer conversations: skip, cut or refuse. Plain texts become several samples.",
         json_schema_extra=_DATA_MORE,
     )
     loss_on: Literal["completion", "all"] = Field(
@@ -120,13 +120,13 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
         json_schema_extra=_DATA,
     )
     mask_share: float = Field(
-        0.15, gt=0, lt=1, description="masked: share of tokens to guess.", json_schema_extra=_DATA_MORE
+        0.15, gt=0, lt=1, description="masked: share of tokens that are hidden.", json_schema_extra=_DATA_MORE
     )
 
     # ---------------------------------------------------------------- Adapter
     rank: int = changed(AdapterTrainConfig, "rank", default=8, description="Rank of the low-rank pair.")
     alpha: float | None = Field(
-        None, gt=0, description="Numerator of the scale alpha / rank; empty = rank.", json_schema_extra=_ADAPTER_MORE
+        None, gt=0, description="The update is scaled by alpha / rank. Empty = rank.", json_schema_extra=_ADAPTER_MORE
     )
     targets: Literal["attention", "linear"] = Field(
         "linear",
@@ -134,10 +134,10 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
         json_schema_extra=_ADAPTER,
     )
     target_regex: str = changed(
-        AdapterTrainConfig, "target_regex", description="Instead: regular expression over whole module names."
+        AdapterTrainConfig, "target_regex", description="Instead of a preset: regular expression of whole module names."
     )
     exclude_regex: str = changed(
-        AdapterTrainConfig, "exclude_regex", description="Leave out modules whose whole name matches."
+        AdapterTrainConfig, "exclude_regex", description="Regular expression of module names that stay untouched."
     )
     rank_pattern: dict[str, int] = changed(
         AdapterTrainConfig, "rank_pattern", description="Rank by module name pattern."
@@ -178,12 +178,12 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
         description="Questions (causal) or texts (classification, masked) answered during training.",
     )
     sample_every: int = changed(
-        AdapterTrainConfig, "sample_every", description="Answer them every so many steps; 0 = only at the end."
+        AdapterTrainConfig, "sample_every", description="Answer them every N steps; 0 = only at the end."
     )
     sample_at_start: bool = changed(AdapterTrainConfig, "sample_at_start", description="Also before the first step.")
-    sample_tokens: int = Field(48, ge=1, description="Most tokens of a sample answer.", json_schema_extra=_OUTPUT_MORE)
+    sample_tokens: int = Field(48, ge=1, description="Longest sample answer (tokens).", json_schema_extra=_OUTPUT_MORE)
     validation_every: int = changed(
-        AdapterTrainConfig, "validation_every", description="Steps between measurements, when rows are kept out."
+        AdapterTrainConfig, "validation_every", description="Measure every N steps, if rows are held out."
     )
 
     # ---------------------------------------------------------------- rules between fields
