@@ -33,7 +33,7 @@ def make_recipe(
     Adapters are shared, so files have their names only; ``config.yaml`` in the job's folder says where they lie.
     """
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    return privacy.names_only({
+    made: dict[str, Any] = privacy.names_only({
         "version": 1,
         "job": config.kind,
         "name": getattr(config, "name", ""),
@@ -44,6 +44,7 @@ def make_recipe(
         "training": dict(training),
         "versions": {"adapter-studio": _version("adapter-studio")} | {name: _version(name) for name in packages},
     })  # fmt: skip
+    return made
 
 
 def write_adapter(
