@@ -43,7 +43,7 @@ from pipelines.geometry.licence import must_accept
 from pipelines.geometry.pairs import make_pairs
 from pipelines.geometry.scene import Record, Scene
 
-Photos = Sequence[str | Path | Photo]
+Photos = str | Path | Sequence[str | Path | Photo]
 """Picture files, one video, or photos that were read before (:meth:`ScenePipeline.read`)."""
 
 
@@ -123,7 +123,8 @@ class ScenePipeline:
         """
         config = self.checkpoint.network.config
         options = (size or max(config.img_size), config.patch_size, config.img_size[0] == config.img_size[1])
-        given = [photo if isinstance(photo, Photo) else Path(photo) for photo in photos]
+        several = [photos] if isinstance(photos, str | Path) else photos
+        given = [photo if isinstance(photo, Photo) else Path(photo) for photo in several]
         if any(isinstance(one, Path) and one.suffix.lower() in video.SUFFIXES for one in given):
             if len(given) > 1:
                 raise InputError("Give either pictures or one video.")

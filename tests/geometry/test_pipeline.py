@@ -117,7 +117,7 @@ def test_the_sharpest_frame_near_a_place_is_taken(tmp_path: Path) -> None:
 def test_a_scene_of_a_video_says_what_was_taken_and_keeps_the_frames(pipeline: ScenePipeline, tmp_path: Path) -> None:
     pictures = [np.asarray(Image.open(photo).convert("RGB").resize((160, 160)))[..., ::-1] for photo in PHOTOS]
     file = film(tmp_path / "walk.mp4", [picture for picture in pictures for _ in range(2)])
-    scene = pipeline([file], steps=3, frames=tmp_path / "frames")
+    scene = pipeline(file, steps=3, frames=tmp_path / "frames")
     assert scene.names == tuple(f"frame-{n:04}.png" for n in range(4))
     assert scene.record.warnings[0].startswith("Taken: 4 frames of the video's 4.0 seconds")
     scene.export(tmp_path / "out", "colmap")

@@ -99,7 +99,7 @@ def test_the_first_view_of_the_sample_scene_fills_the_frame(tab: Tab) -> None:
     page.wait_for_selector("#reconstruct-drop :text('room-0')")
     start(page, 100)
     finish(page)
-    page.wait_for_selector("#scene-flight img")
+    page.wait_for_selector("#scene-flight img[src$='flight.gif']")
     page.wait_for_selector("#scene-depth img")
     share = 0.0
     for _ in range(90):  # software draws slowly
