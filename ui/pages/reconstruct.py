@@ -194,19 +194,18 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                                                elem_id="scene-confidence", min_width=150)  # fmt: skip
                 size = gr.Slider(1, 20, 5, step=1, label="Camera size, %", min_width=150)
             with gr.Row():
-                form["mesh"] = gr.Dropdown(
-                    list(SURFACES), value="automatic", label="Drawn as", min_width=130, interactive=True,
-                    elem_id="scene-mesh",
-                )  # fmt: skip
-                form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=110)
-                frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=160, interactive=True)
+                form["mesh"] = gr.Dropdown(list(SURFACES), value="automatic", label="Drawn as", min_width=130,
+                                           interactive=True, elem_id="scene-mesh")  # fmt: skip
+                frame = gr.Dropdown([("All pictures", -1)], value=-1, label="Shown", min_width=130, interactive=True)
                 hide = gr.Dropdown(["nothing", "black", "white", "sky"], value="nothing", label="Hide background",
                                    min_width=130, interactive=True, elem_id="scene-hide")  # fmt: skip
-                clean = gr.Checkbox(False, label="Clean depth", min_width=110, interactive=True,
-                                    elem_id="scene-clean")  # fmt: skip
                 form["max_points"] = schema_form.widget(
-                    KNOWN["max_points"], label="Most points", info=None, min_width=120
+                    KNOWN["max_points"], label="Most points", info=None, min_width=130
                 )
+            with gr.Row():
+                form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=130)
+                clean = gr.Checkbox(False, label="Clean depth", min_width=130, interactive=True,
+                                    elem_id="scene-clean")  # fmt: skip
         with gr.Row(elem_classes="as-actions-row"):
             kind = gr.Dropdown(list(work.EXPORTS), value="glb", label="Download as", min_width=120, interactive=True,
                                elem_id="scene-kind")  # fmt: skip
