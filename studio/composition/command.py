@@ -54,7 +54,7 @@ def compose(
         str | None,
         typer.Option(
             "--regions", metavar="auto|none|FILE", rich_help_panel="Regions",
-            help="auto: every adapter finds its place by itself; or a YAML file with a list of regions.",
+            help="auto: each adapter's place is found automatically; or a YAML file with a list of regions.",
         ),
     ] = None,
     sweep: Annotated[

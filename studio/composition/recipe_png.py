@@ -88,7 +88,7 @@ def _png_text(file: Path) -> str:
             f"'{file}' has too many pixels to be read: no picture of Adapter Studio is as large."
         ) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        raise InputError(f"'{file}' is no readable picture.") from None
+        raise InputError(f"'{file}' cannot be read as a picture.") from None
     if not isinstance(text, str):
         raise InputError(
             f"'{file}' has no recipe: only PNG files as Adapter Studio wrote them do (other programs drop it)."

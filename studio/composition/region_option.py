@@ -109,5 +109,5 @@ def _place(place: str, said: str) -> dict[str, Any]:
             raise InputError(f"{said}: a box is four numbers x0,y0,x1,y1 between 0 and 1.")
         return {"box": box}
     if not Path(place).expanduser().is_file():
-        raise InputError(f"{said}: '{place}' is no mask picture, no box x0,y0,x1,y1 and none of {', '.join(PLACES)}.")
+        raise InputError(f"{said}: '{place}' is not a mask picture, a box x0,y0,x1,y1 or one of {', '.join(PLACES)}.")
     return {"mask": place}

@@ -173,7 +173,7 @@ def test_mistakes_are_sentences_and_work_can_be_cancelled(tab: Tab) -> None:
     page.fill("#prompt textarea", "a slow one")
     page.fill("#width input, #width textarea", "wide")
     page.click("#generate")
-    page.wait_for_selector("text=Width: 'wide' is no number.")
+    page.wait_for_selector("text=Width: 'wide' is not a number.")
     page.fill("#width input, #width textarea", "")
     page.fill("#steps input", "900")
     page.click("#generate")

@@ -247,7 +247,7 @@ def test_compose_suits_itself_to_a_distilled_adapter_once(tmp_path: Path) -> Non
     assert compose.suit([{**row, "weight": 0}], "") == [gr.skip()] * 4
     row = rack.new_row(marked(tmp_path, distilled_guidance="4", w_min="1", w_max="6.4", w_embedding="e.safetensors"))
     _, guidance, steps, _ = compose.suit([row], "")
-    assert (guidance["value"], guidance["interactive"], guidance["info"]) == (4.0, True, "1 to 6.4 practised")
+    assert (guidance["value"], guidance["interactive"], guidance["info"]) == (4.0, True, "1 to 6.4 trained on")
     assert steps == 25
     assert rack.new_row(marked(tmp_path))["distilled"] is None
     assert rack.new_row(marked(tmp_path, w_ref="four"))["distilled"] is None

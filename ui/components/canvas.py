@@ -76,7 +76,7 @@ def _region(given: Mapping[str, Any], number: int) -> Drawn:
         raise InputError(f"Region {number} has no adapter: attach one to it, or remove the region.")
     mask = region.get("mask") or ""
     if mask and not _is_mask(mask):
-        raise InputError(f"The mask of region {number} is no painted one: paint it again.")
+        raise InputError(f"The mask of region {number} was not painted here: paint it again.")
     if not mask and not region.get("box"):
         raise InputError(f"Region {number} is empty: paint it, or draw a box instead.")
     return region

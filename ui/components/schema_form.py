@@ -186,11 +186,11 @@ def _number(item: Field, value: Any) -> float | int:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise InputError(f"{item.label}: '{value}' is no number.") from None
+        raise InputError(f"{item.label}: '{value}' is not a number.") from None
     if item.kind == "number":
         return number
     if not number.is_integer():
-        raise InputError(f"{item.label}: '{value}' is no whole number.")
+        raise InputError(f"{item.label}: '{value}' is not a whole number.")
     return int(number)
 
 

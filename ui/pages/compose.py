@@ -295,7 +295,7 @@ def suit(rows: list[Row], before: str) -> Any:
     fixed = found is not None and found.mode != "embedding"
     info = None
     if found is not None:
-        info = "built into the adapter" if fixed else f"{found.low:g} to {found.high:g} practised"
+        info = "built into the adapter" if fixed else f"{found.low:g} to {found.high:g} trained on"
     guidance = gr.update(value=values["guidance_scale"], interactive=not fixed, info=info)
     return [now, guidance, values["steps"], values["scheduler"]]
 

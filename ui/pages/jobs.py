@@ -20,7 +20,7 @@ from ui.pages import compose, train
 
 SECONDS = 1.5
 MOST = 100
-FILTERS = [("All", "all"), ("At work", "active"), ("Ended", "ended")]
+FILTERS = [("All", "all"), ("Running", "active"), ("Ended", "ended")]
 
 
 @dataclass

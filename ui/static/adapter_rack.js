@@ -26,7 +26,7 @@ function builtIn(row) {
   const few = steps ? `, for ${steps} steps` : '';
   if (mode === 'embedding') return `Distilled: choose guidance ${low} to ${high} below${few}.`;
   const now = 1 + row.weight * (guidance - 1);
-  const outside = mode === 'strength' && (now < low || now > high) ? ` (practised ${low} to ${high})` : '';
+  const outside = mode === 'strength' && (now < low || now > high) ? ` (trained on ${low} to ${high})` : '';
   const about = mode === 'strength' || row.weight === 1 ? '' : 'about ';
   return `Distilled: ${about}guidance ${Math.round(now * 10) / 10} built in${outside}${few}.`;
 }

@@ -79,4 +79,4 @@ def _read(source: str | Path, what: str) -> Image.Image:
     ) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{what} is no readable picture.") from None
+        raise InputError(f"{what} cannot be read as a picture.") from None

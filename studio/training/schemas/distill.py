@@ -146,7 +146,7 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
 
     @property
     def guidance_range(self) -> tuple[float, float]:
-        """Smallest and largest w practised."""
+        """Smallest and largest w trained on."""
         if self.guidance_mode == "fixed":
             return self.guidance, self.guidance
         return self.guidance_min, self.guidance_max or round(1.6 * self.guidance, 6)
