@@ -24,18 +24,32 @@ class Command:
 
     module: str
     help: str
+    example: str = ""
+    """One line to try; shown below the help of the command itself."""
 
 
 COMMANDS: dict[str, Command] = {
-    "compose": Command("studio.composition.command", "Make pictures with several adapters."),
+    "compose": Command(
+        "studio.composition.command",
+        "Make pictures with several adapters.",
+        "studio compose --prompt 'a flat icon of a fox left of a robot' -l fox#left -l robot#right --width 128",
+    ),
     "train": Command("", "Train an adapter."),
     "data": Command("studio.datasets.command", "Training pictures: what a folder holds, captions and tags."),
-    "chat": Command("studio.conversation.command", "Talk to a language model, with adapters."),
-    "reconstruct": Command("studio.reconstruction.command", "Photos in, 3D out: cameras, points, self-calibration."),
+    "chat": Command("studio.conversation.command", "Talk to a language model, with adapters.", "studio chat smollm2"),
+    "reconstruct": Command(
+        "studio.reconstruction.command",
+        "Photos in, 3D out: cameras, points, self-calibration.",
+        "studio reconstruct photos/ --calibrate",
+    ),
     "demo": Command("studio.composition.demo_command", "Compose the shipped adapters with every method, side by side."),
-    "methods": Command("studio.cli.methods", "List the methods and the papers they come from."),
+    "methods": Command("studio.cli.methods", "List the methods and the papers they come from.", "studio methods"),
     "library": Command("studio.library.command", "Adapters and base models: list, show, import, rename, delete."),
-    "lora": Command("studio.adapter_files.command", "Adapter files: inspect, convert, merge, extract."),
+    "lora": Command(
+        "studio.adapter_files.command",
+        "Adapter files: inspect, convert, merge, extract.",
+        "studio lora merge fox:0.8 robot:0.6 --out both.safetensors",
+    ),
     "inspect": Command(
         "studio.inspection.command",
         "What training did to the weights: intruder dimensions, forgetting.",
@@ -43,10 +57,11 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "studio.inspection.doctor_command",
         "Will these adapters get along? Overlap, strengths, trigger words, advice.",
+        "studio doctor fox robot --prompt 'a fox and a robot'",
     ),
-    "jobs": Command("studio.jobs.command", "Jobs: list, watch, cancel, resume, run again, delete."),
-    "worker": Command("studio.jobs.worker_command", "Work on queued jobs in this terminal."),
-    "ui": Command("studio.cli.ui", "Open the web app."),
+    "jobs": Command("studio.jobs.command", "Jobs: list, watch, cancel, resume, run again, delete.", "studio jobs list"),
+    "worker": Command("studio.jobs.worker_command", "Work on queued jobs in this terminal.", "studio worker"),
+    "ui": Command("studio.cli.ui", "Open the web app.", "studio ui"),
     "settings": Command("studio.cli.settings", "Show or change folders and other settings."),
 }
 """Commands by name; each module has ``register(app)`` (``train`` is a group, see :data:`TRAIN`)."""
@@ -55,12 +70,17 @@ TRAIN: dict[str, Command] = {
     "image": Command(
         "studio.training.commands.image",
         "Train a LoRA of a text-to-image model from a folder of pictures.",
+        "studio train image --data photos/ --preset concept --trigger zxq --name my-thing",
     ),
     "distill": Command(
         "studio.training.commands.distill",
         "Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
     ),
-    "language": Command("studio.training.commands.language", "Train a LoRA of a language model from rows of text."),
+    "language": Command(
+        "studio.training.commands.language",
+        "Train a LoRA of a language model from rows of text.",
+        "studio train language --data facts.jsonl --name facts",
+    ),
 }
 """What can be trained; each module has ``register(group, help)``."""
 
@@ -97,6 +117,7 @@ def build(arguments: Sequence[str] = ()) -> typer.Typer:
             app.add_typer(_train_group(second if chosen == name else ""), name=name, help=command.help)
         elif name == chosen:
             importlib.import_module(command.module).register(app)
+            _show_example(app, name, command)
         else:
             app.command(name, help=command.help)(_named_only(name))
     return app
@@ -123,9 +144,18 @@ def _train_group(chosen: str) -> typer.Typer:
     for name, command in TRAIN.items():
         if name == chosen:
             importlib.import_module(command.module).register(group, command.help)
+            _show_example(group, name, command)
         else:
             group.command(name, help=command.help)(_named_only(name))
     return group
+
+
+def _show_example(app: typer.Typer, name: str, command: Command) -> None:
+    """Put the example below the first line of the command's help."""
+    if command.example:
+        for made in (*app.registered_commands, *app.registered_groups):
+            if made.name == name:
+                made.help = f"{command.help}\n\nExample:  {command.example}".replace("[", "\\[")
 
 
 def _named_only(name: str) -> Callable[[], None]:

@@ -10,6 +10,7 @@ import pytest
 
 from adapters.progress import Silent
 from studio import library
+from studio.composition import base_settings
 from studio.composition import job as compose_job
 from ui.components import canvas, rack
 from ui.components.schema_form import show
@@ -26,7 +27,8 @@ def page_config(left: str, right: str, seed: int) -> compose.ComposeConfig:
     for name in (left, right):
         rows = rack.add(rows, library.find(name))
     values = {name: show(compose.KNOWN[name], compose.KNOWN[name].default) for name in compose.NAMES}
-    values["prompt"] = " left of ".join(f"a {row['triggers'][0]}" for row in rows)
+    values["guidance_scale"] = base_settings.guidance(values["base"])
+    values["prompt"] = "a flat icon of " + " left of ".join(f"a {row['triggers'][0]}" for row in rows)
     mode = compose_regions.DRAWN
     values["method"] = compose_regions.suitable(mode, values["method"])
     width, height = compose_regions.wide(2, values["base"], None, None) or ("", "")

@@ -13,7 +13,7 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import catalogue, jobs, library
-from studio.composition import canvas_size, gallery, methods, recipe_png, recipes, save_mix
+from studio.composition import base_settings, canvas_size, gallery, methods, recipe_png, recipes, save_mix
 from studio.composition.comparison_schema import CompareConfig
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
@@ -118,7 +118,7 @@ def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox, Where, Compare
             label="Prompt",
             lines=3,
             max_lines=8,
-            placeholder="a red apple left of a dog",
+            placeholder="a flat icon of a red apple left of a dog",
             elem_id="prompt",
             value="",
             info="Shift + Enter generates.",
@@ -231,6 +231,7 @@ def _picture_settings(form: Form) -> gr.Checkbox:
             form[name] = schema_form.widget(
                 KNOWN[name], label=_LABELS[name], info=None, elem_id=name.replace("_", "-"), min_width=90
             )
+    form["guidance_scale"].value = base_settings.guidance(str(KNOWN["base"].default))
     with gr.Row():
         for name in ("width", "height"):
             form[name] = schema_form.widget(KNOWN[name], info=None, elem_id=name, min_width=90)
@@ -239,6 +240,8 @@ def _picture_settings(form: Form) -> gr.Checkbox:
                                  min_width=150)  # fmt: skip
         dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=84, scale=0)
         again = gr.Checkbox(True, label="New seed each time", elem_id="new-seed", min_width=150, container=False)
+    form["base"].input(lambda base: base_settings.guidance(str(base)), form["base"], form["guidance_scale"],
+                       show_progress="hidden", api_visibility="private")  # fmt: skip
     dice.click(None, None, form["seed"], js=_RANDOM, show_progress="hidden")
     return again
 
