@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import typer
 
@@ -153,7 +154,8 @@ def _train_group(chosen: str) -> typer.Typer:
 def _show_example(app: typer.Typer, name: str, command: Command) -> None:
     """Put the example below the first line of the command's help."""
     if command.example:
-        for made in (*app.registered_commands, *app.registered_groups):
+        listed: list[Any] = [*app.registered_commands, *app.registered_groups]
+        for made in listed:
             if made.name == name:
                 made.help = f"{command.help}\n\nExample:  {command.example}".replace("[", "\\[")
 

@@ -158,7 +158,7 @@ def test_transparent_paint_is_a_mask(tmp_path):
     with pytest.raises(InputError, match="is empty"):
         open_mask(Image.new("L", (8, 8)))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    with pytest.raises(InputError, match="no readable picture"):
+    with pytest.raises(InputError, match="cannot be read as a picture"):
         open_mask(tmp_path / "broken.png")
-    with pytest.raises(InputError, match="no readable picture"):
+    with pytest.raises(InputError, match="cannot be read as a picture"):
         open_mask("data:image/png;base64,@@@")

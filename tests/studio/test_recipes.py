@@ -72,7 +72,7 @@ def odd_pictures(folder: Path) -> dict[str, str]:
     return {
         "plain.png": "has no recipe",
         "plain.jpg": "has no recipe",
-        "text.png": "no readable picture",
+        "text.png": "cannot be read as a picture",
         "list.json": "damaged: it has no 'config'",
         "half.json": "damaged: it is not JSON",
         "deep.json": "deeper than any recipe's",
