@@ -35,7 +35,8 @@ def with_options(schema: type[JobConfig], skip: Collection[str] = ()) -> Callabl
             return command(fields=fields, **values)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "fields"]
-        options = [_parameter(name, schema.model_fields[name]) for name in names]
+        often_first = sorted(names, key=lambda name: bool(_extra(schema.model_fields[name]).get("advanced")))
+        options = [_parameter(name, schema.model_fields[name]) for name in often_first]
         wrapper.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         wrapper.__doc__ = command.__doc__
         wrapper.__name__ = command.__name__
@@ -46,8 +47,7 @@ def with_options(schema: type[JobConfig], skip: Collection[str] = ()) -> Callabl
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    panel = str(extra.get("group") or GROUPS.get(name, "Options"))
+    panel = str(_extra(field).get("group") or GROUPS.get(name, "Options"))
     text = _help(field)
     kind: Any
     if _is(field, bool):
@@ -58,6 +58,11 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         kind, option = str, typer.Option(flag, help=text, rich_help_panel=panel, metavar=_metavar(field))
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    """What the schema says of a field beside its type: its group, and whether few people need it."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def _help(field: FieldInfo) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,8 @@ from studio.library.base_families import FamilyName
 from studio.schema import JobConfig
 from studio.training.schemas import rules
 from studio.training.schemas.rules import Strength
+
+_RARE: dict[str, Any] = {"group": "Rarely needed", "advanced": True}
 
 
 class AdapterUse(JobConfig):
@@ -64,16 +66,19 @@ class ComposeConfig(RegionFields, ModelChoice):
     method: str = Field("merge", description="How the adapters are combined (see: studio methods).")
     tau: int = Field(1, ge=1, description="switch: steps per turn of an adapter.")
     te_mode: Literal["auto", "per_adapter", "official", "merged"] = Field(
-        "auto", description="Text encoder LoRAs: one encoding per adapter, as in the paper's program, or all at once."
-    )
+        "auto", description="Text encoder LoRAs: one encoding per adapter, as in the paper's program, or all at once.",
+        json_schema_extra=_RARE,
+    )  # fmt: skip
     adapter_batch: int | None = Field(
-        None, ge=1, description="composite: adapters denoised at once; fewer need less memory. Empty = all."
-    )
+        None, ge=1, description="composite: adapters denoised at once; fewer need less memory. Empty = all.",
+        json_schema_extra=_RARE,
+    )  # fmt: skip
     steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
     guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 switches it off.")
     allow_double_guidance: bool = Field(
-        False, description="Guide on top of the guidance that a distilled adapter has built in."
-    )
+        False, description="Guide on top of the guidance that a distilled adapter has built in.",
+        json_schema_extra=_RARE,
+    )  # fmt: skip
     scheduler: Literal["default", "ddim", "dpm++", "euler", "euler_a", "unipc", "lcm"] = Field(
         "default", description="Sampler; default = the base model's own."
     )
