@@ -108,7 +108,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path]) -> 
         "",
         *[f"![sample]({path.relative_to(folder).as_posix()})" for path in samples],
         "",
-        *loading_lines(base, "adapter.safetensors", str(data["example_prompt"]), int(config["resolution"])),
+        *loading_lines(base, f"{name}.safetensors", str(data["example_prompt"]), config["resolution"]),
         "",
         "Made with adapter-studio; the whole recipe is in the file's metadata "
         f"(`{RECIPE_ENTRY}`) and in `config.yaml`.",
@@ -128,8 +128,9 @@ def image_front_matter(recipe: Mapping[str, Any]) -> list[str]:
     )
 
 
-def loading_lines(base: str, file: str, prompt: str, size: int) -> list[str]:
-    """The lines that load an image adapter from its own folder and draw with it."""
+def loading_lines(base: str, file: str, prompt: str, size: int | None) -> list[str]:
+    """The lines that load an image adapter from its own folder and draw with it; no size = the base's own."""
+    options = "num_inference_steps=20" + (f", height={size}, width={size}" if size else "")
     whole_pipeline = not base.endswith((".safetensors", ".ckpt"))
     kind, opener = ("DiffusionPipeline", "from_pretrained") if whole_pipeline else (
         "StableDiffusionPipeline", "from_single_file"
@@ -142,7 +143,7 @@ def loading_lines(base: str, file: str, prompt: str, size: int) -> list[str]:
         "",
         f"pipe = {kind}.{opener}(base).to(torch.float32)  # torch.float16 on a GPU",
         f'pipe.load_lora_weights(".", weight_name={file!r})',
-        f"picture = pipe({prompt!r}, height={size}, width={size}, num_inference_steps=20).images[0]",
+        f"picture = pipe({prompt!r}, {options}).images[0]",
         "```",
     ]
 

@@ -35,7 +35,7 @@ def executed(card: str) -> dict[str, Any]:
 def test_an_image_card_on_a_base_in_a_folder(
     bases: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = run(settings(bases("sd"), pictures, steps=1, trigger="zxq fox"), tmp_path)
+    result = run(settings(bases("sd"), pictures, steps=1, trigger="zxq fox", name="fox v1"), tmp_path)
     card = Path(result["card"]).read_text(encoding="utf-8")
     values = front(card)
     assert values["instance_prompt"] == "zxq fox"
@@ -54,7 +54,7 @@ def test_an_image_card_on_a_base_of_the_library(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
-    result = run(settings(Path("tinymoji"), pictures, steps=1, resolution=64), tmp_path / "run")
+    result = run(settings(Path("tinymoji"), pictures, steps=1, resolution=None), tmp_path / "run")
     card = Path(result["card"]).read_text(encoding="utf-8")
     assert front(card)["license"] == "apache-2.0"
     monkeypatch.chdir(tmp_path / "run")
