@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,13 +34,23 @@ class Call:
     true_cfg_scale: float
     output_type: str
     allow_double_guidance: bool
+    generators: Any = None
+    callback: Any = None
+    callback_tensors: tuple[str, ...] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def each(self) -> list[Call]:
         """One call for each picture."""
+        generators = self.generators if isinstance(self.generators, list) else [self.generators] * self.images
+        latents = self.more.get("latents")
         return [
-            replace(self, images=1, seed=self.seed + k, monitor=part(self.monitor, k, self.images))
+            replace(
+                self, images=1, seed=self.seed + k, monitor=part(self.monitor, k, self.images),
+                generators=generators[k],
+                more=self.more if latents is None else {**self.more, "latents": latents[k : k + 1]},
+            )
             for k in range(self.images)
-        ]
+        ]  # fmt: skip
 
     def decided(self, lines: Lines) -> Call:
         """With every choice in the texts made by the seed."""
@@ -56,6 +67,67 @@ class Output:
     plan: Plan
     flagged: tuple[bool, ...] = ()
     regions: tuple[PlacedRegion, ...] = ()
+
+
+ALIASES = {"num_inference_steps": "steps", "num_images_per_prompt": "images"}
+"""diffusers' names of our arguments."""
+
+REFUSED = {
+    "cross_attention_kwargs": "a scale there would act on all adapters alike; set weight, schedule or region of each",
+    "joint_attention_kwargs": "a scale there would act on all adapters alike; set weight, schedule or region of each",
+    "prompt_embeds": "adapters with text encoder layers need the words; give prompt",
+    "negative_prompt_embeds": "adapters with text encoder layers need the words; give negative_prompt",
+    "pooled_prompt_embeds": "adapters with text encoder layers need the words; give prompt",
+    "negative_pooled_prompt_embeds": "adapters with text encoder layers need the words; give negative_prompt",
+    "clip_skip": "prompts are encoded as the base model was trained",
+    "return_dict": "an Output comes back, whose images are the pictures",
+    "max_sequence_length": "the length follows the prompt",
+    "callback": "give callback_on_step_end, or monitor",
+    "callback_steps": "give callback_on_step_end, or monitor",
+}
+"""diffusers' arguments that cannot be used here, and why."""
+
+
+def diffusers_arguments(pipe: Any, given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Our arguments with diffusers' names for them replaced, and under "more" what the wrapped pipeline takes itself.
+
+    Args:
+        given: arguments that are not ours.
+        ours: arguments by our names, None where left out.
+
+    Raises:
+        InputError: an argument that is refused, unknown to this pipeline, or given by both names.
+    """
+    said = {name: value for name, value in ours.items() if value is not None}
+    more: dict[str, Any] = {}
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in ALIASES:
+            if said.get(ALIASES[name], value) != value:
+                raise InputError(f"{name} and {ALIASES[name]} are the same, and both are given: leave one out.")
+            said[ALIASES[name]] = value
+        elif name in REFUSED or name.startswith(("prompt_", "negative_prompt_")):
+            reason = REFUSED.get(name, "one prompt goes to all text encoders")
+            raise InputError(f"{name} is not taken here: {reason}.")
+        elif name in ("generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs"):
+            said[name] = value
+        elif name not in known:
+            possible = [*known, *ours, *ALIASES]
+            raise InputError(f"A {type(pipe).__name__} takes no {name}{nearest(name, possible)}.")
+        else:
+            more[name] = value
+    images = said.get("images", 1)
+    generator = said.get("generator")
+    if isinstance(generator, list | tuple):
+        said["generator"] = list(generator)
+        if len(generator) != images:
+            raise InputError(f"{len(generator)} generators are given for {images} picture(s): give one for each.")
+    latents = more.get("latents")
+    if latents is not None and len(latents) != images:
+        raise InputError(f"{len(latents)} latents are given for {images} picture(s): give one for each.")
+    return {**said, "more": more}
 
 
 def together(outputs: Sequence[Output]) -> Output:

@@ -113,6 +113,8 @@ class Denoising:
 
     def _chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, predictions: list[int]) -> Arguments:
         """Gates and arguments for some of the step's predictions."""
+        # a UNet takes T2I-Adapter's residuals out of their list
+        kwargs = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
         self.set_gates(step, predictions, _batch(args, kwargs))
         return self._with_text(args, kwargs, predictions, len(predictions))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ class Request:
     Attributes:
         size: height and width of the pictures.
         call: what the diffusers pipeline is told unchanged.
+        given: generators to use instead of the seed's.
+        callback, callback_tensors: the caller's own callback_on_step_end and what it wants to see.
     """
 
     prompt: str
@@ -32,9 +35,14 @@ class Request:
     call: Mapping[str, Any]
     monitor: Monitor
     preview_every: int
+    given: Any = None
+    callback: Any = None
+    callback_tensors: tuple[str, ...] = ()
 
-    def generators(self) -> list[torch.Generator]:
-        """One per picture, so that a picture is the same whatever the number of pictures."""
+    def generators(self) -> Any:
+        """One per picture, so that a picture is the same whatever the number of pictures; or what was given."""
+        if self.given is not None:
+            return self.given
         return [torch.Generator().manual_seed(self.seed + k) for k in range(self.images)]
 
 
@@ -61,16 +69,22 @@ def draw(
     run: Any,
     request: Request,
     arguments: Mapping[str, Any],
-    generators: Sequence[torch.Generator],
+    generators: Any,
     before_step: BeforeStep | None = None,
 ) -> Any:
     """Let the diffusers pipeline draw, while ``run`` is attached; returns what it returned."""
-    return pipe(
-        **request.call,
-        **arguments,
-        generator=generators,
-        callback_on_step_end=_reporter(run, request, before_step),
-    )
+    report = _reporter(run, request, before_step)
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        told: dict[str, Any] = {"callback_on_step_end": report}
+        if request.callback_tensors:
+            told["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(("latents", *request.callback_tensors)))
+    else:  # T2I-Adapter's pipelines have the older callback, which can only look on
+
+        def look(index: int, timestep: Any, latents: torch.Tensor) -> None:
+            report(pipe, index, timestep, {"latents": latents})
+
+        told = {"callback": look, "callback_steps": 1}
+    return pipe(**request.call, **arguments, generator=generators, **told)
 
 
 def one_after_the_other(results: Sequence[Any]) -> Any:
@@ -94,6 +108,9 @@ def _reporter(run: Any, request: Request, before_step: BeforeStep | None) -> Any
             picture = preview(pipe, tensors["latents"], *request.size)
         request.monitor.report(Progress("sampling", index + 1, total, preview=picture))
         check(request.monitor)
-        return before_step(index + 1, tensors["latents"]) if before_step and index + 1 < total else {}
+        changed = before_step(index + 1, tensors["latents"]) if before_step and index + 1 < total else {}
+        if request.callback is None:
+            return changed
+        return {**changed, **(request.callback(pipe, index, timestep, {**tensors, **changed}) or {})}
 
     return on_step_end

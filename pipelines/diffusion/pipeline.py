@@ -14,10 +14,12 @@ at each step), prompts (their encoding) and drawing (the call).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from adapters.formats.words import with_words_of
 from adapters.merging.concatenate import Merged, concatenate
 from adapters.progress import Monitor, Silent, part
 from pipelines.diffusion import methods
-from pipelines.diffusion.call import Call, Output, check_named, decided, together
+from pipelines.diffusion.call import Call, Output, check_named, decided, diffusers_arguments, together
 from pipelines.diffusion.checks import block_factor, check_call, check_pristine, check_prompt
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark
@@ -45,7 +47,7 @@ from pipelines.diffusion.prompts import Prompts
 from pipelines.diffusion.rack import Joined, Loaded, Rack
 from pipelines.diffusion.regions.region import PlacedRegion, Region, check_options, check_regions
 from pipelines.diffusion.report import LoraReport, Plan
-from pipelines.diffusion.samplers import count_steps, sampler
+from pipelines.diffusion.samplers import count_part, count_steps, sampler
 from pipelines.diffusion.schedule import Keyframes
 from pipelines.diffusion.text import resolve_mode
 from pipelines.diffusion.wildcards import lines_of
@@ -86,6 +88,37 @@ class MultiLoRAPipeline:
         """
         pipe, _, settings = open_pipeline(source, family, dtype, device, attention, memory, **options)
         return cls(pipe, settings)
+
+    def for_task(self, task: str, **parts: Any) -> MultiLoRAPipeline:
+        """The same models and adapters in another pipeline of the family.
+
+        Args:
+            task: "image" (to image), "inpaint", "controlnet", "controlnet image", "controlnet inpaint", "t2i-adapter".
+            parts: what that pipeline needs beside them (``controlnet``, ``adapter``).
+
+        Raises:
+            InputError: the family has no such pipeline.
+        """
+        import diffusers
+
+        names = self.family.other_pipelines
+        if task not in names:
+            raise InputError(
+                f"{self.family.title} has no pipeline for '{task}': possible are {', '.join(names) or 'none'}."
+            )
+        kind = getattr(diffusers, names[task])
+        wanted = inspect.signature(kind.__init__).parameters
+        own = {name: part for name, part in self.pipe.components.items() if name in wanted}
+        plain = {
+            name: value
+            for name, value in self.pipe.config.items()
+            if name in wanted and name not in own and not isinstance(value, tuple | list)
+        }
+        pipe = kind(**{**plain, **own, **parts})
+        pipe.set_progress_bar_config(**getattr(self.pipe, "_progress_bar_config", {}))
+        other = MultiLoRAPipeline(pipe, self.settings)
+        other.rack.loaded, other.composition = dict(self.rack.loaded), self.composition
+        return other
 
     # Adapters
 
@@ -250,10 +283,10 @@ class MultiLoRAPipeline:
         self,
         prompt: str,
         negative_prompt: str = "",
-        steps: int = 25,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
-        images: int = 1,
+        images: int | None = None,
         width: int | None = None,
         height: int | None = None,
         scheduler: str = "default",
@@ -263,6 +296,7 @@ class MultiLoRAPipeline:
         output_type: str = "pil",
         allow_double_guidance: bool = False,
         wildcards: str | Path | None = None,
+        **others: Any,
     ) -> Output:
         """Make pictures; picture k uses the seed ``seed + k`` whatever the number of pictures.
 
@@ -270,7 +304,7 @@ class MultiLoRAPipeline:
             prompt, negative_prompt: what to draw and what to avoid, with the marks of
                 :mod:`pipelines.diffusion.prompt_syntax`: ``(word:1.3)``; ``<lora:name:0.8>`` sets the strength of a
                 loaded adapter for this call; the seed of each picture chooses of ``{a|b}`` and ``__colour__``.
-            steps: denoising steps.
+            steps: denoising steps (25 if left out).
             guidance_scale: classifier-free guidance (1 = off); Flux: its distilled guidance. Left out it is 5, with a
                 distilled adapter 1 (or, if that takes the guidance as an input, what it was made for).
             width, height: pixels; the base model's own size if left out.
@@ -281,6 +315,11 @@ class MultiLoRAPipeline:
             output_type: "pil", or "latent" for the denoised latents.
             allow_double_guidance: guide on top of the guidance that a distilled adapter has built in.
             wildcards: folder with a file colour.txt for the wildcard ``__colour__``.
+            others: diffusers' own names: ``num_inference_steps`` (steps), ``num_images_per_prompt`` (images),
+                ``generator`` (one, or one per picture; instead of the seed), ``callback_on_step_end`` with
+                ``callback_on_step_end_tensor_inputs``, ``latents``; and what else the wrapped pipeline takes (``eta``,
+                ``image``, ``mask_image``, ``strength``, ``ip_adapter_image`` ...). A ControlNet reads the encoding
+                of the first prediction.
 
         Raises:
             InputError: a number or composition that cannot be done; out of memory (with what to do).
@@ -288,14 +327,18 @@ class MultiLoRAPipeline:
         """
         check_prompt(prompt, "The prompt")
         check_prompt(negative_prompt, "The negative prompt")
+        said = diffusers_arguments(self.pipe, others, {"steps": steps, "images": images})
         call = Call(
-            prompt, negative_prompt, steps, guidance_scale, seed, images, width, height, scheduler, monitor or Silent(),
-            preview_every, true_cfg_scale, output_type, allow_double_guidance,
+            prompt, negative_prompt, said.get("steps", 25), guidance_scale, seed, said.get("images", 1), width, height,
+            scheduler, monitor or Silent(), preview_every, true_cfg_scale, output_type, allow_double_guidance,
+            said.get("generator"), said.get("callback_on_step_end"),
+            tuple(said.get("callback_on_step_end_tensor_inputs", ())), said["more"],
         )  # fmt: skip
         lines = lines_of(None if wildcards is None else Path(wildcards))
         regions = placed_regions(self.composition, self._chosen())
         texts = [text or "" for region in regions for text in (region.prompt, region.negative)]
-        if not any(has_choices(text) for text in (prompt, negative_prompt, *texts)):
+        alone = call.images > 1 and not self._ordinary  # other pipelines repeat their pictures in ways of their own
+        if not alone and not any(has_choices(text) for text in (prompt, negative_prompt, *texts)):
             return self._make(call)
         own = self.composition
         made = []
@@ -328,19 +371,25 @@ class MultiLoRAPipeline:
         check_call(self.family, self.pipe, call.steps, scale, call.images, (width, height), call.seed)
         check_pristine(self.pipe, self.rack.components)
         guided = guidance > 1 and not (mark and mark.mode == "embedding")
-        size = self._pixels(width, height)
-        if width or height:  # diffusers takes both or, without a word, neither
+        size = self._pixels(width, height, call.more)
+        if width or height or call.more.get("image") is not None:  # diffusers takes both or, without a word, neither
             height, width = size
+        sized = "width" in inspect.signature(type(self.pipe).__call__).parameters
+        self._check_more(call, size, sized)
         told: dict[str, Any] = {
-            "width": width, "height": height, "num_inference_steps": call.steps, "guidance_scale": scale,
+            **call.more, **({"width": width, "height": height} if sized else {}),
+            "num_inference_steps": call.steps, "guidance_scale": scale,
             "output_type": call.output_type, **({"true_cfg_scale": call.true_cfg_scale} if flow_flux else {}),
         }  # fmt: skip
         request = Request(
             call.prompt, call.negative_prompt, call.images, guided, call.seed, size, told, call.monitor,
-            call.preview_every,
+            call.preview_every, call.generators, call.callback, call.callback_tensors,
         )  # fmt: skip
         with torch.no_grad(), sampling(self.pipe, call.scheduler, self.family.flow) as fresh:
-            count = count_steps(fresh, call.steps, self.family.flow)
+            if self._ordinary and not call.more:
+                count = count_steps(fresh, call.steps, self.family.flow)
+            else:
+                count = count_part(self.pipe, call.steps, call.more, self.family.flow)
             plan, texts = self._planned(count, guided, call.prompt, call.negative_prompt)
             try:
                 if self.composition.properties.regional:
@@ -456,13 +505,43 @@ class MultiLoRAPipeline:
 
     # Small things
 
+    @property
+    def _ordinary(self) -> bool:
+        """The diffusers pipeline makes pictures from words alone."""
+        return type(self.pipe).__name__ == self.family.pipeline
+
     def _is_sd15(self) -> bool:
         """A model of Stable Diffusion 1.5's size, for which LoRA-Composer's constants were chosen."""
         widths = getattr(self.rack.denoiser.config, "block_out_channels", ())
         return self.family.name == "sd" and tuple(widths) == (320, 640, 1280, 1280)
 
-    def _pixels(self, width: int | None, height: int | None) -> tuple[int, int]:
-        """Height and width of the pictures of a call."""
+    def _check_more(self, call: Call, size: tuple[int, int], sized: bool) -> None:
+        """Refuse further arguments that do not go together; raises :class:`InputError`."""
+        step = self.family.pixel_step(self.pipe)
+        if not sized and (call.width or call.height) and size != self._pixels(None, None, call.more):
+            raise InputError("The picture has the size of the image: leave width and height out, or resize the image.")
+        if size[0] % step or size[1] % step:
+            raise InputError(f"The image must be a multiple of {step} pixels wide and high, got {size[1]} x {size[0]}.")
+        ip_adapter = getattr(self.rack.denoiser.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        if ip_adapter and not {"ip_adapter_image", "ip_adapter_image_embeds"} & set(call.more):
+            raise InputError("This pipeline has an IP-Adapter: give ip_adapter_image, or unload_ip_adapter() first.")
+        known, options = self.composition.properties, self.composition.options
+        if ip_adapter and known.regions == "network":
+            raise InputError(f"'{self.composition.method}' does not go with an IP-Adapter: choose 'output'.")
+        if known.regional and (options.reinit or options.refine) and not self._ordinary:
+            raise InputError(
+                f"reinit and refine of '{self.composition.method}' start from noise: switch both off "
+                "(reinit=False, refine=False) with this pipeline."
+            )
+
+    def _pixels(
+        self, width: int | None, height: int | None, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[int, int]:
+        """Height and width of the pictures of a call: as asked for, of the image given, or the base model's own."""
+        image = more.get("image", more.get("control_image"))
+        if image is not None and not (width or height):
+            first = image[0] if isinstance(image, list | tuple) else image
+            return (first.height, first.width) if hasattr(first, "width") else tuple(first.shape[-2:])
         own = getattr(self.pipe, "default_sample_size", None) or self.rack.denoiser.config.sample_size
         own = own if isinstance(own, int) else own[0]
         default = own * self.pipe.vae_scale_factor

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from adapters.errors import InputError
@@ -37,6 +39,36 @@ def sampler(name: str, own: Any, flow: bool) -> Any:
         raise InputError(f"This base has EDM's noise, which the sampler '{name}' does not have: choose default.")
     kind_of_scheduler = getattr(diffusers, known[name])
     return kind_of_scheduler.from_config(own.config)
+
+
+def count_part(pipe: Any, steps: int, more: Mapping[str, Any], flow: bool) -> int:
+    """How often the denoiser is asked in a call of ``pipe``, whose further arguments may skip steps (``strength``,
+    ``denoising_start``, ``denoising_end``) or list them (``timesteps``, ``sigmas``)."""
+    own = pipe.scheduler
+    listed = next((more[name] for name in ("timesteps", "sigmas") if more.get(name) is not None), None)
+    whole = count_steps(own, steps, flow) if listed is None else len(listed)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    probe = copy.deepcopy(own)
+    if "strength" in parameters and hasattr(pipe, "get_timesteps"):
+        strength = more.get("strength", parameters["strength"].default)
+        probe.set_timesteps(steps, **({"mu": 1.0} if flow and own.config.get("use_dynamic_shifting") else {}))
+        more_told = {"denoising_start": more["denoising_start"]} if more.get("denoising_start") is not None else {}
+        try:
+            pipe.scheduler = probe
+            times, _ = pipe.get_timesteps(steps if listed is None else whole, strength, "cpu", **more_told)
+        finally:
+            pipe.scheduler = own
+        whole = len(times)
+    else:
+        if flow:
+            return whole
+        probe.set_timesteps(steps)
+        times = probe.timesteps
+    end = more.get("denoising_end")
+    if end is None:
+        return whole
+    last = round(own.config.num_train_timesteps * (1 - end))
+    return sum(1 for time in times if time >= last)
 
 
 def count_steps(scheduler: Any, steps: int, flow: bool) -> int:

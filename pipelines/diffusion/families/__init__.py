@@ -56,7 +56,7 @@ def by_pipeline(name: str, source: str) -> Family:
         InputError: no such family.
     """
     for family in FAMILIES.values():
-        if family.pipeline == name:
+        if name in (family.pipeline, *family.other_pipelines.values()):
             return family
     possible = ", ".join(family.pipeline for family in FAMILIES.values())
     raise InputError(f"{source} is made for '{name or 'an unnamed pipeline'}'; composition works with {possible}.")

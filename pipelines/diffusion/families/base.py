@@ -124,7 +124,8 @@ class Family:
         title, short: its name for people, and the same in a few characters.
         order: place in lists (smaller first).
         licence: note on the public checkpoints.
-        pipeline: diffusers' class.
+        pipeline: diffusers' class that makes pictures from words.
+        other_pipelines: what else is made with the same networks -> diffusers' class.
         components: attributes of the pipeline that hold models.
         denoisers: the denoising networks; most families have one.
         text_encoders: attributes of the text encoders an adapter may touch.
@@ -151,6 +152,7 @@ class Family:
     order: ClassVar[int] = 100
     licence: ClassVar[str] = ""
     pipeline: ClassVar[str]
+    other_pipelines: ClassVar[Mapping[str, str]] = MappingProxyType({})
     components: ClassVar[tuple[str, ...]]
     denoisers: ClassVar[tuple[Denoiser, ...]]
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)

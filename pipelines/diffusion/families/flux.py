@@ -36,6 +36,13 @@ class Flux(Family):
     order = 40
     licence = "FLUX.1 [dev] Non-Commercial License; [schnell] Apache 2.0"
     pipeline = "FluxPipeline"
+    other_pipelines: ClassVar[Mapping[str, str]] = {
+        "image": "FluxImg2ImgPipeline",
+        "inpaint": "FluxInpaintPipeline",
+        "controlnet": "FluxControlNetPipeline",
+        "controlnet image": "FluxControlNetImg2ImgPipeline",
+        "controlnet inpaint": "FluxControlNetInpaintPipeline",
+    }
     components = ("vae", "transformer", "text_encoder", "text_encoder_2")
     denoisers = (Denoiser("transformer"),)
     text_encoders = ("text_encoder", "text_encoder_2")

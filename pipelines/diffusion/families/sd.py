@@ -30,6 +30,7 @@ UNET_ARGUMENTS = (
     "added_cond_kwargs",
     "down_block_additional_residuals",
     "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
 )
 
 
@@ -42,6 +43,14 @@ class StableDiffusion(Family):
     order = 10
     licence = "CreativeML Open RAIL-M (1.x) and Open RAIL++-M (2.x)"
     pipeline = "StableDiffusionPipeline"
+    other_pipelines: ClassVar[Mapping[str, str]] = {
+        "image": "StableDiffusionImg2ImgPipeline",
+        "inpaint": "StableDiffusionInpaintPipeline",
+        "controlnet": "StableDiffusionControlNetPipeline",
+        "controlnet image": "StableDiffusionControlNetImg2ImgPipeline",
+        "controlnet inpaint": "StableDiffusionControlNetInpaintPipeline",
+        "t2i-adapter": "StableDiffusionAdapterPipeline",
+    }
     components: ClassVar[tuple[str, ...]] = ("vae", "unet", "text_encoder")
     denoisers = (Denoiser("unet"),)
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -53,7 +62,7 @@ class StableDiffusion(Family):
         "class_embed_type": (None,),
         "num_class_embeds": (None,),
         "addition_embed_type": (None,),
-        "encoder_hid_dim_type": (None, "text_proj"),
+        "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj"),
     }
     usual_size = 512
     signature = Signature(

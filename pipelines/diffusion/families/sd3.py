@@ -30,6 +30,12 @@ class StableDiffusion3(Family):
     order = 30
     licence = "Stability AI Community License"
     pipeline = "StableDiffusion3Pipeline"
+    other_pipelines: ClassVar[Mapping[str, str]] = {
+        "image": "StableDiffusion3Img2ImgPipeline",
+        "inpaint": "StableDiffusion3InpaintPipeline",
+        "controlnet": "StableDiffusion3ControlNetPipeline",
+        "controlnet inpaint": "StableDiffusion3ControlNetInpaintingPipeline",
+    }
     components = ("vae", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     denoisers = (Denoiser("transformer"),)
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")

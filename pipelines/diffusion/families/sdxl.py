@@ -25,6 +25,14 @@ class StableDiffusionXL(StableDiffusion):
     order = 20
     licence = "Open RAIL++-M; derivatives have their own"
     pipeline = "StableDiffusionXLPipeline"
+    other_pipelines: ClassVar[Mapping[str, str]] = {
+        "image": "StableDiffusionXLImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLInpaintPipeline",
+        "controlnet": "StableDiffusionXLControlNetPipeline",
+        "controlnet image": "StableDiffusionXLControlNetImg2ImgPipeline",
+        "controlnet inpaint": "StableDiffusionXLControlNetInpaintPipeline",
+        "t2i-adapter": "StableDiffusionXLAdapterPipeline",
+    }
     components = ("vae", "unet", "text_encoder", "text_encoder_2")
     text_encoders = ("text_encoder", "text_encoder_2")
     learning_encoders = ("text_encoder", "text_encoder_2")

@@ -185,7 +185,19 @@ class RegionalCall:
             if isinstance(self.run, Blending):
                 stack.enter_context(self.context.adapters.attached())
             stack.enter_context(self.run.attached(denoiser))
+            controlnet = getattr(self.context.pipe, "controlnet", None)
+            if isinstance(self.run, RegionalTransformer) and controlnet is not None:
+                handle = controlnet.register_forward_pre_hook(self._main_text, with_kwargs=True)
+                stack.callback(handle.remove)
             yield self.run
+
+    def _main_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A ControlNet reads the text of the whole picture, not those of the regions that stand behind it."""
+        length = self.encodings[0].positive["embeds"].shape[1]
+        cut = {"encoder_hidden_states": kwargs["encoder_hidden_states"][:, :length]}
+        if kwargs.get("txt_ids") is not None:
+            cut["txt_ids"] = kwargs["txt_ids"][:length]
+        return args, {**kwargs, **cut}
 
     def placed(self) -> tuple[PlacedRegion, ...]:
         """Where the regions were, as pictures."""

@@ -1,0 +1,246 @@
+"""Every pipeline of a family with adapters, against diffusers doing the same; diffusers' own argument names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.errors import InputError
+from pipelines.diffusion import MultiLoRAPipeline
+from tests import tiny
+from tests.pipelines.conftest import CALL, PROMPT, Bed, close, latents
+
+SHORT = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
+IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+MASK = torch.zeros(1, 1, 32, 32)
+MASK[..., 8:24, 4:20] = 1
+
+
+@pytest.fixture(scope="module")
+def quiet_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """Two adapters without text encoder layers, by family."""
+    kept: dict[str, dict[str, Path]] = {}
+
+    def files(family: str) -> dict[str, Path]:
+        if family not in kept:
+            pipe, place = tiny.FAMILIES[family](), tmp_path_factory.mktemp(family)
+            kept[family] = {
+                name: tiny.lora_file(pipe, place / name, seed=seed, text_targets=(), strength=1.0)
+                for name, seed in (("a", 1), ("b", 2))
+            }
+        return kept[family]
+
+    return files
+
+
+@cache
+def controlnet(family: str) -> Any:
+    """A random ControlNet for a family's tiny pipeline."""
+    import diffusers
+
+    pipe = tiny.FAMILIES[family]()
+    torch.manual_seed(9)
+    if hasattr(pipe, "unet"):
+        made = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    elif type(pipe).__name__.startswith("Flux"):
+        made = diffusers.FluxControlNetModel.from_transformer(
+            pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
+        )
+    else:
+        made = diffusers.SD3ControlNetModel.from_transformer(
+            pipe.transformer, num_layers=1, num_extra_conditioning_channels=0
+        )
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return made.eval()
+
+
+def t2i_adapter() -> Any:
+    """A random T2I-Adapter for a tiny Stable Diffusion."""
+    import diffusers
+
+    torch.manual_seed(9)
+    return diffusers.T2IAdapter(in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=2).eval()
+
+
+WIDE = ("sd3", "inpaint")
+"""diffusers' pipeline takes latents of 16 channels only."""
+
+
+def task(family: str, name: str) -> tuple[MultiLoRAPipeline, dict[str, Any]]:
+    """A pipeline of another kind, and its further arguments."""
+    pipe = tiny.FAMILIES[family](**({"in_channels": 16, "out_channels": 16} if (family, name) == WIDE else {}))
+    if (family, name) == WIDE:
+        pipe.register_modules(vae=tiny.vae(16, shift_factor=0.1))
+    composer = MultiLoRAPipeline(pipe)
+    if name == "image":
+        return composer.for_task(name), {"image": IMAGE, "strength": 0.5}
+    if name == "inpaint":
+        return composer.for_task(name), {"image": IMAGE, "mask_image": MASK, "strength": 0.75}
+    if name == "t2i-adapter":
+        return composer.for_task(name, adapter=t2i_adapter()), {"image": IMAGE}
+    made = composer.for_task(name, controlnet=controlnet(family))
+    return made, {"image" if hasattr(pipe, "unet") else "control_image": IMAGE}
+
+
+def theirs(pipe: Any, files: dict[str, Path], method: str, seed: int, **call: Any) -> torch.Tensor:
+    """The same by diffusers alone: adapters set before every pass of the denoiser, predictions averaged."""
+    loader = pipe if hasattr(pipe, "load_lora_weights") else tiny.sd()
+    if loader is not pipe:
+        loader.register_modules(unet=pipe.unet)
+    for name, path in files.items():
+        loader.load_lora_weights(path, adapter_name=name)
+    if files:
+        loader.set_adapters(list(files), [1.0] * len(files))
+    denoiser = getattr(pipe, tiny.denoiser_name(pipe))
+    own, done = denoiser.forward, [0]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        def once() -> torch.Tensor:
+            fresh = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+            made: torch.Tensor = own(*args, **fresh)[0]
+            return made
+
+        if method == "switch":
+            loader.set_adapters([list(files)[done[0] % len(files)]], [1.0])
+            done[0] += 1
+            return (once(),)
+        outputs = []
+        for name in files:
+            loader.set_adapters([name], [1.0])
+            outputs.append(once())
+        return (torch.stack(outputs).mean(0),)
+
+    if method in ("switch", "composite"):
+        denoiser.forward = forward
+    try:
+        result: torch.Tensor = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **SHORT, **call).images
+    finally:
+        denoiser.__dict__.pop("forward", None)
+        loader.unload_lora_weights()
+    return result
+
+
+CASES = [
+    *((family, kind) for family in ("sd", "sdxl", "sd3", "flux") for kind in ("image", "inpaint", "controlnet")),
+    ("sd", "t2i-adapter"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_methods_equal_separate_runs(family: str, kind: str, quiet_files: Callable[[str], dict[str, Path]]) -> None:
+    composer, more = task(family, kind)
+    files = quiet_files(family)
+    for name, path in files.items():
+        composer.load_lora(path, name)
+    for method in ("merge", "switch", "composite", "activation"):
+        options: dict[str, Any] = {}
+        if method == "activation":
+            options["regions"] = [{"adapters": ["a", "b"], "box": (0, 0, 1, 1)}]
+        composer.compose(method, **options)
+        torch.manual_seed(
+            0
+        )  # SD3's ControlNet pipeline draws the latents of the control image from the global generator
+        found = composer(PROMPT, seed=4, **SHORT, **more).images
+        other, again = task(family, kind)
+        if family == "flux":  # its pipelines have a size of their own, ours is the image's
+            again |= {"width": 32, "height": 32}
+        torch.manual_seed(0)
+        wanted = theirs(other.pipe, files, method, 4, **again)
+        difference = float((found - wanted).abs().max() / wanted.abs().max())
+        assert difference <= 1e-4, (method, difference)
+    bare, again = task(family, kind)
+    again |= {"width": 32, "height": 32} if family == "flux" else {}
+    assert not torch.allclose(found, theirs(bare.pipe, {}, "", 4, **again), atol=1e-3)
+
+
+def test_several_pictures_are_those_of_single_calls(quiet_files: Callable[[str], dict[str, Path]]) -> None:
+    composer, more = task("sd", "image")
+    composer.load_lora(quiet_files("sd")["a"], "a")
+    several = composer(PROMPT, seed=4, num_images_per_prompt=2, **SHORT, **more).images
+    close(several[1:], composer(PROMPT, seed=5, **SHORT, **more).images)
+
+
+def test_chunked_predictions_keep_the_residuals(quiet_files: Callable[[str], dict[str, Path]]) -> None:
+    for kind in ("t2i-adapter", "controlnet"):
+        composer, more = task("sd", kind)
+        for name, path in quiet_files("sd").items():
+            composer.load_lora(path, name)
+        whole = composer.compose("composite")(PROMPT, **SHORT, **more).images
+        close(composer.compose("composite", adapter_batch=1)(PROMPT, **SHORT, **more).images, whole)
+
+
+def test_refiner(quiet_files: Callable[[str], dict[str, Path]]) -> None:
+    """SDXL's second encoder alone, and the last part of the steps."""
+    import diffusers
+
+    base = tiny.sdxl(cross_attention_dim=24)
+    parts = {name: part for name, part in base.components.items() if name not in ("text_encoder", "tokenizer")}
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(text_encoder=None, tokenizer=None, **parts,
+                                                      add_watermarker=False)  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    call = {"image": start, "denoising_start": 0.5}
+    wanted = pipe(PROMPT, generator=torch.Generator().manual_seed(4), **SHORT, **call).images
+    out = MultiLoRAPipeline(pipe)(PROMPT, seed=4, **SHORT, **call)
+    close(out.images, wanted)
+    assert len(out.plan.steps) == 2
+
+
+def test_diffusers_own_names(sd: Bed) -> None:
+    composer = sd.composer("a")
+    ours = latents(composer, images=2)
+    short = {name: value for name, value in CALL.items() if name not in ("steps", "seed")}
+    seen: list[tuple[int, tuple[str, ...]]] = []
+
+    def look(pipe: Any, index: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((index, tuple(tensors)))
+        return tensors
+
+    generators = [torch.Generator().manual_seed(3 + k) for k in range(2)]
+    theirs = composer(
+        PROMPT, num_inference_steps=4, num_images_per_prompt=2, generator=generators, eta=0.0,
+        callback_on_step_end=look, callback_on_step_end_tensor_inputs=["prompt_embeds"], **short,
+    )  # fmt: skip
+    assert torch.equal(theirs.images, ours)
+    assert seen == [(k, ("latents", "prompt_embeds")) for k in range(4)]
+    start = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(8))
+    given = composer(PROMPT, latents=start, steps=4, images=2, **short).images
+    alone = composer(PROMPT, latents=start[1:], steps=4, **short).images
+    close(given[1:], alone)
+    assert not torch.equal(given, ours)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"cross_attention_kwargs": {"scale": 0.5}}, "act on all adapters alike"),
+        ({"prompt_embeds": torch.zeros(1)}, "give prompt"),
+        ({"clip_skip": 1}, "encoded as the base"),
+        ({"num_inference_steps": 3, "steps": 4}, "are the same"),
+        ({"strength": 0.5}, "takes no strength"),
+        ({"etta": 0.5}, "did you mean 'eta'"),
+        ({"generator": [torch.Generator()] * 3}, "3 generators"),
+        ({"latents": torch.zeros(2, 4, 16, 16)}, "2 latents"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(sd: Bed, call: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        sd.composer("a")(PROMPT, **call)
+
+
+def test_no_such_task(sd: Bed) -> None:
+    with pytest.raises(InputError, match="no pipeline for 'video'"):
+        sd.composer().for_task("video")
+
+
+def test_lora_composer_needs_noise(sd: Bed) -> None:
+    composer = sd.composer("a").for_task("image")
+    region = {"adapters": ["a"], "box": (0, 0, 1, 1), "words": ["apple"]}
+    with pytest.raises(InputError, match="switch both off"):
+        composer.compose("lora-composer", regions=[region])(PROMPT, image=IMAGE, **SHORT)
