@@ -53,7 +53,10 @@ RESULTS = Path(__file__).parent / "results"
 STYLE = "flat"
 """The style that the sentence names where no adapter brings one."""
 STYLE_PREFIX = "style-"
-EXPECTED = """Expected was LoRA-Composer before injection only before merge. Its isolation in self-attention costs on
+EXPECTED = """\
+"injection only" (lora-composer with scope spatial and all parts off) is the algorithm of
+"activation" with hard edges. Expected was LoRA-Composer before injection only before merge.
+Its isolation in self-attention costs on
 this base, and with regions nothing bleeds that it could mend: docs/regions.md says how that was found."""
 PARTS = {"self_mask": False, "reinit": False, "refine": False}
 

@@ -2,6 +2,9 @@
 
 On whole updates D_i: trim each to its largest entries (``density``), elect per entry the sign with the larger weighted
 sum, and average the entries that agree with it. The result, times ``scale`` (the paper's lambda), is cut to a rank.
+
+The authors trim the whole task vector at once; here each layer keeps its own ``density``, because the scale of an
+update differs much between the layers of a LoRA and small ones would lose everything.
 """
 
 from __future__ import annotations

@@ -390,6 +390,10 @@ class MultiLoRAPipeline:
                 count = count_steps(fresh, call.steps, self.family.flow)
             else:
                 count = count_part(self.pipe, call.steps, call.more, self.family.flow)
+            if count < 1:
+                raise InputError(
+                    f"Of {call.steps} steps none is left at this strength: give more steps, or a larger strength."
+                )
             plan, texts = self._planned(count, guided, call.prompt, call.negative_prompt)
             try:
                 if self.composition.properties.regional:

@@ -234,6 +234,11 @@ def test_what_cannot_be_honoured_is_refused(sd: Bed, call: dict[str, Any], said:
         sd.composer("a")(PROMPT, **call)
 
 
+def test_no_step_left(sd: Bed) -> None:
+    with pytest.raises(InputError, match="none is left"):
+        sd.composer("a").for_task("image")(PROMPT, image=IMAGE, strength=0.1, **SHORT)
+
+
 def test_no_such_task(sd: Bed) -> None:
     with pytest.raises(InputError, match="no pipeline for 'video'"):
         sd.composer().for_task("video")

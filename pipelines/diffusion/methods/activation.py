@@ -8,6 +8,9 @@ its own adapters (as in LoRA-Composer, arXiv 2403.11627). In SD3 and Flux the pr
 other in the text sequence; an adapter acts on its own segment, and segment and region see each other and no other
 region's segment. Layers without any place (time embedding) get the adapter at the region's share of the picture, but
 the time vector of a UNet's residual blocks is masked where it meets the picture.
+
+``lora-composer`` with ``scope="spatial"`` and self_mask, reinit and refine off is the same with hard edges ("injection
+only" in the benchmark).
 """
 
 from __future__ import annotations
