@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -67,6 +68,23 @@ def whole(target: Path, sync: bool = True) -> Iterator[Path]:
         ) from None
     finally:
         _remove(part)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove what :func:`whole` was writing below ``folder`` when its process was killed; returns how many things.
+
+    Only for folders in which nobody is writing.
+    """
+    found = [path for path in folder.rglob(".*") if _PART.fullmatch(path.name)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return len(found)
+
+
+_PART = re.compile(r"\..+\.[0-9a-f]{12}(\.[^.]+)?")
 
 
 def write(target: Path, content: Callable[[Path], object], sync: bool = True) -> Path:

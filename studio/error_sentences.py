@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import shutil
+import sqlite3
 
 from adapters.errors import StudioError
 
@@ -11,8 +13,9 @@ def sentence(error: BaseException) -> str:
     """What happened and what to do; unexpected errors are named as such."""
     if isinstance(error, StudioError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing '{error.filename}'" if error.filename else ""
+    if disk_full(error):
+        file = getattr(error, "filename", None)
+        where = f" while writing '{file}'" if file else ""
         return f"The disk is full{where}: free some space (studio jobs delete, studio library trash) and try again."
     if isinstance(error, PermissionError):
         return f"No permission to use '{error.filename}': choose a place you may write to."
@@ -25,6 +28,15 @@ def sentence(error: BaseException) -> str:
         )
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"Unexpected {type(error).__name__}{': ' + first if first else ''}"
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether something could not be written for want of space."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    if isinstance(error, shutil.Error):  # of a copied folder: one entry per file
+        return f"[Errno {errno.ENOSPC}]" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def expected(error: BaseException) -> bool:

@@ -44,6 +44,7 @@ def ui(
     """Open the web app; it runs until Ctrl-C."""
     from studio import jobs
 
+    jobs.clean()
     if jobs.list(1, ["queued"]):
         jobs.ensure_worker()  # what waited when the app or the computer was last switched off
     address, pages = importlib.import_module("ui.address"), importlib.import_module("ui.app")

@@ -5,6 +5,7 @@ Pages and commands use the functions named here; everything else in this package
 
 from studio.jobs.control import (
     cancel,
+    clean,
     delete,
     ensure_worker,
     get,
@@ -23,6 +24,7 @@ from studio.jobs.kinds import Kind, register
 from studio.jobs.model import ACTIVE, ENDED, STATUSES, Job, ProgressRow, Status
 
 __all__ = [
-    "ACTIVE", "ENDED", "STATUSES", "Job", "Kind", "ProgressRow", "Status", "cancel", "delete", "ensure_worker", "get",
-    "history", "list", "log", "register", "rerun", "resume", "resume_here", "run_here", "submit", "trouble", "workers",
+    "ACTIVE", "ENDED", "STATUSES", "Job", "Kind", "ProgressRow", "Status", "cancel", "clean", "delete",
+    "ensure_worker", "get", "history", "list", "log", "register", "rerun", "resume", "resume_here", "run_here",
+    "submit", "trouble", "workers",
 ]  # fmt: skip

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -176,15 +178,20 @@ def delete(job_id: str) -> None:
     job = get(job_id)
     if job.status in ("running", "cancelling"):
         raise InputError(f"Job {job.id} is running: cancel it first.")
+    shutil.rmtree(job.folder, ignore_errors=True)  # first, for the record needs room to be changed
     store.forget(job.id)
-    shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def mark_interrupted() -> None:
     """Mark jobs whose process has died: as interrupted, or as cancelled when that was asked for.
 
-    Where a worker died, another one is started for the jobs that wait behind it.
+    Where a worker died, another one is started for the jobs that wait behind it. On a full disk nothing is marked.
     """
+    with suppress(sqlite3.OperationalError):
+        _mark_interrupted()
+
+
+def _mark_interrupted() -> None:
     died = False
     for job in store.newest(1000, ["running", "cancelling", "queued"]):
         who = store.owner(job.id)
@@ -207,6 +214,13 @@ def ensure_worker() -> None:
     waiting = {job.queue for job in store.newest(1000, ["queued"])} - {HERE}
     for name in sorted(waiting or {queue.DEFAULT}):
         worker.ensure(name)
+
+
+def clean() -> int:
+    """Remove what killed processes have left half written in the folders of jobs; returns how many things."""
+    busy = {job.folder for job in store.newest(1000, ["running", "cancelling", "queued"])}
+    folders = [folder for folder in settings.folder("jobs").iterdir() if folder.is_dir() and folder not in busy]
+    return sum(files.remove_leftovers(folder) for folder in folders)
 
 
 def workers() -> Sequence[Mapping[str, Any]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def _claimed(job: Job, also: Monitor | None) -> BaseException | None:
         heartbeat=time.time(), **process.identity(),
     ):  # fmt: skip
         return None
+    files.remove_leftovers(job.folder)  # of a process that was killed while writing
     with _log_file(job.folder / "log.txt"), _beating(job.id):
         try:
             logger.info("%s job %s %s", job.kind, job.id, "resumes" if job.resuming else "starts")
@@ -124,7 +126,10 @@ def _ended(job: Job, error: BaseException) -> None:
 
 
 def _finish(job_id: str, status: Status, **values: Any) -> None:
-    store.change(job_id, ["running", "cancelling"], status=status, finished=time.time(), **values)
+    try:
+        store.change(job_id, ["running", "cancelling"], status=status, finished=time.time(), **values)
+    except sqlite3.OperationalError as error:  # it is marked as interrupted when this process has ended
+        logger.error("%s", error_sentences.sentence(error))
 
 
 @contextmanager
@@ -134,7 +139,8 @@ def _beating(job_id: str) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(BEAT_SECONDS):
-            store.beat(job_id)
+            with suppress(sqlite3.OperationalError):  # a full disk; the job itself says so
+                store.beat(job_id)
 
     threading.Thread(target=beat, name="job heartbeat", daemon=True).start()
     try:
@@ -148,6 +154,7 @@ def _log_file(path: Path) -> Iterator[None]:
     """Write what is logged and warned in this process to ``path`` meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not fill the terminal
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("studio"))
     root = logging.getLogger()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,14 @@ def facts(path: Path, stamp: str, gather: Callable[[], dict[str, Any]]) -> dict[
         remembered: dict[str, Any] = json.loads(row["facts"])
         return remembered
     found = gather()
-    link.execute("insert or replace into facts values (?, ?, ?)", (place, stamp, json.dumps(found, default=str)))
+    _remember("insert or replace into facts values (?, ?, ?)", (place, stamp, json.dumps(found, default=str)))
     return found
+
+
+def _remember(statement: str, values: tuple[str, ...]) -> None:
+    """Keep what may be found out again; on a full disk that has to do."""
+    with suppress(sqlite3.OperationalError):
+        database.connection("library.db", _TABLES).execute(statement, values)
 
 
 def known_sha256(path: Path) -> str | None:
@@ -48,8 +56,7 @@ def sha256(path: Path) -> str:
     if remembered is not None:
         return remembered
     value = _folder_hash(path) if path.is_dir() else files.sha256(path)
-    link = database.connection("library.db", _TABLES)
-    link.execute("insert or replace into hashes values (?, ?, ?)", (without_bytes(str(path)), stamp(path), value))
+    _remember("insert or replace into hashes values (?, ?, ?)", (without_bytes(str(path)), stamp(path), value))
     return value
 
 

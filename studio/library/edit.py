@@ -8,9 +8,11 @@ import re
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from adapters import files
 from adapters.errors import InputError
@@ -144,10 +146,11 @@ def trash(name: str, kind: scan.Kind = "adapter") -> Trashed:
     now = time.time()
     place = settings.folder("trash", f"{datetime.fromtimestamp(now):%y%m%d-%H%M%S}-{secrets.token_hex(2)}")
     entry = {"name": record.name, "kind": kind, "original": str(record.path), "deleted": now}
-    files.write_text(place / "entry.json", json.dumps(entry, indent=1))
     (place / "files").mkdir()
     for file in [*_belongings(record.path), *_own_embedding(record)]:
         shutil.move(file, place / "files" / file.name)
+    with suppress(InputError):  # a full disk has room for new names only; :func:`_trashed` does without
+        files.write_text(place / "entry.json", json.dumps(entry, indent=1))
     return _trashed(place)
 
 
@@ -162,7 +165,7 @@ def _own_embedding(record: Record) -> list[Path]:
 
 def trashed() -> list[Trashed]:
     """What is in the trash, the latest first."""
-    places = [place for place in settings.folder("trash").iterdir() if (place / "entry.json").is_file()]
+    places = [place for place in settings.folder("trash").iterdir() if any(place.glob("files/*"))]
     return sorted(map(_trashed, places), key=lambda item: item.deleted, reverse=True)
 
 
@@ -195,8 +198,22 @@ def empty_trash() -> int:
 
 
 def _trashed(place: Path) -> Trashed:
-    entry = json.loads((place / "entry.json").read_text(encoding="utf-8"))
+    try:
+        entry = json.loads((place / "entry.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        entry = _guessed(place)
     return Trashed(place.name, entry["name"], entry["kind"], Path(entry["original"]), entry["deleted"], place)
+
+
+def _guessed(place: Path) -> dict[str, Any]:
+    """What is known of something that was deleted while the disk was full: it goes back to the library's own folder."""
+    found = sorted((place / "files").iterdir(), key=lambda file: (file.suffix not in _WEIGHTS, file.name))[0]
+    kind: scan.Kind = "base" if (found / "model_index.json").is_file() or facts.is_language_model(found) else "adapter"
+    root = next(iter(scan.roots(kind)))[0]
+    return {"name": scan.own_name(found), "kind": kind, "original": root / found.name, "deleted": place.stat().st_mtime}
+
+
+_WEIGHTS = (".safetensors", *scan.PICKLES)
 
 
 def _changeable(name: str, kind: scan.Kind) -> Record:
