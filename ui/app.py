@@ -18,7 +18,7 @@ from studio import library as shelves
 from studio import settings
 from studio.composition import gallery as kept
 from studio.composition import recipe_png
-from ui import access, markup, navigation, pictures
+from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
 from ui.components import rack, remembered
 from ui.errors import errors_shown
@@ -247,7 +247,8 @@ def launch(
         allowed_paths=served(), blocked_paths=hidden(), theme=StudioTheme(), css=css(), head=_HEAD, footer_links=[],
         favicon_path=STATIC / "icon.png", ssr_mode=False, run_history=False, pwa=False, mcp_server=False,
         show_error=False, quiet=True, enable_monitoring=False, strict_cors=True,
-        app_kwargs={"middleware": [guard, Middleware(navigation.Addresses)]},
+        state_session_capacity=sessions.OPEN,
+        app_kwargs={"middleware": [guard, Middleware(sessions.Sessions), Middleware(navigation.Addresses)]},
     )  # fmt: skip
 
 

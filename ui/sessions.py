@@ -1,0 +1,64 @@
+"""What the server remembers of open pages, and forgets when they are closed.
+
+Gradio keeps a description of every component for each page that was ever opened (about 2 MB for this app), up to
+``state_session_capacity`` pages, and clears only the values of ``gr.State`` an hour after a page was closed. Here the
+last few closed pages are kept, so that a page whose connection broke goes on where it was; older ones are forgotten.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ui.access import API, Asgi, Receive, Scope, Send
+
+CLOSED = 20
+"""Closed pages that are kept."""
+
+OPEN = 200
+"""Pages that may be open at once; beyond that the one used longest ago loses its state (Gradio's own setting)."""
+
+_HEARTBEAT = f"{API}heartbeat/"
+
+
+class Sessions:
+    """ASGI middleware: a page holds a connection ("heartbeat") while it is open; when it ends, the page is closed."""
+
+    def __init__(self, app: Asgi, closed: int = CLOSED) -> None:
+        """Keep the last ``closed`` closed pages."""
+        self.app, self.kept = app, closed
+        self.open: Counter[str] = Counter()
+        self.closed: dict[str, None] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and note when a heartbeat begins and ends."""
+        if scope["type"] != "http" or not scope["path"].startswith(_HEARTBEAT):
+            return await self.app(scope, receive, send)
+        page = scope["path"].removeprefix(_HEARTBEAT).strip("/")
+        self.open[page] += 1
+        self.closed.pop(page, None)
+        try:
+            return await self.app(scope, receive, send)
+        finally:
+            self._ended(page, scope["app"])
+
+    def _ended(self, page: str, app: Any) -> None:
+        self.open[page] -= 1
+        if self.open[page] > 0:
+            return
+        del self.open[page]
+        self.closed[page] = None
+        while len(self.closed) > self.kept:
+            oldest = next(iter(self.closed))
+            del self.closed[oldest]
+            _forget(app, oldest)
+
+
+def _forget(app: Any, page: str) -> None:
+    """Drop what Gradio holds of a page; should the page come back, it begins anew."""
+    app.state_holder.session_data.pop(page, None)
+    app.state_holder.time_last_used.pop(page, None)
+    queue = app.get_blocks()._queue
+    if not queue.pending_event_ids_session.get(page):
+        queue.pending_event_ids_session.pop(page, None)
+        queue.pending_messages_per_session.pop(page, None)
