@@ -74,7 +74,7 @@ def test_regions_follow_an_adapter_that_was_renamed() -> None:
 
 
 def test_a_page_cannot_name_files_as_masks() -> None:
-    with pytest.raises(InputError, match="no painted one"):
+    with pytest.raises(InputError, match="was not painted here"):
         canvas.read([{"mask": "/etc/passwd", "adapters": ["fox"]}])
     shown = canvas.show([{"mask": "data:image/svg+xml;base64,AA", "adapters": ["fox"]}], {"fox": "fox"})
     assert shown[0]["mask"] == ""
