@@ -72,7 +72,7 @@ def test_a_cancelled_job_leaves_no_half_written_file(tmp_path: Path) -> None:
         ({"graph": "swin-9"}, "allow windows up to 'swin-3'"),
         ({"also": ["x"]}, "they go with --calibrate"),
         ({"calibrate": True, "also": ["nowhere"]}, "no folder 'nowhere'"),
-        ({"calibrate": True, "images": [PICTURES[0]] * 3}, "that differ, got 1"),
+        ({"calibrate": True, "images": [PICTURES[0]] * 3}, "at least three different pictures"),
     ],
 )
 def test_bad_input_is_a_sentence(values: dict[str, Any], message: str, tmp_path: Path) -> None:
