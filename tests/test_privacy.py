@@ -15,7 +15,7 @@ from studio.composition import job as compose
 from studio.composition.schema import ComposeConfig
 from studio.reconstruction import job as reconstruct
 from studio.reconstruction.schema import ReconstructConfig
-from studio.training import image, language
+from studio.training.tasks import image, language
 from tests import tiny
 from tests.language import tiny as tiny_language
 from tests.language.conftest import settings as language_settings
