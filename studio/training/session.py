@@ -121,13 +121,15 @@ class TrainSession:
             self.average.to(self.device)
 
     # ---------------------------------------------------------------- start and resume
-    def found(self, resume: bool) -> Checkpoint | None:
+    def found(self, resume: bool, keep: bool = False) -> Checkpoint | None:
         """The newest checkpoint of this run, if it is to go on and there is one.
 
         Raises:
-            InputError: it is damaged, or of another configuration or other data.
+            InputError: it is damaged, or of another configuration or other data; there is none to ``keep``.
         """
-        places = checkpoints.existing(self.folder / "checkpoints") if resume else []
+        places = checkpoints.existing(self.folder / "checkpoints") if resume or keep else []
+        if keep and (not places or checkpoints.load(places[-1]).step == 0):
+            raise InputError(f"There is no checkpoint in '{self.folder}' that could become an adapter: train first.")
         if not places:
             return None
         saved = checkpoints.load(places[-1])

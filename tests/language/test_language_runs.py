@@ -171,6 +171,16 @@ def test_either_driver_turns_the_steps(bases, chats, tmp_path):
     assert measured[0] == pytest.approx(measured[1], rel=1e-4)
 
 
+def test_a_stopped_run_is_kept(bases, chats, tmp_path):
+    short = run(settings(bases("llama"), chats, steps=3, lr_schedule="constant", warmup_ratio=0), tmp_path / "short")
+    config = settings(bases("llama"), chats, steps=6, lr_schedule="constant", warmup_ratio=0)
+    with pytest.raises(Cancelled):
+        run(config, tmp_path / "part", Watcher(stop_at=3))
+    kept = run(config, tmp_path / "part", Watcher(), keep=True)
+    assert kept["steps"] == 3
+    assert same(weights(short), weights(kept))
+
+
 def test_plugins_join_those_of_the_configuration(bases, chats, tmp_path):
     from adapters.plugin import Plugin
 

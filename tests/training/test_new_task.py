@@ -209,3 +209,27 @@ def test_a_run_without_a_gradient_at_a_high_loss_ends(toy, tmp_path, monkeypatch
     monkeypatch.setattr(toy.LineTask, "loss", saturates)
     with pytest.raises(InputError, match=r"has diverged: the loss rose .* no gradient is left.*Lower learning_rate"):
         toy.run(config(toy, steps=40), tmp_path)
+
+
+def test_a_stopped_run_is_kept(toy, tmp_path, monkeypatch):
+    """The checkpoint's weights, averaged as at the end; and the run can still go on."""
+    whole = toy.run(config(toy), tmp_path / "whole")
+    with pytest.raises(Cancelled):
+        toy.run(config(toy), tmp_path / "part", Watcher(stop_at=5))
+    from studio.training.drivers import accelerate
+    from studio.training.session import TrainSession
+
+    def kept(folder: Path) -> dict[str, Any]:
+        return accelerate.train(TrainSession.of(toy.LineTask(config(toy)), folder, Watcher()), keep=True)
+
+    result = kept(tmp_path / "part")
+    assert result["steps"] == 5
+    saved = checkpoints.load(checkpoints.existing(tmp_path / "part" / "checkpoints")[-1])
+    assert saved.ema is not None
+    averages = {tuple(value.flatten().tolist()) for value in saved.ema["shadow_params"]}
+    tensors = load_file(Path(result["adapter"]) / "adapter_model.safetensors").values()
+    assert {tuple(value.flatten().tolist()) for value in tensors} == averages
+    again = toy.run(config(toy), tmp_path / "part", resume=True)
+    assert read(again["adapter"]).parts["model"]["0"].A.equal(read(whole["adapter"]).parts["model"]["0"].A)
+    with pytest.raises(InputError, match=r"no checkpoint .* could become an adapter"):
+        kept(tmp_path / "whole" / "nothing")

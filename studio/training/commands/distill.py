@@ -24,10 +24,13 @@ def distill(
     config: Annotated[Path | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
     folder: training_run.Folder = None,
     resume: training_run.Resume = False,
+    keep: training_run.Keep = False,
     detach: launch.Detach = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Distil guidance or few-step sampling into a LoRA."""
-    chosen = training_run.read(DistillConfig, config, fields, folder, resume)
-    training_run.begin("studio.training.tasks.distillation:run", chosen, folder, resume, detach, Output(json, quiet))
+    chosen = training_run.read(DistillConfig, config, fields, folder, resume, keep=keep)
+    training_run.begin(
+        "studio.training.tasks.distillation:run", chosen, folder, resume, detach, Output(json, quiet), keep
+    )

@@ -28,6 +28,7 @@ def image(
     ] = "",
     folder: training_run.Folder = None,
     resume: training_run.Resume = False,
+    keep: training_run.Keep = False,
     detach: launch.Detach = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -39,5 +40,5 @@ def image(
 
         return with_preset(preset, values) if preset else values
 
-    chosen = training_run.read(TrainImageConfig, config, fields, folder, resume, complete)
-    training_run.begin("studio.training.tasks.image:run", chosen, folder, resume, detach, Output(json, quiet))
+    chosen = training_run.read(TrainImageConfig, config, fields, folder, resume, complete, keep)
+    training_run.begin("studio.training.tasks.image:run", chosen, folder, resume, detach, Output(json, quiet), keep)

@@ -28,13 +28,14 @@ def language(
     ] = False,
     folder: training_run.Folder = None,
     resume: training_run.Resume = False,
+    keep: training_run.Keep = False,
     detach: launch.Detach = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a LoRA of a language model."""
     output = Output(json, quiet)
-    chosen = training_run.read(TrainLanguageConfig, config, fields, folder, resume)
+    chosen = training_run.read(TrainLanguageConfig, config, fields, folder, resume, keep=keep)
     if check:
         _show(chosen, output)
         return
@@ -42,7 +43,7 @@ def language(
 
     for sentence in combinations.warnings(chosen):
         output.note(sentence)
-    training_run.begin("studio.training.tasks.language:run", chosen, folder, resume, detach, output)
+    training_run.begin("studio.training.tasks.language:run", chosen, folder, resume, detach, output, keep)
 
 
 def _show(config: TrainLanguageConfig, output: Output) -> None:

@@ -27,6 +27,12 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Resume from the last checkpoint in --folder.", rich_help_panel="Output")
 ]
 
+Keep = Annotated[
+    bool,
+    typer.Option("--keep", help="Take no step: save the last checkpoint in --folder as the adapter.",
+                 rich_help_panel="Output"),
+]  # fmt: skip
+
 
 def read(
     schema: type[C],
@@ -35,6 +41,7 @@ def read(
     folder: Path | None,
     resume: bool,
     complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    keep: bool = False,
 ) -> C:
     """What is to be trained: the file's values, changed by the flags, then completed (by a preset).
 
@@ -46,21 +53,25 @@ def read(
         raise InputError("Several processes train together: give them one place with --folder.")
     if resume and folder is None:
         raise InputError("--resume goes with --folder; a job goes on with  studio jobs resume ID.")
+    if keep and folder is None:
+        raise InputError("--keep goes with --folder, the folder of the run whose checkpoint becomes the adapter.")
     values = complete({**(read_yaml(config) if config else {}), **fields})
     return schema.parse(values, source=str(config or schema.kind.replace("-", " ")))
 
 
-def begin(entry: str, config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output) -> None:
+def begin(
+    entry: str, config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output, keep: bool = False
+) -> None:
     """Train as ``config`` says and print the result.
 
     Args:
-        entry: ``"module:function"`` with ``run(config, folder, monitor, resume=...)``.
+        entry: ``"module:function"`` with ``run(config, folder, monitor, resume=..., keep=...)``.
     """
     if not detach:
         silence.loading_bars()
         _tell_alone(output)
     if folder is not None:
-        _in_folder(entry, config, folder, resume, output)
+        _in_folder(entry, config, folder, resume, keep, output)
     elif detach:
         launch.detach(config.kind, config, output)
     else:
@@ -86,7 +97,7 @@ def _as_job(config: JobConfig, output: Output) -> None:
     output.result({"job": job.id, **(job.result or {})}, lines(job.result or {}))
 
 
-def _in_folder(entry: str, config: JobConfig, folder: Path, resume: bool, output: Output) -> None:
+def _in_folder(entry: str, config: JobConfig, folder: Path, resume: bool, keep: bool, output: Output) -> None:
     """Without a record in the job store: every process of ``accelerate launch`` calls this."""
     from adapters.errors import Cancelled
     from studio.cli.terminal import Terminal
@@ -97,7 +108,7 @@ def _in_folder(entry: str, config: JobConfig, folder: Path, resume: bool, output
     first = os.environ.get("RANK", "0") == "0"
     with Terminal(output.quiet or not first, on_end=bool) as terminal:
         try:
-            result = run(config, folder, terminal, resume=resume)
+            result = run(config, folder, terminal, resume=resume, keep=keep)
         except Cancelled:
             raise Cancelled(f"Stopped. Resume with the same command and  --resume --folder {folder}") from None
     if first:

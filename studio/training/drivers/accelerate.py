@@ -28,8 +28,8 @@ from studio.training.optimizers import lr_factor, make_optimizer, parameter_grou
 from studio.training.session import TrainSession
 
 
-def train(session: TrainSession, resume: bool = False) -> dict[str, Any]:
-    """Run the session to its end; returns its result."""
+def train(session: TrainSession, resume: bool = False, keep: bool = False) -> dict[str, Any]:
+    """Run the session to its end, or ``keep`` its newest checkpoint as the adapter; returns its result."""
     device = devices.resolve(session.config.device)
     session.dtype = choose_dtype(session.config.dtype, torch.device(device))
     session.accelerator = make_accelerator(session.config, session.dtype, device, session.folder)
@@ -37,8 +37,8 @@ def train(session: TrainSession, resume: bool = False) -> dict[str, Any]:
     with global_seed(session.config.seed, "run", session.accelerator.process_index):
         loop = Loop(session)
         try:
-            loop.prepare(resume)
-            return loop.run()
+            loop.prepare(resume, keep)
+            return session.finish() if keep else loop.run()
         finally:
             loop.close()
 
@@ -56,12 +56,12 @@ class Loop:
         self.accelerator, self.plugins = session.accelerator, session.plugins
         self._tracks = False
 
-    def prepare(self, resume: bool = False) -> None:
-        """Base, data, adapter, optimiser and, when ``resume`` finds one, the newest checkpoint."""
+    def prepare(self, resume: bool = False, keep: bool = False) -> None:
+        """Base, data, adapter, optimiser and, to ``resume`` or ``keep`` one, the newest checkpoint."""
         session, config = self.session, self.config
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
         session.prepare()
-        saved = session.found(resume)
+        saved = session.found(resume, keep)
         calibration = None
         if "calibration" in self.plugins.needs() and saved is None:
             rate = config.learning_rate * lr_factor(0, self._total, config)

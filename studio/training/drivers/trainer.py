@@ -87,17 +87,20 @@ class RunSampler(Sampler[int]):
             given += self.samples
 
 
-def train(session: TrainSession, resume: bool = False) -> dict[str, Any]:
-    """Run the session to its end; returns its result."""
+def train(session: TrainSession, resume: bool = False, keep: bool = False) -> dict[str, Any]:
+    """Run the session to its end, or ``keep`` its newest checkpoint as the adapter; returns its result."""
     device = own_device(devices.resolve(session.config.device))
     session.device = torch.device(device)
     with fresh_state(device), global_seed(session.config.seed, "run"):
         try:
             session.prepare()
-            saved = session.found(resume)
+            saved = session.found(resume, keep)
             trainer = SessionTrainer(session, saved)
             session.accelerator = trainer.accelerator
             session.open_records()
+            if keep:
+                trainer.take_up()
+                return session.finish()
             trainer.train(resume_from_checkpoint=str(saved.folder) if saved is not None else None)
             if trainer.stopped:
                 raise Cancelled(f"Stopped at step {session.step} of {session.total}; the run can be resumed.")
@@ -189,6 +192,13 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
         schedule: Any = self.lr_scheduler
         schedule.last_epoch = self.saved.step
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def take_up(self) -> None:
+        """Lay the checkpoint in without taking a step."""
+        self.plugins.initialise(self._handles())
+        self.create_optimizer()
+        if self.saved is not None:
+            self.optimizer.load_state_dict(self.saved.optimizer)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self.saved is not None and self.saved.scaler is not None and self.accelerator.scaler is not None:

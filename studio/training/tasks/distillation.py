@@ -68,6 +68,7 @@ def run(
     monitor: Monitor = SILENT,
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Distil as ``config`` says, in ``folder``.
 
@@ -79,7 +80,7 @@ def run(
         InputError: something that cannot be distilled, in one sentence.
         Cancelled: stopped on request; a checkpoint to resume from was written.
     """
-    return driver.train(TrainSession.of(DistillationTask(config), folder, monitor, plugins), resume)
+    return driver.train(TrainSession.of(DistillationTask(config), folder, monitor, plugins), resume, keep)
 
 
 class GuidanceInput(Plugin):

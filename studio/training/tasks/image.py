@@ -51,6 +51,7 @@ def run(
     monitor: Monitor = SILENT,
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Train the adapter that ``config`` describes in ``folder``.
 
@@ -58,6 +59,7 @@ def run(
         folder: gets ``NAME.safetensors``, ``card.md``, ``config.yaml``, ``loss.csv``, ``samples/``, ``checkpoints/``.
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
+        keep: take no step: save the newest checkpoint as the adapter.
 
     Returns:
         ``adapter`` (path), ``exports`` (format -> path), ``card``, ``loss`` (mean of the last tenth), ``steps``,
@@ -67,7 +69,7 @@ def run(
         InputError: something that cannot be trained, in one sentence.
         Cancelled: stopped on request; a checkpoint to resume from was written.
     """
-    return driver.train(TrainSession.of(ImageTask(config), folder, monitor, plugins), resume)
+    return driver.train(TrainSession.of(ImageTask(config), folder, monitor, plugins), resume, keep)
 
 
 class ImageTask(Task):

@@ -42,6 +42,7 @@ def run(
     monitor: Monitor = SILENT,
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Train the adapter that ``config`` describes in ``folder``.
 
@@ -50,6 +51,7 @@ def run(
             ``checkpoints/``.
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
+        keep: take no step: save the newest checkpoint as the adapter.
 
     Returns:
         ``adapter`` (path), ``card``, ``loss`` (mean of the last tenth), ``first_loss``, ``steps``, ``validation``
@@ -60,7 +62,7 @@ def run(
         InputError: something that cannot be trained, in one sentence.
         Cancelled: stopped on request; a checkpoint to resume from was written.
     """
-    return driver.train(TrainSession.of(task_for(config), folder, monitor, plugins), resume)
+    return driver.train(TrainSession.of(task_for(config), folder, monitor, plugins), resume, keep)
 
 
 def task_for(config: TrainLanguageConfig) -> LanguageTask:
