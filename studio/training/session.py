@@ -238,8 +238,8 @@ class TrainSession:
 
     def diverged(self) -> str:
         """A sentence when the loss ended far above where it began, else empty."""
-        first = recent(self.losses[:10][::-1])
-        if first > 0 and recent(self.losses) > RISE * first:
+        known = len(self.losses) >= 20 and not self.task.begins_near_zero
+        if known and recent(self.losses) > RISE * self.losses[0] > 0:
             return f"The training has probably diverged: {self._rise()}. {self._advice()}"
         return ""
 

@@ -40,6 +40,8 @@ class Task:
     """What the person calls the data, a plural, for messages."""
     measures_at_end: ClassVar[bool] = False
     """Whether the finished adapter is measured whenever there is data for it."""
+    begins_near_zero: ClassVar[bool] = False
+    """Whether the loss may rise from nearly nothing although all is well."""
     leftovers: ClassVar[tuple[str, ...]] = ("checkpoints",)
     """What an earlier run leaves in the folder, cleared when a run starts anew."""
 

@@ -97,6 +97,7 @@ class DistillationTask(Task):
 
     data_noun = "pictures, captions or prompts"
     leftovers = ImageTask.leftovers
+    begins_near_zero = True  # a student that is its teacher agrees with it from the start
 
     asked: DistillConfig
     config: TrainImageConfig
