@@ -75,6 +75,8 @@ def build() -> Page:
             form = _settings()
             with gr.Row(elem_classes="as-actions"):
                 start = gr.Button("Start training", variant="primary", elem_id="train-start", scale=3)
+                ask = gr.Button("Memory and time", elem_id="train-estimate", scale=1, min_width=120)
+            needs = gr.HTML("", elem_id="train-needs", elem_classes="as-help", apply_default_css=False)
         with gr.Column(scale=6, min_width=320, elem_id="train-result", elem_classes="as-training-result"):
             result = training_run.Run.draw("train", _EMPTY)
     with gr.Row(elem_classes="as-page", visible=False) as distilling:
@@ -82,6 +84,7 @@ def build() -> Page:
     page = Page(form, captions, result.job, result.try_it, result.view, way, learning, distilling, distill_page)
     way.input(show_way, way, page.switch, show_progress="hidden", api_visibility="private")
     _wire_pictures(drop, captions)
+    ask.click(errors_shown(needed), [form[name] for name in NAMES], needs, api_visibility="private")
     result.follow_job(start, _begin, [captions, *(form[name] for name in NAMES)])
     return page
 
@@ -211,6 +214,15 @@ _EMPTY = markup.empty(
 
 def _begin(items: list[Item], *values: Any) -> str:
     return jobs.submit("train-image", config_of(items, values))
+
+
+def needed(*values: Any) -> str:
+    """What the form's training would need, as a line of HTML."""
+    from studio.training import estimate
+
+    config = schema_form.read_all(KNOWN, NAMES, values)
+    parsed = TrainImageConfig.parse({**config, "data": config["data"] or "(dropped pictures)"}, source="the form")
+    return markup.text(estimate.sentence(estimate.apart(parsed)))
 
 
 def config_of(items: Sequence[Item], values: Sequence[Any]) -> TrainImageConfig:

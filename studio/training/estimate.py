@@ -1,0 +1,311 @@
+"""What an image training will need, before any weight is read: memory and time.
+
+The base is built on torch's "meta" device from its configuration files, the adapter is put into it, and one forward and
+backward pass runs there: this counts parameters, the tensors kept for the backward pass and the floating-point
+operations exactly, without memory and in a moment. Only the speed of the device is measured, by a short multiplication.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import InputError
+from studio.training.schemas.image import TrainImageConfig
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+STATES = {"adamw": 8, "adamw8bit": 2, "adafactor": 4, "sgd": 4, "prodigy": 16, "schedulefree-adamw": 8}
+"""Bytes that an optimiser keeps per learnt number."""
+
+OVERHEAD = {"cpu": 2e-5, "cuda": 1e-5, "mps": 2e-5}
+"""Seconds that every operation costs at least, by kind of device; small models are limited by this."""
+
+EFFICIENCY = 0.5
+"""Share of the speed of one large multiplication that a whole network reaches."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one forward and backward pass over a batch consists of.
+
+    Attributes:
+        parameters: frozen numbers of every part of the base.
+        learnt: numbers of the adapter.
+        kept: bytes that the forward pass keeps for the backward pass.
+        flops: floating-point operations of both passes.
+        operations: how many operations of torch these are.
+        denoiser: name of the part that is never moved away.
+    """
+
+    parameters: Mapping[str, int]
+    learnt: int
+    kept: int
+    flops: float
+    operations: int
+    denoiser: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they are for, and seconds of the training steps (loading, caching and samples come on top)."""
+
+    memory: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.memory.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"memory": dict(self.memory), "memory_total": self.total, "seconds": self.seconds}
+
+
+def estimate(work: Work, config: TrainImageConfig, dtype: str, device: str, speed: float) -> Estimate:
+    """Memory and time of a whole run.
+
+    Args:
+        dtype: "fp32", "fp16" or "bf16": of the frozen weights.
+        device: "cpu", "cuda" or "mps".
+        speed: floating-point operations per second of a large multiplication (:func:`measured_speed`).
+    """
+    resting = config.memory != "none" and device != "cpu"  # encoders wait in the ordinary memory once they are cached
+    frozen = {name: count for name, count in work.parameters.items() if name == work.denoiser or not resting}
+    memory = {
+        "base": sum(frozen.values()) * BYTES[dtype],
+        "adapter": work.learnt * (4 + 4 + (4 if config.ema else 0)),  # weights, gradients, running average
+        "optimiser": work.learnt * STATES[config.optimizer],
+        "activations": work.kept,
+    }
+    passes = config.steps * config.gradient_accumulation
+    seconds = passes * (work.flops / (speed * EFFICIENCY) + work.operations * OVERHEAD[device])
+    return Estimate(memory, seconds)
+
+
+def look(config: TrainImageConfig, dtype: str) -> Work:
+    """Count what a step of ``config`` does.
+
+    Raises:
+        InputError: the base is a single file or a hub id, so its parts cannot be built from configurations alone.
+    """
+    import torch
+
+    from studio.training.families import family_of
+    from studio.training.inject import inject, lora_config, trainable
+    from studio.training.trainee import Trainee
+
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    pipe = _pipeline(config, kind)
+    family = family_of(pipe)
+    counts = {n: sum(p.numel() for p in part.parameters()) for n, part in _modules(pipe).items()}
+    encoders = family.text_encoders if config.train_text_encoder else {}
+    models = {family.denoiser_name: family.denoiser, **encoders}
+    with torch.device("meta"):
+        for name, model in models.items():
+            inject(model, lora_config(model, config, name in encoders, family.about.targets))
+        trainee = Trainee(family, encoders).train()
+        inputs = _inputs(family, config, bool(encoders), kind)
+        kept, operations, flops = count(trainee, inputs)
+        if config.gradient_checkpointing or config.memory == "low":
+            family.denoiser.enable_gradient_checkpointing()
+            blocks = sum(bool(getattr(part, "gradient_checkpointing", False)) for part in family.denoiser.modules())
+            between, operations, flops = count(trainee, inputs)
+            kept = between + kept // max(1, blocks)  # of one block all is there while its gradients are computed
+    learnt = sum(p.numel() for model in models.values() for p in trainable(model))
+    return Work(counts, learnt, kept, flops, operations, family.denoiser_name)
+
+
+def measured_speed(device: str, dtype: str) -> float:
+    """Floating-point operations per second of multiplying matrices of 1024 x 1024, the best of some tries."""
+    import torch
+
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    matrix = torch.ones(1024, 1024, device=device, dtype=kind)
+    best = float("inf")
+    for _ in range(6):
+        begun = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - begun)
+    return 2 * 1024**3 / best
+
+
+def estimated(config: TrainImageConfig) -> Estimate:
+    """:func:`estimate` on the device that ``config`` chooses.
+
+    Raises:
+        InputError: as :func:`look`; or the parts of the base cannot be built without their weights.
+    """
+    import torch
+
+    from pipelines.precision import DTYPES, choose_dtype
+    from studio import devices
+
+    device = devices.resolve(config.device)
+    chosen = choose_dtype(config.dtype, torch.device(device))
+    dtype = next(name for name, value in DTYPES.items() if value == chosen)
+    try:
+        work = look(config, dtype)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"What '{config.base}' needs cannot be estimated: {reason}") from error
+    return estimate(work, config, dtype, torch.device(device).type, measured_speed(device, dtype))
+
+
+def apart(config: TrainImageConfig) -> Estimate:
+    """:func:`estimated` in a process of its own, so that the caller does not load torch.
+
+    Raises:
+        InputError: as :func:`estimated`.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "config.yaml"
+        file.write_text(config.to_yaml(), encoding="utf-8")
+        asked = [sys.executable, "-m", "studio", "train", "image", str(file), "--estimate", "--json"]
+        answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    try:
+        found = json.loads(answer.stdout)
+    except ValueError:
+        raise InputError("The estimate could not be made: see  studio train image --estimate.") from None
+    if "error" in found:
+        raise InputError(found["error"])
+    return Estimate(found["memory"], found["seconds"])
+
+
+def sentence(found: Estimate) -> str:
+    """The estimate for people."""
+    from studio.cli.output import duration, size
+
+    parts = ", ".join(f"{name} {size(number)}" for name, number in found.memory.items())
+    return (
+        f"About {size(found.total)} of memory ({parts}) and {duration(found.seconds)} for the training steps; loading, "
+        "caching and samples come on top."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+def _pipeline(config: TrainImageConfig, dtype: Any) -> Any:
+    """The base's pipeline with parts that have shapes but no numbers."""
+    import diffusers
+    import torch
+
+    from pipelines.diffusion.loading import choose_family
+    from studio import library
+
+    source = Path(library.resolve_pipeline(config.base))
+    if not (source / "model_index.json").is_file():
+        raise InputError(f"What '{config.base}' needs is estimated for bases that are folders of diffusers only.")
+    family = choose_family(config.family, source)
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    parts: dict[str, Any] = {}
+    for name, entry in index.items():
+        if isinstance(entry, list):
+            library_name, kind_name = entry
+            here = library_name in ("diffusers", "transformers")
+            parts[name] = _part(source / name, library_name, kind_name, dtype) if here else None
+    known = {name: part for name, part in parts.items() if name not in ("safety_checker", "feature_extractor")}
+    kind: Any = getattr(diffusers, family.pipeline)
+    optional = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
+    quiet = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
+    with torch.device("meta"):
+        return kind(**known, **optional, **quiet)
+
+
+def _part(place: Path, library: str, name: str, dtype: Any) -> Any:
+    """A model on the meta device, or a tokenizer or scheduler as it is."""
+    import torch
+
+    kind: Any = getattr(importlib.import_module(library), name)
+    if torch.nn.Module not in kind.__mro__:
+        return kind.from_pretrained(place)
+    with torch.device("meta"):
+        if library == "diffusers":
+            made = kind.from_config(kind.load_config(place))
+        else:
+            made = kind(kind.config_class.from_pretrained(place))
+    return made.to(dtype).requires_grad_(False).eval()
+
+
+def _modules(pipe: Any) -> dict[str, Any]:
+    import torch
+
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _inputs(family: Any, config: TrainImageConfig, text_learns: bool, dtype: Any) -> tuple[Any, ...]:
+    """(noisy latents, times, conditioning) of one batch of the largest size."""
+    import torch
+
+    from pipelines.diffusion.families.base import latent_factor
+    from studio.datasets.buckets import place
+    from studio.training.supply import bucket_rule
+
+    size = bucket_rule(config, family).square
+    batch = config.batch_size * (2 if config.prior_preservation else 1)
+    factor = latent_factor(family.pipe)
+    channels = int(family.pipe.vae.config.latent_channels)
+    noisy = torch.empty(batch, channels, size[1] // factor, size[0] // factor, dtype=dtype)
+    texts = [config.trigger] * batch
+    given = family.tokens(texts) if text_learns else family.condition(texts)
+    sizes = family.size_condition(size, place(size, size))
+    given |= {name: value.expand(batch, *value.shape) for name, value in sizes.items()}
+    times = family.process.times(torch.full((batch,), 0.5, device="cpu"))
+    return noisy, times.to("meta"), {name: value.to("meta") for name, value in given.items()}
+
+
+def count(trainee: Any, inputs: tuple[Any, ...]) -> tuple[int, int, float]:
+    """(bytes kept for the backward pass, operations, floating-point operations) of one pass forward and back, on
+    whatever device ``trainee`` and its inputs are."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    modes: Any = (TorchDispatchMode, TorchFunctionMode)
+
+    class Fused(modes[1]):  # type: ignore[misc]
+        """Attention on the meta device as the fused kernels of real devices do it: its matrix is not kept."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is not torch.nn.functional.scaled_dot_product_attention or not args or not args[0].is_meta:
+                return func(*args, **(kwargs or {}))
+            fused = torch.ops.aten._scaled_dot_product_efficient_attention
+            return fused(*args[:3], None, torch.is_grad_enabled(), 0.0, False)[0]
+
+    class Counter(modes[0]):  # type: ignore[misc]
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    own = {parameter.untyped_storage()._cdata for parameter in trainee.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other gets its number
+        return tensor
+
+    counter: Any = Counter()
+    flops = FlopCounterMode(display=False)
+    with flops, counter, Fused():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = trainee(*inputs).float().square().mean()
+        held = sum(storage.nbytes() for storage in kept.values())
+        loss.backward()
+    return held, counter.count, float(flops.get_total_flops())

@@ -1,0 +1,96 @@
+"""What a training will need, beside what it needs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from adapters.errors import InputError
+from studio.cli.app import run as command
+from studio.training import estimate as estimates
+from studio.training.base import load_base
+from studio.training.estimate import Work, estimate
+from studio.training.families import family_of
+from studio.training.inject import inject, lora_config
+from studio.training.schemas.image import TrainImageConfig
+from studio.training.tasks.image import run
+from studio.training.trainee import Trainee
+from ui.pages import train
+
+WORK = Work(
+    {"unet": 1000, "text_encoder": 500, "vae": 100}, learnt=10, kept=7, flops=5e9, operations=0, denoiser="unet"
+)
+
+
+def config(**values):
+    return TrainImageConfig(
+        name="x", data="x", trigger="zxq", device="cpu", **{"steps": 10, "sample_prompts": []} | values
+    )
+
+
+def test_memory_and_time_add_up():
+    found = estimate(WORK, config(ema=False), "fp32", "cpu", speed=1e10)
+    assert found.memory == {"base": 6400, "adapter": 80, "optimiser": 80, "activations": 7}
+    assert found.total == 6567
+    assert found.seconds == pytest.approx(10 * 5e9 / (1e10 * estimates.EFFICIENCY))
+    twice = estimate(WORK, config(gradient_accumulation=2, ema=True, optimizer="sgd"), "bf16", "cuda", speed=1e10)
+    assert twice.seconds == pytest.approx(2 * found.seconds)
+    assert (twice.memory["adapter"], twice.memory["optimiser"]) == (120, 40)
+    resting = estimate(WORK, config(memory="balanced"), "bf16", "cuda", speed=1e10)
+    assert resting.memory["base"] == 2000  # text encoder and VAE wait elsewhere
+
+
+@pytest.mark.parametrize("more", [{}, {"targets": "attention-mlp", "rank": 16, "batch_size": 2}])
+def test_a_real_step_keeps_what_was_estimated(more):
+    chosen = config(**more)
+    work = estimates.look(chosen, "fp32")
+    family = family_of(load_base(chosen, torch.float32, torch.device("cpu")))
+    parts = {name: part for name, part in family.pipe.components.items() if isinstance(part, torch.nn.Module)}
+    assert work.parameters == {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    inject(family.denoiser, lora_config(family.denoiser, chosen, False, family.about.targets))
+    size = estimates._inputs(family, chosen, False, torch.float32)[0].shape
+    inputs = (torch.randn(size), torch.full((size[0],), 500), family.condition(["zxq"] * size[0]))
+    kept, operations, _ = estimates.count(Trainee(family, {}).train(), inputs)
+    assert work.kept == pytest.approx(kept, rel=0.02)
+    assert work.operations == pytest.approx(operations, rel=0.1)
+    with sdpa_kernel(SDPBackend.MATH):  # whose operations torch counts on a CPU
+        flops = estimates.count(Trainee(family, {}).train(), inputs)[2]
+    assert work.flops == pytest.approx(flops, rel=0.05)
+
+
+def test_a_run_takes_about_the_time_that_was_estimated(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (64, 64), "red").save(data / "a.png")
+    chosen = config().model_copy(update={"data": str(data)})
+    found = estimates.estimated(chosen)
+    result = run(chosen, tmp_path / "run")
+    assert estimates.look(chosen, "fp32").learnt == result["parameters"]
+    assert found.seconds / 4 < result["seconds"] < found.seconds * 4
+
+
+def test_checkpointing_keeps_less_and_computes_more():
+    plain, again = (estimates.look(config(gradient_checkpointing=on), "fp32") for on in (False, True))
+    assert again.kept < plain.kept / 2
+    assert 1.2 < again.flops / plain.flops < 1.5
+
+
+def test_command_and_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path))
+    asked = ["train", "image", "--data", "x", "--name", "x", "--trigger", "zxq", "--device", "cpu"]
+    assert command([*asked, "--estimate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory_total"] == sum(found["memory"].values()) > 50e6
+    values = [train.KNOWN[name].default for name in train.NAMES]
+    shown = dict(zip(train.NAMES, values, strict=True)) | {"name": "x", "trigger": "zxq", "data": "", "device": "cpu"}
+    line = train.needed(*(train.schema_form.show(train.KNOWN[name], shown[name]) for name in train.NAMES))
+    assert line.startswith("About ")
+    assert "for the training steps" in line
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(b"")
+    with pytest.raises(InputError):
+        estimates.estimated(config(base=str(single)))
