@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from adapters.formats.peft_directory import PREFIX, WEIGHTS, is_peft_directory
 from adapters.formats.tensors import SUFFIXES, flat_table, load_pickle, sha256
 
 
-def read(path: str | Path) -> LoraFile:
+def read(path: str | Path, hashed: Callable[[Path], str] = sha256) -> LoraFile:
     """The adapter at ``path``: a file, a PEFT directory, or a directory with exactly one adapter file in it.
+
+    Args:
+        hashed: gives the SHA-256 of a file or directory, for callers who know it already.
 
     Raises:
         InputError: nothing there, no known format, a format we refuse, damaged or non-finite numbers.
@@ -30,7 +34,7 @@ def read(path: str | Path) -> LoraFile:
         _refuse(head)
     chosen = format or formats()["diffusers"]  # which says what it does not understand
     made = chosen.read(head)
-    return replace(made, path=made.path or head.path, sha256=sha256(head.path))
+    return replace(made, path=made.path or head.path, sha256=hashed(head.path))
 
 
 def header_of(place: Path) -> Header:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapters import files
+from adapters import files, formats
 from adapters.progress import Monitor, Progress, check, part
 from studio import catalogue, library
 from studio.composition import canvas_size, pipeline_cache, prompts, recipe_png, recipes
@@ -131,9 +131,10 @@ def _prepare(pipe: Any, config: ComposeConfig) -> None:
     for name in list(pipe.adapters):
         pipe.unload_lora(name)
     for use in config.adapters:
+        file = formats.read(library.resolve_adapter(use.path), recipes.known_hash)
         pipe.load_lora(
-            library.resolve_adapter(use.path), name=use.name, weight=use.weight, te_weight=use.te_weight,
-            triggers=tuple(use.triggers), blocks=use.blocks or None, schedule=list(use.schedule) or None,
+            file, name=use.name, weight=use.weight, te_weight=use.te_weight, triggers=tuple(use.triggers),
+            blocks=use.blocks or None, schedule=list(use.schedule) or None,
         )  # fmt: skip
     pipe.compose(
         config.method, adapters=[use.name for use in config.adapters], tau=config.tau, te_mode=config.te_mode,

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from adapters import formats
 from adapters.errors import InputError
 from studio import library
 from studio.composition.schema import ComposeConfig
@@ -45,6 +46,11 @@ def build(config: ComposeConfig, made_on: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "made_on": made_on,
     }
+
+
+def known_hash(place: Path) -> str:
+    """The SHA-256 of what is loaded; that of a file stands in the recipe already and is not made twice."""
+    return library.sha256(place) if place.is_file() else formats.sha256(place)
 
 
 def versions() -> dict[str, str]:

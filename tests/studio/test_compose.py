@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters import files
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
 from studio import jobs
@@ -71,6 +72,20 @@ def test_a_picture_of_a_series_is_repeated_to_the_bit(config, tmp_path):
     recipe = recipe_png.read_recipe(first["images"][1])
     again = compose.run(recipes.replay(recipe), tmp_path / "b", Silent())
     assert Path(again["images"][0]).read_bytes() == Path(first["images"][1]).read_bytes()
+
+
+def test_loading_and_recipe_hash_a_file_once(config, tmp_path, monkeypatch):
+    hashed: list[str] = []
+    plain = files.sha256
+
+    def counted(*paths: Path) -> str:
+        hashed.extend(path.name for path in paths)
+        return plain(*paths)
+
+    monkeypatch.setattr(files, "sha256", counted)
+    result = compose.run(config, tmp_path, Silent())
+    assert sorted(hashed).count("cat.safetensors") == 1
+    assert recipe_png.read_recipe(result["recipe"])["adapters"][0]["sha256"] == plain(Path(config.adapters[0].path))
 
 
 def test_the_kept_pipeline_changes_nothing(config, tmp_path):
