@@ -24,7 +24,7 @@ class Distilled:
     Attributes:
         mode: how its guidance is chosen: "fixed", "strength" (by the weight) or "embedding" (by guidance_scale).
         guidance: what is built in at weight 1.
-        low, high: practised range of guidance.
+        low, high: trained range of guidance.
         steps, sampler: what it is made for (0 and "" = as the base).
     """
 

@@ -128,9 +128,19 @@ def image_front_matter(recipe: Mapping[str, Any]) -> list[str]:
     )
 
 
-def loading_lines(base: str, file: str, prompt: str, size: int | None) -> list[str]:
-    """The lines that load an image adapter from its own folder and draw with it; no size = the base's own."""
-    options = "num_inference_steps=20" + (f", height={size}, width={size}" if size else "")
+def loading_lines(
+    base: str, file: str, prompt: str, size: int | None, steps: int = 20, guidance: float | None = None,
+    scheduler: str = "",
+) -> list[str]:  # fmt: skip
+    """The lines that load an image adapter from its own folder and draw with it.
+
+    Args:
+        size: pixels of a side; None = the base's own.
+        guidance: guidance of the call; None = the pipeline's own.
+        scheduler: class of diffusers' scheduler in the place of the base's.
+    """
+    options = f"num_inference_steps={steps}" + (f", height={size}, width={size}" if size else "")
+    options += "" if guidance is None else f", guidance_scale={guidance}"
     whole_pipeline = not base.endswith((".safetensors", ".ckpt"))
     kind, opener = ("DiffusionPipeline", "from_pretrained") if whole_pipeline else (
         "StableDiffusionPipeline", "from_single_file"
@@ -138,10 +148,11 @@ def loading_lines(base: str, file: str, prompt: str, size: int | None) -> list[s
     return [
         "```python",
         "import torch",
-        f"from diffusers import {kind}",
+        f"from diffusers import {', '.join(filter(None, [kind, scheduler]))}",
         *base_lines(base),
         "",
         f"pipe = {kind}.{opener}(base).to(torch.float32)  # torch.float16 on a GPU",
+        *([f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []),
         f'pipe.load_lora_weights(".", weight_name={file!r})',
         f"picture = pipe({prompt!r}, {options}).images[0]",
         "```",

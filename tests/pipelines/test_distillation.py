@@ -352,10 +352,10 @@ def test_one_file_of_several_stays_distilled(pipe, tmp_path):
     torch.testing.assert_close(latents(alone), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_strength_outside_the_practised_range_warns(pipe, tmp_path):
+def test_strength_outside_the_trained_range_warns(pipe, tmp_path):
     mark = Mark(mode="strength", guidance=4.0, low=1.0, high=6.4)
     pipe.load_lora(adapter(tmp_path, mark), name="fast", weight=2.5)
-    with pytest.warns(UserWarning, match=r"Guidance 8.5 is outside what 'fast' has practised \(1 to 6.4\)"):
+    with pytest.warns(UserWarning, match=r"Guidance 8.5 is outside what 'fast' was trained for \(1 to 6.4\)"):
         latents(pipe)
 
 

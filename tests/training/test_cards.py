@@ -10,7 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCardData
 
-from studio.training import cards
+from studio.training import cards, distill
+from studio.training.schemas.distill import DistillConfig
 from studio.training.tasks.image import run
 from tests.training.conftest import settings
 
@@ -59,6 +60,24 @@ def test_an_image_card_on_a_base_of_the_library(
     assert front(card)["license"] == "apache-2.0"
     monkeypatch.chdir(tmp_path / "run")
     assert executed(card)["picture"].size == (64, 64)
+
+
+@pytest.mark.parametrize("objective", ["guidance", "consistency"])
+def test_a_distilled_card(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    wanted = {
+        "base": str(bases("sd")), "prompts": str(tmp_path / "prompts.txt"), "objective": objective, "knots": 4,
+        "trajectory_count": 2, "rank": 2, "steps": 1, "batch_size": 1, "resolution": 32, "device": "cpu",
+        "inference_steps": 2, "name": "fast",
+    }  # fmt: skip
+    result = distill(DistillConfig.parse(wanted), folder=tmp_path)
+    card = Path(result["card"]).read_text(encoding="utf-8")
+    assert front(card)["library_name"] == "diffusers"
+    (tmp_path / bases("sd").name).symlink_to(bases("sd"))
+    monkeypatch.chdir(tmp_path)
+    found = executed(card)
+    assert found["picture"].size == (32, 32)
+    assert (type(found["pipe"].scheduler).__name__ == "LCMScheduler") == (objective == "consistency")
 
 
 @pytest.mark.parametrize(

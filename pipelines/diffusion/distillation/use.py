@@ -117,5 +117,5 @@ def merged_mark(marks: Sequence[tuple[Mark, float]]) -> dict[str, str]:
 def _warn_outside(name: str, mark: Mark, w: float) -> None:
     if mark.outside(w):
         warnings.warn(
-            f"Guidance {w:g} is outside what '{name}' has practised ({mark.low:g} to {mark.high:g}).", stacklevel=4
+            f"Guidance {w:g} is outside what '{name}' was trained for ({mark.low:g} to {mark.high:g}).", stacklevel=4
         )

@@ -37,9 +37,10 @@ from studio.datasets.cache import key_of
 from studio.datasets.pictures import FolderReport
 from studio.datasets.prompts import read_prompts
 from studio.datasets.seeds import uniform
+from studio.training.cards import base_name
 from studio.training.device import main_process
 from studio.training.drivers import accelerate as driver
-from studio.training.export import RECIPE_ENTRY, write_adapter
+from studio.training.export import RECIPE_ENTRY, image_front_matter, loading_lines, write_adapter
 from studio.training.families import Family, Tensors
 from studio.training.forward import draw
 from studio.training.inject import ADAPTER
@@ -451,7 +452,7 @@ def card_text(recipe: dict[str, Any], mark: Mark, samples: Sequence[Path], folde
     use = {
         "fixed": f"guidance {mark.guidance:g} is built in: set the pipeline's guidance to 1",
         "strength": f"weight 1 is guidance {mark.guidance:g}, weight s is 1 + {mark.guidance - 1:g} s "
-        f"(practised {mark.low:g} to {mark.high:g}); set the pipeline's guidance to 1",
+        f"(trained from {mark.low:g} to {mark.high:g}); set the pipeline's guidance to 1",
         "embedding": f"guidance {mark.low:g} to {mark.high:g} as a setting, with the file '...-{embedding.NAME}-...' "
         "beside the LoRA",
     }[mark.mode]
@@ -461,10 +462,17 @@ def card_text(recipe: dict[str, Any], mark: Mark, samples: Sequence[Path], folde
         else f"{recipe['data']['pictures']} pictures"
     )
     styles = ", ".join(f"`{name}`" for name in config["styles"])
+    base = str(recipe["base"]["name"])
+    scheduler = "FlowMatchLCMScheduler" if mark.prediction_type == "flow_velocity" else "LCMScheduler"
+    loaded = [] if mark.mode == "embedding" else loading_lines(  # which diffusers has no input for
+        base, f"{recipe['name']}.safetensors", str(recipe["data"]["example_prompt"]), config["resolution"],
+        mark.steps or 20, 1.0, scheduler if few else "",
+    )  # fmt: skip
     lines = [
+        *image_front_matter(recipe),
         f"# {recipe['name']}",
         "",
-        f"A distilled LoRA for **{recipe['base']['name']}** ({recipe['base']['family']}): {what}.",
+        f"A distilled LoRA for **{base_name(base)}** ({recipe['base']['family']}): {what}.",
         "",
         f"- Use: {use}" + (f", sampler `{mark.sampler}`, {mark.steps} steps" if few else ""),
         f"- A negative prompt has no effect any more; built in is `{mark.null_prompt}`",
@@ -476,6 +484,7 @@ def card_text(recipe: dict[str, Any], mark: Mark, samples: Sequence[Path], folde
         "",
         *[f"![sample]({path.relative_to(folder).as_posix()})" for path in samples],
         "",
+        *[*loaded, *([""] if loaded else [])],
         "Made with adapter-studio; the whole recipe is in the file's metadata "
         f"(`{RECIPE_ENTRY}`) and in `config.yaml`.",
         "",
