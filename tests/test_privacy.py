@@ -72,8 +72,7 @@ def test_scenes(place: Path) -> None:
     done = reconstruct.run(config, place / "job", Silent())
     exported = []
     for kind in ("glb", "ply", "npz", "colmap", "nerfstudio"):
-        target, _ = reconstruct.export(done["scene"], place / f"as-{kind}", kind)
-        exported.append(target)
+        exported.append(reconstruct.export(done["scene"], place / f"as-{kind}", kind).place)
     assert telling([*exported, done["adapter"]]) == []
 
 

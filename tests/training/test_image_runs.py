@@ -74,7 +74,7 @@ def test_file_gives_the_trained_picture_in_diffusers(family, bases, pictures, tm
 
     plain = draw()
     pipe.load_lora_weights(result["adapter"])
-    assert np.array_equal(draw(), drawn)
+    assert np.abs(draw().astype(int) - drawn).max() <= 1  # the file holds the scale in B
     assert not np.array_equal(plain, drawn)
     if text:
         assert any(key.startswith("text_encoder.") for key in tensors(result["adapter"]))
@@ -126,7 +126,8 @@ def test_metadata_tells_how_it_was_made(bases, pictures, tmp_path):
     assert recipe["training"]["steps"] == 4
     assert recipe["base"]["digest"]
     assert recipe["data"]["pictures"] == 8
-    assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 3.0
+    described = json.loads(metadata["lora_adapter_metadata"])
+    assert described["unet.lora_alpha"] == described["unet.r"], "the scale is in B, for readers of tensors alone"
     assert "zxq" in Path(result["card"]).read_text()
 
 
