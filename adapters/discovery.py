@@ -8,10 +8,11 @@ catalogue's own dataclasses. Its text then says everything.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,23 @@ def installed() -> Iterator[tuple[str, str]]:
     """(distribution or entry point name, module) of every entry point in :data:`GROUP`."""
     for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: (point.module, point.name)):
         yield (point.dist.name if point.dist else point.name), point.module
+
+
+def objects(modules: Iterable[str], constant: str, kind: Any, group: str) -> dict[str, Any]:
+    """Name -> what ``constant`` is in ``modules``, and in those that packages name as entry points of ``group``.
+
+    Objects of ``kind`` have a ``name`` and an ``order``, by which they are sorted. The modules are imported.
+
+    Raises:
+        ValueError: two objects of one name.
+    """
+    points = [point.value for point in importlib.metadata.entry_points(group=group)]
+    found: dict[str, Any] = {}
+    for module in (*modules, *points):
+        made: Any = getattr(importlib.import_module(module), constant, None)
+        if isinstance(made, kind) and found.setdefault(made.name, made) is not made:
+            raise ValueError(f"two of {group} are called '{made.name}'")
+    return dict(sorted(found.items(), key=lambda pair: (pair[1].order, pair[0])))
 
 
 def declarations(file: Path, calls: Mapping[str, Callable[..., Any]]) -> list[Any]:

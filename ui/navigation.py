@@ -6,21 +6,14 @@ the side stands for it. A page's address is its key (``/train``); other words th
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import unquote
 
 import gradio as gr
 
 from ui import markup
+from ui.asgi import Asgi, Message, Receive, Scope, Send
 from ui.theme import script
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ui.access import API, Asgi, Receive, Scope, Send
+from ui.access import API
+from ui.asgi import Asgi, Receive, Scope, Send
 
 CLOSED = 20
 """Closed pages that are kept."""

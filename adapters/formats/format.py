@@ -7,15 +7,14 @@ recognition, conversion choices and the table of the documentation all go throug
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapters import discovery
 from adapters.errors import InputError, nearest
 from adapters.formats.keys import refuse_foreign
 from adapters.formats.lora import LoraFile
@@ -109,13 +108,7 @@ def _discovered() -> Mapping[str, Format]:
     package = __name__.rpartition(".")[0]
     files = sorted(Path(__file__).parent.glob("*.py"))  # the others import torch: looked at as text
     modules = [f"{package}.{file.stem}" for file in files if "\nFORMAT = " in file.read_text(encoding="utf-8")]
-    modules += [point.value for point in entry_points(group=GROUP)]
-    found: dict[str, Format] = {}
-    for module in modules:
-        made = getattr(importlib.import_module(module), "FORMAT", None)
-        if isinstance(made, Format) and found.setdefault(made.name, made) is not made:
-            raise ValueError(f"two formats are called '{made.name}'")
-    return dict(sorted(found.items(), key=lambda pair: (pair[1].order, pair[0])))
+    return discovery.objects(modules, "FORMAT", Format, GROUP)
 
 
 def formats() -> Mapping[str, Format]:

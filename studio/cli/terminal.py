@@ -122,7 +122,7 @@ class Terminal:
             self.on_end()
         if not self.interrupted:
             self.interrupted = True
-            self.say(f"{signal.Signals(number).name}: stopping at the next safe place ...")
+            self.say(f"{signal.Signals(number).name}: stopping at the next safe point ...")
 
 
 def _short(progress: Progress) -> str:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters import files
-from adapters.errors import Cancelled, InputError, StudioError
-from adapters.progress import Monitor, check, part
+from adapters.errors import InputError
+from adapters.progress import Monitor
 from studio import catalogue
-from studio.composition import job as compose
+from studio.composition import series
 from studio.composition.comparison_schema import CompareConfig
+from studio.composition.series import One
 
 if TYPE_CHECKING:
     from PIL import Image
-
-logger = logging.getLogger("studio.composition.comparison")
 
 GRID = "comparison.png"
 CELL, LABEL, GAP = 256, 30, 12
@@ -35,22 +33,10 @@ def run(config: CompareConfig, folder: Path, monitor: Monitor) -> dict[str, Any]
         adapters.errors.Cancelled: ``monitor`` said so; pictures that are finished are kept.
     """
     begun = time.monotonic()
-    made: dict[str, str] = {}
-    skipped: dict[str, str] = {}
-    regions: dict[str, Any] = {}
-    for number, name in enumerate(config.methods):
-        check(monitor)
-        place = folder / name
-        place.mkdir(parents=True, exist_ok=True)
-        try:
-            result = compose.run(config.of(name), place, part(monitor, number, len(config.methods), title(name)))
-        except Cancelled:
-            raise
-        except StudioError as error:
-            logger.warning("%s left out: %s", name, error)
-            skipped[name] = str(error)
-            continue
-        made[name], regions[name] = result["images"][0], result["regions"]
+    results, skipped = series.run(
+        {name: One(title(name), config.of(name), folder / name) for name in config.methods}, monitor
+    )
+    made = {name: result["images"][0] for name, result in results.items()}
     if not made:
         raise InputError("None of the methods can make this picture. " + " ".join(_reasons(skipped)))
     drawn = grid([Path(path) for path in made.values()], [title(name) for name in made])
@@ -59,7 +45,7 @@ def run(config: CompareConfig, folder: Path, monitor: Monitor) -> dict[str, Any]
         "images": list(made.values()),
         "methods": list(made),
         "skipped": skipped,
-        "regions": regions,
+        "regions": {name: result["regions"] for name, result in results.items()},
         "grid": str(folder / GRID),
         "base": config.base,
         "seconds": round(time.monotonic() - begun, 3),

@@ -43,11 +43,12 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
         recipe = {**recipes.build(whole, _made_on(pipe)), **prompts.told(config, whole)}
         files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
         for number in range(config.images):
-            one, _ = worded(config, number)
+            one, said = worded(config, number)
+            remarks += said
             if not made or one.adapters != made[-1].config.adapters or one.regions != made[-1].config.regions:
                 _prepare(pipe, one)
             made.append(_picture(pipe, config, one, folder, monitor, number))
-    said = [*remarks, *(remark for picture in made for remark in picture.remarks)]
+    remarks += [remark for picture in made for remark in picture.remarks]
     return {
         "images": [str(picture.path) for picture in made],
         "regions": made[0].regions,
@@ -56,7 +57,7 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
         "base": config.base,
         "method": config.method,
         "made_on": recipe["made_on"],
-        "remarks": list(dict.fromkeys(said)),
+        "remarks": list(dict.fromkeys(remarks)),
         "seconds": round(time.monotonic() - begun, 3),
     }
 
@@ -81,14 +82,15 @@ def plan(config: ComposeConfig) -> Any:
 
 
 def worded(config: ComposeConfig, number: int) -> tuple[ComposeConfig, list[str]]:
-    """The configuration of picture ``number``, its texts decided and the adapters they name among the others, and what
-    to say about it.
+    """The settled ``config`` for picture ``number``, its texts decided and the adapters they name among the others, and
+    what to say about it.
 
     Raises:
         InputError: marks in a text that are not honoured; no such adapter or wildcard.
     """
     one, said = prompts.with_named(prompts.decided(config, config.seed + number))
-    return settled(one.model_copy(update={"seed": config.seed + number, "images": 1})), said
+    one = one.model_copy(update={"seed": config.seed + number, "images": 1})
+    return (one if one.adapters == config.adapters else settled(one)), said
 
 
 def settled(config: ComposeConfig) -> ComposeConfig:

@@ -5,22 +5,20 @@ Every picture is made by itself, on one loaded model, so that its recipe repeats
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters import files
-from adapters.errors import Cancelled, InputError, StudioError
-from adapters.progress import Monitor, check, part
-from studio.composition import job as compose
+from adapters.errors import InputError
+from adapters.progress import Monitor
+from studio.composition import series
+from studio.composition.series import One
 from studio.composition.sweep_schema import SweepConfig
 
 if TYPE_CHECKING:
     from PIL import Image
-
-logger = logging.getLogger("studio.composition.sweep")
 
 GRID = "sweep.png"
 CELL, LEFT, TOP, GAP = 192, 150, 34, 6
@@ -38,22 +36,11 @@ def run(config: SweepConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     """
     begun = time.monotonic()
     wanted = list(config.combinations())
-    made: dict[tuple[str, ...], Path] = {}
-    skipped: dict[str, str] = {}
-    for number, (labels, one) in enumerate(wanted):
-        check(monitor)
-        place = folder / f"{number:03d}"
-        place.mkdir(parents=True, exist_ok=True)
-        title = ", ".join(labels)
-        try:
-            result = compose.run(one, place, part(monitor, number, len(wanted), title))
-        except Cancelled:
-            raise
-        except StudioError as error:
-            logger.warning("%s left out: %s", title, error)
-            skipped[title] = str(error)
-            continue
-        made[labels] = Path(result["images"][0])
+    results, skipped = series.run(
+        {labels: One(", ".join(labels), one, folder / f"{number:03d}") for number, (labels, one) in enumerate(wanted)},
+        monitor,
+    )
+    made = {labels: Path(result["images"][0]) for labels, result in results.items()}
     if not made:
         raise InputError("None of the pictures can be made. " + next(iter(skipped.values())))
     drawn = grid([labels for labels, _ in wanted], made, len(config.axes[-1].values))
@@ -61,7 +48,7 @@ def run(config: SweepConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     return {
         "images": [str(path) for path in made.values()],
         "labels": {path.parent.name: ", ".join(labels) for labels, path in made.items()},
-        "skipped": skipped,
+        "skipped": {", ".join(labels): reason for labels, reason in skipped.items()},
         "grid": str(folder / GRID),
         "base": config.base,
         "seconds": round(time.monotonic() - begun, 3),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,22 @@ def _state(file: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return found
+
+
+def take_parameters(own: Mapping[str, torch.nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
+    """Lay saved values into the parameters of a run.
+
+    Raises:
+        InputError: the names are not the same.
+    """
+    if strange := sorted(own.keys() ^ saved.keys()):
+        raise InputError(
+            f"The checkpoint holds other parameters than this run trains ({len(strange)} differ, e.g. "
+            f"'{strange[0]}'): start a new run."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
 
 
 def check_same_run(saved: Checkpoint, config: JobConfig, data: str, noun: str) -> None:

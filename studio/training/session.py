@@ -128,11 +128,11 @@ class TrainSession:
             InputError: it is damaged, or of another configuration or other data; there is none to ``keep``.
         """
         places = checkpoints.existing(self.folder / "checkpoints") if resume or keep else []
-        if keep and (not places or checkpoints.load(places[-1]).step == 0):
+        saved = checkpoints.load(places[-1]) if places else None
+        if keep and (saved is None or saved.step == 0):
             raise InputError(f"There is no checkpoint in '{self.folder}' that could become an adapter: train first.")
-        if not places:
+        if saved is None:
             return None
-        saved = checkpoints.load(places[-1])
         checkpoints.check_same_run(saved, self.task.asked, self.task.data_digest, self.task.data_noun)
         self.step, self.losses, self.seconds = saved.step, saved.losses, saved.seconds
         self.validation = saved.validation
@@ -165,15 +165,7 @@ class TrainSession:
             InputError: it holds other parameters than this run trains.
         """
         self.plugins.load_state_dict(saved.plugins)
-        own = dict(self.named_parameters())
-        if strange := sorted(own.keys() ^ saved.adapter.keys()):
-            raise InputError(
-                f"The checkpoint holds other parameters than this run trains ({len(strange)} differ, e.g. "
-                f"'{strange[0]}'): start anew."
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved.adapter[name])
+        checkpoints.take_parameters(dict(self.named_parameters()), saved.adapter)
 
     def save_checkpoint(self, optimizer: dict[str, Any], scaler: dict[str, Any] | None, trainer: str = "") -> None:
         """Write ``checkpoints/step-N`` with the driver's states."""
@@ -247,7 +239,7 @@ class TrainSession:
         return f"the loss rose from {self.losses[0]:.4g} to {recent(self.losses):.4g} in {self.step} steps"
 
     def _advice(self) -> str:
-        return f"Lower learning_rate (it is {self.config.learning_rate:g}) and start anew."
+        return f"Lower learning_rate (it is {self.config.learning_rate:g}) and start a new run."
 
     def checkpoint_due(self) -> bool:
         """Whether the driver has to write a checkpoint now."""

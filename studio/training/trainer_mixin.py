@@ -28,6 +28,7 @@ from adapters.errors import InputError
 from adapters.layers.variant import untouched
 from adapters.plugin import Answers, Calibration, Closure, Handles, Plugin, Plugins
 from studio.datasets.seeds import global_seed
+from studio.training.checkpoint import take_parameters
 
 COMPONENT = "model"
 STATE = "studio_state.pt"
@@ -119,7 +120,8 @@ class StudioTrainerMixin:
         self.plugins.after_inject(self._handles(optimizer=self.optimizer))
         if self._resumed is not None:
             self.plugins.load_state_dict(self._resumed["plugins"])
-            self._take_parameters(self._resumed["parameters"])
+            own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            take_parameters(own, self._resumed["parameters"])
             self._resumed = None
         made: torch.optim.Optimizer = self.optimizer
         return made
@@ -227,18 +229,6 @@ class StudioTrainerMixin:
     def _learning(self) -> dict[str, torch.Tensor]:
         model = self.accelerator.unwrap_model(self.model)
         return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    def _take_parameters(self, values: dict[str, torch.Tensor]) -> None:
-        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if own.keys() != values.keys():
-            strange = sorted(own.keys() ^ values.keys())
-            raise InputError(
-                f"The checkpoint holds other parameters than this run trains ({len(strange)} differ, e.g. "
-                f"'{strange[0]}'): start a new run."
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(values[name])
 
 
 class _AfterStep(TrainerCallback):

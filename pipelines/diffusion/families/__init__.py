@@ -8,35 +8,23 @@ neither torch nor diffusers.
 
 from __future__ import annotations
 
-import importlib
 import json
 import pkgutil
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from adapters import discovery
 from adapters.errors import InputError
 from pipelines.diffusion.families.base import Encoding, Family
 
 GROUP = "adapter_studio.families"
 
 
-@cache
-def _discovered() -> Mapping[str, Family]:
-    modules = [f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__)]
-    modules += [point.value for point in entry_points(group=GROUP)]
-    found: dict[str, Family] = {}
-    for module in modules:
-        family = getattr(importlib.import_module(module), "FAMILY", None)
-        if isinstance(family, Family) and found.setdefault(family.name, family) is not family:
-            raise ValueError(f"two families are called '{family.name}'")
-    return dict(sorted(found.items(), key=lambda pair: (pair[1].order, pair[0])))
+_OURS = (f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__))
 
-
-FAMILIES: Mapping[str, Family] = _discovered()
+FAMILIES: Mapping[str, Family] = discovery.objects(_OURS, "FAMILY", Family, GROUP)
 """Every family by name, in the order of lists."""
 
 
