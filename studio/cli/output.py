@@ -30,11 +30,11 @@ class Output:
     def result(self, data: Any, text: Callable[[], Any] | str) -> None:
         """Print the result: ``data`` as JSON, or ``text`` (a string, or what makes a rich renderable or nothing)."""
         if self.json:
-            print(json.dumps(data, indent=1, default=str))
+            print(json.dumps(data, indent=1, default=str), flush=True)  # also to a file, while the app runs on
             return
         shown = text() if callable(text) else text
         if isinstance(shown, str):
-            print(printable(shown, lines=True))
+            print(printable(shown, lines=True), flush=True)
         elif shown:
             from rich.console import Console
 

@@ -144,7 +144,7 @@ def joined(nodes: list[Node]) -> tuple[Node, ...]:
     made: list[Node] = []
     for node in nodes:
         if isinstance(node, str) and made and isinstance(made[-1], str):
-            made[-1] += node
+            made[-1] += f"{node} "
         elif isinstance(node, str):
             made.append(f" {node} ")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,13 +24,9 @@ async def connect(sessions: Sessions, app: Any, page: str) -> None:
 
 
 def run(coroutine: Any) -> None:
-    """To its end, in a loop of its own (a browser's driver may have one running here)."""
-    try:
-        loop = asyncio.new_event_loop()
-        asyncio.events._set_running_loop(None)
-        loop.run_until_complete(coroutine)
-    finally:
-        loop.close()
+    """To its end, in a thread of its own: the browser's driver may have a loop running in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, coroutine).result()
 
 
 def test_the_last_closed_pages_are_kept() -> None:
