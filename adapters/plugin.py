@@ -1,7 +1,7 @@
 """Where a training method joins the loop, independent of the driver.
 
 A method overrides what it needs. Before the first step: ``configure``; ``before_inject``; plain adapters are added
-(and an adapter to continue from is laid in); ``initialise`` may change how they start and what learns; the optimiser is
+(and an adapter to continue from is loaded); ``initialise`` may change how they start and what learns; the optimiser is
 made; ``after_inject``; ``load_state_dict`` when a run is resumed. Order in one optimiser step: ``step_begin``; per
 forward pass ``forward_context`` around the forward and ``loss`` after it; after the last backward ``grads_ready``
 (reduced, unscaled, not yet clipped); then clipping, the optimiser, EMA, and ``after_step``.

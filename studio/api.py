@@ -203,7 +203,7 @@ def chat(
     from studio import silence
 
     silence.library_warnings()
-    from studio.conversation import Question, Voice, parse_adapter
+    from studio.conversation import Question, Variant, parse_adapter
     from studio.conversation.session import Session
 
     global _session
@@ -215,7 +215,7 @@ def chat(
         if isinstance(use, Mapping):
             raise InputError("An adapter of a conversation is a name or path, with ':strength' if it is not 1.")
         chosen.append(parse_adapter(os.fspath(use)))
-    question = Question(os.fspath(base), (Voice("", tuple(chosen)),), (tuple(talk),), device, dtype, sampling)
+    question = Question(os.fspath(base), (Variant("", tuple(chosen)),), (tuple(talk),), device, dtype, sampling)
     if _session is None:
         _session = Session()
     return "".join(event["text"] for event in _session.ask(question) if event["event"] == "piece")

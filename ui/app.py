@@ -128,8 +128,8 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
 
 def _choices() -> list[Any]:
     adapters, bases = gr.update(choices=compose.adapter_choices()), gr.update(choices=compose.base_choices())
-    models, voices = gr.update(choices=language.base_choices()), gr.update(choices=language.adapter_choices())
-    return [adapters, bases, bases, bases, adapters, models, voices, gr.update(choices=reconstruct.adapter_choices())]
+    models, talkers = gr.update(choices=language.base_choices()), gr.update(choices=language.adapter_choices())
+    return [adapters, bases, bases, bases, adapters, models, talkers, gr.update(choices=reconstruct.adapter_choices())]
 
 
 def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], *others: str) -> Any:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from adapters.errors import InputError, nearest
 from adapters.progress import Monitor, part
+from pipelines.diffusion.drawing import joined
 from pipelines.diffusion.prompt_syntax import Adapter, Lines, chosen, without_adapters
 from pipelines.diffusion.regions.region import PlacedRegion, Region
 from pipelines.diffusion.report import Plan
@@ -132,10 +131,8 @@ def diffusers_arguments(pipe: Any, given: Mapping[str, Any], ours: Mapping[str, 
 
 def together(outputs: Sequence[Output]) -> Output:
     """Calls for one picture each, as if they were one (with the plan of the first)."""
-    images = [output.images for output in outputs]
-    joined = torch.cat(images) if isinstance(images[0], torch.Tensor) else [one for part in images for one in part]
     return Output(
-        joined,
+        joined([output.images for output in outputs]),
         outputs[0].plan,
         tuple(flag for output in outputs for flag in output.flagged),
         tuple(region for output in outputs for region in output.regions),

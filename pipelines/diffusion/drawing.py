@@ -87,11 +87,15 @@ def draw(
     return pipe(**request.call, **arguments, generator=generators, **told)
 
 
+def joined(images: Sequence[Any]) -> Any:
+    """The pictures of several calls, tensors or lists, as those of one."""
+    return torch.cat(list(images)) if isinstance(images[0], torch.Tensor) else [one for part in images for one in part]
+
+
 def one_after_the_other(results: Sequence[Any]) -> Any:
     """What several calls of a diffusers pipeline returned, as if it were of one."""
-    made, images = results[0], [result.images for result in results]
-    together = isinstance(images[0], torch.Tensor)
-    made.images = torch.cat(images) if together else [picture for part in images for picture in part]
+    made = results[0]
+    made.images = joined([result.images for result in results])
     if getattr(made, "nsfw_content_detected", None):
         made.nsfw_content_detected = [flag for result in results for flag in result.nsfw_content_detected]
     return made

@@ -15,7 +15,7 @@ from adapters.layers.gated import GatedAdapters
 from pipelines.diffusion import prompt_syntax
 from pipelines.diffusion.families import Encoding, Family
 from pipelines.diffusion.families.base import Tensors, tokenizer_of
-from pipelines.diffusion.families.reading import Reader, lay, needed
+from pipelines.diffusion.families.reading import Reader, needed, tokenize
 from pipelines.diffusion.methods.step import TextAdapters
 from pipelines.diffusion.prompt_syntax import Prompt, literal
 from pipelines.diffusion.rack import Loaded
@@ -77,10 +77,10 @@ class Prompts:
     ) -> Encoding:
         """A prompt and a negative one, by the text encoders as they are now.
 
-        Plain words that fit into the encoders go the pipeline's own way; long or weighted ones are laid out here.
+        The pipeline encodes plain words that fit into its encoders; long or weighted ones are encoded here, in chunks.
 
         Args:
-            counts: chunks to lay out (those of the two texts if left out).
+            counts: chunks to encode (those of the two texts if left out).
 
         Raises:
             InputError: weights or parts with a family whose encoders are not known.
@@ -91,12 +91,12 @@ class Prompts:
             own_way = all(count == 1 for count in counts.values())
             if own_way and given.plain and (avoided.plain or not guided):
                 return self.family.encode(self.pipe, given.words, avoided.words or None, images, guided)
-            positive = self._laid_out(given, counts)
+            positive = self._encode(given, counts)
             zeros = self.family.zeros_field and getattr(self.pipe.config, self.family.zeros_field, False)
             if guided and zeros and not avoided.words:
                 without = {name: torch.zeros_like(tensor) for name, tensor in positive.items()}
             else:
-                without = self._laid_out(avoided, counts) if guided else {}
+                without = self._encode(avoided, counts) if guided else {}
         return self.family.encoding(_rows(positive, images), _rows(without, images), guided)
 
     def mean(self, text: str) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Prompts:
                     here = self._converted(reader, prompt)
                     count = needed(tokenizer, reader, here)
                     chunks = max(chunks, count if reader.kind == "clip" else 1)
-                    lost = lay(tokenizer, reader, here, count).lost if reader.places else lost
+                    lost = tokenize(tokenizer, reader, here, count).lost if reader.places else lost
             if lost:
                 said.append(f"The prompt is longer than this model reads; these words at its end are lost: '{lost}'.")
             elif chunks > 1:
@@ -143,10 +143,10 @@ class Prompts:
                 kinds.add(reader.kind)
                 tokenizer = tokenizer_of(self.pipe, reader.encoder)
                 count = counts.get(reader.kind, 1)
-                laid = lay(tokenizer, reader, self._converted(reader, prompt), count)
+                tokens = tokenize(tokenizer, reader, self._converted(reader, prompt), count)
                 named = {word: tokenizer(spelled(word, self.vocabulary), add_special_tokens=False).input_ids
                          for word in words}  # fmt: skip
-                found += [start + place for place in positions(laid, named, prompt.words, title)]
+                found += [start + place for place in positions(tokens, named, prompt.words, title)]
                 start += reader.length * count
         return sorted(found)
 
@@ -208,24 +208,24 @@ class Prompts:
                 embeds = self.family.encode(self.pipe, layered, None, 1, False).positive["embeds"]
             else:
                 layers = [prompt.mapped(partial(in_layer, words=words, layer=k)) for k in range(_depth(words))]
-                embeds = torch.cat([self._laid_out(layer, counts)["embeds"] for layer in layers])
+                embeds = torch.cat([self._encode(layer, counts)["embeds"] for layer in layers])
         return Encoding({**encoding.positive, "layers": embeds}, encoding.negative)
 
-    def _laid_out(self, prompt: Prompt, counts: Counts) -> Tensors:
+    def _encode(self, prompt: Prompt, counts: Counts) -> Tensors:
         """Embeddings (batch 1) of a prompt that is spelled already."""
         readers = self.family.readers(self.pipe)
         if not readers:
             raise InputError(
                 f"Words of a prompt have no weights with {self.family.title}: take (word:1.3), [word] and BREAK out."
             )
-        laid = {
-            reader.encoder: lay(
+        tokens = {
+            reader.encoder: tokenize(
                 tokenizer_of(self.pipe, reader.encoder), reader, self._converted(reader, prompt),
                 min(counts.get(reader.kind, 1), reader.most),
             )
             for reader in readers
         }  # fmt: skip
-        return self.family.encode_laid(self.pipe, laid)
+        return self.family.encode_tokenized(self.pipe, tokens)
 
     def _spelled(self, text: str | Prompt) -> Prompt:
         """A prompt with the words of pivotal tuning as their tokens."""

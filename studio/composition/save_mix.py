@@ -53,10 +53,10 @@ def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Pat
 
     check(config)
     read = [formats.read(library.resolve_adapter(use.path)) for use in config.adapters]
-    laid = fitted(read, config.base)
-    weights = [_weights(use, file) for use, file in zip(config.adapters, laid, strict=True)]
-    factors = [_factors(use, file) for use, file in zip(config.adapters, laid, strict=True)]
-    merged = merging.merge(merging.DEFAULT, laid, weights, rank, factors=factors).file
+    files = fitted(read, config.base)
+    weights = [_weights(use, file) for use, file in zip(config.adapters, files, strict=True)]
+    factors = [_factors(use, file) for use, file in zip(config.adapters, files, strict=True)]
+    merged = merging.merge(merging.DEFAULT, files, weights, rank, factors=factors).file
     triggers = list(dict.fromkeys(word for use in config.adapters if use.weight for word in use.triggers))
     record = {"job": "mix", "triggers": triggers, "config": {"base": config.base}}
     with tempfile.TemporaryDirectory() as folder:

@@ -12,8 +12,8 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Voice:
-    """Who answers: the base with these adapters (name or path, strength), their updates added; none = the base."""
+class Variant:
+    """A variant of the base that answers: with these adapters (name or path, strength), their updates added."""
 
     name: str
     adapters: tuple[tuple[str, float], ...] = ()
@@ -21,17 +21,17 @@ class Voice:
 
 @dataclass(frozen=True)
 class Question:
-    """One turn: a base, and for every voice its conversation so far, ending with what is asked.
+    """One turn: a base, and for every variant its conversation so far, ending with what is asked.
 
     Attributes:
         base: library name, directory or hub id.
-        voices: in the order in which they answer.
-        conversations: one per voice.
+        variants: in the order in which they answer.
+        conversations: one per variant.
         sampling: fields of :class:`pipelines.language.answer.Sampling`.
     """
 
     base: str
-    voices: tuple[Voice, ...]
+    variants: tuple[Variant, ...]
     conversations: tuple[tuple[Message, ...], ...]
     device: str = "auto"
     dtype: str = "auto"
@@ -43,12 +43,12 @@ class Question:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Question:
         """What :meth:`as_json` gave."""
-        voices = tuple(
-            Voice(str(voice["name"]), tuple((str(name), float(weight)) for name, weight in voice["adapters"]))
-            for voice in values["voices"]
+        variants = tuple(
+            Variant(str(variant["name"]), tuple((str(name), float(weight)) for name, weight in variant["adapters"]))
+            for variant in values["variants"]
         )
         talks = tuple(tuple(dict(message) for message in talk) for talk in values["conversations"])
-        return cls(values["base"], voices, talks, values["device"], values["dtype"], dict(values["sampling"]))
+        return cls(values["base"], variants, talks, values["device"], values["dtype"], dict(values["sampling"]))
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
@@ -67,8 +67,8 @@ def parse_adapter(text: str) -> tuple[str, float]:
     return parsed
 
 
-def voices_of(adapters: Iterable[tuple[str, float]], compare: bool) -> tuple[Voice, ...]:
-    """One voice with all adapters at once; or, to compare, the base alone and each adapter by itself.
+def variants_of(adapters: Iterable[tuple[str, float]], compare: bool) -> tuple[Variant, ...]:
+    """One variant with all adapters at once; or, to compare, the base alone and each adapter by itself.
 
     An adapter that is given several times acts with the sum of its strengths.
     """
@@ -77,5 +77,5 @@ def voices_of(adapters: Iterable[tuple[str, float]], compare: bool) -> tuple[Voi
         total[name] = total.get(name, 0.0) + weight
     chosen = tuple(total.items())
     if not compare:
-        return (Voice(" + ".join(name for name, _ in chosen) or "base", chosen),)
-    return (Voice("base"), *(Voice(name, ((name, weight),)) for name, weight in chosen))
+        return (Variant(" + ".join(name for name, _ in chosen) or "base", chosen),)
+    return (Variant("base"), *(Variant(name, ((name, weight),)) for name, weight in chosen))

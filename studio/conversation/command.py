@@ -12,7 +12,7 @@ import typer
 from adapters.errors import InputError
 from studio import silence
 from studio.cli.output import Json, Output, Quiet
-from studio.conversation import Message, Question, Voice, parse_adapter, voices_of
+from studio.conversation import Message, Question, Variant, parse_adapter, variants_of
 
 HELP = "Talk to a language model, with adapters."
 COMMANDS = "Write a message. /clear forgets the conversation, /exit (or Ctrl-D) ends."
@@ -57,10 +57,10 @@ def chat(
         raise InputError(f"--dtype is auto, fp32, fp16 or bf16, got '{dtype}'.")
     if json and prompt is None:
         raise InputError("--json gives one answer: say what to ask with --prompt.")
-    voices = voices_of([parse_adapter(text) for text in adapter or ()], compare)
+    variants = variants_of([parse_adapter(text) for text in adapter or ()], compare)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
               "repetition_penalty": repetition_penalty, "seed": seed}  # fmt: skip
-    talk = _Talk(base, voices, system, device, dtype, sampling, output)
+    talk = _Talk(base, variants, system, device, dtype, sampling, output)
     if prompt is not None:
         answers = talk.ask(prompt)
         if json:
@@ -72,31 +72,31 @@ def chat(
 
 
 class _Talk:
-    """The conversation of every voice, and the session that answers."""
+    """The conversation of every variant, and the session that answers."""
 
     def __init__(
-        self, base: str, voices: tuple[Voice, ...], system: str, device: str, dtype: str, sampling: dict[str, Any],
+        self, base: str, variants: tuple[Variant, ...], system: str, device: str, dtype: str, sampling: dict[str, Any],
         output: Output,
     ) -> None:  # fmt: skip
         from studio.conversation.session import Session
 
-        self.base, self.voices, self.device, self.dtype = base, voices, device, dtype
+        self.base, self.variants, self.device, self.dtype = base, variants, device, dtype
         self.sampling, self.output, self.session = sampling, output, Session()
         self.start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.clear()
 
     def clear(self) -> None:
-        self.conversations = [list(self.start) for _ in self.voices]
+        self.conversations = [list(self.start) for _ in self.variants]
 
     def ask(self, text: str) -> list[dict[str, Any]]:
-        """Ask every voice; answers are printed as they come (not with --json) and returned."""
+        """Ask every variant; answers are printed as they come (not with --json) and returned."""
         for talk in self.conversations:
             talk.append({"role": "user", "content": text})
-        question = Question(self.base, self.voices, tuple(map(tuple, self.conversations)), self.device, self.dtype,
+        question = Question(self.base, self.variants, tuple(map(tuple, self.conversations)), self.device, self.dtype,
                             self.sampling)  # fmt: skip
         answers: list[dict[str, Any]] = [
-            {"voice": voice.name, "adapters": [list(pair) for pair in voice.adapters], "text": ""}
-            for voice in self.voices
+            {"variant": variant.name, "adapters": [list(pair) for pair in variant.adapters], "text": ""}
+            for variant in self.variants
         ]
         events = self.session.ask(question)
         try:
@@ -117,14 +117,14 @@ class _Talk:
             kind = event["event"]
             if kind in ("loading", "remark"):
                 self.output.note(event["text"])
-            elif kind == "begin" and loud and len(self.voices) > 1:
-                print(f"[{self.voices[event['voice']].name}]")
+            elif kind == "begin" and loud and len(self.variants) > 1:
+                print(f"[{self.variants[event['variant']].name}]")
             elif kind == "piece":
-                answers[event["voice"]]["text"] += event["text"]
+                answers[event["variant"]]["text"] += event["text"]
                 if loud:
                     print(event["text"], end="", flush=True)
             elif kind == "end":
-                answers[event["voice"]]["seconds"] = event["seconds"]
+                answers[event["variant"]]["seconds"] = event["seconds"]
                 if loud:
                     print(flush=True)
 

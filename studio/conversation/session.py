@@ -13,14 +13,14 @@ from pipelines.language.adapters import AdaptedModel
 from pipelines.language.answer import Sampling, stream
 from pipelines.language.loading import LanguageModel, open_model
 from studio import devices, library, silence
-from studio.conversation import Message, Question, Voice
+from studio.conversation import Message, Question, Variant
 from studio.conversation.templates import Spoken, differs, spoken
 from studio.datasets.cache import fingerprint
 from studio.library import scan, smollm2
 
 Event = dict[str, Any]
-"""``event`` and what belongs to it: "loading" (text), "remark" (text), "begin" (voice), "piece" (voice, text), "end"
-(voice, words, seconds)."""
+"""``event`` and what belongs to it: "loading" (text), "remark" (text), "begin" (variant), "piece" (variant, text),
+"end" (variant, words, seconds)."""
 
 
 class Session:
@@ -35,18 +35,18 @@ class Session:
         self._digest = ""
 
     def ask(self, question: Question, stopped: Callable[[], bool] = lambda: False) -> Generator[Event, None, None]:
-        """Let every voice answer in turn.
+        """Let every variant answer in turn.
 
         Raises:
             InputError: the base or an adapter cannot be used, or they do not belong together.
         """
-        if len(question.voices) != len(question.conversations):
-            raise InputError("Every voice needs its conversation.")
+        if len(question.variants) != len(question.conversations):
+            raise InputError("Every variant needs its conversation.")
         yield from self._load(question)
-        for number, (voice, messages) in enumerate(zip(question.voices, question.conversations, strict=True)):
+        for number, (variant, messages) in enumerate(zip(question.variants, question.conversations, strict=True)):
             if stopped():
                 return
-            yield from self._answer(number, voice, messages, Sampling(**question.sampling), stopped)
+            yield from self._answer(number, variant, messages, Sampling(**question.sampling), stopped)
 
     def _load(self, question: Question) -> Iterator[Event]:
         key = (question.base, question.device, question.dtype)
@@ -62,7 +62,7 @@ class Session:
             self._key = key
         assert self._adapted is not None
         assert self._base is not None
-        for name in dict.fromkeys(name for voice in question.voices for name, _ in voice.adapters):
+        for name in dict.fromkeys(name for variant in question.variants for name, _ in variant.adapters):
             if name in self._paths:
                 continue
             yield {"event": "loading", "text": f"Loading {name} ..."}
@@ -75,29 +75,34 @@ class Session:
                 yield {"event": "remark", "text": remark}
 
     def _answer(
-        self, number: int, voice: Voice, messages: Sequence[Message], sampling: Sampling, stopped: Callable[[], bool]
+        self,
+        number: int,
+        variant: Variant,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stopped: Callable[[], bool],
     ) -> Iterator[Event]:
         assert self._adapted is not None
         assert self._base is not None
         begun, pieces = time.monotonic(), 0
-        yield {"event": "begin", "voice": number}
-        template, remark = self._template(voice)
+        yield {"event": "begin", "variant": number}
+        template, remark = self._template(variant)
         if remark:
             yield {"event": "remark", "text": remark}
         with (
-            self._adapted.active(self._weights(voice)) as model,
+            self._adapted.active(self._weights(variant)) as model,
             closing(stream(model, self._base.tokenizer, messages, sampling, template)) as answer,
         ):
             for piece in answer:
                 pieces += 1
-                yield {"event": "piece", "voice": number, "text": piece}
+                yield {"event": "piece", "variant": number, "text": piece}
                 if stopped():
                     break
-        yield {"event": "end", "voice": number, "words": pieces, "seconds": round(time.monotonic() - begun, 3)}
+        yield {"event": "end", "variant": number, "words": pieces, "seconds": round(time.monotonic() - begun, 3)}
 
-    def _template(self, voice: Voice) -> tuple[str | None, str]:
-        """The chat template of the voice (None = the base's own) and what is to be said of it."""
-        learnt = {name: self._spoken[name].template for name, weight in voice.adapters if weight}
+    def _template(self, variant: Variant) -> tuple[str | None, str]:
+        """The chat template of the variant (None = the base's own) and what is to be said of it."""
+        learnt = {name: self._spoken[name].template for name, weight in variant.adapters if weight}
         known = {name: template for name, template in learnt.items() if template is not None}
         if not known:
             return None, ""
@@ -106,10 +111,10 @@ class Session:
             return known[first], ""
         return known[first], f"The adapters were trained with different chat templates: that of '{first}' is used."
 
-    def _weights(self, voice: Voice) -> dict[str, float]:
+    def _weights(self, variant: Variant) -> dict[str, float]:
         """Path -> strength; one adapter under two names acts with the sum."""
         total: dict[str, float] = {}
-        for name, weight in voice.adapters:
+        for name, weight in variant.adapters:
             path = str(self._paths[name])
             total[path] = total.get(path, 0.0) + weight
         return total

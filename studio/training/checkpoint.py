@@ -134,7 +134,7 @@ def _state(file: Path) -> dict[str, Any] | None:
 
 
 def take_parameters(own: Mapping[str, torch.nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
-    """Lay saved values into the parameters of a run.
+    """Load saved values into the parameters of a run.
 
     Raises:
         InputError: the names are not the same.

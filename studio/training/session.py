@@ -159,7 +159,7 @@ class TrainSession:
                     yield f"{component}.{name}", parameter
 
     def take(self, saved: Checkpoint) -> None:
-        """Lay a checkpoint's methods' states and adapter tensors into the models.
+        """Load the methods' states and the adapter tensors of a checkpoint.
 
         Raises:
             InputError: it holds other parameters than this run trains.

@@ -113,7 +113,7 @@ class StudioTrainerMixin:
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimiser; a resumed run's parameters and plugin states are laid in now, when all of them exist."""
+        """The optimiser; a resumed run's parameters and plugin states are loaded now, when all of them exist."""
         if self.optimizer is None and self.optimizer_of is not None:
             self.optimizer = self.optimizer_of(self.model)
         super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]

@@ -19,7 +19,7 @@ from pipelines.language.answer import Sampling, _until, end_of_turn, prompt, str
 from pipelines.language.loading import open_model
 from studio import jobs, library
 from studio.cli.app import run as command
-from studio.conversation import Question, Voice, parse_adapter, voices_of
+from studio.conversation import Question, Variant, parse_adapter, variants_of
 from studio.conversation.client import Client
 from studio.conversation.session import Session
 from studio.conversation.templates import Spoken, differs, spoken
@@ -125,37 +125,37 @@ def test_models_that_cannot_be_opened(bases, tmp_path):
         open_model(broken)
 
 
-def test_voices():
+def test_variants():
     assert parse_adapter("a:0.5") == ("a", 0.5)
     assert parse_adapter("c:/x") == ("c:/x", 1.0)
     with pytest.raises(InputError, match=r"name\[:strength\]"):
         parse_adapter(":1")
-    assert voices_of([], True) == (Voice("base"),)
-    question = Question("b", voices_of([("x", 2.0)], True), ((), ()), sampling={"seed": 1})
+    assert variants_of([], True) == (Variant("base"),)
+    question = Question("b", variants_of([("x", 2.0)], True), ((), ()), sampling={"seed": 1})
     assert Question.from_json(json.loads(json.dumps(question.as_json()))) == question
 
 
-def test_a_session_lets_every_voice_answer(bases, adapters):
+def test_a_session_lets_every_variant_answer(bases, adapters):
     session = Session()
-    voices = voices_of([(str(adapters["one"]), 1.0), (str(adapters["two"]), 1.0)], compare=True)
-    question = Question(str(bases("llama")), voices, (tuple(ASKED),) * 3, "cpu", sampling={"max_tokens": 6})
+    variants = variants_of([(str(adapters["one"]), 1.0), (str(adapters["two"]), 1.0)], compare=True)
+    question = Question(str(bases("llama")), variants, (tuple(ASKED),) * 3, "cpu", sampling={"max_tokens": 6})
     texts = ["", "", ""]
     for event in session.ask(question):
         if event["event"] == "piece":
-            texts[event["voice"]] += event["text"]
+            texts[event["variant"]] += event["text"]
     base = open_model(bases("llama"))
     assert texts[0] == "".join(stream(base.model, base.tokenizer, ASKED, Sampling(max_tokens=6)))
     assert len(set(texts)) == 3
     stopped = [event["event"] for event in session.ask(question, stopped=lambda: True)]
     assert "piece" not in stopped
     with pytest.raises(InputError, match="does not fit"):
-        list(session.ask(Question(str(bases("llama")), voices_of([(str(adapters["foreign"]), 1.0)], False),
+        list(session.ask(Question(str(bases("llama")), variants_of([(str(adapters["foreign"]), 1.0)], False),
                                   (tuple(ASKED),), "cpu")))  # fmt: skip
 
 
 def spoken_in(session: Session, base: Path, *adapters: Path) -> tuple[str, list[str]]:
     """The answer with these adapters, and the remarks."""
-    question = Question(str(base), voices_of([(str(path), 1.0) for path in adapters], False), (tuple(ASKED),), "cpu",
+    question = Question(str(base), variants_of([(str(path), 1.0) for path in adapters], False), (tuple(ASKED),), "cpu",
                         sampling={"max_tokens": 8})  # fmt: skip
     events = list(session.ask(question))
     text = "".join(event["text"] for event in events if event["event"] == "piece")
@@ -228,7 +228,7 @@ def test_names_with_dots_and_the_same_adapter_by_two_names(bases, adapters, tmp_
 
     def answer(*given: tuple[str, float]) -> str:
         session = Session()
-        question = Question(str(bases("llama")), voices_of(given, False), (tuple(ASKED),), "cpu",
+        question = Question(str(bases("llama")), variants_of(given, False), (tuple(ASKED),), "cpu",
                             sampling={"max_tokens": 8})  # fmt: skip
         return "".join(event["text"] for event in session.ask(question) if event["event"] == "piece")
 
@@ -241,12 +241,12 @@ def test_names_with_dots_and_the_same_adapter_by_two_names(bases, adapters, tmp_
 def test_the_chat_process_answers_stops_and_says_what_is_wrong(bases):
     client = Client()
     try:
-        question = Question(str(bases("llama")), (Voice("base"),), (tuple(ASKED),), "cpu", sampling={"max_tokens": 6})
+        question = Question(str(bases("llama")), (Variant("base"),), (tuple(ASKED),), "cpu", sampling={"max_tokens": 6})
         events = list(client.ask(question))
         text = "".join(event["text"] for event in events if event["event"] == "piece")
         base = open_model(bases("llama"))
         assert text == "".join(stream(base.model, base.tokenizer, ASKED, Sampling(max_tokens=6)))
-        long = Question(str(bases("llama")), (Voice("base"),), (tuple(ASKED),), "cpu", sampling={"max_tokens": 450})
+        long = Question(str(bases("llama")), (Variant("base"),), (tuple(ASKED),), "cpu", sampling={"max_tokens": 450})
         answer = client.ask(long)
         next(event for event in answer if event["event"] == "piece")
         with pytest.raises(InputError, match="being written already"):
@@ -254,7 +254,7 @@ def test_the_chat_process_answers_stops_and_says_what_is_wrong(bases):
         answer.close()
         assert list(client.ask(question))[-1]["event"] == "end"  # and the next answer starts clean
         with pytest.raises(InputError, match="no base model 'nothing-here'"):
-            list(client.ask(Question("nothing-here", (Voice("base"),), (tuple(ASKED),))))
+            list(client.ask(Question("nothing-here", (Variant("base"),), (tuple(ASKED),))))
     finally:
         client.close()
 
@@ -278,7 +278,7 @@ def test_train_and_chat_commands(bases, chats, tmp_path, capsys):
     assert command(["chat", str(bases("llama")), "-a", record.name, "--compare", "-p", "red1?", "--max-tokens", "5",
                     "--device", "cpu", "--json"]) == 0  # fmt: skip
     answers = json.loads(capsys.readouterr().out)["answers"]
-    assert [answer["voice"] for answer in answers] == ["base", record.name]
+    assert [answer["variant"] for answer in answers] == ["base", record.name]
     assert command(["chat", str(bases("llama")), "--json"]) == 2
     assert "--prompt" in capsys.readouterr().out
     assert command(["chat", str(bases("llama")), "-a", "talkre", "-p", "x"]) == 2

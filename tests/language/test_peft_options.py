@@ -236,11 +236,11 @@ def test_magnitudes_that_are_missing_are_said(llama: Path, tmp_path: Path) -> No
 
 
 def test_one_adapter_twice_acts_with_the_sum(llama: Path, tmp_path: Path) -> None:
-    from studio.conversation import voices_of
+    from studio.conversation import variants_of
 
-    (voice,) = voices_of([("tone", 0.5), ("tone", 0.25), ("calm", 1.0)], compare=False)
-    assert dict(voice.adapters) == {"tone": 0.75, "calm": 1.0}
-    assert voice.name == "tone + calm"
+    (variant,) = variants_of([("tone", 0.5), ("tone", 0.25), ("calm", 1.0)], compare=False)
+    assert dict(variant.adapters) == {"tone": 0.75, "calm": 1.0}
+    assert variant.name == "tone + calm"
 
 
 def test_scaled_embeddings_as_in_peft() -> None:

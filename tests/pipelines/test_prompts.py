@@ -9,7 +9,7 @@ import torch
 
 from adapters.errors import InputError
 from pipelines.diffusion import MultiLoRAPipeline
-from pipelines.diffusion.families.reading import Reader, lay, needed
+from pipelines.diffusion.families.reading import Reader, needed, tokenize
 from pipelines.diffusion.prompt_syntax import Piece, Prompt, literal, read
 from tests import tiny
 from tests.pipelines.conftest import CALL, close, latents
@@ -22,27 +22,27 @@ def test_chunks_end_at_commas() -> None:
     tokenizer, reader = tiny.clip_tokenizer(), Reader("text_encoder", "clip", 16)
     assert needed(tokenizer, reader, literal("abcdefghijklmn")) == 1
     assert needed(tokenizer, reader, literal("abcdefghijklmno")) == 2
-    laid = lay(tokenizer, reader, literal(LONG), 3)
-    assert laid.ids.shape == (3, 16)
-    spoken = [tokenizer.decode(row[row != tokenizer.eos_token_id][1:]).replace(" ", "") for row in laid.ids]
+    tokens = tokenize(tokenizer, reader, literal(LONG), 3)
+    assert tokens.ids.shape == (3, 16)
+    spoken = [tokenizer.decode(row[row != tokenizer.eos_token_id][1:]).replace(" ", "") for row in tokens.ids]
     assert spoken == ["aredapple,", "onatable", ""]
-    assert laid.ids[0, 0] == laid.ids[2, 0] == tokenizer.bos_token_id
-    assert [laid.ids.flatten()[place].item() for place in laid.places] == list(laid.content)
-    assert lay(tokenizer, reader, literal(LONG), 1).lost.replace(" ", "") == "onatable"
-    parts = lay(tokenizer, reader, Prompt(((Piece("ab"),), (Piece("c", 2.0),))), 2)
+    assert tokens.ids[0, 0] == tokens.ids[2, 0] == tokenizer.bos_token_id
+    assert [tokens.ids.flatten()[place].item() for place in tokens.places] == list(tokens.content)
+    assert tokenize(tokenizer, reader, literal(LONG), 1).lost.replace(" ", "") == "onatable"
+    parts = tokenize(tokenizer, reader, Prompt(((Piece("ab"),), (Piece("c", 2.0),))), 2)
     assert parts.places == (1, 2, 17)
     assert parts.weights[1].tolist() == [1, 2, *[1] * 14]
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
-def test_laid_out_by_us_is_what_the_pipeline_encodes(family: str) -> None:
+def test_our_encoding_is_what_the_pipeline_encodes(family: str) -> None:
     """One plain chunk through our own encoding equals diffusers' encoding."""
     composer = MultiLoRAPipeline(tiny.FAMILIES[family]())
     prompts = composer._prompts()
     with torch.no_grad():
         theirs = prompts.encode("a red", "a fox", 2, True)
         counts = prompts.counts(["a red", "a fox"])
-        rows = [prompts._laid_out(literal(text), counts) for text in ("a red", "a fox")]
+        rows = [prompts._encode(literal(text), counts) for text in ("a red", "a fox")]
     assert set(counts.values()) == {1}
     for half, made in zip((theirs.positive, theirs.negative), rows, strict=True):
         for name, tensor in half.items():

@@ -25,11 +25,11 @@ def choose(page: Any, field: str, name: str) -> None:
     page.keyboard.press("Enter")
 
 
-def answered(page: Any, voice: int, count: int = 1) -> None:
-    """Until a voice has finished so many answers."""
+def answered(page: Any, variant: int, count: int = 1) -> None:
+    """Until a variant has finished so many answers."""
     page.wait_for_function(
-        "([voice, count]) => document.querySelectorAll(`#language-voice-${voice} .bot.message`).length >= count",
-        arg=[voice, count], timeout=LONG,
+        "([variant, count]) => document.querySelectorAll(`#language-variant-${variant} .bot.message`).length >= count",
+        arg=[variant, count], timeout=LONG,
     )  # fmt: skip
     page.wait_for_function("document.querySelector('#language-status').innerText.trim() === ''", timeout=LONG)
 
@@ -50,7 +50,7 @@ def test_chat_train_from_a_file_and_compare(tab: Tab, tmp_path: Path) -> None:
     page.wait_for_selector("text=Write a message first.")
     page.fill("#language-message textarea", "hello there")
     page.click("#language-send")
-    page.wait_for_selector("#language-voice-0 .user.message:has-text('hello there')")
+    page.wait_for_selector("#language-variant-0 .user.message:has-text('hello there')")
     answered(page, 0)
 
     page.click("#language-mode label:has-text('Train from a file')")
@@ -80,13 +80,13 @@ def test_chat_train_from_a_file_and_compare(tab: Tab, tmp_path: Path) -> None:
     page.click("#language-talk")
     page.wait_for_selector(f"#language-adapters:has-text('{name}')")
     page.click("#language-compare label:has-text('Side by side')")
-    page.wait_for_selector("#language-voice-1")
+    page.wait_for_selector("#language-variant-1")
     page.fill("#language-message textarea", "7?")
     page.click("#language-send")
     answered(page, 0)
     answered(page, 1)
     page.click("#language-clear")
-    page.wait_for_function("document.querySelectorAll('#language-voice-1 .message').length === 0")
+    page.wait_for_function("document.querySelectorAll('#language-variant-1 .message').length === 0")
 
 
 def test_what_a_chat_box_gives_back_is_plain_messages() -> None:
@@ -102,11 +102,11 @@ def test_what_a_chat_box_gives_back_is_plain_messages() -> None:
     assert language.plain(None) == []
 
 
-def test_voices_side_by_side_are_limited() -> None:
-    assert [voice.name for voice in language.voices(["a", "b"], "compare")] == ["base", "a", "b"]
-    assert [voice.adapters for voice in language.voices(["a", "b"], "together")] == [(("a", 1.0), ("b", 1.0))]
+def test_variants_side_by_side_are_limited() -> None:
+    assert [variant.name for variant in language.variants(["a", "b"], "compare")] == ["base", "a", "b"]
+    assert [variant.adapters for variant in language.variants(["a", "b"], "together")] == [(("a", 1.0), ("b", 1.0))]
     with pytest.raises(InputError, match="room for 3 adapters"):
-        language.voices(["a", "b", "c", "d"], "compare")
+        language.variants(["a", "b", "c", "d"], "compare")
 
 
 def test_the_form_is_the_schema() -> None:

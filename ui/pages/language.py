@@ -15,7 +15,7 @@ import gradio as gr
 
 from adapters.errors import InputError, StudioError
 from studio import jobs, library, settings
-from studio.conversation import Message, Question, Voice, voices_of
+from studio.conversation import Message, Question, Variant, variants_of
 from studio.conversation.client import Client
 from studio.datasets import texts
 from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
@@ -29,7 +29,7 @@ KNOWN = schema_form.fields(TrainLanguageConfig)
 NAMES = tuple(name for name in KNOWN if name != "data")
 EMBEDDED = "smollm2"
 COLUMNS = 4
-"""Voices that fit side by side: the base and three adapters."""
+"""Variants that fit side by side: the base and three adapters."""
 SECONDS = 1.0
 
 Form = dict[str, Any]
@@ -141,10 +141,10 @@ class _Chat:
 
     @classmethod
     def draw(cls) -> _Chat:
-        with gr.Row(equal_height=True, elem_id="language-voices"):
+        with gr.Row(equal_height=True, elem_id="language-variants"):
             boxes = [
                 gr.Chatbot([], label="base", height=460, min_width=220, visible=number == 0, buttons=["copy_all"],
-                           elem_id=f"language-voice-{number}", placeholder="Ask something below.",
+                           elem_id=f"language-variant-{number}", placeholder="Ask something below.",
                            feedback_options=None, allow_tags=False)
                 for number in range(COLUMNS)
             ]  # fmt: skip
@@ -158,9 +158,9 @@ class _Chat:
         return cls(boxes, status, message, send, stop, clear)
 
 
-def voices(adapters: Sequence[str] | None, together: str) -> tuple[Voice, ...]:
+def variants(adapters: Sequence[str] | None, together: str) -> tuple[Variant, ...]:
     """Who answers; raises :class:`InputError` when they do not fit side by side."""
-    found = voices_of([(name, 1.0) for name in adapters or ()], together == "compare")
+    found = variants_of([(name, 1.0) for name in adapters or ()], together == "compare")
     if len(found) > COLUMNS:
         raise InputError(f"Side by side there is room for {COLUMNS - 1} adapters: remove some.")
     return found
@@ -169,8 +169,8 @@ def voices(adapters: Sequence[str] | None, together: str) -> tuple[Voice, ...]:
 def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: gr.Radio, sampling: Form) -> None:
     @errors_shown
     def fresh(chosen: list[str], how: str) -> Any:
-        """Empty conversations under the names of the voices."""
-        present = voices(chosen, how)
+        """Empty conversations under the names of the variants."""
+        present = variants(chosen, how)
         return [
             gr.update(
                 value=[], visible=number < len(present), label=present[number].name if number < len(present) else ""
@@ -186,7 +186,7 @@ def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: 
         try:
             if not (text or "").strip():
                 raise InputError("Write a message first.")
-            present = voices(chosen, how)
+            present = variants(chosen, how)
             values = {"temperature": float(temperature or 0), "max_tokens": int(tokens or 200), "seed": int(seed or 0)}
             yield from _answers(text.strip(), str(name or EMBEDDED), present, system or "", values, kept)
         except StudioError as error:
@@ -220,7 +220,7 @@ def plain(talk: Sequence[Mapping[str, Any]] | None) -> list[Message]:
 
 
 def _answers(
-    text: str, base: str, present: tuple[Voice, ...], system: str, sampling: Mapping[str, Any],
+    text: str, base: str, present: tuple[Variant, ...], system: str, sampling: Mapping[str, Any],
     kept: list[list[Message]],
 ) -> Iterator[Any]:
     """The boxes as the answers come in; the message field is emptied at once."""
@@ -233,9 +233,9 @@ def _answers(
         remarks = ""
         for event in events:
             if event["event"] == "begin":
-                boxes[event["voice"]].append({"role": "assistant", "content": ""})
+                boxes[event["variant"]].append({"role": "assistant", "content": ""})
             elif event["event"] == "piece":
-                boxes[event["voice"]][-1]["content"] += event["text"]
+                boxes[event["variant"]][-1]["content"] += event["text"]
             elif event["event"] == "remark":
                 remarks += markup.notice(event["text"], "info")
             shown = event["text"] if event["event"] == "loading" else "answering ..."

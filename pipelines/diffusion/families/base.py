@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters.errors import InputError
-from pipelines.diffusion.families.reading import Laid, Reader
+from pipelines.diffusion.families.reading import Reader, Tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -248,8 +248,8 @@ class Family:
         those that only pool, after each other); none: prompts of this family are encoded by its pipeline alone."""
         return []
 
-    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
-        """Embeddings (batch 1) of a prompt that is laid out for every reader."""
+    def encode_tokenized(self, pipe: Any, tokens: Mapping[str, Tokenized]) -> Tensors:
+        """Embeddings (batch 1) of a prompt that is tokenized for every reader."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ denoiser

@@ -18,7 +18,7 @@ from pipelines.diffusion.families.base import (
     latent_factor,
     t5_length,
 )
-from pipelines.diffusion.families.reading import Laid, Reader, states
+from pipelines.diffusion.families.reading import Reader, Tokenized, states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +93,10 @@ class Flux(Family):
         pooling = Reader("text_encoder", "clip", pipe.tokenizer_max_length, 1, places=False)
         return [pooling, Reader("text_encoder_2", "t5", T5_TOKENS, 1)]
 
-    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
-        pooled = states(pipe, "text_encoder", laid["text_encoder"])[1]
+    def encode_tokenized(self, pipe: Any, tokens: Mapping[str, Tokenized]) -> Tensors:
+        pooled = states(pipe, "text_encoder", tokens["text_encoder"])[1]
         assert pooled is not None
-        return {"embeds": states(pipe, "text_encoder_2", laid["text_encoder_2"])[0], "pooled": pooled}
+        return {"embeds": states(pipe, "text_encoder_2", tokens["text_encoder_2"])[0], "pooled": pooled}
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float

@@ -46,8 +46,8 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A prompt laid out for one encoder.
+class Tokenized:
+    """A prompt as one encoder reads it.
 
     Attributes:
         ids, mask, weights: (chunks, tokens): token numbers, 1 up to the end mark, weights.
@@ -74,7 +74,7 @@ def needed(tokenizer: Any, reader: Reader, prompt: Prompt) -> int:
     return min(-(-count // reader.length), reader.most)
 
 
-def lay(tokenizer: Any, reader: Reader, prompt: Prompt, count: int = 1) -> Laid:
+def tokenize(tokenizer: Any, reader: Reader, prompt: Prompt, count: int = 1) -> Tokenized:
     """The prompt for this encoder in ``count`` chunks (at least as many as :func:`needed`)."""
     import torch
 
@@ -93,7 +93,7 @@ def lay(tokenizer: Any, reader: Reader, prompt: Prompt, count: int = 1) -> Laid:
 
     tokens = [[token for token, _ in chunk] for chunk in chunks]
     lost = tokenizer.decode(behind) if behind else ""
-    return Laid(
+    return Tokenized(
         ids=torch.tensor([row(chunk) for chunk in tokens]),
         mask=torch.tensor([_filled([1] * (len(chunk) + len(begin) + 1), 0, width) for chunk in tokens]),
         weights=torch.tensor(
@@ -106,7 +106,7 @@ def lay(tokenizer: Any, reader: Reader, prompt: Prompt, count: int = 1) -> Laid:
     )
 
 
-def states(pipe: Any, encoder: str, laid: Laid, layer: int | None = None) -> tuple[Tensor, Tensor | None]:
+def states(pipe: Any, encoder: str, tokens: Tokenized, layer: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Hidden states (1, chunks * tokens, width) of an encoder and its pooled text (1, width).
 
     Args:
@@ -115,17 +115,17 @@ def states(pipe: Any, encoder: str, laid: Laid, layer: int | None = None) -> tup
     import torch
 
     model, device = getattr(pipe, encoder), pipe._execution_device
-    emphasised = bool((laid.weights != 1).any())
-    rows, mask = laid.ids, laid.mask
+    emphasised = bool((tokens.weights != 1).any())
+    rows, mask = tokens.ids, tokens.mask
     if emphasised:
-        rows, mask = torch.cat([rows, laid.empty]), torch.cat([mask, mask[:1]])
+        rows, mask = torch.cat([rows, tokens.empty]), torch.cat([mask, mask[:1]])
     more = {"attention_mask": mask.to(device)} if getattr(model.config, "use_attention_mask", False) else {}
     with torch.no_grad():
         output = model(rows.to(device), output_hidden_states=layer is not None, **more)
     found = output.last_hidden_state if layer is None else output.hidden_states[layer]
     if emphasised:
         found, empty = found[:-1], found[-1:]
-        found = empty + (found - empty) * laid.weights[..., None].to(found)
+        found = empty + (found - empty) * tokens.weights[..., None].to(found)
     pooled = getattr(output, "text_embeds", None)
     pooled = getattr(output, "pooler_output", None) if pooled is None else pooled
     return found.reshape(1, -1, found.shape[-1]).to(model.dtype), None if pooled is None else pooled[:1].to(model.dtype)

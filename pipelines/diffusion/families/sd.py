@@ -17,7 +17,7 @@ from pipelines.diffusion.families.base import (
     latent_factor,
     tokenizer_of,
 )
-from pipelines.diffusion.families.reading import Laid, Reader, states
+from pipelines.diffusion.families.reading import Reader, Tokenized, states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +87,8 @@ class StableDiffusion(Family):
             if getattr(pipe, name, None) is not None
         ]
 
-    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
-        return {"embeds": states(pipe, "text_encoder", laid["text_encoder"])[0]}
+    def encode_tokenized(self, pipe: Any, tokens: Mapping[str, Tokenized]) -> Tensors:
+        return {"embeds": states(pipe, "text_encoder", tokens["text_encoder"])[0]}
 
     def encode_tokens(self, pipe: Any, tokens: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> Tensors:
         return {"embeds": encoders["text_encoder"](tokens["text_encoder"])[0]}

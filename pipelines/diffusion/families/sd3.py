@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.diffusion.families.base import Denoiser, Encoding, Family, Layout, Signature, Tensors, t5_length
-from pipelines.diffusion.families.reading import Laid, Reader, states
+from pipelines.diffusion.families.reading import Reader, Tokenized, states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,14 +88,14 @@ class StableDiffusion3(Family):
         t5 = Reader("text_encoder_3", "t5", T5_TOKENS, MOST_T5_TOKENS // T5_TOKENS)
         return clips if pipe.text_encoder_3 is None else [*clips, t5]
 
-    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
+    def encode_tokenized(self, pipe: Any, tokens: Mapping[str, Tokenized]) -> Tensors:
         import torch
 
-        clips = {name: states(pipe, name, laid[name], -2) for name in ("text_encoder", "text_encoder_2")}
+        clips = {name: states(pipe, name, tokens[name], -2) for name in ("text_encoder", "text_encoder_2")}
         embeds = torch.cat([found for found, _ in clips.values()], -1)
         embeds = torch.nn.functional.pad(embeds, (0, pipe.transformer.config.joint_attention_dim - embeds.shape[-1]))
-        if "text_encoder_3" in laid:
-            last = states(pipe, "text_encoder_3", laid["text_encoder_3"])[0]
+        if "text_encoder_3" in tokens:
+            last = states(pipe, "text_encoder_3", tokens["text_encoder_3"])[0]
         else:  # the pipeline has zeros in the place of T5's tokens
             last = embeds.new_zeros(1, T5_TOKENS, embeds.shape[-1])
         pooled = torch.cat([pooled for _, pooled in clips.values() if pooled is not None], -1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.diffusion.families.base import Encoding, Signature, Tensors
-from pipelines.diffusion.families.reading import Laid, states
+from pipelines.diffusion.families.reading import Tokenized, states
 from pipelines.diffusion.families.sd import StableDiffusion
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ class StableDiffusionXL(StableDiffusion):
             {"embeds": positive, "pooled": pooled}, {"embeds": negatives, "pooled": negative_pooled}, guided
         )
 
-    def encode_laid(self, pipe: Any, laid: Mapping[str, Laid]) -> Tensors:
+    def encode_tokenized(self, pipe: Any, tokens: Mapping[str, Tokenized]) -> Tensors:
         import torch
 
-        made = {name: states(pipe, name, tokens, -2) for name, tokens in laid.items()}
+        made = {name: states(pipe, name, its, -2) for name, its in tokens.items()}
         pooled = made["text_encoder_2"][1]
         assert pooled is not None
         return {"embeds": torch.cat([found for found, _ in made.values()], -1), "pooled": pooled}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from adapters.errors import InputError
-from pipelines.diffusion.families.reading import Laid
+from pipelines.diffusion.families.reading import Tokenized
 
 
-def positions(laid: Laid, words: Mapping[str, Sequence[int]], prompt: str, title: str) -> list[int]:
+def positions(tokens: Tokenized, words: Mapping[str, Sequence[int]], prompt: str, title: str) -> list[int]:
     """Positions, in the text sequence of one encoder, of every token of every word (its first occurrence).
 
     Args:
-        laid: the prompt as the encoder reads it.
+        tokens: the prompt as the encoder reads it.
         words: each with its tokens.
         prompt, title: of the region, for errors.
 
@@ -21,22 +21,22 @@ def positions(laid: Laid, words: Mapping[str, Sequence[int]], prompt: str, title
             that the tokenizer does not know.
     """
     found: set[int] = set()
-    for word, tokens in words.items():
-        pieces = list(tokens)
+    for word, ids in words.items():
+        pieces = list(ids)
         if word.startswith("<") and word.endswith(">") and " " not in word and len(pieces) != 1:
             raise InputError(
                 f"Region '{title}': the tokenizer does not know the concept token '{word}'; load the adapter of it."
             )
-        starts = range(len(laid.content) - len(pieces) + 1)
-        start = next((k for k in starts if pieces and list(laid.content[k : k + len(pieces)]) == pieces), None)
-        if start is None and word in prompt and laid.lost:
+        starts = range(len(tokens.content) - len(pieces) + 1)
+        start = next((k for k in starts if pieces and list(tokens.content[k : k + len(pieces)]) == pieces), None)
+        if start is None and word in prompt and tokens.lost:
             raise InputError(
-                f"Region '{title}': the word '{word}' stands behind the {laid.ids.numel()} tokens that the model "
+                f"Region '{title}': the word '{word}' stands behind the {tokens.ids.numel()} tokens that the model "
                 "reads: put it nearer to the beginning of the prompt."
             )
         if start is None:
             raise InputError(f"Region '{title}': its prompt '{prompt}' does not hold the word '{word}'.")
-        found.update(laid.places[start : start + len(pieces)])
+        found.update(tokens.places[start : start + len(pieces)])
     return sorted(found)
 
 

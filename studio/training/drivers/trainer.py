@@ -139,7 +139,7 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
         return make_optimizer(parameter_groups({COMPONENT: model}, COMPONENT, config), config)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimiser; with it everything that learns exists, and a checkpoint is laid in."""
+        """The optimiser; with it everything that learns exists, and a checkpoint is loaded."""
         made = super().create_optimizer(model)
         session, saved = self.session, self.saved
         session.begin(made)
@@ -183,7 +183,7 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: :meth:`create_optimizer` lays it in when all parameters exist."""
+        """Nothing: :meth:`create_optimizer` loads it when all parameters exist."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.saved is None:
@@ -194,7 +194,7 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def take_up(self) -> None:
-        """Lay the checkpoint in without taking a step."""
+        """Load the checkpoint without taking a step."""
         self.plugins.initialise(self._handles())
         self.create_optimizer()
         if self.saved is not None:
