@@ -10,7 +10,9 @@ D_c = s_c B_c A_c and D_s, and K = r_c r_s,
 S is constant, so each layer has one progress at which it changes hands; it is computed once, where the authors' program
 sorts the whole product at every call of every layer. Their u counts calls for a fixed number of steps and layers; here
 it is the progress of the denoising. Their outliers are ratios beyond 3 times the mean; we measure from the median,
-which one huge ratio does not move. The first adapter is the concept, the second the style. One prediction per step.
+which one huge ratio does not move. For Flux they offer (1.5 u + 1.275) mod 1.5 beside 1.5 u + 0.5; here every family
+takes the latter, which changes each layer once. The first adapter is the concept, the second the style. One prediction
+per step.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     eps = sum_i w_i eps_i,     w_i = max(0.05, cos(e(prompt), e(triggers of i))), divided by their sum
 
 with e(.) the mean-pooled text embedding and eps_i the denoiser with adapter i alone. Equal weights are LoRA Composite.
-Adapters that are not used in a step take no part in its mean. N predictions per step.
+The authors have no floor here, only in W-Switch: with them an adapter whose words are far from the prompt gets no
+weight or a negative one. Adapters that are not used in a step take no part in its mean. N predictions per step.
 """
 
 from __future__ import annotations

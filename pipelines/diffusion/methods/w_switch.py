@@ -6,7 +6,7 @@ embedding,
     w_i   = max(0.05, 1 - cos(e(prompt), e(prompt without the triggers of i))),  then divided by their sum
     turn  = max(1, round(tau w_i / max_j w_j))  steps
 
-An adapter whose words change the meaning of the prompt much keeps the pen for tau steps, others for fewer. Equal
+An adapter whose words change the meaning of the prompt much acts for tau steps in a row, others for fewer. Equal
 weights are LoRA Switch. One prediction per step. (The paper's option to keep the last steps for a character is not
 here: a schedule does it.)
 """

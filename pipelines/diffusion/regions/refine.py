@@ -10,8 +10,13 @@ hill over the region's box, S self-attention, k = 20 % of the region's cells (at
     z <- z - lr_t dL/dz,   lr_t = rate sqrt(1 - t / (2 (T - 1)))
 
 once before each step, until the loss grows (after the first tenth of the steps, at least 5) or half of the steps are
-done. The constants are those of the authors' program, for T = 50 and Stable Diffusion 1.5. Ours: the correction is at
-most ``trust_region`` of the latents' norm, because on small models the constants destroy the picture.
+done. The constants are those of the authors' program, for T = 50 and Stable Diffusion 1.5.
+
+That program stops at step 25 of its 50, or when the loss of its one picture grows after step 5; here these are shares
+of the steps, and each picture of a batch stops by itself. Its smoothing kernel is exp(-(x / 2 sigma)^2), as in
+Attend-and-Excite, which is wider than the Gaussian of the sigma that both name. The correction is at most
+``trust_region`` of the latents' norm (None: no limit, as in the program): on small models the constants destroy the
+picture.
 """
 
 from __future__ import annotations
