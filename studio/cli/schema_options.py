@@ -51,7 +51,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     text = _help(field)
     kind: Any
     if _is(field, bool):
-        kind, option = bool, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, rich_help_panel=panel)
+        off = f"--{flag[5:]}" if flag.startswith("--no-") else f"--no-{flag[2:]}"
+        kind, option = bool, typer.Option(f"{flag}/{off}", help=text, rich_help_panel=panel)
     elif _is_many(field):
         kind, option = list[str], typer.Option(flag, help=text, rich_help_panel=panel, metavar=_metavar(field))
     else:
@@ -70,6 +71,8 @@ def _help(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if field.is_required() or default is None or default in ("", [], {}):
         return text
+    if isinstance(default, list):
+        default = ", ".join(str(item) for item in default)
     shown = "on" if default is True else "off" if default is False else default
     return f"{text} (default {shown})"
 

@@ -32,6 +32,7 @@ class Everything(JobConfig):
     numbers: list[int] = Field(default_factory=list, description="Numbers.")
     factors: dict[str, float] = Field(default_factory=dict, description="Factors.")
     mixed: str | list[str] = Field("auto", description="One or several.")
+    no_fill: bool = Field(False, description="A switch that forbids.")
 
 
 def ask(*arguments: str):
@@ -58,6 +59,8 @@ def test_only_what_is_given_counts():
     [
         (["--word", "007"], {"word": "007"}),
         (["--word", "null"], {"word": "null"}),
+        (["--no-fill"], {"no_fill": True}),
+        (["--fill"], {"no_fill": False}),
         (["--ratio", "null"], {"ratio": None}),
         (["--ratio", "1e-4"], {"ratio": 1e-4}),
         (["--on"], {"on": True}),
