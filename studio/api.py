@@ -1,4 +1,4 @@
-"""The functions of ``import studio``: values are checked as a job's YAML file is, then the job runs in this process."""
+"""The functions of ``import studio``: values are checked like a job's YAML file, then the job runs in this process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load(
         dtype: precision of the weights; "auto" fits the device.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         attention: attention backend.
-        memory: memory preset.
+        memory: "balanced" and "low" need less memory and more time (offloading, tiling).
 
     Returns:
         The pipeline: ``load_lora``, ``compose``, then a call makes pictures.
@@ -74,9 +74,9 @@ def compose(
         prompt: what to draw.
         adapters: names in the library, files, PEFT directories or hub ids, each with ``:weight`` if not 1; or mappings
             with the keys of :class:`studio.composition.schema.AdapterUse`.
-        method: how they are combined (``studio methods``); left out it is "merge", or with ``regions`` "activation".
-        folder: where the pictures and their recipe are kept; nothing is kept if left out.
-        monitor: is told every step and may cancel.
+        method: how they are combined (``studio methods``); default "merge", with ``regions`` "activation".
+        folder: where the pictures and their recipe are saved; if left out, nothing is saved.
+        monitor: told of every step; may cancel.
         values: every other key of :class:`studio.composition.schema.ComposeConfig` (base, steps, seed, images ...).
 
     Returns:
@@ -115,12 +115,12 @@ def train(
         kind: "image", "distill" or "language".
         folder: where the run lives: adapter, card, samples, checkpoints.
         resume: go on from the newest checkpoint in ``folder``.
-        monitor: is told every step and may cancel (a checkpoint is written then).
-        preset: image: starting values ("concept", "style-quick" ...); ``values`` win over them.
+        monitor: told of every step; may cancel (a checkpoint is written then).
+        preset: image: starting values ("concept", "style-quick" ...), which ``values`` override.
         values: the keys of the kind's configuration (``studio train KIND --help``).
 
     Returns:
-        ``adapter`` (its path), ``loss``, ``steps``, ``seconds`` and what else the kind reports.
+        ``adapter`` (its path), ``loss``, ``steps``, ``seconds`` and whatever else the kind reports.
 
     Raises:
         InputError: a kind or value that cannot be used, or data that cannot be learnt from.
@@ -133,7 +133,7 @@ def train(
     silence.library_warnings()
     names = {"image": "train-image", "distill": "distill", "language": "train-language"}
     if kind not in names:
-        raise InputError(f"There is no training of kind '{kind}'{nearest(kind, names)}: there are {', '.join(names)}.")
+        raise InputError(f"There is no training of kind '{kind}'{nearest(kind, names)}: choose {', '.join(names)}.")
     if preset and kind != "image":
         raise InputError(f"Presets are for image training; leave preset '{preset}' out.")
     found = kinds.find(names[kind])
@@ -153,7 +153,7 @@ def reconstruct(
     Args:
         images: photos in any order, a folder of them, or one video.
         folder: gets ``scene.glb``, ``scene.npz``, depth pictures and ``cameras.json``.
-        monitor: is told the progress and may cancel.
+        monitor: told of the progress; may cancel.
         values: every other key of :class:`studio.reconstruction.schema.ReconstructConfig` (model, calibrate ...).
 
     Returns:
@@ -184,7 +184,7 @@ def chat(
     dtype: Dtype = "auto",
     **sampling: Any,
 ) -> str:
-    """Ask a language model; model and adapters stay loaded for the next question.
+    """Ask a language model; the model and the adapters stay loaded for the next question.
 
     Args:
         message: one message, or a conversation of ``{"role": ..., "content": ...}`` that ends with the user's.
@@ -222,7 +222,7 @@ def chat(
 
 
 _session: Any = None
-"""The :class:`studio.conversation.session.Session` of this process's questions, once there is one."""
+"""This process's :class:`studio.conversation.session.Session`, made by the first question."""
 
 
 def _uses(adapters: Adapters) -> list[Mapping[str, Any]]:
@@ -256,5 +256,5 @@ def _made(folder: str | os.PathLike[str]) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"The folder '{place}' cannot be made: {error.strerror}.") from None
+        raise InputError(f"The folder '{place}' cannot be created: {error.strerror}.") from None
     return place

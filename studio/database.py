@@ -16,10 +16,10 @@ _local = threading.local()
 
 
 def connection(name: str, tables: str) -> sqlite3.Connection:
-    """This thread's connection (autocommit) to ``<home>/<name>``, with ``tables`` made if they are missing.
+    """This thread's connection (autocommit) to ``<home>/<name>``; missing ``tables`` are created.
 
-    Where the disk is full, so that the file cannot be opened for writing, what is in it can still be read (of a file
-    that is not there yet: nothing); the next call tries anew.
+    On a full disk the file cannot be opened for writing: this call returns a copy of its contents in memory, empty if
+    there is no file yet, and the next call tries again.
 
     Raises:
         InputError: the file cannot be opened.

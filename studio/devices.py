@@ -1,4 +1,4 @@
-"""Devices: what "auto" means on this machine, and the lock that lets one job at a time use one."""
+"""Devices: what "auto" means on this machine, and the lock that lets one job at a time use a device."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _best() -> str:
 def exclusive(device: str, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold ``device`` (a resolved name) for this process alone.
 
-    ``waiting`` is called several times a second while another job has it, and may raise to give up. The operating
-    system frees the lock when its holder dies.
+    ``waiting`` is called several times a second while another job holds it, and may raise to give up. The operating
+    system releases the lock when its holder dies.
     """
     name = re.sub(r"[^\w.-]", "-", f"{host()}-{device}")
     lock = FileLock(settings.folder("locks") / f"{name}.lock")

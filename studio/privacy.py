@@ -1,4 +1,4 @@
-"""What leaves with files that people share: names of files, never the folders they lie in on somebody's disk."""
+"""Shared files name other files, but never the folders of somebody's disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 def names_only(value: Any) -> Any:
     """``value`` (JSON) with every path of this machine cut to the name of its file or folder.
 
-    A text is such a path when it is absolute, or begins with ``~``, and something is there; so a prompt stays.
+    Text counts as a path when it is absolute, or begins with ``~``, and exists; so prompts stay as they are.
     """
     if isinstance(value, dict):
         return {key: names_only(inner) for key, inner in value.items()}

@@ -1,7 +1,7 @@
 """What every job schema shares: strict keys, YAML in and out, errors a person can act on.
 
 A job's pydantic model is the YAML file, the command line's options, the page's form and the record saved in the
-result. Defaults and help texts stand in the model's fields and nowhere else.
+result. Defaults and help texts are in the model's fields and nowhere else.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class JobConfig(BaseModel):
         return cls.parse(read_yaml(path), source=str(path))
 
     def to_yaml(self) -> str:
-        """The complete configuration, replayable with :meth:`from_yaml`."""
+        """The complete configuration, for :meth:`from_yaml`."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return text
 
@@ -69,7 +69,7 @@ def _explain(model: type[BaseModel], item: Any) -> str:
 
 
 def _field_names(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields at ``path`` inside ``model`` (lists and unions are looked through)."""
+    """Names of the fields at ``path`` inside ``model``, through lists and unions."""
     current: Any = model
     for part in path:
         if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):

@@ -1,7 +1,8 @@
-"""Where the studio keeps its things, and the few switches of a whole installation.
+"""Where the studio keeps its files, and the settings of an installation.
 
-Everything lives below one home folder: ``ADAPTER_STUDIO_HOME``, or the platform's place for application data. A value
-comes from the environment (``ADAPTER_STUDIO_<NAME>``), else from ``settings.yaml`` in the home folder, else from here.
+Everything is below one home folder: ``ADAPTER_STUDIO_HOME``, or the platform's folder for application data. A value
+comes from the environment (``ADAPTER_STUDIO_<NAME>``), else from ``settings.yaml`` in the home folder, else from the
+defaults below.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ PREFIX = "ADAPTER_STUDIO_"
 
 
 class Settings(JobConfig):
-    """The switches of an installation."""
+    """The settings of an installation."""
 
     adapter_folders: list[Path] = Field(
-        default_factory=list, description="Further folders with adapters, besides library/adapters in the home folder."
+        default_factory=list, description="More folders with adapters, besides library/adapters in the home folder."
     )
     base_folders: list[Path] = Field(
-        default_factory=list, description="Further folders with base models, besides library/bases in the home folder."
+        default_factory=list, description="More folders with base models, besides library/bases in the home folder."
     )
     queue_url: str = Field(
         "", description="Job queue: empty = SQLite file in the home folder; redis://host:6379/0 = several machines."
     )
     worker_idle_minutes: float = Field(
-        30.0, ge=0, description="A worker started on demand ends after this long without a job; 0 = never."
+        30.0, ge=0, description="A worker started on demand stops after this many minutes without a job; 0 = never."
     )
     plugins: list[str] = Field(
-        default_factory=list, description="Python modules imported at start, which may register kinds of jobs."
+        default_factory=list, description="Python modules to import, which may register kinds of jobs."
     )
 
 
@@ -52,7 +53,7 @@ def settings_file() -> Path:
 
 
 def load() -> Settings:
-    """The settings in force; raises :class:`InputError` for a wrong file or environment variable."""
+    """The current settings; raises :class:`InputError` for a wrong file or environment variable."""
     file = settings_file()
     values = read_yaml(file) if file.is_file() and file.stat().st_size else {}
     return Settings.parse({**values, **_environment()}, source=f"the settings ({file})")
@@ -67,13 +68,13 @@ def save(settings: Settings) -> Path:
 
 
 def folder(*parts: str) -> Path:
-    """A folder below home, made on first use; raises :class:`InputError` when it cannot be made."""
+    """A folder below home, created if missing; raises :class:`InputError` when that fails."""
     path = home().joinpath(*parts)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"The folder '{path}' cannot be made ({error.strerror}): set {PREFIX}HOME to a folder you may write to."
+            f"The folder '{path}' cannot be created ({error.strerror}): set {PREFIX}HOME to a folder you can write to."
         ) from None
     return path
 

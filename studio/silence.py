@@ -1,4 +1,4 @@
-"""Keeping the model libraries' own remarks and bars, which say nothing to the person, out of the terminal."""
+"""Keeps the model libraries' own warnings and progress bars, which mean nothing to the user, out of the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def library_warnings() -> None:
-    """Silence advice and deprecations (unless ``ADAPTER_STUDIO_DEBUG`` is set); to be called before any import."""
+    """Silence advice and deprecations (unless ``ADAPTER_STUDIO_DEBUG`` is set); call it before importing them."""
     if os.environ.get("ADAPTER_STUDIO_DEBUG"):
         return
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -17,7 +17,7 @@ def library_warnings() -> None:
 
 
 def loading_bars() -> None:
-    """No bars for reading local files; downloads still show theirs."""
+    """No progress bars for loading local files; downloads keep theirs."""
     import diffusers
     import transformers
     from huggingface_hub import utils as hub

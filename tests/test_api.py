@@ -75,7 +75,7 @@ def test_wrong_values_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Presets are for image training"):
         studio.train("language", folder=tmp_path, preset="concept", data="rows.jsonl")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be created"):
         studio.reconstruct(["a.png"], folder=tmp_path / "file" / "below")
     with pytest.raises(InputError, match="name or path"):
         studio.chat("hello", [{"path": "x"}])

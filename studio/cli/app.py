@@ -1,6 +1,6 @@
 """The root command: which commands there are, and how every error becomes one sentence and an exit code.
 
-Exit codes: 0 done, 1 failed for a reason that is not the person's, 2 wrong input, 130 stopped with Ctrl-C.
+Exit codes: 0 done, 1 failed although the input was right, 2 wrong input, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -36,16 +36,24 @@ COMMANDS: dict[str, Command] = {
         "studio compose --prompt 'a flat icon of a fox left of a robot' -l fox#left -l robot#right --width 128",
     ),
     "train": Command("", "Train an adapter."),
-    "data": Command("studio.datasets.command", "Training pictures: what a folder holds, captions and tags."),
+    "data": Command("studio.datasets.command", "Training pictures: check a folder, edit captions and tags."),
     "chat": Command("studio.conversation.command", "Talk to a language model, with adapters.", "studio chat smollm2"),
     "reconstruct": Command(
         "studio.reconstruction.command",
         "Photos in, 3D out: cameras, points, self-calibration.",
         "studio reconstruct photos/ --calibrate",
     ),
-    "demo": Command("studio.composition.demo_command", "Compose the shipped adapters with every method, side by side."),
+    "demo": Command(
+        "studio.composition.demo_command",
+        "Compose the shipped adapters with every method, side by side.",
+        "studio demo --out studio-demo",
+    ),
     "methods": Command("studio.cli.methods", "List the methods and the papers they come from.", "studio methods"),
-    "library": Command("studio.library.command", "Adapters and base models: list, show, import, rename, delete."),
+    "library": Command(
+        "studio.library.command",
+        "Adapters and base models: list, show, import, rename, delete.",
+        "studio library list --bases",
+    ),
     "lora": Command(
         "studio.adapter_files.command",
         "Adapter files: inspect, convert, merge, extract.",
@@ -54,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         "studio.inspection.command",
         "What training did to the weights: intruder dimensions, forgetting.",
+        "studio inspect intruders fox --base tinymoji",
     ),
     "doctor": Command(
         "studio.inspection.doctor_command",
@@ -63,7 +72,11 @@ COMMANDS: dict[str, Command] = {
     "jobs": Command("studio.jobs.command", "Jobs: list, watch, cancel, resume, run again, delete.", "studio jobs list"),
     "worker": Command("studio.jobs.worker_command", "Work on queued jobs in this terminal.", "studio worker"),
     "ui": Command("studio.cli.ui", "Open the web app.", "studio ui"),
-    "settings": Command("studio.cli.settings", "Show or change folders and other settings."),
+    "settings": Command(
+        "studio.cli.settings",
+        "Show or change folders and other settings.",
+        "studio settings --set adapter_folders=[/data/loras]",
+    ),
 }
 """Commands by name; each module has ``register(app)`` (``train`` is a group, see :data:`TRAIN`)."""
 
@@ -76,6 +89,7 @@ TRAIN: dict[str, Command] = {
     "distill": Command(
         "studio.training.commands.distill",
         "Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
+        "studio train distill --prompts prompts.txt --guidance 4 --name guided",
     ),
     "language": Command(
         "studio.training.commands.language",
@@ -89,7 +103,7 @@ _STOPPED = 130
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Do one command; errors are printed, never raised."""
+    """Run one command; errors are printed, never raised."""
     try:
         result = build(arguments)(args=list(arguments), prog_name="studio", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -98,7 +112,7 @@ def run(arguments: Sequence[str]) -> int:
     except Cancelled as error:
         return _fail(str(error), _STOPPED, arguments)
     except BrokenPipeError:
-        # Whoever read our output has enough; keep Python from complaining when it closes the stream.
+        # The reader of our output has gone; keep Python from complaining when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -106,7 +120,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def build(arguments: Sequence[str] = ()) -> typer.Typer:
-    """The command line with the command that ``arguments`` names; the others are there by name only."""
+    """The command line with the command that ``arguments`` names; the others have a name and a line of help only."""
     app = typer.Typer(
         help="Adapter Studio: make, combine, check and use LoRA adapters.", no_args_is_help=True,
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",

@@ -28,7 +28,7 @@ class Output:
     quiet: bool = False
 
     def result(self, data: Any, text: Callable[[], Any] | str) -> None:
-        """Print the result: ``data`` as JSON, or ``text`` (a string, or what makes a rich renderable or nothing)."""
+        """Print the result: ``data`` as JSON, or ``text`` (a string, or a function giving one or a rich renderable)."""
         if self.json:
             print(json.dumps(data, indent=1, default=str), flush=True)  # also to a file, while the app runs on
             return
@@ -41,7 +41,7 @@ class Output:
             Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(shown)
 
     def note(self, text: str) -> None:
-        """Print a remark on stderr, unless it should be quiet."""
+        """Print a remark on stderr, unless ``quiet``."""
         if not self.quiet:
             print(printable(text, lines=True), file=sys.stderr)
 
@@ -70,7 +70,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> Any:
 
 
 def size(number: float) -> str:
-    """Bytes for people."""
+    """A number of bytes, readable ("1.2 MB")."""
     for unit in ("B", "kB", "MB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
@@ -79,12 +79,12 @@ def size(number: float) -> str:
 
 
 def moment(seconds: float | None) -> str:
-    """A time for people."""
+    """Seconds since the epoch as local date and time."""
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M") if seconds else ""
 
 
 def duration(seconds: float | None) -> str:
-    """A length of time for people."""
+    """Seconds as "12.3 s", "4:05" or "1:04:05"."""
     if seconds is None:
         return ""
     if seconds < 60:

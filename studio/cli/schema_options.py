@@ -1,4 +1,4 @@
-"""Command line options made from a job's schema: one field is one flag, its help text stands in the schema alone."""
+"""Command line options made from a job's schema: one field, one flag, with the help text of the schema."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ GROUPS = {"base": "Model", "family": "Model", "dtype": "Model", "device": "Model
 
 
 def with_options(schema: type[JobConfig], skip: Collection[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Give a command one option per field of ``schema``; it receives those that were given as the dict ``fields``.
+    """Give a command one option per field of ``schema``; those that were given reach it as the dict ``fields``.
 
     Args:
-        skip: fields that the command takes in another way.
+        skip: fields without an option.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +62,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:
-    """What the schema says of a field beside its type: its group, and whether few people need it."""
+    """A field's group, and whether few people need it."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
@@ -90,7 +90,7 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _value(field: FieldInfo, name: str, given: Any) -> Any:
-    """What pydantic gets: texts stay texts, everything else is read as YAML (so that 'null' and lists work)."""
+    """The value for pydantic: text stays text, everything else is read as YAML (so that 'null' and lists work)."""
     if isinstance(given, bool) or _is(field, str) or _choices(field.annotation):
         return None if given == "null" and type(None) in get_args(field.annotation) else given
     if _origin(field) is dict:
@@ -104,7 +104,7 @@ def pair(flag: str, text: str) -> tuple[str, Any]:
     """``key=value`` with the value read as YAML; raises :class:`InputError` when there is no '='."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise InputError(f"{flag} wants key=value, got '{text}'.")
+        raise InputError(f"{flag} needs key=value, got '{text}'.")
     return key.strip(), _yaml(key, value)
 
 

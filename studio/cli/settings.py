@@ -1,4 +1,4 @@
-"""``studio settings``: where things are, and how to change that."""
+"""``studio settings``: show or change folders and other settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 def settings(
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. adapter_folders=\\[/data/loras]."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable."),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,

@@ -1,4 +1,4 @@
-"""Progress in the terminal: a bar where somebody looks, plain lines where the output goes to a file."""
+"""Progress: a bar in a terminal, plain lines in a file or pipe."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _LINE_EVERY = 10.0  # seconds between plain lines of one stage
 
 
 class Terminal:
-    """A monitor for one piece of long work; use it as a context manager.
+    """A monitor for one long task; use it as a context manager.
 
     Ctrl-C asks the work to stop where it can; a second one stops it at once.
 
     Args:
         quiet: show nothing.
         stopping: what to say at the first Ctrl-C.
-        on_end: given, SIGTERM and SIGUSR1 (a scheduler, a shutdown) ask the work to stop too, and call this. They may
-            come several times: launchers pass on what the process group was sent already.
+        on_end: if given, SIGTERM and SIGUSR1 (a scheduler, a shutdown) also ask the work to stop, and call this. They
+            may come several times: launchers pass on signals that the process group has received already.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Terminal:
 
 
 def _short(progress: Progress) -> str:
-    """What fits beside a bar: the loss and the speed."""
+    """The text beside a bar: the loss and the speed."""
     speed = progress.metrics.get("steps_per_second")
     parts = [] if progress.loss is None else [f"loss {progress.loss:.4f}"]
     return "  ".join(parts + ([] if speed is None else [f"{speed:.3g}/s"]))

@@ -1,6 +1,6 @@
 """``studio ui``: the web app.
 
-The pages stand above the application and may import it, never the other way round; so they are named as text here.
+Pages may import ``studio``, never the other way round; so they are imported by name here.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def ui(
         str | None, typer.Option("--password", help="Ask for this password.", envvar="ADAPTER_STUDIO_PASSWORD")
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Also a public link through Gradio's server (needs a password).")
+        bool, typer.Option("--share", help="Also open a public link through Gradio's server (needs a password).")
     ] = False,
     max_upload: Annotated[str, typer.Option("--max-upload", help="Largest file that may be uploaded.")] = "200mb",
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser window.")] = False,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", help="A further name that the app answers to, as a proxy's; *.example.org works."),
+        typer.Option("--allow-host", help="Another host name to answer to, such as a proxy's; *.example.org works."),
     ] = None,
     root_path: Annotated[
-        str, typer.Option("--root-path", help="Path (/studio) or address below which a proxy serves the app.")
+        str, typer.Option("--root-path", help="Path (/studio) or address under which a proxy serves the app.")
     ] = "",
     json: Json = False,
     quiet: Quiet = False,
@@ -46,13 +46,13 @@ def ui(
 
     jobs.clean()
     if jobs.list(1, ["queued"]):
-        jobs.ensure_worker()  # what waited when the app or the computer was last switched off
+        jobs.ensure_worker()  # jobs left waiting when the app or the computer was last shut down
     address, pages = importlib.import_module("ui.address"), importlib.import_module("ui.app")
     address.check_access(host, password, share)
     address.check_address(host, port)
     address.names(host, allow_host or ())
     url = address.url(host, port, address.check_root_path(root_path))
-    Output(json, quiet).result({"url": url}, f"Adapter Studio opens at {url}  (Ctrl-C ends it)")
+    Output(json, quiet).result({"url": url}, f"Adapter Studio opens at {url}  (Ctrl-C stops it)")
     pages.launch(
         host=host, port=port, password=password, share=share, max_upload=max_upload, open_browser=open_browser,
         allow_hosts=allow_host or (), root_path=root_path,

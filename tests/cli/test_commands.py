@@ -48,7 +48,7 @@ def ask(capsys):
         (["compose", "--lora", "x=a", "--lora", "x=b"], "adapter names must differ, given twice: x"),
         (["compose", "nothing.yaml"], "Configuration file 'nothing.yaml' does not exist."),
         (["compose", "--from", "nothing.png"], "'nothing.png' does not exist."),
-        (["compose", "--set", "steps"], "--set wants key=value, got 'steps'."),
+        (["compose", "--set", "steps"], "--set needs key=value, got 'steps'."),
         (["compose", "--set", "adapters.3.weight=1"], "--set adapters.3.weight: there is no such place"),
         (["compose", "--set", "stesp=3"], "unknown key 'stesp' (did you mean 'steps'?)"),
         (["compose", "--detach", "--out", "x.png"], "--out and --detach exclude each other"),

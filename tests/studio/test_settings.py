@@ -26,7 +26,7 @@ def test_home_is_the_platforms_place(monkeypatch):
 def test_a_home_that_cannot_be_made_is_one_sentence(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "file" / "home"))
-    with pytest.raises(InputError, match="set ADAPTER_STUDIO_HOME to a folder you may write to"):
+    with pytest.raises(InputError, match="set ADAPTER_STUDIO_HOME to a folder you can write to"):
         settings.folder("jobs")
 
 
