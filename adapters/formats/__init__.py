@@ -1,8 +1,8 @@
-"""Adapter files in and out: PEFT directories, diffusers and kohya safetensors, one form in memory.
+"""Reading and writing adapter files (PEFT directories, diffusers, kohya and others) through one form in memory.
 
-``read`` recognises a file; ``fit`` (in :mod:`adapters.formats.fit`) lays it onto a model; ``write`` makes files that
-PEFT, diffusers and the kohya family of programs load. One module here is one format (:mod:`adapters.formats.format`).
-Names are imported when they are used, so that listing files does without torch.
+``read`` recognises and reads a file; ``fit`` (in :mod:`adapters.formats.fit`) matches it to a model; ``write`` makes
+files that PEFT, diffusers and kohya's programs load. Each format is one module here (:mod:`adapters.formats.format`).
+Names are imported on first use, so that listing files does not load torch.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = [
 
 
 def write(file: LoraFile, path: Path, format: str, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write an adapter in the format of this name, with further text entries; returns the path.
+    """Write an adapter in the named format, with extra text ``metadata``; returns the path.
 
     Raises:
-        InputError: there is no such format, or it cannot hold the adapter.
+        InputError: there is no such format, it cannot hold the adapter, or the disk is full.
     """
     from adapters.formats.format import find
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ComfyUI(TensorFormat):
-    """Read only: kohya's and diffusers' files are read by the same programs."""
+    """Read only: the same programs also read kohya's and diffusers' files."""
 
     name, title, order, writes = "comfyui", "ComfyUI, XLabs, fal", 30, False
 

@@ -1,8 +1,8 @@
 """diffusers' LoRA files: keys ``component.module.lora_A.weight`` and the PEFT configuration as text metadata.
 
-The entry ``lora_adapter_metadata`` is JSON with keys ``component.option``; without it (older files) alpha is taken
-from ``.alpha`` tensors, and where there are none diffusers' rule alpha = r holds. Files from before PEFT ("attn
-procs", with or without the prefix ``unet.``) are read too.
+alpha is taken from ``.alpha`` tensors, else from the entry ``lora_adapter_metadata`` (JSON with keys
+``component.option``); where there is neither, diffusers' rule alpha = r holds. Files from before PEFT ("attn procs",
+with or without the prefix ``unet.``) are read too.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ CONFIG_ENTRY = "lora_adapter_metadata"
 
 
 class Diffusers(TensorFormat):
-    """Dotted names of diffusers, the scale in a text entry."""
+    """diffusers' dotted names, the scale in a text entry."""
 
-    name, title, order = "diffusers", "diffusers, ai-toolkit", 90  # last: its names have no mark of their own
+    name, title, order = "diffusers", "diffusers, ai-toolkit", 90  # last: nothing marks its names as diffusers'
 
     def recognises(self, head: Header) -> bool:
         return bool(head.layers)
@@ -55,7 +55,7 @@ class Diffusers(TensorFormat):
         tensors: dict[str, Tensor] = {}
         configs: dict[str, Any] = {}
         for component, written in file.parts.items():
-            # many programs read the tensors alone, where alpha is the rank
+            # many programs read only the tensors, and take alpha to be the rank
             layers = {module: layer.with_scale_one() for module, layer in written.items()}
             configs |= {f"{component}.{option}": value for option, value in config_of(layers).items()}
             for module, layer in layers.items():
@@ -65,10 +65,10 @@ class Diffusers(TensorFormat):
 
 
 def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> LoraFile:
-    """The canonical form of a diffusers file.
+    """The adapter in a diffusers file.
 
     Raises:
-        InputError: keys that are not LoRA keys, or of no known component.
+        InputError: keys that are not an adapter's, of no known component, or tensors that do not fit together.
     """
     groups: dict[tuple[str, str], dict[str, Tensor]] = {}
     strange: list[str] = []
@@ -79,7 +79,7 @@ def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
             continue
         parts = groups.setdefault(split_component(found[0]), {})
         if found[1] in parts:
-            raise InputError(f"{source}: two tensors say what '{found[0]}' is (one of them is '{key}').")
+            raise InputError(f"{source}: '{found[0]}' has two tensors for one role (one is '{key}').")
         parts[found[1]] = tensor
     refuse_unknown(strange, source)
     groups = _with_component(groups, source)
@@ -96,7 +96,11 @@ def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
 
 
 def component_configs(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, Any]]:
-    """component -> its PEFT configuration, from the text metadata ({} where there is none)."""
+    """component -> its PEFT configuration, from the text metadata; empty if there is none.
+
+    Raises:
+        InputError: the entry is not a PEFT configuration, or has an option that is refused.
+    """
     if CONFIG_ENTRY not in metadata:
         return {}
     try:
@@ -124,13 +128,13 @@ def _tensors(name: str, layer: LoraLayer) -> dict[str, Tensor]:
 def _with_component(
     groups: dict[tuple[str, str], dict[str, Tensor]], source: str
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """Give keys without a prefix the component their names belong to."""
+    """``groups`` with the component of unprefixed keys guessed from their names."""
     loose = [module for component, module in groups if not component]
     if not loose:
         return groups
     guess = guess_component(loose)
     if not guess:
-        raise InputError(f"{source}: cannot tell which part of a model '{loose[0]}' belongs to; it is no known format.")
+        raise InputError(f"{source}: '{loose[0]}' belongs to no known part of a model; the format is unknown.")
     return {(component or guess, module): parts for (component, module), parts in groups.items()}
 
 

@@ -1,10 +1,9 @@
 """ED-LoRA files of Mix-of-Show (arXiv 2305.18292): a LoRA and, for each concept word, one embedding per layer.
 
 A checkpoint is ``{"params": {"new_concept_embedding": {word: (layers, width)}, "text_encoder": {..}, "unet": {..}}}``.
-Each cross-attention layer, in the order down, middle, up, reads the prompt with its own embedding of the word. There
-are two spellings of the keys: ``to_k.lora_down.weight`` and, older (LoRA-Composer's program),
-``to_k_lora.down.weight``. A layer's update is  alpha * up @ down  *without* division by the rank, so as a PEFT adapter
-its alpha is alpha * r.
+Each cross-attention layer, in the order down, middle, up, reads the prompt with its own embedding of the word. Keys
+have two spellings: ``to_k.lora_down.weight`` and the older ``to_k_lora.down.weight`` (LoRA-Composer's code). A layer's
+update is  alpha * up @ down  *without* division by the rank, so as a PEFT adapter its alpha is alpha * r.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _PARTS = ("unet", "text_encoder")
 
 
 class EdLora(Format):
-    """A pickle of tensors in tables, read and written with alpha 1 (the multiplier of every update)."""
+    """A pickle of nested tables of tensors, read and written with alpha 1 (the multiplier of every update)."""
 
     name, title, suffix, order = "ed-lora", "Mix-of-Show, LoRA-Composer", ".pth", 5
 
@@ -48,15 +47,15 @@ class EdLora(Format):
 
     def refusal(self, file: LoraFile) -> str:
         if not file.embeddings:
-            return "An ED-LoRA file holds words with an embedding per layer, and this adapter has none."
+            return "An ED-LoRA file holds words with an embedding per layer, but this adapter has none."
         for component, module, layer in file.layers():
             if layer.magnitude is not None:
                 return f"The layer '{component}.{module}' is DoRA, which an ED-LoRA file cannot hold."
         others = set(file.parts) - set(_PARTS)
-        return f"An ED-LoRA file has no place for {', '.join(sorted(others))}." if others else ""
+        return f"An ED-LoRA file cannot hold {', '.join(sorted(others))}." if others else ""
 
     def _write(self, file: LoraFile, path: Path, metadata: Mapping[str, str]) -> Path:
-        """Today's spelling of the keys; the format has no place for text."""
+        """In the current spelling of the keys; the format has no text metadata."""
         import torch
 
         params: dict[str, Any] = {EMBEDDINGS: {word: rows.clone() for word, rows in file.embeddings.items()}}
@@ -81,14 +80,14 @@ def _words(given: Any, source: str) -> dict[str, Tensor]:
     from adapters.formats.tensors import check_finite
 
     if not isinstance(given, dict) or not given:
-        raise InputError(f"{source}: '{EMBEDDINGS}' holds no words.")
+        raise InputError(f"{source}: '{EMBEDDINGS}' contains no words.")
     words: dict[str, Tensor] = {}
     for word, rows in given.items():
         if not isinstance(rows, Tensor) or rows.ndim != 2:
             raise InputError(f"{source}: the embedding of '{word}' must be (layers, width).")
         words[str(word)] = rows
     if len({tuple(rows.shape) for rows in words.values()}) > 1:
-        raise InputError(f"{source}: its words have embeddings of different shapes.")
+        raise InputError(f"{source}: the embeddings of its words differ in shape.")
     check_finite(words, source)
     return words
 
@@ -97,13 +96,13 @@ def _layers(tensors: Any, part: str, alpha: float, source: str) -> dict[str, Lor
     from adapters.formats.tensors import check_finite
 
     if not isinstance(tensors, Mapping):
-        raise InputError(f"{source}: its part '{part}' is no table of tensors.")
+        raise InputError(f"{source}: its part '{part}' is not a table of tensors.")
     check_finite(dict(tensors), source)
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None:
-            raise InputError(f"{source}: the key '{part}.{key}' is no ED-LoRA's.")
+            raise InputError(f"{source}: the key '{part}.{key}' is not an ED-LoRA key.")
         module = modern_name(match.group(1).replace(".processor.", "."))
         if module.endswith(".to_out"):
             module += ".0"

@@ -1,7 +1,7 @@
-"""Lay an adapter onto a model: find each layer's module, check every shape, leave nothing over.
+"""Match an adapter to a model: find the module of every layer and check every shape.
 
-A layer that finds no module, or the wrong shape, means that the adapter was made for another model. That is an error
-which names the layer and both shapes; loading part of an adapter is never right.
+A layer without a module, or of the wrong shape, means that the adapter was made for another model. That is an error
+that names the layer and both shapes; an adapter is never loaded in part.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from adapters.formats.lora import MODEL, TEXT_ENCODERS, LoraFile, LoraLayer
 def fit(
     file: LoraFile, models: Mapping[str, nn.Module], base: str = "this base model", tables: bool = True
 ) -> LoraFile:
-    """``file`` with the module paths of ``models`` and layers shaped as their modules need.
+    """``file`` with the module paths of ``models`` and layers in the shapes of their modules.
 
     Args:
-        file: what was read.
-        models: component -> model ("unet", "text_encoder", ...).
-        base: what to call the base model in messages.
-        tables: whether adapters on embeddings can be used.
+        file: an adapter as read.
+        models: component ("unet", "text_encoder", ...) -> model.
+        base: name of the base model in messages.
+        tables: whether adapters on embeddings are allowed.
 
     Raises:
-        FamilyError: a component, module or shape the models do not have, or another table than theirs.
-        InputError: nothing to load, two layers for one module, or embeddings without ``tables``.
+        FamilyError: the models lack a component or module, a shape differs, or the file's copy of a base weight does.
+        InputError: the file has no layers, two layers for one module, a module that takes no LoRA, or embeddings
+            although ``tables`` is False.
     """
     if not any(file.parts.values()):
         raise InputError(f"{_source(file)} holds no LoRA layers.")
-    if set(models) == {MODEL} and len(file.parts) == 1:  # a file for one model does not say which
+    if set(models) == {MODEL} and len(file.parts) == 1:  # a file for a single model may name its component otherwise
         copies = {MODEL: next(iter(file.copies.values()), {})}
         file = replace(file.with_parts({MODEL: next(iter(file.parts.values()))}, file.flat), copies=copies)
     parts: dict[str, dict[str, LoraLayer]] = {}
@@ -61,8 +62,8 @@ def fit(
             fitted[module] = fit_layer(layer, names[module], shown, _source(file), base)
             if fitted[module].embedding and not tables:
                 raise InputError(
-                    f"{_source(file)} changes the embeddings '{shown}'; only adapters on linear layers "
-                    "and convolutions can be used here."
+                    f"{_source(file)} changes the embeddings '{shown}', but only adapters on linear layers and "
+                    "convolutions can be used here."
                 )
         for written, weight in file.copies.get(component, {}).items():
             check_copy(weight, names.get(lookup.get(written, "")), _shown(component, written), _source(file), base)
@@ -74,13 +75,14 @@ def fit_layer(layer: LoraLayer, module: nn.Module, name: str, source: str, base:
     """``layer`` in the shape of ``module``: 1 x 1 kernels are added for convolutions and dropped for linear layers.
 
     Raises:
-        FamilyError: the sizes differ.
-        InputError: a module that is neither Linear (GPT-2's Conv1D is one) nor Conv2d nor Embedding.
+        FamilyError: the sizes differ, or an embedding layer meets another module.
+        InputError: the module is not Linear (or GPT-2's Conv1D), Conv2d or Embedding, or is a grouped or non-zero
+            padded convolution.
     """
     if layer.embedding and not isinstance(module, nn.Embedding):
         raise FamilyError(
-            f"{source} changes embeddings '{name}', which in {base} is a {type(module).__name__}: the adapter was made "
-            "for another model."
+            f"{source} changes the embeddings '{name}', but in {base} that is a {type(module).__name__}: the adapter "
+            "was made for another model."
         )
     if isinstance(module, nn.Linear | Conv1D):
         wanted: tuple[int, ...] = (
@@ -92,7 +94,7 @@ def fit_layer(layer: LoraLayer, module: nn.Module, name: str, source: str, base:
         if module.groups != 1 or module.padding_mode != "zeros":
             raise InputError(f"{source}: grouped or non-zero padded convolutions ('{name}') are not supported.")
         wanted = (module.out_channels, module.in_channels, *module.kernel_size)
-        if layer.A.ndim == 2 and layer.A.shape[1] == module.weight[0].numel():  # LyCORIS writes kernels flat
+        if layer.A.ndim == 2 and layer.A.shape[1] == module.weight[0].numel():  # LyCORIS flattens kernels
             down = layer.A.reshape(layer.A.shape[0], *wanted[1:])
         else:
             down = layer.A if layer.A.ndim == 4 else layer.A[..., None, None]
@@ -113,10 +115,10 @@ def fit_layer(layer: LoraLayer, module: nn.Module, name: str, source: str, base:
 
 
 def check_copy(weight: Tensor, module: nn.Module | None, name: str, source: str, base: str) -> None:
-    """Make sure that a weight which PEFT wrote beside the adapter is the base's, up to the rounding of its dtype.
+    """Check that a weight stored with the adapter by PEFT equals the base's, up to the rounding of its dtype.
 
     Raises:
-        FamilyError: it is another one, of a longer vocabulary or a trained table.
+        FamilyError: it differs, for example after a longer vocabulary or a trained table.
     """
     own = getattr(module, "weight", None)
     if isinstance(own, Tensor) and own.is_floating_point() and own.shape == weight.shape:
@@ -124,18 +126,18 @@ def check_copy(weight: Tensor, module: nn.Module | None, name: str, source: str,
         if torch.allclose(weight.float(), own.detach().cpu().float(), rtol=coarse.eps, atol=coarse.tiny):
             return
     raise FamilyError(
-        f"{source} brings a weight of its own for '{name}' that is not the one of {base}: it was trained on another "
-        "base, or with a changed vocabulary."
+        f"{source} has its own weight for '{name}', which is not that of {base}: it was trained on another base, or "
+        "with a changed vocabulary."
     )
 
 
 def _lookup(names: Iterable[str], flat: bool, text: bool) -> dict[str, str]:
-    """What a file may call a module -> the module's path in the model."""
+    """Name that a file may use -> path of the module in the model."""
     table: dict[str, str] = {}
     for name in names:
         table.setdefault(name, name)
         if text:
-            # transformers 5 dropped the level "text_model" of CLIPTextModel; files of all ages must fit both
+            # transformers 5 dropped the level "text_model" of CLIPTextModel; old and new files must fit both
             short = name.removeprefix("text_model.")
             table.setdefault(short, name)
             table.setdefault(f"text_model.{short}", name)
@@ -148,7 +150,7 @@ def _lookup(names: Iterable[str], flat: bool, text: bool) -> dict[str, str]:
 
 
 def _shown(component: str, module: str) -> str:
-    """A module in messages; a model that is no pipeline has no parts to name."""
+    """The name of a module in messages; without its component for a single model."""
     return module if component == MODEL else f"{component}.{module}"
 
 

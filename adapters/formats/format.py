@@ -1,8 +1,8 @@
-"""What a file format is, and the list of them.
+"""The interface of a file format, and the list of formats.
 
 A module in this package with a constant ``FORMAT`` is a format; an installed package adds more under the entry point
-group ``adapter_studio.formats`` (its value names a module with such a constant). Reading, writing, the library's
-recognition, conversion choices and the table of the documentation all go through here. Importing loads no torch.
+group ``adapter_studio.formats`` (its value names a module with such a constant). Reading, writing, recognition in the
+library, the choices for conversion and the table in the documentation all use this list. Importing does not load torch.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ GROUP = "adapter_studio.formats"
 
 
 class Format(ABC):
-    """One way to keep an adapter on disk.
+    """One way to store an adapter on disk.
 
     Attributes:
-        name: what commands call it.
-        title: in words, with the programs that read it.
-        suffix: what its files end in; "" = it is a folder.
-        order: place among the formats when a file is recognised; the first that recognises it reads it.
+        name: its name in commands.
+        title: the programs that read it.
+        suffix: of its files; "" = it is a folder.
+        order: position when a file is recognised; lower comes first, and the first that recognises the file reads it.
         writes: whether adapters can be written in it.
-        dotted: whether its module names must be the model's own ("attn1.to_q"); files of names without dots need the
-            model then.
+        dotted: whether it needs the model's own module names ("attn1.to_q"); an adapter whose names have lost their
+            dots can then only be written with the model at hand.
     """
 
     name: str
@@ -50,22 +50,22 @@ class Format(ABC):
 
     @abstractmethod
     def recognises(self, head: Header) -> bool:
-        """Whether a file with this head is of the format."""
+        """Whether a file with this header is in the format."""
 
     @abstractmethod
     def read(self, head: Header) -> LoraFile:
-        """The adapter; raises :class:`InputError` for what is damaged or not understood."""
+        """The adapter; raises :class:`InputError` if the file is damaged or not understood."""
 
     def header(self, path: Path) -> Header | None:
-        """The head of a file that is neither safetensors nor a pickle; None = not ours."""
+        """The header of a file that is neither safetensors nor a pickle; None = not in this format."""
         return None
 
     def refusal(self, file: LoraFile) -> str:
-        """Why the format cannot hold this adapter, as a sentence with what can; empty when it can."""
+        """Why the format cannot hold this adapter, as a sentence that names one that can; empty if it can."""
         return ""
 
     def write(self, file: LoraFile, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
-        """Write ``file`` with further text entries; returns the path.
+        """Write ``file`` with extra text ``metadata``; returns the path.
 
         Raises:
             InputError: the format cannot hold it, or the disk is full.
@@ -79,11 +79,11 @@ class Format(ABC):
 
 
 class TensorFormat(Format):
-    """A format that is one table of tensors with text entries."""
+    """A format that is one table of named tensors with text metadata."""
 
     @abstractmethod
     def parse(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> LoraFile:
-        """The adapter that the tensors make; raises :class:`InputError`."""
+        """The adapter made of the tensors; ``source`` names the file in errors. Raises :class:`InputError`."""
 
     def read(self, head: Header) -> LoraFile:
         from adapters.formats.tensors import check_finite, read_tensors
@@ -97,7 +97,7 @@ class TensorFormat(Format):
         tensors, words = split_words(tensors, source)
         if not tensors:
             raise InputError(
-                f"{source} holds words ({', '.join(words)}) and no layers: it is no adapter but an embedding."
+                f"{source} holds words ({', '.join(words)}) but no layers: it is an embedding, not an adapter."
             )
         made = self.parse(tensors, metadata, source)
         return read_beside(replace(made, format=self.name, path=head.path, words=words), head.path)
@@ -106,32 +106,32 @@ class TensorFormat(Format):
 @cache
 def _discovered() -> Mapping[str, Format]:
     package = __name__.rpartition(".")[0]
-    files = sorted(Path(__file__).parent.glob("*.py"))  # the others import torch: looked at as text
+    files = sorted(Path(__file__).parent.glob("*.py"))  # searched as text: modules without a format may import torch
     modules = [f"{package}.{file.stem}" for file in files if "\nFORMAT = " in file.read_text(encoding="utf-8")]
     return discovery.objects(modules, "FORMAT", Format, GROUP)
 
 
 def formats() -> Mapping[str, Format]:
-    """Every format by name, in the order in which files are asked."""
+    """Every format by name, in the order in which they are tried."""
     return _discovered()
 
 
 def writable() -> tuple[str, ...]:
-    """Names of the formats that adapters can be written in."""
+    """Names of the formats in which adapters can be written."""
     return tuple(name for name, one in formats().items() if one.writes)
 
 
 def find(name: str) -> Format:
-    """The format to write called ``name``.
+    """The format called ``name``, to write in.
 
     Raises:
         InputError: there is none.
     """
     if name not in writable():
-        raise InputError(f"There is no format '{name}'{nearest(name, writable())}: known are {', '.join(writable())}.")
+        raise InputError(f"There is no format '{name}'{nearest(name, writable())}: use one of {', '.join(writable())}.")
     return formats()[name]
 
 
 def recognise(head: Header) -> Format | None:
-    """The format of a file with this head; None when no format knows it."""
+    """The format of a file with this header; None if no format recognises it."""
     return next((one for one in formats().values() if one.recognises(head)), None)

@@ -1,6 +1,6 @@
-"""What an adapter file says before any weight is read: names and shapes of its tensors, and its text.
+"""The header of an adapter file: names and shapes of its tensors, and its text metadata, without the weights.
 
-A safetensors file begins with this as JSON. A pickle has no header: what is in it must be read to be told.
+A safetensors file begins with this as JSON. A pickle has no header and must be read as a whole.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_LIMIT = 100_000_000  # bytes, the limit of the format's own readers
-_LONGEST_NAME = 1000  # letters; module paths of real models stay below 200
+_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
+_LONGEST_NAME = 1000  # characters; module paths of real models stay below 200
 _DEEPEST = 30  # levels of JSON in a text entry
 CONFIG = "adapter_config.json"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -31,14 +31,14 @@ PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
 @dataclass(frozen=True)
 class Header:
-    """The head of an adapter.
+    """The header of an adapter.
 
     Attributes:
         path: the file, or the folder of a PEFT adapter.
         shapes: of the tensors, by name.
-        metadata: the text entries of the file.
-        peft: a configuration of PEFT says what the tensors are.
-        content: of a pickle, what was in it.
+        metadata: text entries of the file.
+        peft: the tensors are described by a PEFT configuration.
+        content: what a pickle held; None for other files.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Header:
 
     @cached_property
     def layers(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        """Module with its prefix -> role of a tensor -> shape; names that are no adapter's are left out."""
+        """Module with its prefix -> role of a tensor -> shape; keys of no adapter layer are left out."""
         found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for name, shape in self.shapes.items():
             split = split_role(name)
@@ -63,13 +63,13 @@ class Header:
         return tuple(kind for kind in KINDS if kind in kinds_of(roles))
 
     def ranks(self) -> Counter[int]:
-        """How many layers have which rank, where the shapes tell it."""
+        """Rank -> number of layers that have it, as far as the shapes show."""
         kinds = self.kinds()
-        told = (kind.rank(parts) for parts in self.layers.values() for kind in kinds)
-        return Counter(rank for rank in told if rank is not None)
+        ranks = (kind.rank(parts) for parts in self.layers.values() for kind in kinds)
+        return Counter(rank for rank in ranks if rank is not None)
 
     def json(self, entry: str) -> Any:
-        """A text entry as JSON; None when there is none, or it is not JSON or nested deeper than people write."""
+        """A text entry as JSON; None if it is missing, not JSON, nested too deeply or holds a non-finite number."""
         try:
             return _plain(json.loads(self.metadata[entry], parse_constant=_no_number))
         except (KeyError, ValueError, RecursionError):
@@ -77,62 +77,62 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The head of a .safetensors file.
+    """The header of a .safetensors file.
 
     Raises:
-        InputError: what is wrong with the file, as a reason that follows its name.
+        InputError: the file is damaged; the message is only the reason, for the caller to put after the file's name.
     """
-    if not path.is_file():  # also of a pipe or a device, which may wait for ever
+    if not path.is_file():  # also true of a pipe or a device, which may block forever
         raise InputError("not a file" if path.exists() else "it does not exist")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_LIMIT, size - 8):
-            raise InputError("not a safetensors file, or cut off" if size else "empty file")
+            raise InputError("not a safetensors file, or truncated" if size else "empty file")
         try:
             head = json.loads(file.read(length))
         except (ValueError, RecursionError):
-            raise InputError("not a safetensors file: its head is not JSON") from None
+            raise InputError("not a safetensors file: its header is not JSON") from None
     try:
         entries = head.pop("__metadata__", {})
         shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in head.items()}
         end = max((int(entry["data_offsets"][1]) for entry in head.values()), default=0)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError):
-        raise InputError("not a safetensors file: its head lacks shapes or offsets") from None
+        raise InputError("not a safetensors file: its header lacks shapes or offsets") from None
     if 8 + length + end != size:
-        raise InputError(f"cut off or damaged: {size} bytes instead of {8 + length + end}")
+        raise InputError(f"truncated or damaged: {size} bytes instead of {8 + length + end}")
     if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
-        raise InputError("its metadata holds something else than text")
+        raise InputError("its metadata is not all text")
     check_names(shapes)
     return Header(path, shapes, {_text(key): _text(value) for key, value in entries.items()})
 
 
 def check_names(names: Mapping[str, Any]) -> None:
-    """Refuse names that no module of a model has.
+    """Refuse tensor names that no model has.
 
     Raises:
-        InputError: longer than a thousand letters, or no text.
+        InputError: a name is longer than a thousand characters, or not valid text.
     """
     try:
         "".join(names).encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError("a tensor in it has a name that is no text") from None
+        raise InputError("a tensor in it has a name that is not valid text") from None
     longest = max(map(len, names), default=0)
     if longest > _LONGEST_NAME:
-        raise InputError(f"a tensor in it has a name of {longest} letters, which no module of a model has")
+        raise InputError(f"a tensor in it has a name of {longest} characters, longer than any model's")
 
 
 def last_names(modules: Iterator[str]) -> tuple[str, ...]:
-    """The last names of module paths ("to_q"), each once, sorted."""
+    """The last components of module paths ("to_q"), each once, sorted."""
     return tuple(sorted({module.rpartition(".")[2] for module in modules}))
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """``value`` with text that can be written anywhere.
+    """``value`` with every text valid in UTF-8.
 
     Raises:
         ValueError: nested too deeply, or a number that is not finite.
@@ -149,5 +149,5 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _text(text: str) -> str:
-    """Text without halves of characters, which UTF-8 cannot hold."""
+    """``text`` with "?" for lone surrogates, which UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode("utf-8")

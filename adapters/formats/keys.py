@@ -1,4 +1,4 @@
-"""The grammar of LoRA keys:  [prefix] module path, then what the tensor is (:mod:`adapters.layers.kinds`).
+"""The grammar of LoRA keys:  [prefix] module path, then the role of the tensor (:mod:`adapters.layers.kinds`).
 
     unet.down_blocks.0.attentions.0...attn1.to_q.lora_A.weight            diffusers (PEFT layers), ai-toolkit
     unet.down_blocks.0...attn1.processor.to_q_lora.down.weight            diffusers before PEFT ("attn procs")
@@ -7,11 +7,11 @@
     lora_unet_down_blocks_0_..._to_q.lora_down.weight, .alpha             kohya / webui / LyCORIS
     lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight      OneTrainer
     lycoris_transformer_blocks_0_attn_to_q.lokr_w1                        LyCORIS without kohya (SimpleTuner)
-    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight            ComfyUI and what is made for it
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight            ComfyUI
     double_blocks.0.processor.qkv_lora1.down.weight                       XLabs
     base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight           fal
 
-What a key says it is but cannot be composed is refused by the format's name, with the reason.
+Formats that cannot be composed are recognised by their keys and refused by name, with the reason.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["guess_component", "layer_of", "modern_name", "refuse_foreign", "split_component", "split_role"]
 
-_NEEDS_BASE = "its change depends on the base model's weights, so it is no sum of adapters"
+_NEEDS_BASE = "its update depends on the base model's weights, so it cannot be added to other adapters"
 FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(pattern), name, reason)
     for pattern, name, reason in (
@@ -48,15 +48,14 @@ FOREIGN: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 )  # fmt: skip
 """Known formats that are refused, and why."""
 
-_WHAT_IS_READ = "readable are LoRA, DoRA, LoCon, LoHa and LoKr as PEFT directories, diffusers, kohya or ComfyUI files"
-
+_WHAT_IS_READ = "supported are LoRA, DoRA, LoCon, LoHa and LoKr as PEFT directories, diffusers, kohya or ComfyUI files"
 
 _LARGEST = 3.4e38
-"""The largest number of fp32, in which updates are computed."""
+"""The largest value of fp32, in which updates are computed."""
 
 
 def split_component(module: str) -> tuple[str, str]:
-    """``(component, module path)``; the component is empty when the key does not say it."""
+    """``(component, module path)``; the component is empty if the key does not name one."""
     first, _, rest = module.partition(".")
     if first in COMPONENTS:
         return first, modern_name(rest)
@@ -64,7 +63,7 @@ def split_component(module: str) -> tuple[str, str]:
 
 
 def modern_name(module: str) -> str:
-    """Old diffusers module names as today's: ``attn1.processor.to_out`` -> ``attn1.to_out.0``."""
+    """Old diffusers module names in today's spelling: ``attn1.processor.to_out`` -> ``attn1.to_out.0``."""
     old_processor = ".processor." in module
     module = module.replace(".processor.", ".")
     if old_processor and module.endswith(".to_out"):
@@ -75,7 +74,7 @@ def modern_name(module: str) -> str:
 
 
 def guess_component(modules: Iterable[str]) -> str:
-    """Which component unprefixed module paths belong to, by names that only occur in one of them."""
+    """The component that unprefixed module paths belong to, by names that occur in one only; empty if unknown."""
     names = " ".join(modules)
     if re.search(r"\b(down_blocks|mid_block|up_blocks)\.", names):
         return "unet"
@@ -87,7 +86,7 @@ def guess_component(modules: Iterable[str]) -> str:
 
 
 def refuse_foreign(keys: Iterable[str], source: str) -> None:
-    """Raise :class:`InputError` naming the format, and why, if any key belongs to one we do not read."""
+    """Raise :class:`InputError` with the format's name and the reason if any key belongs to one we refuse."""
     for key in keys:
         for pattern, name, reason in FOREIGN:
             if pattern.search(key):
@@ -95,7 +94,7 @@ def refuse_foreign(keys: Iterable[str], source: str) -> None:
 
 
 def refuse_unknown(keys: list[str], source: str) -> None:
-    """Raise :class:`InputError` if there are keys that no format explains."""
+    """Raise :class:`InputError` if there are ``keys``, which no format explained."""
     if keys:
         shown = ", ".join(f"'{key}'" for key in keys[:3])
         raise InputError(
@@ -105,7 +104,7 @@ def refuse_unknown(keys: list[str], source: str) -> None:
 
 
 def written_alpha(parts: Mapping[str, Tensor], name: str, source: str) -> float | None:
-    """The alpha a file holds for a layer, None if it holds none.
+    """The alpha stored for a layer, or None.
 
     Raises:
         InputError: not one finite number.
@@ -121,21 +120,21 @@ def written_alpha(parts: Mapping[str, Tensor], name: str, source: str) -> float 
 def layer_of(
     parts: Mapping[str, Tensor], alpha: float | None, rslora: bool, name: str, source: str, scaled: bool = False
 ) -> LoraLayer:
-    """Build a layer from its tensors, checking that they belong together.
+    """Build a layer from its tensors (role -> tensor), checking that they belong together.
 
     Args:
         alpha: numerator of the scale; None = the scale is 1.
-        scaled: PEFT's LoHa and LoKr: alpha is the scale itself.
+        scaled: alpha is the scale itself, as with PEFT's LoHa and LoKr.
 
     Raises:
-        InputError: parts are missing or do not multiply, or the scale is not finite.
+        InputError: tensors are missing or do not multiply, or the scale is not finite.
     """
     made = factors(parts, name, source)
     rank = made.A.shape[0]
     plain = made.dim == rank and not scaled
     if plain:
         value = float(rank**0.5 if rslora else rank) if alpha is None else alpha
-    else:  # alpha belongs to the rank of the written factors, not to the rank of A
+    else:  # alpha is divided by the rank of the stored factors, not by the rank of A
         dim = 1.0 if scaled else float(made.dim**0.5 if rslora else made.dim)
         value = float(rank) if alpha is None or (not made.dim and not scaled) else alpha / dim * rank
     if not math.isfinite(value):
@@ -147,7 +146,7 @@ def layer_of(
 
 
 def _check_product(layer: LoraLayer, name: str, source: str) -> None:
-    """Refuse numbers that are finite but whose product s B A is not; multiplied only where it could be so."""
+    """Refuse finite values whose product s B A is not finite; computed only where it could overflow."""
     largest = float(layer.A.abs().max()) * float(layer.B.abs().max()) * layer.rank * abs(layer.scale)
     if largest > _LARGEST and not bool(layer.delta().isfinite().all()):
-        raise InputError(f"{source}: the numbers of layer '{name}' are so large that their product is infinite.")
+        raise InputError(f"{source}: the values of layer '{name}' are so large that their product overflows.")

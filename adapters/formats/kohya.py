@@ -1,7 +1,7 @@
-"""kohya's format (``lora_unet_<module with _>.lora_down.weight``), which webui and LyCORIS read and write too.
+"""kohya's format (``lora_unet_<module with _>.lora_down.weight``), which webui and LyCORIS also read and write.
 
-The dots of the module path are lost in the keys; :func:`adapters.formats.fit.fit` finds the module again by the names
-the model has. Text encoders keep transformers' old prefix ``text_model``.
+The keys lose the dots of the module path; :func:`adapters.formats.fit.fit` finds the module by the model's own names.
+Text encoders keep transformers' old prefix ``text_model``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Kohya(TensorFormat):
-    """Flat names, alpha as a tensor, words inside."""
+    """Flat module names; alpha and words are stored as tensors."""
 
     name, title, order, dotted = "kohya", "kohya, webui, LyCORIS, ComfyUI", 20, False
 
@@ -52,7 +52,7 @@ class Kohya(TensorFormat):
             name = prefix + module.replace(".", "_")
             tensors[f"{name}.lora_down.weight"] = layer.A
             tensors[f"{name}.lora_up.weight"] = layer.B
-            # alpha / r is kohya's only rule, so rsLoRA's alpha / sqrt(r) is written as the alpha that gives it
+            # kohya's scale is always alpha / r, so rsLoRA's alpha / sqrt(r) is written as the alpha that gives it
             tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank)
             if layer.magnitude is not None:
                 tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.A.ndim - 1))

@@ -1,8 +1,8 @@
-"""The one form a LoRA has in memory, whatever file it came from.
+"""The form of a LoRA in memory, whatever file it came from.
 
 A layer is  y = W0 x + s B A x,  with W0 (out, in) frozen, A (r, in), B (out, r) and  s = alpha / r  (rsLoRA:
-alpha / sqrt(r)). A convolution keeps its kernel in A (r, in, kh, kw) and has B (out, r, 1, 1). A table of embeddings
-E (tokens, width) is the layer of one-hot tokens, W0 = E^T: A (r, tokens), B (width, r). A DoRA layer
+alpha / sqrt(r)). A convolution keeps its kernel in A (r, in, kh, kw) and has B (out, r, 1, 1). An embedding table
+E (tokens, width) is a layer on one-hot tokens, W0 = E^T: A (r, tokens), B (width, r). A DoRA layer
 (arXiv 2402.09353) also has a magnitude m (out,):  y = m / |W0 + s B A| (W0 + s B A) x  with one norm per output.
 """
 
@@ -20,7 +20,7 @@ DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
 MODEL = "model"
-"""The one component of an adapter that is not for a diffusion pipeline: a language or speech model's."""
+"""The only component of an adapter for a single model (language, speech) instead of a diffusion pipeline."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class LoraLayer:
         alpha: numerator of the scale.
         rslora: the scale is alpha / sqrt(r) instead of alpha / r.
         magnitude: DoRA's m (out,), or None.
-        embedding: the module is a table of embeddings.
+        embedding: the module is an embedding table.
     """
 
     A: Tensor
@@ -56,7 +56,7 @@ class LoraLayer:
         return self.A.numel() + self.B.numel()
 
     def with_scale_one(self) -> LoraLayer:
-        """The same update with the scale inside B (or A, where B would overflow), so that alpha is the rank."""
+        """The same update with the scale folded into B (or A, where B would overflow), so that alpha is the rank."""
         if self.scale == 1 and not self.rslora:
             return self
         B = (self.B.float() * self.scale).to(self.B.dtype)
@@ -65,9 +65,9 @@ class LoraLayer:
         return replace(self, A=(self.A.float() * self.scale).to(self.A.dtype), alpha=float(self.rank), rslora=False)
 
     def delta(self) -> Tensor:
-        """s B A (out, in...) in fp32 (of a DoRA layer: the part before normalisation).
+        """s B A (out, in...) in fp32; for DoRA, the update before normalisation.
 
-        Modules that keep their weight the other way round (embeddings, GPT-2's Conv1D) change by its transpose.
+        The weights of modules that store the transpose (embeddings, GPT-2's Conv1D) change by the transpose of this.
         """
         product = self.B.float().flatten(1) @ self.A.float().flatten(1)
         return self.scale * product.reshape(self.B.shape[0], *self.A.shape[1:])
@@ -79,15 +79,15 @@ class LoraFile:
 
     Attributes:
         parts: component ("unet", "transformer", "text_encoder", ...) -> module path -> layer.
-        format: name of the format it was read from (:data:`adapters.formats.FORMATS`), "memory" for none.
+        format: name of the format it was read from (:func:`adapters.formats.format.formats`); "memory" for none.
         flat: module paths are kohya's, with "_" where the model has "."; ``fit`` resolves them.
-        metadata: the text entries of the file.
-        path, sha256: where it came from; empty for what was made in memory.
-        embeddings: of an ED-LoRA, its words: word -> (cross-attention layers, width of the text).
-        copies: weights of the base that PEFT writes beside an adapter on an embedding or output layer: component ->
-            module -> weight. ``fit`` makes sure that the base has the same.
-        words: of pivotal tuning: word -> text encoder -> (vectors, width of the text).
-        config: PEFT's configuration, of a PEFT directory for one model.
+        metadata: text entries of the file.
+        path, sha256: where it came from; None and "" for one made in memory.
+        embeddings: an ED-LoRA's words: word -> (cross-attention layers, text width).
+        copies: base weights that PEFT stores with an adapter on an embedding or output layer: component -> module ->
+            weight. ``fit`` checks that the base has the same ones.
+        words: of pivotal tuning: word -> text encoder -> (vectors, text width).
+        config: PEFT's configuration, if read from a PEFT directory for one model.
     """
 
     parts: Mapping[str, Mapping[str, LoraLayer]]
@@ -120,33 +120,33 @@ class LoraFile:
         return tuple(sorted({_last_name(module) for _, module, _ in self.layers()}))
 
     def parameters(self) -> int:
-        """How many numbers the adapter holds."""
+        """Number of parameters in A and B."""
         return sum(layer.size for _, _, layer in self.layers())
 
     def is_dora(self) -> bool:
         return any(layer.magnitude is not None for _, _, layer in self.layers())
 
     def tables(self) -> tuple[str, ...]:
-        """ "component.module" of the adapters on tables of embeddings."""
+        """ "component.module" of each adapted embedding table."""
         return tuple(f"{component}.{module}" for component, module, layer in self.layers() if layer.embedding)
 
     def refusal_of_tables(self, format: str) -> str:
-        """Why a format that has no place for tables of embeddings cannot hold this adapter, or an empty text."""
+        """Why a format without embedding tables cannot hold this adapter; empty if it can."""
         if not (tables := self.tables()):
             return ""
         return (
-            f"The adapter changes the embeddings '{tables[0]}', which the {format} format has no place for: use the "
-            "peft format."
+            f"The adapter changes the embeddings '{tables[0]}', which the {format} format cannot hold: use the peft "
+            "format."
         )
 
     def refusal_of_model(self, format: str) -> str:
-        """The same for a format of diffusion pipelines, whose keys name a part of one."""
+        """Why a format for diffusion pipelines cannot hold this adapter; empty if it can."""
         if MODEL not in self.parts:
             return ""
-        return f"The {format} format is for image models; the adapter of a language or speech model is kept as peft."
+        return f"The {format} format is for image models: use the peft format for a language or speech model."
 
     def with_parts(self, parts: Mapping[str, Mapping[str, LoraLayer]], flat: bool = False) -> LoraFile:
-        """The same file with other (renamed, converted) layers."""
+        """The same file with other (renamed or converted) layers."""
         return replace(self, parts=parts, flat=flat)
 
 
@@ -159,7 +159,7 @@ def group_dict(layers: Mapping[tuple[str, str], LoraLayer]) -> dict[str, dict[st
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted| (0 where both are zero)."""
+    """|found - wanted| / |wanted| in fp32; the absolute error if ``wanted`` is zero."""
     import torch
 
     size = torch.linalg.vector_norm(wanted.float())

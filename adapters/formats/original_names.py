@@ -1,13 +1,13 @@
-"""Modules of SD3 and Flux as their authors' code calls them, in diffusers' names.
+"""Modules of SD3 and Flux translated from their authors' names to diffusers'.
 
-Kohya, ComfyUI, XLabs, fal and BFL write adapters for the original modules, which join what diffusers keeps apart:
+Kohya, ComfyUI, XLabs, fal and BFL write adapters for the original modules, which fuse layers that diffusers separates:
 
     qkv       (3 h, h)        rows of q, k and v             -> three layers
     linear1   (3 h + m, h)    rows of q, k, v and the MLP    -> four layers
     adaLN of the last layer   rows of shift, then scale      -> diffusers has scale first
 
-An update is cut with its rows: B is cut, A is shared. Where a file holds one small LoRA per part (a block-diagonal B)
-the columns that are zero go, so each part has its own rank again. Dots and underscores are the same here, since kohya
+An update is split by rows: B is split, A is shared. Where a fused layer holds one LoRA per part (a block-diagonal B),
+zero columns are dropped, so each part gets its own rank back. Dots and underscores are treated alike, since kohya
 writes only underscores.
 """
 
@@ -106,7 +106,7 @@ def renamed(layers: Mapping[str, LoraLayer], source: str) -> dict[str, LoraLayer
     """``layers`` of the denoiser with diffusers' module names.
 
     Raises:
-        InputError: a module neither SD3 nor Flux has, rows that cannot be cut, or two layers for one module.
+        InputError: a module that neither SD3 nor Flux has, rows that cannot be split, or two layers for one module.
     """
     made: dict[str, LoraLayer] = {}
     for written, layer in layers.items():
@@ -129,18 +129,18 @@ def _parts(written: str, layer: LoraLayer, source: str) -> dict[str, LoraLayer]:
         raise InputError(f"{source}: neither SD3 nor Flux has a module '{written}' that can be adapted.")
     block = f"{_BLOCKS[f'{kind}_blocks']}.{int(number)}"
     if targets == ("norm1_context.linear",) and layer.B.shape[0] == 2 * layer.A.shape[1]:
-        layer = _swapped(layer)  # the last block of SD3 only shifts and scales its text
+        layer = _swapped(layer)  # SD3's last block only shifts and scales its text
     pieces = [layer] if len(targets) == 1 else _split(layer, len(targets), written, source)
     return {f"{block}.{target}": piece for target, piece in zip(targets, pieces, strict=True)}
 
 
 def _split(layer: LoraLayer, count: int, written: str, source: str) -> list[LoraLayer]:
-    """One layer per group of rows: three of h rows and, of four, the rest."""
+    """One layer per group of rows: q, k and v of h rows each and, with ``count`` 4, the remaining rows."""
     rows, hidden = layer.B.shape[0], layer.A.shape[1]
     sizes = [rows // 3] * 3 if count == 3 else [hidden, hidden, hidden, rows - 3 * hidden]
     if layer.A.ndim != 2 or sum(sizes) != rows or min(sizes) < 1:
         raise InputError(
-            f"{source}: '{written}' joins {count} layers, but its {rows} rows for {hidden} inputs cannot be cut so."
+            f"{source}: '{written}' joins {count} layers, but {rows} rows for {hidden} inputs cannot be split so."
         )
     magnitudes = [None] * count if layer.magnitude is None else list(layer.magnitude.split(sizes))
     return [
@@ -150,7 +150,7 @@ def _split(layer: LoraLayer, count: int, written: str, source: str) -> list[Lora
 
 
 def _trimmed(layer: LoraLayer) -> LoraLayer:
-    """Without the columns of B that are zero (at least one stays), at the same scale."""
+    """``layer`` without the zero columns of B, at the same scale; unchanged if all are zero."""
     used: Tensor = layer.B.flatten(2).ne(0).any(2).any(0) if layer.B.ndim > 2 else layer.B.ne(0).any(0)
     if bool(used.all()) or not bool(used.any()):
         return layer
@@ -160,7 +160,7 @@ def _trimmed(layer: LoraLayer) -> LoraLayer:
 
 
 def _swapped(layer: LoraLayer) -> LoraLayer:
-    """Rows [shift, scale] as [scale, shift]."""
+    """Rows [shift, scale] reordered to [scale, shift]."""
 
     import torch
 

@@ -1,9 +1,9 @@
-"""Keys with a prefix for the part of the model, as kohya, webui and LyCORIS write them (flat) and ComfyUI (dotted).
+"""Keys with a prefix for the component, as written by kohya, webui and LyCORIS (flat) and by ComfyUI (dotted).
 
-The dots of the module path are lost in kohya's keys; :func:`adapters.formats.fit.fit` finds the module again by the
-names the model has. ComfyUI, XLabs and fal write the same original modules with dots; they are read here too, and the
-blocks of SD3 and Flux get diffusers' names (:mod:`adapters.formats.original_names`). Text encoders keep transformers'
-old prefix ``text_model``.
+kohya's keys lose the dots of the module path; :func:`adapters.formats.fit.fit` finds the module by the model's own
+names. ComfyUI, XLabs and fal write the same original modules with dots; they are read here too, and the blocks of SD3
+and Flux get diffusers' names (:mod:`adapters.formats.original_names`). Text encoders keep transformers' old prefix
+``text_model``.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ PREFIXES = {
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
     "base_model.model.": "unet",
 }
-"""Every prefix of original names -> component ("" = to be told by the names)."""
-
+"""Prefix -> component; "" = the component follows from the module's name."""
 
 FLAT = tuple(prefix for prefix in PREFIXES if prefix.endswith("_"))
-"""Prefixes of names whose dots are lost."""
+"""Prefixes of names that have lost their dots."""
 
 
 def is_prefixed(names: Iterable[str]) -> bool:
-    """True if every name has one of these prefixes, or none and the name of a block of SD3 or Flux."""
+    """True if every name has one of these prefixes or is that of a block of SD3 or Flux."""
     keys = [name for name in names if not name.startswith(BUNDLED)]
     if any(key.startswith("base_model.model.") for key in keys):  # PEFT's prefix, and fal's
         return any(original_names.is_original(_place(key)[1]) for key in keys)
@@ -57,16 +56,16 @@ def is_prefixed(names: Iterable[str]) -> bool:
 
 
 def parse_prefixed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> LoraFile:
-    """The canonical form of such a file, with module paths still flat where dots are lost.
+    """The adapter in such a file; its module paths stay flat where the dots are lost.
 
     Raises:
-        InputError: keys that are not an adapter's, or parts that do not fit each other.
+        InputError: keys that are not an adapter's, or tensors that do not fit together.
     """
     groups: dict[tuple[str, str], dict[str, Tensor]] = {}
     strange: list[str] = []
     for key, tensor in tensors.items():
         if key.endswith(".diff_b") and not bool(tensor.any()):
-            continue  # an untrained bias, which some programs write beside every difference
+            continue  # an untrained bias, which some programs write with every difference
         found = split_role(key)
         if found is None:
             strange.append(key)
@@ -74,7 +73,7 @@ def parse_prefixed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
         component, module = _place(found[0])
         role = found[1]
         if role in groups.setdefault((component, module), {}):
-            raise InputError(f"{source}: two tensors say what '{module}' is (one of them is '{key}').")
+            raise InputError(f"{source}: '{module}' has two tensors for one role (one is '{key}').")
         groups[component, module][role] = tensor
     refuse_unknown(strange, source)
     layers = {}
@@ -85,10 +84,10 @@ def parse_prefixed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
 
 
 def _place(key: str) -> tuple[str, str]:
-    """Component and module of a key (or of its part before the role)."""
+    """Component and module of a key, with or without its role."""
     prefix = max((prefix for prefix in PREFIXES if key.startswith(prefix)), key=len, default="")
     module = modern_name(key.removeprefix(prefix))
-    if prefix in FLAT:  # diffusers' DoRA script flattens the names of A and B, and not those of the magnitudes
+    if prefix in FLAT:  # diffusers' DoRA script flattens the names of A and B but not those of the magnitudes
         module = module.replace(".", "_")
     component = PREFIXES.get(prefix, "unet")
     if not component:
@@ -97,7 +96,7 @@ def _place(key: str) -> tuple[str, str]:
 
 
 def _named(file: LoraFile, source: str) -> LoraFile:
-    """``file`` with diffusers' names for the blocks of SD3 and Flux, and flat names if any name has to be."""
+    """``file`` with diffusers' names for the blocks of SD3 and Flux; all names are flat if any other layer is left."""
     parts = {component: dict(layers) for component, layers in file.parts.items()}
     denoiser = parts.get("unet", {})
     if any(original_names.is_original(name) for name in denoiser):
@@ -107,7 +106,7 @@ def _named(file: LoraFile, source: str) -> LoraFile:
             parts["text_encoder_2"] = parts.pop("text_encoder_3")
         parts["transformer"] = original_names.renamed(parts.pop("unet"), source)
         if len(parts) == 1:
-            return file.with_parts(parts)  # no name is flat any more: such a file converts without a model
+            return file.with_parts(parts)  # no name is flat any more, so the file converts without a model
     flat: dict[str, dict[str, LoraLayer]] = {}
     for component, layers in parts.items():
         flat[component] = {name.replace(".", "_"): layer for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""Read any supported adapter: say where it is, get its canonical form."""
+"""Read any supported adapter from a path."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def read(path: str | Path, hashed: Callable[[Path], str] = sha256) -> LoraFile:
     """The adapter at ``path``: a file, a PEFT directory, or a directory with exactly one adapter file in it.
 
     Args:
-        hashed: gives the SHA-256 of a file or directory, for callers who know it already.
+        hashed: computes the SHA-256 of a file or directory; callers who know it pass their own.
 
     Raises:
-        InputError: nothing there, no known format, a format we refuse, damaged or non-finite numbers.
+        InputError: the path does not exist, the format is unknown or refused, or the file is damaged or not finite.
     """
     place = Path(path).expanduser()
     if not place.exists():
@@ -32,16 +32,16 @@ def read(path: str | Path, hashed: Callable[[Path], str] = sha256) -> LoraFile:
     format = recognise(head)
     if format is None or (format.name == "diffusers" and any(name.startswith(PREFIX) for name in head.shapes)):
         _refuse(head)
-    chosen = format or formats()["diffusers"]  # which says what it does not understand
+    chosen = format or formats()["diffusers"]  # its errors name the keys that are not understood
     made = chosen.read(head)
     return replace(made, path=made.path or head.path, sha256=hashed(head.path))
 
 
 def header_of(place: Path) -> Header:
-    """The head of the adapter at ``place``; of a pickle with all that is in it.
+    """The header of the adapter at ``place``; for a pickle, with its whole content.
 
     Raises:
-        InputError: no adapter file there, or one whose head cannot be read.
+        InputError: there is no adapter file, or its header cannot be read.
     """
     if place.is_dir() and is_peft_directory(place):
         return Header(place, {}, peft=True)
@@ -66,23 +66,23 @@ def header_of(place: Path) -> Header:
     for format in formats().values():
         if format.suffix == file.suffix and (head := format.header(file)) is not None:
             return head
-    ending = f"the ending '{file.suffix}'" if file.suffix else "no ending"
+    suffix = f"the suffix '{file.suffix}'" if file.suffix else "no suffix"
     known = sorted({*SUFFIXES, *(format.suffix for format in formats().values() if format.suffix)})
-    raise InputError(f"'{file}' has {ending}; an adapter is a folder of PEFT or a file ending in {', '.join(known)}.")
+    raise InputError(f"'{file}' has {suffix}; an adapter is a PEFT folder or a file ending in {', '.join(known)}.")
 
 
 def _refuse(head: Header) -> None:
-    """Say what a file is that no format reads, if its names tell."""
+    """Raise :class:`InputError` if the names show what an unsupported file is."""
     source = f"'{head.path.name}'"
     refuse_foreign(head.shapes, source)
     if any(name.startswith(PREFIX) for name in head.shapes):
         raise InputError(
-            f"{source} has PEFT's keys, but '{CONFIG}' with its alpha is missing beside it: copy the whole directory."
+            f"{source} has PEFT's keys, but '{CONFIG}', which holds its alpha, is missing: copy the whole directory."
         )
 
 
 def _only_file(folder: Path) -> Path:
-    """The adapter file of a directory; safetensors before pickles, diffusers' own name before others."""
+    """The adapter file of a directory; diffusers' own name first, then safetensors, then pickles."""
     preferred = folder / "pytorch_lora_weights.safetensors"
     if preferred.is_file():
         return preferred
@@ -91,5 +91,5 @@ def _only_file(folder: Path) -> Path:
         if len(files) == 1:
             return files[0]
         if files:
-            raise InputError(f"'{folder}' holds several files ({', '.join(f.name for f in files[:5])}): name one.")
-    raise InputError(f"'{folder}' holds no adapter file.")
+            raise InputError(f"'{folder}' contains several files ({', '.join(f.name for f in files[:5])}): name one.")
+    raise InputError(f"'{folder}' contains no adapter file.")

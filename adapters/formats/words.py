@@ -1,15 +1,15 @@
-"""Words that an adapter brings along: embeddings trained together with its layers.
+"""New words of an adapter: embeddings trained together with its layers.
 
-Pivotal tuning trains a LoRA and a few embeddings that stand for one new word. kohya's programs and webui keep both in
-one file, every tensor of an embedding file under ``bundle_emb.<word>.``:
+Pivotal tuning trains a LoRA and a few embeddings that stand for one new word. kohya's programs and webui store both in
+one file, each tensor of the embedding under ``bundle_emb.<word>.``:
 
     bundle_emb.toy.string_to_param.*      (vectors, width)   Stable Diffusion, webui's spelling
     bundle_emb.toy.emb_params             (vectors, width)   Stable Diffusion, kohya's spelling
     bundle_emb.toy.clip_l, .clip_g        (vectors, width)   Stable Diffusion XL, one per text encoder
 
-In a prompt the word stands for its vectors, one token each. Formats without a place for words get a file beside them,
-``<name>.words.safetensors``, with the same keys (and ``new_concept_embedding.<word>`` for an ED-LoRA's); the adapter
-names its words in its metadata, so that the file cannot get lost unnoticed.
+In a prompt the word stands for its vectors, one token each. Formats that cannot hold words put them in a second file,
+``<name>.words.safetensors``, with the same keys (``new_concept_embedding.<word>`` for an ED-LoRA's); the adapter lists
+its words in its metadata, so that a missing file is noticed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Words = Mapping[str, Mapping[str, "Tensor"]]
 """word -> text encoder -> (vectors, width)."""
 
 BUNDLED = "bundle_emb."
-"""What the keys of words begin with."""
+"""Prefix of the keys of words."""
 
 _BUNDLED = re.compile(r"^bundle_emb\.([^.]+)\.(.+)$")
 _ROWS = "new_concept_embedding."
@@ -44,7 +44,8 @@ def split_words(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, T
     """The tensors that belong to no word, and the words.
 
     Raises:
-        InputError: a word for a text encoder that is not read, twice, or that is not (vectors, width).
+        InputError: a word has no embedding, two for one text encoder, one for an unsupported encoder, one that is not
+            (vectors, width), or different numbers of vectors for its encoders.
     """
     rest: dict[str, Tensor] = {}
     words: dict[str, dict[str, Tensor]] = {}
@@ -56,11 +57,11 @@ def split_words(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, T
         word, kind = match.groups()
         words.setdefault(word, {})
         if kind.startswith("string_to_token."):
-            continue  # the number that the word once had in a tokenizer
+            continue  # the word's id in the tokenizer it was trained with
         encoder = "text_encoder" if kind.startswith("string_to_param.") else _ENCODERS.get(kind)
         if encoder is None:
             raise InputError(
-                f"{source}: the word '{word}' has embeddings '{kind}'; those of CLIP are read "
+                f"{source}: the word '{word}' has embeddings '{kind}'; only CLIP's are supported "
                 f"(string_to_param, {', '.join(_ENCODERS)})."
             )
         rows = tensor[None] if tensor.ndim == 1 else tensor
@@ -76,13 +77,13 @@ def split_words(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, T
             raise InputError(f"{source}: the word '{word}' has no embedding.")
         if len({len(rows) for rows in encoders.values()}) > 1:
             raise InputError(
-                f"{source}: the word '{word}' has not as many vectors for one text encoder as for the other."
+                f"{source}: the word '{word}' has more vectors for one text encoder than for the other."
             )
     return rest, words
 
 
 def word_tensors(words: Words) -> dict[str, Tensor]:
-    """Words as tensors of a kohya file; of a word for one text encoder in webui's spelling, which most read."""
+    """Words as tensors of a kohya file; those for one text encoder in webui's spelling, which most programs read."""
     made = {}
     for word, encoders in words.items():
         if set(encoders) == {"text_encoder"}:
@@ -93,7 +94,7 @@ def word_tensors(words: Words) -> dict[str, Tensor]:
 
 
 def with_words_of(file: LoraFile, files: Iterable[LoraFile]) -> LoraFile:
-    """``file`` with the words of all ``files``, which were made into it.
+    """``file`` with the words of the ``files`` it was merged from.
 
     Raises:
         InputError: two of them have the same word.
@@ -103,7 +104,7 @@ def with_words_of(file: LoraFile, files: Iterable[LoraFile]) -> LoraFile:
     for one in files:
         for word in (*one.words, *one.embeddings):
             if word in words or word in rows:
-                raise InputError(f"Two of the adapters bring the word '{word}': one adapter cannot hold both.")
+                raise InputError(f"Two of the adapters have the word '{word}': one adapter cannot hold both.")
         words |= one.words
         rows |= one.embeddings
     return replace(file, words=words, embeddings=rows)
@@ -118,7 +119,7 @@ def write_beside(file: LoraFile, path: Path, text: Mapping[str, str]) -> dict[st
     """Write the words of ``file``, if any, beside the adapter at ``path``.
 
     Returns:
-        The metadata ``text`` of the adapter with the entry that names them.
+        The adapter's metadata: ``text`` with the entry that lists the words.
     """
     others = {key: value for key, value in text.items() if key != WORDS_ENTRY}
     if not file.words and not file.embeddings:
@@ -131,21 +132,22 @@ def write_beside(file: LoraFile, path: Path, text: Mapping[str, str]) -> dict[st
 
 
 def read_beside(file: LoraFile, path: Path) -> LoraFile:
-    """``file`` with the words that its metadata name.
+    """``file`` with the words that its metadata lists.
 
     Raises:
-        InputError: their file is missing or holds others.
+        InputError: the file with the words is missing or holds other words.
     """
     if WORDS_ENTRY not in file.metadata:
         return file
     try:
         named = [str(word) for word in json.loads(file.metadata[WORDS_ENTRY])]
     except (json.JSONDecodeError, RecursionError, TypeError) as error:
-        raise InputError(f"'{path.name}': its entry '{WORDS_ENTRY}' is no list of words ({error}).") from None
+        raise InputError(f"'{path.name}': its entry '{WORDS_ENTRY}' is not a list of words ({error}).") from None
     place = beside(path)
     if not place.is_file():
         raise InputError(
-            f"The file '{place.name}' with the words of '{path.name}' ({', '.join(named)}) is missing beside it."
+            f"The file '{place.name}' with the words of '{path.name}' ({', '.join(named)}) is missing: keep both files "
+            "in one folder."
         )
     from adapters.formats.tensors import check_finite, read_tensors
 

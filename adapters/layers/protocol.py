@@ -1,7 +1,7 @@
-"""What every kind of adapter layer offers: the tensors that it is written with, and the update that they make.
+"""Protocols of adapter layers: the tensors each kind is stored as, and the update they form.
 
-Other forms in memory (experts, shared factors) say the same things of themselves; merging, gating, inspection and the
-writers of files ask a layer for nothing else than :class:`AdapterLayer` names.
+Other forms in memory (experts, shared factors) offer the same; merging, gating, inspection and the file writers use
+nothing of a layer beyond :class:`AdapterLayer`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Ending = str | tuple[str, int]
-"""The end of a key, or that and how many of its characters belong to the module's name."""
+"""The end of a key, alone or with how many of its characters belong to the module's name."""
 
 
 class AdapterLayer(Protocol):
@@ -22,15 +22,15 @@ class AdapterLayer(Protocol):
 
     @property
     def rank(self) -> int:
-        """Columns of B."""
+        """r, the number of columns of B."""
 
     @property
     def scale(self) -> float:
-        """s."""
+        """s, the factor of B A."""
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Number of parameters."""
 
     def delta(self) -> Tensor:
         """The update (out, in...) in fp32."""
@@ -38,12 +38,12 @@ class AdapterLayer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """A layer's update.
+    """A layer's update, without the scale.
 
     Attributes:
-        A: (r, in), (r, in, kh, kw), or (r, in * kh * kw) where the file does not tell the kernel.
+        A: (r, in), (r, in, kh, kw), or (r, in * kh * kw) where the file does not give the kernel size.
         B: (out, r) or (out, r, 1, 1).
-        dim: the rank that alpha is divided by; 0 = there is none and the scale is 1.
+        dim: the rank that divides alpha; 0 = none, and the scale is 1.
     """
 
     A: Tensor
@@ -52,12 +52,12 @@ class Factors:
 
 
 class LayerKind(Protocol):
-    """One way to write a layer.
+    """One way to store a layer.
 
     Attributes:
-        name: what people call it.
-        order: place among the kinds.
-        beside: it stands beside another kind instead of for itself (DoRA's magnitude).
+        name: the field's name for it.
+        order: position among the kinds; lower comes first.
+        beside: it accompanies another kind instead of standing alone (DoRA's magnitude).
         endings: role of a tensor -> what its key may end in.
     """
 
@@ -74,7 +74,7 @@ class LayerKind(Protocol):
     def endings(self) -> Mapping[str, Sequence[Ending]]: ...
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The rank that the shapes (by role) tell; None where they do not."""
+        """The rank given by the shapes (by role); None if they do not give it."""
 
     def factors(self, parts: Mapping[str, Tensor]) -> Factors:
-        """A and B; raises KeyError for a role that is missing and ValueError for shapes that do not fit."""
+        """A and B; raises KeyError for a missing role and ValueError for shapes that do not fit."""

@@ -4,14 +4,14 @@
 
 PEFT allows one ``LoraVariant`` per layer and adapter; ours is attached after a plain injection and holds
 
-- an offset (A0, B0), frozen: the model at the start is the pre-trained one although A and B are not zero, the base is
-  never changed, and the update is s (B A - B0 A0), an ordinary LoRA of rank 2r;
+- an offset (A0, B0), frozen: the model starts as the pre-trained one although A and B are not zero, the base is never
+  changed, and the update is s (B A - B0 A0), an ordinary LoRA of rank 2r;
 - a core R (r, r) between A and B (LoRA-SB): the update is s B R A;
-- a rule f, how gradients flow (ALLoRA), otherwise plain autograd;
-- a perturbation e(x), used in training mode only.
+- a rule f that sets how gradients flow (ALLoRA); without one, plain autograd;
+- a perturbation e(x), in training mode only.
 
-Nothing of it is in PEFT's state dict: :func:`read_layers` gives the ordinary LoRA. On quantised bases it works as on
-others, as the base is only called. A layer without parts has no variant and is PEFT's own, to the bit.
+Only A, B and the core R are in PEFT's state dict; :func:`read_layers` gives the adapter as an ordinary LoRA. It works
+on quantised bases too, since the base is only called. A layer without parts has no variant and is exactly PEFT's own.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ PREFIX = "base_model.model."
 
 
 class Rule(Protocol):
-    """How gradients flow through the trained pair."""
+    """The product B A x with gradients of its own."""
 
     def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
         """B A x (without s) for the layer's input."""
 
 
 class Perturbation(Protocol):
-    """What is added in training."""
+    """A term added to the output in training."""
 
     def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         """e(x), shaped like the layer's output, or None for nothing."""
 
 
 class Offset(nn.Module):
-    """The frozen start of a pair: A0 and B0, moved and cast with the model, in no state dict."""
+    """The frozen start of a pair: A0 and B0 move and are cast with the model, but are not in its state dict."""
 
     def __init__(self, A0: Tensor, B0: Tensor) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class StudioVariant(LoraVariant):
         self.perturbation: Perturbation | None = None
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """``result`` (the base's output) with the adapter's part."""
+        """``result`` (the base's output) plus the adapter's update."""
         if isinstance(module, LoraEmbedding):
             return _embedding(module, active_adapter, x, result)
         return self._linear(module, active_adapter, x, result)
@@ -114,7 +114,7 @@ class StudioVariant(LoraVariant):
 
 
 def adapted(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
-    """PEFT LoRA layers that hold ``adapter``, by the base model's module path."""
+    """Module path in the base model -> PEFT's LoRA layer, for the layers that hold ``adapter``."""
     return {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
@@ -126,19 +126,19 @@ def attach(layer: Any, adapter: str = "default") -> StudioVariant:
     """The layer's :class:`StudioVariant`, new if there is none.
 
     Raises:
-        InputError: the layer already has a variant of PEFT's (DoRA ...).
+        InputError: the layer already has one of PEFT's own variants (DoRA, ...).
     """
     present = layer.lora_variant.get(adapter)
     if present is None:
         present = layer.lora_variant[adapter] = StudioVariant()
     if not isinstance(present, StudioVariant):
         kind = type(present).__name__
-        raise InputError(f"This layer is already of PEFT's kind {kind}, which takes no other training method.")
+        raise InputError(f"This layer already has PEFT's variant {kind}, which no training method combines with.")
     return present
 
 
 def set_offset(layer: Any, A: Tensor, B: Tensor, adapter: str = "default") -> None:
-    """Start the pair at A (r, in...) and B (out, r...) without changing the model: both are also kept as offset."""
+    """Start the pair at A (r, in...) and B (out, r...) without changing the model: copies become its offset."""
     attach(layer, adapter)
     down, up = pair(layer, adapter)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def set_offset(layer: Any, A: Tensor, B: Tensor, adapter: str = "default") -> No
 
 
 def set_offset_buffers(layer: Any, A0: Tensor, B0: Tensor, adapter: str = "default") -> None:
-    """Take back offsets that :func:`offset_of` gave, leaving A and B alone."""
+    """Restore an offset that :func:`offset_of` returned; A and B stay as they are."""
     attach(layer, adapter)
     down, up = pair(layer, adapter)
     _store(layer, OFFSET, adapter, Offset(A0.to(down).reshape(down.shape), B0.to(up).reshape(up.shape)))
@@ -182,10 +182,10 @@ def core_of(layer: Any, adapter: str = "default") -> Tensor | None:
 
 
 def freeze(layer: Any, weight: str, adapter: str = "default") -> None:
-    """Freeze ``"lora_A"`` or ``"lora_B"`` for good: PEFT's ``set_adapter`` does not thaw it.
+    """Freeze ``"lora_A"`` or ``"lora_B"`` for good: PEFT's ``set_adapter`` does not unfreeze it.
 
-    PEFT's function for that is private. Should it go, the weight is frozen all the same but only until the next
-    ``set_adapter``; a test watches over it.
+    PEFT's function for this is private. If a release drops it, the weight is still frozen, but only until the next
+    ``set_adapter``; a test checks that the function exists.
     """
     getattr(layer, weight)[adapter].requires_grad_(False)
     try:
@@ -216,10 +216,10 @@ def effective(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
 
 
 def base_weight(layer: Any) -> Tensor:
-    """W0 (out, in * kernel) of a layer, dequantised, outputs first whatever the layer stores."""
+    """W0 (out, in * kernel) of a layer, dequantised, outputs first even where the layer stores the transpose."""
     base = layer.get_base_layer() if isinstance(layer, PeftLayer) else layer
     weight: Any = base.weight
-    if type(weight).__name__ == "Int8Params":  # PEFT's other function puts a weight back that has lost its scales
+    if type(weight).__name__ == "Int8Params":  # PEFT's other function leaves the layer without its scales
         weight = dequantize_bnb_weight(weight, state=base.state)
     else:
         weight = dequantize_module_weight(base)
@@ -260,10 +260,10 @@ def read_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` answers as its base does: adapters, perturbations and dropout off; outside all is as before.
+    """Inside, ``model`` computes what its base does: adapters, perturbations and dropout are off; restored on exit.
 
-    Sets PEFT's flags directly: its ``disable_adapter`` also changes which parameters learn, and walks through the model
-    so often that it takes as long as a small model's forward pass.
+    PEFT's flags are set directly: its ``disable_adapter`` also changes which parameters require gradients, and walks
+    the model so often that it takes as long as a small model's forward pass.
     """
     learning = [module for module in model.modules() if module.training]
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

@@ -158,9 +158,9 @@ def test_another_table_beside_the_adapter_is_refused(tmp_path: Path) -> None:
     assert copies, "PEFT writes the table beside its adapter"
     tensors[copies[0]][3, 4] += 0.01
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(FamilyError, match=r"'model.embed_tokens' that is not the one of this base model"):
+    with pytest.raises(FamilyError, match=r"'model.embed_tokens', which is not that of this base model"):
         fit(read(tmp_path / "a"), {MODEL: opened(base)})
-    with pytest.raises(FamilyError, match="that is not the one of this base model"):
+    with pytest.raises(FamilyError, match="which is not that of this base model"):
         AdaptedModel(opened(base)).add("a", tmp_path / "a")
 
 
@@ -193,7 +193,7 @@ class Text(nn.Module):
     ("table", "options", "message"),
     [
         (nn.Embedding(7, 5), {"tables": False}, "only adapters on linear layers and convolutions can be used here"),
-        (nn.Linear(7, 5), {}, "which in this base model is a Linear"),
+        (nn.Linear(7, 5), {}, "in this base model that is a Linear"),
         (nn.Embedding(5, 7), {}, r"updates a weight of shape \(5, 7\), the model's is \(7, 5\)"),
     ],
 )
@@ -215,5 +215,5 @@ def test_half_a_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no table_B"):
         read(tmp_path / "f.safetensors")
     save_file({f"{name}A": torch.ones(2, 7), f"{name}B": torch.ones(5, 3)}, tmp_path / "f.safetensors")
-    with pytest.raises(InputError, match="do not fit each other"):
+    with pytest.raises(InputError, match="do not fit together"):
         read(tmp_path / "f.safetensors")

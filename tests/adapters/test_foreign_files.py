@@ -410,7 +410,7 @@ def test_sd3_of_kohya_fits_the_model(tmp_path: Path) -> None:
         ({f"lora_unet_{LINEAR}.lokr_w1": rand(2, 2)}, "LoKr layer .* has no"),
         ({f"lora_unet_{LINEAR}.diff": rand(4)}, "only the weights"),
         ({f"lora_unet_{LINEAR}.diff": rand(4, 6), f"lora_unet_{LINEAR}.diff_b": rand(4)}, "not understood"),
-        ({f"lora_unet_{LINEAR}.diff": rand(4, 6), f"lora_unet_{LINEAR}.lokr_w1": rand(2, 2)}, "two forms"),
+        ({f"lora_unet_{LINEAR}.diff": rand(4, 6), f"lora_unet_{LINEAR}.lokr_w1": rand(2, 2)}, "more than one kind"),
         ({f"lora_unet_{LINEAR}.lokr_w1": rand(9000, 1), f"lora_unet_{LINEAR}.lokr_w2": rand(9000, 9)}, "larger"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.diff": rand(7, 4)}, "joins 3 layers"),
         ({"lora_unet_double_blocks_0_strange.diff": rand(6, 4)}, "neither SD3 nor Flux"),
@@ -439,7 +439,7 @@ def test_a_pickle_that_claims_more_than_it_holds(tmp_path: Path) -> None:
         read(tmp_path / "big.pt")
 
 
-def test_a_file_without_an_ending(tmp_path: Path) -> None:
+def test_a_file_without_a_suffix(tmp_path: Path) -> None:
     (tmp_path / "adapter").write_bytes(b"x")
-    with pytest.raises(InputError, match="has no ending"):
+    with pytest.raises(InputError, match="has no suffix"):
         read(tmp_path / "adapter")

@@ -104,7 +104,7 @@ def test_the_library_knows_the_words_and_merging_keeps_them(tmp_path: Path) -> N
     assert scan.record(tmp_path / "toy.safetensors", "adapter").triggers == ("toy",)
     merged = merging.merge("concatenate", files, [1.0, 1.0]).file
     assert merged.words.keys() == {"toy", "doll"}
-    with pytest.raises(InputError, match="Two of the adapters bring the word 'toy'"):
+    with pytest.raises(InputError, match="Two of the adapters have the word 'toy'"):
         merging.merge("concatenate", [files[0], files[0]], [1.0, 1.0])
     named = LoraFile({"unet": {"mid_block.x": next(layer for _, _, layer in merged.layers())}}, words=merged.words)
     write_diffusers(named, tmp_path / "both.safetensors")
@@ -116,10 +116,10 @@ def test_the_library_knows_the_words_and_merging_keeps_them(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("embeddings", "sentence"),
     [
-        ({"toy.t5": torch.ones(1, 16)}, "those of CLIP are read"),
+        ({"toy.t5": torch.ones(1, 16)}, "only CLIP's are supported"),
         ({"toy.emb_params": torch.ones(1, 2, 16)}, "must be \\(vectors, width\\)"),
         ({"toy.emb_params": torch.ones(1, 16), "toy.clip_l": torch.ones(1, 16)}, "two embeddings"),
-        ({"toy.clip_l": torch.ones(1, 16), "toy.clip_g": torch.ones(2, 24)}, "not as many vectors"),
+        ({"toy.clip_l": torch.ones(1, 16), "toy.clip_g": torch.ones(2, 24)}, "more vectors for one text encoder"),
         ({"toy.string_to_token.*": torch.ones(1)}, "has no embedding"),
         ({"toy.emb_params": torch.full((1, 16), float("nan"))}, "NaN"),
         ({"toy.emb_params": torch.ones(1, 17)}, "of width text_encoder 17; Stable Diffusion .* needs text_encoder 16"),
@@ -140,9 +140,9 @@ def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(FamilyError, match="needs none"):
         flux.rack._check_words(file, "toy")
     save_file({"bundle_emb.toy.emb_params": torch.ones(1, 16)}, tmp_path / "b.safetensors")
-    with pytest.raises(InputError, match="no adapter but an embedding"):
+    with pytest.raises(InputError, match="an embedding, not an adapter"):
         read(tmp_path / "b.safetensors")
-    for text, sentence in ((json.dumps(["toy"]), "does not hold the words"), ("[", "no list of words")):
+    for text, sentence in ((json.dumps(["toy"]), "does not hold the words"), ("[", "not a list of words")):
         tensors = {key: value for key, value in load_file(path).items() if not key.startswith("bundle")}
         save_file(tensors, tmp_path / "c.safetensors", metadata={WORDS_ENTRY: text})
         save_file({"bundle_emb.doll.emb_params": torch.ones(1, 16)}, tmp_path / f"c{WORDS}")

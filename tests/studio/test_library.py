@@ -126,7 +126,7 @@ def test_odd_files_are_listed_with_the_reason(shelf):
     assert [name for name, record in records.items() if record.problem and not record.read_only] == odd
     assert all(not records[name].problem.endswith(".") for name in odd)
     assert not records["good"].problem
-    with pytest.raises(InputError, match=r"cannot be used: cut off or damaged: \d+ bytes instead of \d+\."):
+    with pytest.raises(InputError, match=r"cannot be used: truncated or damaged: \d+ bytes instead of \d+\."):
         library.resolve_adapter("cut")
 
 

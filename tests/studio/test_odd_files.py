@@ -110,7 +110,7 @@ def test_text_of_any_kind_and_depth(shelf: Path, name: str) -> None:
 @pytest.mark.parametrize("value", [5, None, ["x"], {"a": {}}, True])
 def test_metadata_that_is_no_text_is_said(shelf: Path, value: Any) -> None:
     path = small(shelf / "odd.safetensors", note=value)
-    assert listed("odd").problem == "its metadata holds something else than text"
+    assert listed("odd").problem == "its metadata is not all text"
     try_to_read(path)
 
 
@@ -341,5 +341,5 @@ def test_products_that_are_not_finite_are_refused(tmp_path: Path, size: float, f
     if fits:
         read(path)
     else:
-        with pytest.raises(InputError, match="so large that their product is infinite"):
+        with pytest.raises(InputError, match="so large that their product overflows"):
             read(path)

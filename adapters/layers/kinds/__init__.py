@@ -1,16 +1,16 @@
-"""Kinds of layers as files write them: one file each says which tensors a kind has and what update they make.
+"""Kinds of adapter layers as files store them: one module per kind, with its tensors and the update they form.
 
     LoRA         s B A
     with core    s B (C * A)              C (r, r, kh, kw) between 1 x 1 kernels ("lora_mid", Tucker), folded into A
     LoHa         s (B1 A1) o (B2 A2)      arXiv 2108.06098; rank r1 r2: columns B1[:, i] o B2[:, j], rows A1[i] o A2[j]
     LoKr         s W1 (x) W2              arXiv 2309.14859; (B1 A1) (x) (B2 A2) = (B1 (x) B2) (A1 (x) A2)
-    embedding    s B A                    of a table E (tokens, width), seen as the matrix E^T that one-hot tokens meet
-    difference   D                        a whole matrix
-    DoRA         m beside any of these    arXiv 2402.09353
+    embedding    s B A                    of a table E (tokens, width), as the matrix E^T applied to one-hot tokens
+    difference   D                        a full matrix
+    DoRA         m with any of these      arXiv 2402.09353
 
-Each becomes A and B exactly. A factored form whose rank reaches min(out, in) is kept as the whole matrix beside an
-identity, which costs less and is exact too. The scale s is alpha / r of the written factors; it is 1 where no alpha is
-written, or nothing is factored. A module here with a constant ``KIND`` is a kind; importing loads no torch.
+Each is converted to A and B exactly. A product whose rank reaches min(out, in) is stored as the full matrix times an
+identity, which is also exact and smaller. The scale s is alpha / r of the stored factors; it is 1 where no alpha is
+stored or nothing is factored. A module here with a constant ``KIND`` is a kind; importing it does not load torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALPHA = "alpha"
-"""The role of the numerator of the scale, which every kind may have."""
+"""The role of the scale's numerator, which any kind may have."""
 
 
 @cache
@@ -38,7 +38,7 @@ def _discovered() -> tuple[LayerKind, ...]:
 
 
 KINDS: tuple[LayerKind, ...] = _discovered()
-"""Every kind, in the order in which a layer is asked for them."""
+"""All kinds, in the order in which they are tried."""
 
 _ENDINGS = {
     ending: (role, kept)
@@ -64,21 +64,22 @@ def kinds_of(roles: frozenset[str] | set[str]) -> list[LayerKind]:
 
 
 def factors(parts: Mapping[str, Tensor], name: str, source: str) -> Factors:
-    """A and B of what ``parts`` (role -> tensor) say.
+    """A and B of the layer stored as ``parts`` (role -> tensor).
 
     Raises:
-        InputError: parts missing, parts of two kinds, shapes that do not multiply, or products that are not finite.
+        InputError: tensors are missing, belong to two kinds, have shapes that do not multiply, or give A or B that are
+            not finite.
     """
     kinds = [kind for kind in kinds_of(set(parts)) if not kind.beside]
     if len(kinds) > 1:
         names = ", ".join(kind.name for kind in kinds)
-        raise InputError(f"{source}: layer '{name}' is written in two forms at once ({names}).")
+        raise InputError(f"{source}: layer '{name}' has tensors of more than one kind ({names}).")
     for role, tensor in parts.items():
         if role != ALPHA and not tensor.is_floating_point():
-            raise InputError(f"{source}: layer '{name}' holds {tensor.dtype} numbers; adapters are floating point.")
+            raise InputError(f"{source}: layer '{name}' holds {tensor.dtype} values; adapters are floating point.")
     if not kinds:
         found = ", ".join(sorted(parts))
-        raise InputError(f"{source}: the layer '{name}' has {found} and nothing that it belongs to.")
+        raise InputError(f"{source}: layer '{name}' has only {found}, without the factors that go with it.")
     try:
         made = kinds[0].factors(parts)
     except InputError:
@@ -88,7 +89,7 @@ def factors(parts: Mapping[str, Tensor], name: str, source: str) -> Factors:
     except (RuntimeError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in parts.items())
         reason = str(error).splitlines()[0]
-        raise InputError(f"{source}: the parts of layer '{name}' do not fit each other ({shapes}): {reason}") from None
+        raise InputError(f"{source}: the tensors of layer '{name}' do not fit together ({shapes}): {reason}") from None
     if not (made.A.isfinite().all() and made.B.isfinite().all()):
-        raise InputError(f"{source}: the numbers of layer '{name}' are so large that their product is infinite.")
+        raise InputError(f"{source}: the values of layer '{name}' are so large that their product overflows.")
     return made

@@ -1,4 +1,4 @@
-"""A whole difference of weights, D, as programs write it that extract nothing."""
+"""A full weight difference D, as written by programs that do not factor it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA (arXiv 2402.09353): a magnitude m (out,) beside another kind,  y = m / |W0 + s B A| (W0 + s B A) x."""
+"""DoRA (arXiv 2402.09353): a magnitude m (out,) with another kind,  y = m / |W0 + s B A| (W0 + s B A) x."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Dora:
         return None
 
     def factors(self, parts: Mapping[str, Tensor]) -> Factors:
-        raise ValueError("a magnitude stands beside another kind of layer")
+        raise ValueError("a magnitude needs the factors of another kind")
 
 
 KIND = Dora()
 
 
 def magnitude(parts: Mapping[str, Tensor], outputs: int, name: str, source: str) -> Tensor | None:
-    """m (out,) in fp32, if there is one.
+    """m (out,) in fp32, or None without DoRA.
 
     Raises:
-        InputError: another number of magnitudes than outputs.
+        InputError: the number of magnitudes is not ``outputs``.
     """
     if "magnitude" not in parts and "dora_scale" not in parts:
         return None

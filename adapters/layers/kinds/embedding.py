@@ -1,4 +1,4 @@
-"""LoRA on a table of embeddings E (tokens, width), as PEFT writes it: s B A of E^T."""
+"""LoRA on an embedding table E (tokens, width), as PEFT writes it: the update s B A of E^T."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Embedding:
     def factors(self, parts: Mapping[str, Tensor]) -> Factors:
         A, B = parts["table_A"], parts["table_B"]
         if A.ndim != 2 or B.ndim != 2 or 0 in A.shape or A.shape[0] != B.shape[1]:
-            raise ValueError("A is (r, tokens) and B is (width, r)")
+            raise ValueError("A must be (r, tokens) and B (width, r)")
         return Factors(A, B, A.shape[0])
 
 

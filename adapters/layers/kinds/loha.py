@@ -1,4 +1,4 @@
-"""LoHa (FedPara, arXiv 2108.06098): s (B1 A1) o (B2 A2), each product with a core for convolutions."""
+"""LoHa (FedPara, arXiv 2108.06098): s (B1 A1) o (B2 A2); for convolutions each product may have a core."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LoHa:
-    """w1_a (out, r) and w1_b (r, in), w2_a and w2_b; with cores t1, t2 (r, r, kh, kw) both a are (r, out)."""
+    """w1_a (out, r) and w1_b (r, in), w2_a and w2_b alike; with cores t1, t2 (r, r, kh, kw), w1_a and w2_a (r, out)."""
 
     name, order, beside = "LoHa", 30, False
     endings: Mapping[str, tuple[str, ...]] = {
@@ -21,13 +21,13 @@ class LoHa:
     }
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        return None  # that of the product is another than that of the factors
+        return None  # the product's rank is not the factors'
 
     def factors(self, parts: Mapping[str, Tensor]) -> Factors:
         first, kernel = hadamard_side(parts["w1_a"], parts["w1_b"], parts.get("t1"))
         second, other = hadamard_side(parts["w2_a"], parts["w2_b"], parts.get("t2"))
         if kernel != other or sizes(first) != sizes(second):
-            raise ValueError("both products have the same size")
+            raise ValueError("both products must have the same size")
         (B1, A1), (B2, A2) = first, second
         check_inner(first, second)
         dim = parts["w1_b"].shape[0]

@@ -1,4 +1,4 @@
-"""LoKr (LyCORIS, arXiv 2309.14859): s W1 (x) W2, each factor whole or a product."""
+"""LoKr (LyCORIS, arXiv 2309.14859): s W1 (x) W2, each of the two a full matrix or a low-rank product."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoKr:
     }  # fmt: skip
 
     def rank(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        return None  # that of the product is another than that of the factors
+        return None  # the product's rank is not the factors'
 
     def factors(self, parts: Mapping[str, Tensor]) -> Factors:
         import torch
@@ -46,7 +46,7 @@ class LoKr:
         if "k2" in parts:
             second_whole = parts["k2"].float()
             if second_whole.ndim not in (2, 4):
-                raise ValueError("the second factor is a matrix or a kernel")
+                raise ValueError("the second factor must be a matrix or a kernel")
             kernel = tuple(second_whole.shape[2:])
             second = identity_pair(second_whole.flatten(1))
         elif "kt" in parts:

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685), s B A; of convolutions also with a core between 1 x 1 kernels (LoCon's "lora_mid")."""
+"""LoRA (arXiv 2106.09685), s B A; for convolutions also with a core between 1 x 1 kernels (LoCon's "lora_mid")."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Lora:
 
         A, B = parts["A"], parts["B"]
         if A.ndim not in (2, 4) or B.ndim not in (2, 4) or 0 in (*A.shape, *B.shape):
-            raise ValueError("a LoRA has two matrices, or kernels, that are not empty")
+            raise ValueError("A and B must be matrices or kernels that are not empty")
         if B.ndim == 4 and B.shape[2:] != (1, 1):
-            raise ValueError("B has a kernel, and only 1 x 1 is LoRA")
+            raise ValueError("the kernel of B must be 1 x 1")
         dim = A.shape[0]
         if "mid" in parts:
             core = parts["mid"]
             if core.ndim != 4 or core.shape[:2] != (B.shape[1], dim) or A.ndim != 4 or A.shape[2:] != (1, 1):
-                raise ValueError("a core lies between 1 x 1 kernels of its own rank")
+                raise ValueError("a core must stand between 1 x 1 kernels of its own rank")
             A = torch.einsum("jnab,ijhw->inhw", A.float(), core.float())
         if A.shape[0] != B.shape[1]:
-            raise ValueError("A has one row for every column of B")
+            raise ValueError("A must have as many rows as B has columns")
         return Factors(A, B, dim)
 
 
