@@ -3,10 +3,18 @@
 Gradio keeps a description of every component for each page that was ever opened (about 2 MB for this app), up to
 ``state_session_capacity`` pages, and clears only the values of ``gr.State`` an hour after a page was closed. Here the
 last few closed pages are kept, so that a page whose connection broke goes on where it was; older ones are forgotten.
+
+What Gradio keeps of a page refers to itself, so it is freed when Python next looks for such circles, which in a large
+process may be much later; and the C library gives memory back to the system only when asked. Both are done here, once
+for several forgotten pages.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
+import threading
 from collections import Counter
 from typing import Any
 
@@ -15,6 +23,9 @@ from ui.asgi import Asgi, Receive, Scope, Send
 
 CLOSED = 20
 """Closed pages that are kept."""
+
+FREED_TOGETHER = 10
+"""So many forgotten pages are freed at once."""
 
 OPEN = 200
 """Pages that may be open at once; beyond that the one used longest ago loses its state (Gradio's own setting)."""
@@ -30,6 +41,7 @@ class Sessions:
         self.app, self.kept = app, closed
         self.open: Counter[str] = Counter()
         self.closed: dict[str, None] = {}
+        self.forgotten = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on and note when a heartbeat begins and ends."""
@@ -53,6 +65,9 @@ class Sessions:
             oldest = next(iter(self.closed))
             del self.closed[oldest]
             _forget(app, oldest)
+            self.forgotten += 1
+            if self.forgotten % FREED_TOGETHER == 0:
+                threading.Thread(target=_free, name="free closed pages", daemon=True).start()
 
 
 def _forget(app: Any, page: str) -> None:
@@ -63,3 +78,12 @@ def _forget(app: Any, page: str) -> None:
     if not queue.pending_event_ids_session.get(page):
         queue.pending_event_ids_session.pop(page, None)
         queue.pending_messages_per_session.pop(page, None)
+
+
+def _free() -> None:
+    """Free what forgotten pages held, and give it back to the system where the C library is glibc."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
