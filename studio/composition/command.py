@@ -89,9 +89,9 @@ def compose(
     """Make pictures with several adapters."""
     output = Output(json, quiet)
     silence.library_warnings()
-    named = [region_option.of_adapter(text) for text in lora or []]
-    changes = {**fields, **({"adapters": [use for use, _ in named]} if named else {})}
-    changes = {**_regions(region, regions, [place for _, place in named if place]), **changes}
+    uses, places = region_option.of_adapters(lora or [])
+    changes = {**fields, **({"adapters": uses} if uses else {})}
+    changes = {**_regions(region, regions, places), **changes}
     chosen, threads = _configuration(config, from_, changes, set_ or [])
     if out is not None and detach:
         raise InputError("--out and --detach exclude each other: the worker keeps its pictures in the job's folder.")

@@ -3,7 +3,9 @@ an adapter with a region of its own."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,35 @@ def of_adapter(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     use = lora_option.parse(adapter)
     use.setdefault("name", Path(use["path"]).stem)
     return use, {**_place(place.strip(), f"--lora '{text}'"), "adapters": [use["name"]]}
+
+
+def of_adapters(texts: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The adapters that several ``--lora`` name, and their regions.
+
+    An adapter that is given several times with places is one adapter in several regions, at its strength in each.
+
+    Raises:
+        InputError: as :func:`of_adapter`; the first of several strengths is 0.
+    """
+    uses: list[dict[str, Any]] = []
+    regions: list[dict[str, Any]] = []
+    placed: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        use, region = of_adapter(text)
+        if region is not None:
+            regions.append(region)
+            first = placed.setdefault(json.dumps({**use, "weight": None}, sort_keys=True), use)
+            if first is not use:
+                region["scale"] = _ratio(use.get("weight", 1.0), first.get("weight", 1.0), text)
+                continue
+        uses.append(use)
+    return uses, regions
+
+
+def _ratio(weight: float, first: float, text: str) -> float:
+    if first == 0:
+        raise InputError(f"--lora '{text}': give this adapter a strength other than 0 in its first region.")
+    return weight / first
 
 
 def read(text: str) -> dict[str, Any]:

@@ -41,6 +41,23 @@ class AdapterUse(JobConfig):
 
     _keyframes = field_validator("schedule")(rules.keyframes)
 
+    def plus(self, other: AdapterUse) -> AdapterUse:
+        """This adapter with the sum of both strengths."""
+        both = (self, other)
+        text = None
+        if any(use.te_weight is not None for use in both):
+            text = sum(use.weight if use.te_weight is None else use.te_weight for use in both)
+        return self.model_copy(update={"weight": self.weight + other.weight, "te_weight": text})
+
+
+def added_up(uses: list[AdapterUse]) -> list[AdapterUse]:
+    """Each adapter once: entries that differ only in strength act with its sum, as in prompts and in the chat."""
+    found: dict[str, AdapterUse] = {}
+    for use in uses:
+        rest = use.model_dump_json(exclude={"weight", "te_weight"})
+        found[rest] = found[rest].plus(use) if rest in found else use
+    return list(found.values())
+
 
 class ModelChoice(JobConfig):
     """Which base model, and how it runs."""
@@ -86,6 +103,8 @@ class ComposeConfig(RegionFields, ModelChoice):
     height: int | None = Field(None, ge=8, description="Pixels; empty = the base model's own size.")
     seed: int = Field(0, ge=0, description="Seed of the first picture; the next pictures count up.")
     images: int = Field(1, ge=1, le=64, description="How many pictures.")
+
+    _added_up = field_validator("adapters")(added_up)
 
     @model_validator(mode="after")
     def _unique_names(self) -> ComposeConfig:

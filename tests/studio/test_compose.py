@@ -140,7 +140,8 @@ def test_stopping_keeps_the_pipeline_and_finished_pictures(config, tmp_path):
 
 def test_names_and_triggers_are_settled(tmp_path):
     path = diffusers_lora(tmp_path / "cat.safetensors", **{"modelspec.trigger_phrase": "zxq"})
-    config = ComposeConfig(adapters=[{"path": str(path)}, {"path": str(path)}, {"name": "x", "path": str(path)}])
+    uses = [{"path": str(path)}, {"path": str(path), "triggers": ["b"]}, {"name": "x", "path": str(path)}]
+    config = ComposeConfig(adapters=uses)
     settled = compose.settled(config)
     assert [use.name for use in settled.adapters] == ["cat", "cat-2", "x"]
     assert settled.adapters[0].triggers == ["zxq"]

@@ -162,3 +162,26 @@ def test_transparent_paint_is_a_mask(tmp_path):
         open_mask(tmp_path / "broken.png")
     with pytest.raises(InputError, match="cannot be read as a picture"):
         open_mask("data:image/png;base64,@@@")
+
+
+def test_an_adapter_given_twice_adds_up_and_with_places_is_one_adapter_in_two_regions():
+    assert region_option.of_adapters(["cat:0.5#left", "cat:0.25#right", "dog"]) == (
+        [{"path": "cat", "weight": 0.5, "name": "cat"}, {"path": "dog"}],
+        [{"box": [0.0, 0.0, 0.5, 1.0], "adapters": ["cat"]},
+         {"box": [0.5, 0.0, 1.0, 1.0], "adapters": ["cat"], "scale": 0.5}],
+    )  # fmt: skip
+    with pytest.raises(InputError, match="strength other than 0"):
+        region_option.of_adapters(["cat:0#left", "cat#right"])
+    twice = ComposeConfig.parse({"adapters": [{"path": "cat", "weight": 0.5}, {"path": "cat", "te_weight": 0.2},
+                                              {"path": "cat", "schedule": [[0, 1], [1, 0]]}]})  # fmt: skip
+    assert [(use.weight, use.te_weight) for use in twice.adapters] == [(1.5, 0.7), (1.0, None)]
+
+
+def test_an_adapter_given_twice_draws_what_it_draws_at_the_sum(model, tmp_path):
+    path = str(model / "cat.safetensors")
+    pictures = []
+    for number, weights in enumerate(((0.75,), (0.5, 0.25))):
+        given = config(model, method="merge", regions=[], adapters=[{"path": path, "weight": w} for w in weights])
+        (folder := tmp_path / str(number)).mkdir()
+        pictures.append(Image.open(compose.run(given, folder, Silent())["images"][0]).tobytes())
+    assert pictures[0] == pictures[1]
