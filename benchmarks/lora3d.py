@@ -31,8 +31,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import assets
@@ -147,15 +145,11 @@ def scene(number: int, views: int) -> tuple[Views, Views]:
 
 def true_labels(views: Views, pairs: Sequence[Pair]) -> Labels:
     """What an oracle would teach."""
-    world, inverse = views.points()[0].flatten(1, 2), torch.linalg.inv(views.pose[0])
-    points = [
-        torch.stack([world[pair[side]] @ inverse[pair[0], :3, :3].T + inverse[pair[0], :3, 3] for pair in pairs])
-        for side in (0, 1)
-    ]
-    everywhere = torch.ones(points[0].shape[:2], dtype=torch.bool)
     height, width = views.image.shape[-2:]
+    world = views.points()[0].flatten(1, 2)
+    everywhere = torch.ones(2, len(pairs), world.shape[1], dtype=torch.bool)
     sizes = ((height, width),) * views.image.shape[1]
-    return Labels(sizes, tuple(pairs), points[0], points[1], everywhere, everywhere, 0.0)
+    return Labels(sizes, tuple(pairs), world, views.pose[0], views.focal[0], everywhere, 0.0)
 
 
 def thinned(told: Predictions, stride: int) -> Predictions:
@@ -175,7 +169,8 @@ def judge(network: Any, views: Views, plan: Plan) -> dict[str, float]:
     azimuth = views.azimuth[0]
     errors, near = [], []
     for edge, (i, j) in enumerate(pairs):
-        error = metrics.pair_error((told.points1[edge], told.points2[edge]), (truth.points1[edge], truth.points2[edge]))
+        true = (truth.points(edge, 0), truth.points(edge, 1))
+        error = metrics.pair_error((told.points1[edge], told.points2[edge]), true)
         errors.append(error)
         near += [error] if float((azimuth[i] - azimuth[j]).abs()) <= NEAR_DEGREES else []
     trajectories = [
@@ -188,13 +183,8 @@ def judge(network: Any, views: Views, plan: Plan) -> dict[str, float]:
 
 def self_labels(network: Any, views: Views, plan: Plan, file: Path, ours: bool = True) -> Labels:
     """A scene's own labels, the studio's or the paper's; kept in ``file``, because they also serve another scene."""
-    names = ("points1", "points2", "valid1", "valid2")
     if file.is_file():
-        with safe_open(file, "pt") as kept:
-            about = json.loads(kept.metadata()["about"])
-            pairs = tuple((i, j) for i, j in about["pairs"])
-            sizes = tuple((h, w) for h, w in about["sizes"])
-            return Labels(sizes, pairs, **{name: kept.get_tensor(name) for name in names}, cutoff=about["cutoff"])
+        return Labels.load(file)
     pairs = tuple(make_pairs(plan.views))
     photos = photos_of(views)
     told = inference.predict(network, photos, pairs)
@@ -206,16 +196,13 @@ def self_labels(network: Any, views: Views, plan: Plan, file: Path, ours: bool =
     else:
         robust = calibration.robust_alignment(told, steps=plan.steps, warmup=warmup)
         labels = calibration.pseudo_labels(robust, pairs)
-    about = {"pairs": labels.pairs, "sizes": labels.sizes, "cutoff": labels.cutoff}
-    tensors = {name: getattr(labels, name).contiguous() for name in names}
-    files.write(file, lambda part: save_file(tensors, part, metadata={"about": json.dumps(about)}))
+    labels.save(file)
     return labels
 
 
 def kept_share(labels: Labels, edges: int) -> float:
     """Share of all pixels of all edges that are labelled."""
-    area = labels.valid1.shape[1]
-    return float(labels.valid1.sum() + labels.valid2.sum()) / (2 * edges * area)
+    return float(labels.valid.sum()) / (2 * edges * labels.valid.shape[-1])
 
 
 def raw_labels(network: Any, views: Views, plan: Plan, share: float) -> Labels:
@@ -260,8 +247,7 @@ def run_arm(open_base: Callable[[], Any], arm: str, number: int, plan: Plan, fol
         return judge(open_base(), rest, plan)
     views, labels = lesson(open_base, arm, number, plan, folder)
     recipe = plan.recipe()
-    model = calibration.with_lora(open_base(), recipe.rank, recipe.preset, recipe.seed)
-    losses = calibration.train_adapter(model, [photos_of(views)], [labels], recipe)
+    model, losses = calibration.train_adapter(open_base(), [photos_of(views)], [labels], recipe)
     edges = plan.views * (plan.views - 1)
     about = {"kept": kept_share(labels, edges), "edges": len(labels.pairs), "cutoff": labels.cutoff,
              "loss": [float(np.mean(losses[:10])), float(np.mean(losses[-10:]))]}  # fmt: skip

@@ -16,12 +16,14 @@ PEFT LoRA with ``scene.json`` beside it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +31,20 @@ from torch import Tensor, nn
 from adapters import files
 from adapters.catalogue import Method
 from adapters.errors import InputError
+from adapters.formats.peft_directory import write_directory
+from adapters.layers.variant import read_layers
 from adapters.progress import Monitor, Progress, Silent, check
 from pipelines.geometry import alignment
 from pipelines.geometry.alignment import Alignment, Reweight
 from pipelines.geometry.images import Photo
 from pipelines.geometry.inference import Predictions, precision
-from pipelines.geometry.network import Encoded
+from pipelines.geometry.network import Encoded, Points
 from pipelines.geometry.objective import confidence_loss
 from pipelines.geometry.pairs import Pair
 from pipelines.geometry.verification import Verified, verified
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 METHOD = Method(
     name="lora3d",
@@ -54,6 +61,9 @@ TARGETS = {
     "all-attention": r"(enc_blocks|dec_blocks2?)\.\d+\.(attn\.(qkv|proj)|cross_attn\.proj[qkv]?)",
 }
 """Presets: which layers get a LoRA (rank 16 on the ViT-L models: 18.1 and 26 MB in fp32)."""
+
+SCENE = "scene.json"
+"""What an adapter was calibrated on, beside its tensors."""
 
 ENTERS = 0.5
 """Pixels less confident than this (in the transformed domain) never get weight."""
@@ -119,20 +129,51 @@ def shared(scene: Alignment, pairs: Sequence[Pair], wanted: Sequence[Pair]) -> A
 
 @dataclass
 class Labels:
-    """Pseudo labels of ordered pairs, in the first camera's frame.
+    """Pseudo labels of one scene: where every pixel lies, and in which ordered pairs it counts.
 
-    Shapes: points1, points2 ``(E, P, 3)``; valid1, valid2 ``(E, P)``.
+    Shapes: world ``(N, P, 3)``, poses ``(N, 4, 4)`` camera-to-world, focals ``(N,)``; valid ``(2, E, P)`` (view 1,
+    view 2). ``kept`` is the share of the pixels that count, by pair.
     """
 
     sizes: tuple[tuple[int, int], ...]
     pairs: tuple[Pair, ...]
-    points1: Tensor
-    points2: Tensor
-    valid1: Tensor
-    valid2: Tensor
+    world: Tensor
+    poses: Tensor
+    focals: Tensor
+    valid: Tensor
     cutoff: float
     kept: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def points(self, edge: int, side: int) -> Tensor:
+        """Points ``(P, 3)`` of a pair's view, in the frame of the pair's first camera."""
+        pose = self.poses[self.pairs[edge][0]]
+        return (self.world[self.pairs[edge][side]] - pose[:3, 3]) @ pose[:3, :3]
+
+    def to(self, device: Any) -> Labels:
+        """Move the tensors."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _LABEL_TENSORS})
+
+    def save(self, file: Path, **text: str) -> Path:
+        """Keep them in a safetensors file, with further text entries."""
+        from safetensors.torch import save_file
+
+        about = {name: value for name, value in vars(self).items() if name not in _LABEL_TENSORS}
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in _LABEL_TENSORS}
+        return files.write(file, lambda part: save_file(tensors, part, {"about": json.dumps(about), **text}))
+
+    @classmethod
+    def load(cls, file: Path) -> Labels:
+        """What :meth:`save` kept."""
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as kept:
+            about = json.loads(kept.metadata()["about"])
+            about |= {name: tuple(tuple(pair) for pair in about[name]) for name in ("sizes", "pairs")}
+            return cls(**about, **{name: kept.get_tensor(name) for name in _LABEL_TENSORS})
+
+
+_LABEL_TENSORS = ("world", "poses", "focals", "valid")
 
 
 def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) -> Labels:
@@ -165,20 +206,13 @@ def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) 
             f"No pair of images keeps enough pixels at the cutoff {cutoff:g}: the pictures agree too little. Take "
             "pictures with more overlap, or lower the cutoff."
         )
-    world = [_world(scene, n) for n in range(len(scene.sizes))]
-    points = []
-    for side in (0, 1):
-        own = []
-        for edge in edges:
-            pose = scene.poses[pairs[edge][0]]
-            own.append((world[pairs[edge][side]] - pose[:3, 3]) @ pose[:3, :3])
-        points.append(torch.stack(own))
-    keep = scene.weights[:, edges] > cutoff
     shares = {f"{pairs[e][0]}-{pairs[e][1]}": round(float(_share(scene, pairs, e, cutoff).mean()), 4)
               for e in range(len(pairs))}  # fmt: skip
+    world = torch.stack([_world(scene, n) for n in range(len(scene.sizes))])
     return Labels(
-        scene.sizes, tuple(pairs[e] for e in edges), points[0], points[1], keep[0], keep[1], cutoff, shares, warnings
-    )
+        scene.sizes, tuple(pairs[e] for e in edges), world, scene.poses, scene.focals,
+        scene.weights[:, edges] > cutoff, cutoff, shares, warnings,
+    )  # fmt: skip
 
 
 def scene_labels(scene: Alignment, seen: Verified, pairs: Sequence[Pair], cutoff: float = 1.5) -> Labels:
@@ -194,6 +228,13 @@ def scene_labels(scene: Alignment, seen: Verified, pairs: Sequence[Pair], cutoff
             "without this check (--no-verify)."
         )
     return pseudo_labels(shared(scene, seen.predictions.pairs, wanted), wanted, cutoff)
+
+
+def check_photos(photos: Sequence[Photo]) -> None:
+    """Raise :class:`InputError` when there are fewer than three different pictures of a scene."""
+    different = len({photo.sha256 for photo in photos})
+    if different < 3:
+        raise InputError(f"Calibration needs at least three different pictures of a scene, got {different}.")
 
 
 def check_poses(scene: Alignment) -> None:
@@ -266,125 +307,70 @@ class Recipe:
             raise InputError(f"Unknown preset '{self.preset}': known are {', '.join(TARGETS)}.")
 
 
+def adapted_layers(network: nn.Module, pattern: str) -> list[str]:
+    """Names of the linear layers that a regular expression matches as a whole."""
+    layers = (name for name, module in network.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in layers if re.fullmatch(pattern, name)]
+
+
 def with_lora(network: nn.Module, rank: int = 16, preset: str = "paper-18mb", seed: int = 0) -> Any:
     """The network as a :class:`peft.PeftModel` with a fresh adapter (B = 0: nothing changes yet).
 
     Raises:
         InputError: the rank exceeds a layer's smaller side.
     """
-    import re
+    from peft import LoraConfig
 
-    from peft import LoraConfig, get_peft_model
-
-    sides = [min(m.weight.shape) for name, m in network.named_modules()
-             if isinstance(m, nn.Linear) and re.fullmatch(TARGETS[preset], name)]  # fmt: skip
+    sides = [min(network.get_parameter(f"{name}.weight").shape) for name in adapted_layers(network, TARGETS[preset])]
     if rank < 1 or (sides and rank > min(sides)):
         raise InputError(f"The rank must lie between 1 and {min(sides, default=1)} for this model, got {rank}.")
+    return injected(network, LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[preset], bias="none"), seed)
+
+
+def injected(network: nn.Module, config: LoraConfig, seed: int = 0) -> Any:
+    """The network with the adapter that PEFT's configuration describes; how A starts depends on ``seed`` alone."""
+    from peft import get_peft_model
+
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[preset], bias="none")
         return get_peft_model(network, config)
     finally:
         torch.random.set_rng_state(state)
 
 
-def cosine(step: int, steps: int, peak: float, floor: float) -> float:
-    """Learning rate before a step: half a cosine from ``peak`` to ``floor`` over all steps."""
-    return floor + (peak - floor) * (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
-
-
-class AdapterTraining:
-    """The training of a LoRA on the labels of one scene or several, a step at a time.
-
-    Attributes:
-        model: the PEFT model; its trainable parameters are moved.
-        steps: how many there are.
-        optimizer: AdamW; :meth:`step` sets its rate.
-    """
-
-    def __init__(
-        self, model: Any, photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], recipe: Recipe
-    ) -> None:  # fmt: skip
-        self.model, self.photos, self.labels, self.recipe = model, photos, labels, recipe
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.device = trained[0].device
-        self.optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.01)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        samples = [(scene, edge) for scene, kept in enumerate(labels) for edge in range(len(kept.pairs))]
-        epochs = (_batches(samples, labels, recipe.batch, generator) for _ in range(recipe.epochs))
-        self._plan = [batch for epoch in epochs for batch in epoch]
-        self.steps = len(self._plan)
-
-    def loss(self, step: int) -> Tensor:
-        """DUSt3R's loss on the pairs of a step, with its graph; which pairs those are depends on ``step`` alone.
-
-        Raises:
-            InputError: it is not finite.
-        """
-        batch = self._plan[step]
-        targets, valid = _targets(batch, self.labels, self.device)
-        with precision(self.device, self.recipe.dtype):
-            predicted = self.model.decode(*_encode(self.model, batch, self.photos, self.labels, self.device))
-        loss = confidence_loss(predicted, targets, valid, self.recipe.alpha)
-        if not loss.isfinite():
-            raise InputError(f"The loss of step {step} is not finite: lower the learning rate.")
-        return loss
-
-    def step(self, step: int) -> float:
-        """Do one step; returns its loss. Raises as :meth:`loss` does."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine(step, self.steps, self.recipe.lr, self.recipe.final_lr)
-        loss = self.loss(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return float(loss.detach())
-
-
-def train_adapter(
-    model: Any, photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], recipe: Recipe,
-    monitor: Monitor | None = None,
-) -> list[float]:  # fmt: skip
-    """All steps of :class:`AdapterTraining`; returns the loss of each.
-
-    Raises:
-        InputError: a loss that is not finite.
-        adapters.errors.Cancelled: ``monitor`` said so.
-    """
-    monitor = monitor or Silent()
-    training = AdapterTraining(model, photos, labels, recipe)
-    losses: list[float] = []
-    for step in range(training.steps):
-        check(monitor)
-        losses.append(training.step(step))
-        monitor.report(Progress("calibrate", step + 1, training.steps, loss=losses[-1]))
-    return losses
-
-
 Sample = tuple[int, int]
+"""(scene, edge): one labelled pair."""
 
 
-def _batches(
-    samples: list[Sample], labels: Sequence[Labels], size: int, generator: torch.Generator
-) -> list[list[Sample]]:
-    """One epoch: every edge once, shuffled; a batch holds pairs of equal sizes."""
-    order = [samples[k] for k in torch.randperm(len(samples), generator=generator).tolist()]
-    groups: dict[Any, list[Sample]] = {}
-    out = []
-    for scene, edge in order:
-        i, j = labels[scene].pairs[edge]
-        key = (labels[scene].sizes[i], labels[scene].sizes[j])
-        groups.setdefault(key, []).append((scene, edge))
-        if len(groups[key]) == size:
-            out.append(groups.pop(key))
-    return out + list(groups.values())
+def samples_of(labels: Sequence[Labels]) -> list[Sample]:
+    """All labelled pairs."""
+    return [(scene, edge) for scene, kept in enumerate(labels) for edge in range(len(kept.pairs))]
 
 
-def _encode(
-    model: Any, batch: list[Sample], photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], device: torch.device
-) -> list[Encoded]:
-    """Both sides of a batch; a picture that several pairs share is encoded once."""
+def epochs(
+    samples: Sequence[Sample], labels: Sequence[Labels], size: int, seed: int = 0
+) -> Iterator[list[list[Sample]]]:
+    """Batches of ``size`` pairs, epoch after epoch without end: each of ``samples`` once, shuffled; a batch holds pairs
+    whose pictures have equal sizes, so some hold fewer. Every epoch has as many batches."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        groups: dict[Any, list[Sample]] = {}
+        out = []
+        for scene, edge in (samples[k] for k in torch.randperm(len(samples), generator=generator).tolist()):
+            i, j = labels[scene].pairs[edge]
+            key = (labels[scene].sizes[i], labels[scene].sizes[j])
+            groups.setdefault(key, []).append((scene, edge))
+            if len(groups[key]) == size:
+                out.append(groups.pop(key))
+        yield out + list(groups.values())
+
+
+def answers(
+    model: Any, batch: Sequence[Sample], photos: Sequence[Sequence[Photo]], labels: Sequence[Labels]
+) -> tuple[Points, Points]:
+    """What the network says of a batch's pairs; a picture that several pairs share is encoded once."""
+    device = next(model.parameters()).device
     sides = [[(scene, labels[scene].pairs[edge][side]) for scene, edge in batch] for side in (0, 1)]
     groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for scene, n in dict.fromkeys(sides[0] + sides[1]):
@@ -393,45 +379,88 @@ def _encode(
         size: model.encode(torch.stack([photos[scene][n].pixels for scene, n in group]).to(device) * 2 - 1)
         for size, group in groups.items()
     }
-    out = []
+    both = []
     for side in sides:
-        size = photos[side[0][0]][side[0][1]].size  # one size per side, see _batches
+        size = photos[side[0][0]][side[0][1]].size  # one size per side, see epochs
         index = torch.tensor([groups[size].index(key) for key in side], device=device)
-        out.append(Encoded(encoded[size].tokens.index_select(0, index), encoded[size].grid))
-    return out
+        both.append(Encoded(encoded[size].tokens.index_select(0, index), encoded[size].grid))
+    found: tuple[Points, Points] = model.decode(*both)
+    return found
 
 
-def _targets(
-    batch: list[Sample], labels: Sequence[Labels], device: torch.device
+def targets_of(
+    batch: Sequence[Sample], labels: Sequence[Labels], device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    targets, valid = [], []
+    """Points ``(B, H, W, 3)`` and which of them count ``(B, H, W)``, each of both views of a batch's pairs."""
+    points, valid = [], []
     for side in (0, 1):
         scene, edge = batch[0]
         h, w = labels[scene].sizes[labels[scene].pairs[edge][side]]
-        points = [(labels[s].points1, labels[s].points2)[side][e, : h * w] for s, e in batch]
-        masks = [(labels[s].valid1, labels[s].valid2)[side][e, : h * w] for s, e in batch]
-        targets.append(torch.stack(points).unflatten(1, (h, w)).to(device))
-        valid.append(torch.stack(masks).unflatten(1, (h, w)).to(device))
-    return (targets[0], targets[1]), (valid[0], valid[1])
+        points.append(torch.stack([labels[s].points(e, side)[: h * w] for s, e in batch]).unflatten(1, (h, w)))
+        valid.append(torch.stack([labels[s].valid[side, e, : h * w] for s, e in batch]).unflatten(1, (h, w)))
+    return (points[0].to(device), points[1].to(device)), (valid[0].to(device), valid[1].to(device))
 
 
-def calibrate(
-    network: nn.Module, photos: Sequence[Sequence[Photo]], predictions: Sequence[Predictions], recipe: Recipe,
-    mu: float = 0.03, warmup: int = 100, cutoff: float = 1.5, steps: int = 300, transform: str = "log",
-    verify: bool = True, share: bool = True, monitor: Monitor | None = None,
-) -> tuple[Any, list[Alignment], list[Labels], list[float]]:  # fmt: skip
-    """Self-calibration to one scene or several: align robustly, label, train.
+def cosine(step: int, steps: int, peak: float, floor: float) -> float:
+    """Learning rate of a step (from 0): half a cosine, which begins at ``peak`` and would reach ``floor`` after all
+    ``steps``, as the studio's trainings count (before, the last step had ``floor`` itself)."""
+    least = floor / peak
+    return peak * (least + (1 - least) * (0.5 * (1 + math.cos(math.pi * (step / steps)))))
 
-    Args:
-        network: the base; it is wrapped, its own weights do not change.
-        photos, predictions: one entry per scene.
-        verify: leave pairs whose pictures contradict each other out of the alignment.
-        share: a point that one pair confirms is a label in every pair of its picture; else only in pairs that confirm
-            it themselves, as in the paper.
+
+def train_adapter(
+    network: nn.Module, photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], recipe: Recipe,
+    monitor: Monitor | None = None,
+) -> tuple[Any, list[float]]:  # fmt: skip
+    """Train an adapter on the labels of one scene or several, here and in one go.
+
+    ``studio.training.tasks.scene`` does the same, to the bit on a CPU, with checkpoints.
 
     Returns:
-        The PEFT model, the robust alignments, the labels and the training losses.
+        The PEFT model around ``network``, and the loss of every step.
+
+    Raises:
+        InputError: a loss that is not finite.
+        adapters.errors.Cancelled: ``monitor`` said so.
     """
+    monitor = monitor or Silent()
+    model = with_lora(network, recipe.rank, recipe.preset, recipe.seed)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = learning[0].device
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(learning, lr=recipe.lr, weight_decay=0.01, fused=fused)
+    plan = list(itertools.chain.from_iterable(
+        itertools.islice(epochs(samples_of(labels), labels, recipe.batch, recipe.seed), recipe.epochs)
+    ))  # fmt: skip
+    losses: list[float] = []
+    for step, batch in enumerate(plan):
+        check(monitor)
+        optimizer.param_groups[0]["lr"] = cosine(step, len(plan), recipe.lr, recipe.final_lr)
+        with precision(device, recipe.dtype):
+            predicted = answers(model, batch, photos, labels)
+        loss = confidence_loss(predicted, *targets_of(batch, labels, device), recipe.alpha)
+        if not loss.isfinite():
+            raise InputError(f"The loss of step {step} is not finite: lower the learning rate.")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        monitor.report(Progress("calibrate", step + 1, len(plan), loss=losses[-1]))
+    return model, losses
+
+
+Train = Callable[
+    [nn.Module, Sequence[Sequence[Photo]], Sequence[Labels], Recipe, Monitor | None], tuple[Any, list[float]]
+]
+"""Trains an adapter on labels, as :func:`train_adapter` does."""
+
+
+def labelled(
+    photos: Sequence[Sequence[Photo]], predictions: Sequence[Predictions], mu: float = 0.03, warmup: int = 100,
+    cutoff: float = 1.5, steps: int = 300, transform: str = "log", verify: bool = True, share: bool = True,
+    monitor: Monitor | None = None,
+) -> tuple[list[Alignment], list[Labels]]:  # fmt: skip
+    """The robust alignments and the labels of one scene or several; see :func:`calibrate`."""
     scenes, labels = [], []
     for pictures, told in zip(photos, predictions, strict=True):
         seen = verified(told, pictures) if verify else Verified(told, [list(range(len(pictures)))], [])
@@ -442,21 +471,56 @@ def calibrate(
         found.warnings[:0] = [f"Labels: {text}" for text in seen.said]
         scenes.append(scene)
         labels.append(found)
-    model = with_lora(network, recipe.rank, recipe.preset, recipe.seed)
-    return model, scenes, labels, train_adapter(model, photos, labels, recipe, monitor)
+    return scenes, labels
 
 
-def save_adapter(model: Any, folder: Path, scene: dict[str, Any], half: bool = False) -> Path:
+def calibrate(
+    network: nn.Module, photos: Sequence[Sequence[Photo]], predictions: Sequence[Predictions], recipe: Recipe,
+    mu: float = 0.03, warmup: int = 100, cutoff: float = 1.5, steps: int = 300, transform: str = "log",
+    verify: bool = True, share: bool = True, train: Train = train_adapter, monitor: Monitor | None = None,
+) -> tuple[Any, list[Alignment], list[Labels], list[float]]:  # fmt: skip
+    """Self-calibration to one scene or several: align robustly, label, train.
+
+    Args:
+        network: the base; it is wrapped, its own weights do not change.
+        photos, predictions: one entry per scene.
+        verify: leave pairs whose pictures contradict each other out of the alignment.
+        share: a point that one pair confirms is a label in every pair of its picture; else only in pairs that confirm
+            it themselves, as in the paper.
+        train: what trains the adapter.
+
+    Returns:
+        The PEFT model, the robust alignments, the labels and the training losses.
+    """
+    scenes, labels = labelled(
+        photos, predictions, mu, warmup, cutoff, steps, transform, verify, share, monitor
+    )  # fmt: skip
+    model, losses = train(network, photos, labels, recipe, monitor)
+    return model, scenes, labels, losses
+
+
+def facts_of(
+    base: Mapping[str, str], photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], losses: Sequence[float]
+) -> dict[str, Any]:
+    """What ``scene.json`` says; the first scene is the one that is reconstructed.
+
+    Args:
+        base: name, sha256 and licence of the weights.
+    """
+    scenes: list[dict[str, Any]] = [
+        {"images": [photo.facts() for photo in pictures], "cutoff": kept.cutoff, "kept": kept.kept,
+         "warnings": kept.warnings, "poses": kept.poses.tolist(), "focals": kept.focals.tolist()}
+        for pictures, kept in zip(photos, labels, strict=True)
+    ]  # fmt: skip
+    return {"base": dict(base), "transform": "log", "losses": list(losses), **scenes[0], "also": scenes[1:]}
+
+
+def save_adapter(model: Any, folder: Path, scene: Mapping[str, Any]) -> Path:
     """Write an ordinary PEFT adapter with ``scene.json`` beside it: whole or not at all."""
-    from safetensors.torch import load_file, save_file
-
     with files.whole(folder) as part:
-        model.save_pretrained(part)
-        (part / "README.md").unlink(missing_ok=True)
-        if half:
-            tensors = {k: v.half() for k, v in load_file(part / "adapter_model.safetensors").items()}
-            save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-        files.write_text(part / "scene.json", json.dumps(scene, indent=1))
+        part.mkdir()
+        write_directory(part, read_layers(model))
+        files.write_text(part / SCENE, json.dumps(scene, indent=1))
     return folder
 
 
@@ -474,7 +538,7 @@ def load_adapter(network: nn.Module, folder: Path, base_sha256: str = "") -> tup
 
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"'{folder}' holds no PEFT adapter (adapter_config.json is missing).")
-    file = folder / "scene.json"
+    file = folder / SCENE
     try:
         scene = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     except ValueError:

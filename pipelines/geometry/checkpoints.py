@@ -47,6 +47,10 @@ class Checkpoint:
     licence: str
     notes: tuple[str, ...] = ()
 
+    def facts(self) -> dict[str, str]:
+        """What files that were made with these weights say of them."""
+        return {"name": self.name, "sha256": self.sha256, "licence": self.licence}
+
 
 def open_checkpoint(source: str | Path, device: Any = "cpu") -> Checkpoint:
     """Open a ``.pth`` file, a folder or a hub id.

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adapters.errors import InputError
 
@@ -334,7 +335,12 @@ class PointmapNetwork(nn.Module):
     """Two images in [-1, 1] in, :class:`Points` of both in the frame of the first out.
 
     ``encode`` once per image, ``decode`` once per ordered pair: the same numbers as ``forward``.
+
+    Attributes:
+        gradient_checkpointing: blocks are computed again in the backward pass instead of being remembered.
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
@@ -364,7 +370,7 @@ class PointmapNetwork(nn.Module):
         grid = (image.shape[2] // patch, image.shape[3] // patch)
         x = self.patch_embed(image)
         for block in self.enc_blocks:
-            x = block(x, grid)
+            x = self._through(block, x, grid)
         return Encoded(self.enc_norm(x), grid)
 
     def decode(self, first: Encoded, second: Encoded) -> tuple[Points, Points]:
@@ -388,11 +394,19 @@ class PointmapNetwork(nn.Module):
         layers1, layers2 = [first.tokens], [second.tokens]
         for block1, block2 in zip(self.dec_blocks, self.dec_blocks2, strict=True):
             # Both read what the other said one layer earlier.
-            x, y = block1(x, y, first.grid, second.grid), block2(y, x, second.grid, first.grid)
+            x, y = (
+                self._through(block1, x, y, first.grid, second.grid),
+                self._through(block2, y, x, second.grid, first.grid),
+            )
             layers1.append(x)
             layers2.append(y)
         layers1[-1], layers2[-1] = self.dec_norm(layers1[-1]), self.dec_norm(layers2[-1])
         return layers1, layers2
+
+    def _through(self, block: nn.Module, *given: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *given, use_reentrant=False)
+        return block(*given)
 
     def _regress(self, head: nn.Module, layers: list[Tensor], grid: Grid) -> Points:
         # Points lose three digits in half precision.

@@ -35,7 +35,7 @@ from pipelines.geometry import (
     video,
 )  # fmt: skip
 from pipelines.geometry.alignment import Alignment
-from pipelines.geometry.calibration import Labels, Recipe
+from pipelines.geometry.calibration import Labels, Recipe, Train
 from pipelines.geometry.estimate import estimate
 from pipelines.geometry.images import Photo
 from pipelines.geometry.inference import Predictions
@@ -141,7 +141,8 @@ class ScenePipeline:
         seconds_per_frame: float = 1.0, frames: Path | None = None, graph: str = "complete", many: bool = False,
         verify: bool = True, steps: int = 300, schedule: Literal["cosine", "linear"] = "cosine", chunk: int = 8,
         dtype: str = "auto", mu: float = 0.03, cutoff: float = 1.5, share: bool = True,
-        on_calibrated: Callable[[Calibration], None] | None = None, monitor: Monitor | None = None,
+        train: Train = calibration.train_adapter, on_calibrated: Callable[[Calibration], None] | None = None,
+        monitor: Monitor | None = None,
     ) -> Scene:  # fmt: skip
         """Make a scene.
 
@@ -157,6 +158,7 @@ class ScenePipeline:
             steps, schedule: of the alignment.
             chunk: pairs decoded together. dtype: precision of the trunk.
             mu, cutoff, share: of the labels, see :func:`pipelines.geometry.calibration.calibrate`.
+            train: what trains the adapter; the studio's keeps checkpoints.
             on_calibrated: gets the adapter as soon as it is trained, before the scene is made anew with it.
             monitor: is told the progress and may cancel.
 
@@ -180,7 +182,7 @@ class ScenePipeline:
         ]
         if calibrate:
             for one in scenes:
-                _enough(one)
+                calibration.check_photos(one)
         shots = scenes[0]
         graphs = [make_pairs(len(one), graph, many=many) for one in scenes]
         recipe = calibrate if isinstance(calibrate, Recipe) else Recipe(dtype=dtype)
@@ -206,11 +208,11 @@ class ScenePipeline:
         if calibrate:
             before = Scene.of(found, shots)
             answers = [told, *(ask(self.network, number) for number in range(1, len(scenes)))]
-            model, robust, labels, losses = calibration.calibrate(
-                self.network, scenes, [one.to(self.device) for one in answers], recipe, mu, min(100, steps // 3),
-                cutoff, steps, verify=verify, share=share, monitor=monitor,
+            model, _, labels, losses = calibration.calibrate(
+                self.network, scenes, [one.to(self.device) for one in answers], recipe, mu, warmup(steps),
+                cutoff, steps, verify=verify, share=share, train=train, monitor=monitor,
             )  # fmt: skip
-            facts = self._facts(scenes, robust, labels, losses)
+            facts = calibration.facts_of(self.checkpoint.facts(), scenes, labels, losses)
             self.network, self._known = model, facts
             learnt = Calibration(model, before, tuple(labels), tuple(losses), facts)
             if on_calibrated is not None:
@@ -225,21 +227,10 @@ class ScenePipeline:
         record = Record(tuple(warnings), str(cost), len(graphs[0]), told.encodings, loss, learnt)
         return Scene.of(found, shots, record)
 
-    def _facts(
-        self, scenes: Sequence[Sequence[Photo]], robust: Sequence[Alignment], labels: Sequence[Labels],
-        losses: list[float],
-    ) -> dict[str, Any]:  # fmt: skip
-        """What ``scene.json`` says; the first scene is the one that is reconstructed."""
-        facts: list[dict[str, Any]] = [
-            {"images": [photo.facts() for photo in photos], "cutoff": kept.cutoff, "kept": kept.kept,
-             "warnings": kept.warnings, "poses": found.poses.tolist(), "focals": found.focals.tolist()}
-            for photos, found, kept in zip(scenes, robust, labels, strict=True)
-        ]  # fmt: skip
-        weights = self.checkpoint
-        return {
-            "base": {"name": weights.name, "sha256": weights.sha256, "licence": weights.licence}, "transform": "log",
-            "losses": losses, **facts[0], "also": facts[1:],
-        }  # fmt: skip
+
+def warmup(steps: int) -> int:
+    """Steps of a robust alignment before its weights are calibrated: the paper's 100, of short ones a third."""
+    return min(100, steps // 3)
 
 
 def aligned(
@@ -275,12 +266,6 @@ def _frames(taken: video.Frames, folder: Path | None, options: tuple[int, int, b
             photo = replace(photo, file=folder / name)
         out.append(replace(photo, remarks=(f"Taken: {taken}",)) if n == 0 else photo)
     return out
-
-
-def _enough(photos: Sequence[Photo]) -> None:
-    different = len({photo.sha256 for photo in photos})
-    if different < 3:
-        raise InputError(f"Calibration needs at least three different pictures of a scene, got {different}.")
 
 
 def _repeated(photos: Sequence[Photo]) -> list[str]:

@@ -131,6 +131,13 @@ register(
         afterwards="studio.library.adopt:trained",
     )
 )
-register(Kind("reconstruct", "studio.reconstruction.schema:ReconstructConfig", "studio.reconstruction.job:run"))
+register(
+    Kind(
+        "reconstruct",
+        "studio.reconstruction.schema:ReconstructConfig",
+        "studio.reconstruction.job:run",
+        continues=True,
+    )
+)
 register(Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure"))
 register(Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften"))

@@ -15,7 +15,7 @@ from adapters import files
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress
 from pipelines.geometry import video
-from studio.reconstruction.schema import ReconstructConfig
+from studio.reconstruction.schema import ADAPTER, ReconstructConfig
 
 if TYPE_CHECKING:
     from pipelines.geometry import Scene
@@ -76,8 +76,11 @@ def pictures_in(folder: str | Path) -> list[str]:
     )
 
 
-def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
+def run(config: ReconstructConfig, folder: Path, monitor: Monitor, resume: bool = False) -> dict[str, Any]:
     """Reconstruct ``config`` into ``folder``.
+
+    Args:
+        resume: a calibration goes on from its newest checkpoint in ``folder``.
 
     Raises:
         adapters.errors.InputError: pictures, weights or settings cannot be used.
@@ -86,6 +89,7 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
     from pipelines.geometry import ScenePipeline, previews
     from pipelines.geometry.calibration import Recipe
     from studio import devices
+    from studio.training.tasks.scene import trainer
 
     begun = time.monotonic()
     monitor.report(Progress("loading", message=f"weights {config.model}, licence {licence(config.model)}"))
@@ -98,12 +102,8 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
 
     def keep(learnt: Calibration) -> None:
         previews.write_view(learnt.before, folder / "before.glb", _selection(config), config.mesh, config.cameras)
-        # an adapter is passed on: it says how it was trained, not where this person keeps files
-        settings = {**config.model_dump(mode="json", exclude={"images", "also", "adapter"}),
-                    "model": Path(config.model).name}  # fmt: skip
-        place = learnt.save(folder / "adapter", settings)
         result.update(
-            before=str(folder / "before.glb"), adapter=str(place), labels=learnt.labels[0].kept,
+            before=str(folder / "before.glb"), adapter=str(folder / ADAPTER), labels=learnt.labels[0].kept,
             training_loss=[learnt.losses[0], learnt.losses[-1]],
         )  # fmt: skip
 
@@ -111,8 +111,8 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor) -> dict[str, 
         config.images, recipe if config.calibrate else False, [pictures_in(other) for other in config.also],
         size=config.size, seconds_per_frame=config.seconds_per_frame, frames=folder / "frames", graph=config.graph,
         many=config.many, verify=config.verify, steps=config.steps, schedule=config.schedule, chunk=config.chunk,
-        dtype=config.dtype, mu=config.mu, cutoff=config.cutoff, share=config.share, on_calibrated=keep,
-        monitor=monitor,
+        dtype=config.dtype, mu=config.mu, cutoff=config.cutoff, share=config.share,
+        train=trainer(config, pipeline.checkpoint.facts(), folder, resume), on_calibrated=keep, monitor=monitor,
     )  # fmt: skip
     monitor.report(Progress("saving"))
     record = scene.record

@@ -14,6 +14,9 @@ _ALIGN = {"group": "Alignment", "advanced": True}
 _CALIBRATE = {"group": "Calibrate to this scene", "advanced": True}
 _OUTPUT = {"group": "Output", "advanced": True}
 
+ADAPTER = "adapter"
+"""Name of the adapter of a reconstruction that calibrates."""
+
 
 def _f(default: Any, group: dict[str, Any], description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra=group, **limits)

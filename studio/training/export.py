@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from adapters.errors import InputError
-from adapters.files import whole
+from adapters.files import whole, write_text
 from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, write_peft
+from adapters.formats.peft_directory import PREFIX, write_directory
 from adapters.plugin import Layers
 from pipelines.precision import DTYPES
 from studio import privacy
@@ -78,6 +79,50 @@ def write_adapter(
         with whole(paths["peft"]) as part:
             write_peft(replace(file, metadata=metadata), part)
     return {kind: str(path) for kind, path in paths.items()}
+
+
+def write_model_adapter(
+    layers: Mapping[str, LoraLayer],
+    target: Path,
+    config: Any,
+    recipe: Mapping[str, Any],
+    beside: Mapping[str, str],
+    options: Mapping[str, Any] | None = None,
+    heads: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write the adapter of one model that is no diffusion pipeline, a PEFT directory, as ``target``; returns that.
+
+    Args:
+        layers: module path -> layer.
+        config: an :class:`~studio.training.schemas.base.AdapterTrainConfig` with a base.
+        beside: text files of the directory by name (its card as README.md).
+        options: entries of ``adapter_config.json`` that only the task knows.
+        heads: whole trained modules (a classification head), tensors by PEFT's keys.
+
+    Raises:
+        InputError: numbers that are not finite, or a disk that is full.
+    """
+    dtype, heads = DTYPES[config.save_dtype], heads or {}
+    kept = {name: _cast(layer, dtype) for name, layer in layers.items()}
+    more = {name: tensor.detach().cpu().to(dtype) for name, tensor in heads.items()}
+    for name, numbers in [*more.items(), *((name, tensor) for name, layer in kept.items() for tensor in _of(layer))]:
+        if not numbers.isfinite().all():
+            raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
+    entries = {
+        **(options or {}),
+        "base_model_name_or_path": base_name(config.base),
+        "modules_to_save": sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in heads}) or None,
+    }
+    with whole(target) as part:
+        part.mkdir()
+        write_directory(part, kept, {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}, entries, more)
+        for name, text in beside.items():
+            write_text(part / name, text)
+    return target
+
+
+def _of(layer: LoraLayer) -> list[torch.Tensor]:
+    return [layer.A, layer.B, *([] if layer.magnitude is None else [layer.magnitude])]
 
 
 def check_exports(config: TrainImageConfig, denoiser: str) -> None:

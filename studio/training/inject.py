@@ -13,11 +13,10 @@ from torch import nn
 
 from adapters.errors import InputError
 from adapters.formats.lora import LoraFile, LoraLayer
-from adapters.initialise.plain import in_peft
 from adapters.layers.variant import read_layers
 from pipelines.diffusion.families.base import OUTSIDE_BLOCKS, TARGETS
 from studio.training.schemas.image import TrainImageConfig
-from studio.training.targets import check_ranks, no_match
+from studio.training.targets import check_ranks, no_match, peft_config
 
 ADAPTER = "default"
 """Name of the adapter inside the model."""
@@ -95,17 +94,7 @@ def lora_config(
     if config.conv_rank and targets.convolution and not text:
         ranks |= {re.escape(name): config.conv_rank for name in targets.convolution}
         alphas |= {re.escape(name): config.conv_alpha or config.conv_rank for name in targets.convolution}
-    made = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # a float works and alpha is one
-        lora_dropout=config.dropout,
-        target_modules=targets.all,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        init_lora_weights=in_peft(config.init),
-    )
+    made = peft_config(config, targets.all, r=rank, lora_alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas)
     check_ranks({name: layer_sizes(model, name) for name in targets.all}, made)
     return made
 

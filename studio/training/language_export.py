@@ -1,71 +1,12 @@
-"""From a trained language adapter to a PEFT directory that any program loads, with its recipe, and a card."""
+"""The card of a trained language adapter."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from adapters import files
-from adapters.errors import InputError
-from adapters.formats import LoraLayer
-from adapters.formats.peft_directory import PREFIX, write_directory
-from pipelines.precision import DTYPES
 from studio.training.cards import base_lines, base_name, front_matter
 from studio.training.export import RECIPE_ENTRY
-from studio.training.schemas.language import TrainLanguageConfig
-
-
-def write_adapter(
-    layers: Mapping[str, LoraLayer],
-    heads: Mapping[str, torch.Tensor],
-    target: Path,
-    config: TrainLanguageConfig,
-    recipe: Mapping[str, Any],
-    options: Mapping[str, Any],
-    text: str,
-) -> Path:
-    """Write the PEFT directory ``target`` and return it.
-
-    Args:
-        layers: module path -> layer.
-        heads: whole trained modules (a classification head), tensors by PEFT's keys.
-        options: entries of ``adapter_config.json`` that only the task knows.
-        text: the card.
-
-    Raises:
-        InputError: numbers that are not finite, or a disk that is full.
-    """
-    dtype = DTYPES[config.save_dtype]
-    kept = {
-        name: replace(
-            layer, A=layer.A.to(dtype), B=layer.B.to(dtype),
-            magnitude=None if layer.magnitude is None else layer.magnitude.to(dtype),
-        )
-        for name, layer in layers.items()
-    }  # fmt: skip
-    more = {name: tensor.detach().cpu().to(dtype) for name, tensor in heads.items()}
-    for name, numbers in [*more.items(), *((name, tensor) for name, layer in kept.items() for tensor in _of(layer))]:
-        if not numbers.isfinite().all():
-            raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
-    entries = {
-        **options,
-        "base_model_name_or_path": base_name(config.base),
-        "modules_to_save": sorted({name.removeprefix(PREFIX).rsplit(".", 1)[0] for name in heads}) or None,
-    }
-    with files.whole(target) as part:
-        part.mkdir()
-        write_directory(part, kept, {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}, entries, more)
-        files.write_text(part / "README.md", text)
-    return target
-
-
-def _of(layer: LoraLayer) -> list[torch.Tensor]:
-    return [layer.A, layer.B, *([] if layer.magnitude is None else [layer.magnitude])]
 
 
 def card(recipe: Mapping[str, Any], auto_class: str) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from adapters.initialise.plain import in_peft
 from pipelines.language.adapters import sizes
 from studio.training.schemas.language import TrainLanguageConfig
-from studio.training.targets import check_ranks, no_match
+from studio.training.targets import check_ranks, no_match, peft_config
 
 ATTENTION = (
     r"(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|Wqkv|c_attn|query_key_value|query|key|value|[qkv]_lin|out_lin|"
@@ -43,26 +42,15 @@ def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
     return chosen
 
 
-def peft_config(
+def layer_config(
     model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
 ) -> LoraConfig:
     """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole, ``task_type`` is PEFT's word."""
     targets = [name for name in find_targets(model, config) if name not in fresh]
     conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
-    made = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha or config.rank,  # type: ignore[arg-type]  # a float works and alpha is one
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        init_lora_weights=in_peft(config.init),
-        task_type=task_type,
-        fan_in_fan_out=conv1d,
-        modules_to_save=list(fresh) or None,
-    )
+    made = peft_config(
+        config, targets, task_type=task_type, fan_in_fan_out=conv1d, modules_to_save=list(fresh) or None
+    )  # fmt: skip
     check_ranks({name: sizes(model.get_submodule(name)) for name in targets}, made)
     return made
 
@@ -71,7 +59,7 @@ def add_adapter(
     model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
 ) -> PeftModel:
     """``model`` with a new adapter in fp32; nothing else learns but the ``fresh`` modules (a new head)."""
-    made = peft_config(model, config, fresh, task_type)
+    made = layer_config(model, config, fresh, task_type)
     if config.quantization != "none":
         import peft
 

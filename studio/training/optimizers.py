@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 from adapters.errors import InputError, MissingDependencyError
-from studio.training.schemas.image import TrainImageConfig
-from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.schemas.base import AdapterTrainConfig
 
-Config = TrainImageConfig | TrainLanguageConfig
 Groups = list[dict[str, Any]]
 
 
@@ -24,7 +22,7 @@ Groups = list[dict[str, Any]]
 class Entry:
     """One optimiser: how it is made, and the package and extra it needs beyond torch and transformers."""
 
-    make: Callable[[Groups, Config], torch.optim.Optimizer]
+    make: Callable[[Groups, AdapterTrainConfig], torch.optim.Optimizer]
     package: str = ""
     extra: str = ""
 
@@ -33,12 +31,12 @@ class Entry:
         return not self.package or importlib.util.find_spec(self.package) is not None
 
 
-def _adamw(groups: Groups, config: Config) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Optimizer:
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused)
 
 
-def _adamw8bit(groups: Groups, config: Config) -> torch.optim.Optimizer:
+def _adamw8bit(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Optimizer:
     import bitsandbytes
 
     made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
@@ -47,7 +45,7 @@ def _adamw8bit(groups: Groups, config: Config) -> torch.optim.Optimizer:
     return made
 
 
-def _adafactor(groups: Groups, config: Config) -> torch.optim.Optimizer:
+def _adafactor(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     kind: Any = Adafactor
@@ -55,11 +53,11 @@ def _adafactor(groups: Groups, config: Config) -> torch.optim.Optimizer:
     return made
 
 
-def _sgd(groups: Groups, config: Config) -> torch.optim.Optimizer:
+def _sgd(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=config.beta1)
 
 
-def _prodigy(groups: Groups, config: Config) -> torch.optim.Optimizer:
+def _prodigy(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
     made: torch.optim.Optimizer = Prodigy(
@@ -73,7 +71,7 @@ def _prodigy(groups: Groups, config: Config) -> torch.optim.Optimizer:
     return made
 
 
-def _schedulefree(groups: Groups, config: Config) -> torch.optim.Optimizer:
+def _schedulefree(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
     made: torch.optim.Optimizer = AdamWScheduleFree(groups, betas=(config.beta1, config.beta2), eps=config.epsilon)
@@ -90,7 +88,7 @@ OPTIMIZERS: dict[str, Entry] = {
 }
 
 
-def make_optimizer(groups: Groups, config: Config) -> torch.optim.Optimizer:
+def make_optimizer(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Optimizer:
     """The configured optimiser over ``groups``.
 
     Raises:
@@ -111,7 +109,7 @@ def make_optimizer(groups: Groups, config: Config) -> torch.optim.Optimizer:
     return entry.make(groups, config)
 
 
-def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: Config) -> Groups:
+def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: AdapterTrainConfig) -> Groups:
     """Groups by component and matrix (A, B, other), with the learning rates of LoRA+ (Hayou 2024, arXiv 2402.12354).
 
     ``denoiser`` is the component that learns at ``learning_rate``; others are text encoders.
@@ -142,7 +140,7 @@ def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: Config
     return groups
 
 
-def lr_factor(step: int, total: int, config: Config) -> float:
+def lr_factor(step: int, total: int, config: AdapterTrainConfig) -> float:
     """Factor on the learning rate at ``step`` (0 .. total): linear warm-up, then the schedule down to min_lr_ratio."""
     warmup = config.warmup_steps or round(config.warmup_ratio * total)
     if step < warmup:
@@ -158,7 +156,7 @@ def lr_factor(step: int, total: int, config: Config) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * falling
 
 
-def running_average(parameters: Sequence[nn.Parameter], config: Config) -> Any:
+def running_average(parameters: Sequence[nn.Parameter], config: AdapterTrainConfig) -> Any:
     """The running average that ``ema`` asks for (None without), which follows by ``step(parameters)``."""
     if not config.ema:
         return None

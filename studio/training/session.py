@@ -36,8 +36,6 @@ SILENT = Silent()
 
 DEAD_STEPS = 5
 """So many steps without a gradient, at more than twice the first loss, and a run is over."""
-RISE = 10.0
-"""A loss that ends so many times above where it began is told."""
 
 
 @dataclass
@@ -230,8 +228,7 @@ class TrainSession:
 
     def diverged(self) -> str:
         """A sentence when the loss ended far above where it began, else empty."""
-        known = len(self.losses) >= 20 and not self.task.begins_near_zero
-        if known and recent(self.losses) > RISE * self.losses[0] > 0:
+        if len(self.losses) >= 20 and self.task.rose(self.losses[0], recent(self.losses)):
             return f"The training has probably diverged: {self._rise()}. {self._advice()}"
         return ""
 

@@ -1,4 +1,4 @@
-"""Checks of the layers that get an adapter, for any kind of model."""
+"""The adapter of a training as PEFT wants it, and checks of the layers that get it, for any kind of model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,24 @@ from typing import Any
 from peft import LoraConfig
 
 from adapters.errors import InputError
+from adapters.initialise.plain import in_peft
+
+
+def peft_config(config: Any, targets: Sequence[str], **other: Any) -> LoraConfig:
+    """PEFT's configuration of the adapter that a training asks for.
+
+    Args:
+        config: an :class:`~studio.training.schemas.base.AdapterTrainConfig` with methods.
+        targets: names of the layers.
+        other: further or other values.
+    """
+    values = {
+        "r": config.rank, "lora_alpha": config.alpha or config.rank, "lora_dropout": config.dropout,
+        "target_modules": list(targets), "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern), "use_rslora": config.use_rslora, "use_dora": config.use_dora,
+        "init_lora_weights": in_peft(config.init),
+    }  # fmt: skip
+    return LoraConfig(**values | other)
 
 
 def check_ranks(sizes: Mapping[str, tuple[int, int]], made: LoraConfig) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Measures = dict[str, float]
 
+RISE = 10.0
+"""A loss that ends so many times above where it began is told."""
+
 
 class Task:
     """Base of the tasks. Order of calls: rows, open, check, encode, components, inject, trainee; then steps.
@@ -40,8 +43,6 @@ class Task:
     """What the person calls the data, a plural, for messages."""
     measures_at_end: ClassVar[bool] = False
     """Whether the finished adapter is measured whenever there is data for it."""
-    begins_near_zero: ClassVar[bool] = False
-    """Whether the loss may rise from nearly nothing although all is well."""
     leftovers: ClassVar[tuple[str, ...]] = ("checkpoints",)
     """What an earlier run leaves in the folder, cleared when a run starts anew."""
 
@@ -107,6 +108,10 @@ class Task:
 
     def after_step(self) -> None:
         """The forward and backward passes of an optimiser step are done, or failed."""
+
+    def rose(self, first: float, last: float) -> bool:
+        """Whether a loss that began at ``first`` and ends at ``last`` tells of a run that has diverged."""
+        return last > RISE * first > 0
 
     @property
     def measurable(self) -> bool:

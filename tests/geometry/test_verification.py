@@ -147,7 +147,7 @@ def test_every_pair_of_a_group_is_labelled_also_those_that_were_not_aligned() ->
     move = metrics.onto_truth(scene.poses, made.poses)
     inverse = torch.linalg.inv(made.poses[0])
     truth = made.world()[2] @ inverse[:3, :3].T + inverse[:3, 3]
-    valid = labels.valid2[edge]
-    assert float((labels.points2[edge] * move.scale - truth)[valid].norm(dim=-1).median()) < 0.05
+    valid = labels.valid[1, edge]
+    assert float((labels.points(edge, 1) * move.scale - truth)[valid].norm(dim=-1).median()) < 0.05
     with pytest.raises(InputError, match="No two pictures agree in colour"):
         calibration.scene_labels(scene, Verified(kept, [[0], [1], [2]], []), pairs)

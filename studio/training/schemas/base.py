@@ -27,6 +27,7 @@ GROUPS = (
     "Few steps",
     "Method",
     "Data",
+    "Labels",
     "Adapter",
     "Optimiser",
     "Schedule",

@@ -98,7 +98,6 @@ class DistillationTask(Task):
 
     data_noun = "pictures, captions or prompts"
     leftovers = ImageTask.leftovers
-    begins_near_zero = True  # a student that is its teacher agrees with it from the start
 
     asked: DistillConfig
     config: TrainImageConfig
@@ -253,6 +252,9 @@ class DistillationTask(Task):
     # ---------------------------------------------------------------- steps
     def collate(self, start: int, stop: int) -> Iterator[Any]:
         return self.pictures.collate(start, stop)
+
+    def rose(self, first: float, last: float) -> bool:
+        return False  # a student that is its teacher agrees with it from the start: the loss rises from nothing
 
     def after_step(self) -> None:
         self.student.set_strength(None)

@@ -27,8 +27,9 @@ from studio.datasets.cache import fingerprint
 from studio.datasets.seeds import global_seed
 from studio.training.drivers import trainer as driver
 from studio.training.drivers.trainer import Batch, RunSampler, SampleSet, TrainerTask
+from studio.training.export import write_model_adapter
 from studio.training.language_data import Collate, Rows, Samples, encode, read_rows, spoken, template_of
-from studio.training.language_export import card, write_adapter
+from studio.training.language_export import card
 from studio.training.language_layers import add_adapter
 from studio.training.language_measure import resting
 from studio.training.schemas.language import TrainLanguageConfig
@@ -242,8 +243,10 @@ class LanguageTask(TrainerTask):
         with self.session.best_weights():
             heads = _heads(self._model)
         options = {"task_type": self.peft_type, "fan_in_fan_out": self._model.peft_config["default"].fan_in_fan_out}
-        text = card(recipe, self.auto_class)
-        place = write_adapter(layers[COMPONENT], heads, folder / name, self.config, recipe, options, text)
+        beside = {"README.md": card(recipe, self.auto_class)}
+        place = write_model_adapter(
+            layers[COMPONENT], folder / name, self.config, recipe, beside, options, heads
+        )  # fmt: skip
         return {"peft": str(place)}
 
     def card(self, recipe: dict[str, Any]) -> Path:
