@@ -64,20 +64,21 @@ def objects(modules: Iterable[str], constant: str, kind: Any, group: str) -> dic
     return dict(sorted(found.items(), key=lambda pair: (pair[1].order, pair[0])))
 
 
-def declarations(file: Path, calls: Mapping[str, Callable[..., Any]]) -> list[Any]:
-    """What ``METHOD`` (one) or ``METHODS`` (a tuple) of a file hold; ``calls`` are the dataclasses it may use.
+def declarations(file: Path, calls: Mapping[str, Callable[..., Any]], constant: str = "METHOD") -> list[Any]:
+    """What ``METHOD`` (one) or ``METHODS`` (a tuple) of a file hold, or another ``constant``; ``calls`` are the
+    dataclasses it may use.
 
     Raises:
         ValueError: a declaration that is not written with plain values (file and line in the message).
     """
-    text = file.read_text(encoding="utf-8")
-    start = max((found.start() for found in re.finditer(r"^METHODS?\b", text, re.MULTILINE)), default=None)
+    text, several = file.read_text(encoding="utf-8"), f"{constant}S"
+    start = max((found.start() for found in re.finditer(rf"^{constant}S?\b", text, re.MULTILINE)), default=None)
     if start is None:
         return []
     constants = _constants(_parsed(text, start))
     try:
-        one = [_value(constants["METHOD"], constants, calls)] if "METHOD" in constants else []
-        return [*one, *(_value(constants["METHODS"], constants, calls) if "METHODS" in constants else ())]
+        one = [_value(constants[constant], constants, calls)] if constant in constants else []
+        return [*one, *(_value(constants[several], constants, calls) if several in constants else ())]
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -112,7 +112,7 @@ def train(
     """Train an adapter.
 
     Args:
-        kind: "image", "distill" or "language".
+        kind: "image", "distill", "language" or "scene".
         folder: where the run lives: adapter, card, samples, checkpoints.
         resume: go on from the newest checkpoint in ``folder``.
         monitor: told of every step; may cancel (a checkpoint is written then).
@@ -131,12 +131,12 @@ def train(
     from studio.training.presets import with_preset
 
     silence.library_warnings()
-    names = {"image": "train-image", "distill": "distill", "language": "train-language"}
-    if kind not in names:
-        raise InputError(f"There is no training of kind '{kind}'{nearest(kind, names)}: choose {', '.join(names)}.")
+    known = kinds.trainings()
+    if kind not in known:
+        raise InputError(f"There is no training of kind '{kind}'{nearest(kind, known)}: choose {', '.join(known)}.")
     if preset and kind != "image":
         raise InputError(f"Presets are for image training; leave preset '{preset}' out.")
-    found = kinds.find(names[kind])
+    found = known[kind]
     config = found.parse(with_preset(preset, values) if preset else values)
     return found.function()(config, _made(folder), monitor or Silent(), resume=resume)
 

@@ -20,7 +20,7 @@ from studio.composition import gallery as kept
 from studio.composition import recipe_png
 from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
-from ui.components import rack, remembered
+from ui.components import job_panel, rack, remembered
 from ui.errors import errors_shown
 from ui.pages import compose, gallery, jobs, language, library, reconstruct, train
 from ui.theme import STATIC, StudioTheme, css, script
@@ -167,7 +167,7 @@ def _wire_crossings(pages: _Pages) -> None:
                  "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view,
                  "forgetting": pages.library.looking}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
-        kind = {"compare": "compose", "sweep": "compose", "soften": "forgetting"}.get(job.kind, job.kind)
+        kind = job_panel.VIEWS[job.kind]
         follow = {
             "compose": compose.follow,
             "train-language": language.open_job,

@@ -11,12 +11,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from adapters.errors import Cancelled, StudioError
 from studio.printable import printable
+
+if TYPE_CHECKING:
+    from studio.jobs.kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -78,26 +81,7 @@ COMMANDS: dict[str, Command] = {
         "studio settings --set adapter_folders=[/data/loras]",
     ),
 }
-"""Commands by name; each module has ``register(app)`` (``train`` is a group, see :data:`TRAIN`)."""
-
-TRAIN: dict[str, Command] = {
-    "image": Command(
-        "studio.training.commands.image",
-        "Train a LoRA of a text-to-image model from a folder of pictures.",
-        "studio train image --data photos/ --preset concept --trigger zxq --name my-thing",
-    ),
-    "distill": Command(
-        "studio.training.commands.distill",
-        "Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
-        "studio train distill --prompts prompts.txt --guidance 4 --name guided",
-    ),
-    "language": Command(
-        "studio.training.commands.language",
-        "Train a LoRA of a language model from rows of text.",
-        "studio train language --data facts.jsonl --name facts",
-    ),
-}
-"""What can be trained; each module has ``register(group, help)``."""
+"""Commands by name; each module has ``register(app)`` (``train`` is a group, see :mod:`studio.jobs.kinds`)."""
 
 _STOPPED = 130
 
@@ -128,8 +112,8 @@ def build(arguments: Sequence[str] = ()) -> typer.Typer:
     app.callback()(_root)
     chosen, second, *_ = [*(word for word in arguments if not word.startswith("-")), "", ""]
     for name, command in COMMANDS.items():
-        if name == "train":
-            app.add_typer(_train_group(second if chosen == name else ""), name=name, help=command.help)
+        if name == chosen == "train":
+            app.add_typer(_train_group(second), name=name, help=command.help)
         elif name == chosen:
             importlib.import_module(command.module).register(app)
             _show_example(app, name, command)
@@ -155,17 +139,19 @@ def _root(
 
 
 def _train_group(chosen: str) -> typer.Typer:
+    from studio.jobs import kinds
+
     group = typer.Typer(no_args_is_help=True)
-    for name, command in TRAIN.items():
+    for name, kind in kinds.trainings().items():
         if name == chosen:
-            importlib.import_module(command.module).register(group, command.help)
-            _show_example(group, name, command)
+            importlib.import_module(kind.command).register(group, kind)
+            _show_example(group, name, kind)
         else:
-            group.command(name, help=command.help)(_named_only(name))
+            group.command(name, help=kind.help)(_named_only(name))
     return group
 
 
-def _show_example(app: typer.Typer, name: str, command: Command) -> None:
+def _show_example(app: typer.Typer, name: str, command: Command | Kind) -> None:
     """Put the example below the first line of the command's help."""
     if command.example:
         listed: list[Any] = [*app.registered_commands, *app.registered_groups]

@@ -1,7 +1,9 @@
 """Kinds of jobs: a name, the schema of its configuration and the function that does it.
 
-Both are named as text (``"module:attribute"``) so that the list can be read without importing torch. Another program
-adds a kind by calling :func:`register` in a module named in the setting ``plugins``.
+Both are named as text (``"module:attribute"``) so that the list can be read without importing torch. A kind of training
+is declared in its module of :mod:`studio.training.tasks`, as ``KIND = Kind(...)`` with plain values; its command and
+its name in ``studio.train`` come from that. Another program adds a kind by calling :func:`register` in a module named
+in the setting ``plugins``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from adapters import discovery
 from adapters.errors import InputError, nearest
 from studio import settings
 from studio.schema import JobConfig
@@ -29,6 +32,10 @@ class Kind:
             otherwise resuming starts the job from its beginning.
         afterwards: ``"module:function"``, called ``(config, result) -> result`` when the job is done.
         keeps_pipeline: the job uses the pipeline that the worker keeps loaded; it is released before other kinds.
+        title: what pages call it.
+        train: name of a training: ``studio train NAME``, ``studio.train("NAME")``; empty for other kinds.
+        help, example: of a training's command.
+        command: module whose ``register(group, kind)`` adds a training's command.
     """
 
     name: str
@@ -37,12 +44,21 @@ class Kind:
     continues: bool = False
     afterwards: str = ""
     keeps_pipeline: bool = False
+    title: str = ""
+    train: str = ""
+    help: str = ""
+    example: str = ""
+    command: str = "studio.training.commands.plain"
+
+    def model(self) -> type[JobConfig]:
+        """Import and return the schema."""
+        found: type[JobConfig] = _load(self.schema)
+        return found
 
     def parse(self, config: JobConfig | Mapping[str, Any]) -> JobConfig:
         """Validate ``config``; raises :class:`InputError` naming what is wrong."""
-        model: type[JobConfig] = _load(self.schema)
         values = config.model_dump(mode="json") if isinstance(config, JobConfig) else config
-        return model.parse(values, source=f"the {self.name} job")
+        return self.model().parse(values, source=f"the {self.name} job")
 
     def function(self) -> Callable[..., dict[str, Any]]:
         """Import and return the function that does the job."""
@@ -73,6 +89,17 @@ def find(name: str) -> Kind:
     return _KINDS[name]
 
 
+def trainings() -> dict[str, Kind]:
+    """The kinds of training by their name in ``studio train``."""
+    return {kind.train: kind for kind in _KINDS.values() if kind.train}
+
+
+def title(name: str) -> str:
+    """What pages call the kind ``name``."""
+    kind = _KINDS.get(name)
+    return (kind.title if kind else "") or name
+
+
 @cache
 def _import_plugins(modules: tuple[str, ...]) -> None:
     for module in modules:
@@ -87,57 +114,19 @@ def _load(place: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-register(Kind("compose", "studio.composition.schema:ComposeConfig", "studio.composition.job:run", keeps_pipeline=True))
-register(
-    Kind(
-        "compare",
-        "studio.composition.comparison_schema:CompareConfig",
-        "studio.composition.comparison:run",
-        keeps_pipeline=True,
-    )
-)
-register(
-    Kind(
-        "sweep",
-        "studio.composition.sweep_schema:SweepConfig",
-        "studio.composition.sweep:run",
-        keeps_pipeline=True,
-    )
-)
-register(
-    Kind(
-        "train-image",
-        "studio.training.schemas.image:TrainImageConfig",
-        "studio.training.tasks.image:run",
-        continues=True,
-        afterwards="studio.library.adopt:trained",
-    )
-)
-register(
-    Kind(
-        "distill",
-        "studio.training.schemas.distill:DistillConfig",
-        "studio.training.tasks.distillation:run",
-        continues=True,
-        afterwards="studio.library.adopt:trained",
-    )
-)
-register(
-    Kind(
-        "train-language",
-        "studio.training.schemas.language:TrainLanguageConfig",
-        "studio.training.tasks.language:run",
-        continues=True,
-        afterwards="studio.library.adopt:trained",
-    )
-)
-register(
-    Kind(
-        "reconstruct",
-        "studio.reconstruction.schema:ReconstructConfig",
-        "studio.reconstruction.job:run",
-        continues=True,
-    )
-)
-register(Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure"))
-register(Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften"))
+for _kind in (
+    Kind("compose", "studio.composition.schema:ComposeConfig", "studio.composition.job:run", keeps_pipeline=True,
+         title="Compose"),
+    Kind("compare", "studio.composition.comparison_schema:CompareConfig", "studio.composition.comparison:run",
+         keeps_pipeline=True, title="Compare"),
+    Kind("sweep", "studio.composition.sweep_schema:SweepConfig", "studio.composition.sweep:run", keeps_pipeline=True,
+         title="Sweep"),
+    Kind("reconstruct", "studio.reconstruction.schema:ReconstructConfig", "studio.reconstruction.job:run",
+         continues=True, title="Reconstruct"),
+    Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure",
+         title="Forgetting"),
+    Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften", title="Soften"),
+    *(kind for file in discovery.sources("studio.training.tasks")
+      for kind in discovery.declarations(file, {"Kind": Kind}, "KIND")),
+):  # fmt: skip
+    register(_kind)

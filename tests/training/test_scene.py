@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_and_one_that_rises(tmp_path: Path) -> None:
     broken = replace(given, labels=[replace(one, world=one.world * torch.inf) for one in given.labels])
     with pytest.raises(InputError, match=r"not finite at step 1; no checkpoint .*Lower learning_rate"):
         train(tmp_path / "a", given=broken)
-    able = ScenePipeline.from_pretrained(assets.path("models/dust3r-tiny")).network  # its loss is below zero at first
+    able = ScenePipeline.from_pretrained(assets.path("models/dust3r-tiny")).network  # so its loss is small at first
     _, result = train(tmp_path / "b", given=replace(given, network=able), learning_rate=1.0, epochs=4)
     assert "probably diverged" in result["warning"]
 

@@ -15,10 +15,12 @@ TONES = {
     "queued": "wait", "running": "work", "cancelling": "wait", "done": "good", "failed": "bad", "cancelled": "",
     "interrupted": "bad",
 }  # fmt: skip
-KINDS = {
-    "compose": "Compose", "compare": "Compare", "sweep": "Sweep", "train-image": "Train", "distill": "Distill",
-    "train-language": "Language", "reconstruct": "Reconstruct", "forgetting": "Forgetting", "soften": "Soften",
+VIEWS = {
+    "compose": "compose", "compare": "compose", "sweep": "compose", "train-image": "train-image", "distill": "distill",
+    "train-language": "train-language", "reconstruct": "reconstruct", "train-scene": "reconstruct",
+    "forgetting": "forgetting", "soften": "forgetting",
 }  # fmt: skip
+"""Kind of job -> the kind in whose place it is shown."""
 
 
 def stopper(follow: Callable[[str, tuple[Any, ...]], Any]) -> Callable[[str], Any]:

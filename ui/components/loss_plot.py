@@ -15,10 +15,10 @@ _MOST_POINTS = 400
 
 def of_job(job: Job) -> str:
     """The plot of a training job so far."""
-    rows = jobs.history(job.id)
+    rows = [row for row in jobs.history(job.id) if row.stage == "training"]
     losses = [(row.step, row.loss) for row in rows if row.loss is not None]
     checks = [(row.step, row.metrics["validation_loss"]) for row in rows if "validation_loss" in row.metrics]
-    return loss_plot(losses, checks, total=int(job.config.get("steps") or 0))
+    return loss_plot(losses, checks, total=max((row.total for row in rows), default=0))
 
 
 def loss_plot(points: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = (), total: int = 0) -> str:

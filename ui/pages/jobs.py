@@ -11,7 +11,7 @@ import yaml
 
 from studio import jobs
 from studio.composition import comparison, gallery
-from studio.jobs import Job
+from studio.jobs import Job, kinds
 from ui import markup, pictures
 from ui.components import job_panel
 from ui.components.pick_list import pick_list, picked
@@ -119,7 +119,7 @@ def row(job: Job, chosen: bool) -> str:
     if job.status in ("running", "cancelling") and progress and progress.fraction is not None:
         bar = f'<span class="as-bar small"><i style="width:{round(progress.fraction * 100)}%"></i></span>'
     when = markup.ago(job.finished or job.started or job.created)
-    kind = job_panel.KINDS.get(job.kind, job.kind)
+    kind = kinds.title(job.kind)
     doing = job_panel.stage(job) if job.active else job_panel.timing(job)
     small = " · ".join(filter(None, [when, doing, *how(job)]))
     title = markup.text(job_panel.job_title(job))
@@ -165,7 +165,7 @@ def _detail(job: Job | None) -> list[Any]:
     return [
         describe(job),
         gr.update(visible=True),
-        gr.update(visible=job.kind in job_panel.KINDS),
+        gr.update(visible=job.kind in job_panel.VIEWS),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
         gr.update(visible=job.status in ("failed", "cancelled", "interrupted")),
         gr.update(visible=not job.active or job.status == "queued"),
@@ -182,7 +182,7 @@ def pictures_of(job: Job) -> list[Any]:
 def describe(job: Job) -> str:
     """Title, state, facts and settings of one job."""
     pairs = [
-        ("Kind", job_panel.KINDS.get(job.kind, job.kind)), ("Created", markup.ago(job.created)),
+        ("Kind", kinds.title(job.kind)), ("Created", markup.ago(job.created)),
         ("Took", markup.duration(job.seconds)), ("Device", job.device), ("Host", job.host), ("Id", job.id),
         ("Folder", job.folder),
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from studio.jobs import Job
 from studio.reconstruction import job as work
 from studio.reconstruction.schema import ReconstructConfig
 from ui import markup
-from ui.components import job_panel, schema_form
+from ui.components import job_panel, loss_plot, schema_form
 from ui.errors import errors_shown, say
 
 KNOWN = schema_form.fields(ReconstructConfig)
@@ -56,6 +56,7 @@ class _Result:
     timer: gr.Timer
     panel: gr.HTML
     cancel: gr.Button
+    resume: gr.Button
     body: gr.Column
     beside: gr.Column
     before: gr.Model3D
@@ -69,8 +70,9 @@ class _Result:
 
     @property
     def view(self) -> list[Any]:
-        return [self.job, self.shown, self.timer, self.panel, self.cancel, self.body, self.beside, self.before,
-                self.after, self.flight, self.depth, self.gallery, self.table, self.frame, self.points]  # fmt: skip
+        return [self.job, self.shown, self.timer, self.panel, self.cancel, self.resume, self.body, self.beside,
+                self.before, self.after, self.flight, self.depth, self.gallery, self.table, self.frame,
+                self.points]  # fmt: skip
 
 
 def build() -> Page:
@@ -150,8 +152,9 @@ def _restricted(model: str) -> bool:
 
 
 def adapter_choices() -> list[tuple[str, str]]:
-    """Adapters that earlier reconstructions have made, newest first."""
-    found = [job for job in jobs.list(100, (), "reconstruct") if (job.result or {}).get("adapter")]
+    """Adapters that earlier reconstructions and trainings have made, newest first of each."""
+    made = [job for kind in ("reconstruct", "train-scene") for job in jobs.list(100, (), kind)]
+    found = [job for job in made if (job.result or {}).get("adapter")]
     return [
         ("none", ""),
         *((f"{job.config.get('name')}   {job.id}", str((job.result or {})["adapter"])) for job in found),
@@ -171,6 +174,7 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
     job, shown = gr.State(""), gr.State(())
     timer = gr.Timer(SECONDS, active=False)
     panel = gr.HTML(_EMPTY, elem_id="reconstruct-panel", apply_default_css=False)
+    resume = gr.Button("Resume", visible=False, size="md", elem_id="reconstruct-resume")
     with gr.Column(visible=False) as body:
         with gr.Row():
             # The viewer's file is turned and scaled for this place: pipelines/geometry/previews.py.
@@ -217,7 +221,8 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                                  buttons=["download", "fullscreen"])  # fmt: skip
         table = gr.HTML("", apply_default_css=False, elem_id="scene-cameras")
     result = _Result(
-        job, shown, timer, panel, cancel, body, beside, before, after, flight, depth, gallery, table, frame, points
+        job, shown, timer, panel, cancel, resume, body, beside, before, after, flight, depth, gallery, table, frame,
+        points,
     )
     controls = [
         form["confidence"],
@@ -339,6 +344,13 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
 
     start.click(begin, [drop, *fields], page.view, **_PRIVATE)
     result.timer.tick(look, [result.job, result.shown], page.view, **_PRIVATE)
+    @errors_shown
+    def go_on(job_id: str) -> Any:
+        jobs.resume(job_id)
+        jobs.ensure_worker()
+        return follow(job_id, ())
+
+    result.resume.click(go_on, result.job, page.view, **_PRIVATE)
     result.cancel.click(job_panel.stopper(follow), result.job, page.view, **_PRIVATE)
 
 
@@ -349,6 +361,7 @@ def follow_nothing() -> list[Any]:
         (),
         gr.Timer(active=False),
         _EMPTY,
+        gr.update(visible=False),
         gr.update(visible=False),
         gr.update(visible=False),
         *([gr.skip()] * 9),
@@ -374,8 +387,9 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
     before = result.get("before", "")
     head = [
         job_id, (*laid_out, bool(shown)) if first else now, gr.Timer(active=job.active or first),
-        job_panel.job_panel(job, job_panel.ahead(job)),
+        job_panel.job_panel(job, job_panel.ahead(job)) + ("" if ready else loss_plot.of_job(job)),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
+        gr.update(visible=job.status in ("cancelled", "interrupted", "failed")),
         gr.update(visible=ready), gr.update(visible=bool(before)),
     ]  # fmt: skip
     if first or not ready:

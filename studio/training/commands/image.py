@@ -10,14 +10,15 @@ import typer
 from adapters.errors import InputError
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
+from studio.jobs.kinds import Kind
 from studio.training.commands import launch
 from studio.training.commands import run as training_run
 from studio.training.schemas.image import TrainImageConfig
 
 
-def register(group: typer.Typer, text: str) -> None:
-    """Add the command to the group ``train``; ``text`` is its help."""
-    group.command("image", help=text)(with_options(TrainImageConfig)(image))
+def register(group: typer.Typer, kind: Kind) -> None:
+    """Add the command to the group ``train``."""
+    group.command(kind.train, help=kind.help)(with_options(TrainImageConfig)(image))
 
 
 def image(
@@ -52,7 +53,7 @@ def image(
         return
     if not (keep or detach or quiet or folder or _embedded(chosen.base)):
         _announce(chosen, output)
-    training_run.begin("studio.training.tasks.image:run", chosen, folder, resume, detach, output, keep)
+    training_run.begin(chosen, folder, resume, detach, output, keep)
 
 
 def _estimate(config: TrainImageConfig, output: Output) -> None:

@@ -9,14 +9,15 @@ import typer
 
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
+from studio.jobs.kinds import Kind
 from studio.training.commands import launch
 from studio.training.commands import run as training_run
 from studio.training.schemas.language import TrainLanguageConfig
 
 
-def register(group: typer.Typer, text: str) -> None:
-    """Add the command to the group ``train``; ``text`` is its help."""
-    group.command("language", help=text)(with_options(TrainLanguageConfig)(language))
+def register(group: typer.Typer, kind: Kind) -> None:
+    """Add the command to the group ``train``."""
+    group.command(kind.train, help=kind.help)(with_options(TrainLanguageConfig)(language))
 
 
 def language(
@@ -43,7 +44,7 @@ def language(
 
     for sentence in combinations.warnings(chosen):
         output.note(sentence)
-    training_run.begin("studio.training.tasks.language:run", chosen, folder, resume, detach, output, keep)
+    training_run.begin(chosen, folder, resume, detach, output, keep)
 
 
 def _show(config: TrainLanguageConfig, output: Output) -> None:

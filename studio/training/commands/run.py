@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -60,18 +59,14 @@ def read(
 
 
 def begin(
-    entry: str, config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output, keep: bool = False
+    config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output, keep: bool = False
 ) -> None:
-    """Train as ``config`` says and print the result.
-
-    Args:
-        entry: ``"module:function"`` with ``run(config, folder, monitor, resume=..., keep=...)``.
-    """
+    """Train as ``config`` says and print the result."""
     if not detach:
         silence.loading_bars()
         _tell_alone(output)
     if folder is not None:
-        _in_folder(entry, config, folder, resume, keep, output)
+        _in_folder(config, folder, resume, keep, output)
     elif detach:
         launch.detach(config.kind, config, output)
     else:
@@ -97,13 +92,13 @@ def _as_job(config: JobConfig, output: Output) -> None:
     output.result({"job": job.id, **(job.result or {})}, lines(job.result or {}))
 
 
-def _in_folder(entry: str, config: JobConfig, folder: Path, resume: bool, keep: bool, output: Output) -> None:
+def _in_folder(config: JobConfig, folder: Path, resume: bool, keep: bool, output: Output) -> None:
     """Without a record in the job store: every process of ``accelerate launch`` calls this."""
     from adapters.errors import Cancelled
     from studio.cli.terminal import Terminal
+    from studio.jobs import kinds
 
-    module, _, name = entry.partition(":")
-    run = getattr(importlib.import_module(module), name)
+    run = kinds.find(config.kind).function()
     folder.mkdir(parents=True, exist_ok=True)
     first = os.environ.get("RANK", "0") == "0"
     with Terminal(output.quiet or not first, on_end=bool) as terminal:

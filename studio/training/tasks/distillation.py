@@ -37,6 +37,7 @@ from studio.datasets.cache import key_of
 from studio.datasets.pictures import FolderReport
 from studio.datasets.prompts import read_prompts
 from studio.datasets.seeds import uniform
+from studio.jobs.kinds import Kind
 from studio.training.cards import base_name
 from studio.training.device import main_process
 from studio.training.drivers import accelerate as driver
@@ -61,6 +62,13 @@ from studio.training.supply import Batch, bucket_rule, read_folder
 from studio.training.task import Task
 from studio.training.tasks.image import ImageTask
 from studio.training.teacher import Teacher, path_of
+
+KIND = Kind(
+    "distill", "studio.training.schemas.distill:DistillConfig", "studio.training.tasks.distillation:run",
+    continues=True, afterwards="studio.library.adopt:trained", title="Distil", train="distill",
+    help="Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
+    example="studio train distill --prompts prompts.txt --guidance 4 --name guided",
+)  # fmt: skip
 
 
 def run(

@@ -19,6 +19,7 @@ from studio import settings
 from studio.datasets.cache import fingerprint
 from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.plan import PictureSet, Plan
+from studio.jobs.kinds import Kind
 from studio.training.base import load_base
 from studio.training.drivers import accelerate as driver
 from studio.training.export import check_exports, write_adapter, write_card
@@ -43,6 +44,14 @@ from studio.training.supply import (
 )
 from studio.training.task import Measures, Task
 from studio.training.trainee import Trainee
+
+KIND = Kind(
+    "train-image", "studio.training.schemas.image:TrainImageConfig", "studio.training.tasks.image:run",
+    continues=True, afterwards="studio.library.adopt:trained", title="Train", train="image",
+    help="Train a LoRA of a text-to-image model from a folder of pictures.",
+    example="studio train image --data photos/ --preset concept --trigger zxq --name my-thing",
+    command="studio.training.commands.image",
+)  # fmt: skip
 
 
 def run(

@@ -25,6 +25,7 @@ from pipelines.language.adapters import read_fitting
 from pipelines.language.loading import LanguageModel, open_model
 from studio.datasets.cache import fingerprint
 from studio.datasets.seeds import global_seed
+from studio.jobs.kinds import Kind
 from studio.training.drivers import trainer as driver
 from studio.training.drivers.trainer import Batch, RunSampler, SampleSet, TrainerTask
 from studio.training.export import write_model_adapter
@@ -35,6 +36,14 @@ from studio.training.language_measure import resting
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.session import SILENT, TrainSession
 from studio.training.trainer_mixin import COMPONENT
+
+KIND = Kind(
+    "train-language", "studio.training.schemas.language:TrainLanguageConfig", "studio.training.tasks.language:run",
+    continues=True, afterwards="studio.library.adopt:trained", title="Language", train="language",
+    help="Train a LoRA of a language model from rows of text.",
+    example="studio train language --data facts.jsonl --name facts",
+    command="studio.training.commands.language",
+)  # fmt: skip
 
 
 def run(

@@ -34,6 +34,7 @@ from pipelines.geometry.pairs import make_pairs
 from pipelines.geometry.pipeline import ScenePipeline, warmup
 from studio.datasets.cache import key_of
 from studio.datasets.seeds import rng
+from studio.jobs.kinds import Kind
 from studio.reconstruction import job as reconstruction
 from studio.reconstruction.schema import ReconstructConfig
 from studio.training.cards import base_name, front_matter
@@ -45,6 +46,13 @@ from studio.training.schemas.scene import TrainSceneConfig
 from studio.training.session import SILENT, TrainSession
 from studio.training.targets import check_ranks, no_match, peft_config
 from studio.training.task import Measures, Task
+
+KIND = Kind(
+    "train-scene", "studio.training.schemas.scene:TrainSceneConfig", "studio.training.tasks.scene:run",
+    continues=True, title="Calibrate", train="scene",
+    help="Calibrate a pointmap network to scenes with a LoRA (LoRA3D), from folders of photos.",
+    example="studio train scene --data photos/ --name my-room",
+)  # fmt: skip
 
 
 def run(
