@@ -1,13 +1,16 @@
 """One way to read a picture, whichever door it comes in by: RGB with 8 bits, upright, in sRGB.
 
 What the file says is honoured: the camera's orientation (EXIF), the colour profile (ICC), 16 bits, palettes and
-transparency. What cannot be kept (further frames, a damaged profile) is said in a remark.
+transparency. What cannot be kept (further frames, a damaged profile) is said in a remark. Where a picture stands inside
+a configuration it is a ``data:`` URI.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +40,9 @@ UNREADABLE = frozenset({
 
 LARGEST = 178_956_970
 """Pixels of the largest picture that is opened (2 GiB as 96-bit colour): more is a mistake or an attack."""
+
+URI = "data:image/png;base64,"
+"""How the ``data:`` URIs that the studio writes begin."""
 
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "TGA", "PCX", "PPM", "QOI",
             "ICO", "ICNS", "PSD", "SGI", "DDS", "HEIF", "JXL")  # fmt: skip
@@ -72,7 +78,7 @@ def open_picture(source: str | Path | bytes | BinaryIO, name: str = "") -> Image
 
 
 def read(source: str | Path | bytes | BinaryIO, name: str = "") -> Reading:
-    """Read a file, its bytes or an open stream as RGB with 8 bits per channel.
+    """Read a file, its bytes, an open stream or a ``data:`` URI as RGB with 8 bits per channel.
 
     Turned as the camera says; colours of an embedded profile become sRGB; 16 bits and numbers from 0 to 1 are scaled;
     transparent parts lie on white; of several frames the first one counts.
@@ -83,13 +89,51 @@ def read(source: str | Path | bytes | BinaryIO, name: str = "") -> Reading:
     Raises:
         PictureError: it is no picture, damaged, of a kind that is not read, or larger than :data:`LARGEST`.
     """
+    return _read(source, name, to_rgb)
+
+
+def read_mask(source: str | Path | bytes | BinaryIO, name: str = "") -> Reading:
+    """Read a mask in the same way as grey ("L"): white is inside. With transparency its alpha counts (paint is inside).
+
+    Raises:
+        PictureError: as :func:`read`.
+    """
+    return _read(source, name, lambda picture, _: to_mask(picture))
+
+
+def as_uri(image: Image.Image) -> str:
+    """The picture as a ``data:`` URI of a PNG."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return URI + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def is_uri(source: object) -> bool:
+    """Whether it is a ``data:`` URI and no path."""
+    return isinstance(source, str) and source.startswith("data:")
+
+
+def content_of(source: str | Path) -> bytes:
+    """The bytes of a file or a ``data:`` URI; raises :class:`InputError` for a URI of something else, ``OSError``."""
+    if not is_uri(source):
+        return Path(source).expanduser().read_bytes()
+    head, _, text = str(source).partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise InputError(f"a data: URI of a picture begins with '{URI}'")
+    return base64.b64decode(text, validate=True)
+
+
+def _read(
+    source: str | Path | bytes | BinaryIO, name: str, made_of: Callable[[Image.Image, list[str]], Image.Image]
+) -> Reading:
+    """What ``made_of`` makes of the upright picture and the remarks so far."""
     from PIL import Image, UnidentifiedImageError
 
-    file = Path(name or (source if isinstance(source, str | Path) else ""))
+    file = Path(name or (source if isinstance(source, str | Path) and not is_uri(source) else ""))
     shown = f"'{file.name}'" if file.name else "The given data"
     try:
-        content = source.read() if hasattr(source, "read") else source
-        content = content if isinstance(content, bytes) else Path(content).read_bytes()
+        content = source if isinstance(source, str | Path | bytes) else source.read()
+        content = content if isinstance(content, bytes) else content_of(content)
         if file.suffix.lower() in UNREADABLE:
             raise InputError(f"{file.suffix.lower()} files are not read, save it as PNG or JPEG")
         if not content:
@@ -101,7 +145,7 @@ def read(source: str | Path | bytes | BinaryIO, name: str = "") -> Reading:
                     raise Image.DecompressionBombError
                 remarks = _frames(opened)
                 opened.load()
-                made = to_rgb(_upright(opened, remarks), remarks)
+                made = made_of(_upright(opened, remarks), remarks)
     except FileNotFoundError:
         raise PictureError(shown, "there is no such file") from None
     except Image.DecompressionBombError:
@@ -137,6 +181,15 @@ def to_rgb(picture: Image.Image, remarks: list[str] | None = None) -> Image.Imag
         return layer
     layer.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def to_mask(picture: Image.Image) -> Image.Image:
+    """Grey ("L") of an opened picture of any mode; of one with transparency its alpha."""
+    layer = eight_bits(picture)
+    if not layer.has_transparency_data:
+        return layer.convert("L")
+    alpha = layer.convert("RGBA").getchannel("A")
+    return layer.convert("RGB").convert("L") if alpha.getextrema() == (255, 255) else alpha
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:

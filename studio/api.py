@@ -77,7 +77,8 @@ def compose(
         method: how they are combined (``studio methods``); default "merge", with ``regions`` "activation".
         folder: where the pictures and their recipe are saved; if left out, nothing is saved.
         monitor: told of every step; may cancel.
-        values: every other key of :class:`studio.composition.schema.ComposeConfig` (base, steps, seed, images ...).
+        values: every other key of :class:`studio.composition.schema.ComposeConfig` (base, steps, seed, images ...);
+            ``image``, ``mask`` and ``control_image`` may be PIL images, too.
 
     Returns:
         The pictures; each carries its recipe in ``image.info["adapter-studio"]``.
@@ -88,11 +89,13 @@ def compose(
     """
     from studio import silence
     from studio.composition import job
+    from studio.composition.picture_schema import PICTURES
     from studio.composition.region_schema import DEFAULT_METHOD
     from studio.composition.schema import ComposeConfig
 
     silence.library_warnings()
     chosen = method or (DEFAULT_METHOD if values.get("regions") else "merge")
+    values |= {name: _inside(name, values[name]) for name in PICTURES if name in values}
     config = ComposeConfig.parse({**values, "prompt": prompt, "adapters": _uses(adapters), "method": chosen})
     if folder is not None:
         return _pictures(job.run(config, _made(folder), monitor or Silent()))
@@ -238,6 +241,17 @@ def _uses(adapters: Adapters) -> list[Mapping[str, Any]]:
             path, weight = parse_adapter(os.fspath(use))
             uses.append({"path": path, "weight": weight})
     return uses
+
+
+def _inside(name: str, picture: Any) -> str:
+    """A picture of a configuration as text: the path, or a PIL image as a ``data:`` URI."""
+    from PIL import Image
+
+    from pipelines import pictures
+
+    if not isinstance(picture, Image.Image):
+        return os.fspath(picture or "")
+    return pictures.as_uri(pictures.to_mask(picture) if name == "mask" else pictures.to_rgb(picture))
 
 
 def _pictures(result: Mapping[str, Any]) -> list[Image.Image]:

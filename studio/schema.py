@@ -37,6 +37,10 @@ class JobConfig(BaseModel):
         """Read a configuration file (YAML or JSON)."""
         return cls.parse(read_yaml(path), source=str(path))
 
+    def kept_in(self, folder: Path) -> Self:
+        """The configuration of a job whose ``folder`` was made: files of which the job needs a copy lie there."""
+        return self
+
     def to_yaml(self) -> str:
         """The complete configuration, for :meth:`from_yaml`."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

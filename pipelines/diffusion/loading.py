@@ -79,6 +79,44 @@ def open_pipeline(
     return pipe, chosen_family, settings
 
 
+FITTING = ("block_out_channels", "cross_attention_dim", "joint_attention_dim", "num_attention_heads")
+"""Fields in which a ControlNet's configuration is that of its denoiser."""
+
+
+def open_controlnet(source: str | Path, pipe: Any, family: Family, dtype: str) -> Any:
+    """A ControlNet (directory or hub id) for the models of ``pipe``, in their precision and on their device.
+
+    Raises:
+        InputError: nothing there, or made for another model.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, family.controlnet)
+    try:
+        config = kind.load_config(str(source))
+        found = config.get("_class_name", family.controlnet)
+        if found != family.controlnet:
+            raise InputError(f"'{source}' is a {found}; {family.title} takes a {family.controlnet}.")
+        denoiser = getattr(pipe, family.denoiser).config
+        for name in FITTING:
+            one, other = config.get(name), denoiser.get(name)
+            if one is not None and other is not None and _listed(one) != _listed(other):
+                raise InputError(
+                    f"The ControlNet '{source}' is for another model: its {name} is {one}, the base's is {other}."
+                )
+        network = kind.from_pretrained(str(source), torch_dtype=DTYPES[dtype])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"The ControlNet '{source}' could not be opened: {reason}") from error
+    return network.to(pipe._execution_device)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
 def _from_pretrained(kind: Any, source: str, dtype: str, options: dict[str, Any]) -> Any:
     """Open a directory or hub id; of files in two precisions take the ones that fit, of files in one take those."""
     if "variant" in options:

@@ -39,7 +39,7 @@ from pipelines.diffusion.distillation.use import check_use, merged_mark
 from pipelines.diffusion.drawing import Request, draw, one_after_the_other, sampling
 from pipelines.diffusion.families import Family, family_of
 from pipelines.diffusion.families.configuration import check_base
-from pipelines.diffusion.loading import Settings, open_pipeline
+from pipelines.diffusion.loading import Settings, open_controlnet, open_pipeline
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.planner import Composition, Places, Texts, make_plan, placed_regions
 from pipelines.diffusion.prompt_syntax import has_choices, without_adapters
@@ -47,7 +47,7 @@ from pipelines.diffusion.prompts import Prompts
 from pipelines.diffusion.rack import Joined, Loaded, Rack
 from pipelines.diffusion.regions.region import PlacedRegion, Region, check_options, check_regions
 from pipelines.diffusion.report import LoraReport, Plan
-from pipelines.diffusion.samplers import count_part, count_steps, sampler
+from pipelines.diffusion.samplers import count_part, count_steps
 from pipelines.diffusion.schedule import Keyframes
 from pipelines.diffusion.text import resolve_mode
 from pipelines.diffusion.wildcards import lines_of
@@ -94,10 +94,11 @@ class MultiLoRAPipeline:
 
         Args:
             task: "image" (to image), "inpaint", "controlnet", "controlnet image", "controlnet inpaint", "t2i-adapter".
-            parts: what that pipeline needs beside them (``controlnet``, ``adapter``).
+            parts: what that pipeline needs beside them (``controlnet``: the network, or its directory or hub id;
+                ``adapter``).
 
         Raises:
-            InputError: the family has no such pipeline.
+            InputError: the family has no such pipeline, or there is no such ControlNet for this model.
         """
         import diffusers
 
@@ -106,6 +107,9 @@ class MultiLoRAPipeline:
             raise InputError(
                 f"{self.family.title} has no pipeline for '{task}': possible are {', '.join(names) or 'none'}."
             )
+        network = parts.get("controlnet")
+        if isinstance(network, str | Path):
+            parts["controlnet"] = open_controlnet(network, self.pipe, self.family, self.settings.dtype)
         kind = getattr(diffusers, names[task])
         wanted = inspect.signature(kind.__init__).parameters
         own = {name: part for name, part in self.pipe.components.items() if name in wanted}
@@ -225,13 +229,18 @@ class MultiLoRAPipeline:
         guidance_scale: float | None = None,
         scheduler: str = "default",
         prompt: str | None = None,
+        **others: Any,
     ) -> Plan:
         """What a call with these numbers would do (guidance as in a call; some methods also go by the prompt).
 
+        ``others`` are arguments of a call that leave steps out, such as ``strength``.
+
         Raises:
-            InputError: the composition cannot be done (for example a DoRA adapter with a fading schedule).
+            InputError: the composition cannot be done (for example a DoRA adapter with a fading schedule), or no step
+                is left.
         """
-        count = count_steps(sampler(scheduler, self.pipe.scheduler, self.family.flow), steps, self.family.flow)
+        with sampling(self.pipe, scheduler, self.family.flow) as fresh:
+            count = self._count(fresh, steps, others)
         guidance, mark = check_use(self._active_marks(), self.composition.method, guidance_scale, True)
         plan, _ = self._planned(count, guidance > 1 and not (mark and mark.mode == "embedding"), prompt)
         return plan
@@ -386,14 +395,7 @@ class MultiLoRAPipeline:
             call.preview_every, call.generators, call.callback, call.callback_tensors,
         )  # fmt: skip
         with torch.no_grad(), sampling(self.pipe, call.scheduler, self.family.flow) as fresh:
-            if self._ordinary and not call.more:
-                count = count_steps(fresh, call.steps, self.family.flow)
-            else:
-                count = count_part(self.pipe, call.steps, call.more, self.family.flow)
-            if count < 1:
-                raise InputError(
-                    f"Of {call.steps} steps none is left at this strength: give more steps, or a larger strength."
-                )
+            count = self._count(fresh, call.steps, call.more)
             plan, texts = self._planned(count, guided, call.prompt, call.negative_prompt)
             try:
                 if self.composition.properties.regional:
@@ -415,6 +417,20 @@ class MultiLoRAPipeline:
 
     # Parts of a call
 
+    def _count(self, fresh: Any, steps: int, more: Mapping[str, Any]) -> int:
+        """How often the denoiser is asked; raises :class:`InputError` where no step is left.
+
+        Args:
+            fresh: the call's sampler, at its place in the pipeline.
+        """
+        if self._ordinary and not more:
+            count = count_steps(fresh, steps, self.family.flow)
+        else:
+            count = count_part(self.pipe, steps, more, self.family.flow)
+        if count < 1:
+            raise InputError(f"Of {steps} steps none is left at this strength: give more steps, or a larger strength.")
+        return count
+
     def joined(self) -> Joined:
         """The joined adapters of the composition, for the denoiser and for each text encoder."""
         return self.rack.joined(self.composition.adapters, self.composition.cross_only(self._chosen()))
@@ -429,9 +445,7 @@ class MultiLoRAPipeline:
             {name: report.triggers for name, report in self.adapters.items()}, self.settings.memory == "low",
         )  # fmt: skip
 
-    def _planned(
-        self, count: int, guided: bool, prompt: str | None = None, negative: str = ""
-    ) -> tuple[Plan, Texts]:
+    def _planned(self, count: int, guided: bool, prompt: str | None = None, negative: str = "") -> tuple[Plan, Texts]:
         prompts, memory = self._prompts(), self.joined().denoiser.nbytes()
         words = None if prompt is None else prompts.read(prompt).words
         plan, texts = make_plan(
@@ -508,6 +522,11 @@ class MultiLoRAPipeline:
         )
 
     # Small things
+
+    @property
+    def own_arguments(self) -> dict[str, Any]:
+        """What the wrapped diffusers pipeline takes in a call, with its defaults."""
+        return {name: item.default for name, item in inspect.signature(type(self.pipe).__call__).parameters.items()}
 
     @property
     def _ordinary(self) -> bool:

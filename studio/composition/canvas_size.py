@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
+from pipelines.diffusion.families import FAMILIES
 from studio import devices, library
+from studio.library import scan
 from studio.library.base_families import usual_size
 
 if TYPE_CHECKING:
@@ -20,6 +23,43 @@ def size(base: str, width: int | None = None, height: int | None = None) -> tupl
         return width, height
     own = side(base)
     return width or own, height or own
+
+
+def following(picture: tuple[int, int], base: str, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height of the canvas for a picture of this width and height; what is given of them holds.
+
+    The picture keeps its size where its area is one to two times that of the base model's own pictures, else it is
+    scaled to that; no side gets shorter than half the base's own or longer than twice, and all are multiples of the
+    pixels of one cell of the base.
+    """
+    if width and height:
+        return width, height
+    wide, high = picture
+    own, cell = side(base), grid(base)
+    if width or height:
+        scale = width / wide if width else (height or 0) / high
+    else:
+        scale = 1.0 if own**2 <= wide * high <= 2 * own**2 else own / math.sqrt(wide * high)
+
+    def whole(length: float) -> int:
+        return max(cell, round(min(max(length * scale, own / 2), 2 * own)) // cell * cell)
+
+    return width or whole(wide), height or whole(high)
+
+
+def grid(base: str) -> int:
+    """Sides of pictures are multiples of this many pixels."""
+    name = family(base)
+    cells = _cell(Path(library.resolve_base(base))) or 8
+    return cells * (FAMILIES[name].layout.patch if name in FAMILIES else 2)
+
+
+def family(base: str) -> str:
+    """The family of a base model that lies on this machine; empty where it is not known."""
+    folder = Path(library.resolve_base(base))
+    return next((record.family for record in library.bases() if record.path == folder), "") or (
+        scan.record(folder.absolute(), "base").family if folder.exists() else ""
+    )
 
 
 SMALL = 256
@@ -46,15 +86,20 @@ def side(base: str) -> int:
     """The side of the square pictures that a base model makes by itself."""
     try:
         folder = Path(library.resolve_base(base))
-        family = next((record.family for record in library.bases() if record.path == folder), "")
+        name = family(base)
     except InputError:
         return 512
     for part in ("unet", "transformer"):
-        cells = _config(folder / part).get("sample_size")
-        blocks = _config(folder / "vae").get("block_out_channels")
-        if isinstance(cells, int) and isinstance(blocks, list) and blocks:
-            return int(cells * 2 ** (len(blocks) - 1))
-    return usual_size(family)
+        cells, pixels = _config(folder / part).get("sample_size"), _cell(folder)
+        if isinstance(cells, int) and pixels:
+            return cells * pixels
+    return usual_size(name)
+
+
+def _cell(folder: Path) -> int:
+    """Pixels along one cell of a base's latents; 0 where its files do not say."""
+    blocks = _config(folder / "vae").get("block_out_channels")
+    return int(2 ** (len(blocks) - 1)) if isinstance(blocks, list) and blocks else 0
 
 
 def check_fits(config: ComposeConfig) -> None:

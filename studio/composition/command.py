@@ -15,6 +15,7 @@ from studio.cli.output import Json, Output, Quiet, duration
 from studio.cli.schema_options import pair, with_options
 from studio.composition import lora_option, region_option
 from studio.composition.distilled_adapters import suited
+from studio.composition.picture_schema import PICTURES
 from studio.composition.region_schema import DEFAULT_METHOD, REGIONAL_METHODS
 from studio.composition.schema import ComposeConfig
 from studio.composition.sweep_schema import SweepConfig, parse_axis
@@ -192,12 +193,13 @@ def _put(target: Any, parts: list[str], value: Any, place: str) -> None:
 def _checked(config: ComposeConfig) -> ComposeConfig:
     """The configuration with its files looked up now, so that a wrong name is told before a job is made of it."""
     from studio import library
-    from studio.composition import job
+    from studio.composition import job, start_picture
 
     library.resolve_pipeline(config.base)
-    settled = job.settled(config)
+    settled = job.settled(start_picture.fitted(config)[0])
     job.worded(settled, 0)
-    return settled
+    given = {name: getattr(config, name) for name in (*PICTURES, "width", "height")}
+    return settled.model_copy(update=given)  # the job reads the pictures, and says what it does to them
 
 
 def _swept(config: ComposeConfig, texts: Sequence[str]) -> SweepConfig:

@@ -11,7 +11,7 @@ from typing import Any
 from adapters import files, formats
 from adapters.progress import Monitor, Progress, check, part
 from studio import catalogue, library
-from studio.composition import canvas_size, pipeline_cache, prompts, recipe_png, recipes
+from studio.composition import canvas_size, pipeline_cache, prompts, recipe_png, recipes, start_picture
 from studio.composition.region_schema import Region, RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.library import scan
@@ -34,11 +34,14 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
     """
     begun = time.monotonic()
     monitor.report(Progress("loading", message=f"base {config.base}"))
+    config, remarks = start_picture.fitted(config)
     config = settled(config)
-    first, remarks = worded(config, 0)
+    first, said = worded(config, 0)
+    remarks += said
     _set_threads(threads)
     made: list[Made] = []
-    with pipeline_cache.pipeline(config) as pipe:
+    with pipeline_cache.pipeline(config, config.task, config.controlnet) as pipe:
+        config, first = (one.model_copy(update=start_picture.decided(pipe, one)) for one in (config, first))
         whole = config if prompts.open_choices(config) else first.model_copy(update={"images": config.images})
         recipe = {**recipes.build(whole, _made_on(pipe)), **prompts.told(config, whole)}
         files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
@@ -74,10 +77,13 @@ class Made:
 
 def plan(config: ComposeConfig) -> Any:
     """What :func:`run` would do, without making a picture: a :class:`pipelines.diffusion.report.Plan`."""
-    config, remarks = worded(settled(config), 0)
-    with pipeline_cache.pipeline(config) as pipe:
+    config, remarks = start_picture.fitted(config)
+    config, said = worded(settled(config), 0)
+    remarks += said
+    with pipeline_cache.pipeline(config, config.task, config.controlnet) as pipe:
         _prepare(pipe, config)
-        made = pipe.plan(config.steps, config.guidance_scale, config.scheduler, config.prompt)
+        part = {"strength": config.strength} if config.strength is not None else start_picture.decided(pipe, config)
+        made = pipe.plan(config.steps, config.guidance_scale, config.scheduler, config.prompt, **part)
         return replace(made, warnings=(*remarks, *made.warnings))
 
 
@@ -119,7 +125,8 @@ def settled(config: ComposeConfig) -> ComposeConfig:
 def _with_mask(region: Region) -> Region:
     if not region.mask:
         return region
-    from pipelines.diffusion.regions.pictures import as_uri, open_mask
+    from pipelines.diffusion.regions.pictures import open_mask
+    from pipelines.pictures import as_uri
 
     return region.model_copy(update={"mask": as_uri(open_mask(region.mask))})
 
@@ -162,9 +169,10 @@ def _picture(
         guidance_scale=config.guidance_scale, seed=config.seed, images=1, width=config.width, height=config.height,
         scheduler=config.scheduler, monitor=part(monitor, number, whole.images),
         preview_every=max(1, config.steps // PREVIEWS), allow_double_guidance=config.allow_double_guidance,
+        **start_picture.arguments(pipe, config),
     )  # fmt: skip
     recipe = {**recipes.build(config, _made_on(pipe)), **prompts.told(whole, config)}
-    path = recipe_png.save_png(out.images[0], folder / f"picture-{config.seed}.png", recipe)
+    path = recipe_png.save_png(start_picture.kept(config, out.images[0]), folder / f"picture-{config.seed}.png", recipe)
     places = [_place(region, folder, config.seed, i) for i, region in enumerate(out.regions, 1)]
     monitor.report(Progress("saved", number + 1, whole.images, preview=path, message=f"picture {path.name}"))
     return Made(config, path, places, out.plan.warnings)

@@ -13,23 +13,25 @@ from studio import library, silence
 from studio.composition.schema import ModelChoice
 from studio.library import cache
 
-_kept: tuple[tuple[str, ...], Any] | None = None
+_kept: tuple[tuple[str, ...], Any, dict[tuple[str, str], Any]] | None = None
+"""What was chosen, its pipeline, and those that do other things with the same models, by task and ControlNet."""
 
 
 @contextmanager
-def pipeline(choice: ModelChoice) -> Iterator[Any]:
+def pipeline(choice: ModelChoice, task: str = "", controlnet: str = "") -> Iterator[Any]:
     """The :class:`pipelines.diffusion.MultiLoRAPipeline` for ``choice``, without adapters.
 
-    Adapters loaded meanwhile are taken off again. After an error nobody has foreseen the pipeline is dropped, because
-    nobody knows what state it is in.
+    With a ``task`` it is that of :meth:`~pipelines.diffusion.MultiLoRAPipeline.for_task`. Adapters loaded meanwhile are
+    taken off again. After an error nobody has foreseen the pipeline is dropped, because nobody knows what state it is
+    in.
     """
     global _kept
     key = _key(choice)
     kept = _kept  # another thread may release it meanwhile; this use goes on with what it has
     if kept is None or kept[0] != key:
         release()
-        kept = _kept = (key, _load(choice))
-    pipe = kept[1]
+        kept = _kept = (key, _load(choice), {})
+    pipe = _of_task(*kept[1:], task, controlnet) if task else kept[1]
     try:
         with pipe:
             yield pipe
@@ -61,6 +63,16 @@ def _load(choice: ModelChoice) -> Any:
         library.resolve_pipeline(choice.base), family=choice.family, dtype=choice.dtype, device=choice.device,
         attention=choice.attention, memory=choice.memory,
     )  # fmt: skip
+
+
+def _of_task(pipe: Any, known: dict[tuple[str, str], Any], task: str, controlnet: str) -> Any:
+    place = Path(controlnet).expanduser()
+    network = f"{controlnet} {cache.stamp(place)}" if controlnet and place.exists() else controlnet
+    if (task, network) not in known:
+        for key in [key for key in known if key[1] not in ("", network)]:
+            del known[key]  # one ControlNet at a time is in the memory
+        known[task, network] = pipe.for_task(task, **({"controlnet": controlnet} if controlnet else {}))
+    return known[task, network]
 
 
 def _key(choice: ModelChoice) -> tuple[str, ...]:

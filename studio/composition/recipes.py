@@ -1,10 +1,12 @@
 """Recipes: what made a picture, and whether it can be made again.
 
 A recipe is ``{"version", "job", "config", "adapters": [{name, size, sha256}], "base": {name, sha256}, "versions",
-"made_on"}``. ``config`` is a whole :class:`~studio.composition.schema.ComposeConfig` in which files have names only:
-pictures are shared, and a path tells about the person's disk. The hashes say which files were meant, wherever they lie
-today. Recipes of earlier versions hold a ``path`` too. Where the texts were written with choices or adapters in them,
-"written" holds them as they were and ``config`` what came of them; "emphasis" lists the words whose weight is not 1.
+"made_on"}``, and "controlnet" like "base" where there is one. ``config`` is a whole
+:class:`~studio.composition.schema.ComposeConfig` in which files have names only: pictures are shared, and a path tells
+about the person's disk. The hashes say which files were meant, wherever they lie today; start picture, mask and control
+picture are inside. Recipes of earlier versions hold a ``path`` too. Where the texts were written with choices or
+adapters in them, "written" holds them as they were and ``config`` what came of them; "emphasis" lists the words whose
+weight is not 1.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ def build(config: ComposeConfig, made_on: dict[str, Any]) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     values["adapters"] = [{**use, "path": _shared(use["path"], "adapter")} for use in values["adapters"]]
     values["base"] = _shared(config.base, "base")
+    values["controlnet"] = _shared(config.controlnet, "base") if config.controlnet else ""
     return {
         "version": VERSION,
         "job": "compose",
         "config": values,
         "adapters": [_adapter(use.name, library.resolve_adapter(use.path)) for use in config.adapters],
         "base": _base(config.base),
+        **({"controlnet": _controlnet(config.controlnet)} if config.controlnet else {}),
         "versions": versions(),
         "made_on": made_on,
     }
@@ -84,6 +88,8 @@ def replay(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> C
         values["adapters"] = _present_adapters(values.get("adapters") or [], recipe.get("adapters") or [])
     if "base" not in overrides:
         values["base"] = _present_base(values.get("base"), recipe.get("base") or {})
+    if values.get("controlnet") and "controlnet" not in overrides:
+        values["controlnet"] = _present_controlnet(values["controlnet"], recipe.get("controlnet") or {})
     return ComposeConfig.parse({**values, **overrides}, source="the recipe")
 
 
@@ -158,6 +164,26 @@ def _present_base(given: Any, entry: dict[str, Any]) -> str:
     if not changed:
         raise InputError(f"The base model '{name}' of the recipe is not here: {what_to_do}")
     raise InputError(f"The base model '{name}' is another one than the recipe's ({expected[:12]}): {what_to_do}")
+
+
+def _present_controlnet(given: str, entry: dict[str, Any]) -> str:
+    """Where the very ControlNet of the recipe is; one that was named by its hub id is taken as it is today."""
+    expected = entry.get("sha256")
+    if not expected:
+        return given
+    for text in _former(given, entry, "base"):
+        place = Path(text).expanduser()
+        if place.exists() and library.sha256(place.absolute(), "base") == expected:
+            return text
+    raise InputError(
+        f"The ControlNet '{given}' ({_short(entry)}) of the recipe is not here: put the original back, or choose one "
+        "yourself with --controlnet."
+    )
+
+
+def _controlnet(given: str) -> dict[str, Any]:
+    path = Path(given).expanduser().absolute()
+    return {"name": path.name, "sha256": library.sha256(path, "base")} if path.exists() else {"name": given}
 
 
 def _adapter(name: str, path: Path) -> dict[str, Any]:

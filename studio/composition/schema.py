@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from studio.composition.picture_schema import PictureFields
 from studio.composition.region_schema import RegionFields
 from studio.library.base_families import FamilyName
 from studio.schema import JobConfig
@@ -72,7 +74,7 @@ class ModelChoice(JobConfig):
     )
 
 
-class ComposeConfig(RegionFields, ModelChoice):
+class ComposeConfig(RegionFields, PictureFields, ModelChoice):
     """Make pictures from one prompt with several adapters."""
 
     kind: ClassVar[str] = "compose"
@@ -113,3 +115,9 @@ class ComposeConfig(RegionFields, ModelChoice):
         if twice:
             raise ValueError(f"adapter names must differ, given twice: {', '.join(sorted(twice))}")
         return self
+
+    def kept_in(self, folder: Path) -> Self:
+        """With copies of its pictures in the job's folder."""
+        from studio.composition import start_picture
+
+        return self.model_copy(update=start_picture.copied(self, folder))

@@ -244,6 +244,7 @@ def _new(kind: str, config: JobConfig, queue_name: str) -> Job:
     now = time.time()
     job_id = f"{datetime.fromtimestamp(now):%y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     place = settings.folder("jobs", job_id)
+    config = config.kept_in(place)
     job = Job(
         id=job_id, kind=kind, status="queued", config=config.model_dump(mode="json"), created=now, folder=place,
         device=str(getattr(config, "device", "auto")), queue=queue_name, cwd=Path.cwd(),

@@ -257,7 +257,7 @@ def test_a_method_without_regions_does_not_ignore_one(sd: Bed) -> None:
         ("activation", [Region(("a",), box=ALL, mask="x.png")], {}, "and not both"),
         ("activation", [Region(("a",), box=ALL, scale=float("nan"))], {}, "finite"),
         ("activation", [Region(("a",), box=ALL, schedule=[(0.5, 1), (0.2, 1)])], {}, "not in order"),
-        ("activation", [Region(("a",), mask="nothing.png")], {}, "does not exist"),
+        ("activation", [Region(("a",), mask="nothing.png")], {}, "no such file"),
         ("activation", [Region(("a",), mask="data:text/plain,hello")], {}, "is no picture"),
         ("activation", [Region(("a",), mask=torch.zeros(8, 8))], {}, "not empty"),
         ("activation", [Region(("a",), mask=torch.ones(8, 16))], {}, "must have the picture's shape"),

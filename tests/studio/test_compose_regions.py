@@ -148,7 +148,8 @@ def test_an_adapter_with_its_place(model, capsys):
 
 
 def test_transparent_paint_is_a_mask(tmp_path):
-    from pipelines.diffusion.regions.pictures import as_uri, open_mask
+    from pipelines.diffusion.regions.pictures import open_mask
+    from pipelines.pictures import as_uri
 
     paint = Image.new("RGBA", (8, 8))
     paint.paste((10, 20, 30, 255), (0, 0, 4, 8))

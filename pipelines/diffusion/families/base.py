@@ -126,6 +126,7 @@ class Family:
         licence: note on the public checkpoints.
         pipeline: diffusers' class that makes pictures from words.
         other_pipelines: what else is made with the same networks -> diffusers' class.
+        controlnet: diffusers' class of the family's ControlNets.
         components: attributes of the pipeline that hold models.
         denoisers: the denoising networks; most families have one.
         text_encoders: attributes of the text encoders an adapter may touch.
@@ -153,6 +154,7 @@ class Family:
     licence: ClassVar[str] = ""
     pipeline: ClassVar[str]
     other_pipelines: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    controlnet: ClassVar[str] = ""
     components: ClassVar[tuple[str, ...]]
     denoisers: ClassVar[tuple[Denoiser, ...]]
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)

@@ -43,6 +43,7 @@ class Flux(Family):
         "controlnet image": "FluxControlNetImg2ImgPipeline",
         "controlnet inpaint": "FluxControlNetInpaintPipeline",
     }
+    controlnet = "FluxControlNetModel"
     components = ("vae", "transformer", "text_encoder", "text_encoder_2")
     denoisers = (Denoiser("transformer"),)
     text_encoders = ("text_encoder", "text_encoder_2")

@@ -51,6 +51,7 @@ class StableDiffusion(Family):
         "controlnet inpaint": "StableDiffusionControlNetInpaintPipeline",
         "t2i-adapter": "StableDiffusionAdapterPipeline",
     }
+    controlnet = "ControlNetModel"
     components: ClassVar[tuple[str, ...]] = ("vae", "unet", "text_encoder")
     denoisers = (Denoiser("unet"),)
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)

@@ -36,6 +36,7 @@ class StableDiffusion3(Family):
         "controlnet": "StableDiffusion3ControlNetPipeline",
         "controlnet inpaint": "StableDiffusion3ControlNetInpaintingPipeline",
     }
+    controlnet = "SD3ControlNetModel"
     components = ("vae", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     denoisers = (Denoiser("transformer"),)
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
