@@ -52,7 +52,8 @@ def test_pictures_and_adapters_of_images(place: Path) -> None:
     shared = [path for path in (place / "job").rglob("*") if path.is_file() and path.name != "config.yaml"]
     assert {"card.md", "cross.safetensors", "cross-kohya.safetensors"} <= {path.name for path in shared}
     made = compose.run(
-        ComposeConfig(base=str(base), prompt="a cross", steps=1, device="cpu", adapters=[{"path": trained["adapter"]}]),
+        ComposeConfig(base=str(base), prompt="a cross", steps=1, device="cpu", adapters=[{"path": trained["adapter"]}],
+                      image=str(sorted(photos.glob("*.png"))[0]), strength=1),
         place / "composed", Silent(),
     )  # fmt: skip
     assert telling([*shared, *made["images"], made["recipe"]]) == []

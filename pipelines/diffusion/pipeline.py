@@ -93,7 +93,8 @@ class MultiLoRAPipeline:
         """The same models and adapters in another pipeline of the family.
 
         Args:
-            task: "image" (to image), "inpaint", "controlnet", "controlnet image", "controlnet inpaint", "t2i-adapter".
+            task: "image" (to image), "inpaint", "controlnet", "controlnet image", "controlnet inpaint" (SD3:
+                "inpainting controlnet", a ControlNet that inpaints by itself), "t2i-adapter".
             parts: what that pipeline needs beside them (``controlnet``: the network, or its directory or hub id;
                 ``adapter``).
 

@@ -61,6 +61,8 @@ class PictureFields(BaseModel):
             raise ValueError("a mask says what of a start picture is redrawn: give image, too")
         if self.strength is not None and not self.image:
             raise ValueError("strength says how much of a start picture is redrawn: give image, too")
+        if self.strength == 0:
+            raise ValueError("at strength 0 no step is made and the picture stays as it is: give more, up to 1")
         if self.controlnet and not self.control_image:
             raise ValueError("a ControlNet follows a picture: give control_image, too")
         if self.control_image and not self.controlnet:

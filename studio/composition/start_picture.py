@@ -85,9 +85,6 @@ def arguments(pipe: Any, config: ComposeConfig) -> dict[str, Any]:
         told |= {"image": opened(config, "image"), "strength": config.strength}
     if config.mask:
         told |= {"mask_image": opened(config, "mask")}
-    unknown = [name for name in told if name not in takes]
-    if unknown:
-        raise InputError(f"{pipe.family.title} has no pipeline of this kind that takes {', '.join(unknown)}.")
     return told
 
 

@@ -119,7 +119,7 @@ def theirs(pipe: Any, files: dict[str, Path], method: str, seed: int, **call: An
     if method in ("switch", "composite"):
         denoiser.forward = forward
     try:
-        result: torch.Tensor = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **SHORT, **call).images
+        result: torch.Tensor = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **{**SHORT, **call}).images
     finally:
         denoiser.__dict__.pop("forward", None)
         loader.unload_lora_weights()

@@ -34,7 +34,7 @@ class StableDiffusion3(Family):
         "image": "StableDiffusion3Img2ImgPipeline",
         "inpaint": "StableDiffusion3InpaintPipeline",
         "controlnet": "StableDiffusion3ControlNetPipeline",
-        "controlnet inpaint": "StableDiffusion3ControlNetInpaintingPipeline",
+        "inpainting controlnet": "StableDiffusion3ControlNetInpaintingPipeline",
     }
     controlnet = "SD3ControlNetModel"
     components = ("vae", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
