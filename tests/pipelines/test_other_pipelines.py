@@ -175,6 +175,47 @@ def test_chunked_predictions_keep_the_residuals(quiet_files: Callable[[str], dic
         close(composer.compose("composite", adapter_batch=1)(PROMPT, **SHORT, **more).images, whole)
 
 
+def with_ip_adapter(family: str) -> Any:
+    """A tiny pipeline with a random IP-Adapter (arXiv 2308.06721): four tokens of a picture's embedding (16)."""
+    pipe = tiny.FAMILIES[family]()
+    dice = torch.Generator().manual_seed(3)
+
+    def weights(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=dice) * 0.1
+
+    text = pipe.unet.config.cross_attention_dim
+    projection = {"proj.weight": weights(4 * text, 16), "proj.bias": weights(4 * text), "norm.weight": weights(text),
+                  "norm.bias": weights(text)}  # fmt: skip
+    crossing = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    layers = {
+        f"{2 * place + 1}.to_{part}_ip.weight": weights(
+            pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features, text
+        )
+        for place, name in enumerate(crossing)
+        for part in "kv"
+    }
+    pipe.load_ip_adapter({"image_proj": projection, "ip_adapter": layers}, subfolder="", weight_name="",
+                         image_encoder_folder=None)  # fmt: skip
+    return pipe
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_ip_adapter(family: str, quiet_files: Callable[[str], dict[str, Path]]) -> None:
+    seen = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(6))  # without guidance, with
+    more = {"ip_adapter_image_embeds": [seen]}
+    composer, files = MultiLoRAPipeline(with_ip_adapter(family)), quiet_files(family)
+    for name, path in files.items():
+        composer.load_lora(path, name)
+    for method, names in (("merge", "a"), ("composite", "ab")):
+        used = {name: files[name] for name in names}
+        found = composer.compose(method, adapters=list(used))(PROMPT, seed=4, **SHORT, **more).images
+        close(found, theirs(with_ip_adapter(family), used, method, 4, **more))
+    close(composer.compose("composite", adapter_batch=1)(PROMPT, seed=4, **SHORT, **more).images, found)
+    two = composer(PROMPT, seed=3, images=2, **SHORT, **more).images
+    close(two[1:], found)
+    assert not torch.allclose(found, theirs(tiny.FAMILIES[family](), files, "composite", 4), atol=1e-2)
+
+
 def test_refiner(quiet_files: Callable[[str], dict[str, Path]]) -> None:
     """SDXL's second encoder alone, and the last part of the steps."""
     import diffusers
