@@ -185,6 +185,11 @@ def _wire_crossings(pages: _Pages) -> None:
     def reuse(key: str) -> Any:
         return [gr.Tabs(selected="compose"), *compose.fill(recipe_png.read_recipe(kept.find(key).path))]
 
+    @errors_shown
+    def go_on(key: str) -> Any:
+        return [gr.Tabs(selected="compose"), *compose.begin_with(kept.find(key).path)]
+
+    pages.gallery.go_on.click(go_on, pages.gallery.chosen, [pages.tabs, *target.start.outputs[:2]], **_PRIVATE)
     pages.gallery.reuse.click(reuse, pages.gallery.chosen, [pages.tabs, *target.outputs], **_PRIVATE)
     base, prompt = target.form["base"], target.form["prompt"]
     used = pages.library.use.click(

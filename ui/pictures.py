@@ -1,4 +1,4 @@
-"""Training pictures that were dropped on the page: checked, shown small, then kept as a data set."""
+"""Pictures that were dropped on the page, for training or to start from: checked, shown small, then used."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from adapters.errors import InputError
 from studio import settings
 from studio.datasets import captions as caption_files
 from studio.datasets.captions import ENDINGS as CAPTIONS
-from studio.datasets.pictures import SUFFIXES, is_picture, read
+from studio.datasets.pictures import SUFFIXES, content_of, is_picture, read
 from ui import markup
 
 Item = dict[str, Any]
 """One picture on the page: id (its path below the uploads folder), name, url (of its thumbnail), size, caption."""
 
 SIDE = 240
+LARGE = 1024
+"""Longest sides in pixels of the copies that a page shows: in a list, and to paint on."""
 
 
 def uploads() -> Path:
@@ -125,25 +127,41 @@ def still_here(items: Sequence[Mapping[str, Any]] | None) -> list[Item]:
     return kept
 
 
-def _item(file: Path) -> tuple[Item, tuple[str, ...]]:
+def started(file: Path) -> tuple[Item, tuple[str, ...]]:
+    """A dropped picture to start from, with a copy of it that can be painted on, and what of it was not kept.
+
+    Raises:
+        InputError: it was not uploaded here, or cannot be read.
+    """
+    return _item(file, LARGE)
+
+
+def taken(name: str, source: str | Path) -> Path:
+    """A copy of a picture (a file, or a ``data:`` URI) among the uploads, where the page may name it."""
+    content = content_of(source)
+    target = settings.folder("uploads", "starts", hashlib.sha256(content).hexdigest()[:20]) / name
+    return written.write(target, lambda part: part.write_bytes(content), sync=False)
+
+
+def _item(file: Path, side: int = SIDE) -> tuple[Item, tuple[str, ...]]:
     root = uploads().resolve()
     place = file.resolve()
     if not place.is_relative_to(root):
         raise InputError(f"'{file.name}' was not uploaded here.")
     if not is_picture(file):
         raise InputError(f"'{file.name}' is neither a picture nor a caption.")
-    thumbnail, (width, height), remarks = _thumbnail(place)
+    thumbnail, (width, height), remarks = _thumbnail(place, side)
     return {
         "id": place.relative_to(root).as_posix(), "name": file.name, "url": markup.file_url(thumbnail),
-        "size": f"{width} × {height}", "caption": "",
+        "size": f"{width} × {height}", "pixels": [width, height], "caption": "",
     }, remarks  # fmt: skip
 
 
-def _thumbnail(file: Path) -> tuple[Path, tuple[int, int], tuple[str, ...]]:
+def _thumbnail(file: Path, side: int) -> tuple[Path, tuple[int, int], tuple[str, ...]]:
     """A small copy, the picture's size in pixels, and what of it was not kept."""
     reading = read(file)
-    target = _small(file)
-    _shrink(reading.image, target)
+    target = _small(file, side)
+    _shrink(reading.image, target, side)
     return target, reading.image.size, reading.remarks
 
 
@@ -151,23 +169,23 @@ def thumbnail(file: Path) -> Path:
     """A small copy of a picture that the studio made, written once."""
     from PIL import Image
 
-    target = _small(file)
+    target = _small(file, SIDE)
     if not target.is_file():
         with Image.open(file) as picture:
-            _shrink(picture.convert("RGB"), target)
+            _shrink(picture.convert("RGB"), target, SIDE)
     return target
 
 
-def _small(file: Path) -> Path:
+def _small(file: Path, side: int) -> Path:
     """Where the small copy of a file lies; another one once the file has changed."""
-    key = hashlib.sha256(f"{file} {file.stat().st_mtime_ns}".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{file} {file.stat().st_mtime_ns} {side}".encode()).hexdigest()[:20]
     return settings.folder("uploads", "thumbnails") / f"{key}.webp"
 
 
-def _shrink(picture: Any, target: Path) -> None:
+def _shrink(picture: Any, target: Path, side: int) -> None:
     small = picture.copy()
-    small.thumbnail((SIDE, SIDE))
+    small.thumbnail((side, side))
     written.write(target, lambda part: small.save(part, "WEBP", quality=85), sync=False)
 
 
-__all__ = ["CAPTIONS", "SUFFIXES", "Item", "keep", "receive", "thumbnail", "uploaded", "uploads"]
+__all__ = ["CAPTIONS", "SUFFIXES", "Item", "keep", "receive", "started", "taken", "thumbnail", "uploaded", "uploads"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
-from pipelines.pictures import SUFFIXES, PictureError, is_picture, open_picture, read
+from pipelines.pictures import SUFFIXES, PictureError, content_of, is_picture, open_picture, read
 from studio.datasets.buckets import Placement, Size
 from studio.datasets.captions import is_caption, read_captions
 from studio.datasets.folders import Tree, walk
@@ -53,8 +53,8 @@ class FolderReport:
         return total.hexdigest()
 
 
-__all__ = ["SUFFIXES", "FolderReport", "Picture", "PictureError", "is_picture", "open_picture", "read", "read_pixels",
-           "scan", "usable_pictures"]  # fmt: skip
+__all__ = ["SUFFIXES", "FolderReport", "Picture", "PictureError", "content_of", "is_picture", "open_picture", "read",
+           "read_pixels", "scan", "usable_pictures"]  # fmt: skip
 
 
 def scan(folder: Path) -> FolderReport:

@@ -62,7 +62,9 @@ def test_a_recipe_fills_the_form_and_the_form_makes_the_same_job() -> None:
 
 
 def test_every_field_of_a_composition_is_on_the_page() -> None:
-    assert {*compose.NAMES, "adapters", *RegionFields.model_fields} == set(ComposeConfig.model_fields)
+    parts = {"adapters", *RegionFields.model_fields, "image", "mask", "strength"}
+    without_page = {"controlnet", "control_image", "control_scale"}
+    assert {*compose.NAMES, *parts, *without_page} == set(ComposeConfig.model_fields)
 
 
 @pytest.mark.usefixtures("known")

@@ -55,7 +55,7 @@ def show(regions: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list
     return [
         {
             **region, "adapters": [names[name] for name in region.get("adapters", ()) if name in names],
-            "mask": region["mask"] if _is_mask(region.get("mask")) else "",
+            "mask": region["mask"] if is_mask(region.get("mask")) else "",
         }
         for region in regions
     ]  # fmt: skip
@@ -75,12 +75,13 @@ def _region(given: Mapping[str, Any], number: int) -> Drawn:
     if not region.get("adapters"):
         raise InputError(f"Region {number} has no adapter: attach one to it, or remove the region.")
     mask = region.get("mask") or ""
-    if mask and not _is_mask(mask):
+    if mask and not is_mask(mask):
         raise InputError(f"The mask of region {number} was not painted here: paint it again.")
     if not mask and not region.get("box"):
         raise InputError(f"Region {number} is empty: paint it, or draw a box instead.")
     return region
 
 
-def _is_mask(mask: object) -> bool:
+def is_mask(mask: object) -> bool:
+    """Whether it is a mask as the page paints them."""
     return isinstance(mask, str) and mask.startswith(MASK) and len(mask) <= LARGEST

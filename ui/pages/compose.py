@@ -13,24 +13,27 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import catalogue, jobs, library
-from studio.composition import base_settings, canvas_size, gallery, methods, recipe_png, recipes, save_mix
+from studio.composition import base_settings, gallery, methods, recipe_png, recipes, save_mix
 from studio.composition.comparison_schema import CompareConfig
+from studio.composition.picture_schema import PictureFields
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.composition.sweep_schema import SweepConfig, parse_axis
 from studio.jobs import Job
 from studio.library import base_families
 from ui import markup
-from ui.components import advice, canvas, job_panel, picture_list, rack, remembered, schema_form
+from ui.components import advice, canvas, job_panel, picture_list, rack, remembered, schema_form, start
 from ui.components.advice import Advice
 from ui.components.pick_list import pick_list, picked
 from ui.components.rack import Row
+from ui.components.start import Start
 from ui.errors import errors_shown, say
 from ui.pages import compose_regions
 from ui.pages.compose_regions import Where
 
 KNOWN = schema_form.fields(ComposeConfig)
-NAMES = tuple(name for name in KNOWN if name != "adapters" and name not in RegionFields.model_fields)
+_ELSEWHERE = {"adapters", *RegionFields.model_fields, *PictureFields.model_fields}
+NAMES = tuple(name for name in KNOWN if name not in _ELSEWHERE)
 """Fields with a widget of their own, in the order of the form; the adapters are the rack."""
 
 ADVANCED = ("scheduler", "te_mode", "adapter_batch", "allow_double_guidance", "memory", "dtype", "attention", "device",
@@ -52,6 +55,7 @@ class Page:
     picker: gr.Dropdown
     new_seed: gr.Checkbox
     where: Where
+    start: Start
     compare: Compare
     advice: Advice
     view: list[Any]
@@ -62,15 +66,15 @@ class Page:
     @property
     def kept(self) -> list[Any]:
         """What a reload brings back, see :func:`restore`."""
-        return [*(self.form[name] for name in NAMES), self.rack, self.new_seed, self.compare.on, self.compare.methods,
-                *self.where.inputs]  # fmt: skip
+        return [*(self.form[name] for name in NAMES), *self.start.inputs, self.rack, self.new_seed, self.compare.on,
+                self.compare.methods, *self.where.inputs]  # fmt: skip
 
     @property
     def outputs(self) -> list[gr.components.Component]:
-        """Every setting: the fields in the order of :data:`NAMES`, the rack, whether each run gets a new seed, whether
-        methods are compared, where adapters act."""
-        return [*(self.form[name] for name in NAMES), self.rack, self.new_seed, *self.compare.outputs,
-                *self.where.outputs, *self.where.options.values()]  # fmt: skip
+        """Every setting: the fields in the order of :data:`NAMES`, the start picture, the rack, whether each run gets a
+        new seed, whether methods are compared, where adapters act."""
+        return [*(self.form[name] for name in NAMES), *self.start.outputs, self.rack, self.new_seed,
+                *self.compare.outputs, *self.where.outputs, *self.where.options.values()]  # fmt: skip
 
 
 @dataclass
@@ -111,7 +115,7 @@ def build() -> Page:
 # ------------------------------------------------------------------------------------------------ the settings
 
 
-def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox, Where, Compare, Advice]:
+def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox, Where, Start, Compare, Advice]:
     form: Form = {}
     with gr.Group(elem_classes="as-card"):
         form["prompt"] = gr.Textbox(
@@ -135,6 +139,7 @@ def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox, Where, Compare
         doctor = advice.draw()
     with gr.Group(elem_classes="as-card"):
         where = compose_regions.draw()
+    begin = start.draw()
     with gr.Group(elem_classes="as-card"):
         compare = _method_settings(form)
     with gr.Group(elem_classes="as-card"):
@@ -142,7 +147,7 @@ def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox, Where, Compare
     with gr.Accordion("Advanced", open=False, elem_classes="as-more"):
         for name in ADVANCED:
             form[name] = schema_form.widget(KNOWN[name])
-    return form, adapters, picker, new_seed, where, compare, doctor
+    return form, adapters, picker, new_seed, where, begin, compare, doctor
 
 
 def _method_settings(form: Form) -> Compare:
@@ -198,11 +203,12 @@ def _wire_where(page: Page) -> None:
     where.mode.input(chosen, [where.mode, method], [*where.outputs[1:], method, many], **private)
     where.canvas.edit_found(lambda name: [compose_regions.DRAWN, *chosen(compose_regions.DRAWN, name)], method,
                             [*where.outputs, method, many], **private)  # fmt: skip
-    shape = [page.form[name] for name in ("base", "width", "height")]
+    shape = [*(page.form[name] for name in ("base", "width", "height")), page.start.picture]
     page.advice.follow.click(follow, [page.rack, page.advice.report, where.mode, method, where.canvas, *shape],
-                             [page.rack, *where.outputs, method, many, *shape[1:]], **private)  # fmt: skip
+                             [page.rack, *where.outputs, method, many, *shape[1:3]], **private)  # fmt: skip
     advice.wire(page.advice, page.rack, page.form["prompt"], where.canvas)
-    compose_regions.wire(where, page.form)
+    compose_regions.wire(where, page.form, page.start.picture)
+    start.wire(page.start)
 
 
 def _offer(mode: str, name: str) -> list[Any]:
@@ -321,6 +327,7 @@ def config_of(
     where: Sequence[Any] = (compose_regions.EVERYWHERE, []),
     compare: Sequence[str] = (),
     sweep: str = "",
+    begin: Sequence[Any] = (None, start.USUAL),
 ) -> ComposeConfig:
     """The job that a filled form asks for; raises :class:`InputError` for what cannot work.
 
@@ -330,11 +337,12 @@ def config_of(
         where: values of :attr:`Where.inputs`.
         compare: methods to make side by side instead of the form's one.
         sweep: what to vary, one setting per line as in ``studio compose --sweep``.
+        begin: values of :attr:`Start.inputs`.
     """
     config = schema_form.read_all(KNOWN, NAMES, values)
     config["adapters"] = rack.uses(rows, library.adapters())
     compose_regions.check(where[0], rows)
-    config |= compose_regions.read(*where)
+    config |= compose_regions.read(*where) | start.read(*begin)
     if compare:
         config["method"] = compare[0]
         parsed: ComposeConfig = CompareConfig.parse({**config, "methods": compare}, source="the form")
@@ -362,6 +370,7 @@ class _Result:
     actions: gr.Row
     reuse: gr.Button
     reuse_seed: gr.Button
+    go_on: gr.Button
     download: gr.DownloadButton
     grid: gr.DownloadButton
     mix: gr.Accordion
@@ -382,6 +391,7 @@ class _Result:
         with gr.Row(visible=False, elem_classes="as-actions-row") as actions:
             reuse = gr.Button("Reuse these settings", size="md", elem_id="reuse")
             reuse_seed = gr.Button("Reuse the seed", size="md")
+            go_on = gr.Button("Use as start", size="md", elem_id="use-as-start")
             download = gr.DownloadButton("Download with recipe", size="md")
             grid = gr.DownloadButton("Download the grid", size="md", visible=False, elem_id="download-grid")
         recipe = gr.HTML("", elem_id="compose-recipe", apply_default_css=False)
@@ -396,7 +406,8 @@ class _Result:
         with gr.Accordion("Settings from a picture file", open=False, elem_classes="as-more"):
             drop = gr.File(label="Drop a PNG made by Adapter Studio", file_types=[".png", ".json"], height=110,
                            elem_id="recipe-drop")  # fmt: skip
-        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, download, grid,
+        return cls(job, shown, timer, panel, gallery, recipe, chosen, actions, reuse, reuse_seed, go_on,
+                   download, grid,
                    mix, mix_name, save, earlier, drop)  # fmt: skip
 
     @property
@@ -419,7 +430,8 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
             raise InputError("Compare methods or sweep, not both: 'method=merge,switch' in the sweep compares methods.")
         if many and not compared:
             raise InputError("Choose at least one method to compare, or make a picture with one method.")
-        config = config_of(values[: len(NAMES)], rows, values[len(NAMES) :], compared if many else (), sweep)
+        fields, begin, where = values[: len(NAMES)], values[len(NAMES) :][:2], values[len(NAMES) + 2 :]
+        config = config_of(fields, rows, where, compared if many else (), sweep, begin)
         if new_seed:
             config.seed = secrets.randbelow(2**31)
         job_id = jobs.submit(config.kind, config)
@@ -438,7 +450,7 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
     fields = [page.form[name] for name in NAMES]
     for begin in (generate.click, page.form["prompt"].submit):
         begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, page.compare.sweep, *fields,
-                      *page.where.inputs],
+                      *page.start.inputs, *page.where.inputs],
               [page.form["seed"], *view], **private)  # fmt: skip
         begin(None, None, None, js=_TO_RESULT)
     result.timer.tick(look, [result.job, result.shown], view, **private)
@@ -463,7 +475,8 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
     first = not shown or not shown[-1]
     grid = (job.result or {}).get("grid")
     return [
-        job_id, now, gr.Timer(active=job.active), job_panel.job_panel(job, ahead(job), preview(job)) + left_out(job),
+        job_id, now, gr.Timer(active=job.active),
+        job_panel.job_panel(job, ahead(job), preview(job)) + left_out(job) + said(job),
         gr.update(value=captioned(job, pictures), visible=bool(pictures), columns=1 if len(pictures) == 1 else 2)
         if changed else gr.skip(),
         (str(pictures[0]) if pictures else "") if changed and first else gr.skip(),
@@ -490,6 +503,12 @@ def left_out(job: Job) -> str:
     skipped = (job.result or {}).get("skipped") or {}
     told = "".join(f"<li>{markup.tag(_method_title(name))} {markup.text(why)}</li>" for name, why in skipped.items())
     return f'<section class="as-left-out"><h3>Left out</h3><ul>{told}</ul></section>' if told else ""
+
+
+def said(job: Job) -> str:
+    """What a composition says of its picture: what was scaled, cut, or cannot be honoured fully."""
+    told = (job.result or {}).get("remarks") or []
+    return "".join(markup.notice(remark, "info") for remark in told)
 
 
 def preview(job: Job) -> str | None:
@@ -547,6 +566,10 @@ def _wire_recipes(page: Page, result: _Result) -> None:
         return recipe_png.read_recipe(path)["config"].get("seed", 0)
 
     @errors_shown
+    def go_on(path: str) -> Any:
+        return begin_with(path)
+
+    @errors_shown
     def save(path: str, name: str) -> Any:
         made = save_mix.save_apart(recipes.replay(recipe_png.read_recipe(path)), name, preview=Path(path))
         gr.Info(f"'{made}' is in the library now: one LoRA, to be used at weight 1.", title="Saved")
@@ -570,16 +593,27 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     result.chosen.change(describe, [result.chosen, result.job], described, **private)
     result.reuse.click(reuse, result.chosen, page.outputs, **private)
     result.reuse_seed.click(reuse_seed, result.chosen, page.form["seed"], **private)
+    result.go_on.click(go_on, result.chosen, page.start.outputs[:2], **private)
+    result.go_on.click(None, None, None, js=_TO_START)
     result.save_mix.click(save, [result.chosen, result.mix_name], page.picker, **private)
     result.drop.upload(dropped, result.drop, page.outputs, **private)
 
 
+_TO_START = """() => document.getElementById('start')?.scrollIntoView({behavior: 'smooth', block: 'center'})"""
+
+
+def begin_with(path: str | Path) -> list[Any]:
+    """Updates of the accordion and the picture that make a picture of the studio the start."""
+    return start.shown(start.of_picture(Path(path)))[:2]
+
+
 def restore(kept: Any) -> Any:
     """Values of :attr:`Page.outputs` as the browser kept them; adapters that are not here any more are left out."""
-    values = remembered.values(kept, len(NAMES) + 4 + 2 + len(compose_regions.OPTIONS))
+    values = remembered.values(kept, len(NAMES) + 2 + 4 + 2 + len(compose_regions.OPTIONS))
     if values is None:
         return gr.skip()
-    rows, new_seed, comparing, compared, mode, drawn, *options = values[len(NAMES) :]
+    begun, strength, rows, new_seed, comparing, compared, mode, drawn, *options = values[len(NAMES) :]
+    begun = start.kept(begun)
     known = {record.name for record in library.adapters() if not record.problem}
     fields = dict(zip(NAMES, values, strict=False))
     told, where, more = compose_regions.switch(mode)
@@ -587,9 +621,10 @@ def restore(kept: Any) -> Any:
     fields["method"] = method
     offered = [name for _, name in many["choices"]]
     chosen = {**many, "visible": comparing, "value": [name for name in compared or () if name in offered]}
-    sides = [schema_form.read(KNOWN[name], fields[name]) for name in ("width", "height")]
-    frame = list(canvas_size.size(str(fields["base"]), *sides))
-    return [*fields.values(), [row for row in rows or () if row.get("name") in known], new_seed, comparing, chosen,
+    width, height = (schema_form.read(KNOWN[name], fields[name]) for name in ("width", "height"))
+    frame = list(compose_regions.frame_of(str(fields["base"]), width, height, begun))
+    rack_rows = [row for row in rows or () if row.get("name") in known]
+    return [*fields.values(), *start.shown(begun, strength), rack_rows, new_seed, comparing, chosen,
             gr.update(visible=not comparing), mode, told, {**where, "value": drawn or [], "frame": frame}, more,
             *options]  # fmt: skip
 
@@ -607,7 +642,10 @@ def fill(recipe: Mapping[str, Any]) -> list[Any]:
     config = ComposeConfig.parse(recipe["config"], source="the recipe").model_dump(mode="json")
     where = compose_regions.fill(config, compose_regions.names_here(recipe))
     values[NAMES.index("method")], many = _offer(where[0], config["method"])
-    return [*values, rows, False, False, {**many, "visible": False}, gr.update(visible=True), *where]
+    if config["controlnet"]:
+        say("This page has no ControlNet: studio compose --from repeats the picture with it.", title="Left out")
+    begun = start.shown(start.of_recipe(config), config["strength"])
+    return [*values, *begun, rows, False, False, {**many, "visible": False}, gr.update(visible=True), *where]
 
 
 def form_values(recipe: Mapping[str, Any]) -> tuple[list[Any], list[Row], list[str]]:
@@ -633,6 +671,7 @@ def recipe_panel(recipe: Mapping[str, Any]) -> str:
         ("Method", _method_title(str(config.get("method")))), ("Base", config.get("base")),
         ("Seed", str(config.get("seed"))), ("Steps", config.get("steps")),
         ("Guidance", config.get("guidance_scale")), ("Size", size),
+        ("Start picture", _begun(config)), ("ControlNet", config.get("controlnet")),
         ("Scheduler", config.get("scheduler") if config.get("scheduler") != "default" else ""),
         ("Avoided", config.get("negative_prompt")),
         ("Written as", (recipe.get("written") or {}).get("prompt")),
@@ -642,6 +681,11 @@ def recipe_panel(recipe: Mapping[str, Any]) -> str:
         f'<section class="as-recipe" aria-label="Recipe"><h3>Recipe</h3><blockquote>{markup.text(config.get("prompt"))}'
         f"</blockquote>{body}{compose_regions.mini(config)}{markup.facts(pairs)}</section>"
     )
+
+
+def _begun(config: Mapping[str, Any]) -> str:
+    part = "its painted part " if config.get("mask") else ""
+    return f"{part}redrawn at strength {config.get('strength')}" if config.get("image") else ""
 
 
 def _used(use: Mapping[str, Any]) -> str:

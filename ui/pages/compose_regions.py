@@ -16,7 +16,7 @@ from studio.composition.region_schema import DEFAULT_METHOD, RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.jobs import Job
 from ui import markup
-from ui.components import canvas, rack, schema_form
+from ui.components import canvas, rack, schema_form, start
 from ui.components.schema_form import Field
 from ui.errors import errors_shown
 
@@ -108,31 +108,40 @@ def suitable(mode: str, method: str) -> str:
     return method if method in names else usual
 
 
-def wire(where: Where, form: Mapping[str, Any]) -> None:
-    """Let the frame follow the size of the picture."""
+def frame_of(base: str, width: int | None, height: int | None, begun: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Width and height of the picture that will be made; it follows the start picture."""
+    picture = start.size(begun)
+    return canvas_size.following(picture, base, width, height) if picture else canvas_size.size(base, width, height)
+
+
+def wire(where: Where, form: Mapping[str, Any], begun: gr.HTML) -> None:
+    """Let the frame follow the size of the picture, which follows the start picture."""
 
     @errors_shown
-    def reshape(base: str, width: Any, height: Any) -> Any:
+    def reshape(base: str, width: Any, height: Any, begun: Mapping[str, Any] | None) -> Any:
         known = schema_form.fields(ComposeConfig)
         sides = [schema_form.read(known[name], value) for name, value in (("width", width), ("height", height))]
-        return gr.update(frame=list(canvas_size.size(base, *sides)))
+        return gr.update(frame=list(frame_of(base, sides[0], sides[1], begun)))
 
     @errors_shown
-    def widen(base: str, width: Any, height: Any, event: gr.EventData) -> Any:
-        size = wide(int(getattr(event, "count", 2)), base, width, height)
+    def widen(base: str, width: Any, height: Any, begun: Mapping[str, Any] | None, event: gr.EventData) -> Any:
+        size = wide(int(getattr(event, "count", 2)), base, width, height, begun)
         return [*size, gr.update(frame=list(size))] if size else gr.skip()
 
-    shape = [form[name] for name in ("base", "width", "height")]
-    where.canvas.side_by_side(widen, shape, [*shape[1:], where.canvas], **_PRIVATE)
+    shape = [*(form[name] for name in ("base", "width", "height")), begun]
+    where.canvas.side_by_side(widen, shape, [*shape[1:3], where.canvas], **_PRIVATE)
     form["base"].change(reshape, shape, where.canvas, **_PRIVATE)
-    for side in shape[1:]:
+    begun.change(reshape, shape, where.canvas, **_PRIVATE)
+    for side in shape[1:3]:
         side.blur(reshape, shape, where.canvas, **_PRIVATE)
         side.submit(reshape, shape, where.canvas, **_PRIVATE)
 
 
-def wide(columns: int, base: str, width: Any, height: Any) -> tuple[int, int] | None:
-    """Width and height for regions side by side; None where the person chose a size already."""
-    return None if width or height else canvas_size.wide(base, columns)
+def wide(
+    columns: int, base: str, width: Any, height: Any, begun: Mapping[str, Any] | None = None
+) -> tuple[int, int] | None:
+    """Width and height for regions side by side; None where the person, or the start picture, chose a size already."""
+    return None if width or height or begun else canvas_size.wide(base, columns)
 
 
 def result(job: Job | None, picture: str) -> Any:

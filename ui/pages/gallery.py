@@ -25,6 +25,7 @@ class Page:
 
     chosen: gr.State
     reuse: gr.Button
+    go_on: gr.Button
     refresh_inputs: list[Any]
     refresh_outputs: list[Any]
 
@@ -57,6 +58,7 @@ class _Detail:
     panel: gr.HTML
     actions: gr.Row
     reuse: gr.Button
+    go_on: gr.Button
     star: gr.Button
     compare: gr.Button
     download: gr.DownloadButton
@@ -69,11 +71,12 @@ class _Detail:
         panel = gr.HTML("", elem_id="gallery-panel", apply_default_css=False)
         with gr.Row(visible=False, elem_classes="as-actions-row") as actions:
             reuse = gr.Button("Reuse these settings", variant="primary", size="md", elem_id="gallery-reuse")
+            go_on = gr.Button("Use as start", size="md", elem_id="gallery-start")
             star = gr.Button("Star", size="md", elem_id="gallery-star")
             compare = gr.Button("Compare", size="md", elem_id="gallery-compare")
             download = gr.DownloadButton("Download", size="md")
             delete = gr.Button("Delete", variant="stop", size="md", elem_id="gallery-delete")
-        return cls(slider, panel, actions, reuse, star, compare, download, delete)
+        return cls(slider, panel, actions, reuse, go_on, star, compare, download, delete)
 
     @property
     def view(self) -> list[Any]:
@@ -91,7 +94,7 @@ def build() -> Page:
             detail = _Detail.draw()
     inputs = [chosen, other, comparing, *filters.all]
     outputs = [chosen, other, comparing, *filters.all[:3], cells, *detail.view]
-    page = Page(chosen, detail.reuse, inputs, outputs)
+    page = Page(chosen, detail.reuse, detail.go_on, inputs, outputs)
     _wire(page, cells, filters, detail)
     return page
 
