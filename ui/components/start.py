@@ -54,7 +54,7 @@ class Start:
 def draw() -> Start:
     """Draw it inside the current group."""
     with gr.Accordion("Start from a picture", open=False, elem_classes="as-more", elem_id="start") as more:
-        drop = gr.File(label="Drop a picture here", show_label=False, height=100, elem_id="start-drop",
+        drop = gr.File(label="Drop a picture here", show_label=False, height=120, elem_id="start-drop",
                        file_types=["image", *sorted(pictures.SUFFIXES)])  # fmt: skip
         picture = gr.HTML(None, html_template='<div class="as-canvas as-start"></div>', js_on_load=script("start"),
                           apply_default_css=False, elem_id="start-picture")  # fmt: skip

@@ -5,7 +5,8 @@ const LONGEST = 1024;
 let item = null;
 let tool = 'none';
 let brush = 12;
-let paint = null;
+let paint = null;  // opaque where painted, in a colour that shows on any picture
+const INK = [111, 103, 217];
 
 const make = (tag, attributes = {}, ...children) => {
   const node = document.createElement(tag);
@@ -30,8 +31,7 @@ root.append(stage, tools, told);
 
 function sheetFor(width, height) {
   const scale = Math.min(1, LONGEST / Math.max(width, height));
-  const sheet = make('canvas', { class: 'as-paint', width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) });
-  return sheet;
+  return make('canvas', { class: 'as-paint', width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) });
 }
 
 async function load(mask) {
@@ -45,7 +45,7 @@ async function load(mask) {
   const pixels = pen.getImageData(0, 0, sheet.width, sheet.height);
   for (let i = 0; i < pixels.data.length; i += 4) {
     pixels.data[i + 3] = pixels.data[i];
-    pixels.data.set([255, 255, 255], i);
+    pixels.data.set(INK, i);
   }
   pen.putImageData(pixels, 0, 0);
 }
@@ -53,8 +53,12 @@ async function load(mask) {
 function keep() {
   const sheet = make('canvas', { width: paint.width, height: paint.height });
   const pen = penOf(sheet);
-  pen.fillRect(0, 0, sheet.width, sheet.height);
   pen.drawImage(paint, 0, 0);
+  for (const [colour, where] of [['white', 'source-in'], ['black', 'destination-over']]) {
+    pen.globalCompositeOperation = where;
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, sheet.width, sheet.height);
+  }
   const painted = pen.getImageData(0, 0, sheet.width, sheet.height).data.some((value, i) => i % 4 === 0 && value > 127);
   item.mask = painted ? sheet.toDataURL('image/png') : '';
   publish();
@@ -64,7 +68,7 @@ function keep() {
 function stroke(from, to) {
   const pen = penOf(paint);
   pen.globalCompositeOperation = tool === 'erase' ? 'destination-out' : 'source-over';
-  pen.strokeStyle = 'white';
+  pen.strokeStyle = `rgb(${INK})`;
   pen.lineCap = pen.lineJoin = 'round';
   pen.lineWidth = (brush / 100) * Math.max(paint.width, paint.height);
   pen.beginPath();
