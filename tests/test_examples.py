@@ -42,6 +42,21 @@ def test_compose_with_regions(tmp_path: Path) -> None:
 
 
 @needs_model
+def test_redraw_a_picture(tmp_path: Path) -> None:
+    from PIL import Image
+
+    out = tmp_path / "out"
+    said = run("redraw_a_picture.py", "--steps", "4", "--out", out, home=tmp_path)
+    assert "2 pictures of 64 x 64" in said
+    start, whole, half = (
+        Image.open(next((out / part).glob("picture-*.png"))).tobytes() for part in ("start", "whole", "half")
+    )
+    assert half[3 * 64 * 34 :] == start[3 * 64 * 34 :]  # what is black in the mask stays
+    assert half[: 3 * 64 * 32] != start[: 3 * 64 * 32]
+    assert whole != start
+
+
+@needs_model
 def test_sweep_seeds_and_weights(tmp_path: Path) -> None:
     from PIL import Image
 
