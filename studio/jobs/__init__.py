@@ -1,6 +1,6 @@
-"""Jobs: long work outside the process that asked for it, one at a time per device, kept whatever happens.
+"""Jobs: long work outside the process that asked for it, one at a time per device, recorded whatever happens.
 
-Pages and commands use the functions named here; everything else in this package is how they do it.
+Pages and commands use the functions named here; the rest of the package is internal.
 """
 
 from studio.jobs.control import (

@@ -1,4 +1,4 @@
-"""huey behind the queue: opened on a SQLite file or on Redis, with messages as JSON.
+"""The queue's huey, on a SQLite file or on Redis, with messages as JSON.
 
 huey pickles by default; with JSON, whoever can write to a Redis server cannot make a worker run code.
 """
@@ -29,14 +29,14 @@ class _Json(Serializer):  # type: ignore[misc]
 
 @lru_cache(maxsize=16)
 def task(name: str, url: str, file: str) -> Any:
-    """The huey task "do this job" of the queue ``name``; calling it queues a job, ``.huey`` is the queue itself.
+    """The huey task "run this job" of the queue ``name``; calling it queues a job, ``.huey`` is the queue itself.
 
     Args:
         url: address of a Redis server; empty = the SQLite ``file``.
 
     Raises:
         InputError: the address is wrong or nothing answers there.
-        MissingDependencyError: Redis is asked for and its package is not installed.
+        MissingDependencyError: the address is Redis's and the package is not installed.
     """
     options: dict[str, Any] = {"results": False, "serializer": _Json(), "utc": True}
     if not url:

@@ -1,4 +1,4 @@
-"""Which code the package has on disk, so that a process that has loaded it notices an update."""
+"""A fingerprint of the package's code on disk, so that a running process notices an update."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("adapters", "assets", "pipelines", "studio")
-"""What a worker runs; the pages are none of its business."""
+"""What a worker runs; it does not use the pages."""
 
 
 def fingerprint(root: Path = ROOT) -> str:

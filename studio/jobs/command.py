@@ -1,4 +1,4 @@
-"""``studio jobs``: what was asked for, what became of it, and what to do about it."""
+"""``studio jobs``: list, watch, cancel, resume, run again, delete."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def register(app: typer.Typer) -> None:
 def list_(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 20,
     status: Annotated[
-        list[str] | None, typer.Option("--status", metavar="|".join(STATUSES), help="Only these; several times.")
+        list[str] | None, typer.Option("--status", metavar="|".join(STATUSES), help="Only this status; repeatable.")
     ] = None,
     kind: Annotated[str | None, typer.Option("--kind", help="Only this kind (compose, train-image ...).")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The newest jobs."""
+    """List the newest jobs.
+
+    Example:  studio jobs list --status failed
+    """
     from adapters.errors import InputError, nearest
     from studio import jobs
 
@@ -44,7 +47,7 @@ def list_(
     for text in jobs.trouble():
         output.note(text)
     if not found:
-        output.note("No jobs here: studio compose and studio train make some.")
+        output.note("No jobs yet: studio compose and studio train make some.")
     output.result(
         [job.as_json() for job in found],
         lambda: (
@@ -62,7 +65,7 @@ def list_(
 
 @group.command()
 def show(job: Id, json: Json = False, quiet: Quiet = False) -> None:
-    """Everything about one job."""
+    """Show everything about one job."""
     from studio import jobs
 
     found = jobs.get(job)
@@ -78,7 +81,10 @@ def watch(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Follow a job until it ends (Ctrl-C stops watching, not the job)."""
+    """Follow a job until it ends (Ctrl-C stops watching, not the job).
+
+    Example:  studio jobs watch last
+    """
     from adapters.errors import StudioError
     from studio import jobs
 
@@ -114,7 +120,7 @@ def log(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The log of a job."""
+    """Print a job's log."""
     from studio import jobs
 
     text = jobs.log(job, tail or None)
@@ -123,7 +129,7 @@ def log(
 
 @group.command()
 def cancel(ids: Ids, json: Json = False, quiet: Quiet = False) -> None:
-    """Ask jobs to stop; asked a second time, a job's process is killed."""
+    """Ask jobs to stop; cancelling a job again kills its process."""
     from studio import jobs
 
     changed = [jobs.cancel(job) for job in ids]
@@ -137,7 +143,10 @@ def resume(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Resume interrupted, cancelled or failed jobs: training from its checkpoint, others from the start."""
+    """Resume interrupted, cancelled or failed jobs: training from its checkpoint, others from the start.
+
+    Example:  studio jobs resume last
+    """
     from studio import jobs
     from studio.training.commands import launch
 

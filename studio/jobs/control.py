@@ -1,4 +1,4 @@
-"""What a person does with jobs: submit, look, cancel, resume, run again, delete."""
+"""What can be done with jobs: submit, look, cancel, resume, run again, delete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from studio.jobs.model import ENDED, Job, ProgressRow
 from studio.schema import JobConfig
 
 HERE = "here"
-"""The "queue" of jobs that the asking process does itself."""
+"""The "queue" of jobs that the asking process runs itself."""
 
 
 def submit(kind: str, config: JobConfig | Mapping[str, Any]) -> str:
@@ -36,7 +36,7 @@ def submit(kind: str, config: JobConfig | Mapping[str, Any]) -> str:
 
 
 def run_here(kind: str, config: JobConfig | Mapping[str, Any], monitor: Monitor) -> Job:
-    """Do a job in this process, recorded like any other, and return it when it has ended.
+    """Run a job in this process, recorded like any other, and return it when it has ended.
 
     Raises:
         adapters.errors.StudioError, or whatever ended the job; ``KeyboardInterrupt`` cancels it.
@@ -46,7 +46,7 @@ def run_here(kind: str, config: JobConfig | Mapping[str, Any], monitor: Monitor)
 
 
 def work_here(job_id: str, monitor: Monitor) -> Job:
-    """Do a waiting job in this process (see :func:`run_here`)."""
+    """Run a waiting job in this process (see :func:`run_here`)."""
     from studio.jobs.execute import execute
 
     store.change(job_id, ["queued"], queue=HERE, **process.identity(), heartbeat=time.time())
@@ -90,9 +90,9 @@ def newest(limit: int = 50, status: Iterable[str] = (), kind: str | None = None)
 
 
 def history(job_id: str, since: int = 0) -> list[ProgressRow]:
-    """The reports of a job that say something (loss, metrics, preview, message, new stage), oldest first.
+    """A job's reports with news (loss, metrics, preview, message, new stage), oldest first.
 
-    ``since`` leaves out as many from the start, so that a page can ask for what is new.
+    ``since`` leaves out that many from the start, so that a page can ask for what is new.
     """
     return store.history(get(job_id).id, since)
 
@@ -107,7 +107,7 @@ def log(job_id: str, tail: int | None = 200) -> str:
 
 
 def cancel(job_id: str) -> Job:
-    """Ask a job to stop; asked a second time, its process is killed. Returns the job as it then is.
+    """Ask a job to stop; a second call kills its process. Returns the job as it is then.
 
     Raises:
         InputError: the job has ended already.
@@ -133,9 +133,9 @@ def _kill(job: Job) -> None:
 
 
 def resume(job_id: str) -> str:
-    """Queue an ended job again, in its own folder: training goes on from its checkpoint, other kinds start anew.
+    """Queue an ended job again, in its own folder: training goes on from its checkpoint, other kinds start over.
 
-    Returns the id; raises :class:`InputError` when the job is done or still at work.
+    Returns the id; raises :class:`InputError` when the job is done or still running.
     """
     job = get(job_id)
     where = queue.name_for(job.device)
@@ -146,7 +146,7 @@ def resume(job_id: str) -> str:
 
 
 def prepare_resume(job_id: str, queue_name: str = HERE) -> bool:
-    """Mark an ended job as waiting to go on; tells whether it was one that can."""
+    """Mark an ended job as queued again; returns whether it could be resumed."""
     states = [status for status in ENDED if status != "done"]
     owner = process.identity() if queue_name == HERE else {"host": "", "pid": None, "pid_started": None}
     return store.change(
@@ -156,7 +156,7 @@ def prepare_resume(job_id: str, queue_name: str = HERE) -> bool:
 
 
 def resume_here(job_id: str, monitor: Monitor) -> Job:
-    """As :func:`resume`, but in this process, until the job has ended; raises what ends it."""
+    """As :func:`resume`, but in this process; returns when the job has ended, or raises its error."""
     job = get(job_id)
     if not prepare_resume(job.id):
         raise _not_resumable(job)
@@ -174,18 +174,18 @@ def rerun(job_id: str) -> str:
 
 
 def delete(job_id: str) -> None:
-    """Remove an ended (or waiting) job and its folder; raises :class:`InputError` while it is at work."""
+    """Remove an ended (or waiting) job and its folder; raises :class:`InputError` while it is running."""
     job = get(job_id)
     if job.status in ("running", "cancelling"):
         raise InputError(f"Job {job.id} is running: cancel it first.")
-    shutil.rmtree(job.folder, ignore_errors=True)  # first, for the record needs room to be changed
+    shutil.rmtree(job.folder, ignore_errors=True)  # first: changing the record needs room on the disk
     store.forget(job.id)
 
 
 def mark_interrupted() -> None:
-    """Mark jobs whose process has died: as interrupted, or as cancelled when that was asked for.
+    """Mark jobs whose process has died as interrupted, or as cancelled if that was requested.
 
-    Where a worker died, another one is started for the jobs that wait behind it. On a full disk nothing is marked.
+    If a worker died, another is started for the jobs waiting behind it. On a full disk nothing is marked.
     """
     with suppress(sqlite3.OperationalError):
         _mark_interrupted()
@@ -200,7 +200,7 @@ def _mark_interrupted() -> None:
         store.change(job.id, ["cancelling"], status="cancelled", finished=time.time())
         store.change(
             job.id, ["running", "queued"], status="interrupted", finished=time.time(),
-            error="The process that worked on it has died; resume the job to go on.",
+            error="The process that ran it has died; resume the job to go on.",
         )  # fmt: skip
         died = died or job.queue != HERE
     if died and store.newest(1, ["queued"]):
@@ -217,7 +217,7 @@ def ensure_worker() -> None:
 
 
 def clean() -> int:
-    """Remove what killed processes have left half written in the folders of jobs; returns how many things."""
+    """Remove half-written files that killed processes left in job folders; returns how many."""
     busy = {job.folder for job in store.newest(1000, ["running", "cancelling", "queued"])}
     folders = [folder for folder in settings.folder("jobs").iterdir() if folder.is_dir() and folder not in busy]
     return sum(files.remove_leftovers(folder) for folder in folders)
@@ -231,7 +231,7 @@ def workers() -> Sequence[Mapping[str, Any]]:
 
 
 def trouble() -> Sequence[str]:
-    """Why waiting jobs are not begun, a sentence for every queue whose worker could not start; mostly empty."""
+    """Why waiting jobs do not start: a sentence for every queue whose worker failed to; usually empty."""
     waiting = {job.queue for job in store.newest(1000, ["queued"])} - {HERE}
     if not waiting:  # and the queue's own package is not needed
         return []

@@ -1,4 +1,4 @@
-"""Doing one job: in a worker or, when a command asks for it, right here."""
+"""Runs one job, in a worker or in the process of the command that asks for it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class _NotMine(Exception):
 
 
 def execute(job_id: str, also: Monitor | None = None) -> BaseException | None:
-    """Do a queued job: returns None when it is done (or was not ours to do), else the error that ended it.
+    """Run a queued job: returns None when it is done (or was not ours to run), else the error that ended it.
 
-    Takes the job's device for itself first. Whatever happens is written in the store; nothing is raised.
+    Takes the job's device for itself first. The outcome is written to the store; nothing is raised.
     """
     job = store.read(job_id)
     if job is None or job.status != "queued":
@@ -89,7 +89,7 @@ def _run(job: Job, also: Monitor | None) -> dict[str, Any]:
 
 @contextmanager
 def _inside(place: Path) -> Iterator[None]:
-    """Work in the folder in which the job was asked for, if it still exists."""
+    """Work in the folder from which the job was submitted, if it still exists."""
     before = Path.cwd()
     if place.is_dir():
         os.chdir(place)
@@ -100,7 +100,7 @@ def _inside(place: Path) -> Iterator[None]:
 
 
 def release_pipeline() -> None:
-    """Free the pipeline that composing keeps loaded, if there is one."""
+    """Free the pipeline that compositions keep loaded, if there is one."""
     loaded = sys.modules.get("studio.composition.pipeline_cache")
     if loaded is not None:
         loaded.release()
@@ -134,7 +134,7 @@ def _finish(job_id: str, status: Status, **values: Any) -> None:
 
 @contextmanager
 def _beating(job_id: str) -> Iterator[None]:
-    """Give signs of life meanwhile, for machines that cannot look at our processes."""
+    """Send heartbeats meanwhile, for machines that cannot see our processes."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -151,7 +151,7 @@ def _beating(job_id: str) -> Iterator[None]:
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    """Write what is logged and warned in this process to ``path`` meanwhile."""
+    """Write this process's log records and warnings to ``path`` meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not fill the terminal

@@ -1,9 +1,9 @@
-"""Kinds of jobs: a name, the schema of its configuration and the function that does it.
+"""Kinds of jobs: a name, the schema of its configuration and the function that runs it.
 
-Both are named as text (``"module:attribute"``) so that the list can be read without importing torch. A kind of training
-is declared in its module of :mod:`studio.training.tasks`, as ``KIND = Kind(...)`` with plain values; its command and
-its name in ``studio.train`` come from that. Another program adds a kind by calling :func:`register` in a module named
-in the setting ``plugins``.
+Schema and function are named as text (``"module:attribute"``) so that the list can be read without importing torch.
+A kind of training is declared in its module of :mod:`studio.training.tasks`, as ``KIND = Kind(...)`` with plain values,
+from which its command and its name in ``studio.train`` come. Another program adds a kind by calling :func:`register`
+in a module named in the setting ``plugins``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Kind:
         schema: ``"module:Class"`` of its :class:`~studio.schema.JobConfig`.
         entry: ``"module:function"``, called ``run(config, folder, monitor) -> dict``.
         continues: ``run`` also takes ``resume`` (a bool) and goes on from its last checkpoint when it is true;
-            otherwise resuming starts the job from its beginning.
+            otherwise resuming starts the job over.
         afterwards: ``"module:function"``, called ``(config, result) -> result`` when the job is done.
         keeps_pipeline: the job uses the pipeline that the worker keeps loaded; it is released before other kinds.
         title: what pages call it.
@@ -61,12 +61,12 @@ class Kind:
         return self.model().parse(values, source=f"the {self.name} job")
 
     def function(self) -> Callable[..., dict[str, Any]]:
-        """Import and return the function that does the job."""
+        """Import and return the function that runs the job."""
         function: Callable[..., dict[str, Any]] = _load(self.entry)
         return function
 
     def finish(self, config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
-        """What is left to do when the job is done; returns the result as it is kept."""
+        """Call ``afterwards``, if there is one; returns the result to be stored."""
         changed: dict[str, Any] = _load(self.afterwards)(config, result) if self.afterwards else result
         return changed
 

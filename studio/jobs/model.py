@@ -62,7 +62,7 @@ class Job:
     pid: int | None = None
     resuming: bool = False
     cwd: Path = Path()
-    """The folder in which it was asked for: relative paths in its configuration start there."""
+    """The folder from which it was submitted: relative paths in its configuration start there."""
 
     @property
     def active(self) -> bool:

@@ -25,7 +25,7 @@ _WRITE_EVERY = 0.1
 
 
 class JobMonitor:
-    """Writes reports of one job down and tells it when to stop.
+    """Records one job's reports and tells it when to stop.
 
     Args:
         job_id, folder: the job.
@@ -81,7 +81,7 @@ class JobMonitor:
 
 
 def save_preview(image: Any, folder: Path, step: int) -> Path:
-    """Write a small WebP of ``image`` (written beside it, then renamed) and return its path."""
+    """Write ``image`` as a WebP of at most 512 pixels a side (under a temporary name first) and return its path."""
     folder.mkdir(exist_ok=True)
     small = image.copy()
     small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))

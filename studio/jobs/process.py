@@ -1,4 +1,4 @@
-"""Processes: who we are, and whether the one that works on a job is still there."""
+"""Processes: our own identity, and whether the one that runs a job is still alive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 SILENT_SECONDS = 60.0
-"""A process on another machine that has not given a sign for this long is taken for dead."""
+"""A process on another machine without a heartbeat for this long counts as dead."""
 
 
 @cache
@@ -20,7 +20,7 @@ def host() -> str:
 
 
 def started(pid: int) -> float:
-    """When process ``pid`` began, which tells it from a later one with the same number; 0 when it is gone."""
+    """When process ``pid`` started, which tells it from a later one with the same number; 0 when it is gone."""
     import psutil
 
     try:
@@ -44,7 +44,7 @@ def alive(who: Mapping[str, Any]) -> bool:
 
 
 def kill(who: Mapping[str, Any]) -> bool:
-    """End a process of this machine at once and wait until it is gone; tells whether it could."""
+    """Kill a process on this machine and wait until it is gone; returns whether that worked."""
     if who["host"] != host() or not alive(who):
         return False
     import psutil

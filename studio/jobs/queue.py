@@ -1,8 +1,8 @@
 """The queue that carries ids of waiting jobs to workers: huey, on a SQLite file or on Redis.
 
-huey gives what is tedious to get right: a FIFO on several back ends, a consumer loop with signals and a clean end.
+huey provides what is tedious to get right: a FIFO on several back ends, a consumer loop with signals and a clean end.
 It does not know running jobs, cannot stop one and forgets a message as soon as a worker has taken it; so the store
-(:mod:`studio.jobs.store`) keeps the truth, a message is only an id, and taking the same id twice does no harm.
+(:mod:`studio.jobs.store`) is authoritative, a message is only an id, and taking the same id twice does no harm.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def put(queue_name: str, job_id: str) -> None:
 
 
 def waiting(queue_name: str) -> list[str]:
-    """Ids in the queue, next first."""
+    """Ids in the queue, the next one first."""
     return [str(task.args[0]) for task in connect(queue_name).pending()]
 
 

@@ -1,7 +1,7 @@
-"""The record of all jobs: one SQLite file, the truth about what was asked for and what became of it.
+"""The record of all jobs in one SQLite file: what was asked for and what became of it.
 
-The queue only carries the ids of jobs that wait; what is lost there is put back from here. Every change is one
-statement, so that web process, commands and workers may all write at once.
+The queue holds only the ids of waiting jobs; what it loses is put back from here. Every change is one statement, so
+that the web app, commands and workers may all write at once.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def matching(text: str, limit: int = 3) -> list[str]:
 
 
 def newest(limit: int, statuses: Iterable[str] = (), kind: str | None = None) -> list[Job]:
-    """The latest jobs first."""
+    """The newest jobs first."""
     states = tuple(statuses)
     where = [f"status in ({','.join('?' * len(states))})"] if states else []
     where += ["kind = ?"] if kind else []
@@ -76,7 +76,7 @@ def newest(limit: int, statuses: Iterable[str] = (), kind: str | None = None) ->
 
 
 def change(job_id: str, expected: Iterable[Status], **values: Any) -> bool:
-    """Set columns of a job if its status is one of ``expected``; tells whether that was so."""
+    """Set columns of a job if its status is one of ``expected``; returns whether it was."""
     states = tuple(expected)
     columns = ", ".join(f"{name} = ?" for name in values)
     cursor = connection().execute(

@@ -1,8 +1,8 @@
-"""The worker: a process of its own that takes jobs from one queue and does them one after another.
+"""The worker: a process of its own that takes jobs from one queue and runs them one after another.
 
 ``studio worker`` runs it in the foreground; :func:`ensure` starts it as its own session, so that it outlives the page
 or command that needed it. It keeps the last pipeline loaded between compositions. When the package has been updated,
-it starts itself anew before the next job.
+it restarts before the next job.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT = code.ROOT
 """The folder that holds the packages, for workers to import them from."""
 BEAT_SECONDS = 2.0
 STOP_SECONDS = 60.0
-"""How long a job gets to reach a place where it can stop when the worker is asked to end."""
+"""How long a job gets to reach a safe point when the worker is asked to stop."""
 
 
 def ensure(name: str = queue.DEFAULT) -> None:
@@ -57,10 +57,10 @@ def ensure(name: str = queue.DEFAULT) -> None:
 
 
 def failed_start(name: str) -> str | None:
-    """Why no worker serves queue ``name`` although :func:`ensure` has started one; None while all is well."""
+    """Why no worker serves queue ``name`` although :func:`ensure` started one; None while all is well."""
     try:
         who = json.loads(_started(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none was started, or it has ended as it should
+    except (OSError, ValueError):  # none was started, or it ended normally
         return None
     if process.alive(who) or running(name):
         return None
@@ -68,7 +68,7 @@ def failed_start(name: str) -> str | None:
         stream.seek(who["log_begin"])
         lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
     reason = f": {lines[-1]}" if lines else "."
-    return f"The worker of the queue '{name}' has ended without doing its jobs{reason} (its log: {_log(name)})"
+    return f"The worker of the queue '{name}' ended without running its jobs{reason} (its log: {_log(name)})"
 
 
 def _log(name: str) -> Path:
@@ -76,18 +76,18 @@ def _log(name: str) -> Path:
 
 
 def _started(name: str) -> Path:
-    """Who :func:`ensure` has started for the queue; gone when that worker has ended as it should."""
+    """Holds the process that :func:`ensure` started for the queue; removed when that worker ends normally."""
     return settings.folder("locks") / f"started-{_safe(name)}.json"
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the home folder spelled out and this checkout importable from the worker's folder."""
+    """Our environment, with the home folder set and this checkout importable from the worker's folder."""
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), settings.PREFIX + "HOME": str(settings.home())}
 
 
 def running(name: str | None = None) -> list[dict[str, Any]]:
-    """Workers that are alive, of one queue of this machine or all of them; dead ones are forgotten."""
+    """Workers that are alive: all, or those of queue ``name`` on this machine; dead ones are forgotten."""
     found = []
     for row in store.workers():
         if not process.alive(row):
@@ -101,7 +101,7 @@ def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> bool:
     """Work on queue ``name`` until told to stop (SIGINT, SIGTERM), idle for long, or older than the package's files.
 
     Returns:
-        Whether the package was updated: the job at hand waits for a worker with the new code (:func:`renew`).
+        Whether the package was updated: the job just taken waits for a worker with the new code (:func:`renew`).
 
     Raises:
         InputError: another worker of this machine serves the queue.
@@ -140,7 +140,7 @@ def serve(name: str = queue.DEFAULT, idle_minutes: float = 0.0) -> bool:
 
 
 def renew() -> None:
-    """Run this process's command again in its place, with the code that is on disk now; does not return."""
+    """Replace this process by the same command with the code that is on disk now; does not return."""
     logger.warning("the package was updated: restarting")
     logging.shutdown()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -155,7 +155,7 @@ class _Consumer(Consumer):  # type: ignore[misc]
 
 
 def put_back_lost(name: str) -> None:
-    """Queue again what the store says is waiting but the queue has lost (a worker died between taking and starting)."""
+    """Queue again jobs that wait in the store but not in the queue (a worker died between taking and starting)."""
     present = set(queue.waiting(name))
     waiting = [job for job in store.newest(1000, ["queued"]) if job.queue == name and job.id not in present]
     for job in reversed(waiting):
@@ -163,7 +163,7 @@ def put_back_lost(name: str) -> None:
 
 
 def _beat(name: str, consumer: Consumer, idle_seconds: float) -> None:
-    """Give signs of life, and end the worker when it has been idle for long."""
+    """Send heartbeats, and stop the worker when it has been idle for ``idle_seconds`` (0 = never)."""
     last_work = time.monotonic()
     me = process.identity()
     while not STOPPING.wait(BEAT_SECONDS):
@@ -171,7 +171,7 @@ def _beat(name: str, consumer: Consumer, idle_seconds: float) -> None:
         at_work = [job for job in store.newest(50, ["running", "cancelling"]) if job.host == me["host"]]
         mine = [job for job in at_work if job.pid == me["pid"]]
         if at_work and not mine:
-            release_pipeline()  # somebody else here needs the memory now
+            release_pipeline()  # another process on this machine needs the memory now
         if mine or queue.waiting(name):
             last_work = time.monotonic()
         elif idle_seconds and time.monotonic() - last_work > idle_seconds:
@@ -185,7 +185,7 @@ def _safe(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry of the process that :func:`ensure` starts."""
+    """Entry point of the process that :func:`ensure` starts."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     on_demand = "--on-demand" in arguments
     name = next((word for word in arguments if not word.startswith("--")), queue.DEFAULT)

@@ -16,9 +16,11 @@ def register(app: typer.Typer) -> None:
 
 def worker(
     queue: Annotated[
-        str, typer.Option("--queue", help="default, or the device whose jobs are done (cpu, cuda:1 ...).")
+        str, typer.Option("--queue", help="Queue to serve: default, or a device (cpu, cuda:1 ...).")
     ] = "default",
-    idle_minutes: Annotated[float, typer.Option("--idle-minutes", help="End when idle for so long; 0 = never.")] = 0.0,
+    idle_minutes: Annotated[
+        float, typer.Option("--idle-minutes", help="Stop after being idle this long; 0 = never.")
+    ] = 0.0,
     list_: Annotated[bool, typer.Option("--list", help="Show the running workers and exit.")] = False,
     json: Json = False,
     quiet: Quiet = False,

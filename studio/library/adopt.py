@@ -1,4 +1,4 @@
-"""What a training job has made becomes a part of the library."""
+"""Adds what a training job made to the library."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from studio.schema import JobConfig
 def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
     """Copy the adapter of ``result`` into the library, with its last sample as preview.
 
-    Returns ``result`` with ``library``, the name under which the library has it, or with ``library_problem``, why it
-    has not: the adapter in the job's folder is there all the same.
+    Returns ``result`` with ``library``, its name there, or ``library_problem``, why it could not be copied; the
+    adapter stays in the job's folder either way.
     """
     name = free_name(str(getattr(config, "name", "")) or "adapter")
     try:
@@ -22,7 +22,7 @@ def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
         samples = [Path(sample) for sample in result.get("samples") or [] if Path(sample).is_file()]
         if samples:
             edit.set_preview(record, samples[-1])
-    except Exception as error:  # whatever the library meets, the training is done
+    except Exception as error:  # whatever goes wrong here, the training is done
         return {**result, "library_problem": error_sentences.sentence(error)}
     return {**result, "library": record.name}
 

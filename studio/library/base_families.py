@@ -1,4 +1,4 @@
-"""The base families for configurations and pages: names, how people write them, usual sizes."""
+"""The base families for configurations and pages: names, display names, usual sizes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ else:
 
 
 def written(name: str) -> str:
-    """How people write the family ``name``, in a few characters."""
+    """The short display name of the family ``name``."""
     return FAMILIES[name].short if name in FAMILIES else {"language": "language"}.get(name, "unknown family")
 
 
 def usual_size(name: str) -> int:
-    """Pixels of a side of pictures of a family (512 where it is unknown)."""
+    """The usual side of a family's pictures in pixels (512 if the family is unknown)."""
     return FAMILIES[name].usual_size if name in FAMILIES else 512

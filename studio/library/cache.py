@@ -1,4 +1,4 @@
-"""Facts and hashes of files, remembered until a file's size or time of change differs."""
+"""Facts and hashes of files, remembered until a file's size or modification time changes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ create table if not exists facts (path text primary key, stamp text not null, fa
 create table if not exists hashes (path text primary key, stamp text not null, sha256 text not null);
 """
 _VERSION = 4
-"""Raised when facts are gathered differently, which makes what is remembered worthless."""
+"""Increased when facts are gathered differently, so that older ones are not used."""
 
 
 def facts(path: Path, stamp: str, gather: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``gather`` says about ``path``, from memory if ``stamp`` is the same as then."""
+    """What ``gather`` says about ``path``, from the database if ``stamp`` has not changed."""
     link = database.connection("library.db", _TABLES)
     stamp = f"{_VERSION} {stamp}"
     place = without_bytes(str(path))
@@ -37,13 +37,13 @@ def facts(path: Path, stamp: str, gather: Callable[[], dict[str, Any]]) -> dict[
 
 
 def _remember(statement: str, values: tuple[str, ...]) -> None:
-    """Keep what may be found out again; on a full disk that has to do."""
+    """Store what can be gathered again; a full disk only means that it will be."""
     with suppress(sqlite3.OperationalError):
         database.connection("library.db", _TABLES).execute(statement, values)
 
 
 def known_sha256(path: Path) -> str | None:
-    """The hash of a file or folder if it is remembered and still true."""
+    """The hash of a file or folder if it is remembered and up to date."""
     link = database.connection("library.db", _TABLES)
     place = without_bytes(str(path))
     row = link.execute("select sha256 from hashes where path = ? and stamp = ?", (place, stamp(path))).fetchone()
@@ -61,14 +61,14 @@ def sha256(path: Path) -> str:
 
 
 def places(sha256: str) -> list[Path]:
-    """Where files (or folders) with this hash have been seen and something still is; it may have changed since."""
+    """Existing paths at which this hash was seen; what is there may have changed since."""
     link = database.connection("library.db", _TABLES)
     rows = link.execute("select path from hashes where sha256 = ? order by rowid desc", (sha256,))
     return [path for row in rows if (path := Path(row["path"])).exists()]
 
 
 def stamp(path: Path) -> str:
-    """A text that changes when the file, or any file in the folder, is another."""
+    """A text that changes when the file, or any file in the folder, changes."""
     parts = []
     for file in _files(path) if path.is_dir() else [path]:
         status = file.stat()

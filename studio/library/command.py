@@ -29,13 +29,16 @@ def list_(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """What is there."""
+    """List adapters, or base models.
+
+    Example:  studio library list --bases
+    """
     from studio import library
 
     found = library.bases() if bases else library.adapters()
     output = Output(json, quiet)
     if not found:
-        output.note("Nothing here yet: studio library import PATH-OR-HUB-ID, or a folder named in studio settings.")
+        output.note("Nothing here yet: studio library import PATH-OR-HUB-ID, or add a folder in studio settings.")
     output.result(
         [record.as_json() for record in found], lambda: found and (_bases(found) if bases else _adapters(found))
     )
@@ -43,7 +46,10 @@ def list_(
 
 @group.command()
 def show(name: Name, base: Bases = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Everything about one adapter or base, with its sha256."""
+    """Show everything about one adapter or base model, with its sha256.
+
+    Example:  studio library show fox
+    """
     from studio import library
 
     record = library.show(name, _kind(base))
@@ -53,12 +59,15 @@ def show(name: Name, base: Bases = False, json: Json = False, quiet: Quiet = Fal
 @group.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="File, folder, or hub id (owner/repo, owner/repo/file.safetensors).")],
-    name: Annotated[str | None, typer.Option("--name", help="Name in the library; its own when not given.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name in the library; default: the source's own.")] = None,
     base: Bases = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Copy an adapter or base model into the library."""
+    """Copy an adapter or base model into the library.
+
+    Example:  studio library import fox.safetensors --name my-fox
+    """
     from studio import library
 
     record = library.import_base(source, name) if base else library.import_adapter(source, name)
@@ -73,7 +82,7 @@ def rename(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Give it another name."""
+    """Rename an adapter or base model."""
     from studio import library
 
     record = library.rename(name, new_name, _kind(base))
@@ -82,7 +91,7 @@ def rename(
 
 @group.command()
 def delete(name: Name, base: Bases = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Move it to the trash."""
+    """Move an adapter or base model to the trash."""
     from studio import library
 
     item = library.trash(name, _kind(base))
@@ -96,7 +105,7 @@ def delete(name: Name, base: Bases = False, json: Json = False, quiet: Quiet = F
 def restore(
     name: Annotated[str, typer.Argument(help="Name, or id in the trash.")], json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Restore something from the trash."""
+    """Bring an adapter or base model back from the trash."""
     from studio import library
 
     record = library.restore(name)
@@ -109,7 +118,7 @@ def trash(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """What is in the trash."""
+    """Show or empty the trash."""
     from studio import library
 
     output = Output(json, quiet)
@@ -127,7 +136,7 @@ def trash(
 
 @group.command()
 def scan(json: Json = False, quiet: Quiet = False) -> None:
-    """Read every adapter and base once, with sha256, and tell what cannot be used."""
+    """Read and hash every adapter and base model, and list what cannot be used."""
     from studio import library
 
     report: dict[str, Any] = {"adapters": 0, "bases": 0, "unreadable": []}

@@ -34,12 +34,12 @@ def show(name: str, kind: scan.Kind = "adapter") -> Record:
 
 
 def sha256(path: Path, kind: scan.Kind = "adapter") -> str:
-    """The hash of an adapter's weights, or of a base model's files; remembered while they stay the same."""
+    """The hash of an adapter's weights, or of a base model's files; remembered until they change."""
     return cache.sha256(facts.weight_file(path) if kind == "adapter" else path)
 
 
 def places(sha256: str, kind: scan.Kind = "adapter") -> list[Path]:
-    """Where an adapter or base model with this hash has been used on this machine; it may have changed since."""
+    """Where an adapter or base model with this hash was seen on this machine; it may have changed since."""
     found = cache.places(sha256)
     if kind == "base":
         return found
@@ -50,7 +50,7 @@ def import_adapter(source: str | os.PathLike[str], name: str | None = None) -> R
     """Copy an adapter into the library: a file, a folder, or a hub id (``owner/repo`` or ``owner/repo/file``).
 
     Raises:
-        InputError: it does not exist, is no adapter, cannot be fetched, or the name is taken.
+        InputError: it does not exist, is not an adapter, cannot be fetched, or the name is taken.
     """
     return _import(source, name, "adapter")
 
@@ -87,7 +87,7 @@ def _copied(path: Path, name: str | None, kind: scan.Kind, shown: str) -> Record
 
 
 def _downloaded_base(repo: str, name: str) -> Record:
-    """Base models are large: fetched straight into the library, under a hidden name until they are whole."""
+    """Fetch a base model straight into the library, under a hidden name until it is complete."""
     _check_name(name, "base")
     root = settings.base_folders()[0]
     draft = hub.fetch_base(repo, root / f".{repo.replace('/', '--')}")
@@ -97,12 +97,12 @@ def _downloaded_base(repo: str, name: str) -> Record:
 
 
 def rename(name: str, new_name: str, kind: scan.Kind = "adapter") -> Record:
-    """Give an adapter (or base) another name; files of the same name beside it go along.
+    """Rename an adapter (or base) and the files of the same name beside it.
 
-    A guidance embedding stays: the renamed file names it as before.
+    A guidance embedding keeps its name, by which the adapter finds it.
 
     Raises:
-        InputError: there is no such thing, it ships with the studio, or the new name is taken or odd.
+        InputError: it does not exist, it ships with the studio, or the new name is taken or not allowed.
     """
     record = _changeable(name, kind)
     _check_name(new_name, kind)
@@ -113,7 +113,7 @@ def rename(name: str, new_name: str, kind: scan.Kind = "adapter") -> Record:
 
 
 def set_preview(record: Record, picture: Path) -> Path:
-    """Put a small PNG of ``picture`` beside an adapter of the library; returns its path."""
+    """Save ``picture`` as an adapter's preview (PNG, at most 512 pixels a side); returns its path."""
     from pipelines.pictures import open_picture
 
     place = record.path / "preview.png" if record.path.is_dir() else record.path.with_suffix(".png")
@@ -140,7 +140,7 @@ def trash(name: str, kind: scan.Kind = "adapter") -> Trashed:
     """Move an adapter (or base) to the trash, from which :func:`restore` brings it back.
 
     Raises:
-        InputError: there is no such thing, or it ships with the studio.
+        InputError: it does not exist, or it ships with the studio.
     """
     record = _changeable(name, kind)
     now = time.time()
@@ -149,7 +149,7 @@ def trash(name: str, kind: scan.Kind = "adapter") -> Trashed:
     (place / "files").mkdir()
     for file in [*_belongings(record.path), *_own_embedding(record)]:
         shutil.move(file, place / "files" / file.name)
-    with suppress(InputError):  # a full disk has room for new names only; :func:`_trashed` does without
+    with suppress(InputError):  # on a full disk files can only be renamed; :func:`_trashed` manages without
         files.write_text(place / "entry.json", json.dumps(entry, indent=1))
     return _trashed(place)
 
@@ -164,13 +164,13 @@ def _own_embedding(record: Record) -> list[Path]:
 
 
 def trashed() -> list[Trashed]:
-    """What is in the trash, the latest first."""
+    """What is in the trash, newest first."""
     places = [place for place in settings.folder("trash").iterdir() if any(place.glob("files/*"))]
     return sorted(map(_trashed, places), key=lambda item: item.deleted, reverse=True)
 
 
 def restore(name_or_id: str) -> Record:
-    """Bring the latest thing of this name (or id) back from the trash to where it was.
+    """Move the newest item of this name (or id) from the trash back to where it was.
 
     Raises:
         InputError: it is not in the trash, or its place is taken.
@@ -183,14 +183,14 @@ def restore(name_or_id: str) -> Record:
     found.original.parent.mkdir(parents=True, exist_ok=True)
     for file in (found.folder / "files").iterdir():
         place = found.original.parent / file.name
-        if not (distilled_adapters.EMBEDDING in file.name and place.exists()):  # its name says what is in it
+        if not (distilled_adapters.EMBEDDING in file.name and place.exists()):  # same name, same contents
             shutil.move(file, place)
     shutil.rmtree(found.folder)
     return _record_at(found.original, found.kind)
 
 
 def empty_trash() -> int:
-    """Delete for good what is in the trash; returns how many things that were."""
+    """Delete everything in the trash for good; returns how many items it held."""
     items = trashed()
     for item in items:
         shutil.rmtree(item.folder)
@@ -206,7 +206,7 @@ def _trashed(place: Path) -> Trashed:
 
 
 def _guessed(place: Path) -> dict[str, Any]:
-    """What is known of something that was deleted while the disk was full: it goes back to the library's own folder."""
+    """The entry of an item trashed while the disk was full: it goes back to the library's own folder."""
     found = sorted((place / "files").iterdir(), key=lambda file: (file.suffix not in _WEIGHTS, file.name))[0]
     kind: scan.Kind = "base" if (found / "model_index.json").is_file() or facts.is_language_model(found) else "adapter"
     root = next(iter(scan.roots(kind)))[0]
@@ -219,7 +219,7 @@ _WEIGHTS = (".safetensors", *scan.PICKLES)
 def _changeable(name: str, kind: scan.Kind) -> Record:
     record = find(name, kind)
     if record.read_only:
-        raise InputError(f"'{name}' ships with Adapter Studio and stays as it is: import a copy of {record.path}.")
+        raise InputError(f"'{name}' ships with Adapter Studio and cannot be changed: import a copy of {record.path}.")
     return record
 
 
@@ -232,13 +232,13 @@ def _place(name: str, source: Path, kind: scan.Kind) -> Path:
 
 def _check_name(name: str, kind: scan.Kind) -> None:
     if not _NAME.fullmatch(name):
-        raise InputError(f"'{name}' cannot be a name: use letters, digits, spaces and . _ - + ( ).")
+        raise InputError(f"'{name}' is not a valid name: use letters, digits, spaces and . _ - + ( ).")
     if any(record.name.lower() == name.lower() for record in scan.records(kind)):
         raise InputError(f"The name '{name}' is taken: choose another (--name).")
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy under a hidden name, then rename, so that a half copy is never listed."""
+    """Copy under a hidden name, then rename, so that a partial copy is never listed."""
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if source.is_dir():
@@ -259,7 +259,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _belongings(path: Path) -> list[Path]:
-    """The thing itself, and for a file its card, words and pictures of the same name."""
+    """The item itself, and for a file its card, words and pictures of the same name."""
     endings = (".yaml", ".json", ".md", files.WORDS, *facts.PICTURES)
     beside = [path.with_suffix(ending) for ending in endings]
     beside += [path.with_name(f"{path.stem}.preview{ending}") for ending in facts.PICTURES]

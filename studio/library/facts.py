@@ -1,4 +1,4 @@
-"""Everything the listing shows about one adapter or base model, gathered without reading weights."""
+"""Everything the library shows about one adapter or base model, gathered without reading weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MOST = 1000  # items of a list that are kept
 _LONGEST = 2000  # letters of a fact
 _LARGEST_TEXT = 2**20  # bytes of a card or configuration
 _LONGEST_CARD = 2**16  # letters of its YAML
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is fast also on what is odd
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, fast on malformed input too
 RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 
@@ -39,7 +39,7 @@ def adapter(path: Path) -> dict[str, Any]:
     """
     weights = weight_file(path)
     if weights.suffix in PICKLED:
-        raise InputError(f"{weights.suffix} files are not looked into: studio lora convert makes .safetensors of them")
+        raise InputError(f"{weights.suffix} files are not opened here: studio lora convert makes .safetensors of them")
     head = _header(weights)
     if not (kinds := head.kinds()):
         refuse_foreign(head.shapes, "it")
@@ -79,7 +79,7 @@ def _header(weights: Path) -> Header:
 
 
 def _from_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What a person wants to know of a training recipe."""
+    """What people want to know about a training recipe."""
     wanted = {"base_model": ("base", "name"), "example": ("data", "example_prompt"), "mode": ("config", "mode")}
     return {note: _line(_table(recipe.get(part)).get(key)) for note, (part, key) in wanted.items()}
 
@@ -89,7 +89,7 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _line(value: Any) -> str:
-    """A fact, or a plain list of them, as text; empty for what is neither."""
+    """A fact, or a plain list of facts, as text; empty for anything else."""
     items = value[:_MOST] if isinstance(value, list) else [value]
     told = (item for item in items if isinstance(item, str | int | float) and not isinstance(item, bool))
     return ", ".join(str(item) for item in told)[:_LONGEST]
@@ -164,7 +164,7 @@ def weight_file(path: Path) -> Path:
         return standard
     files = sorted(file for file in path.glob("*.safetensors") if not is_companion(file.name))
     if len(files) != 1:
-        raise InputError(f"a folder with {len(files) or 'no'} .safetensors files is no adapter")
+        raise InputError(f"a folder with {len(files) or 'no'} .safetensors files is not an adapter")
     return files[0]
 
 
@@ -174,7 +174,7 @@ def is_companion(name: str) -> bool:
 
 
 def preview(path: Path) -> Path | None:
-    """The picture that shows an adapter or base: ``preview.*`` in its folder, or one with the file's own name."""
+    """The preview of an adapter or base: ``preview.*`` in its folder, or a picture with the file's own name."""
     stems = [path / "preview", path / "sample"] if path.is_dir() else [
         path.with_suffix(""), path.with_name(f"{path.stem}.preview")
     ]  # fmt: skip
@@ -220,7 +220,7 @@ def _triggers(card: dict[str, Any], recipe: dict[str, Any] | None, metadata: Map
 
 
 def _words(head: Header) -> list[str]:
-    """The words that an adapter brings along (pivotal tuning)."""
+    """The new words that come with an adapter (pivotal tuning)."""
     bundled = {key.split(".")[1] for key in head.shapes if key.startswith("bundle_emb.") and key.count(".") > 1}
     named = head.json(WORDS_ENTRY)
     return sorted(bundled)[:_MOST] or [_line([word]) for word in (named if isinstance(named, list) else [])[:_MOST]]

@@ -31,7 +31,7 @@ def fetch_adapter(place: str) -> Path:
 
 
 def fetch_base(repo: str, folder: Path) -> Path:
-    """Download a pipeline into ``folder`` and return it; what an earlier try has fetched is not fetched again.
+    """Download a base model into ``folder`` and return it; files from an earlier attempt are kept.
 
     Raises:
         InputError: as :func:`fetch_adapter`, or the repository is neither a pipeline nor a language model.
@@ -76,9 +76,9 @@ def _asked(repo: str, ask: Callable[[], T]) -> T:
     try:
         return ask()
     except errors.GatedRepoError:
-        raise InputError(f"'{repo}' on the hub asks for permission: accept its terms, then  hf auth login.") from None
+        raise InputError(f"'{repo}' on the hub is gated: accept its terms there, then run  hf auth login.") from None
     except errors.HFValidationError as error:
-        raise InputError(f"'{repo}' is no hub id: {error}") from None
+        raise InputError(f"'{repo}' is not a hub id: {error}") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
         raise _offline(repo) from None
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
@@ -90,7 +90,7 @@ def _asked(repo: str, ask: Callable[[], T]) -> T:
 
 
 def _is_http(error: Exception) -> bool:
-    """Whether it comes from the hub's HTTP client, which is another package from version to version."""
+    """Whether it comes from the hub's HTTP client, whose package depends on the version."""
     return any(ancestor.__name__ == "HTTPError" for ancestor in type(error).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""Which base family an adapter file belongs to and which modules it changes, judged by its header alone."""
+"""Which base family an adapter file belongs to and which modules it changes, from its header alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adapters.formats.header import Header
 from pipelines.diffusion.families import of_adapter
 
 _END = 100
-"""Letters at the end of a flat name in which the module's own name is looked for."""
+"""How many letters at the end of a flat name are searched for the module's own name."""
 
 
 def adapter_family(head: Header) -> str:
@@ -27,7 +27,7 @@ _LANGUAGE = re.compile(
     r"(bert|roberta|distilbert|deberta|electra|albert|model)\.(encoder\.layer|transformer\.layer|layers)\b)",
     re.MULTILINE,
 )
-"""PEFT's keys of decoders and of BERT's family; speech models have encoder.layers and decoder.layers instead."""
+"""PEFT's keys of decoders and of BERT-like models; speech models have encoder.layers and decoder.layers instead."""
 
 _CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv]$")
 

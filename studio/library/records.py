@@ -1,4 +1,4 @@
-"""What the library tells about an adapter or a base model."""
+"""What the library knows about an adapter or a base model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Record:
     """One adapter or base model.
 
     Attributes:
-        name: what commands and pages call it, unique among its sort.
+        name: what commands and pages call it, unique within its kind.
         path: the file, or the folder when it is one.
         kind: "adapter" or "base".
         family: "sd", "sdxl", "sd3", "flux", "language", or "unknown".
@@ -25,14 +25,14 @@ class Record:
         rank: the most common rank of an adapter, None for bases and for what has no rank.
         targets: the modules an adapter changes, as ``component.module`` ("unet.to_q").
         size: bytes.
-        triggers: words that call it.
-        sha256: of the weights; None until asked for (:func:`studio.library.show`) because it reads the whole file.
+        triggers: its trigger words.
+        sha256: of the weights; None until :func:`studio.library.show` has read the whole file.
         recipe: how it was made, if the file says so.
-        preview: a picture beside it.
-        source: where it comes from.
+        preview: its preview picture.
+        source: where it was found.
         problem: why it cannot be used, empty when it can.
         modified: seconds since the epoch.
-        notes: further facts by name (parameters, base, licence, description ...).
+        notes: other facts by name (parameters, base, licence, description ...).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""From what a person writes (a name, a path, a hub id) to the thing itself."""
+"""Finds the adapter or base model that a name, path or hub id stands for."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def resolve_adapter(name_or_path: str | Path) -> Path:
 
 
 def resolve_base(name_or_path: str | Path) -> str:
-    """What the pipeline loads: the path of a base in the library, another path, or a hub id as it stands.
+    """What the pipeline loads: the path of a base in the library, another path, or a hub id unchanged.
 
     Raises:
-        InputError: there is nothing of this name.
+        InputError: nothing has this name.
     """
     text = str(name_or_path)
     known = {record.name: record for record in bases()}
@@ -74,7 +74,7 @@ def resolve_pipeline(name_or_path: str | Path) -> str:
     """As :func:`resolve_base`, for a base that draws pictures.
 
     Raises:
-        InputError: there is nothing of this name, or it is a language model (which is not unpacked to find out).
+        InputError: nothing has this name, or it is a language model (which is not unpacked to find out).
     """
     place = None if str(name_or_path) == smollm2.NAME else resolve_base(name_or_path)
     if place is None or facts.is_language_model(Path(place)):
@@ -83,7 +83,7 @@ def resolve_pipeline(name_or_path: str | Path) -> str:
 
 
 def _usable(record: Record) -> Record:
-    """The record, unless it has a problem; pickles are left to the loader, which reads tensors from them only."""
+    """The record, unless it has a problem; pickles are left to the loader, which reads only tensors from them."""
     if record.problem and record.path.suffix not in scan.PICKLES:
         raise InputError(f"The {record.kind} '{record.path}' cannot be used: {record.problem}.")
     return record

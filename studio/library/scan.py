@@ -25,7 +25,7 @@ _DEPTH = 5
 
 
 def records(kind: Kind) -> list[Record]:
-    """All adapters, or all base models, by name; the person's own come first when names are equal."""
+    """All adapters, or all base models, by name; of equal names the user's own keeps it, others get "-2", "-3"."""
     found: dict[str, Record] = {}
     for root, source in roots(kind):
         for path in _candidates(root, kind):
@@ -35,7 +35,7 @@ def records(kind: Kind) -> list[Record]:
 
 
 def roots(kind: Kind) -> Iterator[tuple[Path, Source]]:
-    """The folders searched, in the order in which they win a name."""
+    """The folders searched, in order of precedence."""
     own, *further = settings.adapter_folders() if kind == "adapter" else settings.base_folders()
     yield own, "library"
     for folder in further:
@@ -49,7 +49,7 @@ def roots(kind: Kind) -> Iterator[tuple[Path, Source]]:
 
 
 def record(path: Path, kind: Kind, name: str | None = None, source: Source = "folder") -> Record:
-    """The record of one file or folder, wherever it lies."""
+    """The record of one file or folder, wherever it is."""
     stamp, size, modified = "", 0, 0.0
     try:
         stamp = _stamp(path)
@@ -67,7 +67,7 @@ def record(path: Path, kind: Kind, name: str | None = None, source: Source = "fo
 
 
 def own_name(path: Path) -> str:
-    """The name that a file or folder gives an adapter; bytes that are not UTF-8 are written as ``\\xff``."""
+    """The name an adapter has from its file or folder; bytes that are not UTF-8 are written as ``\\xff``."""
     return without_bytes(path.name if path.is_dir() else path.stem)
 
 
@@ -101,7 +101,7 @@ def _gather(path: Path, kind: Kind) -> dict[str, Any]:
 
 
 def _candidates(root: Path, kind: Kind, depth: int = 0, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
-    """Files and folders below ``root`` that are, or pretend to be, an adapter or a base; linked folders once."""
+    """Files and folders below ``root`` that are, or look like, an adapter or a base; each linked folder once."""
     seen = set() if seen is None else seen
     if not _first_visit(root, seen):
         return
@@ -121,7 +121,7 @@ def _candidates(root: Path, kind: Kind, depth: int = 0, seen: set[tuple[int, int
 
 
 def _suffixes() -> tuple[str, ...]:
-    """What files with adapters end in."""
+    """The extensions of adapter files."""
     return (".safetensors", *PICKLES, *(one.suffix for one in formats().values() if one.suffix))
 
 
@@ -138,7 +138,7 @@ def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is an ordinary file; what cannot be asked is none."""
+    """Whether it is an ordinary file; False if that cannot be told."""
     try:
         return path.is_file()
     except OSError:
@@ -172,12 +172,12 @@ def _whole(folder: Path, kind: Kind) -> bool:
 
 
 def _foreign(folder: Path) -> bool:
-    """A pipeline or a checkpoint folder: what lies inside is no adapter of its own."""
+    """Whether it is a pipeline or checkpoint folder: nothing inside is an adapter of its own."""
     return (folder / "model_index.json").is_file() or (folder / "config.json").is_file()
 
 
 def _stamp(path: Path) -> str:
-    """Changes when the thing changes; of folders only the top level is looked at."""
+    """Changes when the file or folder changes; only a folder's top level counts."""
     files = [path] if path.is_file() else [entry for entry in _entries(path) if _is_file(entry)]
     beside = [path.with_suffix(ending) for ending in (".yaml", ".json", ".md")] if path.is_file() else []
     states = [(without_bytes(file.name), file.stat()) for file in [*files, *filter(_is_file, beside)]]

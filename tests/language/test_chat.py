@@ -317,7 +317,7 @@ def test_the_embedded_models_file_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "folder", lambda: tmp_path / "cache" / "smollm2")
     (tmp_path / "cache").mkdir()
     pytest.importorskip("gguf", reason="gguf is not installed: pip install 'adapter-studio[language]'")
-    with pytest.raises(InputError, match="is not the file we know"):
+    with pytest.raises(InputError, match="is not the expected file"):
         smollm2.prepare()
     assert not smollm2.ready()
 

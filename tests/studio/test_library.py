@@ -191,9 +191,9 @@ def test_import_copies_with_card_and_picture(tmp_path, shelf):
     [
         ("cat", "The name 'cat' is taken"),
         ("CAT", "The name 'CAT' is taken"),
-        ("../cat", "cannot be a name"),
-        (".cat", "cannot be a name"),
-        ("a/b", "cannot be a name"),
+        ("../cat", "is not a valid name"),
+        (".cat", "is not a valid name"),
+        ("a/b", "is not a valid name"),
         ("", None),
     ],
 )
