@@ -76,9 +76,7 @@ def split_words(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, T
         if not encoders:
             raise InputError(f"{source}: the word '{word}' has no embedding.")
         if len({len(rows) for rows in encoders.values()}) > 1:
-            raise InputError(
-                f"{source}: the word '{word}' has more vectors for one text encoder than for the other."
-            )
+            raise InputError(f"{source}: the word '{word}' has more vectors for one text encoder than for the other.")
     return rest, words
 
 

@@ -1,5 +1,5 @@
-"""How A and B start, one paper per module; :mod:`adapters.initialise.start` puts the result into a model.
+"""Initialisations of A and B, one paper per module; :mod:`adapters.initialise.start` applies them to a model.
 
-``W0`` (out, in) is frozen, ``A`` (r, in), ``B`` (out, r), update ``s B A``. A start away from zero keeps a frozen copy
-as an offset (:mod:`adapters.layers.variant`): the base is never changed.
+``W0`` (out, in) is frozen, ``A`` (r, in), ``B`` (out, r), update ``s B A``. Where the update does not start at zero, a
+frozen copy is subtracted as an offset (:mod:`adapters.layers.variant`): the base is never changed.
 """

@@ -1,13 +1,13 @@
 """CorDA: Context-Oriented Decomposition Adaptation of Large Language Models, arXiv 2406.05223.
 
-With C the second moment of the layer's inputs (in, in), damped until it can be inverted:
+With C (in, in) the second moment of the layer's inputs, damped until it can be inverted:
 
     W0 C = U S V^T,   W0 = U S V^T C^-1,   B0 = U_i (S_i / s)^(1/2),   A0 = (S_i / s)^(1/2) V_i^T C^-1
 
-over the r largest i (instruction-previewed, ``ipm``: learn along what the data uses) or the r smallest (knowledge-
-preserved, ``kpm``: keep what the data uses). Inputs are scaled by the largest magnitude of their batch, as in the
-authors' code. The paper subtracts s B0 A0 from W0; here it is an offset. Trained: A and B. Stored: an ordinary LoRA of
-rank 2r.
+over the r largest singular values (instruction-previewed, ``ipm``: learn along the directions the data uses) or the r
+smallest (knowledge-preserved, ``kpm``: keep them). Inputs are divided by the absolute value of the largest entry of
+their batch, as in the authors' code. The paper subtracts s B0 A0 from W0; here it is an offset. Trained: A and B.
+Stored: an ordinary LoRA of rank 2r.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from adapters.options import Option, Training
 METHOD = Method(
     name="corda",
     title="CorDA",
-    summary="Starts from each weight as your data uses it: learn along those directions (ipm) or keep them (kpm).",
+    summary="Starts from the directions of each weight that your data uses: learns along them (ipm) or keeps them "
+    "(kpm).",
     stage="initialise",
     makes="ordinary LoRA",
     paper="CorDA, arXiv 2406.05223",
@@ -49,7 +50,7 @@ def corda_factors(W0: Tensor, moment: Tensor, rank: int, scale: float, mode: str
     """A0 (r, in) and B0 (out, r) of a weight (out, in) and its inputs' second moment (in, in).
 
     Raises:
-        InputError: the inputs were all zero.
+        InputError: all inputs were zero.
     """
     damped, inverse = _invertible(moment)
     U, S, Vh = torch.linalg.svd(W0 @ damped, full_matrices=False)
@@ -59,11 +60,11 @@ def corda_factors(W0: Tensor, moment: Tensor, rank: int, scale: float, mode: str
 
 
 def _invertible(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The moment with a share of its mean on the diagonal, doubled until its inverse is good, and the inverse."""
+    """The moment and its inverse, with a share of the mean diagonal added, doubled until the inverse is accurate."""
     identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
     mean, damp = moment.diagonal().mean(), 0.01
     if not float(mean) > 0:
-        raise InputError("CorDA found only zero inputs in a layer: give it other batches, or leave the layer out.")
+        raise InputError("CorDA found only zero inputs in this layer: use other batches, or leave the layer out.")
     while True:
         damped = moment + damp * mean * identity
         inverse = torch.linalg.inv(damped)

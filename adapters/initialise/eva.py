@@ -2,9 +2,10 @@
 
     A0 = the r right singular vectors of the layer's inputs X (tokens, in) with the largest singular values,   B0 = 0
 
-A reads what varies most in the data. The inputs' second moment X^T X (in, in) is summed over some batches, which gives
-the same vectors as the paper's incremental SVD of X (PEFT's centres the inputs first). Every layer keeps its rank: the
-paper's redistribution of ranks between layers is not done (rho = 1). Trained: A and B. Stored: an ordinary LoRA.
+A reads the directions that vary most in the data. The inputs' second moment X^T X (in, in) is summed over some batches,
+which gives the same vectors as the paper's incremental SVD of X (PEFT centres the inputs first). Every layer keeps its
+rank: the paper's redistribution of ranks between layers is not done (rho = 1). Trained: A and B. Stored: an ordinary
+LoRA.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from adapters.options import Training
 METHOD = Method(
     name="eva",
     title="EVA",
-    summary="A starts as the main directions of the layer's inputs in your data, B zero.",
+    summary="A starts as the main directions of the layer's inputs on your data, B at zero.",
     stage="initialise",
     makes="ordinary LoRA",
     paper="EVA, arXiv 2410.07170",
@@ -35,5 +36,5 @@ def eva_factor(moment: Tensor, rank: int) -> Tensor:
 
 
 def start(layer: StartLayer) -> tuple[Tensor, Tensor]:
-    """A0 and a B of zeros (out, r) of one layer."""
+    """A0 (r, in) and a zero B0 (out, r) of one layer."""
     return eva_factor(layer.measured, layer.rank), layer.W0.new_zeros(layer.W0.shape[0], layer.rank)

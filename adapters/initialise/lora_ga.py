@@ -4,13 +4,13 @@ G = dL/dW0 (out, in) on some batches, G = U S V^T, c = out^(1/4) / sqrt(gamma):
 
     A0 = c V^T[i],   B0 = c U[:, j]   with disjoint i, j of size r that cover the largest 2r directions
 
-No singular values enter, so the start does not depend on the size of the loss. One SGD step of rate l then changes the
-effective weight by -l s^2 (G A0^T A0 + B0 B0^T G) = -l s^2 c^2 G_2r, the best rank-2r approximation of the full step
-(Theorem 3.1). Trained: A and B; s B0 A0 is an offset, the base stays as it is. Stored: an ordinary LoRA of rank 2r.
-Use rank-stabilised scaling s = alpha / sqrt(r), for which c is derived.
+No singular values enter, so the result does not depend on the scale of the loss. One SGD step of rate l then changes
+the effective weight by -l s^2 (G A0^T A0 + B0 B0^T G) = -l s^2 c^2 G_2r, the best rank-2r approximation of the full
+step (Theorem 3.1). Trained: A and B; s B0 A0 is an offset, the base is not changed. Stored: an ordinary LoRA of rank
+2r. Use rank-stabilised scaling s = alpha / sqrt(r), for which c is derived.
 
-PEFT's ``lora_ga`` differs: it multiplies B by the gradient's singular values and gives only B the factor c, so its
-first step is the rank-r truncation and depends on the loss's size. ``scale="peft_0_21"`` reproduces it for comparison.
+PEFT's ``lora_ga`` differs: it multiplies B by the gradient's singular values and applies c to B only, so its first step
+is the rank-r truncation and depends on the scale of the loss. ``size="peft_0_21"`` reproduces it for comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from adapters.options import Option, Rule, Training
 METHOD = Method(
     name="lora_ga",
     title="LoRA-GA",
-    summary="Starts so that the first step goes where full fine-tuning would go: fewer steps to the same loss.",
+    summary="Starts so that the first step approximates that of full fine-tuning: fewer steps to the same loss.",
     stage="initialise",
     makes="ordinary LoRA",
     paper="LoRA-GA, arXiv 2407.05000",
@@ -40,7 +40,7 @@ METHOD = Method(
                 "ga_gamma",
                 16.0,
                 gt=0,
-                help="lora_ga: strength of the start is out^(1/4) / sqrt(gamma); smaller starts stronger.",
+                help="lora_ga: A and B start at size out^(1/4) / sqrt(gamma); a smaller gamma starts larger.",
             ),
             Option(
                 "ga_direction",
@@ -52,18 +52,18 @@ METHOD = Method(
                 "ga_scale",
                 "stable",
                 choices=("stable", "unit", "gd", "weightS"),
-                help="lora_ga: size of the start (stable is the paper's).",
+                help="lora_ga: how the size of A and B at the start is chosen (stable is the paper's).",
             ),
             Option(
                 "ga_norm_clip",
                 False,
-                help="lora_ga: never start with an offset larger than the largest base weight.",
+                help="lora_ga: shrink the start so that no entry of s B A exceeds the largest base weight.",
             ),
         ),
         warned=(
             Rule(
                 "not use_rslora and grad_rule != 'allora'",
-                "LoRA-GA's size is derived for rank-stabilised LoRA: switch use_rslora on.",
+                "LoRA-GA's size of A and B is derived for rank-stabilised LoRA: switch use_rslora on.",
             ),
         ),
         looks_at="gradients",
@@ -90,14 +90,14 @@ def ga_factors(
 
     Args:
         scale: s, the layer's forward factor.
-        gamma: strength of the ``stable`` size.
-        direction: ArB2r (A the first r directions, B the next r), A2rBr, ArBr (odd and even) or random.
+        gamma: sets the ``stable`` size; smaller is larger.
+        direction: ArB2r (A the first r directions, B the next r), A2rBr, ArBr (every second one) or random.
         size: stable (c), unit (1), gd (1 / s), weightS (mean of sqrt(sigma_i(W0) / s)), peft_0_21 (PEFT's).
-        W0: the weight, for weightS and ``norm_clip``.
+        W0: the weight (out, in), for weightS and ``norm_clip``.
         norm_clip: shrink both factors until max |s B0 A0| <= max |W0| (the authors' option).
 
     Raises:
-        InputError: 2 rank exceeds the layer, a gradient that is zero or not finite, an unknown option.
+        InputError: 2 * rank exceeds the layer, the gradient is zero or not finite, or an option is unknown.
     """
     _check(G, rank, gamma, direction, size)
     U, S, Vh = truncated_svd(G, 2 * rank, seed)
@@ -124,7 +124,7 @@ def start(
 
 
 def _split(rank: int, direction: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Disjoint indices of A's and B's directions among the first 2r."""
+    """Indices of A's and of B's directions among the first 2r, disjoint."""
     order = torch.arange(2 * rank)
     if direction == "ArB2r":
         return order[:rank], order[rank:]
@@ -154,9 +154,9 @@ def _factor(G: Tensor, rank: int, scale: float, gamma: float, size: str, W0: Ten
 
 def _check(G: Tensor, rank: int, gamma: float, direction: str, size: str) -> None:
     if direction not in DIRECTIONS:
-        raise InputError(f"LoRA-GA knows no direction '{direction}': known are {', '.join(DIRECTIONS)}.")
+        raise InputError(f"LoRA-GA has no direction '{direction}': use one of {', '.join(DIRECTIONS)}.")
     if size not in SCALES:
-        raise InputError(f"LoRA-GA knows no size '{size}': known are {', '.join(SCALES)}.")
+        raise InputError(f"LoRA-GA has no size '{size}': use one of {', '.join(SCALES)}.")
     if not gamma > 0:
         raise InputError(f"LoRA-GA's gamma must be above 0, got {gamma}.")
     largest = min(G.shape) // 2

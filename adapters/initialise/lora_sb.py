@@ -1,16 +1,16 @@
 """LoRA-SB: Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning,
 arXiv 2411.19557.
 
-    y = W0 x + s B R A x,   trained: R (r, r) alone;   B (out, r) and A (r, in) frozen with orthonormal columns and rows
+    y = W0 x + s B R A x,   trained: only R (r, r);   B (out, r) and A (r, in) frozen with orthonormal columns and rows
 
 From the summed gradient g (out, in) of some batches, the first full AdamW step and its best rank-r approximation:
 
     D = -eta sign(g)  ~  U_r S_r V_r^T,   B = U_r,   A = V_r^T,   R = diag(S_r) / s
 
 With B^T B = A A^T = I the update s B g_R A = s^2 B B^T g A^T A is the nearest one inside the fixed subspace, for any s.
-The model starts one (projected) step away from the base; nothing is subtracted. Everything is kept in fp32. Stored: an
-ordinary LoRA with B R in place of B, exactly. ``linear=True`` takes D = -eta g instead (no sign), which is linear in g
-and therefore averages over clients.
+The model starts one (projected) step away from the base; nothing is subtracted. Everything stays in fp32. Stored: an
+ordinary LoRA with B R in place of B, exactly. ``linear=True`` uses D = -eta g instead (no sign), which is linear in g
+and can therefore be averaged over clients.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from adapters.options import Option, Rule, Training
 METHOD = Method(
     name="lora_sb",
     title="LoRA-SB",
-    summary="Fixes A and B at the first full step's directions and trains a small matrix between them: rank x rank "
-    "numbers a layer.",
+    summary="Fixes A and B at the directions of the first full step and trains a small matrix between them: rank x "
+    "rank parameters per layer.",
     stage="initialise",
     makes="ordinary LoRA",
     paper="LoRA-SB, arXiv 2411.19557",
@@ -42,13 +42,13 @@ METHOD = Method(
                 None,
                 type="float",
                 gt=0,
-                help="lora_sb: length of the first full step it starts from; empty = the first step's learning rate.",
+                help="lora_sb: step size of the first full step; empty = the first step's learning rate.",
             ),
         ),
         refused=(
             Rule(
                 "use_dora",
-                "lora_sb trains a small matrix between A and B, which DoRA knows nothing of: switch use_dora off",
+                "lora_sb trains a small matrix between A and B, which DoRA does not support: switch use_dora off",
             ),
             Rule("freeze_a", "lora_sb freezes A and B already: switch freeze_a off"),
             Rule(
@@ -57,14 +57,14 @@ METHOD = Method(
             ),
             Rule(
                 "loraplus_ratio != 1",
-                "LoRA+ gives B a learning rate of its own, but lora_sb does not train B: set loraplus_ratio to 1",
+                "LoRA+ gives B its own learning rate, but lora_sb does not train B: set loraplus_ratio to 1",
             ),
         ),
         warned=(
             Rule(
                 "",
-                "LoRA-SB trains rank x rank numbers per layer: use a larger rank than for LoRA (and more learning "
-                "rate).",
+                "LoRA-SB trains only rank x rank parameters per layer: use a larger rank and a higher learning rate "
+                "than for LoRA.",
             ),
         ),
         looks_at="gradients",
@@ -80,18 +80,18 @@ def sb_factors(
 
     Args:
         scale: s, the layer's forward factor.
-        eta: length of the first step, the learning rate of the first optimiser step in the authors' code.
-        linear: without the sign.
+        eta: size of the first step; in the authors' code, the learning rate of the first optimiser step.
+        linear: use the gradient itself instead of its sign.
 
     Raises:
-        InputError: rank larger than the layer, a gradient that is zero or not finite, eta not above 0.
+        InputError: the rank is larger than the layer, the gradient is zero or not finite, or eta is not above 0.
     """
     if rank > min(g.shape):
         raise InputError(
             f"Rank {rank} is larger than this layer ({g.shape[0]} x {g.shape[1]}): use at most {min(g.shape)}."
         )
     if not eta > 0:
-        raise InputError(f"LoRA-SB's first step must be longer than 0, got {eta}.")
+        raise InputError(f"LoRA-SB's first step must be larger than 0, got {eta}: set sb_step.")
     if not bool(torch.isfinite(g).all()) or not bool(g.any()):
         raise InputError("The gradient of this layer is zero or not finite: LoRA-SB cannot start from it.")
     step = -eta * (g if linear else g.sign())
@@ -105,7 +105,7 @@ def start(layer: StartLayer, sb_step: float | None) -> tuple[Tensor, Tensor, Ten
 
 
 def from_lora(A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A (r, in), B (out, r), R (r, r) with orthonormal A, B and s B R A equal to an ordinary LoRA's s B A."""
+    """A (r, in), B (out, r) and R (r, r), A and B orthonormal, with s B R A equal to an ordinary LoRA's s B A."""
     left, R_left = torch.linalg.qr(B)
     right, R_right = torch.linalg.qr(A.T)
     return right.T.contiguous(), left, R_left @ R_right.T

@@ -2,7 +2,7 @@
 
     W0 = Q R (QR decomposition),   B0 = Q[:, :r],   A0 = R[:r]
 
-B starts orthonormal. The paper (and PEFT) subtracts s B0 A0 from W0; here it is an offset, the base stays as it is.
+B starts orthonormal. The paper (and PEFT) subtracts s B0 A0 from W0; here it is an offset, the base is not changed.
 Trained: A and B. Stored: an ordinary LoRA of rank 2r.
 """
 

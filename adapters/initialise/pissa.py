@@ -3,7 +3,7 @@
     W0 = U S V^T,   B0 = U_r (S_r / s)^(1/2),   A0 = (S_r / s)^(1/2) V_r^T,   so that  s B0 A0 = U_r S_r V_r^T
 
 The adapter starts as the principal part of the weight itself, so it learns along the directions that matter most. The
-paper (and PEFT) subtracts s B0 A0 from W0; here it is an offset, the base stays as it is. Trained: A and B. Stored: an
+paper (and PEFT) subtracts s B0 A0 from W0; here it is an offset, the base is not changed. Trained: A and B. Stored: an
 ordinary LoRA of rank 2r, s (B A - B0 A0).
 """
 

@@ -1,6 +1,7 @@
-"""Starts that change nothing and need nothing: PEFT's own.
+"""PEFT's own initialisations, which do not change the model and need no data.
 
-default: A Kaiming-uniform, B = 0. gaussian: A normal with deviation 1/r, B = 0. orthogonal: A and B random, B A = 0.
+default: A Kaiming-uniform, B = 0. gaussian: A normal with standard deviation 1/r, B = 0. orthogonal: A and B random,
+B A = 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ METHODS = (
     Method(
         name="default",
         title="Kaiming-uniform",
-        summary="A random, B zero: the usual start, for everything.",
+        summary="A random, B zero: the usual initialisation.",
         stage="initialise",
         makes="ordinary LoRA",
         paper="LoRA, arXiv 2106.09685",
@@ -24,7 +25,7 @@ METHODS = (
     Method(
         name="gaussian",
         title="Gaussian",
-        summary="A normal with deviation 1/r, B zero: a smaller, gentler start.",
+        summary="A normal with standard deviation 1/r, B zero: a smaller, gentler start.",
         stage="initialise",
         makes="ordinary LoRA",
         paper="LoRA, arXiv 2106.09685",
@@ -34,7 +35,7 @@ METHODS = (
     Method(
         name="orthogonal",
         title="Orthogonal",
-        summary="A and B both random but with product zero, so that both learn from the first step.",
+        summary="A and B both random with product zero, so that both learn from the first step.",
         stage="initialise",
         makes="ordinary LoRA",
         paper="",
@@ -44,7 +45,7 @@ METHODS = (
             refused=(
                 Rule(
                     "freeze_a",
-                    "the orthogonal start shares its directions between A and B: with freeze_a choose another init",
+                    "orthogonal splits its directions between A and B: choose another init with freeze_a",
                 ),
             ),
         ),
@@ -59,5 +60,5 @@ PEFT_NAMES: dict[str, bool | Literal["gaussian", "orthogonal"]] = {
 
 
 def in_peft(name: str) -> bool | Literal["gaussian", "orthogonal"]:
-    """PEFT's ``init_lora_weights`` for an init: its own where the start changes nothing, else its default."""
+    """PEFT's ``init_lora_weights`` for an init: PEFT's own if it has it here, else its default."""
     return PEFT_NAMES.get(name, True)

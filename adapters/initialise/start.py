@@ -1,15 +1,15 @@
-"""Give the plain, freshly added adapters of some models another start.
+"""Apply an initialisation to plain, freshly added adapters.
 
-A start is a function of one layer, ``start(layer: StartLayer, **options)`` with the options its method declares; the
-declaration says what it looks at and what it returns (:class:`adapters.options.Training`):
+An initialisation is a function of one layer, ``start(layer: StartLayer, **options)`` with the options its method
+declares; the declaration also says what it measures and what it returns (:class:`adapters.options.Training`):
 
     factors   A (r, in), B (out, r)
     offset    the same, also kept frozen and subtracted: the model does not change
     core      A (r, in), B (out, r), R (r, r): A and B frozen, R between them trained
 
-The adapters must still change nothing (B = 0), so that what is measured is the pre-trained model. A data-driven start
-that moves the model is bounded: where the loss on the batches it looked at is worse than the base's by more than
-:data:`WORSE`, its step is halved until it is not.
+The adapters must still change nothing (B = 0), so that the pre-trained model is measured. A data-driven initialisation
+that moves the model is bounded: while the loss on its batches exceeds the base's by more than :data:`WORSE`, its step
+is halved.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from adapters.options import Training
 from adapters.plugin import Handles, Need, Plugin, layers_of, no_decay
 
 Losses = Callable[[int], Iterable[Closure]]
-"""The training loss of the first n batches, one closure each."""
+"""The training losses of the first n batches, one closure each."""
 
 WORSE = 0.1
-"""How much of the base's loss a start may add."""
+"""Largest increase of the loss by an initialisation, as a share of the base's loss."""
 
 HALVINGS = 30
-"""How often a step is halved before the start is refused."""
+"""How often a step is halved before the initialisation is refused."""
 
 
 @dataclass(frozen=True)
 class StartLayer:
-    """What a start knows of one layer.
+    """What an initialisation gets of one layer.
 
     Attributes:
         W0: the frozen weight (out, in * kernel), fp32 or more precise.
-        measured: mean gradient (out, in * kernel) or second moment (in * kernel, in * kernel), as the method's
-            ``looks_at`` says; else empty.
+        measured: mean gradient (out, in * kernel) or second moment (in * kernel, in * kernel), by the method's
+            ``looks_at``; else empty.
         rank: r.
         scale: s, the forward factor.
         seed: of the run.
@@ -73,7 +73,7 @@ class StartLayer:
 
 @dataclass(frozen=True)
 class Start:
-    """Which start, how many batches it looks at, and its options by name (what is missing has its default)."""
+    """An initialisation: its name, how many batches it measures, and its options by name (missing ones: defaults)."""
 
     name: str
     batches: int = 8
@@ -86,16 +86,16 @@ class Start:
         """The method's declaration."""
         found = catalogue.find("initialise", self.name).training
         if found is None:
-            raise InputError(f"'{self.name}' is no start of a training.")
+            raise InputError(f"'{self.name}' is not an initialisation for training.")
         return found
 
     @property
     def looks(self) -> bool:
-        """Whether it needs some batches."""
+        """Whether it needs batches."""
         return self.training.looks_at != "nothing"
 
     def factors(self, layer: StartLayer) -> tuple[Tensor, ...]:
-        """What the method's function gives for a layer."""
+        """A, B (and R) of a layer, from the method's function."""
         function: Any = catalogue.find("initialise", self.name).load()
         options = {item.name: self.options.get(item.name, item.default) for item in self.training.options}
         found: tuple[Tensor, ...] = function(layer, **options)
@@ -108,16 +108,16 @@ def apply(
     """Set A, B (and offsets, R) of every adapted layer of ``models``.
 
     Args:
-        models: component name -> model with a plain adapter; with a data-driven start, all of them take part in the
-            losses.
-        losses: needed by data-driven starts.
+        models: component name -> model with a plain adapter; for a data-driven initialisation, all of them take part in
+            the losses.
+        losses: needed by data-driven initialisations.
 
     Raises:
-        InputError: a layer the start cannot work with (named), batches that are missing, or a start that stays worse
-            than the base however short its step.
+        InputError: a layer that cannot be initialised (named), missing batches, or a loss that stays worse than the
+            base's however short the step.
     """
     if start.training.sets == "nothing":
-        return  # PEFT has done it
+        return  # PEFT has already done it
     layers = layers_of(Handles(models, adapter=adapter))
     seen: list[float] = []
     measured = _measure(start, models, layers, losses, seen)
@@ -133,13 +133,13 @@ def apply(
 def _measure(
     start: Start, models: Mapping[str, nn.Module], layers: Mapping[str, Any], losses: Losses | None, seen: list[float]
 ) -> dict[str, Tensor]:
-    """What the start looks at, by layer; the batches' losses are added to ``seen``."""
+    """Layer -> its mean gradient or second moment; the batches' losses are appended to ``seen``."""
     if not start.looks:
         return {}
     if losses is None:
-        raise InputError(f"The start '{start.name}' looks at some batches first, and none were given.")
+        raise InputError(f"init '{start.name}' needs batches to measure first, but none were given.")
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
-    looks_at, batches = start.training.looks_at, _noted(losses(start.batches), seen)
+    looks_at, batches = start.training.looks_at, _recorded(losses(start.batches), seen)
     with _evaluating(models):
         if looks_at == "gradients":
             found = capture_gradients(bases, batches, start.batches)
@@ -176,8 +176,8 @@ def _set(start: Start, layer: Any, measured: Tensor | None, adapter: str) -> Non
 def _bound(
     start: Start, models: Mapping[str, nn.Module], layers: list[Any], losses: Losses, base: float, adapter: str
 ) -> None:
-    """Halve what moves the model until its loss is at most :data:`WORSE` worse than ``base``; say what was done."""
-    moved = [_mover(layer, adapter) for layer in layers]
+    """Halve the step until the loss exceeds ``base`` by at most :data:`WORSE`; warn if it was halved."""
+    moved = [_step_matrix(layer, adapter) for layer in layers]
     if not any(bool(tensor.any()) for tensor in moved):
         return
     first = loss = _loss(start, models, losses, layers)
@@ -188,25 +188,25 @@ def _bound(
         loss, halvings = _loss(start, models, losses, layers), halvings + 1
     if not loss <= base + WORSE * abs(base):
         raise InputError(
-            f"The start '{start.name}' makes the loss {first:.3g} where the base has {base:.3g}, however short its "
+            f"init '{start.name}' raises the loss from {base:.3g} to {first:.3g}, and still too far however short its "
             "step: lower learning_rate, raise init_batches, or choose another init."
         )
     if halvings:
         warnings.warn(
-            f"The start '{start.name}' made the loss {first:.3g} where the base has {base:.3g}: its step was "
-            f"shortened to 1/{2**halvings}, where the loss is {loss:.3g}.",
+            f"init '{start.name}' raised the loss from {base:.3g} to {first:.3g}: its step was shortened to "
+            f"1/{2**halvings}, which gives {loss:.3g}.",
             stacklevel=2,
         )
 
 
-def _mover(layer: Any, adapter: str) -> Tensor:
-    """The matrix whose size is that of the start's step: the core, or B."""
+def _step_matrix(layer: Any, adapter: str) -> Tensor:
+    """The matrix that scales the update: the core, or B."""
     core = core_of(layer, adapter)
     return pair(layer, adapter)[1] if core is None else core
 
 
 def _loss(start: Start, models: Mapping[str, nn.Module], losses: Losses, layers: list[Any]) -> float:
-    """Mean loss of the batches the start looked at, over all processes."""
+    """Mean loss of the measured batches, over all processes."""
     with _evaluating(models):
         return _shared_mean([float(closure()) for closure in losses(start.batches)], dict(enumerate(layers)))
 
@@ -216,10 +216,10 @@ def _shared_mean(values: list[float], layers: Mapping[Any, Any]) -> float:
     return float(_over_processes(mean.float(), next(iter(layers.values())))) if _together() else float(mean)
 
 
-def _noted(losses: Iterable[Closure], seen: list[float]) -> Any:
-    """The closures, whose values are also added to ``seen``."""
+def _recorded(losses: Iterable[Closure], seen: list[float]) -> Any:
+    """The closures; their values are also appended to ``seen``."""
 
-    def noted(closure: Closure) -> Closure:
+    def recorded(closure: Closure) -> Closure:
         def loss() -> Tensor:
             value = closure()
             seen.append(float(value.detach()))
@@ -227,7 +227,7 @@ def _noted(losses: Iterable[Closure], seen: list[float]) -> Any:
 
         return loss
 
-    return (noted(closure) for closure in losses)
+    return (recorded(closure) for closure in losses)
 
 
 # ------------------------------------------------------------------------------------------------ the models
@@ -235,7 +235,7 @@ def _noted(losses: Iterable[Closure], seen: list[float]) -> Any:
 
 @contextmanager
 def _evaluating(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, the models are in evaluation mode; outside, every module is as it was."""
+    """Inside, the models are in evaluation mode; every module's mode is restored on exit."""
     modes = [(module, module.training) for model in models.values() for module in model.modules()]
     for model in models.values():
         model.eval()
@@ -273,7 +273,7 @@ def _same_everywhere(value: Tensor) -> Tensor:
 
 
 class StartPlugin(Plugin):
-    """Any start: applied before the first step; what it freezes is in the checkpoint."""
+    """Applies the chosen initialisation before the first step; checkpoints hold what it freezes."""
 
     name = "start"
 
@@ -290,7 +290,7 @@ class StartPlugin(Plugin):
         start, look = self.start, handles.calibration
         if look is not None:
             start = Start(start.name, start.batches, start.options, look.rate, start.seed)
-        elif start.looks:  # a run is taken up: what is missing comes with its state
+        elif start.looks:  # the run is resumed: the factors come with its state
             if start.training.sets == "core":
                 for layer in self.layers.values():
                     rank = layer.r[self.adapter]
@@ -300,7 +300,7 @@ class StartPlugin(Plugin):
 
     def after_inject(self, handles: Handles) -> None:
         cores = [core for layer in self.layers.values() if (core := core_of(layer, self.adapter)) is not None]
-        no_decay(handles, cores)  # it would pull towards W0, not towards the start
+        no_decay(handles, cores)  # decay would pull towards W0, not towards the start
 
     def state_dict(self) -> dict[str, Any]:
         kept = {}
@@ -315,12 +315,12 @@ class StartPlugin(Plugin):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state.get("init") != self.start.name:
             raise InputError(
-                f"The checkpoint was not started with '{self.start.name}' (no frozen matrices): start a new run."
+                f"The checkpoint was not initialised with '{self.start.name}' (no frozen matrices): start a new run."
             )
         sets = self.start.training.sets
         for name, layer in self.layers.items() if sets in ("offset", "core") else ():
             if name not in state["frozen"]:
-                raise InputError(f"The checkpoint has no start of the layer '{name}': start a new run.")
+                raise InputError(f"The checkpoint has no frozen matrices for the layer '{name}': start a new run.")
             first, second = state["frozen"][name]
             if sets == "offset":
                 set_offset_buffers(layer, first, second, self.adapter)

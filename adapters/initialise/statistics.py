@@ -1,6 +1,6 @@
-"""What data-driven starts need to know of a model: gradients of weights and second moments of inputs.
+"""Statistics for data-driven initialisations: gradients of weights and second moments of inputs.
 
-The base stays frozen, and may be quantised: a hook keeps a layer's input x, another gets delta = dL/dy, and
+The base stays frozen and may be quantised: one hook keeps a layer's input x, another receives delta = dL/dy, and
 delta^T x is the gradient of the weight. Sums are in fp32 on the CPU.
 """
 
@@ -30,7 +30,7 @@ def capture_gradients(layers: Mapping[str, nn.Module], losses: Iterable[Closure]
         losses: one closure per batch; at least ``count``.
 
     Raises:
-        InputError: fewer batches than asked, a layer of another type, or one that got no gradient (names listed).
+        InputError: fewer batches than ``count``, a layer of another type, or one without a gradient (names listed).
     """
     _check_types(layers)
     total: dict[str, Tensor] = {}
@@ -48,11 +48,11 @@ def capture_gradients(layers: Mapping[str, nn.Module], losses: Iterable[Closure]
             if done == count:
                 break
     if done < count:
-        raise InputError(f"The start looks at {count} batches, but there are only {done}: set init_batches to {done}.")
+        raise InputError(f"init needs {count} batches, but there are only {done}: set init_batches to {done}.")
     missing = [name for name in layers if name not in total]
     if missing:
         raise InputError(
-            f"{len(missing)} layers got no gradient ({', '.join(missing[:5])}): they do not take part in the loss; "
+            f"{len(missing)} layers got no gradient ({', '.join(missing[:5])}): they do not contribute to the loss; "
             "leave them out of the targets."
         )
     return {name: gradient / count for name, gradient in total.items()}
@@ -65,10 +65,10 @@ def capture_moments(
     """Mean over batches of X^T X of the layers' inputs: name -> (in * kernel, in * kernel), fp32, on the CPU.
 
     Args:
-        scaled: divide the inputs of each call by their largest value (CorDA).
+        scaled: divide the inputs of each call by the absolute value of their largest entry (CorDA).
 
     Raises:
-        InputError: fewer batches than asked, or a layer that was never called.
+        InputError: fewer batches than ``count``, a layer of another type, or one that was never called.
     """
     _check_types(layers)
     total: dict[str, Tensor] = {}
@@ -95,10 +95,12 @@ def capture_moments(
         for handle in handles:
             handle.remove()
     if done < count:
-        raise InputError(f"The start looks at {count} batches, but there are only {done}: set init_batches to {done}.")
+        raise InputError(f"init needs {count} batches, but there are only {done}: set init_batches to {done}.")
     missing = [name for name in layers if name not in total]
     if missing:
-        raise InputError(f"{len(missing)} layers are never called ({', '.join(missing[:5])}): leave them out.")
+        raise InputError(
+            f"{len(missing)} layers are never called ({', '.join(missing[:5])}): leave them out of the targets."
+        )
     return {name: moment / count for name, moment in total.items()}
 
 
@@ -115,11 +117,11 @@ def weight_gradient(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """The inputs of a layer as rows (calls, in * kernel), fp32; a convolution's are its patches."""
+    """The inputs of a layer as rows (positions, in * kernel), fp32 or higher; for a convolution, its patches."""
     precise = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(module, nn.Conv2d):
         if isinstance(module.padding, str):
-            raise InputError(f"Convolutions with padding '{module.padding}' cannot be looked at patch by patch.")
+            raise InputError(f"Convolutions with padding '{module.padding}' cannot be measured patch by patch.")
         patches = F.unfold(precise, module.kernel_size, module.dilation, module.padding, module.stride)
         return patches.transpose(1, 2).flatten(0, 1)
     return precise.flatten(0, -2)
@@ -127,7 +129,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _watched(layers: Mapping[str, nn.Module], keep: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside, every call of a layer reports (name, module, input, gradient of the output) in its backward pass."""
+    """Inside, the backward pass calls ``keep(name, module, input, gradient of the output)`` for each layer's call."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
         def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def _watched(layers: Mapping[str, nn.Module], keep: Callable[[str, nn.Module, Te
             if output.requires_grad:
                 output.register_hook(lambda delta: keep(name, module, x, delta))
                 return output
-            leaf = output.detach().requires_grad_()  # everything below is frozen: the graph begins here
+            leaf = output.detach().requires_grad_()  # everything before it is frozen: the graph begins here
             leaf.register_hook(lambda delta: keep(name, module, x, delta))
             return leaf.clone()
 
@@ -158,6 +160,6 @@ def _check_types(layers: Mapping[str, nn.Module]) -> None:
     ]
     if strange:
         raise InputError(
-            f"This start knows linear layers and 2-d convolutions, not {', '.join(strange[:5])}: "
+            f"This init supports linear layers and 2-d convolutions, not {', '.join(strange[:5])}: "
             "leave those out of the targets."
         )

@@ -1,1 +1,1 @@
-"""How A and B learn: gradient rules, perturbations, terms of the loss, what is frozen. One paper per module."""
+"""How A and B are trained: gradient rules, perturbations, loss terms, frozen factors. One paper per module."""

@@ -4,12 +4,12 @@
     n_i = |(B A)_i|,   a_i = 1 / sqrt(n_i + 1 / eta^2)   per output row i
     gB = diag(a) D A^T,   gA = B^T diag(a) D,   gx = (W0 + B A)^T delta (unscaled),   D = sum over tokens of delta x^T
 
-Rows that are still zero learn eta times faster, so B leaves zero quickly and then slows down. a is constant for
-autograd. n is taken from r x r Gram matrices, never from B A itself; of a layer with an offset it is the norm of the
-change since the start. Trained: A and B. Stored: an ordinary LoRA with alpha = r.
+Rows that are still zero learn eta times faster, so B leaves zero quickly and then slows down. Autograd treats a as a
+constant. n is computed from r x r Gram matrices, never from B A itself; in a layer with an offset it is the norm of
+the change since the start. Trained: A and B. Stored: an ordinary LoRA with alpha = r.
 
-The paper's formulas were rebuilt from secondary sources. Adam-like optimisers divide the size of gradients away, so the
-rule is for SGD; :class:`ScaledSteps` (our extension) scales the optimiser's update by a instead.
+The paper's formulas were reconstructed from secondary sources. Adam-like optimisers normalise gradients, so the rule is
+for SGD; :class:`ScaledSteps` (our extension) scales the optimiser's update by a instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from adapters.plugin import Handles, Plugin, check_whole, matrices_of, no_decay
 METHOD = Method(
     name="allora",
     title="ALLoRA",
-    summary="Larger gradients for output rows that are still near zero, no scale and no dropout to choose; for SGD.",
+    summary="Larger gradients for output rows still near zero; no scale and no dropout to choose; for SGD.",
     stage="learn",
     makes="ordinary LoRA",
     paper="ALLoRA, arXiv 2410.09692",
@@ -51,7 +51,8 @@ METHOD = Method(
                 "allora_mode",
                 "gradient",
                 choices=("gradient", "lr"),
-                help="allora: gradient is the paper's; lr scales the optimiser's update instead (ours, for AdamW).",
+                help="allora: gradient is the paper's rule; lr scales the optimiser's update instead (ours, for "
+                "AdamW).",
             ),
         ),
         refused=(
@@ -72,8 +73,8 @@ METHOD = Method(
             Rule(
                 "allora_mode == 'gradient' and optimizer in ('adamw', 'adamw8bit', 'adafactor', 'prodigy', "
                 "'schedulefree-adamw')",
-                "Adam-like optimisers divide the gradient's size away, so ALLoRA's rule has almost no effect: "
-                "use optimizer 'sgd', or allora_mode 'lr'.",
+                "Adam-like optimisers normalise gradients, so ALLoRA's rule has almost no effect: use optimizer 'sgd', "
+                "or allora_mode 'lr'.",
             ),
         ),
     ),
@@ -81,14 +82,14 @@ METHOD = Method(
 
 
 def row_factors(left: Tensor, right: Tensor, eta: float) -> Tensor:
-    """a_i of the update left (out, k) right (k, in): (out,), in fp32 or higher."""
+    """a_i of the update left @ right, left (out, k), right (k, in): (out,), in fp32 or higher."""
     precise = torch.promote_types(left.dtype, torch.float32)
     n = row_norms_squared(left.to(precise), right.to(precise)).sqrt()
     return torch.rsqrt(n + eta**-2)
 
 
 class AlloraRule:
-    """The rule of a layer (:class:`adapters.layers.variant.Rule`): ordinary forward, scaled parameter gradients."""
+    """A :class:`adapters.layers.variant.Rule`: the ordinary forward pass, parameter gradients scaled by row."""
 
     def __init__(self, eta: float = 2.0) -> None:
         self.eta = eta
@@ -134,7 +135,7 @@ class _Scaled(torch.autograd.Function):
         else:
             stride, padding, dilation = ctx.geometry
             scaled = g * a[:, None, None]
-            up = B_.flatten(1).T[..., None, None]  # (r, out, 1, 1): the way back through B
+            up = B_.flatten(1).T[..., None, None]  # (r, out, 1, 1): backward through B
             if need_x:
                 gx = conv2d_input(x_.shape, A_, F.conv2d(g, up), stride, padding, dilation)
             if need_A:
@@ -152,12 +153,13 @@ class _Scaled(torch.autograd.Function):
 
 
 class ScaledSteps:
-    """Our extension for Adam-like optimisers: the update itself is scaled.
+    """Our extension for Adam-like optimisers: the optimiser's update is scaled instead of the gradients.
 
     B <- B_old + diag(a) (B_new - B_old), and A likewise with the mean of a.
 
     Args:
         layers: adapted PEFT layers by name.
+        eta: factor of rows that are still zero.
     """
 
     def __init__(self, layers: Mapping[str, Any], eta: float, adapter: str = "default") -> None:
@@ -166,14 +168,14 @@ class ScaledSteps:
         self._handles: list[Any] = []
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Act around every step of ``optimizer`` from now on."""
+        """Scale every step of ``optimizer`` from now on."""
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self.before()),
             optimizer.register_step_post_hook(lambda *_: self.after()),
         ]
 
     def detach(self) -> None:
-        """Leave the optimiser alone again."""
+        """Stop scaling the optimiser's steps."""
         for handle in self._handles:
             handle.remove()
 
@@ -190,7 +192,7 @@ class ScaledSteps:
 
     @torch.no_grad()
     def after(self) -> None:
-        """Scale what the optimiser has changed."""
+        """Scale the change that the optimiser made."""
         for (A, B, _), (old_A, old_B, a) in zip(self._tensors(), self._before, strict=True):
             B.copy_(old_B + a.view(-1, *[1] * (B.ndim - 1)).to(B) * (B - old_B))
             if A.requires_grad:
@@ -203,7 +205,7 @@ class ScaledSteps:
 
 
 class AlloraPlugin(Plugin):
-    """ALLoRA's gradient rule, or its factors on the optimiser's steps."""
+    """ALLoRA's gradient rule, or the same factors applied to the optimiser's steps."""
 
     name = "allora"
 

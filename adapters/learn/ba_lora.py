@@ -2,14 +2,14 @@
 2408.04556 (formulas of the final version).
 
 Z_F (N, D) are the logits of the model in training, Z_P those of the untouched pre-trained model on the same inputs, one
-row per sample (classification, NLU) or per valid token (text, NLG). Loss = task + l1 CR + l2 DR + l3 SR:
+row per sample (classification, NLU) or per valid token (text, NLG). Loss = task loss + l1 CR + l2 DR + l3 SR:
 
     CR  T^2 KL(softmax(Z_P / T) || softmax(Z_F / T)), mean over rows
-    DR  NLU: (1/D) sum_{i != j} C_ij^2, C the covariance of Z_F;   NLG: minus the mean entropy of the K likeliest
-    SR  minus the share of the k largest singular values of Z_F, of the nuclear (NLU) or Frobenius norm (NLG)
+    DR  NLU: (1/D) sum_{i != j} C_ij^2, C the covariance of Z_F;   NLG: minus the mean entropy of the K likeliest tokens
+    SR  minus the sum of the k largest singular values of Z_F over its nuclear (NLU) or Frobenius norm (NLG)
 
 Weights (l1, l2, l3): NLU 0.15, 0.03, 0.03, k 5; NLG 0.025, 0.005, 0.005, k 10, K 20. l1 falls along a cosine to a
-tenth, l2 and l3 begin after 20 % of the steps and rise over 5 %. ``2024`` in names is the authors' first code. The
+tenth; l2 and l3 begin after 20 % of the steps and rise over 5 %. ``2024`` in names is the authors' first code. The
 paper starts from PiSSA. DR and SR are defined per forward pass (they do not add up over micro-batches). Trained: A and
 B. Stored: an ordinary LoRA.
 """
@@ -34,7 +34,7 @@ from adapters.plugin import Answers, Handles, Need, Outputs, Plugin
 METHOD = Method(
     name="ba",
     title="BA-LoRA",
-    summary="Keeps answers close to the base model's, diverse and concentrated, against inherited bias and noise; "
+    summary="Keeps outputs close to the base model's, diverse and concentrated, against inherited bias and noise; "
     "costs one more forward pass. For models with logits.",
     stage="learn",
     makes="ordinary LoRA",
@@ -47,7 +47,7 @@ METHOD = Method(
                 "ba_task",
                 "auto",
                 choices=("auto", "nlu", "nlg"),
-                help="ba: nlg for text, nlu for classification; auto looks at the logits.",
+                help="ba: nlg for text, nlu for classification; auto decides by the shape of the logits.",
             ),
             Option(
                 "ba_l1", None, type="float", ge=0, help="ba: weight of consistency with the base; empty = the paper's."
@@ -67,7 +67,7 @@ METHOD = Method(
                 "ba_norm",
                 "auto",
                 choices=("auto", "frobenius", "nuclear"),
-                help="ba: what large singular values are compared with.",
+                help="ba: the norm that the largest singular values are divided by.",
             ),
             Option(
                 "ba_schedule",
@@ -85,20 +85,18 @@ METHOD = Method(
         refused=(
             Rule(
                 "fused_loss",
-                "BA-LoRA needs logits, which a fused loss never makes: switch the fused loss off",
+                "BA-LoRA needs logits, which a fused loss never computes: switch the fused loss off",
             ),
         ),
-        warned=(
-            Rule("init != 'pissa'", "BA-LoRA's paper starts from PiSSA: set init to 'pissa' to follow it."),
-        ),
+        warned=(Rule("init != 'pissa'", "BA-LoRA's paper starts from PiSSA: set init to 'pissa' to follow it."),),
     ),
 )
 
 CHUNK = 4096
-"""Rows of which probabilities exist at a time in the consistency term."""
+"""Rows per chunk of the consistency term, which bounds its memory."""
 
 EXACT = 4096
-"""Up to this many rows or columns, whichever are fewer, singular values are computed exactly."""
+"""Singular values are exact where the smaller side has at most this many rows or columns."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def weights_at(weights: Weights, step: int, total: int, schedule: str = "paper")
 
 
 def valid_rows(labels: Tensor, shifted: bool = True) -> Tensor:
-    """Mask (batch, length) of the logits that predict a valid label; ``shifted``: logit t predicts label t + 1."""
+    """Mask (batch, length) of the logits that predict a valid label (not -100); ``shifted``: logit t, label t + 1."""
     valid = labels != -100
     if not shifted:
         return valid
@@ -147,7 +145,7 @@ def consistency(zf: Tensor, zp: Tensor, temperature: float = 2.0) -> Tensor:
     """
     if zf.shape != zp.shape:
         raise InputError(
-            f"The model in training has {zf.shape[-1]} logits, the base {zp.shape[-1]}: BA-LoRA compares equal ones."
+            f"The model in training has {zf.shape[-1]} logits, the base {zp.shape[-1]}: BA-LoRA needs equally many."
         )
     total = zf.new_zeros((), dtype=torch.promote_types(zf.dtype, torch.float32))
     for student, teacher in zip(zf.split(CHUNK), zp.split(CHUNK), strict=True):
@@ -164,7 +162,7 @@ def diversity_covariance(zf: Tensor) -> Tensor:
         InputError: fewer than two samples.
     """
     if zf.ndim != 2 or zf.shape[0] < 2:
-        raise InputError("BA-LoRA for classification compares samples: a batch needs at least 2, of one row each.")
+        raise InputError("BA-LoRA for classification compares samples: use batches of at least 2, one row each.")
     z = zf.to(torch.promote_types(zf.dtype, torch.float32))
     z = z - z.mean(0)
     squared = (z.T @ z / (z.shape[0] - 1)).square()
@@ -208,7 +206,7 @@ def _largest(z: Tensor, k: int, seed: int) -> Tensor:
 
 
 def consistency_2024(zf: Tensor, zp: Tensor, task: str) -> Tensor:
-    """CR of the first code: NLU mean squared distance of normalised logits, NLG KL over all positions per sequence."""
+    """CR of the first code: NLU mean squared error of normalised logits, NLG KL summed over positions, per sequence."""
     if task == "nlu":
         return F.mse_loss(F.normalize(zf.float(), dim=-1), F.normalize(zp.float(), dim=-1))
     log_q, log_p = F.log_softmax(zf.float(), -1), F.log_softmax(zp.float(), -1)
@@ -216,7 +214,7 @@ def consistency_2024(zf: Tensor, zp: Tensor, task: str) -> Tensor:
 
 
 def diversity_2024(zf: Tensor, task: str) -> Tensor:
-    """DR of the first code: as now for NLU, minus the entropy of the whole vocabulary over all positions for NLG."""
+    """DR of the first code: unchanged for NLU; for NLG minus the mean entropy over the whole vocabulary."""
     return diversity_covariance(zf) if task == "nlu" else diversity_topk(zf.flatten(0, -2), zf.shape[-1])
 
 
@@ -242,7 +240,7 @@ class BiasPlugin(Plugin):
 
     def loss(self, loss: Tensor, outputs: Outputs | Answers) -> tuple[Tensor, dict[str, float]]:
         if not isinstance(outputs, Answers):
-            raise InputError("BA-LoRA needs a model with logits; for pictures use prior_preservation instead.")
+            raise InputError("BA-LoRA needs a model with logits: for pictures use prior_preservation instead.")
         config, logits = self.config, outputs.logits
         task = ("nlg" if logits.ndim == 3 else "nlu") if config.ba_task == "auto" else config.ba_task
         if task == "nlu" and logits.ndim != 2:
@@ -268,7 +266,7 @@ class BiasPlugin(Plugin):
         return weights_at(chosen, self.step, self.total, "constant" if first else config.ba_schedule)
 
     def _terms(self, task: str, outputs: Answers) -> dict[str, tuple[float, Tensor]]:
-        """Name -> (weight, value) of the terms with a weight."""
+        """Name -> (weight, value) of the terms whose weight is above 0."""
         config, weights, first = self.config, self._weights(task), self.config.ba_version == "2024"
         mask: Any = ...
         if task == "nlg":
@@ -281,7 +279,7 @@ class BiasPlugin(Plugin):
         if weights.l1 > 0:
             teacher = outputs.reference()
             if teacher.shape != outputs.logits.shape:
-                raise InputError("The base gives other logits than the model in training: same vocabulary needed.")
+                raise InputError("The base's logits differ in shape from the trained model's: use the same vocabulary.")
             value = (
                 consistency_2024(outputs.logits, teacher, task)
                 if first
@@ -289,7 +287,7 @@ class BiasPlugin(Plugin):
             )
             found["consistency"] = weights.l1, value
         if weights.l2 > 0 and task == "nlu" and rows.shape[0] < 2:
-            self._warn("a batch of one sample has no covariance: BA-LoRA's diversity term skips it")
+            self._warn("a batch of one sample has no covariance: BA-LoRA skips its diversity term")
         elif weights.l2 > 0:
             if first:
                 value = diversity_2024(outputs.logits if task == "nlg" else rows, task)
@@ -300,7 +298,7 @@ class BiasPlugin(Plugin):
             found["diversity"] = weights.l2, value
         if weights.l3 > 0:
             if weights.k > min(rows.shape):
-                self._warn(f"ba_k {weights.k} is cut to the {min(rows.shape)} singular values there are")
+                self._warn(f"ba_k {weights.k} is reduced to {min(rows.shape)}, the number of singular values")
             kind = config.ba_norm
             if kind == "auto":
                 kind = "nuclear" if task == "nlu" or first else "frobenius"

@@ -1,7 +1,7 @@
-"""The change of the whole weight that changes of the adapter's parameters stand for, as a low-rank product.
+"""The change of the full weight implied by changes of the adapter's parameters, as a low-rank product.
 
 With W' = W0 + s (B A - B0 A0) and changes dA, dB (gradients, momenta): D = s (dB A + B dA), of rank at most 2r. With
-A frozen D = s dB A; of a layer with a core R, D = s B dR A.
+A frozen, D = s dB A; in a layer with a core R, D = s B dR A.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from adapters.layers.variant import base_weight, core_of, effective, pair
 from adapters.low_rank import row_norms_squared, shifted_row_norms_squared
 
 Change = Callable[[Tensor], Tensor | None]
-"""The change of a parameter (its gradient, its momentum), or None while there is none."""
+"""The change of a parameter (its gradient or momentum), or None while there is none."""
 
 
 @torch.no_grad()
 def direction(layer: Any, adapter: str, change: Change) -> tuple[Tensor, Tensor] | None:
-    """(L, R) with D = s L R, L (out, k) and R (k, in * kernel), detached; None when no parameter has a change."""
+    """(L, R) with D = s L R, L (out, k) and R (k, in * kernel), detached; None if no parameter has a change."""
     A, B = pair(layer, adapter)
     core = core_of(layer, adapter)
     down, up = A.detach().flatten(1), B.detach().flatten(1)
@@ -46,7 +46,7 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def weight_row_norms(layer: Any, adapter: str, base_squared: Tensor) -> Tensor:
-    """|W'_i|^2 of the present weight: (out,); ``base_squared`` is |W0_i|^2, computed once."""
+    """|W'_i|^2 of the current weight: (out,); ``base_squared`` is |W0_i|^2, computed once."""
     left, right = effective(layer, adapter)
     W0 = base_weight(layer).to(left)
     return shifted_row_norms_squared(W0, layer.scaling[adapter] * left, right, base_squared.to(left))
@@ -54,7 +54,7 @@ def weight_row_norms(layer: Any, adapter: str, base_squared: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gradient_row_norms(layer: Any, adapter: str) -> Tensor | None:
-    """|G_i|^2 of the whole weight's gradient, rebuilt from the adapter's: (out,), or None without gradients."""
+    """|G_i|^2 of the full weight's gradient, reconstructed from the adapter's: (out,), or None without gradients."""
     found = direction(layer, adapter, gradient_of)
     if found is None:
         return None

@@ -2,9 +2,9 @@
 
     y = W0 x + s B A0 x,   A0 drawn once and frozen, B (zero at first) trained
 
-Half the parameters. Averages are exact, sum_k p_k B_k A0 = (sum_k p_k B_k) A0, noise on B stays linear in the update,
-and the loss is s^2 L |A0|^2-smooth in B. Because s only rescales B, change the learning rate and leave alpha alone.
-Trained: B. Stored: an ordinary LoRA.
+Half the parameters. Averages are exact, sum_k p_k B_k A0 = (sum_k p_k B_k) A0, the update is linear in noise on B, and
+the loss is s^2 L |A0|^2-smooth in B. Because s only rescales B, tune the learning rate and leave alpha alone. Trained:
+B. Stored: an ordinary LoRA.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adapters.plugin import Handles, Plugin, layers_of
 METHOD = Method(
     name="ffa",
     title="FFA-LoRA",
-    summary="Freezes A and trains B only: half the parameters, exact averages, steadier under noise.",
+    summary="Freezes A and trains only B: half the parameters, exact averages, more stable under noise.",
     stage="learn",
     makes="ordinary LoRA",
     paper="FFA-LoRA, arXiv 2403.12313",
@@ -42,7 +42,7 @@ METHOD = Method(
         warned=(
             Rule(
                 "init in ('default', 'gaussian')",
-                "With A frozen at random directions, learning is slower: a higher learning rate or rank makes up for "
+                "With A frozen at random directions, training is slower: a higher learning rate or rank makes up for "
                 "it.",
             ),
         ),
@@ -51,10 +51,10 @@ METHOD = Method(
 
 
 def freeze_a(model: nn.Module, adapter: str = "default") -> None:
-    """Freeze every A of ``model`` so that switching adapters does not thaw it. Call before the optimiser is made.
+    """Freeze every A of ``model``, also when adapters are switched. Call before the optimiser is created.
 
     Raises:
-        InputError: an A that does not span its rank, so that B could never learn the lost directions.
+        InputError: an adapted embedding, or an A below full rank, whose lost directions B could never learn.
     """
     for name, layer in adapted(model, adapter).items():
         if adapter not in layer.lora_A:
@@ -62,7 +62,7 @@ def freeze_a(model: nn.Module, adapter: str = "default") -> None:
         A = pair(layer, adapter)[0].detach().float().flatten(1)
         values = torch.linalg.svdvals(A)
         if not float(values[-1]) > 1e-6 * float(values[0]):
-            raise InputError(f"A of '{name}' has less than its full rank {A.shape[0]}: start it at random.")
+            raise InputError(f"A of '{name}' has less than its full rank {A.shape[0]}: initialise it at random.")
         freeze(layer, "lora_A", adapter)
 
 
@@ -83,5 +83,5 @@ class FreezePlugin(Plugin):
         with torch.no_grad():
             for name, layer in self.layers.items():
                 if name not in state:
-                    raise InputError(f"The checkpoint has no frozen A of the layer '{name}': start a new run.")
+                    raise InputError(f"The checkpoint has no frozen A for the layer '{name}': start a new run.")
                 pair(layer, self.adapter)[0].copy_(state[name])

@@ -1,15 +1,15 @@
 """LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning via Gradient-Guided Perturbation Optimization, arXiv
 2502.14538v1, and Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape, arXiv 2409.14396.
 
-Forward and backward at W' + E, the step at W', with W' = W0 + s B A and G its gradient in the step before:
+Forward and backward at W' + E, the step at W', with W' = W0 + s B A and G its gradient in the previous step:
 
     GGPO   std_i = sigma sqrt(|W'_i|^2 + beta |G_i|^2) / sqrt(in),   E_ij ~ N(0, std_i^2)
     Flat   std_i = sigma |W'_i| / sqrt(in)
 
-One E per optimiser step, drawn row block by row block from a seed of (run, step, layer): it is never kept, the second
-forward of gradient checkpointing sees the same one, W0 is never written to. The paper's later versions describe another
-method (:mod:`adapters.learn.mgpo`); this formula was rebuilt from ports of the first, ``mix="sd-scripts"`` is one of
-them: (sigma |W'_i| + beta |G_i|^2) / sqrt(out). Trained: A and B. Stored: an ordinary LoRA.
+One E per optimiser step, drawn block by block of rows from a seed of (run, step, layer): it is never stored, gradient
+checkpointing recomputes with the same E, and W0 is never written to. Later versions of the paper describe another
+method (:mod:`adapters.learn.mgpo`); this formula was reconstructed from ports of the first version, one of which is
+``mix="sd-scripts"``: (sigma |W'_i| + beta |G_i|^2) / sqrt(out). Trained: A and B. Stored: an ordinary LoRA.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIGMA = Option(
     0.03,
     gt=0,
     finite=True,
-    help="ggpo, flat: noise relative to the rows of the weight (0.03 is mild, 0.2 strong).",
+    help="ggpo, flat: noise relative to the norm of the weight's rows (0.03 is mild, 0.2 strong).",
 )
 SCHEDULE = Option(
     "perturb_schedule",
@@ -49,19 +49,19 @@ NORM = Option(
     "perturb_norm",
     "sqrt",
     choices=("sqrt", "sd-scripts"),
-    help="ggpo, flat: how weight and gradient norms are mixed (sqrt, or as kohya's sd-scripts does).",
+    help="ggpo, flat: how weight and gradient norms are combined (sqrt, or as in kohya's sd-scripts).",
 )
 STRONG = Rule(
     "perturb_sigma >= 0.5",
-    "Noise of half the weight's size and more usually destroys the model: 0.03 to 0.2 is usual.",
+    "Noise of half the weight's size or more usually destroys the model: use 0.03 to 0.2.",
 )
 
 METHODS = (
     Method(
         name="ggpo",
         title="LoRA-GGPO",
-        summary="Trains at randomly disturbed weights, more where weights and gradients are large: flatter minima, "
-        "smoother loss at high rank.",
+        summary="Trains at randomly perturbed weights, more strongly where weights and gradients are large: flatter "
+        "minima, smoother loss at high rank.",
         stage="learn",
         makes="ordinary LoRA",
         paper="LoRA-GGPO, arXiv 2502.14538v1",
@@ -81,19 +81,17 @@ METHODS = (
     Method(
         name="flat",
         title="Flat-LoRA",
-        summary="Trains at randomly disturbed weights, in proportion to their rows: flatter minima.",
+        summary="Trains at randomly perturbed weights, in proportion to the norm of their rows: flatter minima.",
         stage="learn",
         makes="ordinary LoRA",
         paper="Flat-LoRA, arXiv 2409.14396",
         entry="adapters.learn.ggpo:NoisePlugin",
-        training=Training(
-            key="perturb", shared=("perturb_every",), options=(SIGMA, NORM, SCHEDULE), warned=(STRONG,)
-        ),
+        training=Training(key="perturb", shared=("perturb_every",), options=(SIGMA, NORM, SCHEDULE), warned=(STRONG,)),
     ),
 )
 
 BLOCK = 1 << 22
-"""Numbers of E that exist at a time."""
+"""Most entries of E in memory at once."""
 
 
 def row_deviations(
@@ -108,13 +106,13 @@ def row_deviations(
 
 
 def noise_seed(run: int, step: int, layer: str) -> int:
-    """The seed of E in one step of one layer."""
+    """The seed of one layer's E in one step."""
     digest = hashlib.blake2b(f"{run}/{step}/{layer}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def noise_blocks(deviations: Tensor, columns: int, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """E (out, columns) as (first row, rows), always the same for a seed."""
+    """E (out, columns) in blocks (first row, rows); the same for the same seed."""
     rows = max(1, BLOCK // columns)
     for number, first in enumerate(range(0, deviations.numel(), rows)):
         part = deviations[first : first + rows]
@@ -128,7 +126,7 @@ class RowNoise:
 
     Args:
         name: of the layer, part of its seed.
-        beta: 0 is Flat-LoRA.
+        beta: weight of the gradients; 0 is Flat-LoRA.
     """
 
     def __init__(self, layer: Any, name: str, sigma: float, beta: float, mix: str = "sqrt", run: int = 0) -> None:
@@ -136,7 +134,7 @@ class RowNoise:
         W0 = base_weight(layer)
         self.base_squared = W0.to(torch.promote_types(W0.dtype, torch.float32)).square().sum(1)
         self.columns = W0.shape[1]
-        self.memory: Tensor | None = None  # |G_i|^2 of the step before
+        self.memory: Tensor | None = None  # |G_i|^2 of the previous step
         self.deviations: Tensor | None = None
         self.seed = 0
 
@@ -148,7 +146,7 @@ class RowNoise:
         self.seed = noise_seed(self.run, step, self.name)
 
     def end(self, layer: Any, adapter: str) -> None:
-        """Gradients are in: remember their size, and be off."""
+        """Switch off and keep the gradients' row norms for the next step."""
         self.deviations = None
         if self.beta:
             self.memory = gradient_row_norms(layer, adapter)
@@ -166,7 +164,7 @@ class RowNoise:
 
 
 class _Noise(torch.autograd.Function):
-    """E x, and E^T for what flows to earlier layers; E is drawn again in the backward pass."""
+    """E x, and E^T times the output's gradient in the backward pass, where E is drawn again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, columns: int, seed: int, geometry: Any, shape: Any) -> Tensor:
@@ -198,7 +196,7 @@ class _Noise(torch.autograd.Function):
 
 
 class NoisePlugin(PerturbationPlugin):
-    """Flat-LoRA: every layer disturbed by noise in proportion to its rows."""
+    """Flat-LoRA: every layer perturbed by noise in proportion to the norm of its rows."""
 
     active: dict[str, RowNoise]
     beta = 0.0
@@ -210,10 +208,10 @@ class NoisePlugin(PerturbationPlugin):
     def after_inject(self, handles: Handles) -> None:
         self.steps = handles.steps
         if self.schedule == "cosine" and self.steps < 1:
-            raise InputError("perturb_schedule 'cosine' needs the number of steps: set it, or use 'constant'.")
+            raise InputError("perturb_schedule 'cosine' needs the number of steps: set max_steps, or use 'constant'.")
         super().after_inject(handles)
 
-    def disturbance(self, name: str, layer: Any, handles: Handles) -> RowNoise:
+    def make(self, name: str, layer: Any, handles: Handles) -> RowNoise:
         return RowNoise(layer, name, self.sigma, self.beta, self.mix, handles.seed)
 
     def begin(self, name: str, layer: Any, step: int) -> None:
@@ -225,7 +223,7 @@ class NoisePlugin(PerturbationPlugin):
 
 
 class GuidedNoisePlugin(NoisePlugin):
-    """LoRA-GGPO: the noise also follows the gradients of the step before."""
+    """LoRA-GGPO: the noise also follows the gradients of the previous step."""
 
     def configure(self, config: Any) -> None:
         super().configure(config)

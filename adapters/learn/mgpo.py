@@ -3,11 +3,11 @@
 
 With the optimiser's momenta mA, mB and W' = W0 + s B A:
 
-    D = s (mB A + B mA),   gbar = running mean of |G|_F,   k = min(1 / gbar, 10)  (1 in the beginning)
-    E = -rho k D / |D|_F   (the authors' code: ahead along the step; SAM's direction is +)
+    D = s (mB A + B mA),   gbar = running mean of |G|_F,   k = min(1 / gbar, 10)  (1 in the first step)
+    E = -rho k D / |D|_F   (the authors' code, which looks ahead along the step; SAM's direction is +)
 
-Forward and backward at W' + E, the step at W'. E has rank 2r at most and is one more low-rank branch: no dense matrix,
-W0 is never written to, quantised bases work. Nothing is disturbed while there are no momenta. Trained: A and B. Stored:
+Forward and backward at W' + E, the step at W'. E has rank at most 2r and is one more low-rank branch: no dense matrix,
+W0 is never written to, quantised bases work. Nothing is perturbed until there are momenta. Trained: A and B. Stored:
 an ordinary LoRA.
 """
 
@@ -39,8 +39,8 @@ METHOD = Method(
         key="perturb",
         shared=("perturb_every",),
         options=(
-            Option("perturb_rho", 0.05, gt=0, finite=True, help="mgpo: radius of the disturbance."),
-            Option("perturb_ema", 0.9, ge=0, lt=1, help="mgpo: memory of the gradient norm."),
+            Option("perturb_rho", 0.05, gt=0, finite=True, help="mgpo: radius of the perturbation."),
+            Option("perturb_ema", 0.9, ge=0, lt=1, help="mgpo: decay of the gradient norm's running mean."),
             Option(
                 "perturb_direction",
                 "downhill",
@@ -51,7 +51,7 @@ METHOD = Method(
         refused=(
             Rule(
                 "optimizer not in ('adamw', 'sgd')",
-                "mgpo follows the optimiser's momentum, which only adamw and sgd keep in plain form: "
+                "mgpo follows the optimiser's momentum, which only adamw and sgd store in plain form: "
                 "choose one of them, or perturb 'ggpo'",
             ),
             Rule(
@@ -63,14 +63,14 @@ METHOD = Method(
 )
 
 LARGEST = 10.0
-"""Cap of k."""
+"""Upper limit of k."""
 
 
 def momentum_of(optimizer: torch.optim.Optimizer) -> Change:
-    """The momentum of a parameter in ``optimizer`` (``exp_avg`` or ``momentum_buffer``), None before the first step.
+    """A function that gives a parameter's momentum in ``optimizer`` (``exp_avg`` or ``momentum_buffer``).
 
-    Raises:
-        InputError: (when called) the state is there but holds no plain momentum of the parameter's shape.
+    It gives None before the first step, and raises :class:`InputError` if the optimiser's state holds no plain momentum
+    of the parameter's shape.
     """
 
     def look(parameter: Tensor) -> Tensor | None:
@@ -94,6 +94,8 @@ class MomentumBranch:
     """The perturbation of one layer (:class:`adapters.layers.variant.Perturbation`), off until :meth:`begin`.
 
     Args:
+        rho: radius.
+        ema: decay of the gradient norm's running mean.
         sign: -1 downhill (authors' code), +1 uphill (SAM).
     """
 
@@ -104,7 +106,7 @@ class MomentumBranch:
 
     @property
     def adaptive(self) -> float:
-        """k."""
+        """k, the factor on the radius."""
         return 1.0 if self.memory is None else min(1 / (self.memory + 1e-12), LARGEST)
 
     @torch.no_grad()
@@ -122,7 +124,7 @@ class MomentumBranch:
         self.branch = self.sign * self.rho * self.adaptive * scale / (size + 1e-12) * left, right
 
     def end(self, layer: Any, adapter: str) -> None:
-        """Gradients are in: update the running mean of their norm, and be off."""
+        """Switch off and update the running mean of the gradient's norm."""
         self.branch = None
         found = direction(layer, adapter, gradient_of)
         if found is None:
@@ -139,7 +141,7 @@ class MomentumBranch:
 
 
 class MomentumPlugin(PerturbationPlugin):
-    """LoRA-MGPO: every layer disturbed along its momentum."""
+    """LoRA-MGPO: every layer perturbed along its momentum."""
 
     active: dict[str, MomentumBranch]
 
@@ -157,7 +159,7 @@ class MomentumPlugin(PerturbationPlugin):
         self.momentum = momentum_of(handles.optimizer)
         super().after_inject(handles)
 
-    def disturbance(self, name: str, layer: Any, handles: Handles) -> MomentumBranch:
+    def make(self, name: str, layer: Any, handles: Handles) -> MomentumBranch:
         return MomentumBranch(self.rho, self.ema, self.sign)
 
     def begin(self, name: str, layer: Any, step: int) -> None:

@@ -3,8 +3,8 @@
     sum_i w_i s_i B_i A_i  =  B A,   A = [A_1; ...; A_N] (R, in),  B = [w_1 s_1 B_1, ..., w_N s_N B_N] (out, R)
 
 The result is an ordinary LoRA with scale 1 (alpha = rank = R). Averaging the A_i and B_i apart would add cross terms
-B_i A_j and is not a merge. With ``rank`` below R each layer is cut to its largest singular values (Eckart-Young: no
-rank-k matrix is nearer), computed on the small factors: B A = (Q_B R_B)(Q_A R_A)^T, SVD of R_B R_A^T (R, R).
+B_i A_j and is not a merge. With ``rank`` below R each layer is truncated to its largest singular values (Eckart-Young:
+no rank-k matrix is nearer), computed on the small factors: B A = (Q_B R_B)(Q_A R_A)^T, SVD of R_B R_A^T (R, R).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from adapters.formats.lora import MODEL, LoraFile, LoraLayer, group_dict
 METHOD = Method(
     name="concatenate",
     title="Exact concatenation",
-    summary="Several LoRAs with weights as one ordinary LoRA, exactly, or cut to a rank with the error of each layer.",
+    summary="The weighted sum of several LoRAs as one ordinary LoRA, exact, or truncated to a rank with each layer's "
+    "error.",
     stage="merging",
     makes="ordinary LoRA",
     paper="",
@@ -32,8 +33,13 @@ METHOD = Method(
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The merged adapter, per "component.module" |cut - exact| / |exact| (empty when nothing was cut), and what else
-    the method has to say of a layer."""
+    """A merged adapter.
+
+    Attributes:
+        file: the LoRA.
+        errors: "component.module" -> relative error of the layer (Frobenius); empty if the merge is exact.
+        report: "component.module" -> further facts by name, from methods that have any.
+    """
 
     file: LoraFile
     errors: Mapping[str, float]
@@ -52,10 +58,10 @@ def concatenate(
         files: adapters with the module paths of one model (fitted).
         weights: per file one weight, or a weight per component (absent = 0).
         factors: per file "component.module" -> extra factor (per-block weights); absent = 1.
-        rank: cut every layer to at most this rank.
+        rank: truncate every layer to at most this rank; None = exact.
 
     Raises:
-        InputError: nothing to merge, a DoRA adapter (not a sum), or a rank below 1.
+        InputError: nothing to merge, a DoRA adapter (not a sum), different base models, or a rank below 1.
     """
     if rank is not None and rank < 1:
         raise InputError(f"The rank of a merged LoRA must be at least 1, got {rank}.")
@@ -76,10 +82,11 @@ def summands(
     weights: Sequence[Mapping[str, float] | float],
     factors: Sequence[Mapping[str, float]] = (),
 ) -> dict[tuple[str, str], list[tuple[LoraLayer, float]]]:
-    """(component, module) -> the layers that adapt it, each with its strength (other than 0), in the files' order.
+    """(component, module) -> the layers that adapt it, each with its strength (not 0), in the files' order.
 
     Raises:
-        InputError: nothing to merge, as many weights as files are not given, a DoRA adapter, different bases or shapes.
+        InputError: nothing to merge, not one weight per file, a DoRA adapter, different base models or shapes, or
+            values that are not finite.
     """
     if not files:
         raise InputError("There is no adapter to merge.")
@@ -87,9 +94,9 @@ def summands(
         raise InputError(f"{len(files)} adapters need {len(files)} weights, got {len(weights)}.")
     if any(file.is_dora() for file in files):
         raise InputError("A DoRA adapter rescales the base weight and cannot be written as a sum of LoRAs.")
-    alone = [set(file.parts) == {MODEL} for file in files]  # of a single model, not of a pipeline's parts
+    alone = [set(file.parts) == {MODEL} for file in files]  # for a single model, not for a pipeline
     if len(set(alone)) > 1:
-        raise InputError("The adapters are of different kinds of models (a single one; a pipeline): not of one base.")
+        raise InputError("Some adapters are for a single model, others for a pipeline: merge adapters of one base.")
     found: dict[tuple[str, str], list[tuple[LoraLayer, float]]] = {}
     for k, (file, weight) in enumerate(zip(files, weights, strict=True)):
         extra = factors[k] if factors else {}
@@ -103,9 +110,9 @@ def summands(
     for (component, module), parts in found.items():
         shapes = {(layer.B.shape[0], tuple(layer.A.shape[1:]), layer.embedding) for layer, _ in parts}
         if len(shapes) > 1:
-            raise InputError(f"The adapters have different shapes in '{component}.{module}': not of one base model.")
+            raise InputError(f"The adapters have different shapes in '{component}.{module}': they need the same base.")
         if not all(bool(t.isfinite().all()) for layer, _ in parts for t in (layer.A, layer.B)):
-            raise InputError(f"An adapter holds numbers that are not finite in '{component}.{module}'.")
+            raise InputError(f"An adapter holds values that are not finite in '{component}.{module}'.")
     return found
 
 

@@ -1,7 +1,7 @@
 """DARE: Language Models are Super Mario, Absorbing Abilities from Homologous Models as a Free Lunch, arXiv 2311.03099.
 
-On whole updates D_i: each entry is kept with probability ``density`` and divided by it, so that the expectation stays;
-the thinned updates are summed with their weights, or merged as TIES does (``then="ties"``). Cut to a rank.
+On full updates D_i: each entry is kept with probability ``density`` and divided by it, which preserves the expectation;
+the thinned updates are summed with their weights, or merged as in TIES (``then="ties"``), and truncated to a rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adapters.merging.ties import elect_and_average
 METHOD = Method(
     name="dare",
     title="DARE",
-    summary="Drops a random share of every adapter's changes and scales up the rest before adding them.",
+    summary="Drops a random share of each adapter's update and scales up the rest before adding them.",
     stage="merging",
     makes="ordinary LoRA",
     paper="DARE, arXiv 2311.03099",
@@ -38,10 +38,19 @@ def dare(
     then: Literal["sum", "ties"] = "sum",
     seed: int = 0,
 ) -> Merged:
-    """Merge thinned updates (see :func:`adapters.merging.deltas.merge_updates`)."""
+    """Merge thinned updates.
+
+    Args:
+        files, weights, rank, seed: as for :func:`adapters.merging.deltas.merge_updates`.
+        density: share of entries kept, in (0, 1].
+        then: how the thinned updates are merged.
+
+    Raises:
+        InputError: as :func:`adapters.merging.deltas.merge_updates`, or a density or ``then`` that is not possible.
+    """
     check_density(density)
     if then not in ("sum", "ties"):
-        raise InputError(f"After dropping, DARE merges by 'sum' or 'ties', not '{then}'.")
+        raise InputError(f"DARE merges the thinned updates by 'sum' or 'ties', not '{then}'.")
 
     def combine(updates: Tensor, strengths: Tensor, generator: torch.Generator) -> Tensor:
         kept = torch.rand(updates.shape, generator=generator) < density

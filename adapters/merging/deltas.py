@@ -1,6 +1,6 @@
-"""Merging whole updates instead of factors: D_i = w_i s_i B_i A_i are made, combined entry by entry, and cut to a rank.
+"""Merging full updates instead of factors: D_i = s_i B_i A_i, combined entry by entry and truncated to a rank.
 
-Working on the factors A_i and B_i apart, as PEFT's ``add_weighted_adapter`` does by default, would bring in cross terms
+Merging the factors A_i and B_i separately, as PEFT's ``add_weighted_adapter`` does by default, would add cross terms
 B_i A_j that no adapter has learnt.
 """
 
@@ -17,7 +17,7 @@ from adapters.low_rank import truncated_svd
 from adapters.merging.concatenate import Merged, summands
 
 Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""(updates without their weights (N, out, in), weights (N,), random numbers) -> merged update (out, in)."""
+"""(updates without their weights (N, out, in), weights (N,), random generator) -> merged update (out, in)."""
 
 
 def merge_updates(
@@ -27,13 +27,16 @@ def merge_updates(
     combine: Combine,
     seed: int = 0,
 ) -> Merged:
-    """One LoRA near the combined updates.
+    """The LoRA nearest to the combined updates.
 
     Args:
-        rank: of the result; None = as many as all adapters have together.
+        files, weights: as for :func:`adapters.merging.concatenate.concatenate`.
+        rank: of the result; None = the sum of the adapters' ranks.
+        combine: merges the updates of one layer.
+        seed: of the generator given to ``combine``.
 
     Returns:
-        The LoRA and, per layer, the relative error of the cut to its rank.
+        The LoRA and, per layer, the relative error of the truncation to its rank.
 
     Raises:
         InputError: nothing to merge, or a rank below 1.
@@ -52,7 +55,7 @@ def merge_updates(
 
 
 def nearest(update: Tensor, rank: int, like: LoraLayer) -> tuple[LoraLayer, float]:
-    """The LoRA layer of a rank nearest to an update (out, in * kernel), shaped like another, and its relative error."""
+    """The nearest layer of ``rank`` to ``update`` (out, in * kernel), shaped like ``like``, and its relative error."""
     U, S, Vh = truncated_svd(update, rank)
     root = S.sqrt()
     A, B = (root[:, None] * Vh).reshape(-1, *like.A.shape[1:]), (U * root).reshape(U.shape[0], -1, *like.B.shape[2:])
@@ -63,7 +66,7 @@ def nearest(update: Tensor, rank: int, like: LoraLayer) -> tuple[LoraLayer, floa
 
 
 def keep_largest(update: Tensor, density: float) -> Tensor:
-    """``update`` with all but its largest ``density`` of entries set to zero."""
+    """``update`` with all but its largest entries, a share of ``density``, set to zero."""
     count = max(1, int(density * update.numel()))
     kept = torch.zeros_like(update).flatten()
     places = update.flatten().abs().topk(count).indices
@@ -72,6 +75,6 @@ def keep_largest(update: Tensor, density: float) -> Tensor:
 
 
 def check_density(density: float) -> None:
-    """Refuse a share outside (0, 1]."""
+    """Raise :class:`InputError` for a density outside (0, 1]."""
     if not 0 < density <= 1:
-        raise InputError(f"The density is the share of entries kept, in (0, 1], got {density}.")
+        raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}.")

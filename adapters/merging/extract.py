@@ -1,10 +1,10 @@
-"""A LoRA out of two models: what fine-tuning changed, as the nearest low-rank update.
+"""Extract a LoRA from two models: what fine-tuning changed, as the nearest low-rank update.
 
     D = W_tuned - W_base = U S V^T,    B = U_k S_k^(1/2),  A = S_k^(1/2) V_k^T,    s = 1
 
 By Eckart-Young no update of rank k is nearer; its relative error is sqrt(sum_{i>k} S_i^2) / |D|. The rank is the same
-for all layers, or the smallest with which a layer keeps a share of its energy, sum_{i<=k} S_i^2 >= share |D|^2. Only
-linear layers and convolutions can be written so; whatever else differs (norms, biases, embeddings) is reported.
+for all layers, or the smallest that keeps a share of a layer's energy, sum_{i<=k} S_i^2 >= share |D|^2. Only linear
+layers and convolutions are extracted; whatever else differs (norms, biases, embeddings) is reported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Extracted:
     Attributes:
         file: the LoRA.
         errors: "component.module" -> |D - s B A| / |D|, for every layer of the LoRA.
-        left_out: "component.parameter" -> |difference| / |base|, for what differs and is in no layer.
+        left_out: "component.parameter" -> |difference| / |base|, for parameters that differ but are in no layer.
     """
 
     file: LoraFile
@@ -63,21 +63,21 @@ def extract(
 
     Args:
         base, tuned: component -> model, with the same modules.
-        rank: most rank of a layer.
-        energy: share of each layer's energy to keep, in (0, 1]; with ``rank`` too, whichever asks for less.
-        monitor: is told every layer and may cancel.
+        rank: largest rank of a layer.
+        energy: share of each layer's energy to keep, in (0, 1]; if ``rank`` is given too, the smaller rank is used.
+        monitor: receives progress per layer and may cancel.
 
     Raises:
-        FamilyError: the models differ in more than their numbers.
-        InputError: neither rank nor energy, one out of range, numbers that are not finite, or no difference.
+        FamilyError: the models differ in their components, modules or shapes.
+        InputError: neither rank nor energy, one out of range, weights that are not finite, or no difference.
         Cancelled: the monitor asked to stop.
     """
     if rank is None and energy is None:
-        raise InputError("Say how much to keep: a rank, or a share of the energy between 0 and 1.")
+        raise InputError("Choose how much to keep: a rank, or a share of the energy between 0 and 1.")
     if rank is not None and rank < 1:
         raise InputError(f"The rank of an extracted LoRA must be at least 1, got {rank}.")
     if energy is not None and not 0 < energy <= 1:
-        raise InputError(f"The share of energy to keep lies between 0 and 1, got {energy:g}.")
+        raise InputError(f"The share of energy to keep must be between 0 and 1, got {energy:g}.")
     monitor = monitor or Silent()
     _check_same(base, tuned)
     parts: dict[str, dict[str, LoraLayer]] = {}
@@ -89,7 +89,7 @@ def extract(
         monitor.report(Progress("extracting", number + 1, len(pairs)))
         difference = right.detach().float() - left.detach().float()
         if not bool(torch.isfinite(difference).all()):
-            raise InputError(f"The weights of '{component}.{name}' hold NaN or infinite numbers: nothing to extract.")
+            raise InputError(f"The weights of '{component}.{name}' hold NaN or infinite values: nothing to extract.")
         used.add(f"{component}.{name}.weight")
         if not bool(difference.any()):
             continue
@@ -129,7 +129,7 @@ def _pairs(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]) -> Ite
 def _check_same(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]) -> None:
     if set(base) != set(tuned):
         raise FamilyError(
-            f"The models have different parts ({', '.join(base)} and {', '.join(tuned)}): they are of two families."
+            f"The models have different parts ({', '.join(base)} and {', '.join(tuned)}): they belong to two families."
         )
     for component, model in base.items():
         left = {name: tuple(value.shape) for name, value in model.named_parameters()}

@@ -1,18 +1,18 @@
 """LoRA-LEGO: Merging LoRAs like Playing LEGO, arXiv 2409.16167 (ICLR 2025).
 
-Per module: every LoRA is cut into its rank-1 units u_j = [A_j, B_j^T] (scale folded in as sqrt(s) on both sides), the
-N units of all LoRAs are clustered by k-means, and the centroids are the ranks of a new LoRA, in whatever order the
-ranks were.
+Per module: every LoRA is split into its rank-1 units u_j = [A_j, B_j^T] (scale folded in as sqrt(s) on both sides), the
+N units of all LoRAs are clustered by k-means, and the centroids become the ranks of a new LoRA.
 
     mu_j <- mu_j mean_{u in C_j} |u| / |mu_j|        a mean is shorter than its members (parameter reweighting)
     delta <- sqrt(r_ref / k) delta                   the variance grows with the ranks summed (output reweighting)
 
-r_ref is the LoRAs' rank (the rounded mean of different ones); k is free, by default r_ref. With one LoRA it prunes. The
-result is an ordinary LoRA with scale 1. Units are put in an order of their own first, so the order of ranks and
-adapters does not matter, and the seeding has a seed of its own.
+r_ref is the LoRAs' rank (the rounded mean if they differ); k is free, by default r_ref. With one LoRA it prunes. The
+result is an ordinary LoRA with scale 1. Units are sorted first, so the order of ranks and adapters does not matter;
+the random initialisation of k-means has its own seed.
 
-The paper's text was not at hand for the two factors; they agree with two independent programs. Units may trade size
-between A and B, which k-means sees: ``balance`` makes both halves equally long first.
+The two factors could not be checked against the paper's text; they agree with two independent implementations. A unit's
+size can move between A and B without changing the update, but k-means sees it: ``balance`` first makes both halves
+equally long.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from adapters.merging.concatenate import Merged, join, summands
 METHOD = Method(
     name="lego",
     title="LoRA-LEGO",
-    summary="Clusters the single ranks of all adapters and keeps the centres: one LoRA of the rank you choose.",
+    summary="Clusters the rank-1 parts of all adapters and keeps the centroids: one LoRA of the rank you choose.",
     stage="merging",
     makes="ordinary LoRA",
     paper="LoRA-LEGO, arXiv 2409.16167",
@@ -57,17 +57,18 @@ def lego(
     Args:
         files: adapters with the module paths of one model (fitted).
         weights: as for :func:`adapters.merging.concatenate.concatenate`.
-        rank: k; None = the adapters' rank, the rounded mean of different ones.
-        features: cluster whole units, or both halves at length 1.
-        parameter_norm: the norm that centroids get back from their members.
-        output_reweight: multiply by sqrt(r_ref / k).
+        rank: k; None = the adapters' rank, or its rounded mean if they differ.
+        seed: of the k-means initialisation.
+        features: cluster units as they are, or with each half scaled to length 1.
+        parameter_norm: the norm that is restored to the mean over a centroid's members.
+        output_reweight: multiply the update by sqrt(r_ref / k).
         balance: make both halves of each unit equally long first (the update stays the same).
 
     Returns:
         The LoRA; ``errors`` per layer is the relative distance to the exact sum, ``report`` the clusters.
 
     Raises:
-        InputError: nothing to merge, k out of range, an unknown option.
+        InputError: nothing to merge, k out of range, or an unknown option.
     """
     if features not in ("raw", "unit_halves"):
         raise InputError(f"LEGO clusters features 'raw' or 'unit_halves', not '{features}'.")
@@ -76,7 +77,7 @@ def lego(
     gathered = summands(files, weights)
     most = max(sum(layer.rank for layer, _ in parts) for parts in gathered.values())
     if rank is not None and not 1 <= rank <= most:
-        raise InputError(f"LEGO's rank must be from 1 to {most}, the ranks there are together, got {rank}.")
+        raise InputError(f"LEGO's rank must be from 1 to {most}, the sum of the adapters' ranks, got {rank}.")
     layers: dict[tuple[str, str], LoraLayer] = {}
     errors: dict[str, float] = {}
     report: dict[str, dict[str, Any]] = {}
@@ -99,14 +100,14 @@ def merge_layer(
     output_reweight: bool = True,
     balance: bool = False,
 ) -> tuple[LoraLayer, dict[str, Any]]:
-    """One module's LoRAs with their weights as one of rank k, and what was clustered."""
+    """One module's weighted LoRAs merged to rank k, and facts about the clusters by name (see :func:`lego`)."""
     reference = round(sum(layer.rank for layer, _ in parts) / len(parts))
     k = reference if rank is None else rank
     units, owners, width = _units(parts)
     if balance:
         units = _balanced(units, width)
     total = units.shape[0]
-    # an order that depends on the units alone, so that the seeding does too
+    # sorted, so that the seeding depends on the units only
     order = torch.tensor(sorted(range(total), key=lambda i: units[i].tolist()))
     units, owners = units[order], owners[order]
     if total <= k:
@@ -142,7 +143,7 @@ def merge_layer(
 
 
 def kmeans(points: Tensor, k: int, seed: int = 0) -> tuple[Tensor, float]:
-    """Labels (N,) and inertia of the best of several k-means++ starts; no cluster is empty (N >= k)."""
+    """Labels (N,) and inertia of the best of :data:`RESTARTS` k-means++ runs on points (N, d); no cluster is empty."""
     generator = torch.Generator().manual_seed(seed)
     best: tuple[Tensor, float] | None = None
     spread = float(points.var(0, unbiased=False).mean())
@@ -164,7 +165,7 @@ def kmeans(points: Tensor, k: int, seed: int = 0) -> tuple[Tensor, float]:
 
 
 def _assign(points: Tensor, centres: Tensor) -> Tensor:
-    """The nearest centre of every point; an empty cluster takes the point farthest from its own."""
+    """The nearest centre of every point; an empty cluster takes the point farthest from its centre."""
     squared = torch.cdist(points, centres).square()
     distance, labels = squared.min(1)
     for j in range(centres.shape[0]):
@@ -177,7 +178,7 @@ def _assign(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def _seeds(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each next centre drawn in proportion to its squared distance from those before."""
+    """k-means++: each next centre is a point drawn in proportion to its squared distance from the previous ones."""
     chosen = [int(torch.randint(points.shape[0], (1,), generator=generator))]
     for _ in range(k - 1):
         nearest = torch.cdist(points, points[chosen]).square().min(1).values
@@ -190,7 +191,7 @@ def _seeds(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def _units(parts: Sequence[tuple[LoraLayer, float]]) -> tuple[Tensor, Tensor, int]:
-    """Units (N, in + out) in fp64, which adapter each is of, and the length of the A half."""
+    """Units (N, in + out) in fp64, the adapter of each (N,), and the length of the A half."""
     rows, owners = [], []
     for number, (layer, weight) in enumerate(parts):
         strength = layer.scale * weight
@@ -202,7 +203,7 @@ def _units(parts: Sequence[tuple[LoraLayer, float]]) -> tuple[Tensor, Tensor, in
 
 
 def _balanced(units: Tensor, width: int) -> Tensor:
-    """Both halves of each unit at the geometric mean of their lengths, sign such that A's largest entry is positive."""
+    """Units with both halves at the geometric mean of their lengths, and the largest entry of the A half positive."""
     a, b = units[:, :width], units[:, width:]
     one, two = (torch.linalg.vector_norm(half, dim=1, keepdim=True).clamp_min(1e-30) for half in (a, b))
     sign = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()

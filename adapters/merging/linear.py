@@ -1,8 +1,8 @@
-"""Two plain baselines: the nearest LoRA of a rank to the exact sum, and the mean of the factors.
+"""Two plain baselines: the exact sum truncated to a rank, and the sum of the factors.
 
-svd: sum_i w_i s_i B_i A_i, cut to a rank (Eckart-Young: nothing of that rank is nearer).
-linear: A = sum_i sqrt(w_i s_i) A_i, B = sum_i sqrt(w_i s_i) B_i, what PEFT calls "linear". Equal ranks only. B A holds
-cross terms B_i A_j that no adapter has learnt, and the order of the ranks matters: a baseline, not a recommendation.
+svd: sum_i w_i s_i B_i A_i, truncated to a rank (Eckart-Young: nothing of that rank is nearer).
+linear: A = sum_i sqrt(w_i s_i) A_i, B = sum_i sqrt(w_i s_i) B_i, PEFT's "linear". Equal ranks only. B A has cross terms
+B_i A_j that no adapter has learnt, and the order of the ranks matters: a baseline, not a recommendation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ METHODS = (
     Method(
         name="svd",
         title="SVD of the sum",
-        summary="The exact sum of the adapters, cut to the rank of one of them with the smallest possible error.",
+        summary="The exact sum of the adapters, truncated to the largest of their ranks with the smallest possible "
+        "error.",
         stage="merging",
         makes="ordinary LoRA",
         paper="",
@@ -29,7 +30,7 @@ METHODS = (
     Method(
         name="linear",
         title="Sum of factors",
-        summary="Adds the A's and the B's apart, as PEFT's 'linear' does: a baseline with cross terms.",
+        summary="Adds the A and the B matrices separately, as PEFT's 'linear' does: a baseline with cross terms.",
         stage="merging",
         makes="ordinary LoRA",
         paper="",
@@ -39,7 +40,7 @@ METHODS = (
 
 
 def svd(files: Sequence[LoraFile], weights: Sequence[Mapping[str, float] | float], rank: int | None = None) -> Merged:
-    """The exact sum cut to ``rank`` (None = the adapters' largest)."""
+    """The exact sum truncated to ``rank`` (None = the largest rank of the adapters); raises :class:`InputError`."""
     if not files:
         raise InputError("There is no adapter to merge.")
     return concatenate(files, weights, rank=rank or max(rank for file in files for rank in file.ranks()))
@@ -48,19 +49,19 @@ def svd(files: Sequence[LoraFile], weights: Sequence[Mapping[str, float] | float
 def linear(
     files: Sequence[LoraFile], weights: Sequence[Mapping[str, float] | float], rank: int | None = None
 ) -> Merged:
-    """Factors added apart; ``errors`` is the relative distance to the exact sum.
+    """The sum of the A and of the B, separately; ``errors`` is the relative distance to the exact sum.
 
     Raises:
-        InputError: different ranks in one layer, or a negative weight (whose root there is not).
+        InputError: nothing to merge, different ranks in one layer, or a negative weight (it has no square root).
     """
     layers: dict[tuple[str, str], LoraLayer] = {}
     errors: dict[str, float] = {}
     for (component, module), parts in summands(files, weights).items():
         name = f"{component}.{module}"
         if len({layer.rank for layer, _ in parts}) > 1:
-            raise InputError(f"The sum of factors needs equal ranks, which '{name}' has not: use svd or lego.")
+            raise InputError(f"'linear' needs equal ranks, but they differ in '{name}': use svd or lego.")
         if any(weight < 0 for _, weight in parts):
-            raise InputError("The sum of factors takes the root of every weight: none may be negative.")
+            raise InputError("'linear' takes the square root of every weight, so none may be negative.")
         roots = [(weight * layer.scale) ** 0.5 for layer, weight in parts]
         A = torch.stack([root * layer.A.float() for root, (layer, _) in zip(roots, parts, strict=True)]).sum(0)
         B = torch.stack([root * layer.B.float() for root, (layer, _) in zip(roots, parts, strict=True)]).sum(0)

@@ -1,4 +1,4 @@
-"""LoraHub: how strongly to use which adapter, found by trying on a few examples, without gradients.
+"""LoraHub: weights of a merge, found by gradient-free search on a few examples.
 
 "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition" (arXiv 2307.13269). Weights w in
 [-1.5, 1.5]^N minimise
@@ -7,10 +7,10 @@
 
 where ``loss`` is the loss of the model with the merged adapter on a few examples. Two ways of merging:
 
-    exact      sum_i w_i s_i B_i A_i                              (concatenation; what the weights say)
-    factors    (sum_i w_i B_i) (sum_i w_i A_i), at one scale      (the authors' program; holds cross terms B_i A_j)
+    exact      sum_i w_i s_i B_i A_i                              (concatenation)
+    factors    (sum_i w_i B_i) (sum_i w_i A_i), at one scale      (the authors' code; has cross terms B_i A_j)
 
-The search is COBYQA (a derivative-free trust-region method, scipy); the authors' nevergrad is not needed for it.
+The search is COBYQA (a derivative-free trust-region method, scipy) instead of the authors' nevergrad.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHOD = Method(
     makes="ordinary LoRA",
     paper="LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition, arXiv 2307.13269",
     entry="adapters.merging.lorahub:search",
-    status="in Python; a command needs an evaluation of your own",
+    status="Python only: it needs your own evaluation",
 )
 
 BOUND = 1.5
@@ -50,14 +50,14 @@ Loss = Callable[[LoraFile], float]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What the search found.
+    """Result of the search.
 
     Attributes:
-        weights: the best ones.
+        weights: the best ones, one per adapter.
         loss: the loss with them, without the penalty.
-        start: the loss with no adapter at all (all weights 0).
-        file: the merged adapter.
-        tried: how many weights were tried.
+        start: the loss without adapters (all weights 0).
+        file: the adapter merged with the best weights.
+        tried: number of evaluations.
     """
 
     weights: tuple[float, ...]
@@ -75,24 +75,24 @@ def search(
     penalty: float = PENALTY,
     monitor: Monitor | None = None,
 ) -> Found:
-    """The weights with the smallest loss.
+    """The weights with the smallest penalised loss.
 
     Args:
         files: adapters of one model.
-        loss: called once per try, with the merged adapter.
-        steps: how many tries.
+        loss: evaluates a merged adapter; called at most ``steps`` times.
+        steps: number of evaluations, at least ``len(files) + 2``.
         mode: how adapters are merged.
-        penalty: of large weights.
-        monitor: is told every try and may cancel.
+        penalty: factor of the mean absolute weight.
+        monitor: receives progress per evaluation and may cancel.
 
     Raises:
-        InputError: no adapter, fewer tries than weights need, or a loss that is not a number.
+        InputError: no adapter, too few steps, a loss that is NaN, or adapters that cannot be merged.
         Cancelled: the monitor asked to stop.
     """
     if not files:
         raise InputError("There is no adapter to search weights for.")
     if steps < len(files) + 2:
-        raise InputError(f"Weights of {len(files)} adapters need at least {len(files) + 2} tries, got {steps}.")
+        raise InputError(f"The search over {len(files)} weights takes at least {len(files) + 2} steps, got {steps}.")
     monitor = monitor or Silent()
     tried: list[tuple[float, float, tuple[float, ...]]] = []  # penalised loss, loss, weights
 
@@ -120,10 +120,10 @@ def search(
 def merged(
     files: Sequence[LoraFile], weights: Sequence[float], mode: Literal["exact", "factors"] = "exact"
 ) -> LoraFile:
-    """The adapters with these weights as one; weights that are all 0 give an adapter that changes nothing.
+    """The adapters merged with these weights; if all are 0, an adapter that changes nothing.
 
     Raises:
-        InputError: factors that cannot be added because layers, ranks or scales differ.
+        InputError: nothing to merge, or with ``factors`` layers, ranks or scales that differ.
     """
     if mode == "factors":
         return _factors(files, weights)

@@ -1,4 +1,4 @@
-"""Magnitude pruning as a merge: the largest entries of each whole update, summed with the weights, cut to a rank."""
+"""Magnitude pruning: the largest entries of each full update, summed with the weights and truncated to a rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adapters.merging.deltas import check_density, keep_largest, merge_updates
 METHOD = Method(
     name="magnitude",
     title="Magnitude pruning",
-    summary="Adds only the largest changes of every adapter.",
+    summary="Adds only the largest entries of each adapter's update.",
     stage="merging",
     makes="ordinary LoRA",
     paper="",
@@ -29,7 +29,7 @@ def magnitude(
     rank: int | None = None,
     density: float = 0.5,
 ) -> Merged:
-    """Sum the largest entries (see :func:`adapters.merging.deltas.merge_updates`)."""
+    """Sum the largest entries, a share of ``density`` per layer (see :func:`adapters.merging.deltas.merge_updates`)."""
     check_density(density)
 
     def combine(updates: Tensor, strengths: Tensor, generator: torch.Generator) -> Tensor:

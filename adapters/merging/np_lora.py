@@ -1,15 +1,15 @@
-"""NP-LoRA: a style and a concept as one LoRA, the concept kept out of the style's main directions.
+"""NP-LoRA: a concept and a style as one LoRA, with the concept projected out of the style's main directions.
 
 "NP-LoRA: Null Space Projection Unifies Subject and Style in LoRA Fusion" (arXiv 2511.11051). With D_s = U S V^T the
-style's update of a layer and V_k (in, k) its first right singular vectors, the concept's update D_c loses what listens
-to those directions, and the two are added:
+style's update of a layer and V_k (in, k) its first right singular vectors, the concept's update D_c is projected to
+ignore inputs along V_k, and the two are added:
 
     hard   D = w_s D_s + w_c D_c (I - V_k V_k^T)
     soft   D = w_s D_s + w_c D_c (I - mu / (1 + mu) V_k V_k^T)
 
-The soft form is the minimum of |X - D_c|_F^2 + mu |X V_k|_F^2: mu = 0 is the plain merge, mu -> infinity the hard form.
-(It is our reading of the paper's "soft projection"; its text gives the idea, its own formula could not be compared.)
-Only A_c changes, so the result is an ordinary LoRA of rank r_s + r_c, as exact as concatenation.
+The soft form is the minimiser of |X - D_c|_F^2 + mu |X V_k|_F^2: mu = 0 is the plain merge, mu -> infinity the hard
+form. (It is our reading of the paper's "soft projection"; the paper's own formula could not be compared.) Only A_c
+changes, so the result is an ordinary LoRA of rank r_s + r_c, as exact as concatenation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from adapters.merging.concatenate import Merged, concatenate
 METHOD = Method(
     name="np-lora",
     title="Null space projection",
-    summary="Adds a concept and a style (in this order) after taking the style's main directions out of the concept.",
+    summary="Adds a concept and a style (in this order) after projecting the style's main directions out of the "
+    "concept.",
     stage="merging",
     makes="ordinary LoRA",
     paper="NP-LoRA: Null Space Projection Unifies Subject and Style in LoRA Fusion, arXiv 2511.11051",
@@ -50,19 +51,19 @@ def np_lora(
     Args:
         files: the concept, then the style, with the module paths of one model.
         weights: as for :func:`adapters.merging.concatenate.concatenate`.
-        rank: cut every layer to at most this rank.
-        directions: k, how many of the style's directions are kept free; None = all it has.
-        mu: how strictly; 0 = not at all, infinity = the hard projection.
+        rank: truncate every layer to at most this rank.
+        directions: k, how many of the style's directions are projected out of the concept; None = all.
+        mu: strength of the projection; 0 = none, infinity = hard.
 
     Raises:
-        InputError: not two adapters, other layers in one than in the other, a DoRA adapter, or numbers out of range.
+        InputError: not two adapters, adapters of different layers, a DoRA adapter, or a value out of range.
     """
     if len(files) != 2:
         raise InputError(f"NP-LoRA merges a concept and a style: give two adapters, not {len(files)}.")
     if directions is not None and directions < 1:
-        raise InputError(f"NP-LoRA keeps at least 1 direction free, got {directions}.")
+        raise InputError(f"NP-LoRA projects out at least 1 direction, got {directions}.")
     if math.isnan(mu) or mu < 0:
-        raise InputError(f"NP-LoRA's mu is a number from 0 (plain merge) to inf (hard projection), got {mu}.")
+        raise InputError(f"NP-LoRA's mu must be from 0 (plain merge) to inf (hard projection), got {mu}.")
     concept, style = files
     same_targets(concept, style, "NP-LoRA")
     parts = {
@@ -75,7 +76,7 @@ def np_lora(
 
 
 def project(concept: LoraLayer, style: LoraLayer, directions: int | None = None, mu: float = math.inf) -> LoraLayer:
-    """``concept`` without (or, softly, with less of) what listens to the style's first right singular vectors."""
+    """``concept`` with the style's first right singular vectors projected out of its inputs; softly if mu is finite."""
     V = principal_inputs(style, directions)
     part = 1.0 if math.isinf(mu) else mu / (1 + mu)
     A = concept.A.double().flatten(1)
@@ -83,17 +84,17 @@ def project(concept: LoraLayer, style: LoraLayer, directions: int | None = None,
 
 
 def principal_inputs(layer: LoraLayer, directions: int | None = None) -> Tensor:
-    """V_k (in, k): the inputs the layer's update answers to most; directions with no effect are left out."""
+    """V_k (in, k): the inputs to which the layer's update responds most; directions without effect are left out."""
     _, S, Vh = compact_svd(layer.scale * layer.B.double().flatten(1), layer.A.double().flatten(1))
     real = int((S.max() * 1e-9 < S).sum()) if S.numel() and S.max() > 0 else 0
     return Vh[: real if directions is None else min(real, directions)].T
 
 
 def same_targets(first: LoraFile, second: LoraFile, method: str) -> None:
-    """Refuse adapters that do not change the same layers; raises :class:`InputError`."""
+    """Raise :class:`InputError` unless both adapters change the same layers."""
     names = [{f"{component}.{module}" for component, module, _ in file.layers()} for file in (first, second)]
     odd = sorted(names[0] ^ names[1])
     if odd:
         raise InputError(
-            f"{method} needs two adapters of the same layers; {len(odd)} are in one of them only, such as '{odd[0]}'."
+            f"{method} needs adapters of the same layers, but {len(odd)} are in only one of them, such as '{odd[0]}'."
         )

@@ -1,10 +1,11 @@
 """TIES-Merging: Resolving Interference When Merging Models, arXiv 2306.01708.
 
-On whole updates D_i: trim each to its largest entries (``density``), elect per entry the sign with the larger weighted
-sum, and average the entries that agree with it. The result, times ``scale`` (the paper's lambda), is cut to a rank.
+On full updates D_i: trim each to its largest entries (``density``), elect per entry the sign with the larger weighted
+sum, and average the entries that agree with it. The result, times ``scale`` (the paper's lambda), is truncated to a
+rank.
 
-The authors trim the whole task vector at once; here each layer keeps its own ``density``, because the scale of an
-update differs much between the layers of a LoRA and small ones would lose everything.
+The authors trim the whole task vector at once; here each layer is trimmed to ``density``, because the size of the
+updates differs much between the layers of a LoRA and small ones would lose everything.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from adapters.merging.deltas import check_density, keep_largest, merge_updates
 METHOD = Method(
     name="ties",
     title="TIES",
-    summary="Keeps each adapter's largest changes, settles on one sign per weight and averages what agrees.",
+    summary="Keeps the largest entries of each adapter's update, elects one sign per weight and averages what agrees.",
     stage="merging",
     makes="ordinary LoRA",
     paper="TIES-Merging, arXiv 2306.01708",
@@ -37,7 +38,16 @@ def ties(
     density: float = 0.2,
     scale: float = 1.0,
 ) -> Merged:
-    """Merge by trimming, electing signs and averaging (see :func:`adapters.merging.deltas.merge_updates`)."""
+    """Merge by trimming, electing signs and averaging.
+
+    Args:
+        files, weights, rank: as for :func:`adapters.merging.deltas.merge_updates`.
+        density: share of entries kept per layer, in (0, 1].
+        scale: the paper's lambda.
+
+    Raises:
+        InputError: as :func:`adapters.merging.deltas.merge_updates`, or a density out of range.
+    """
     check_density(density)
 
     def combine(updates: Tensor, strengths: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,7 +57,7 @@ def ties(
 
 
 def elect_and_average(updates: Tensor, strengths: Tensor) -> Tensor:
-    """Per entry the mean of the weighted updates (N, out, in) that have the elected sign."""
+    """Per entry, the mean of the weighted updates (N, out, in) that have the elected sign: (out, in)."""
     weighted = updates * strengths.to(updates).view(-1, 1, 1)
     elected = weighted.sum(0).sign()
     elected[elected == 0] = 1

@@ -106,8 +106,8 @@ def test_pefts_lora_ga_is_reproduced_up_to_signs(direction):
     [
         ({"rank": 6}, "at most 5"),
         ({"gamma": 0.0}, "gamma"),
-        ({"direction": "up"}, "known are ArB2r"),
-        ({"size": "big"}, "known are stable"),
+        ({"direction": "up"}, "use one of ArB2r"),
+        ({"size": "big"}, "use one of stable"),
         ({"G": torch.zeros(10, 12)}, "zero everywhere"),
         ({"G": torch.full((10, 12), torch.nan)}, "not finite"),
     ],
@@ -164,7 +164,7 @@ def test_an_ordinary_lora_becomes_a_basis_and_a_core():
 def test_sb_refuses():
     with pytest.raises(InputError, match="at most 9"):
         sb_factors(matrix(12, 9), 10, 1.0, 0.1)
-    with pytest.raises(InputError, match="longer than 0"):
+    with pytest.raises(InputError, match="larger than 0"):
         sb_factors(matrix(12, 9), 2, 1.0, 0.0)
     with pytest.raises(InputError, match="zero or not finite"):
         sb_factors(torch.zeros(12, 9), 2, 1.0, 0.1)
@@ -341,7 +341,7 @@ def test_a_start_much_worse_than_the_base_is_shortened():
         warnings.simplefilter("error")
         before, after, small = outcome(1e-3)  # fine as it is: nothing is said and nothing changed
     assert after < before
-    with pytest.warns(UserWarning, match=r"'lora_sb' made the loss .* shortened to 1/(\d+)") as said:
+    with pytest.warns(UserWarning, match=r"'lora_sb' raised the loss .* shortened to 1/(\d+)") as said:
         before, after, bounded = outcome(16.0)
     assert after <= (1 + start.WORSE) * before
     halved = int(str(said[0].message).split("1/")[1].split(",")[0])

@@ -176,7 +176,7 @@ def test_bad_input(method):
         ([one, one], [1], "2 weights"),
         ([dora], [1], "DoRA"),
         ([one, wide], [1, 1], "different shapes"),
-        ([one, file(layer(), name="unet")], [1, 1], "different kinds of models"),
+        ([one, file(layer(), name="unet")], [1, 1], "for a single model, others for a pipeline"),
         ([broken], [1], "not finite"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -66,9 +66,9 @@ def test_np_lora_of_an_untrained_style_is_the_concept() -> None:
 def test_np_lora_refusals() -> None:
     with pytest.raises(InputError, match="two adapters, not 3"):
         np_lora([file(0)] * 3, [1, 1, 1])
-    with pytest.raises(InputError, match="same layers; 1 are in one"):
+    with pytest.raises(InputError, match="same layers, but 1 are in only one"):
         np_lora([file(0), LoraFile({"unet": {"a": layer(1)}})], [1, 1])
-    with pytest.raises(InputError, match="mu is a number"):
+    with pytest.raises(InputError, match="mu must be from 0"):
         np_lora([file(0), file(1)], [1, 1], mu=-1)
     with pytest.raises(InputError, match="at least 1 direction"):
         np_lora([file(0), file(1)], [1, 1], directions=0)
@@ -113,7 +113,7 @@ def test_lorahub_factors_have_cross_terms_and_exact_does_not() -> None:
 def test_lorahub_refusals() -> None:
     with pytest.raises(InputError, match="no adapter"):
         search([], lambda made: 0.0)
-    with pytest.raises(InputError, match="at least 4 tries"):
+    with pytest.raises(InputError, match="at least 4 steps"):
         search([file(0), file(1)], lambda made: 0.0, steps=3)
     with pytest.raises(InputError, match="not a number"):
         search([file(0)], lambda made: float("nan"))

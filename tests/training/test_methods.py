@@ -212,9 +212,9 @@ def test_a_checkpoint_of_another_method_is_refused():
     with pytest.raises(InputError, match="made with perturb 'ggpo'"):
         run.plugins.load_state_dict({"perturbation": {"kind": "ggpo", "layers": {}}})
     run = prepare(dialects.model(), recipe(init="lora_ga"), data, dialects.TARGETS, resuming=True)
-    with pytest.raises(InputError, match="no start of the layer"):
+    with pytest.raises(InputError, match="no frozen matrices for the layer"):
         run.plugins.load_state_dict({"start": {"init": "lora_ga", "frozen": {}}})
-    with pytest.raises(InputError, match="not started with 'lora_ga'"):
+    with pytest.raises(InputError, match="not initialised with 'lora_ga'"):
         run.plugins.load_state_dict({"start": {}})
 
 

@@ -39,7 +39,7 @@ def test_sentences_follow_the_choice():
     assert "switch use_rslora on" in text
     refused = method_help.explain({"grad_rule": "allora", "alpha": 3, "rank": 4, "optimizer": "adamw"})
     assert "no scaling factor" in refused
-    assert "divide the gradient" in refused
+    assert "normalise gradients" in refused
 
 
 def test_every_rule_looks_at_fields_that_some_schema_has():
