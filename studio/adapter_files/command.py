@@ -1,4 +1,4 @@
-"""``studio lora``: adapter files, whatever program made them."""
+"""``studio lora``: inspect, convert, merge and extract adapter files of any program."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def register(app: typer.Typer) -> None:
 
 @group.command()
 def inspect(adapter: Adapter, json: Json = False, quiet: Quiet = False) -> None:
-    """Read a file whole: layers, ranks, size of the change, whether every number is finite."""
+    """Read a whole file: layers, ranks, size of the change, whether every number is finite.
+
+    Example:  studio lora inspect fox
+    """
     from studio import library
     from studio.library import scan
 
@@ -73,7 +76,10 @@ def inspect(adapter: Adapter, json: Json = False, quiet: Quiet = False) -> None:
 def convert(
     adapter: Adapter, out: Out, to: Format = "diffusers", base: Base = None, json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Write an adapter in another format; the change it makes stays the same."""
+    """Write an adapter in another format; the change it makes stays the same.
+
+    Example:  studio lora convert fox --out fox-peft --to peft
+    """
     from studio import library
 
     path = library.resolve_adapter(adapter)
@@ -89,20 +95,23 @@ def merge(
     ],
     out: Out,
     rank: Annotated[
-        int | None, typer.Option("--rank", min=1, help="Cut to this rank; exact (all ranks added) when not given.")
+        int | None, typer.Option("--rank", min=1, help="Cut to this rank; default: no cut (the sum of all ranks).")
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="How: see  studio methods --stage merging.  concatenate is the exact sum.")
+        str, typer.Option("--method", help="See  studio methods --stage merging;  concatenate is the exact sum.")
     ] = "concatenate",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, such as mu=1.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Method option such as mu=1; repeatable.")
     ] = None,
     to: Format = "diffusers",
     base: Base = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Write several adapters as one ordinary LoRA."""
+    """Write several adapters as one ordinary LoRA.
+
+    Example:  studio lora merge fox:0.8 robot:0.6 --out both.safetensors
+    """
     from studio import library
     from studio.adapter_files import merging
 
@@ -122,8 +131,8 @@ def merge(
     output = Output(json, quiet)
     if method == "lego" and worst[1] > 1:
         output.note(
-            "In some layers the result is farther from the adapters' sum than nothing would be: ranks that cancel one "
-            "another (of adapters started by pissa, olora, corda or lora_ga) do not cluster. Cut each adapter first: "
+            "In some layers the result is farther from the adapters' sum than zero is: ranks that cancel each other "
+            "(in adapters started by pissa, olora, corda or lora_ga) do not cluster. Cut each adapter first: "
             "studio lora merge ONE --method svd --rank R."
         )
     output.result(values, f"Written to {written} (rank {max(merged.file.ranks())}{note})")
@@ -142,7 +151,10 @@ def extract(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Write what fine-tuning changed as a LoRA: the nearest one of that rank, with each layer's error."""
+    """Write what fine-tuning changed as a LoRA: the nearest one of that rank, with each layer's error.
+
+    Example:  studio lora extract base.safetensors tuned.safetensors --out change.safetensors --rank 16
+    """
     from adapters.merging.extract import extract as difference
     from studio.adapter_files.fit_to_base import models
 
@@ -161,7 +173,7 @@ def extract(
     output.result(values, lambda: table(["layer", "error"], [(name, f"{error:.4f}") for name, error in rows]))
     output.note(f"Written to {written}; largest relative error {worst:.3g} at {place}.")
     if made.left_out:
-        output.note(f"{len(made.left_out)} parameters differ that no LoRA holds (norms, biases, embeddings).")
+        output.note(f"{len(made.left_out)} parameters differ that a LoRA cannot hold (norms, biases, embeddings).")
 
 
 def _read(path: Path) -> LoraFile:
@@ -174,7 +186,7 @@ def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
     """The files with the module names of one model.
 
     Raises:
-        InputError: names cannot be told without a base model, or the format is unknown.
+        InputError: the names cannot be resolved without a base model, or the format is unknown.
     """
     find(to)
     if base is None:

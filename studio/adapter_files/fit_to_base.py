@@ -1,4 +1,4 @@
-"""Adapter files laid onto a base model, outside of any picture: for converting, merging and comparing."""
+"""Fits adapter files to a base model, for converting, merging and comparing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def fitted(files: Sequence[LoraFile], base: str) -> list[LoraFile]:
     """``files`` with the module names and shapes of ``base`` (name in the library, path or hub id).
 
     Raises:
-        adapters.errors.FamilyError: made for another model.
+        adapters.errors.FamilyError: a file was made for another model.
     """
     from adapters.formats.fit import fit
     from pipelines.diffusion.loading import modern_blocks

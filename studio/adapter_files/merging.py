@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "concatenate"
 RECORD = "adapter_studio_merge"
-"""Text entry of a merged file that says how it was made, as JSON."""
+"""Metadata entry of a merged file that says how it was made, as JSON."""
 
 
 @cache
@@ -45,13 +45,13 @@ def merge(
     options: Mapping[str, Any] | None = None,
     factors: Sequence[Mapping[str, float]] = (),
 ) -> Merged:
-    """The adapters as one.
+    """Merge adapters into one.
 
     Args:
         method: a name of :func:`methods`.
         weights: per file one weight, or (concatenate) a weight per component.
-        rank: cut the result to this rank.
-        options: what the method knows beside files, weights and rank.
+        rank: cut the result to this rank; None = no cut.
+        options: the method's own options.
         factors: concatenate: per file "component.module" -> extra factor; absent = 1.
 
     Raises:

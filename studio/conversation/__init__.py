@@ -1,4 +1,4 @@
-"""Talking to a language model with adapters: in this process (``session``) or in one of its own (``client``)."""
+"""Chats with a language model and adapters: in this process (``session``) or in a separate one (``client``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of the base that answers: with these adapters (name or path, strength), their updates added."""
+    """A variant of the base that answers: the updates of these adapters (name or path, strength) are added to it."""
 
     name: str
     adapters: tuple[tuple[str, float], ...] = ()
@@ -21,7 +21,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Question:
-    """One turn: a base, and for every variant its conversation so far, ending with what is asked.
+    """One turn: a base, and every variant's conversation so far, ending with the question.
 
     Attributes:
         base: library name, directory or hub id.
@@ -42,7 +42,7 @@ class Question:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Question:
-        """What :meth:`as_json` gave."""
+        """The inverse of :meth:`as_json`."""
         variants = tuple(
             Variant(str(variant["name"]), tuple((str(name), float(weight)) for name, weight in variant["adapters"]))
             for variant in values["variants"]
@@ -70,7 +70,7 @@ def parse_adapter(text: str) -> tuple[str, float]:
 def variants_of(adapters: Iterable[tuple[str, float]], compare: bool) -> tuple[Variant, ...]:
     """One variant with all adapters at once; or, to compare, the base alone and each adapter by itself.
 
-    An adapter that is given several times acts with the sum of its strengths.
+    An adapter given several times gets the sum of its strengths.
     """
     total: dict[str, float] = {}
     for name, weight in adapters:

@@ -1,4 +1,4 @@
-"""Asking the chat process: started at the first question, so that the web app itself never loads a model."""
+"""The chat process's client: starts it at the first question, so that the web app itself never loads a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Event = dict[str, Any]
 
 
 class Client:
-    """One chat process, asked by one person at a time."""
+    """One chat process, which answers one question at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -28,7 +28,7 @@ class Client:
         """The events of an answer (see :mod:`studio.conversation.session`); closing the iterator stops the model.
 
         Raises:
-            InputError: another answer is under way, or what the process says is wrong.
+            InputError: another answer is under way, or the process reports an error.
         """
         if not self._busy.acquire(blocking=False):
             raise InputError("An answer is being written already: wait for it, or stop it.")
@@ -38,7 +38,7 @@ class Client:
             self._busy.release()
 
     def stop(self) -> None:
-        """End the answer under way where it is."""
+        """Stop the answer under way."""
         if self._process is not None and self._process.poll() is None:
             self._send(self._process, {"stop": True})
 
@@ -65,13 +65,13 @@ class Client:
                 yield event
             ended = True
             self._process = None
-            raise InputError("The chat process has ended unexpectedly (was the memory too small?): try again.")
+            raise InputError("The chat process ended unexpectedly (out of memory?): try again.")
         finally:
             if not ended:
                 self._end_early(process)
 
     def _end_early(self, process: subprocess.Popen[str]) -> None:
-        """Stop the model and read what it still had to say, so that the next answer starts clean."""
+        """Stop the model and discard the rest of its output, so that the next answer starts clean."""
         self.stop()
         assert process.stdout is not None
         for line in process.stdout:

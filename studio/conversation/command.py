@@ -27,19 +27,19 @@ def chat(
     base: Annotated[str, typer.Argument(help="Language model: name in the library, directory or hub id.")] = "smollm2",
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "-a", metavar="NAME[:STRENGTH]", help="An adapter; give it several times."),
+        typer.Option("--adapter", "-a", metavar="NAME[:STRENGTH]", help="An adapter; repeatable."),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Let the base and each adapter answer by themselves.")
+        bool, typer.Option("--compare", help="Show the answers of the base and of each adapter alone.")
     ] = False,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and exit.")] = None,
     system: Annotated[str, typer.Option("--system", help="System message.")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="0 = always the likeliest words; 0.7 is lively.")
+        float, typer.Option("--temperature", min=0, help="0 = always the likeliest word; 0.7 is lively.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option("--top-p", min=0.01, max=1, help="Share of likely words that is used.")
+        float, typer.Option("--top-p", min=0.01, max=1, help="Sample among the likeliest words up to this probability.")
     ] = 0.95,
     repetition_penalty: Annotated[
         float, typer.Option("--repetition-penalty", min=0.5, max=5, help="Above 1 avoids repeating words.")
@@ -56,7 +56,7 @@ def chat(
     if dtype not in ("auto", "fp32", "fp16", "bf16"):
         raise InputError(f"--dtype is auto, fp32, fp16 or bf16, got '{dtype}'.")
     if json and prompt is None:
-        raise InputError("--json gives one answer: say what to ask with --prompt.")
+        raise InputError("--json gives one answer: add --prompt with the question.")
     variants = variants_of([parse_adapter(text) for text in adapter or ()], compare)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
               "repetition_penalty": repetition_penalty, "seed": seed}  # fmt: skip
@@ -103,7 +103,7 @@ class _Talk:
             with closing(events):
                 self._follow(events, answers)
         except InputError:
-            for talk in self.conversations:  # it was not answered: as if it had not been asked
+            for talk in self.conversations:  # not answered: forget the question
                 talk.pop()
             raise
         for talk, answer in zip(self.conversations, answers, strict=True):

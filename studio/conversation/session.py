@@ -1,4 +1,4 @@
-"""One loaded base with the adapters that were asked for so far; answers come in pieces."""
+"""One loaded base with the adapters used so far; answers come in pieces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from studio.datasets.cache import fingerprint
 from studio.library import scan, smollm2
 
 Event = dict[str, Any]
-"""``event`` and what belongs to it: "loading" (text), "remark" (text), "begin" (variant), "piece" (variant, text),
+"""``event`` and its data: "loading" (text), "remark" (text), "begin" (variant), "piece" (variant, text),
 "end" (variant, words, seconds)."""
 
 
@@ -38,7 +38,7 @@ class Session:
         """Let every variant answer in turn.
 
         Raises:
-            InputError: the base or an adapter cannot be used, or they do not belong together.
+            InputError: the base or an adapter cannot be used, or they do not fit together.
         """
         if len(question.variants) != len(question.conversations):
             raise InputError("Every variant needs its conversation.")
@@ -101,7 +101,7 @@ class Session:
         yield {"event": "end", "variant": number, "words": pieces, "seconds": round(time.monotonic() - begun, 3)}
 
     def _template(self, variant: Variant) -> tuple[str | None, str]:
-        """The chat template of the variant (None = the base's own) and what is to be said of it."""
+        """The chat template of the variant (None = the base's own), and a remark about it."""
         learnt = {name: self._spoken[name].template for name, weight in variant.adapters if weight}
         known = {name: template for name, template in learnt.items() if template is not None}
         if not known:
@@ -112,7 +112,7 @@ class Session:
         return known[first], f"The adapters were trained with different chat templates: that of '{first}' is used."
 
     def _weights(self, variant: Variant) -> dict[str, float]:
-        """Path -> strength; one adapter under two names acts with the sum."""
+        """Path -> strength; one adapter under two names gets the sum."""
         total: dict[str, float] = {}
         for name, weight in variant.adapters:
             path = str(self._paths[name])
@@ -120,14 +120,14 @@ class Session:
         return total
 
     def _made_on_another(self, name: str, recipe: dict[str, Any] | None) -> str:
-        """A remark when the recipe names other base weights than those loaded: of the same shape, it still runs."""
+        """A remark if the recipe names other base weights than those loaded; the adapter still runs if shapes fit."""
         digest = ((recipe or {}).get("base") or {}).get("digest")
         if not digest or self._base is None:
             return ""
         self._digest = self._digest or fingerprint(self._base.model)
         if self._digest == digest:
             return ""
-        return f"'{name}' was trained on other weights than this base's ({(recipe or {})['base'].get('name')})."
+        return f"'{name}' was trained on other base weights ({(recipe or {})['base'].get('name')})."
 
     def release(self) -> None:
         """Free the memory."""

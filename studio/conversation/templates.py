@@ -1,4 +1,4 @@
-"""Which chat template an adapter was trained with: it answers well in that one."""
+"""The chat template an adapter was trained with, in which it answers best."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Spoken:
     """How the conversations of a training were written.
 
     Attributes:
-        template: Jinja text; empty = without one; None = nothing is known.
-        begin, end: tokens at the beginning and end of texts; empty where nothing is known.
-        missing: the file of a template that is not here.
+        template: Jinja text; empty = none was used; None = unknown.
+        begin, end: tokens at the beginning and end of texts; empty = unknown.
+        missing: the template's file, if it cannot be found.
     """
 
     template: str | None = None
@@ -26,7 +26,7 @@ class Spoken:
 
 
 def spoken(path: Path, recipe: dict[str, Any] | None) -> Spoken:
-    """What the adapter at ``path`` says: its recipe, else a tokenizer's template saved beside it (as TRL does)."""
+    """How the adapter at ``path`` was trained: from its recipe, else the template saved beside it (as TRL does)."""
     recipe = recipe or {}
     data, config = (part if isinstance(part := recipe.get(name), dict) else {} for name in ("data", "config"))
     noted = data.get("chat")
@@ -41,14 +41,14 @@ def spoken(path: Path, recipe: dict[str, Any] | None) -> Spoken:
 
 
 def differs(name: str, learnt: Spoken, tokenizer: Any, base: str) -> list[str]:
-    """Remarks where the adapter was trained otherwise than the base is used by itself."""
+    """Remarks on how the adapter's training differs from the base's own template and tokens."""
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     found = []
     if learnt.missing:
-        found.append(f"'{name}' was trained with the chat template '{learnt.missing}', which is not here: that of the "
-                     "base is used, and the answers may be worse.")  # fmt: skip
+        found.append(f"'{name}' was trained with the chat template '{learnt.missing}', which is missing: the base's is "
+                     "used, and the answers may be worse.")  # fmt: skip
     elif learnt.template is not None and learnt.template != own:
-        found.append(f"'{name}' was trained with another chat template than {base} has: that of its training is used.")
+        found.append(f"'{name}' was trained with another chat template than {base}'s: that of the training is used.")
     for what, wanted, has in (
         ("begin", learnt.begin, tokenizer.bos_token), ("end", learnt.end, tokenizer.eos_token)
     ):  # fmt: skip

@@ -1,7 +1,7 @@
-"""The process that talks for the web app: questions in as JSON lines, events out; it ends when nobody asks any more.
+"""The web app's chat process: questions in as JSON lines, events out; it ends when it has been idle.
 
 {"question": {...}}  ->  {"event": "piece", ...} ... {"event": "done"} or {"event": "error", "text": ...}
-{"stop": true}       ->  the answer under way ends where it is
+{"stop": true}       ->  the answer under way stops
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IDLE_SECONDS = 600.0
 
 
 def main(source: TextIO, target: TextIO, idle: float = IDLE_SECONDS) -> None:
-    """Answer questions from ``source`` until it ends, or until there is none for ``idle`` seconds."""
+    """Answer questions from ``source`` until it ends, or until none has come for ``idle`` seconds."""
     silence.library_warnings()
     questions: queue.Queue[dict[str, Any] | None] = queue.Queue()
     stop = threading.Event()
@@ -65,7 +65,7 @@ def main(source: TextIO, target: TextIO, idle: float = IDLE_SECONDS) -> None:
 
 
 if __name__ == "__main__":
-    # libraries print where they like: keep our channel to ourselves
+    # Libraries may print to stdout: keep our channel separate.
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     main(sys.stdin, channel)

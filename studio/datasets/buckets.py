@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: a picture keeps its shape, pictures of one batch share a size.
+"""Aspect-ratio buckets: pictures keep their shape, and those of one batch share a size.
 
 All sizes are ``(width, height)`` in pixels. Buckets have about the same area and sides that are multiples of ``step``,
-so that a batch costs about the same whatever its shape.
+so that every batch costs about the same.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class BucketRule:
     """How pictures are assigned to sizes.
 
     Attributes:
-        resolution: side of the square whose area every bucket has at most.
+        resolution: side of the square whose area no bucket exceeds.
         shortest, longest: limits of a bucket's sides.
         step: sides are multiples of this.
-        keep_aspect: False puts every picture into the square.
-        upscale: False never enlarges: small pictures get a size of their own below the area.
+        keep_aspect: False crops every picture to the square.
+        upscale: False never enlarges: small pictures get a smaller size of their own.
     """
 
     resolution: int
@@ -60,7 +60,7 @@ class BucketRule:
         """The bucket of a picture of ``size``.
 
         Raises:
-            InputError: the picture is smaller than the smallest bucket and must not be enlarged.
+            InputError: the picture is smaller than the smallest bucket and may not be enlarged.
         """
         width, height = size
         ratio = math.log(width / height)

@@ -1,7 +1,7 @@
 """Tensors computed once: encoded pictures and encoded captions.
 
-A key names everything the value depends on (content, encoder, size, crop, flip), so a changed encoder or resolution
-can never meet an old value.
+A key covers everything the value depends on (content, encoder, size, crop, flip), so a changed encoder or resolution
+never gets an old value.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TensorCache:
         return key in self._memory or (self.folder is not None and self._file(key).is_file())
 
     def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
-        """The value of ``key``, computed (without gradients) and kept if it is not there yet."""
+        """The value of ``key``; computed (without gradients) and stored if it is not there yet."""
         found = self._load(key)
         if found is None:
             with torch.no_grad():
@@ -57,7 +57,7 @@ class TensorCache:
             return self._memory.get(key)
         try:
             return load_file(self._file(key))
-        except (OSError, SafetensorError):  # not there, or cut off by a crash: compute again
+        except (OSError, SafetensorError):  # missing, or truncated by a crash: compute again
             return None
 
     def _store(self, key: str, value: Tensors) -> None:

@@ -1,7 +1,6 @@
-"""Changing the captions of a whole set: one for all, find and replace, tags; and writing them beside the pictures.
+"""Edits the captions of a whole set (one for all, find and replace, tags) and writes them beside the pictures.
 
-The changes are functions from captions (name of the picture -> text, "" = none) to captions, so that a page, a command
-and a program share them.
+Edits are functions from captions (name of the picture -> text, "" = none) to captions, shared by pages and commands.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def tags_of(caption: str) -> list[str]:
 
 
 def tag_counts(captions: Mapping[str, str]) -> list[tuple[str, int]]:
-    """Every tag with the number of captions that have it, the commonest first, then by name."""
+    """Every tag with the number of captions that have it, most frequent first, then by name."""
     counts = Counter(tag for caption in captions.values() for tag in set(tags_of(caption)))
     return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
@@ -37,19 +36,19 @@ def same_for_all(captions: Mapping[str, str], text: str, only_missing: bool = Fa
 
 
 def replaced(captions: Mapping[str, str], find: str, put: str, whole_words: bool = False) -> Captions:
-    """``find`` becomes ``put`` in every caption; ``whole_words`` leaves alone what is part of a longer word.
+    """Replace ``find`` by ``put`` in every caption; with ``whole_words`` never inside a longer word.
 
     Raises:
-        InputError: nothing to find is given.
+        InputError: ``find`` is empty.
     """
     if not find:
-        raise InputError("There is nothing to find: say which words are to be replaced.")
+        raise InputError("There is nothing to find: say which words to replace.")
     pattern = re.compile(rf"(?<!\w){re.escape(find)}(?!\w)" if whole_words else re.escape(find))
     return {name: one_line(pattern.sub(lambda _: put, caption)) for name, caption in captions.items()}
 
 
 def with_tags(captions: Mapping[str, str], tags: Sequence[str]) -> Captions:
-    """``tags`` put behind every caption that does not have them."""
+    """Append ``tags`` to every caption that does not have them."""
     made = {}
     for name, caption in captions.items():
         new = [tag for tag in tags if tag not in tags_of(caption)]
@@ -81,11 +80,11 @@ def read_folder(folder: Path) -> Captions:
 def write_folder(folder: Path, captions: Mapping[str, str]) -> list[Path]:
     """Write the captions that differ from those in ``folder``; returns the files that were written.
 
-    The file that holds a caption today is written; a picture without one gets ``NAME.txt`` (``NAME.png.txt`` where
-    another picture has the same name with another ending).
+    An existing caption file is rewritten; a picture without one gets ``NAME.txt`` (``NAME.png.txt`` if another picture
+    differs only in its extension).
 
     Raises:
-        InputError: a caption to change stands in metadata, names a picture that is not there, or cannot be written.
+        InputError: a caption to change is in metadata, names a missing picture, or cannot be written.
     """
     tree = walk(folder)
     files = [file for file in tree.files if is_picture(file)]
@@ -99,7 +98,7 @@ def write_folder(folder: Path, captions: Mapping[str, str]) -> list[Path]:
     if listed:
         source = found.sources[listed[0]]
         raise InputError(
-            f"{len(listed)} of these captions stand in '{shown(str(source))}', which counts more than files beside the "
+            f"{len(listed)} of these captions are in '{shown(str(source))}', which overrides files beside the "
             "pictures: edit them there, or move that file away."
         )
     stems = Counter(file.with_suffix("") for file in files)

@@ -1,4 +1,4 @@
-"""Captions written by a model of the person's own: a folder with any image-to-text model of Transformers."""
+"""Writes captions with the user's own model: a folder with any image-to-text model of Transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SILENT = Silent()
 INSTRUCTION = "Describe this picture in one sentence."
-"""What chat models are asked when nothing else is given."""
+"""The default prompt for chat models."""
 
 
 class Captioner:
@@ -25,12 +25,12 @@ class Captioner:
     Nothing is downloaded and no code of the folder is run.
 
     Args:
-        prompt: what a chat model is asked, or what the caption begins with for the others; "" = the usual.
+        prompt: what a chat model is asked, or how the captions of other models begin; "" = the default.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        longest: tokens of a caption at most.
+        longest: maximum length of a caption in tokens.
 
     Raises:
-        InputError: the folder does not exist, or holds no such model.
+        InputError: the folder does not exist, or holds no image-to-text model.
     """
 
     def __init__(self, folder: str | Path, prompt: str = "", device: str = "auto", longest: int = 60) -> None:
@@ -42,7 +42,7 @@ class Captioner:
         if not (place / "config.json").is_file():
             raise InputError(
                 f"'{place}' holds no image-to-text model: name a folder with config.json, weights and the processor's "
-                "files, as save_pretrained of Transformers writes them."
+                "files, as written by Transformers' save_pretrained."
             )
         try:
             model: Any = AutoModelForImageTextToText.from_pretrained(
@@ -80,7 +80,7 @@ class Captioner:
         return text
 
     def _inputs(self, picture: Image.Image) -> tuple[Any, int]:
-        """What the model reads, and where its answer begins in what it writes."""
+        """The model's inputs, and the position in its output at which the answer begins."""
         if getattr(self._processor, "chat_template", None):
             content = [{"type": "image", "image": picture}, {"type": "text", "text": self.prompt or INSTRUCTION}]
             made = self._processor.apply_chat_template(
@@ -103,7 +103,7 @@ def _processor(folder: Path) -> Any:
 
 
 class _Pair:
-    """Image processor and tokenizer that were saved apart (vision-encoder-decoder models)."""
+    """Image processor and tokenizer that were saved separately (vision-encoder-decoder models)."""
 
     chat_template = None
 

@@ -1,4 +1,4 @@
-"""Captions: where they are found and what is done to them before the text encoder sees them."""
+"""Captions: where they are read from, and how they become the prompts of a training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from adapters.errors import InputError
 from studio.datasets.folders import shown
 
 COLUMNS = ("text", "caption", "prompt")
-"""Names under which metadata.jsonl and metadata.csv may hold the caption."""
+"""Columns of metadata.jsonl and metadata.csv that may hold the caption."""
 
 ENDINGS = (".txt", ".caption", ".cap", ".tags")
-"""Endings (in small letters) of files that hold the caption of the picture of the same name, the first one counts."""
+"""Extensions (in lower case) of files with the caption of the picture of the same name, in order of precedence."""
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
-# The longer marks first: that of UTF-32 begins as that of UTF-16 does.
+# Longer byte order marks first: UTF-32's begins like UTF-16's.
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"),
           (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # fmt: skip
 _SHOWN = 5
@@ -30,7 +30,7 @@ _SHOWN = 5
 
 @dataclass
 class Captions:
-    """Caption by picture, the file it stands in, the files that were understood, and sentences on what was not used."""
+    """Caption by picture, the file it comes from, all caption files, and sentences on what was not used."""
 
     texts: dict[Path, str] = field(default_factory=dict)
     sources: dict[Path, Path] = field(default_factory=dict)
@@ -41,12 +41,12 @@ class Captions:
 def read_captions(folder: Path, pictures: Sequence[Path], files: Sequence[Path]) -> Captions:
     """The captions of ``pictures`` among ``files``, all of them below ``folder``.
 
-    ``metadata.jsonl`` or ``metadata.csv`` (in the folder or in ones below it, names relative to where it lies) comes
-    first; where it is silent, a file beside the picture: ``NAME.png.txt`` or ``NAME.txt``, with any of
-    :data:`ENDINGS`. White space, line breaks too, becomes single spaces.
+    ``metadata.jsonl`` or ``metadata.csv`` (in the folder or below it, with names relative to its own place) comes
+    first; pictures it does not list take a file beside them: ``NAME.png.txt`` or ``NAME.txt``, with any of
+    :data:`ENDINGS`. White space, including line breaks, becomes single spaces.
 
     Raises:
-        InputError: captions that cannot be read, or metadata that names pictures which are not there.
+        InputError: captions that cannot be read, or metadata that names missing pictures.
     """
     made = Captions()
     listed = _read_metadata(folder, pictures, files, made)
@@ -67,7 +67,7 @@ def read_captions(folder: Path, pictures: Sequence[Path], files: Sequence[Path])
 
 
 def is_caption(file: Path) -> bool:
-    """Whether the file's ending is one of a caption."""
+    """Whether the file has the extension of a caption."""
     return file.suffix.lower() in ENDINGS
 
 
@@ -88,7 +88,7 @@ def _name_others(picture: Path, own: Sequence[Path], made: Captions) -> None:
 
 
 def _read_metadata(folder: Path, pictures: Sequence[Path], files: Sequence[Path], made: Captions) -> dict[Path, str]:
-    """Caption by picture; a file deeper in the tree counts more."""
+    """Caption by picture; a file deeper in the tree takes precedence."""
     known = set(pictures)
     by_folder: dict[Path, list[Path]] = {}
     for file in files:
@@ -128,7 +128,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    # JSON lines end at \n alone: other characters that end lines may stand inside a text.
+    # JSON lines end at \n alone: other line-ending characters may occur inside a text.
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -151,7 +151,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 
 def read_text(file: Path) -> str:
-    """A text file in UTF-8, or in UTF-16 or UTF-32 when it begins with their mark.
+    """Read a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
         InputError: it cannot be read, or is in another encoding.
@@ -172,8 +172,8 @@ def compose_caption(
 ) -> str:
     """The prompt a picture is trained with.
 
-    A caption goes through ``template``, a missing one is replaced by ``instance_prompt``; a trigger word that is in
-    neither (as a word of its own) is put in front; ``prefix`` comes before everything.
+    A caption goes through ``template``, a missing one is replaced by ``instance_prompt``; a trigger word that the
+    result lacks (as a word of its own) is put in front; ``prefix`` comes before everything.
     """
     pattern = template if caption is not None else instance_prompt
     text = pattern.replace("{caption}", caption or "").replace("{trigger}", trigger).strip()
@@ -183,7 +183,7 @@ def compose_caption(
 
 
 def _has_word(text: str, word: str) -> bool:
-    """Whether ``word`` stands in ``text`` by itself, not inside a longer word."""
+    """Whether ``text`` contains ``word`` by itself, not inside a longer word."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 

@@ -12,7 +12,7 @@ from studio.cli.output import Json, Output, Quiet, facts
 
 Folder = Annotated[Path, typer.Argument(help="Folder of pictures.")]
 
-group = typer.Typer(help="Training pictures: what a folder holds, captions and tags.", no_args_is_help=True)
+group = typer.Typer(help="Training pictures: check a folder, edit captions and tags.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -23,13 +23,13 @@ def register(app: typer.Typer) -> None:
 @group.command()
 def show(
     folder: Folder,
-    tags: Annotated[int, typer.Option("--tags", min=0, help="How many of the commonest tags are shown.")] = 20,
+    tags: Annotated[int, typer.Option("--tags", min=0, help="How many of the most frequent tags to show.")] = 20,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what training would find: pictures, captions, tags, and what cannot be read.
 
-    For example:  studio data show photos
+    Example:  studio data show photos
     """
     from studio.datasets import caption_edits
     from studio.datasets.pictures import scan
@@ -54,15 +54,15 @@ def caption(
     folder: Folder,
     same: Annotated[str, typer.Option("--all", help="This caption for every picture.")] = "",
     only_missing: Annotated[
-        bool, typer.Option("--only-missing", help="With --all and --model: leave captions that are there.")
+        bool, typer.Option("--only-missing", help="With --all or --model: keep existing captions.")
     ] = False,
     find: Annotated[str, typer.Option("--find", help="Words to replace.")] = "",
-    put: Annotated[str, typer.Option("--replace", help="What --find becomes (nothing: it is taken out).")] = "",
+    put: Annotated[str, typer.Option("--replace", help="Replacement for --find; empty removes it.")] = "",
     whole_words: Annotated[bool, typer.Option("--whole-words", help="--find never matches inside a word.")] = False,
-    add: Annotated[str, typer.Option("--add", help="Tags (between commas) to put behind every caption.")] = "",
-    remove: Annotated[str, typer.Option("--remove", help="Tags (between commas) to take out.")] = "",
+    add: Annotated[str, typer.Option("--add", help="Tags to append to every caption, separated by commas.")] = "",
+    remove: Annotated[str, typer.Option("--remove", help="Tags to remove, separated by commas.")] = "",
     model: Annotated[
-        str, typer.Option("--model", help="Folder of an image-to-text model of Transformers that writes captions.")
+        str, typer.Option("--model", help="Folder of a Transformers image-to-text model that writes captions.")
     ] = "",
     prompt: Annotated[
         str, typer.Option("--prompt", help="What --model is asked, or what its captions begin with.")
@@ -74,13 +74,13 @@ def caption(
 ) -> None:
     """Change the captions of a folder's pictures; several changes are made in the order of the options.
 
-    For example:  studio data caption photos --find dog --replace zxq --whole-words
+    Example:  studio data caption photos --find dog --replace zxq --whole-words
     """
     from studio.datasets import caption_edits as edits
 
     output = Output(json, quiet)
     if not any((same, find, add, remove, model)):
-        raise InputError("Nothing is to be changed: give --all, --find, --add, --remove or --model.")
+        raise InputError("There is nothing to change: give --all, --find, --add, --remove or --model.")
     if same and model:
         raise InputError("--all and --model both write every caption: give one of them.")
     place = folder.expanduser()
@@ -105,7 +105,7 @@ def caption(
 def _written(
     place: Path, before: dict[str, str], only_missing: bool, model: dict[str, Any], output: Output
 ) -> dict[str, str]:
-    """Captions by the model for the pictures that want one."""
+    """Captions from the model for the pictures that need one."""
     from studio import silence
     from studio.cli.terminal import Terminal
     from studio.datasets.captioner import Captioner

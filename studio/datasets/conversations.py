@@ -1,4 +1,4 @@
-"""From rows to what a language model learns: conversations, plain texts, labelled texts."""
+"""Turns rows into what a language model learns: conversations, plain texts, labelled texts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from adapters.errors import InputError, nearest
 from studio.datasets.texts import Row, TextReport, left_out
 
 Message = dict[str, Any]
-"""``role`` and ``content``, and what else a chat template may write (:data:`PASSED`)."""
+"""``role`` and ``content``, and the other keys a chat template may write (:data:`PASSED`)."""
 
 LEARN = "learn"
-"""Key of an assistant's message that says whether it is learnt (absent = yes); no template sees it."""
+"""Key of an assistant's message that says whether it is learnt (absent = yes); templates do not see it."""
 
 PASSED = ("reasoning_content", "tool_calls", "tool_call_id", "name")
-"""Further keys of a message that chat templates know."""
+"""Other keys of a message that chat templates know."""
 
 ROLES = ("system", "user", "assistant", "tool")
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
@@ -26,7 +26,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Columns:
-    """How the columns are called, empty where the usual names are looked for."""
+    """Names of the columns; empty = look for the usual names."""
 
     messages: str = ""
     prompt: str = ""
@@ -38,7 +38,7 @@ class Columns:
 @dataclass(frozen=True)
 class Conversation:
     """Turns of a conversation; ``pair`` marks a prompt with its completion, which needs no chat template; ``tools`` are
-    the functions that the assistant may call, as chat templates want them."""
+    the functions that the assistant may call, in the form chat templates expect."""
 
     number: int
     messages: tuple[Message, ...]
@@ -71,13 +71,13 @@ _SECONDS = ("text_pair", "sentence2", "second_text")
 def conversations(
     report: TextReport, columns: Columns, system: str = "", skip_broken: bool = False
 ) -> list[Conversation | Text]:
-    """Every row as a conversation, or as a plain text when the data has texts only.
+    """Every row as a conversation, or as a plain text if the data has only texts.
 
     A ``system`` column, a ``history`` (pairs, or messages) and ``tools`` become parts of the conversation. Columns and
     keys of messages that are not used are named in ``report.remarks``.
 
     Raises:
-        InputError: columns that are missing, or (unless ``skip_broken``) rows that are no conversation, by number.
+        InputError: missing columns, or (unless ``skip_broken``) rows that are not conversations, by number.
     """
     have = report.columns
     also = [name for name in (*_SYSTEMS, _HISTORY, _TOOLS) if name in have]
@@ -111,7 +111,7 @@ def labelled_texts(report: TextReport, columns: Columns, skip_broken: bool = Fal
     """Every row as a text with its label.
 
     Raises:
-        InputError: columns that are missing, or rows without a text or label, named by number.
+        InputError: missing columns, or rows without a text or label, by number.
     """
     text = _column(report, columns.text, _TEXTS)
     label = _column(report, columns.label, _LABELS)
@@ -133,7 +133,7 @@ def plain_texts(report: TextReport, columns: Columns, skip_broken: bool = False)
     """Every row as a text.
 
     Raises:
-        InputError: there is no such column, or rows without a text.
+        InputError: there is no text column, or rows without a text.
     """
     text = _column(report, columns.text, _TEXTS)
     if not text:
@@ -153,7 +153,7 @@ class _Unfit(Exception):
 
 
 def _each(report: TextReport, make: Any, skip_broken: bool = False) -> list[Any]:
-    """``make`` of every row; all rows it refuses become one error, or a remark with ``skip_broken``."""
+    """``make`` of every row; the rows it refuses become one error, or a remark with ``skip_broken``."""
     made, wrong = [], []
     for row in report.rows:
         try:
@@ -166,7 +166,7 @@ def _each(report: TextReport, make: Any, skip_broken: bool = False) -> list[Any]
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise InputError(
             f"'{report.source}' has {len(wrong)} rows that cannot be used ({'; '.join(wrong[:_SHOWN])}{more}): "
-            "mend or remove them, or set skip_broken to true to leave them out."
+            "correct or remove them, or set skip_broken to true to leave them out."
         )
     return made
 
@@ -183,7 +183,7 @@ def _string(row: Row, column: str, empty: bool = False) -> str:
     if value is None or (isinstance(value, str) and not value.strip() and not empty):
         raise _Unfit(f"'{column}' is empty")
     if not isinstance(value, str):
-        raise _Unfit(f"'{column}' is no text but {type(value).__name__}")
+        raise _Unfit(f"'{column}' is not text but {type(value).__name__}")
     return value
 
 
@@ -192,7 +192,7 @@ def _label(row: Row, column: str) -> str:
     if value is None or not str(value).strip():
         raise _Unfit(f"'{column}' is empty")
     if isinstance(value, list | dict):
-        raise _Unfit(f"'{column}' is no single label")
+        raise _Unfit(f"'{column}' is not a single label")
     return str(value).strip()
 
 
@@ -213,10 +213,10 @@ def _pair(row: Row, prompt: str, completion: str, extra: str, system: str, repor
 def _conversation(row: Row, column: str, system: str, report: TextReport) -> Conversation:
     turns = row.values.get(column)
     if not isinstance(turns, list) or not turns:
-        raise _Unfit(f"'{column}' is no list of messages")
+        raise _Unfit(f"'{column}' is not a list of messages")
     messages = _messages(turns, report)
     if not any(message["role"] == "assistant" and message.get(LEARN, True) for message in messages):
-        raise _Unfit("no message of the assistant, so there is nothing to learn")
+        raise _Unfit("no message from the assistant, so there is nothing to learn")
     messages = [*_history(row, report), *messages]
     return Conversation(row.number, _whole(messages, row, system), tools=_tools(row))
 
@@ -225,7 +225,7 @@ def _messages(turns: Sequence[Any], report: TextReport) -> list[Message]:
     messages = []
     for position, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping):
-            raise _Unfit(f"message {position} is no object with role and content")
+            raise _Unfit(f"message {position} is not an object with role and content")
         messages.append(_message(turn, position, report))
     return messages
 
@@ -243,7 +243,7 @@ def _message(turn: Mapping[str, Any], position: int, report: TextReport) -> Mess
     reason = next((turn[key] for key in _REASONS if turn.get(key)), None)
     if reason is not None:
         if not isinstance(reason, str):
-            raise _Unfit(f"the reasoning of message {position} is no text but {type(reason).__name__}")
+            raise _Unfit(f"the reasoning of message {position} is not text but {type(reason).__name__}")
         made["reasoning_content"] = reason
     if role == "assistant" and not _learnt(turn, position):
         made[LEARN] = False
@@ -256,21 +256,21 @@ def _content(value: Any, position: int, calls: bool) -> str:
         kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value]
         strange = next((kind for kind in kinds if kind != "text"), None)
         if strange is not None:
-            raise _Unfit(f"message {position} has a part of the type '{strange}': text alone is read")
+            raise _Unfit(f"message {position} has a part of type '{strange}': only text is read")
         value = "".join(str(part.get("text") or "") for part in value)
     if value is None and calls:
         return ""
     if value is not None and not isinstance(value, str):
-        raise _Unfit(f"the content of message {position} is no text but {type(value).__name__}")
+        raise _Unfit(f"the content of message {position} is not text but {type(value).__name__}")
     if not calls and not (value or "").strip():
         raise _Unfit(f"message {position} has no content")
     return str(value)
 
 
 def _calls(calls: Any, position: int) -> list[Any]:
-    """Tool calls with their arguments as objects, as chat templates want them; files often hold them as JSON text."""
+    """Tool calls with their arguments as objects, as chat templates expect; files often hold them as JSON text."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise _Unfit(f"the tool_calls of message {position} are no list of objects")
+        raise _Unfit(f"the tool_calls of message {position} are not a list of objects")
     made = []
     for call in calls:
         function = call.get("function")
@@ -282,10 +282,10 @@ def _calls(calls: Any, position: int) -> list[Any]:
 
 
 def _learnt(turn: Mapping[str, Any], position: int) -> bool:
-    """What ``weight`` (0 or 1), ``train`` or ``training`` of a message say."""
+    """Whether a message is learnt, by its ``weight`` (0 or 1), ``train`` or ``training``."""
     marks = [turn[key] for key in _WEIGHTS if turn.get(key) is not None]
     if any(isinstance(mark, str) or mark not in (0, 1) for mark in marks):
-        raise _Unfit(f"message {position} has the weight {marks}: 0 (read only) or 1 (learn) is possible")
+        raise _Unfit(f"message {position} has the weight {marks}: use 0 (read only) or 1 (learn)")
     return all(marks)
 
 
@@ -306,7 +306,7 @@ def _history(row: Row, report: TextReport) -> list[Message]:
     if not value:
         return []
     if not isinstance(value, list):
-        raise _Unfit(f"'{_HISTORY}' is no list")
+        raise _Unfit(f"'{_HISTORY}' is not a list")
     turns: list[Any] = []
     for part in value:
         if isinstance(part, list | tuple) and len(part) == 2:
@@ -323,7 +323,7 @@ def _tools(row: Row) -> tuple[Any, ...]:
     if not value:
         return ()
     if not isinstance(value, list):
-        raise _Unfit(f"'{_TOOLS}' is no list of functions")
+        raise _Unfit(f"'{_TOOLS}' is not a list of functions")
     return tuple(value)
 
 
@@ -335,10 +335,10 @@ def _json(text: str, what: str) -> Any:
 
 
 def _whole(messages: list[Message], row: Row, system: str) -> tuple[Message, ...]:
-    """The conversation with the row's own system message, or else the configured one, unless it begins with one."""
+    """The conversation, with the row's system message (else the configured one) in front unless it begins with one."""
     own = next((row.values[name] for name in _SYSTEMS if row.values.get(name)), None)
     if own is not None and not isinstance(own, str):
-        raise _Unfit(f"the system message is no text but {type(own).__name__}")
+        raise _Unfit(f"the system message is not text but {type(own).__name__}")
     if messages[0]["role"] == "system":
         if own and own.strip() and own.strip() != messages[0]["content"].strip():
             raise _Unfit("the row has a system column and another system message in its conversation")

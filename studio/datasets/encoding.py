@@ -1,7 +1,7 @@
-"""From conversations and texts to tokens with labels, cut, skipped or packed to the model's length.
+"""Turns conversations and texts into tokens with labels; long ones are cut or skipped, short ones packed.
 
 Labels hold the token itself where it is learnt and -100 where it is only read; models shift them by one themselves.
-Packing puts several samples into one row; their positions start anew, by which the attention keeps them apart.
+Packing puts several samples into one row; each starts again at position 0, which keeps them apart in attention.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from adapters.errors import InputError
 from studio.datasets.conversations import LEARN, PASSED, Conversation, Message, Text
 
 IGNORED = -100
-"""The label of a token that is not learnt."""
+"""Label of a token that is not learnt."""
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -33,8 +33,8 @@ class Encodings:
     Attributes:
         samples: what is trained on.
         cut, skipped: numbers of rows that were too long.
-        silent: numbers of rows in which nothing was left to learn.
-        ended: numbers of rows to which an end token was added, since the template writes none.
+        silent: numbers of rows with nothing left to learn.
+        ended: numbers of rows that got an end token because the template writes none.
     """
 
     samples: list[Encoded] = field(default_factory=list)
@@ -102,11 +102,11 @@ def encode_all(
 def encode_conversation(item: Conversation, tokenizer: Any) -> tuple[list[int], list[bool | None]]:
     """(tokens, whether each belongs to a turn of the assistant; None = never learnt, by the turn's weight).
 
-    The chat template is applied to growing beginnings of the conversation, so any template works in which a turn
-    does not change what stands before it.
+    The chat template is applied to growing prefixes of the conversation, so any template works in which a turn does
+    not change earlier ones.
 
     Raises:
-        InputError: there is no chat template, it refuses or leaves out something of the row, or rewrites earlier turns.
+        InputError: there is no chat template, it refuses the row or drops part of it, or it rewrites earlier turns.
     """
     template = tokenizer.chat_template
     messages = [_fitted(message, str(template or ""), item) for message in item.messages]
@@ -138,7 +138,7 @@ _OTHER_TEMPLATE = "use a base or chat_template that does, or take them out."
 
 
 def _fitted(message: Message, template: str, item: Conversation) -> Message:
-    """A message as the template wants it; reasoning that it does not know becomes a <think> part of the answer."""
+    """A message as the template expects it; reasoning it does not know becomes a <think> part of the answer."""
     made = {key: value for key, value in message.items() if key != LEARN}
     if "tool_calls" in made and "tool_calls" not in template:
         raise InputError(f"Row {item.number} has tool_calls, which the chat template does not write: {_OTHER_TEMPLATE}")
@@ -148,7 +148,7 @@ def _fitted(message: Message, template: str, item: Conversation) -> Message:
 
 
 def _opening(turn: list[int], tokenizer: Any, item: Conversation) -> list[int]:
-    """Beginning of a conversation that the assistant opens, up to the answer itself."""
+    """The beginning of a conversation that the assistant opens, up to the answer itself."""
     asked: list[Message] = [{"role": "user", "content": "?"}]
     head = render(tokenizer, asked, True)[len(render(tokenizer, asked, False)) :]
     for start in range(len(turn) - len(head) + 1):
@@ -156,12 +156,12 @@ def _opening(turn: list[int], tokenizer: Any, item: Conversation) -> list[int]:
             return turn[: start + len(head)]
     raise InputError(
         f"Row {item.number} begins with the assistant, whose part this chat template does not mark there: begin it "
-        "with a message of the user."
+        "with a message from the user."
     )
 
 
 def unwritten(items: Sequence[Any], template: str) -> list[str]:
-    """Sentences on what of messages stands in the rows but not in the template."""
+    """Sentences on keys of messages that the rows have and the template does not write."""
     keys = {key for item in items if isinstance(item, Conversation) for message in item.messages for key in message}
     lost = [key for key in PASSED if key in keys and key not in template and key not in ("reasoning_content",)]
     said = [f"the chat template does not write '{key}' of messages" for key in lost]
@@ -177,7 +177,7 @@ NO_TEMPLATE = (
 
 
 class _TemplateError(Exception):
-    """A template that does not write a conversation."""
+    """The template cannot write a conversation."""
 
 
 def render(tokenizer: Any, messages: Sequence[Message], answer_next: bool, tools: Sequence[Any] = ()) -> list[int]:
@@ -206,7 +206,7 @@ def _grow(
 
 
 def _endless(ids: Sequence[int], learnt: Sequence[bool | None], tokenizer: Any) -> bool:
-    """Whether the last answer ends in no special token, so nothing tells the model to stop."""
+    """Whether the last answer has no special token at its end, so that nothing tells the model to stop."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(token for token, what in added.items() if what.special)}
     for token, mine in zip(reversed(ids), reversed(learnt), strict=True):
@@ -218,7 +218,7 @@ def _endless(ids: Sequence[int], learnt: Sequence[bool | None], tokenizer: Any) 
 
 
 def _one_start(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Without the second start token of a text that brought its own."""
+    """The tokens without the second start token of a text that has its own."""
     double = len(ids) > 1 and tokenizer.bos_token_id is not None and ids[0] == ids[1] == tokenizer.bos_token_id
     return list(ids[1:] if double else ids)
 
@@ -228,7 +228,7 @@ def _one_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
 
 
 def _plain_pair(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool | None]]:
-    """Prompt and completion written one after the other, for models without a chat template."""
+    """The prompt followed by the completion, for models without a chat template."""
     *before, answer = [message["content"] for message in messages]
     start = _one_start(tokenizer.encode("\n".join(before), add_special_tokens=True), tokenizer)
     if start and start[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
@@ -243,9 +243,9 @@ def _end(tokenizer: Any) -> list[int]:
 
 
 def pack(samples: Sequence[Encoded], max_length: int) -> list[Encoded]:
-    """Samples put together into rows of at most ``max_length``, longest first into the first row with room.
+    """Put samples together into rows of at most ``max_length`` tokens, longest first into the first row with room.
 
-    The first token of every sample is not learnt (nothing stands before it), and positions start at 0 with it.
+    The first token of every sample is not learnt (nothing precedes it), and its position is 0.
     """
     order = sorted(range(len(samples)), key=lambda number: -len(samples[number]["input_ids"]))
     rows: list[list[int]] = []

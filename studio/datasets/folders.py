@@ -1,4 +1,4 @@
-"""What lies below a folder: every ordinary file, through linked folders too, each folder once."""
+"""The ordinary files below a folder, also through linked folders, each folder once."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Tree:
     remarks: list[str] = field(default_factory=list)
 
     def name(self, file: Path) -> str:
-        """The file's name below the folder, bytes that are no text escaped."""
+        """The file's path below the folder, with bytes that are not text escaped."""
         return shown(file.relative_to(self.folder).as_posix())
 
 
 def walk(folder: Path) -> Tree:
-    """Every file below ``folder`` that is not hidden. Linked folders are followed; one that was seen is not again.
+    """Every file below ``folder`` that is not hidden. Linked folders are followed, each folder is visited once.
 
-    Folders come before links, so a folder's files keep their own place when a link leads to it as well. Pipes, sockets
-    and links that lead nowhere are left out.
+    Folders come before links, so that files keep their real path when a link leads to them as well. Pipes, sockets
+    and broken links are left out.
 
     Raises:
         InputError: the folder does not exist.
@@ -47,7 +47,7 @@ def walk(folder: Path) -> Tree:
             found.remarks.append(f"the folder {found.name(place)} cannot be read ({reason})")
             continue
         if entries is None:
-            found.remarks.append(f"the linked folder {found.name(place)} leads to one that is read already")
+            found.remarks.append(f"the linked folder {found.name(place)} leads to one that was read already")
             continue
         seen.add(real)
         for entry in entries:
@@ -65,5 +65,5 @@ def walk(folder: Path) -> Tree:
 
 
 def shown(name: str) -> str:
-    """``name`` as it can be printed: bytes that are no text become escapes."""
+    """``name`` in printable form: bytes that are not text become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

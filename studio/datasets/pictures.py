@@ -36,7 +36,7 @@ class FolderReport:
         pictures: the usable ones, sorted by name.
         broken: file name -> what is wrong with it.
         uncaptioned: names of usable pictures without a caption.
-        remarks: sentences on what of the folder is not used, or not as it is.
+        remarks: sentences on what is not used, or not used as it is.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ def scan(folder: Path) -> FolderReport:
 
 
 def _unused(files: Sequence[Path], tree: Tree) -> list[str]:
-    """What lies beside the pictures and is not read."""
+    """Remarks on files beside the pictures that are not read."""
     alone = [tree.name(file) for file in files if is_caption(file)]
     others = [tree.name(file) for file in files if not is_caption(file)]
     made = [f"{_some(alone)} belong to no picture"] if alone else []
@@ -104,7 +104,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def usable_pictures(folder: Path, *, skip_broken: bool = False, need_captions: bool = False) -> FolderReport:
-    """:func:`scan`, refusing what cannot be trained on.
+    """:func:`scan`, with an error for what cannot be trained on.
 
     Raises:
         InputError: no pictures; broken ones (unless ``skip_broken``); missing captions (if ``need_captions``).

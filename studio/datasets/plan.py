@@ -1,7 +1,7 @@
-"""What every batch of a run consists of, decided before anything is read.
+"""The contents of every batch of a run, decided before anything is read.
 
-A :class:`Pick` holds every random decision about one shown picture (which, how cut, mirrored or not, which words), so
-reading it is a pure function that worker processes and caches may do in any order.
+A :class:`Pick` holds every random decision about one shown picture (which one, crop, mirroring, caption), so reading
+it is a pure function that worker processes and caches may call in any order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from studio.datasets.seeds import rng
 
 @dataclass(frozen=True)
 class Pick:
-    """One picture as it is shown once: ``number`` counts all shown pictures of the run."""
+    """One showing of a picture; ``number`` counts all pictures shown in the run."""
 
     picture: Picture
     placement: Placement
@@ -51,7 +51,7 @@ class PictureSet:
         return len(self.pictures)
 
     def only(self, numbers: Sequence[int]) -> PictureSet:
-        """The part with these numbers."""
+        """The pictures with these numbers."""
         return PictureSet(
             tuple(self.pictures[n] for n in numbers),
             tuple(self.captions[n] for n in numbers),
@@ -60,12 +60,12 @@ class PictureSet:
 
 
 class Plan:
-    """Batches of a run by their number, which counts from 0 over all epochs.
+    """The batches of a run, numbered from 0 over all epochs.
 
     Args:
         shown: the pictures to learn from.
-        prior: class pictures for prior preservation; as many as of ``shown`` join each batch, in its bucket.
-        batch_size: pictures per batch and process; a global batch is ``batch_size * processes`` long.
+        prior: class pictures for prior preservation; as many as from ``shown`` join each batch, in its bucket.
+        batch_size: pictures per batch and process; a global batch has ``batch_size * processes``.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Plan:
         return picks, [self._pick(self.prior, self._prior_member(p.number), p.number, bucket) for p in picks]
 
     def every_variant(self) -> list[Pick]:
-        """Each (picture, size, flip) once: what a latent cache has to hold."""
+        """Each (picture, size, flip) once: the contents of a latent cache."""
         flips = (False, True) if self.augmentation.flip else (False,)
         found = [
             Pick(picture, place(picture.size, bucket), flip, "", 0)

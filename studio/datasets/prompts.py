@@ -21,12 +21,12 @@ def read_prompts(file: Path) -> list[str]:
     """The prompts of a text file.
 
     Raises:
-        InputError: it is missing, no text, or empty.
+        InputError: it is missing, not text, or empty.
     """
     try:
         prompts = clean(file.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"The prompts in '{file}' cannot be read: {reason}.") from None
     if not prompts:
         raise InputError(f"There are no prompts in '{file}': write one per line.")
@@ -34,7 +34,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def keep_prompts(text: str, name: str) -> Path:
-    """Write the prompts of ``text`` to a file of the studio and return it; the same prompts give the same file.
+    """Write the prompts in ``text`` to a file in the studio's home and return it; equal prompts give the same file.
 
     Raises:
         InputError: there are none.

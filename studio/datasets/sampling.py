@@ -1,4 +1,4 @@
-"""In which order pictures are shown. The order is a function of (seed, position): nothing needs to be remembered.
+"""The order in which pictures are shown: a function of (seed, position), so nothing needs to be stored.
 
 An epoch shows every picture ``repeats`` times. Pictures of a batch share a bucket; the last batch of a bucket is
 topped up with other pictures of that bucket, so that every batch is full.
@@ -19,7 +19,7 @@ T = TypeVar("T")
 def epoch_batches(buckets: Sequence[Size], batch_size: int, repeats: int, rng: random.Random) -> list[list[int]]:
     """Batches of picture numbers for one epoch; ``buckets[i]`` is the bucket of picture i.
 
-    With a single bucket the batches stay in drawing order, so that four batches of 8 are one batch of 32.
+    With a single bucket the batches stay in the order drawn, so that four batches of 8 are one batch of 32.
     """
     members: dict[Size, list[int]] = {}
     for picture, bucket in enumerate(buckets):
@@ -34,7 +34,7 @@ def epoch_batches(buckets: Sequence[Size], batch_size: int, repeats: int, rng: r
 
 
 def batches_per_epoch(buckets: Sequence[Size], batch_size: int, repeats: int) -> int:
-    """Number of batches :func:`epoch_batches` makes."""
+    """The number of batches that :func:`epoch_batches` makes."""
     return sum(-(-count * repeats // batch_size) for count in Counter(buckets).values())
 
 

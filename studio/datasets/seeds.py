@@ -1,8 +1,8 @@
-"""Random numbers that depend on where they are used, not on what was drawn before.
+"""Random numbers that depend on where they are used, not on earlier draws.
 
-Every stream (data, noise, times, ...) and every sample has a seed of its own, derived from the run's seed by a hash.
-So a resumed run, a run with samples in between and a run on another number of processes draw the same numbers, and
-accumulating four batches of 8 is the batch of 32.
+Every stream (data, noise, times, ...) and every sample has its own seed, a hash of the run's seed. So a resumed run, a
+run that draws samples and a run on another number of processes get the same numbers, and accumulating four batches of 8
+equals a batch of 32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def uniform(seed: int, stream: str, samples: Sequence[int]) -> torch.Tensor:
 
 @contextmanager
 def global_seed(seed: int, stream: str, index: int = 0) -> Iterator[None]:
-    """Torch's global generators start at the stream inside; outside they are as before."""
+    """Inside, torch's global generators start at the stream; afterwards they are as before."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, stream, index))

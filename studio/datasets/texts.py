@@ -1,6 +1,6 @@
 """Rows of text data: .jsonl, .json, .csv, .tsv, .parquet and .txt files, or a data set of the Hugging Face Hub.
 
-Every row keeps the number under which a person finds it: the line of a text file, the row of a table (from 1).
+Every row keeps the number by which people find it: the line of a text file, the row of a table (from 1).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TextReport:
         unit: what the numbers count ("line", "row", "paragraph").
         rows: the readable ones.
         broken: number -> what is wrong there.
-        remarks: sentences on what of the rows is not used.
+        remarks: sentences on what is not used.
     """
 
     source: str
@@ -48,7 +48,7 @@ class TextReport:
 
     @property
     def columns(self) -> list[str]:
-        """Every column that some row has, in order of appearance."""
+        """Every column of any row, in order of appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row.values))
 
     def digest(self) -> str:
@@ -64,16 +64,16 @@ class TextReport:
 
 
 def scan(source: str, split: str = "train") -> TextReport:
-    """Read every row of ``source``; broken ones are remembered, not refused.
+    """Read every row of ``source``; broken ones are recorded, not refused.
 
     Raises:
-        InputError: there is no such file, of no known kind, unreadable as a whole, or the hub cannot be reached.
+        InputError: the file is missing, of no known kind or unreadable, or the hub cannot be reached.
     """
     path = Path(source).expanduser()
     if path.is_file():
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
-            raise InputError(f"'{path.name}' is no text data: use {', '.join(_READERS)} (or a hub id, owner/name).")
+            raise InputError(f"'{path.name}' is not text data: use {', '.join(_READERS)} (or a hub id, owner/name).")
         return reader(path)
     if path.is_dir():
         raise InputError(f"'{source}' is a folder: name one file ({', '.join(_READERS)}).")
@@ -83,10 +83,10 @@ def scan(source: str, split: str = "train") -> TextReport:
 
 
 def usable_rows(report: TextReport, skip_broken: bool = False, limit: int | None = None) -> TextReport:
-    """``report`` when its rows can be trained on.
+    """``report``, with an error if its rows cannot be trained on.
 
     Raises:
-        InputError: broken rows (named by number; with ``skip_broken`` they are left out), or none at all.
+        InputError: broken rows (by number; left out with ``skip_broken``), or no rows at all.
     """
     if report.broken:
         first = list(report.broken.items())[:_SHOWN]
@@ -95,7 +95,7 @@ def usable_rows(report: TextReport, skip_broken: bool = False, limit: int | None
         if not skip_broken:
             raise InputError(
                 f"'{report.source}' has {len(report.broken)} unreadable rows ({shown}{more}): "
-                "mend them, or set skip_broken to true to leave them out."
+                "correct them, or set skip_broken to true to leave them out."
             )
         report.remarks.append(f"{left_out(len(report.broken))} ({shown}{more})")
     if not report.rows:
@@ -210,7 +210,7 @@ def _writable(value: Any) -> bool:
 
 
 def _lines(path: Path, report: TextReport) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers; those that are no UTF-8 are reported as broken."""
+    """Lines with their numbers; those that are not UTF-8 are reported as broken."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -242,7 +242,7 @@ def _hub(source: str, split: str) -> TextReport:
     except Exception as error:  # the package raises its own, the hub's and the network's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"'{source}' is no file here, and as a data set of the hub it cannot be loaded ({reason}): "
+            f"'{source}' is not a local file, and cannot be loaded as a data set of the hub ({reason}): "
             "check the name, data_split and the network."
         ) from None
     return TextReport(source, "row", [Row(number, dict(row)) for number, row in enumerate(table, 1)])

@@ -1,4 +1,4 @@
-"""``studio inspect``: what training has done to a model's weights."""
+"""``studio inspect``: what training did to a model's weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapters.inspection.intruders import Report
 
 Base = Annotated[str, typer.Option("--base", help="The untouched base model: name in the library, folder or hub id.")]
-K = Annotated[int, typer.Option("--k", min=1, help="How many of the largest singular directions are compared.")]
+K = Annotated[int, typer.Option("--k", min=1, help="How many of the largest singular directions to compare.")]
 Eps = Annotated[float, typer.Option("--eps", help="An intruder's cosines with the base's directions are below this.")]
 Adapter = Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")]
 
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def intruders(
     base: Base,
     adapter: Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")] = "",
-    tuned: Annotated[str, typer.Option("--tuned", help="Instead of an adapter: a model tuned from the base.")] = "",
+    tuned: Annotated[str, typer.Option("--tuned", help="Instead of an adapter: a fine-tuned model.")] = "",
     k: K = 10,
     eps: Eps = 0.5,
     side: Annotated[str, typer.Option("--side", metavar="left|right|both", help="Which singular vectors.")] = "left",
@@ -43,7 +43,10 @@ def intruders(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Count directions that training put among a weight's largest and the base never had, layer by layer."""
+    """Count intruder dimensions per layer: directions among a weight's largest that the base does not have.
+
+    Example:  studio inspect intruders fox --base tinymoji
+    """
     from studio import silence
     from studio.inspection import intruders
 
@@ -59,7 +62,7 @@ def intruders(
 
         drawn = intruders.picture(report)
         files.write(plot, lambda part: drawn.save(part, format="PNG"))
-        output.note(f"Drawn to {plot}")
+        output.note(f"Plotted to {plot}")
     output.result(report.to_dict(), lambda: _shown(report))
 
 
@@ -81,7 +84,10 @@ def soften(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Write an adapter with its intruder dimensions scaled. Compare it with the control before you trust it."""
+    """Write an adapter with its intruder dimensions scaled. Compare it with the control before you trust it.
+
+    Example:  studio inspect soften fox --base tinymoji --out soft.safetensors --control control.safetensors
+    """
     from studio import silence
     from studio.adapter_files.command import _write
     from studio.inspection import intruders
@@ -115,7 +121,10 @@ def forgetting(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Measure how much is forgotten, with intruders scaled, and with the whole update shrunk as much (the control)."""
+    """Measure forgetting with intruders scaled, and with the whole update shrunk to the same size (the control).
+
+    Example:  studio inspect forgetting fox --base tinymoji --old old-pictures/ --new new-pictures/
+    """
     from studio import silence
     from studio.inspection import intruders
 

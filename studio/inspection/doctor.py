@@ -1,4 +1,4 @@
-"""The composition doctor for adapters by name: loads them, knows their trigger words, draws what it found."""
+"""The doctor for adapters by name: loads them, finds their trigger words, plots the result."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CELL, MARGIN, HEAD, ROW = 74, 150, 80, 26
 def diagnose(
     adapters: Sequence[str | Path], prompt: str = "", weights: Sequence[float] = (), base: str = ""
 ) -> Diagnosis:
-    """What the doctor says of adapters that are to be used together.
+    """The doctor's report on adapters to be used together.
 
     Args:
         adapters: names in the library, or paths.
-        prompt: what is to be drawn; empty = not known.
-        weights: their strengths (1 where none is given).
+        prompt: the prompt to check for trigger words; empty = none.
+        weights: their strengths (default 1).
         base: model that resolves module names; needed only for files with the block names of SDXL's original code.
 
     Raises:
@@ -47,7 +47,7 @@ def report(adapters: Sequence[str | Path], prompt: str = "", weights: Sequence[f
 
 
 def report_apart(adapters: Sequence[str | Path], prompt: str = "", weights: Sequence[float] = ()) -> dict[str, Any]:
-    """:func:`report` in a process of its own, so that the one that serves pages never loads torch."""
+    """:func:`report` in a separate process, so that the web app never loads torch."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -56,7 +56,7 @@ def report_apart(adapters: Sequence[str | Path], prompt: str = "", weights: Sequ
 
 
 def picture(diagnosis: Diagnosis) -> Image.Image:
-    """Interference of every pair as a coloured table, and of the worst pairs block by block."""
+    """Plot the interference of every pair as a coloured table, and of the worst pairs block by block."""
     from PIL import Image, ImageDraw, ImageFont
 
     names = list(diagnosis.strengths)
@@ -89,7 +89,7 @@ def picture(diagnosis: Diagnosis) -> Image.Image:
             box = (2 * MARGIN + 60 * column, y + ROW * number, 60, ROW)
             if block in row:
                 _cell(draw, box, row[block], highest, font)
-    title = "Predicted interference: part of the changes in each other's subspaces"
+    title = "Predicted interference: share of each change in the other's subspace"
     draw.text((10, 12), title, fill="black", font=font, anchor="lt")
     draw.text((10, side + 12), "Block by block", fill="black", font=font, anchor="lt")
     return image
@@ -146,7 +146,7 @@ def _order(block: str) -> tuple[int, int]:
 
 
 def _cell(draw: Any, box: tuple[int, int, int, int], value: float, top: float, font: Any) -> None:
-    """A coloured field with its number: white is none, dark red the most."""
+    """A coloured cell with its number, from white (none) to dark red (the most)."""
     left, upper, width, height = box
     part = value / top
     colour = tuple(round(255 + (end - 255) * part) for end in (178, 34, 34))

@@ -24,7 +24,7 @@ def doctor(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Adapters to use together, with strengths.")
     ],
-    prompt: Annotated[str, typer.Option("--prompt", help="What is to be drawn: looks for the trigger words.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", help="Prompt to check for trigger words.")] = "",
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Plot the overlaps in this .png file.", rich_help_panel="Output")
     ] = None,
@@ -48,7 +48,7 @@ def doctor(
 
         drawn = clinic.picture(found)
         files.write(plot, lambda part: drawn.save(part, format="PNG"))
-        output.note(f"Drawn to {plot}")
+        output.note(f"Plotted to {plot}")
     output.result(found.to_dict(), lambda: _shown(found))
 
 

@@ -1,4 +1,4 @@
-"""Intruder dimensions and forgetting for adapters and bases by name: opens them, measures, draws."""
+"""Intruder dimensions and forgetting for adapters and bases by name: opens, measures and plots them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Base:
     pipe: Any = None
     tokenizer: Any = None
     masked: bool = False
-    """Whether the language model fills gaps instead of writing."""
+    """Whether it is a masked language model (BERT) instead of a causal one."""
 
     def fit(self, file: LoraFile) -> LoraFile:
         """``file`` with this base's module names."""
@@ -72,10 +72,10 @@ def open_base(name: str) -> Base:
 
 
 def open_files(name: str) -> Base:
-    """The weights of a base in their files, without building the model.
+    """Read a base's weights from its files, without building the model.
 
     Raises:
-        InputError: there is no such base here, or its weights are not in .safetensors files of today's names.
+        InputError: there is no such base here, or its weights are not in .safetensors files with current names.
     """
     from adapters.inspection.weight_files import models_in
     from studio import library
@@ -112,8 +112,10 @@ def intruders(
     """The report on an adapter of ``base``, or on a whole model ``tuned`` from it.
 
     Args:
-        from_files: read weights straight from files, without building models: quicker, less memory, and a base may be
-            any .safetensors file whose names are the model's.
+        k: how many of the largest singular directions to compare.
+        eps: an intruder's cosines with the base's directions are below this.
+        from_files: read weights from files without building models: faster, less memory, and a base may be any
+            .safetensors file with the model's names.
 
     Raises:
         InputError: neither an adapter nor a tuned model (or both), or something that cannot be read.
@@ -129,7 +131,7 @@ def intruders(
 
 
 def intruders_apart(adapter: str, base: str, k: int = 10) -> dict[str, Any]:
-    """:func:`intruders` as plain values, in a process of its own, so that the one that serves pages never loads torch.
+    """:func:`intruders` as plain values, in a separate process, so that the web app never loads torch.
 
     The weights of a base in a folder are read from its files, those of a single file through its pipeline.
     """
@@ -150,7 +152,7 @@ def shrink_factor(report: Mapping[str, Any], eps: float, strength: float) -> flo
     """|dW| with intruders below ``eps`` scaled by ``strength``, over |dW|: the factor of the control.
 
     Args:
-        report: of :func:`intruders`, as plain values. No weights are needed, so that a slider can follow.
+        report: the report of :func:`intruders` as plain values; no weights are read, so a slider can follow.
     """
     whole = changed = 0.0
     for layer in report["layers"]:
@@ -171,7 +173,7 @@ def soften(
     recompress: bool = False,
     monitor: Monitor | None = None,
 ) -> tuple[LoraFile, LoraFile, dict[str, Any]]:
-    """The adapter with its intruders scaled, the control (the whole update shrunk to the same size), and the facts."""
+    """The adapter with its intruders scaled, the control (the whole update shrunk to the same size), and figures."""
     from adapters.inspection import intruders as core
 
     opened = open_base(base)
@@ -199,11 +201,11 @@ def forgetting(
     eps: float = 0.5,
     monitor: Monitor | None = None,
 ) -> list[Row]:
-    """Losses on old data (and new, if given) of the base, the adapter, softened forms and their controls.
+    """Losses on old (and new) data of the base, the adapter, its softened versions and their controls.
 
     Args:
         old, new: a folder of pictures (diffusion) or a text file (language models).
-        monitor: is told every layer and every measurement, and may cancel.
+        monitor: told of every layer and measurement; may cancel.
 
     Raises:
         InputError: data that is missing, empty or of the wrong kind.
@@ -231,7 +233,7 @@ def measure(base: Base, data: str) -> Callable[[], float]:
 
 
 def _text_loss(base: Base, path: Path, length: int = 128, most: int = 64) -> Callable[[], float]:
-    """Mean token loss of the first ``most`` pieces of a text; of gaps that are always the same for a masked model."""
+    """Mean token loss of the first ``most`` pieces of a text; for a masked model, always of the same tokens."""
     import torch
 
     from adapters.formats.lora import MODEL
@@ -258,7 +260,7 @@ def _text_loss(base: Base, path: Path, length: int = 128, most: int = 64) -> Cal
 
 
 def _picture_loss(base: Base, path: Path) -> Callable[[], float]:
-    """Mean noise loss at four fixed noise levels and fixed noise, pictures with their captions (or none)."""
+    """Mean denoising loss at four fixed noise levels with fixed noise, of pictures with their captions (or none)."""
     import torch
 
     from studio.datasets.plan import Plan
@@ -287,14 +289,14 @@ def _picture_loss(base: Base, path: Path) -> Callable[[], float]:
     picks = validation_picks(pictures)
 
     def loss() -> float:
-        batches = [supply.assemble([pick], 1) for pick in picks]  # anew: an adapter may change the text encoder
+        batches = [supply.assemble([pick], 1) for pick in picks]  # each time: an adapter may change the text encoder
         return validation_loss(trainee, family, batches, config, device, torch.float32)
 
     return loss
 
 
 def picture(report: Report) -> Image.Image:
-    """Every layer's directions as a row of cells, dark where the base has such a direction; intruders are framed."""
+    """Plot every layer's directions as a row of cells, dark where the base has such a direction, intruders framed."""
     from PIL import Image, ImageDraw, ImageFont
 
     width = LEFT + report.k * CELL + 150

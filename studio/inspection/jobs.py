@@ -1,4 +1,4 @@
-"""The jobs about intruder dimensions: the forgetting curve of an adapter, and softened copies of it in the library."""
+"""Jobs on intruder dimensions: an adapter's forgetting curve, and softened copies of it in the library."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CURVE = "forgetting.csv"
 
 
 def measure(config: ForgettingConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
-    """Losses on old (and new) data over lambda, with the control beside each; also written to ``forgetting.csv``.
+    """Losses on old (and new) data over lambda, each with its control; also written to ``forgetting.csv``.
 
     Raises:
         adapters.errors.InputError: an adapter, base or data that cannot be used.
-        adapters.errors.Cancelled: ``monitor`` said so.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     monitor.report(Progress("loading"))
     rows = intruders.forgetting(
@@ -42,11 +42,11 @@ def measure(config: ForgettingConfig, folder: Path, monitor: Monitor) -> dict[st
 
 
 def soften(config: SoftenConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
-    """The adapter with its intruders scaled and the whole update shrunk to the same size, both in the library.
+    """Add to the library the adapter with its intruders scaled, and the control (shrunk to the same size).
 
     Raises:
         adapters.errors.InputError: an adapter or base that cannot be used, a DoRA adapter.
-        adapters.errors.Cancelled: ``monitor`` said so.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     monitor.report(Progress("loading"))
     made, control, facts = intruders.soften(

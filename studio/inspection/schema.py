@@ -1,4 +1,4 @@
-"""The jobs about intruder dimensions: how much is forgotten at every lambda, and softened copies of an adapter."""
+"""Configurations of the jobs on intruder dimensions: forgetting at every lambda, softened copies of an adapter."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class IntruderFields(JobConfig):
 
     adapter: str = Field(min_length=1, description="Name in the library, file or PEFT folder.")
     base: str = Field(min_length=1, description="The untouched base model: name in the library, folder or hub id.")
-    k: int = Field(10, ge=1, description="How many of the largest singular directions are compared.")
+    k: int = Field(10, ge=1, description="How many of the largest singular directions to compare.")
     eps: float = Field(0.5, gt=0, le=1, description="An intruder's cosines with the base's directions are below this.")
 
 
 class ForgettingConfig(IntruderFields):
-    """Losses at every lambda, beside those of an update shrunk to the same size."""
+    """Losses at every lambda, and of the whole update shrunk to the same size."""
 
     kind: ClassVar[str] = "forgetting"
 

@@ -203,7 +203,7 @@ def test_linked_folders_are_read_once(tmp_path):
         ("again/far.png", "far away"), ("near.png", None)
     ]  # fmt: skip
     said = " ".join(report.remarks)
-    assert "linked folder linked leads to one that is read already" in said
+    assert "linked folder linked leads to one that was read already" in said
     assert "the link lost.png leads nowhere" in said
     assert len(walk(data).files) == 3
 

@@ -74,7 +74,7 @@ def test_the_file_that_holds_the_caption_is_written(tmp_path):
     with pytest.raises(InputError, match=r"no picture 'lost\.png'"):
         edits.write_folder(tmp_path, {"lost.png": "x"})
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "red.png", "text": "listed"}))
-    with pytest.raises(InputError, match=r"stand in '.*metadata\.jsonl'"):
+    with pytest.raises(InputError, match=r"are in '.*metadata\.jsonl'"):
         edits.write_folder(tmp_path, {"red.png": "newer"})
     assert captions_of(tmp_path)["red.png"] == "listed"
 
@@ -92,7 +92,7 @@ def test_command(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["pictures"], found["tags"]) == (2, [["ice", 2], ["a zxq", 1]])
     assert run(["data", "caption", str(tmp_path)]) == 2
-    assert "Nothing is to be changed" in capsys.readouterr().err
+    assert "There is nothing to change" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

@@ -189,7 +189,7 @@ def test_what_is_known_of_an_adapters_template(bases, adapters, tmp_path):
     assert differs("a", Spoken(tokenizer.chat_template), tokenizer, "b") == []
     assert spoken(adapters["one"], {"config": {"chat_template": "chatml"}}) == Spoken(CHATML)
     lost = spoken(adapters["one"], {"config": {"chat_template": "/not/here.jinja"}})
-    assert "'/not/here.jinja', which is not here" in differs("a", lost, tokenizer, "b")[0]
+    assert "'/not/here.jinja', which is missing" in differs("a", lost, tokenizer, "b")[0]
     ends = differs("a", Spoken(None, "", "<end>"), tokenizer, "b")
     assert ends == [f"'a' learnt texts that end with '<end>'; with b they end with '{tokenizer.eos_token}'."]
     for odd in ({"data": 3, "config": []}, {"data": {"chat": {"template": 5}}}, {"data": {"chat": "x"}}):

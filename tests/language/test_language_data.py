@@ -62,7 +62,7 @@ def test_broken_rows_are_named_by_line(tmp_path):
     ("r.jsonl", "", "holds no rows"),
     ("r.csv", "a,a\n1,2\n", "name every column once"),
     ("r.json", "{", "is not JSON"),
-    ("r.xlsx", "x", "is no text data"),
+    ("r.xlsx", "x", "is not text data"),
     ("r.parquet", "x", "not a readable parquet|pyarrow"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path, name, content, sentence):
@@ -102,11 +102,11 @@ def test_the_usual_shapes_of_conversations(tmp_path):
 
 @pytest.mark.parametrize(("row", "sentence"), [
     ({"a": "x"}, "needs 'messages', or 'prompt' and 'completion', or 'text'"),
-    ({"messages": "x"}, "line 1: 'messages' is no list"),
+    ({"messages": "x"}, "line 1: 'messages' is not a list"),
     ({"messages": [{"role": "pilot", "content": "x"}]}, "message 1 has the role 'pilot'"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "no message from the assistant"),
     ({"prompt": "x", "completion": " "}, "line 1: 'completion' is empty"),
-    ({"prompt": "x", "completion": 3}, "'completion' is no text but int"),
+    ({"prompt": "x", "completion": 3}, "'completion' is not text but int"),
 ])  # fmt: skip
 def test_rows_that_are_no_conversation(tmp_path, row, sentence):
     with pytest.raises(InputError, match=sentence):

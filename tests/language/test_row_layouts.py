@@ -160,7 +160,7 @@ def test_what_is_not_used_is_named(read):
     made, _ = read([{"id": 7, "messages": [user("q", date="today"), answer("a")]}])
     assert "columns that are not used: id" in made.remark
     assert "the key 'date' of messages from the user is not used" in made.remark
-    with pytest.raises(InputError, match="a part of the type 'image_url': text alone is read"):
+    with pytest.raises(InputError, match="a part of type 'image_url': only text is read"):
         read([{"messages": [user([{"type": "image_url"}]), answer("a")]}])
     with pytest.raises(InputError, match="system column and another system message"):
         read([{"system": "x", "messages": [{"role": "system", "content": "y"}, user("q"), answer("a")]}])
