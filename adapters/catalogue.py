@@ -1,10 +1,9 @@
-"""The one list of methods.
+"""The list of all methods.
 
-A module that implements a method says so with a constant ``METHOD = Method(...)`` (or ``METHODS``, several). The
-command line, the pages, the table in the README and a parametrised test read the list from here; adding a method is
-adding a file: in this project, or in a package of your own that names its module as an entry point in the group
-``adapter_studio.methods``. Declarations are read from the source text (:mod:`adapters.discovery`), so the list is there
-without torch.
+A module that implements a method declares it with a constant ``METHOD = Method(...)`` (or ``METHODS``, a tuple). The
+command line, the pages, the table in the docs and a parametrised test use this list, so adding a method is adding a
+file: in this project, or in your own package with an entry point in the group ``adapter_studio.methods`` that names the
+module. Declarations are read from the source text (:mod:`adapters.discovery`), so listing methods does not load torch.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ class Method:
     """One method.
 
     Attributes:
-        name: what commands and configurations call it.
-        title: its name in words.
-        summary: one sentence of help: what it does and when to use it.
-        stage: where in an adapter's life it acts.
-        makes: what comes out ("ordinary LoRA", "picture", "report").
-        paper: title and arXiv id, empty for what has none.
-        entry: ``"module:attribute"`` of the function or class that does it.
-        status: "works" or, in plain words, what is missing.
-        properties: what callers of this stage must know of the method, as plain values by name; :meth:`typed` reads
-            them as the dataclass that the stage defines.
-        training: its options and how it takes part, if it is a training method.
+        name: its name in commands and configurations.
+        title: its name for people.
+        summary: one sentence: what it does and when to use it.
+        stage: the kind of work it belongs to.
+        makes: its result ("ordinary LoRA", "picture", "report").
+        paper: title and arXiv id; empty if there is none.
+        entry: ``"module:attribute"`` of the function or class that implements it.
+        status: "works", or in plain words what is missing.
+        properties: what callers of this stage need to know of the method, as plain values by name; :meth:`typed` reads
+            them as the stage's dataclass.
+        training: its options and how it takes part in training; None for other methods.
     """
 
     name: str
@@ -60,15 +59,15 @@ class Method:
     training: Training | None = None
 
     def load(self) -> object:
-        """Import and return what ``entry`` names."""
+        """Import and return the object named by ``entry``."""
         module, _, attribute = self.entry.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def typed(self, kind: type[Properties]) -> Properties:
-        """The properties as ``kind``, a dataclass whose defaults stand for what the method does not say.
+        """The properties as ``kind``, a dataclass whose defaults fill in what the method leaves out.
 
         Raises:
-            ValueError: a property that ``kind`` does not have, or a value of another type.
+            ValueError: a property that ``kind`` does not have, or a value of the wrong type.
         """
         known = get_type_hints(kind)
         for name, value in self.properties.items():
@@ -83,21 +82,20 @@ class Method:
 
 
 SEARCHED = ("adapters", "pipelines")
-"""Packages whose modules may register methods (named as text: this package never depends on the others)."""
-
+"""Packages searched for methods (by name only: this package does not depend on the others)."""
 
 DECLARED = {"Method": Method, "Option": Option, "Rule": Rule, "Training": Training}
-"""The dataclasses a declaration is written with."""
+"""Dataclasses that a declaration may use."""
 
 
 @cache
 def methods() -> tuple[Method, ...]:
-    """Every method, ordered by stage and name: ours, then those of installed packages.
+    """Every method, ours and those of installed packages, ordered by stage and name.
 
-    A package whose declaration cannot be used is left out with a warning that names it.
+    A package whose declaration cannot be used is left out, with a warning that names it.
 
     Raises:
-        ValueError: a name used twice in a stage, or a declaration of ours that cannot be read.
+        ValueError: two of our methods share a name in a stage, or one of our declarations cannot be read.
     """
     found: dict[tuple[str, str], Method] = {}
     for package in SEARCHED:
@@ -117,20 +115,20 @@ def stage(name: Stage) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A field that chooses training methods: a slot, or the switch of one method."""
+    """A field that chooses a training method: a slot, or the switch of a single method."""
 
     key: str
     methods: tuple[Method, ...]
     slot: Slot | None = None
 
     def chosen(self, value: Any) -> Method | None:
-        """The method that a value of the field chooses."""
+        """The method chosen by a value of the field, or None."""
         if self.slot is None:
             return self.methods[0] if value else None
         return next((method for method in self.methods if method.name == value), None)
 
     def options(self) -> dict[Option, tuple[str, ...]]:
-        """The options it decides over, in order, and the methods that read each; of a switch, all of its own."""
+        """Its options in order -> names of the methods that use each."""
         shared = self.slot.options if self.slot else ()
         found = {item: tuple(m.name for m in self.methods if item.name in _training(m).shared) for item in shared}
         for method in self.methods:
@@ -141,7 +139,7 @@ class Choice:
 
 @cache
 def choices() -> tuple[Choice, ...]:
-    """The fields of training methods, in the order in which methods take part: how it starts, then what learns."""
+    """The fields that choose training methods, in the order in which they act: initialisation, learning, others."""
     by_key: dict[str, list[Method]] = {slot.key: [] for slot in SLOTS}
     for method in sorted(methods(), key=lambda method: (method.stage != "learn", method.name)):
         if method.training is not None:
@@ -149,8 +147,8 @@ def choices() -> tuple[Choice, ...]:
     slots = {slot.key: slot for slot in SLOTS}
     first, *rest = slots
     learning = [key for key, found in by_key.items() if key not in slots and found[0].stage == "learn"]
-    looking = [key for key in by_key if key not in slots and key not in learning]
-    return tuple(Choice(key, tuple(by_key[key]), slots.get(key)) for key in [first, *learning, *rest, *looking])
+    others = [key for key in by_key if key not in slots and key not in learning]
+    return tuple(Choice(key, tuple(by_key[key]), slots.get(key)) for key in [first, *learning, *rest, *others])
 
 
 def _training(method: Method) -> Training:
@@ -169,7 +167,7 @@ def find(stage_name: Stage, name: str) -> Method:
 
 
 def markdown_table(entries: Iterable[Method]) -> str:
-    """The table of methods as the README shows it."""
+    """The table of methods for the documentation."""
     head = "| method | stage | what it does | paper | makes | status |\n|---|---|---|---|---|---|"
     rows = (
         f"| `{m.name}` {m.title} | {m.stage} | {m.summary} | {m.paper or '-'} | {m.makes} | {m.status} |"
@@ -194,13 +192,13 @@ def _check_options(entries: Iterable[Method]) -> None:
     for method in entries:
         for item in method.training.options if method.training else ():
             if known.setdefault(item.name, item) != item or item.name in (slot.key for slot in SLOTS):
-                raise ValueError(f"method '{method.name}' declares the option '{item.name}', which there is already")
+                raise ValueError(f"method '{method.name}' declares the option '{item.name}', which already exists")
         if method.training and method.training.key not in {*(slot.key for slot in SLOTS), *known}:
-            raise ValueError(f"method '{method.name}' is chosen by '{method.training.key}', which is no option of it")
+            raise ValueError(f"method '{method.name}' is chosen by '{method.training.key}', which is not an option")
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a plain value has an annotated type (what is neither a plain type nor a Literal is not looked at)."""
+    """Whether a plain value has an annotated type (types other than plain ones and Literal are not checked)."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return type(value) is kind if kind in (bool, int, str) else kind is not float or type(value) in (int, float)

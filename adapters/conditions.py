@@ -1,8 +1,8 @@
 """Conditions on a configuration as short text: ``"dropout > 0 and optimizer not in ('adamw', 'sgd')"``.
 
-They are written in a small part of Python (comparisons, ``and``, ``or``, ``not``, plain values; names are fields) and
-read from its syntax tree, never executed. So a declaration can hold them as data, and a page knows which fields they
-look at.
+They are written in a small subset of Python (comparisons, ``and``, ``or``, ``not``, plain values; names are fields) and
+evaluated on the syntax tree, never executed. So declarations can hold them as data, and pages know which fields they
+depend on.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ _ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 @cache
 def names(text: str) -> frozenset[str]:
-    """The fields a condition looks at.
+    """The fields a condition depends on.
 
     Raises:
-        ValueError: something that is no such condition.
+        ValueError: the text is not such a condition.
     """
     tree = _parsed(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.expr | ast.cmpop) and not isinstance(node, _ALLOWED):
-            raise ValueError(f"'{text}' is no condition: compare fields with values, join with and, or, not")
+            raise ValueError(f"'{text}' is not a condition: compare fields with values, join with and, or, not")
     return frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
 
 
 def holds(text: str, value: Callable[[str], Any]) -> bool:
-    """Whether a condition holds where ``value`` gives the fields; empty always does. None is not in any order."""
+    """Whether a condition holds; ``value(field)`` gives the fields' values.
+
+    An empty condition always holds. An order comparison (<, <=, >, >=) with None does not.
+    """
     names(text)
     return bool(_value(_parsed(text), value))
 
@@ -56,7 +59,7 @@ def _parsed(text: str) -> ast.expr:
     try:
         return ast.parse(text or "True", mode="eval").body
     except SyntaxError:
-        raise ValueError(f"'{text}' is no condition: it cannot be read") from None
+        raise ValueError(f"'{text}' is not a condition: its syntax is invalid") from None
 
 
 def _value(node: ast.expr, value: Callable[[str], Any]) -> Any:

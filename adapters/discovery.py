@@ -1,8 +1,8 @@
 """Finding declarations (``METHOD = Method(...)``) in source text, without importing the modules.
 
-Pages and ``--help`` must start quickly and never load torch, which the modules of methods import. So a declaration is
-written with plain values: text, numbers, tuples, dictionaries, names of constants in the same file, and calls of the
-catalogue's own dataclasses. Its text then says everything.
+Pages and ``--help`` must start quickly and never load torch, which the modules of methods import. So a declaration may
+only use plain values: text, numbers, tuples, dictionaries, names of constants in the same file, and calls of the
+catalogue's own dataclasses.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 GROUP = "adapter_studio.methods"
-"""Entry points in which installed packages name their modules with methods."""
+"""Group of the entry points by which installed packages name their modules with methods."""
 
 
 def sources(name: str) -> list[Path]:
     """The source files of a module, or of a package and all below it, found without importing it.
 
     Raises:
-        ValueError: there is no such module, or it has no source text.
+        ValueError: there is no such module, or its source is not available.
     """
     spec, path = None, None
     for part in _prefixes(name):
@@ -37,7 +37,7 @@ def sources(name: str) -> list[Path]:
     if path:
         return [file for folder in path for file in sorted(Path(folder).rglob("*.py"))]
     if not (spec.origin or "").endswith(".py"):
-        raise ValueError(f"'{name}' has no source text, from which declarations are read")
+        raise ValueError(f"'{name}' has no source text to read declarations from")
     return [Path(str(spec.origin))]
 
 
@@ -48,28 +48,31 @@ def installed() -> Iterator[tuple[str, str]]:
 
 
 def objects(modules: Iterable[str], constant: str, kind: Any, group: str) -> dict[str, Any]:
-    """Name -> what ``constant`` is in ``modules``, and in those that packages name as entry points of ``group``.
+    """Name -> the object called ``constant``, from ``modules`` and from packages' entry points in ``group``.
 
-    Objects of ``kind`` have a ``name`` and an ``order``, by which they are sorted. The modules are imported.
+    Only objects of the type ``kind`` count; they have a ``name`` and an ``order``, by which they are sorted. The
+    modules are imported.
 
     Raises:
-        ValueError: two objects of one name.
+        ValueError: two objects have the same name.
     """
     points = [point.value for point in importlib.metadata.entry_points(group=group)]
     found: dict[str, Any] = {}
     for module in (*modules, *points):
         made: Any = getattr(importlib.import_module(module), constant, None)
         if isinstance(made, kind) and found.setdefault(made.name, made) is not made:
-            raise ValueError(f"two of {group} are called '{made.name}'")
+            raise ValueError(f"two objects of {group} are called '{made.name}'")
     return dict(sorted(found.items(), key=lambda pair: (pair[1].order, pair[0])))
 
 
 def declarations(file: Path, calls: Mapping[str, Callable[..., Any]], constant: str = "METHOD") -> list[Any]:
-    """What ``METHOD`` (one) or ``METHODS`` (a tuple) of a file hold, or another ``constant``; ``calls`` are the
-    dataclasses it may use.
+    """The declarations in ``METHOD`` (one) and ``METHODS`` (a tuple) of a file, or in another ``constant``.
+
+    Args:
+        calls: name -> dataclass that a declaration may use.
 
     Raises:
-        ValueError: a declaration that is not written with plain values (file and line in the message).
+        ValueError: a declaration uses more than plain values (the message names file and line).
     """
     text, several = file.read_text(encoding="utf-8"), f"{constant}S"
     start = max((found.start() for found in re.finditer(rf"^{constant}S?\b", text, re.MULTILINE)), default=None)
@@ -84,12 +87,11 @@ def declarations(file: Path, calls: Mapping[str, Callable[..., Any]], constant: 
 
 
 def _parsed(text: str, start: int) -> ast.Module:
-    """The module up to the end of the statement that begins at ``start``: what comes later cannot be used in it, and
-    reading it would take most of the time."""
+    """The module up to the end of the statement at ``start``, which cannot use what follows; a part parses faster."""
     following = re.compile(r"^[A-Za-z_@]", re.MULTILINE).search(text, start + 1)
     try:
         return ast.parse(text[: following.start() if following else None])
-    except SyntaxError:  # a text over several lines
+    except SyntaxError:  # a string over several lines
         return ast.parse(text)
 
 
@@ -128,6 +130,6 @@ def _value(node: ast.expr, constants: Mapping[str, ast.expr], calls: Mapping[str
         return ast.literal_eval(node)
     except ValueError:
         raise ValueError(
-            f"line {node.lineno}: '{ast.unparse(node)}' is not a plain value, as METHOD needs (it is read without "
+            f"line {node.lineno}: '{ast.unparse(node)}' is not a plain value, as METHOD requires (it is read without "
             "importing the module)"
         ) from None

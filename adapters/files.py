@@ -1,4 +1,4 @@
-"""Writing files and folders so that a crash, an error or a full disk never leaves half of one."""
+"""Writing files and folders so that a crash, an error or a full disk never leaves them half written."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from safetensors import SafetensorError
 from adapters.errors import InputError
 
 WORDS = ".words.safetensors"
-"""What the name of a file with an adapter's words ends in (:mod:`adapters.formats.words`)."""
+"""Suffix of a file with an adapter's words (:mod:`adapters.formats.words`)."""
 
 WORDS_ENTRY = "adapter_studio_words"
-"""The metadata entry with which an adapter names the words of the file beside it, as a JSON list."""
+"""Metadata entry of an adapter that lists the words in that file, as a JSON list."""
 
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
 def sha256(*parts: Path) -> str:
-    """SHA-256 of the bytes of one file, or of several one after the other, as hexadecimal digits."""
+    """SHA-256 of the content of one file, or of several in a row, as hexadecimal digits."""
     digest = hashlib.sha256()
     for file in parts:
         with file.open("rb") as stream:
@@ -36,23 +36,23 @@ def sha256(*parts: Path) -> str:
 
 @contextmanager
 def whole(target: Path, sync: bool = True) -> Iterator[Path]:
-    """Give a path beside ``target`` to write a file or folder to, and rename it to ``target`` when all went well.
+    """Yield a temporary path beside ``target`` to write a file or folder to, then rename it to ``target``.
 
     Args:
-        target: the file or folder to be; what is there is replaced, and stays when writing fails.
-        sync: also wait until the disk has it, so that not even a power cut leaves half (slow for many small files).
+        target: the final file or folder; an existing one is replaced, or kept if writing fails.
+        sync: flush to disk first, so that not even a power cut leaves half (slow for many small files).
 
     Raises:
         InputError: the disk is full or not writable.
     """
-    # unique, so that threads and processes may write the same file; the ending stays, because writers look at it
+    # unique, so that threads and processes may write the same file; writers depend on the suffix, so it stays
     part = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:12]}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield part
         files = [part] if part.is_file() else [file for file in part.rglob("*") if file.is_file()]
         for file in files:
-            file.chmod(0o666 & ~_UMASK)  # safetensors writes files that only their owner can read
+            file.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
             if sync:
                 _flush(file)
         if part.is_dir() and target.is_dir():
@@ -63,17 +63,17 @@ def whole(target: Path, sync: bool = True) -> Iterator[Path]:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
-            f"'{target}' could not be written ({reason}): free some space or choose another place, and try again; "
-            "what was there before is kept."
+            f"'{target}' could not be written ({reason}): free some space or choose another place, and try again. "
+            "An earlier version is kept."
         ) from None
     finally:
         _remove(part)
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Remove what :func:`whole` was writing below ``folder`` when its process was killed; returns how many things.
+    """Remove temporary files and folders that killed processes left below ``folder``; returns their number.
 
-    Only for folders in which nobody is writing.
+    Only for folders in which nothing is being written by :func:`whole`.
     """
     found = [path for path in folder.rglob(".*") if _PART.fullmatch(path.name)]
     for path in found:
@@ -88,7 +88,7 @@ _PART = re.compile(r"\..+\.[0-9a-f]{12}(\.[^.]+)?")
 
 
 def write(target: Path, content: Callable[[Path], object], sync: bool = True) -> Path:
-    """Let ``content(temporary path)`` make the file ``target``; :func:`whole` for what is one call. Returns it."""
+    """Write ``target`` by one call of ``content(temporary path)``, as with :func:`whole`; returns ``target``."""
     with whole(target, sync) as part:
         content(part)
     return target

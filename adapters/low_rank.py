@@ -20,18 +20,18 @@ def row_norms_squared(left: Tensor, right: Tensor) -> Tensor:
 
 
 def norm(left: Tensor, right: Tensor) -> Tensor:
-    """|L R|_F from the Gram matrices of both."""
+    """|L R|_F, from the Gram matrices of both factors."""
     return ((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt()
 
 
 def shifted_row_norms_squared(base: Tensor, left: Tensor, right: Tensor, base_squared: Tensor | None = None) -> Tensor:
-    """|(W + L R)_i|^2 = |W_i|^2 + 2 <L_i, R W_i> + |(L R)_i|^2: (out,)."""
+    """|(W + L R)_i|^2 = |W_i|^2 + 2 <L_i, R W_i> + |(L R)_i|^2: (out,); ``base_squared`` is |W_i|^2, if known."""
     squared = base.square().sum(1) if base_squared is None else base_squared
     return (squared + 2 * ((base @ right.T) * left).sum(1) + row_norms_squared(left, right)).clamp_min(0)
 
 
 def compact_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,), Vh (k, in) of L R by QR of both factors and an SVD of the (k, k) core."""
+    """U (out, k), S (k,), Vh (k, in) of L R, by QR of both factors and an SVD of the (k, k) core."""
     q_left, core_left = torch.linalg.qr(left)
     q_right, core_right = torch.linalg.qr(right.T)
     U, S, Vh = torch.linalg.svd(core_left @ core_right.T)
@@ -42,8 +42,7 @@ def compact_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def truncated_svd(matrix: Tensor, rank: int, seed: int = 0, exact_below: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, rank), S (rank,), Vh (rank, in) of a dense matrix.
 
-    Exact up to ``exact_below`` rows or columns; above, subspace iteration with 16 spare directions from a generator of
-    its own (the global random numbers do not move), exact again should that not have converged.
+    Exact if the smaller side has at most ``exact_below`` entries; otherwise :func:`top_singular`.
     """
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= exact_below:
@@ -64,9 +63,13 @@ def top_singular(
     """The largest singular triplets of an operator, by subspace iteration with a residual check.
 
     Args:
-        forward: M x for x (in, q). backward: M^T y for y (out, q).
-        like: a tensor of M's shape (out, in), dtype and device (a meta-sized expand will do).
-        tolerance: largest |M^T u - s v| / s that counts as converged; otherwise the exact SVD of M is computed.
+        forward: M x for x (in, q).
+        backward: M^T y for y (out, q).
+        like: a tensor of M's shape (out, in), dtype and device; its values are not used.
+        rank: number of triplets; 16 more directions are iterated.
+        seed: of the starting directions, drawn from a separate generator.
+        steps: number of iterations.
+        tolerance: largest |M v - s u| / s that counts as converged; otherwise the exact SVD of M is computed.
 
     Returns:
         U (out, rank), S (rank,) descending, Vh (rank, in).

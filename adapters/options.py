@@ -1,7 +1,7 @@
 """What a training method declares besides its name: its options, what it cannot be combined with, how it takes part.
 
-All of it is plain data, read without importing the method (:mod:`adapters.discovery`). From it come the keys of the
-YAML file, the flags, the form's fields, the help and the refusals.
+All of it is plain data, read without importing the method (:mod:`adapters.discovery`). The YAML keys, flags, form
+fields, help and refusals are generated from it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, Literal
 from adapters import conditions
 
 LooksAt = Literal["nothing", "gradients", "moments", "scaled moments"]
-"""What a start is given of some batches: the weights' mean gradient, or the second moment of a layer's inputs (of
-inputs divided by the largest of their batch)."""
+"""What an initialisation measures on some batches: the weights' mean gradient, or the second moment of a layer's inputs
+("scaled": of inputs divided by the absolute value of the largest entry of their batch)."""
 
 Sets = Literal["nothing", "factors", "offset", "core"]
-"""What a start sets: nothing more than PEFT has; A and B; A and B with a frozen copy that is subtracted, so that the
+"""What an initialisation sets: nothing beyond PEFT; A and B; A and B with a frozen copy that is subtracted, so that the
 model does not change; frozen A and B with a trained core between them."""
 
 
@@ -26,13 +26,13 @@ class Option:
 
     Attributes:
         name: the key; unique among all fields of a training.
-        default: value without the option; None stands for "left to the method".
+        default: None means that the method decides.
         help: one sentence, the method's name first.
-        type: "int", "float", "str" or "bool"; needed where the default is None.
-        choices: the possible texts.
+        type: "int", "float", "str" or "bool"; needed if the default is None.
+        choices: the possible values of a text.
         gt, ge, lt, le: bounds of a number.
         finite: whether infinity and NaN are refused.
-        advanced: whether a form shows it among the advanced ones.
+        advanced: whether a form lists it among the advanced fields.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Option:
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
-            raise ValueError(f"'{self.name}' cannot be the key of an option")
+            raise ValueError(f"'{self.name}' is not a valid name for an option")
         if self.default is None and not (self.type or self.choices):
             raise ValueError(f"option '{self.name}' needs a type")
 
@@ -62,10 +62,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Rule:
-    """A combination, and the sentence that says what is wrong with it and what to do.
+    """A combination of settings, and the sentence that says what is wrong with it and what to do.
 
-    ``when`` is a condition on the configuration's fields (:mod:`adapters.conditions`), looked at while the method is
-    chosen; ``sets`` and ``looks_at`` are the method's own.
+    ``when`` is a condition on the configuration's fields (:mod:`adapters.conditions`), checked if the method is chosen;
+    in it, ``sets`` and ``looks_at`` are the method's own.
     """
 
     when: str
@@ -80,14 +80,14 @@ class Training:
     """How a method takes part in training.
 
     Attributes:
-        key: the field that chooses it: one of :data:`SLOTS` (by the method's name), or an option of its own (switched
+        key: the field that chooses it: one of :data:`SLOTS` (by the method's name), or one of its own options (switched
             on by any value but 0, false and empty).
-        options: its own.
-        shared: the slot's common options that it reads.
+        options: its own options.
+        shared: names of the slot's common options that it uses.
         refused: combinations that are refused.
         warned: combinations that work but may surprise.
-        looks_at: of a start: what it is given.
-        sets: of a start: what its function returns.
+        looks_at: for an initialisation: what it measures.
+        sets: for an initialisation: what its function returns.
         plugin: ``"module:class"`` of its :class:`~adapters.plugin.Plugin`, if the method's entry is something else.
     """
 
@@ -103,17 +103,17 @@ class Training:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in training that one method fills.
+    """A place in training for one method at a time.
 
     Attributes:
         key: the field that names the method.
-        stage: the stage its methods are registered in.
-        off: the value that stands for no method (or for the usual one).
+        stage: the stage of its methods.
+        off: the value for no method (or for the usual one).
         help: one sentence.
-        options: common options, read by the methods that list them as ``shared``.
-        refused, warned: rules for every method in this place but ``off``.
-        logits: whether it is for models with logits only.
-        plugin: the plugin that drives all its methods, if they have none of their own.
+        options: common options, for the methods that list them as ``shared``.
+        refused, warned: rules for every method in this place except ``off``.
+        logits: whether it is only for models with logits.
+        plugin: ``"module:class"`` of the plugin that applies all its methods; empty if each has its own.
     """
 
     key: str
@@ -132,19 +132,19 @@ SLOTS: tuple[Slot, ...] = (
         key="init",
         stage="initialise",
         off="default",
-        help="How A and B start. Whichever is chosen, the base is not touched and an ordinary LoRA is saved.",
+        help="How A and B are initialised. In every case the base is not changed and an ordinary LoRA is saved.",
         options=(
             Option(
-                "init_batches", 8, ge=1, help="Batches of the data that the start looks at before the first step."
+                "init_batches", 8, ge=1, help="Batches that a data-driven init measures before the first step."
             ),
         ),
         refused=(
             Rule(
                 "sets == 'offset' and use_dora",
-                "a start away from zero with DoRA cannot be saved as an ordinary adapter: set init to 'default' or "
-                "switch use_dora off",
+                "with DoRA, an init whose update does not start at zero cannot be saved as an ordinary adapter: set "
+                "init to 'default' or switch use_dora off",
             ),
-            Rule("continue_from", "an adapter to continue from replaces the init: set init to 'default'"),
+            Rule("continue_from", "continue_from loads A and B, which an init would replace: set init to 'default'"),
         ),
         warned=(
             Rule("sets == 'offset'", "The saved adapter has twice the rank: it holds the change since the start."),
@@ -156,14 +156,14 @@ SLOTS: tuple[Slot, ...] = (
         key="perturb",
         stage="learn",
         off="none",
-        help="Train at slightly disturbed weights, for flatter and smoother learning.",
-        options=(Option("perturb_every", 1, ge=1, help="Number of steps between disturbances."),),
+        help="Train at slightly perturbed weights, for flatter minima and a smoother loss.",
+        options=(Option("perturb_every", 1, ge=1, help="Perturb every this many steps."),),
         refused=(
-            Rule("use_dora", "disturbed weights are not defined for DoRA layers: switch use_dora or perturb off"),
+            Rule("use_dora", "perturbed weights are not defined for DoRA layers: switch use_dora or perturb off"),
         ),
     ),
     Slot(
         "reg", "learn", off="none", help="A term on the logits that is added to the loss.", logits=True,
     ),
 )  # fmt: skip
-"""The places in training; which methods fill them is in the methods' modules."""
+"""The places in training; the methods for them are in the methods' modules."""

@@ -1,8 +1,8 @@
-"""Where a training method joins the loop, independent of the driver.
+"""The hooks by which a training method takes part in the loop, independent of the driver.
 
 A method overrides what it needs. Before the first step: ``configure``; ``before_inject``; plain adapters are added
-(and an adapter to continue from is loaded); ``initialise`` may change how they start and what learns; the optimiser is
-made; ``after_inject``; ``load_state_dict`` when a run is resumed. Order in one optimiser step: ``step_begin``; per
+(and an adapter to continue from is loaded); ``initialise`` may change their values and what is trained; the optimiser
+is created; ``after_inject``; ``load_state_dict`` if a run is resumed. Order in one optimiser step: ``step_begin``; per
 forward pass ``forward_context`` around the forward and ``loss`` after it; after the last backward ``grads_ready``
 (reduced, unscaled, not yet clipped); then clipping, the optimiser, EMA, and ``after_step``.
 """
@@ -26,7 +26,7 @@ Layers = dict[str, dict[str, LoraLayer]]
 
 
 Need = Literal["calibration", "logits", "reference", "gradients", "momenta"]
-"""What a plugin asks of the driver: a look at batches before the first step; logits in the outputs; the untouched
+"""What a plugin needs from the driver: batches to measure before the first step; logits in the outputs; the base
 model's logits; gradients of the whole step in ``.grad``; an optimiser with plain momenta."""
 
 Closure = Callable[[], torch.Tensor]
@@ -35,11 +35,11 @@ Closure = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Calibration:
-    """A look at the data before the first step.
+    """Access to the data before the first step.
 
-    ``losses(n)`` yields the training loss of the first n batches of the run, one closure each. The models are in
-    evaluation mode, their adapters still change nothing, and neither the run's data order nor its random numbers move.
-    ``rate`` is the learning rate of the first step.
+    ``losses(n)`` yields the training losses of the first n batches of the run, one closure each. The models are in
+    evaluation mode, their adapters still change nothing, and neither the run's data order nor its random numbers
+    advance. ``rate`` is the learning rate of the first step.
     """
 
     losses: Callable[[int], Iterator[Closure]]
@@ -51,10 +51,10 @@ class Handles:
     """What the driver gives a plugin.
 
     Attributes:
-        models: models with adapters by component name.
+        models: component name -> model with adapters.
         optimizer: the (unwrapped) optimiser, once it exists.
-        calibration: for ``initialise``, if a plugin needs it; None when the run is resumed.
-        steps: optimiser steps of the whole run, 0 where unknown.
+        calibration: for ``initialise``, if a plugin needs it; None if the run is resumed.
+        steps: optimiser steps of the whole run; 0 = unknown.
         seed: of the run.
         adapter: name of the adapter inside the models.
     """
@@ -69,7 +69,14 @@ class Handles:
 
 @dataclass(frozen=True)
 class Outputs:
-    """One forward pass: prediction and target, the loss per sample, noise levels, how many are not class pictures."""
+    """One forward pass of a denoiser.
+
+    Attributes:
+        prediction, target: of the same shape, batch first.
+        losses: loss per sample (batch,).
+        times: noise levels (batch,).
+        shown: number of samples that are not class pictures (prior preservation); they come first.
+    """
 
     prediction: torch.Tensor
     target: torch.Tensor
@@ -80,16 +87,16 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Answers:
-    """One forward pass of a model that gives logits.
+    """One forward pass of a model with logits.
 
     Attributes:
         logits: (batch, length, vocabulary), or (batch, classes).
-        labels: (batch, length) with -100 for what does not count, not shifted; or (batch,).
-        reference: the untouched base model's logits of the same inputs, computed when called, without gradients,
-            with adapter, dropout and perturbation off.
-        share: valid labels of this pass over those of the whole optimiser step (1 without accumulation); what a plugin
-            adds to the loss is multiplied by it.
-        shifted: logit t belongs to label t + 1 (causal language models).
+        labels: (batch, length), not shifted, -100 where none counts; or (batch,).
+        reference: computes the base model's logits for the same inputs, without gradients, with adapter, dropout and
+            perturbation off.
+        share: valid labels of this pass over those of the whole optimiser step (1 without accumulation); a plugin
+            multiplies what it adds to the loss by it.
+        shifted: logit t predicts label t + 1 (causal language models).
     """
 
     logits: torch.Tensor
@@ -100,49 +107,49 @@ class Answers:
 
 
 class Plugin:
-    """Base of the methods: does nothing."""
+    """Base class of training methods; every hook does nothing."""
 
     name = ""
 
     def configure(self, config: Any) -> None:
-        """Read the configuration; raise :class:`~adapters.errors.InputError` for what cannot be combined."""
+        """Read the configuration; raise :class:`~adapters.errors.InputError` for settings that do not combine."""
 
     def needs(self) -> frozenset[Need]:
         """What the driver must provide."""
         return frozenset()
 
     def before_inject(self, models: Mapping[str, nn.Module]) -> None:
-        """The frozen models, before adapters are added."""
+        """Called with the frozen models, before adapters are added."""
 
     def initialise(self, handles: Handles) -> None:
-        """The models with plain adapters, before the optimiser: set how they start and what learns."""
+        """Called with plain adapters, before the optimiser: set their initial values and what is trained."""
 
     def after_inject(self, handles: Handles) -> None:
-        """The models with adapters and the optimiser, before the first step."""
+        """Called with adapters and optimiser, before the first step."""
 
     def step_begin(self, step: int) -> None:
-        """An optimiser step begins (counted from 0)."""
+        """Called at the start of optimiser step ``step`` (from 0)."""
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Entered around each forward pass of the training loss."""
+        """A context entered around each forward pass of the training loss."""
         return nullcontext()
 
     def loss(self, loss: torch.Tensor, outputs: Outputs | Answers) -> tuple[torch.Tensor, dict[str, float]]:
-        """Change the loss of one forward pass; numbers in the second part are logged."""
+        """The (changed) loss of one forward pass, and values to log by name."""
         return loss, {}
 
     def grads_ready(self, step: int) -> None:
-        """All gradients of the step are in ``.grad``."""
+        """Called when all gradients of the step are in ``.grad``."""
 
     def after_step(self, step: int) -> None:
-        """The optimiser has stepped."""
+        """Called after the optimiser's step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
 
     def finalize(self, layers: Layers) -> Layers:
         """Change the adapter (component -> module -> layer) before it is saved as an ordinary LoRA."""
@@ -150,7 +157,7 @@ class Plugin:
 
 
 class Plugins:
-    """Several plugins as one, called in order."""
+    """Several plugins called in order, as one."""
 
     def __init__(self, plugins: Sequence[Plugin] = ()) -> None:
         self.plugins = list(plugins)
@@ -217,7 +224,7 @@ class Plugins:
 
 
 def layers_of(handles: Handles) -> dict[str, Any]:
-    """Adapted PEFT layers as "component.module path" -> layer."""
+    """ "component.module path" -> adapted PEFT layer."""
     return {
         f"{component}.{name}": layer
         for component, model in handles.models.items()
@@ -226,26 +233,26 @@ def layers_of(handles: Handles) -> dict[str, Any]:
 
 
 def matrices_of(handles: Handles) -> dict[str, Any]:
-    """Adapted linear layers and convolutions (adapters of embeddings stay plain)."""
+    """Like :func:`layers_of`, without embeddings; raises :class:`InputError` if nothing is left."""
     found = {name: layer for name, layer in layers_of(handles).items() if handles.adapter in layer.lora_A}
     if not found:
-        raise InputError("The models have no adapter layers that learn by this method.")
+        raise InputError("The models have no adapted linear layers or convolutions, which this method needs.")
     return found
 
 
 def check_whole(layers: Mapping[str, Any], adapter: str, method: str) -> None:
-    """Refuse parameters that are split over processes: row norms of a piece mean nothing."""
+    """Raise :class:`InputError` for parameters sharded over processes, whose row norms cannot be computed."""
     for layer in layers.values():
         for parameter in pair(layer, adapter):
             if hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") or parameter.ndim < 2:
                 raise InputError(
-                    f"{method} needs whole matrices, but this launch splits parameters over processes "
-                    "(FSDP or ZeRO-3): use DDP or ZeRO-2."
+                    f"{method} needs whole matrices, but this launch shards parameters over processes (FSDP or "
+                    "ZeRO-3): use DDP or ZeRO-2."
                 )
 
 
 def no_decay(handles: Handles, parameters: Sequence[torch.Tensor]) -> None:
-    """No weight decay in the optimiser's groups that hold nothing but these."""
+    """Set weight decay to 0 in the optimiser's groups that hold only ``parameters``."""
     if handles.optimizer is None or not parameters:
         return
     chosen = {id(parameter) for parameter in parameters}

@@ -1,7 +1,7 @@
-"""How long work reports itself and learns that it should stop.
+"""How long-running work reports progress and is cancelled.
 
-One protocol serves the terminal, the job store and the web pages: a function that does long work takes a
-``Monitor``, calls ``report`` after each unit of work and ``check`` where it can stop without losing anything.
+One protocol serves the terminal, the job store and the web pages: a long-running function takes a ``Monitor``, calls
+``report`` after each unit of work and ``check`` where it can stop without losing anything.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from adapters.errors import Cancelled
 
 @dataclass(frozen=True)
 class Progress:
-    """One report.
+    """One progress report.
 
     Attributes:
         stage: what is being done, in a word or two ("loading", "training", "sampling").
-        step: units finished; ``total`` units in this stage (0 = unknown).
+        step: units finished.
+        total: units in this stage; 0 = unknown.
         loss: training loss of this step, if there is one.
-        metrics: further numbers by name (learning rate, steps per second, ...).
-        preview: a ``PIL.Image`` or the path of one to show while the work goes on.
+        metrics: further values by name (learning rate, steps per second, ...).
+        preview: a ``PIL.Image``, or the path of one, to show during the work.
         message: one line for the log.
     """
 
@@ -36,7 +37,7 @@ class Progress:
 
 
 class Monitor(Protocol):
-    """Listens to long work and may ask it to stop."""
+    """Receives progress reports and may ask the work to stop."""
 
     def report(self, progress: Progress) -> None: ...
 
@@ -44,7 +45,7 @@ class Monitor(Protocol):
 
 
 class Silent:
-    """The monitor nobody looks at: ignores reports, never cancels."""
+    """A monitor that ignores reports and never cancels."""
 
     def report(self, progress: Progress) -> None:
         return None
@@ -54,7 +55,7 @@ class Silent:
 
 
 class Changed:
-    """A monitor that is told ``change(report)`` instead of each report."""
+    """Passes ``change(report)`` on to ``monitor`` for each report."""
 
     def __init__(self, monitor: Monitor, change: Callable[[Progress], Progress]) -> None:
         self.monitor, self.change = monitor, change
@@ -67,10 +68,10 @@ class Changed:
 
 
 def part(monitor: Monitor, number: int, count: int, label: str = "") -> Monitor:
-    """The monitor of part ``number`` of ``count`` equal ones: its steps count within the whole.
+    """A monitor for part ``number`` (from 0) of ``count`` equal parts; its steps are counted within the whole.
 
     Args:
-        label: is put before the stages, except of what is saved.
+        label: put before the name of each stage, except "saved".
     """
 
     def change(progress: Progress) -> Progress:
@@ -82,6 +83,6 @@ def part(monitor: Monitor, number: int, count: int, label: str = "") -> Monitor:
 
 
 def check(monitor: Monitor) -> None:
-    """Raise :class:`~adapters.errors.Cancelled` if the person asked to stop."""
+    """Raise :class:`~adapters.errors.Cancelled` if ``monitor`` asks to stop."""
     if monitor.cancelled():
         raise Cancelled("Stopped on request.")

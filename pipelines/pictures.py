@@ -1,8 +1,7 @@
-"""One way to read a picture, whichever door it comes in by: RGB with 8 bits, upright, in sRGB.
+"""The reader of all pictures: 8-bit RGB, upright, in sRGB.
 
-What the file says is honoured: the camera's orientation (EXIF), the colour profile (ICC), 16 bits, palettes and
-transparency. What cannot be kept (further frames, a damaged profile) is said in a remark. Where a picture stands inside
-a configuration it is a ``data:`` URI.
+It honours the camera's orientation (EXIF), the colour profile (ICC), 16 bits, palettes and transparency. What cannot be
+kept (further frames, a damaged profile) is reported in a remark. Inside a configuration a picture is a ``data:`` URI.
 """
 
 from __future__ import annotations
@@ -29,38 +28,38 @@ SUFFIXES = frozenset({
     ".tif", ".tiff", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".tga", ".pcx", ".ppm", ".pgm",
     ".pbm", ".pnm", ".pfm", ".qoi", ".ico", ".icns", ".psd", ".sgi", ".dds", *HEIF, *JXL,
 })  # fmt: skip
-"""Endings (in small letters) of files that are read as pictures; the content decides of which kind they are."""
+"""Suffixes (lower case) of files that are read as pictures; the format is detected from the content."""
 
 UNREADABLE = frozenset({
     ".svg", ".svgz", ".eps", ".ai", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".orf",
     ".rw2", ".raf", ".pef", ".srw", ".x3f", ".exr", ".hdr", ".xcf", ".kra", ".wmf", ".emf", ".jxr", ".wdp", ".bpg",
     ".psb",
 })  # fmt: skip
-"""Endings of pictures that people have and that are not read: drawings, raw files of cameras, editors' own formats."""
+"""Suffixes of pictures that are not supported: vector graphics, camera raw files, editors' own formats."""
 
 LARGEST = 178_956_970
-"""Pixels of the largest picture that is opened (2 GiB as 96-bit colour): more is a mistake or an attack."""
+"""Pixels of the largest picture that is opened (2 GiB as 96-bit colour); more is a mistake or an attack."""
 
 URI = "data:image/png;base64,"
-"""How the ``data:`` URIs that the studio writes begin."""
+"""Prefix of the ``data:`` URIs that the studio writes."""
 
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "TGA", "PCX", "PPM", "QOI",
             "ICO", "ICNS", "PSD", "SGI", "DDS", "HEIF", "JXL")  # fmt: skip
-# These hold several pictures that are no frames: a second view for the camera, layers, sizes of an icon.
+# The further pictures in these are not frames: a second view, layers, sizes of an icon.
 _NOT_FRAMES = ("MPO", "PSD", "ICO", "ICNS", "DDS")
 _SIXTEEN_BITS = 65535
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A picture in RGB, and sentences on what of the file was not kept."""
+    """A picture (RGB, or "L" for a mask), and remarks on what of the file was not kept."""
 
     image: Image.Image
     remarks: tuple[str, ...] = ()
 
 
 def is_picture(file: Path) -> bool:
-    """Whether the file's ending is one of a picture, readable or not."""
+    """Whether the file's suffix is one of a picture, supported or not."""
     return file.suffix.lower() in SUFFIXES | UNREADABLE
 
 
@@ -80,20 +79,21 @@ def open_picture(source: str | Path | bytes | BinaryIO, name: str = "") -> Image
 def read(source: str | Path | bytes | BinaryIO, name: str = "") -> Reading:
     """Read a file, its bytes, an open stream or a ``data:`` URI as RGB with 8 bits per channel.
 
-    Turned as the camera says; colours of an embedded profile become sRGB; 16 bits and numbers from 0 to 1 are scaled;
-    transparent parts lie on white; of several frames the first one counts.
+    Turned upright; converted from an embedded profile to sRGB; 16 bits and floats from 0 to 1 are scaled; transparent
+    parts are put on white; of several frames the first is used.
 
     Args:
-        name: the file's name for messages (default: the path's), whose ending tells what would be needed to read it.
+        name: the file's name for messages (default: that of the path); by its suffix a message can name the package
+            that is missing.
 
     Raises:
-        PictureError: it is no picture, damaged, of a kind that is not read, or larger than :data:`LARGEST`.
+        PictureError: it is not a picture, damaged, of an unsupported format, or larger than :data:`LARGEST`.
     """
     return _read(source, name, to_rgb)
 
 
 def read_mask(source: str | Path | bytes | BinaryIO, name: str = "") -> Reading:
-    """Read a mask in the same way as grey ("L"): white is inside. With transparency its alpha counts (paint is inside).
+    """Read a mask in the same way, as grey ("L"): white is inside. If it has transparency, its alpha is the mask.
 
     Raises:
         PictureError: as :func:`read`.
@@ -102,19 +102,24 @@ def read_mask(source: str | Path | bytes | BinaryIO, name: str = "") -> Reading:
 
 
 def as_uri(image: Image.Image) -> str:
-    """The picture as a ``data:`` URI of a PNG."""
+    """The picture as a PNG in a ``data:`` URI."""
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     return URI + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def is_uri(source: object) -> bool:
-    """Whether it is a ``data:`` URI and no path."""
+    """Whether it is a ``data:`` URI rather than a path."""
     return isinstance(source, str) and source.startswith("data:")
 
 
 def content_of(source: str | Path) -> bytes:
-    """The bytes of a file or a ``data:`` URI; raises :class:`InputError` for a URI of something else, ``OSError``."""
+    """The bytes of a file or a ``data:`` URI.
+
+    Raises:
+        InputError: a URI that is not of a picture in base64.
+        OSError: the file cannot be read.
+    """
     if not is_uri(source):
         return Path(source).expanduser().read_bytes()
     head, _, text = str(source).partition(",")
@@ -126,7 +131,7 @@ def content_of(source: str | Path) -> bytes:
 def _read(
     source: str | Path | bytes | BinaryIO, name: str, made_of: Callable[[Image.Image, list[str]], Image.Image]
 ) -> Reading:
-    """What ``made_of`` makes of the upright picture and the remarks so far."""
+    """The result of ``made_of(upright picture, remarks)``, which may add remarks."""
     from PIL import Image, UnidentifiedImageError
 
     file = Path(name or (source if isinstance(source, str | Path) and not is_uri(source) else ""))
@@ -135,7 +140,7 @@ def _read(
         content = source if isinstance(source, str | Path | bytes) else source.read()
         content = content if isinstance(content, bytes) else content_of(content)
         if file.suffix.lower() in UNREADABLE:
-            raise InputError(f"{file.suffix.lower()} files are not read, save it as PNG or JPEG")
+            raise InputError(f"{file.suffix.lower()} files are not supported; save it as PNG or JPEG")
         if not content:
             raise InputError("empty file")
         with warnings.catch_warnings():
@@ -154,21 +159,21 @@ def _read(
         raise PictureError(shown, _unknown(file)) from None
     except MemoryError:
         raise PictureError(shown, "it does not fit into the memory") from None
-    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+    except Exception as error:  # damaged files make decoders raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise PictureError(shown, reason.strip().rstrip(".") or type(error).__name__) from None
     return Reading(made, tuple(remarks))
 
 
 def to_rgb(picture: Image.Image, remarks: list[str] | None = None) -> Image.Image:
-    """RGB in sRGB of an opened picture of any mode, transparent parts on white; ``remarks`` are added to.
+    """An opened picture of any mode as RGB in sRGB, transparent parts on white; may append to ``remarks``.
 
     Raises:
-        InputError: its numbers are floats that are neither from 0 to 1 nor whole numbers up to 255 or 65535.
+        InputError: its values are floats that are neither from 0 to 1 nor whole numbers up to 65535.
     """
     from PIL import Image
 
-    said = remarks if remarks is not None else []
+    remarks = remarks if remarks is not None else []
     profile = picture.info.get("icc_profile")
     layer = eight_bits(picture)
     if layer.mode in ("P", "PA") or (layer.has_transparency_data and layer.mode != "LA"):
@@ -176,7 +181,7 @@ def to_rgb(picture: Image.Image, remarks: list[str] | None = None) -> Image.Imag
     alpha = layer.getchannel("A") if layer.mode in ("RGBA", "LA") else None
     if alpha is not None:
         layer = layer.convert(layer.mode[:-1])
-    layer = _to_srgb(layer, profile, said) if profile else layer.convert("RGB")
+    layer = _to_srgb(layer, profile, remarks) if profile else layer.convert("RGB")
     if alpha is None:
         return layer
     layer.putalpha(alpha)
@@ -184,7 +189,7 @@ def to_rgb(picture: Image.Image, remarks: list[str] | None = None) -> Image.Imag
 
 
 def to_mask(picture: Image.Image) -> Image.Image:
-    """Grey ("L") of an opened picture of any mode; of one with transparency its alpha."""
+    """An opened picture of any mode as grey ("L"); one with transparency as its alpha."""
     layer = eight_bits(picture)
     if not layer.has_transparency_data:
         return layer.convert("L")
@@ -193,10 +198,10 @@ def to_mask(picture: Image.Image) -> Image.Image:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of 16 or 32 bits or floats in 8 bits ("L"); any other as it is.
+    """A grey picture of 16 or 32 bits or floats in 8 bits ("L"); any other unchanged.
 
     Raises:
-        InputError: floats that are neither from 0 to 1 nor whole numbers up to 255 or 65535.
+        InputError: its values are floats that are neither from 0 to 1 nor whole numbers up to 65535.
     """
     import numpy as np
     from PIL import Image
@@ -212,7 +217,7 @@ def eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _top(values: Any, mode: str) -> float:
-    """The number that means white."""
+    """The value of white."""
     import numpy as np
 
     if mode.startswith("I;16"):
@@ -221,12 +226,12 @@ def _top(values: Any, mode: str) -> float:
     if mode.startswith("I"):
         return _SIXTEEN_BITS if highest <= _SIXTEEN_BITS else 2**31 - 1
     if not np.isfinite(values).all():
-        raise InputError("some of its numbers are not finite")
+        raise InputError("some of its values are not finite")
     if lowest >= 0 and highest <= 1:
         return 1
     whole = bool((values == np.rint(values)).all())
     if lowest < 0 or highest > _SIXTEEN_BITS or not whole:
-        raise InputError(f"its numbers go from {lowest:.4g} to {highest:.4g}; floats are read from 0 to 1")
+        raise InputError(f"its values go from {lowest:.4g} to {highest:.4g}; floats must be from 0 to 1")
     return 255 if highest <= 255 else _SIXTEEN_BITS
 
 
@@ -241,13 +246,13 @@ def _upright(opened: Image.Image, remarks: list[str]) -> Image.Image:
 
     try:
         return ImageOps.exif_transpose(opened)
-    except Exception:  # the picture itself is sound
-        remarks.append("its EXIF data is damaged, so it is not turned")
+    except Exception:  # the pixels are still usable
+        remarks.append("its EXIF data is damaged, so it is not turned upright")
         return opened
 
 
 def _to_srgb(picture: Image.Image, profile: bytes, remarks: list[str]) -> Image.Image:
-    """Colours of the profile as sRGB; a profile that changes nothing by more than one level changes nothing at all."""
+    """The picture converted from ``profile`` to sRGB; a profile within one level of sRGB is ignored."""
     from PIL import ImageCms
 
     try:
@@ -266,7 +271,7 @@ def _to_srgb(picture: Image.Image, profile: bytes, remarks: list[str]) -> Image.
         assert made is not None
         return made
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        remarks.append("its colour profile cannot be used, so its numbers are taken as sRGB")
+        remarks.append("its colour profile cannot be used, so its values are taken as sRGB")
         return picture.convert("RGB")
 
 
@@ -279,7 +284,7 @@ def _srgb() -> Any:
 
 @cache
 def _probe(mode: str) -> Image.Image | None:
-    """Colours over the whole space, to see whether a profile says anything new."""
+    """Colours over the whole space, to compare a profile with sRGB."""
     import numpy as np
     from PIL import Image
 
@@ -299,7 +304,7 @@ def _close(one: Image.Image | None, other: Image.Image) -> bool:
 
 @cache
 def _formats() -> list[str]:
-    """Kinds that may be opened. Others stay shut: some start programs (EPS) or are no pictures."""
+    """Pillow's formats that may be opened. Others are not: some start programs (EPS) or are not pictures."""
     from PIL import Image
 
     Image.init()
@@ -318,4 +323,4 @@ def _unknown(file: Path) -> str:
         if suffix in endings and kind not in _formats():
             return (f"{suffix} files need the package '{package}' (pip install 'adapter-studio[pictures]'), "
                     "or save it as PNG or JPEG")  # fmt: skip
-    return "its content is of no known kind"
+    return "its content is of no known format"

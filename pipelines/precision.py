@@ -1,4 +1,4 @@
-"""The precision a base runs in when it is trained or talks."""
+"""The precision in which a base is trained or used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Precision of the frozen weights; ``auto`` is fp32 on CPU, bf16 on GPUs that have it, else fp16.
+    """Precision of the frozen weights; ``auto`` is fp32 on CPU, fp16 on CUDA GPUs without bf16, else bf16.
 
     Raises:
         InputError: fp16 on CPU.

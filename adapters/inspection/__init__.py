@@ -1,1 +1,1 @@
-"""Looking at adapters: what they change, and how they get along."""
+"""Inspecting adapters: what they change, and how they interfere."""

@@ -1,9 +1,9 @@
-"""The composition doctor: which adapters will get into each other's way, and what to do about it.
+"""The composition doctor: which adapters will interfere with each other, and what to do about it.
 
-It looks at the weights (:mod:`adapters.inspection.interference`), at the strengths of the adapters and at their trigger
-words, never at pictures. Its prediction for a pair is the part of the two updates that lives in each other's subspaces;
-its rules of thumb are the constants below. How well the prediction agrees with measured bleed is told by
-``benchmarks/interference.py``, over the shipped adapters.
+It compares the weights (:mod:`adapters.inspection.interference`), strengths and trigger words of the adapters, never
+pictures. Its prediction for a pair is the part of the two updates that lies in each other's subspaces; the constants
+below are rules of thumb. ``benchmarks/interference.py`` measures how well the prediction agrees with measured bleed,
+over the shipped adapters.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ METHOD = Method(
 
 Level = Literal["none", "low", "medium", "high"]
 HIGH = 0.25
-"""A quarter of the changes lies in each other's subspaces."""
+"""Interference from which the level is "high": a quarter of the updates lies in each other's subspaces."""
 MEDIUM = 0.05
 BALANCED = 1.5
 """Strengths up to this many times the typical one are left as they are."""
 FAR_WEAKER = 4.0
-"""An adapter this many times weaker than the strongest is no measure for the others: it is named, not followed."""
+"""An adapter this many times weaker than the strongest is reported and does not count for the typical strength."""
 LIKE_CHANCE = 1.5
-"""Overlap up to this times what random subspaces have is no sign of a conflict."""
+"""Overlap up to this many times that of random subspaces is no sign of a conflict."""
 
 ORDINARY = frozenset(("a", "an", "and", "by", "image", "in", "of", "on", "photo", "picture", "style", "the", "with"))
-"""Words of triggers that call nothing by themselves."""
+"""Words of trigger phrases that trigger nothing by themselves."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter to look at.
+    """An adapter to examine.
 
     Attributes:
-        name: what to call it.
+        name: its name in the diagnosis.
         file: the adapter.
-        triggers: words that call it.
+        triggers: its trigger words or phrases.
         weight: the strength it is used with.
-        kind: "concept", "style", or empty when not known.
+        kind: "concept", "style", or empty if unknown.
     """
 
     name: str
@@ -65,15 +65,15 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two adapters.
+    """The diagnosis of two adapters.
 
     Attributes:
         first, second: their names.
         interference: predicted, 0 to 1.
-        level: in words.
-        overlap: the numbers behind it.
+        level: the interference in words.
+        overlap: the measurements behind it.
         ratio: strength of the second over that of the first, in the layers both change.
-        words: trigger words they have in common.
+        words: trigger words they share.
     """
 
     first: str
@@ -87,7 +87,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do: a method, strengths, whether to use regions, and the reasons."""
+    """Recommended composition method, weight per adapter, whether to use regions, and the reasons."""
 
     method: str
     weights: Mapping[str, float]
@@ -97,7 +97,7 @@ class Advice:
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What the doctor found.
+    """The doctor's findings.
 
     Attributes:
         strengths: adapter -> Frobenius norm of all its updates, times its weight.
@@ -118,7 +118,7 @@ class Diagnosis:
         return {(pair.first, pair.second): pair.interference for pair in self.pairs}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything for machines."""
+        """Everything as plain values, for JSON."""
         return {
             "adapters": [
                 {"name": name, "strength": strength, "layers": self.layers[name]}
@@ -143,11 +143,11 @@ class Diagnosis:
 
 
 def diagnose(subjects: Sequence[Subject], prompt: str = "") -> Diagnosis:
-    """Look at adapters that are to be used together.
+    """Examine adapters that are to be used together.
 
     Args:
         subjects: at least one; of one base model.
-        prompt: what is to be drawn, to look for trigger words; empty = not known.
+        prompt: the prompt, to check for trigger words; empty = unknown.
 
     Raises:
         InputError: no adapter, or a name used twice.
@@ -175,14 +175,14 @@ def diagnose(subjects: Sequence[Subject], prompt: str = "") -> Diagnosis:
 
 
 def common_words(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
-    """Words that occur in the triggers of both and call something; case does not matter."""
+    """Words, other than :data:`ORDINARY` ones, that occur in the triggers of both; case does not matter."""
     return tuple(sorted((_words(first) & _words(second)) - ORDINARY))
 
 
 def balanced_weights(strengths: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
     """Weights with which no adapter is more than :data:`BALANCED` times as strong as the typical one.
 
-    Far weaker ones (:func:`outliers`) do not count, or an adapter that was hardly trained would silence the others.
+    Far weaker ones (:func:`outliers`) do not count: a barely trained adapter must not weaken the others.
     """
     limit = BALANCED * _typical(strengths)
     return {
@@ -232,12 +232,13 @@ def _remarks(subjects: Sequence[Subject], strengths: Mapping[str, float], prompt
         if strengths[subject.name] == 0:
             found.append(f"{subject.name} changes nothing: its weight is 0 or it was never trained.")
         if subject.file.is_dora():
-            found.append(f"{subject.name} is a DoRA adapter: it can be switched on and off, not faded.")
+            found.append(f"{subject.name} is a DoRA adapter: it can be switched on and off, but not faded.")
         if prompt and subject.triggers and not any(_words([text]) <= spoken for text in subject.triggers):
-            found.append(f"The prompt does not call {subject.name}: say {' or '.join(map(repr, subject.triggers))}.")
+            words = " or ".join(map(repr, subject.triggers))
+            found.append(f"The prompt does not trigger {subject.name}: add {words}.")
     for a, b in combinations(subjects, 2):
-        if words := common_words(a.triggers, b.triggers):
-            found.append(f"{a.name} and {b.name} are both called by {', '.join(map(repr, words))}.")
+        if shared := common_words(a.triggers, b.triggers):
+            found.append(f"{a.name} and {b.name} are both triggered by {', '.join(map(repr, shared))}.")
     return found
 
 
@@ -246,38 +247,38 @@ def _advice(subjects: Sequence[Subject], pairs: Sequence[Pair], strengths: Mappi
     weights = balanced_weights(strengths, given)
     typical = _typical(strengths)
     reasons = [
-        f"{name} is {strengths[name] / typical:.1f} times as strong as the typical adapter here; at {weights[name]:g} "
-        "it does not drown the others."
+        f"{name} is {strengths[name] / typical:.1f} times as strong as the typical adapter here; at weight "
+        f"{weights[name]:g} it does not drown the others."
         for name in given
         if weights[name] != given[name]
     ]
     reasons += [
         f"{name} is far weaker than the others ({typical / strengths[name]:.0f} times): it was probably trained too "
-        "little, or for another base. Train it longer or raise its weight step by step; the others keep their strength."
+        "little, or for another base. Train it longer or raise its weight step by step; keep the others as they are."
         for name in outliers(strengths)
     ]
     if not pairs:
-        return Advice("merge", weights, False, (*reasons, "One adapter alone has nothing to conflict with."))
+        return Advice("merge", weights, False, (*reasons, "A single adapter has nothing to conflict with."))
     worst = pairs[0]
-    part = f"{worst.interference:.0%} of the changes of {worst.first} and {worst.second} lie in each other's subspaces"
+    part = f"{worst.interference:.0%} of the updates of {worst.first} and {worst.second} lies in each other's subspaces"
     kinds = {subject.name: subject.kind for subject in subjects}
     clash = [pair for pair in pairs if pair.words]
     if clash:
-        text = f"{clash[0].first} and {clash[0].second} share a trigger word, so one prompt always calls both"
-        return Advice("activation", weights, True, (*reasons, f"{text}: give each a region with a prompt of its own."))
+        text = f"{clash[0].first} and {clash[0].second} share a trigger word, so one prompt always triggers both"
+        return Advice("activation", weights, True, (*reasons, f"{text}: give each a region with its own prompt."))
     if worst.level in ("none", "low"):
         text = f"only {part}" if worst.level == "low" else "the adapters change different layers"
-        return Advice("merge", weights, False, (*reasons, f"{text[0].upper()}{text[1:]}: all at once is enough."))
+        return Advice("merge", weights, False, (*reasons, f"{text[0].upper()}{text[1:]}: using all at once is fine."))
     styles = {kinds[worst.first], kinds[worst.second]}
     if "style" in styles and len(subjects) == 2:
-        text = f"{part}: in turns they never mix inside a step"
+        text = f"{part}: if they take turns, they never mix within a step"
         if styles == {"style", "concept"}:
-            text += "; or write one LoRA that keeps them apart with  studio lora merge CONCEPT STYLE --method np-lora"
+            text += "; or merge them into one LoRA with  studio lora merge CONCEPT STYLE --method np-lora"
         return Advice("switch", weights, False, (*reasons, f"{text}."))
     if worst.level == "medium" and styles != {"concept"}:
-        text = "in turns they never mix inside a step, at the price of one adapter"
-        return Advice("switch", weights, False, (*reasons, f"{part}: {text}; regions keep them apart altogether."))
-    text = "let each act only where its subject is (regions), or predict apart with composite"
+        text = "if they take turns, they never mix within a step, at the cost of one adapter"
+        return Advice("switch", weights, False, (*reasons, f"{part}: {text}; regions separate them completely."))
+    text = "let each act only where its subject is (regions), or predict with each separately (composite)"
     return Advice("activation", weights, True, (*reasons, f"{part}: {text}."))
 
 

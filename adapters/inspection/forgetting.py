@@ -1,7 +1,7 @@
-"""Forgetting: how much a model's loss on old data rises when an adapter is on (arXiv 2410.21228), with controls.
+"""Forgetting: how much an adapter raises a model's loss on old data (arXiv 2410.21228), with controls.
 
-The caller gives a function that measures the loss on the same data (same batches, same noise) every time it is called.
-Adapters are added to the weights for the measurement and taken out again to the bit.
+The caller gives functions that measure a loss, each on the same data (same batches, same noise) every time. Adapters
+are added to the weights for the measurement; afterwards the weights are restored exactly.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ from adapters.inspection.intruders import Found, shrink, soften, update_norm
 from adapters.progress import Monitor, Progress, Silent, check
 
 Measure = Callable[[], float]
+"""Measures one loss, always on the same data."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of the adapter: how it was made, its |dW|, and the losses by name."""
+    """Losses with one variant of the adapter.
+
+    Attributes:
+        variant: "base", "adapter", "intruders scaled" or "whole update shrunk".
+        strength: lambda, or the factor of the shrunk update.
+        norm: |dW| over all layers.
+        losses: by name.
+    """
 
     variant: str
     strength: float
@@ -35,10 +43,10 @@ class Row:
 @contextmanager
 @torch.no_grad()
 def added(models: Mapping[str, nn.Module], file: LoraFile) -> Iterator[None]:
-    """Inside, the adapter is part of the weights; outside, they are what they were, to the bit.
+    """Inside, the adapter is added to the weights; on exit they are restored exactly.
 
     Raises:
-        InputError: a layer that the models do not have.
+        InputError: the adapter has a layer that the models do not have.
     """
     kept: list[tuple[Tensor, Tensor]] = []
     try:
@@ -66,9 +74,20 @@ def sweep(
     strengths: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0),
     monitor: Monitor | None = None,
 ) -> list[Row]:
-    """Losses of the base, of the adapter softened by every lambda, and of the whole update shrunk to the same norm.
+    """Losses of the base, of the adapter with its intruders scaled by each lambda, and of the whole update shrunk to
+    the same norm.
 
-    ``monitor`` is told every variant and may cancel between two.
+    Args:
+        models: component -> base model.
+        file: the adapter, fitted to the models.
+        found: of :func:`adapters.inspection.intruders.inspect`.
+        measures: name -> function that measures a loss.
+        strengths: values of lambda.
+        monitor: receives progress per variant and may cancel between two.
+
+    Raises:
+        InputError: a DoRA adapter, a negative lambda, or a layer that the models do not have.
+        Cancelled: the monitor asked to stop.
     """
     monitor = monitor or Silent()
     variants: list[tuple[str, float, LoraFile | None]] = [("base", 0.0, None)]

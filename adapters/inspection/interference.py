@@ -1,20 +1,20 @@
-"""How much the updates of two adapters get into each other's way, from their weights alone.
+"""How much the updates of two adapters interfere, from their weights alone.
 
 For a layer both change, D_i = s B_i A_i and D_j likewise. Q_A (in, r) is an orthonormal basis of the rows of A: the
-inputs an adapter listens to. Q_B (out, r) is one of the columns of B: the outputs it writes to.
+input directions an adapter reads. Q_B (out, r) is one of the columns of B: the output directions it writes.
 
     inputs     |Q_Ai^T Q_Aj|_F^2 / min(r_i, r_j)      mean squared cosine of the principal angles of the rows of A
     outputs    |Q_Bi^T Q_Bj|_F^2 / min(r_i, r_j)      the same for the columns of B
     shared     1/2 (|P_Bi D_j P_Ai|_F^2 / |D_j|_F^2 + |P_Bj D_i P_Aj|_F^2 / |D_i|_F^2),   P = Q Q^T
     cosine     <D_i, D_j> / (|D_i| |D_j|)
 
-"shared" is the part of one update that listens to and writes to the directions of the other: 0 when the updates are
-orthogonal on either side, 1 when they live in the same subspaces. Two random subspaces share r_i / in * r_i / out of it
-(and likewise), which is given as "chance". Over layers the means are weighted by |D_i| |D_j|, so that layers count in
-which both adapters do something; layers that only one of them changes count as no overlap, by its own energy.
+"shared" is the part of one update that reads and writes the directions of the other: 0 if the updates are orthogonal on
+either side, 1 if they lie in the same subspaces. For random subspaces it would be the mean of r_i / in * r_i / out and
+the same with j, which is reported as "chance". Means over layers are weighted by |D_i| |D_j|, so that layers count in
+which both adapters are strong; layers that only one of them changes count as no overlap, by that adapter's energy.
 
-Everything is computed on the factors, never on a whole matrix of the model's size. A convolution is the matrix of its
-kernel. Of a DoRA layer the low-rank part is looked at.
+Everything is computed on the factors, never on a full matrix. A convolution is the matrix of its kernel. For a DoRA
+layer only the low-rank part is compared.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class LayerOverlap:
     Attributes:
         inputs, outputs: overlap of the rows of A and of the columns of B, 0 to 1.
         shared: part of the updates in each other's subspaces, 0 to 1.
-        chance: what "shared" would be for random subspaces of these ranks.
-        cosine: of the two updates, -1 to 1.
+        chance: "shared" of random subspaces of these ranks.
+        cosine: between the two updates, -1 to 1.
         first, second: Frobenius norms of the two updates.
     """
 
@@ -52,13 +52,13 @@ class LayerOverlap:
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """Two adapters.
+    """The overlap of two adapters.
 
     Attributes:
         layers: layer -> its overlap, for layers that both change.
         interference: energy-weighted mean of "shared" over all layers of both.
         chance: the same mean of "chance".
-        inputs, outputs, cosine: means over the shared layers, weighted by energy.
+        inputs, outputs, cosine: means over the layers both change, weighted by energy.
         common: part of the two adapters' energy that lies in layers both change.
     """
 
@@ -73,7 +73,7 @@ class Overlap:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """One layer's update in factors that are ready to compare.
+    """One layer's update in orthonormal factors.
 
     Attributes:
         rows: Q_A (in, r).
@@ -91,7 +91,7 @@ class Update:
 
 
 def update(layer: LoraLayer) -> Update:
-    """``layer`` in orthonormal factors (double precision)."""
+    """The update of ``layer`` in orthonormal factors, fp64."""
     A, B = layer.A.double().flatten(1), layer.scale * layer.B.double().flatten(1)
     rows, right = torch.linalg.qr(A.T)
     columns, left = torch.linalg.qr(B)
@@ -99,12 +99,12 @@ def update(layer: LoraLayer) -> Update:
 
 
 def updates(file: LoraFile) -> dict[str, Update]:
-    """layer -> update of a whole adapter; names are written without dots, as all formats can be compared so."""
+    """layer -> update, for a whole adapter; layers are named by :func:`plain_name`."""
     return {plain_name(component, module): update(layer) for component, module, layer in file.layers()}
 
 
 def plain_name(component: str, module: str) -> str:
-    """The name of a layer in which files of all formats agree."""
+    """The name of a layer without dots, which is the same in files of all formats."""
     return f"{component}.{module.replace('.', '_').removeprefix('text_model_')}"
 
 
@@ -112,7 +112,7 @@ def compare(first: Mapping[str, Update], second: Mapping[str, Update]) -> Overla
     """The overlap of two adapters.
 
     Raises:
-        FamilyError: a layer has other sizes in the second adapter: they were made for different base models.
+        FamilyError: a layer differs in size, so the adapters were made for different base models.
     """
     layers = {
         name: compare_layer(first[name], second[name], name)
@@ -144,7 +144,7 @@ def compare_layer(first: Update, second: Update, name: str = "") -> LayerOverlap
     rows, columns = first.rows.T @ second.rows, first.columns.T @ second.columns  # (r_i, r_j)
     out, inside = sizes[0]
     ranks = first.core.shape[0], second.core.shape[0]
-    # seen through the other's subspaces: P_Bi D_j P_Ai = Q_Bi (columns core_j rows^T) Q_Ai^T
+    # projected onto the other's subspaces: P_Bi D_j P_Ai = Q_Bi (columns core_j rows^T) Q_Ai^T
     of_second = columns @ second.core @ rows.T
     of_first = columns.T @ first.core @ rows
     norms = first.norm, second.norm

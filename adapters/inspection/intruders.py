@@ -1,20 +1,21 @@
 """Intruder dimensions: LoRA vs Full Fine-tuning, An Illusion of Equivalence, arXiv 2410.21228 (NeurIPS 2025).
 
-W0 = U S V^T before, W1 = W0 + s B A = Y T Z^T after, singular values descending. Vector y_j, j < k, is an intruder when
-it is like none of the base's: max_i |<y_j, u_i>| < eps over all i. Full fine-tuning has almost none, low-rank LoRA has
-many. Mitigation scales them, with the triplets of W1:
+W0 = U S V^T before, W1 = W0 + s B A = Y T Z^T after, singular values descending. Vector y_j, j < k, is an intruder if
+it is similar to none of the base's: max_i |<y_j, u_i>| < eps over all i. Full fine-tuning has almost none, low-rank
+LoRA many. Mitigation scales them, with the triplets of W1:
 
-    W(lambda) = W1 + (lambda - 1) sum_{j in I} t_j y_j z_j^T        1 nothing, 0 removed, above 1 amplified
+    W(lambda) = W1 + (lambda - 1) sum_{j in I} t_j y_j z_j^T        1 unchanged, 0 removed, above 1 amplified
 
-which as an adapter is A' = [A; Z_I^T], B' = [s B, (lambda - 1) Y_I T_I], exactly, at rank r + |I|. That removing
-intruders keeps old knowledge better than shrinking the whole update to the same size (:func:`shrink`) is contested:
-every result has that control beside it.
+which as an adapter is A' = [A; Z_I^T], B' = [s B, (lambda - 1) Y_I T_I], exactly, at rank r + |I|. Whether removing
+intruders preserves old knowledge better than shrinking the whole update to the same size (:func:`shrink`) is contested,
+so every result comes with that control.
 
-PEFT's ``reduce_intruder_dimension`` has lambda documented backwards, cuts the result to rank r without saying so, and
-takes the present base weight for W0 also where an init has changed it.
+PEFT's ``reduce_intruder_dimension`` documents lambda the wrong way round, silently truncates the result to rank r, and
+takes the current base weight for W0 even where an init has changed it.
 
-U comes from the eigenvectors of the smaller Gram matrix in fp64, the top of W1 from subspace iteration with a residual
-check (unresolved vectors would look like intruders). W0 is (out, in); a convolution is (out, in * kernel).
+U comes from the eigenvectors of the smaller Gram matrix in fp64, the largest triplets of W1 from subspace iteration
+with a residual check (unconverged vectors would look like intruders). W0 is (out, in); a convolution is
+(out, in * kernel).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from adapters.progress import Monitor, Progress, Silent, check
 METHOD = Method(
     name="intruders",
     title="Intruder dimensions",
-    summary="Finds directions an adapter has put among a weight's largest that the base never had, and scales them.",
+    summary="Finds new directions that an adapter put among a weight's largest, and scales them.",
     stage="inspection",
     makes="report, ordinary LoRA",
     paper="LoRA vs Full Fine-tuning: An Illusion of Equivalence, arXiv 2410.21228",
@@ -71,10 +72,10 @@ Weights = Callable[[str, str], Tensor]
 """(component, module) -> W0 (out, in * kernel)."""
 
 EXACT = 256
-"""Up to this many rows or columns the SVD of W1 is exact."""
+"""The SVD of W1 is exact if its smaller side has at most this many rows or columns."""
 
 GROUP = 0.01
-"""Base values that lie this close (relative) turn into one another freely."""
+"""Relative difference up to which base singular values count as equal, so that their vectors are interchangeable."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ class Found:
     """The first k directions of a weight after training.
 
     Attributes:
-        side: of the singular vectors looked at.
+        side: "left" or "right", the singular vectors compared.
         Y (out, k), T (k,), Z (k, in): triplets of W1.
         cosines: |cos| with the most similar base vector (k,).
-        groups: length of the projection on the base vectors around that one (k,), which near-equal values mix.
-        intruders: the j below eps.
+        groups: length of the projection on all base vectors with (nearly) the same singular value as that one (k,).
+        intruders: the j with a cosine below eps.
     """
 
     side: str
@@ -131,12 +132,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers.
+    """The report on an adapter.
 
-    Of a layer: ``norm`` |dW|, ``relative_change`` |dW| / |W0| (Frobenius), ``base_norm`` and ``tuned_norm`` (spectral),
-    ``stable_rank`` |dW|_F^2 / |dW|_2^2; of all k directions ``cosines``, ``values`` t_j and ``overlaps`` y_j^T dW z_j;
-    ``positions`` of the intruders among them, ``ambiguous`` those that disappear among near-equal base values,
-    ``captured`` the share of |dW|^2 in the intruders.
+    Per layer: ``norm`` |dW| and ``relative_change`` |dW| / |W0| (Frobenius), ``base_norm`` and ``tuned_norm``
+    (spectral), ``stable_rank`` |dW|_F^2 / |dW|_2^2; for all k directions ``cosines``, ``group_cosines``, ``values`` t_j
+    and ``overlaps`` y_j^T dW z_j; ``positions`` of the intruders among them, ``ambiguous`` those that are no intruders
+    by their group cosine, ``captured`` the share of |dW|^2 in the span of the intruders.
     """
 
     k: int
@@ -146,11 +147,11 @@ class Report:
 
     @property
     def total(self) -> int:
-        """Intruders of all layers."""
+        """Number of intruders in all layers."""
         return sum(layer.intruders for layer in self.layers)
 
     def by_kind(self) -> dict[str, int]:
-        """Intruders by the last name of the modules (to_q, up_proj, ...)."""
+        """Number of intruders by the last name of the module (to_q, up_proj, ...)."""
         found: dict[str, int] = {}
         for layer in self.layers:
             words = [word for word in layer.name.split(".") if not word.isdigit()]
@@ -158,7 +159,7 @@ class Report:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Everything as plain values, for JSON."""
         return {"k": self.k, "eps": self.eps, "side": self.side, "total": self.total, "of": self.k * len(self.layers),
                 "by_kind": self.by_kind(), "layers": [asdict(layer) for layer in self.layers]}  # fmt: skip
 
@@ -167,7 +168,7 @@ class Report:
 
 
 def spectrum(W0: Tensor) -> Spectrum:
-    """Left singular vectors and values of a weight (out, in), from its smaller Gram matrix."""
+    """Left singular vectors and singular values of a weight (out, in), from its smaller Gram matrix."""
     W = W0.double()
     if W.shape[0] <= W.shape[1]:
         values, U = torch.linalg.eigh(W @ W.T)
@@ -179,13 +180,17 @@ def spectrum(W0: Tensor) -> Spectrum:
 
 
 def find(W0: Tensor, left: Tensor, right: Tensor, k: int = 10, eps: float = 0.5, base: Spectrum | None = None) -> Found:
-    """Intruders among the left singular vectors of W0 + left right (left (out, r), right (r, in)).
+    """Intruders among the left singular vectors of W0 + left @ right.
 
     Args:
-        base: :func:`spectrum` of W0, if it is there already.
+        W0: the base weight (out, in).
+        left, right: the update's factors (out, r), (r, in).
+        k: number of directions compared.
+        eps: cosine below which a direction is an intruder.
+        base: :func:`spectrum` of W0, if already computed.
 
     Raises:
-        InputError: k or eps out of range, different shapes, or numbers that are not finite.
+        InputError: k or eps out of range, different shapes, or values that are not finite.
     """
     check_options(k, eps, W0.shape)
     if left.shape[0] != W0.shape[0] or right.shape[1] != W0.shape[1]:
@@ -193,7 +198,7 @@ def find(W0: Tensor, left: Tensor, right: Tensor, k: int = 10, eps: float = 0.5,
             f"The adapter is {left.shape[0]} x {right.shape[1]}, the base weight {W0.shape[0]} x {W0.shape[1]}."
         )
     if not all(bool(tensor.isfinite().all()) for tensor in (W0, left, right)):
-        raise InputError("A weight holds numbers that are not finite.")
+        raise InputError("A weight holds values that are not finite.")
     base = base or spectrum(W0)
     precise = torch.float64 if min(W0.shape) <= EXACT else torch.float32
     W, L, R = (tensor.to(precise) for tensor in (W0, left, right))
@@ -208,7 +213,7 @@ def find(W0: Tensor, left: Tensor, right: Tensor, k: int = 10, eps: float = 0.5,
 
 
 def check_options(k: int, eps: float, shape: Sequence[int]) -> None:
-    """Refuse k and eps out of range; raises :class:`InputError`."""
+    """Raise :class:`InputError` if k or eps is out of range for a layer of this shape."""
     if not 1 <= k <= min(shape):
         raise InputError(f"k must be from 1 to {min(shape)} for a layer of {shape[0]} x {shape[1]}, got {k}.")
     if not 0 < eps <= 1:
@@ -216,7 +221,7 @@ def check_options(k: int, eps: float, shape: Sequence[int]) -> None:
 
 
 def _similarity(base: Spectrum, Y: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Per column of Y the largest |cos| with a base vector, and the projection on that vector's group."""
+    """Per column of Y the largest |cos| with a base vector, and the length of the projection on that vector's group."""
     if base.U.shape[1] == 0:
         return torch.zeros(Y.shape[1]).double(), torch.zeros(Y.shape[1]).double()
     products = torch.cat([(base.U[:, i : i + chunk].T @ Y).abs() for i in range(0, base.U.shape[1], chunk)])
@@ -226,7 +231,7 @@ def _similarity(base: Spectrum, Y: Tensor, chunk: int = 1024) -> tuple[Tensor, T
 
 
 def mitigate(layer: LoraLayer, found: Found, strength: float) -> LoraLayer:
-    """The layer with its intruders scaled by lambda = ``strength``: rank r + |I|, scale 1, exact."""
+    """The layer with its intruders scaled by lambda = ``strength``, exactly: rank r + |I|, scale 1."""
     if strength == 1 or not found.intruders:
         return layer
     chosen = list(found.intruders)
@@ -248,23 +253,26 @@ def mitigate(layer: LoraLayer, found: Found, strength: float) -> LoraLayer:
 def inspect(
     file: LoraFile, weights: Weights, k: int = 10, eps: float = 0.5, side: Side = "left", monitor: Monitor | None = None
 ) -> tuple[Report, dict[tuple[str, str], list[Found]]]:
-    """The report on an adapter, and what :func:`soften` needs of every layer.
+    """The report on an adapter, and per layer what :func:`soften` needs.
 
     Args:
         file: fitted to the base (module paths of the model).
         weights: the untouched base's weights.
-        side: which singular vectors; "both" looks at left and right ones.
-        monitor: is told every layer and may cancel.
+        k: number of directions per layer.
+        eps: cosine below which a direction is an intruder.
+        side: which singular vectors; "both" compares left and right ones.
+        monitor: receives progress per layer and may cancel.
 
     Raises:
-        InputError: an empty adapter, a layer with other shapes than the base's, options out of range.
+        InputError: an empty adapter, a layer whose shape differs from the base's, or an option out of range.
+        Cancelled: the monitor asked to stop.
     """
     if side not in ("left", "right", "both"):
-        raise InputError(f"Singular vectors have a left and a right side, or both, not '{side}'.")
+        raise InputError(f"side must be 'left', 'right' or 'both', got '{side}'.")
     monitor = monitor or Silent()
     layers = list(file.layers())
     if not layers:
-        raise InputError("The adapter has no layers to look at.")
+        raise InputError("The adapter has no layers to inspect.")
     reports, kept = [], {}
     for number, (component, module, layer) in enumerate(layers):
         check(monitor)
@@ -282,7 +290,7 @@ def inspect(
 
 
 def update_of(layer: LoraLayer, W0: Tensor) -> tuple[Tensor, Tensor]:
-    """(L, R) with W1 = W0 + L R; of a DoRA layer through its dense weight."""
+    """(L, R) with W1 = W0 + L R; for a DoRA layer, of the full size."""
     left, right = layer.scale * layer.B.float().flatten(1), layer.A.float().flatten(1)
     if layer.magnitude is None:
         return left, right
@@ -318,7 +326,7 @@ def _report(
     inside = 0.0
     if positions and size > 0:
         chosen = list(positions)
-        # the part of dW inside the span of the intruders' left vectors
+        # the part of dW in the span of the intruders' left vectors
         Q = torch.linalg.qr(first.Y[:, chosen])[0]
         inside = float((Q.T @ left.double() @ right.double()).square().sum() / size)
     ambiguous = tuple(j for j in first.intruders if first.groups[j] >= eps)
@@ -350,24 +358,24 @@ def soften(
     strength: float,
     recompress: bool = False,
 ) -> tuple[LoraFile, dict[str, float]]:
-    """The adapter with its intruders scaled by lambda = ``strength``, an ordinary LoRA.
+    """The adapter with its intruders scaled by lambda = ``strength``, as an ordinary LoRA.
 
     Args:
-        found: of :func:`inspect`; the left side's triplets are scaled (the first entry).
-        recompress: cut every layer back to its rank.
+        found: of :func:`inspect`; the first entry's triplets are scaled (the left side, unless only the right was
+            inspected).
+        strength: lambda; 1 = unchanged, 0 = removed.
+        recompress: truncate every layer to its former rank.
 
     Returns:
-        The adapter, and per cut layer its relative error.
+        The adapter, and per truncated layer its relative error.
 
     Raises:
-        InputError: a negative strength, or a DoRA adapter.
+        InputError: a strength that is negative or not finite, or a DoRA adapter.
     """
     if not (math.isfinite(strength) and strength >= 0):
         raise InputError(f"lambda must be 0 (remove) or more (1 changes nothing), got {strength}.")
     if file.is_dora():
-        raise InputError(
-            "A DoRA adapter rescales the base and cannot be softened as a sum: extract it as a LoRA first."
-        )
+        raise InputError("The intruders of a DoRA adapter cannot be scaled: extract it as a LoRA first.")
     layers: dict[tuple[str, str], LoraLayer] = {}
     errors: dict[str, float] = {}
     for component, module, layer in file.layers():
@@ -379,13 +387,13 @@ def soften(
 
 
 def shrink(file: LoraFile, factor: float) -> LoraFile:
-    """The control: the whole update times ``factor``."""
-    layers = {(c, m): replace(join([(layer, factor)])) for c, m, layer in file.layers()}
+    """The control for :func:`soften`: the whole update times ``factor``."""
+    layers = {(c, m): join([(layer, factor)]) for c, m, layer in file.layers()}
     return file.with_parts(group_dict(layers))
 
 
 def update_norm(file: LoraFile) -> float:
-    """|dW| over all layers together."""
+    """|dW|_F over all layers together."""
     total = 0.0
     for _, _, layer in file.layers():
         values = compact_svd(layer.scale * layer.B.double().flatten(1), layer.A.double().flatten(1))[1]
@@ -408,13 +416,13 @@ def weights_of(models: Mapping[str, nn.Module]) -> Weights:
 
 
 def between(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], least: int = 1) -> LoraFile:
-    """The difference of two models as an adapter of full rank: what a checkpoint pair is inspected as.
+    """The difference of two models as an adapter of full rank, for inspecting a pair of checkpoints.
 
-    Linear layers, Conv1D, convolutions and embeddings that differ take part; those with fewer than ``least`` rows or
-    columns (a table of two token types) do not.
+    It covers linear layers, Conv1D, convolutions and embeddings that differ and have at least ``least`` rows and
+    columns (which leaves out a table of two token types).
 
     Raises:
-        InputError: nothing of that kind differs, or shapes do.
+        InputError: no such layer differs, one is missing, or shapes differ.
     """
     layers: dict[tuple[str, str], LoraLayer] = {}
     for component, model in base.items():
@@ -425,7 +433,9 @@ def between(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], least
             try:
                 other = base_weight(tuned[component].get_submodule(name))
             except (AttributeError, KeyError):
-                raise InputError(f"The tuned model has no '{component}.{name}': not of one family.") from None
+                raise InputError(
+                    f"The tuned model has no '{component}.{name}': the two models belong to different families."
+                ) from None
             W0 = base_weight(module)
             if other.shape != W0.shape:
                 raise InputError(
@@ -445,19 +455,19 @@ def between(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], least
                     embedding=isinstance(module, nn.Embedding),
                 )
     if not layers:
-        raise InputError("The two models have the same weights: there is nothing to look at.")
+        raise InputError("The two models have the same weights: there is nothing to inspect.")
     return LoraFile(group_dict(layers))
 
 
 def heat_map(W0: Tensor, layer: LoraLayer, size: int = 64) -> Tensor:
-    """|U^T Y| of the first ``size`` base and tuned directions (size, size): the paper's picture."""
+    """|U^T Y| of the first ``size`` base and tuned directions (size, size), as in the paper's figure."""
     left, right = update_of(layer, W0)
     Y = torch.linalg.svd(W0.double() + left.double() @ right.double(), full_matrices=False)[0]
     return (spectrum(W0).U[:, :size].T @ Y[:, :size]).abs()
 
 
 class IntruderPlugin(Plugin):
-    """Counts intruder dimensions now and then; the number is in the logs of the steps after."""
+    """Counts intruder dimensions every N steps; the latest count is logged with each step."""
 
     name = "intruders"
 

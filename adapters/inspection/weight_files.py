@@ -1,8 +1,8 @@
-"""The weights of a model straight from its files, without building the model: what inspection needs and no more.
+"""The weights of a model straight from its files, without building the model, for inspection.
 
-Names and shapes of the tensors tell the layers apart: two axes are a linear layer, four a convolution. Two kinds keep
-their weight the other way round: embeddings, told by their names, and the Conv1D of GPT-2 and its relatives, told by
-``model_type`` in config.json. Tensors are mapped from the files and read when they are used.
+The type of a layer follows from its tensor: two axes are a linear layer, four a convolution. Two types store the
+transpose: embeddings, recognised by name, and the Conv1D of GPT-2 and its relatives, recognised by ``model_type`` in
+config.json. Tensors are memory-mapped and read when used.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Values of ``model_type`` whose linear layers inside the blocks are Conv1D (in, out)."""
 
 EMBEDDING = re.compile(r"(.*\.)?(wte|wpe|shared|embed_tokens|embed_positions|\w*embeddings?)")
-"""Modules with two axes that are tables of vectors."""
+"""Names of modules that are embedding tables."""
 
 
 def models_in(path: Path) -> dict[str, nn.Module]:
-    """Component -> a tree of bare layers that hold the weights of the files; nothing of it can be run.
+    """Component -> a tree of layers that only hold the weights of the files; it cannot be run.
 
     Args:
         path: a .safetensors file, the folder of one model, or a pipeline's folder with one folder per component.
 
     Raises:
-        InputError: no such files, damaged or quantised ones, or one tensor in two files.
+        InputError: no .safetensors files, damaged or quantised ones, or one tensor in two files.
     """
     if path.is_file():
         return {MODEL: _tree([path], path)}
     parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
     found = {name: _files(folder) for name, folder in (parts or {MODEL: path}).items()}
     if not any(found.values()):
-        raise InputError(f"'{path}' holds no weights in .safetensors files.")
+        raise InputError(f"'{path}' contains no weights in .safetensors files.")
     return {name: _tree(files, (parts or {MODEL: path})[name]) for name, files in found.items() if files}
 
 
 def _files(folder: Path) -> list[Path]:
-    """The weight files of a model's folder: those of the index if it is cut into several, variants left out."""
+    """The weight files of a model's folder: those in the index if sharded; variants are left out."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
         return sorted({folder / name for name in listed.values()})
@@ -63,7 +63,7 @@ def _tree(files: list[Path], source: Path) -> nn.Module:
         seen.add(name)
         _put(root, name, _layer(name, weight, transposed))
     if not seen:
-        raise InputError(f"'{source}' holds no weights of layers.")
+        raise InputError(f"'{source}' contains no weights of layers.")
     return root
 
 
@@ -79,7 +79,7 @@ def _weights(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     """(module, weight) of everything with two axes or more."""
     for file in files:
         if file.suffix != ".safetensors":
-            raise InputError(f"'{file}': weights are read from .safetensors files without building the model.")
+            raise InputError(f"'{file}' cannot be inspected: weights are read from .safetensors files only.")
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
@@ -88,14 +88,16 @@ def _weights(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                         continue
                     weight = opened.get_tensor(key)
                     if not weight.is_floating_point():
-                        raise InputError(f"'{file.name}': '{module}' is quantised ({weight.dtype}); name the original.")
+                        raise InputError(
+                            f"'{file.name}': '{module}' is quantised ({weight.dtype}): use the original weights."
+                        )
                     yield module, weight
         except (SafetensorError, OSError) as error:
             raise InputError(f"'{file}' is not a readable safetensors file: {error}") from None
 
 
 def _layer(name: str, weight: Tensor, transposed: bool) -> nn.Module:
-    """A layer of the kind that ``weight`` belongs to, holding it."""
+    """A layer of the type of ``weight``, holding it."""
     sizes = weight.shape
     made: nn.Module
     if len(sizes) == 4:
@@ -114,7 +116,7 @@ def _layer(name: str, weight: Tensor, transposed: bool) -> nn.Module:
 
 
 def _put(root: nn.Module, name: str, layer: nn.Module) -> None:
-    """Hang ``layer`` into the tree at its dotted name."""
+    """Add ``layer`` to the tree at its dotted name."""
     *above, last = name.split(".")
     place = root
     for step in above:

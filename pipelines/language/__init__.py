@@ -1,1 +1,1 @@
-"""Language models: opening them with their tokenizer, laying adapters on them, letting them answer."""
+"""Language models: loading them with their tokenizer, applying adapters, generating answers."""

@@ -1,7 +1,7 @@
-"""A language model and adapters for it, of any format, of which any may act at a time, each with its strength.
+"""A language model with adapters of any format, any number of them active at a time, each at its own strength.
 
 The model itself is never changed: updates are added by hooks (:mod:`adapters.layers.gated`), so without adapters, and
-at strength 0, it answers as the base does, to the bit.
+at strength 0, its output is exactly the base's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Weights = Mapping[str, float]
 
 
 def read_fitting(path: Path, model: nn.Module, base: str = "this base model") -> LoraFile:
-    """The adapter at ``path`` with the module names of ``model``, every shape compared.
+    """The adapter at ``path`` with the module names of ``model``, every shape checked.
 
     Raises:
-        InputError: it cannot be read, or is none that adds to the base.
-        FamilyError: a module the model does not have, or of another shape.
+        InputError: it cannot be read, or is not an adapter that is supported.
+        FamilyError: it has a module that the model lacks, or one of another shape.
     """
     file = read(path)
     made_for = file.config.get("base_model_name_or_path")
@@ -42,9 +42,9 @@ def read_fitting(path: Path, model: nn.Module, base: str = "this base model") ->
 
 
 def sizes(module: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer, whatever kind it is (GPT-2's Conv1D stores its weight transposed).
+    """(outputs, inputs) of a linear layer of any type (GPT-2's Conv1D stores the transpose of its weight).
 
-    A table of embeddings has one input per token.
+    An embedding table has one input per token.
     """
     if hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)
@@ -54,18 +54,18 @@ def sizes(module: Any) -> tuple[int, int]:
 
 
 class AdaptedModel:
-    """A model with adapters beside it.
+    """A model with adapters that can be switched.
 
     Args:
-        model: a loaded causal language model; it stays as it is.
-        base: what to call it in messages.
+        model: a loaded causal language model; it is not changed.
+        base: its name in messages.
     """
 
     def __init__(self, model: Any, base: str = "this base model") -> None:
         self.model = model
         self.base = base
         self._files: dict[str, LoraFile] = {}
-        self._columns: dict[tuple[str, float], int] = {}  # which gate an adapter has, of DoRA one per strength
+        self._columns: dict[tuple[str, float], int] = {}  # the gate of each adapter; DoRA has one per strength
         self._engine: GatedAdapters | None = None
 
     @property
@@ -73,7 +73,12 @@ class AdaptedModel:
         return list(self._files)
 
     def add(self, name: str, path: Path) -> None:
-        """Load the adapter at ``path`` as ``name``; raises as :func:`read_fitting`."""
+        """Load the adapter at ``path`` as ``name``, unless that name is loaded already.
+
+        Raises:
+            InputError: as :func:`read_fitting`.
+            FamilyError: as :func:`read_fitting`, or an adapter for another task than text generation.
+        """
         if name in self._files:
             return
         file = read_fitting(path, self.model, self.base)
@@ -83,18 +88,18 @@ class AdaptedModel:
         self._engine = None
 
     def remove(self, name: str) -> None:
-        """Forget an adapter."""
+        """Unload an adapter."""
         del self._files[name]
         self._engine = None
 
     @contextmanager
     def active(self, weights: Weights) -> Iterator[Any]:
-        """Inside, the model answers with these adapters (their updates added, each at its strength).
+        """Inside, the yielded model computes with these adapters, each update added at its strength.
 
-        A DoRA is normalised at its strength, as PEFT does with a scaled ``lora_alpha``; at 0 it is the base.
+        A DoRA adapter is normalised at its strength, as PEFT does with a scaled ``lora_alpha``; at 0 it has no effect.
 
         Raises:
-            InputError: an adapter that was not added.
+            InputError: an adapter is not loaded.
         """
         unknown = [name for name in weights if name not in self._files]
         if unknown:

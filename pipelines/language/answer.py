@@ -1,4 +1,4 @@
-"""Letting a model answer: a conversation in, pieces of text out as they are made."""
+"""Generating an answer: a conversation in, pieces of text out as they are generated."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from adapters.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to answer.
+    """How to generate.
 
     Attributes:
         max_tokens: most new tokens.
         temperature: 0 always takes the likeliest token; higher is more varied.
-        top_p: only the likeliest tokens that together have this probability.
-        repetition_penalty: above 1 avoids words said before.
+        top_p: sample only from the likeliest tokens that together have this probability.
+        repetition_penalty: above 1 discourages repetition.
         seed: the same seed gives the same answer.
     """
 
@@ -36,14 +36,15 @@ class Sampling:
 def stream(
     model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], sampling: Sampling, template: str | None = None
 ) -> Generator[str, None, None]:
-    """The answer to ``messages`` in pieces; closing the iterator stops the model.
+    """The answer to ``messages`` in pieces; closing the generator stops the model.
 
     Args:
-        template: chat template (Jinja) instead of the tokenizer's own; empty = none, so that the contents are written
-            below each other and continued.
+        messages: ``{"role": ..., "content": ...}`` each, the last one not empty.
+        template: chat template (Jinja) to use instead of the tokenizer's own; empty = none: the contents are joined by
+            newlines and continued.
 
     Raises:
-        InputError: nothing was asked, or it is longer than the model reads.
+        InputError: the last message is empty, or the conversation and its answer exceed the model's context.
     """
     mark = end_of_turn(tokenizer, messages, template)
     yield from _until(_pieces(model, tokenizer, messages, sampling, template, mark), mark)
@@ -57,11 +58,11 @@ def _pieces(
     pieces: Queue[Any] = Queue()
     asked_to_stop = threading.Event()
     options = _options(model, tokenizer, sampling, mark)
-    speaker = threading.Thread(
-        target=_speak, args=(model, inputs, tokenizer, options, sampling.seed, pieces, asked_to_stop), name="answer",
+    worker = threading.Thread(
+        target=_generate, args=(model, inputs, tokenizer, options, sampling.seed, pieces, asked_to_stop), name="answer",
         daemon=True,
     )  # fmt: skip
-    speaker.start()
+    worker.start()
     try:
         while True:
             piece = pieces.get()
@@ -72,11 +73,11 @@ def _pieces(
             yield piece
     finally:
         asked_to_stop.set()
-        speaker.join()
+        worker.join()
 
 
 def _until(pieces: Generator[str, None, None], mark: str) -> Generator[str, None, None]:
-    """The text before ``mark``; what may be its beginning is held back until that is known."""
+    """The text before ``mark``; text that may be the start of ``mark`` is held back until that is decided."""
     held = ""
     with closing(pieces):
         for piece in pieces:
@@ -93,7 +94,7 @@ def _until(pieces: Generator[str, None, None], mark: str) -> Generator[str, None
 
 
 def end_of_turn(tokenizer: Any, messages: Sequence[dict[str, str]], template: str | None = None) -> str:
-    """What the chat template writes after an answer, where that is other text than the end token; else empty."""
+    """The text that the chat template writes after an answer; empty if none, or only the end token."""
     from jinja2 import TemplateError
 
     chosen = tokenizer.chat_template if template is None else template
@@ -114,7 +115,11 @@ def end_of_turn(tokenizer: Any, messages: Sequence[dict[str, str]], template: st
 def prompt(
     tokenizer: Any, messages: Sequence[dict[str, str]], device: Any, template: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """The conversation as the model reads it, up to where its answer begins; raises :class:`InputError` if empty."""
+    """``input_ids`` and ``attention_mask`` (1, length) of the conversation, up to the start of the answer.
+
+    Raises:
+        InputError: there is no message, or the last one is empty.
+    """
     if not messages or not messages[-1]["content"].strip():
         raise InputError("There is nothing to answer: write a message first.")
     chosen = tokenizer.chat_template if template is None else template
@@ -128,7 +133,7 @@ def prompt(
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int, system: str = "") -> list[str]:
-    """The likeliest answers to single questions."""
+    """Greedy answers to single questions, one per prompt, without surrounding white space."""
     answers = []
     for question in prompts:
         messages = [{"role": "system", "content": system}] if system else []
@@ -147,7 +152,7 @@ def _check_room(model: Any, length: int, sampling: Sampling) -> None:
     if isinstance(longest, int) and length + sampling.max_tokens > longest:
         raise InputError(
             f"The conversation has {length} tokens; with {sampling.max_tokens} new ones that is more than the "
-            f"{longest} this model reads: clear the conversation, or ask for fewer tokens."
+            f"{longest} this model can read: clear the conversation, or ask for fewer tokens."
         )
 
 
@@ -170,11 +175,11 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _speak(
+def _generate(
     model: Any, inputs: dict[str, Any], tokenizer: Any, options: dict[str, Any], seed: int, pieces: Queue[Any],
     stop: threading.Event,
 ) -> None:
-    """Generate in this thread and put text, an error, and at last None into ``pieces``."""
+    """Generate in this thread; put pieces of text, an error if there is one, and finally None into ``pieces``."""
     from transformers import StoppingCriteriaList, TextStreamer
 
     class Pieces(TextStreamer):

@@ -1,6 +1,6 @@
-"""Opening a language model: a transformers directory or hub id, its tokenizer, in the right precision and task.
+"""Loading a language model and its tokenizer from a transformers directory or hub id, for a task and precision.
 
-Only safetensors and torch weights without code are read (``trust_remote_code`` stays off).
+Code from the model's repository is never run (``trust_remote_code`` stays off).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ class LanguageModel:
     Attributes:
         model: the transformers model, frozen and in evaluation mode.
         tokenizer: with a padding token and, if there is one, a chat template.
-        source: where it came from.
-        fresh: modules that the checkpoint has no weights for (a new classification head): whoever trains must train
-            and save them.
+        source: the path or hub id it was loaded from.
+        fresh: modules without weights in the checkpoint (a new classification head), which must be trained and saved.
     """
 
     model: Any
@@ -49,11 +48,11 @@ class LanguageModel:
 
     @property
     def longest(self) -> int | None:
-        """Most tokens the model reads, None where it says nothing."""
+        """Largest number of tokens the model can read; None if its configuration does not say."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx"):
             found = getattr(self.model.config, name, None)
             if isinstance(found, int) and found > 0:
-                # RoBERTa counts its positions from behind the padding index
+                # RoBERTa's positions start after the padding index
                 offset = 2 if self.architecture in ("roberta", "xlm-roberta", "camembert") else 0
                 return found - offset
         return None
@@ -73,13 +72,18 @@ def open_model(
     """Load a base for a task.
 
     Args:
-        labels: classification: the names of the classes, in the order of the head's outputs.
+        source: a transformers directory or hub id.
+        task: causal, classification or masked.
+        labels: for classification, the names of the classes in the order of the head's outputs.
+        dtype: as for :func:`pipelines.precision.choose_dtype`.
         device: a resolved torch device.
-        quantization: keep the linear layers in 4 (nf4) or 8 bits.
+        attention: attention implementation of transformers; "auto" = its default.
+        quantization: store the linear layers in 4 (nf4) or 8 bits.
         chat_template: Jinja text that replaces the tokenizer's own.
 
     Raises:
-        InputError: no such model, another kind of model, damaged files, or offline.
+        FamilyError: the model cannot do the task.
+        InputError: no such model, damaged or missing weights, no network, or fewer than two labels.
         MissingDependencyError: quantization without bitsandbytes.
     """
     source, device = str(source), torch.device(device)
@@ -87,7 +91,7 @@ def open_model(
     kind = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
             "masked": "AutoModelForMaskedLM"}[task]  # fmt: skip
     auto = getattr(_auto(), kind)
-    if type(config) not in auto._model_mapping or (task == "causal" and _fills_gaps(config)):
+    if type(config) not in auto._model_mapping or (task == "causal" and _is_masked(config)):
         raise FamilyError(
             f"'{source}' is a {config.model_type} model, which cannot do the task '{task}': {_OTHER_TASK[task]}."
         )
@@ -106,7 +110,7 @@ def open_model(
     fresh = sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]})
     if fresh and task != "classification":
         raise InputError(
-            f"The weights in '{source}' are not whole: '{fresh[0]}' and {len(fresh) - 1} more are missing."
+            f"The weights in '{source}' are incomplete: '{fresh[0]}' and {len(fresh) - 1} more are missing."
         )
     if quantization == "none":
         model.to(device)
@@ -116,24 +120,24 @@ def open_model(
 
 
 def natural_task(source: str | Path) -> Task:
-    """What a model was pre-trained for: "masked" for BERT and kin, else "causal".
+    """The task a model was pre-trained for: "masked" for BERT and its relatives, else "causal".
 
     Raises:
-        InputError: no such model, or offline.
+        InputError: no such model, or no network.
     """
     config = _opened(str(source), lambda: _auto().AutoConfig.from_pretrained(str(source)))
-    return "masked" if _fills_gaps(config) else "causal"
+    return "masked" if _is_masked(config) else "causal"
 
 
-def _fills_gaps(config: Any) -> bool:
-    """Whether a model looks at both sides of a token; transformers builds such ones for writing too."""
+def _is_masked(config: Any) -> bool:
+    """Whether a model attends to both sides of a token; transformers would load it as causal too."""
     return type(config) in _auto().AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
 
 
 _OTHER_TASK = {
-    "causal": "choose a model that writes (Llama, Qwen, SmolLM, GPT ...), or the task 'masked' or 'classification'",
+    "causal": "choose a generative model (Llama, Qwen, SmolLM, GPT ...), or the task 'masked' or 'classification'",
     "classification": "choose another base",
-    "masked": "choose a model that fills gaps (BERT, RoBERTa ...), or the task 'causal'",
+    "masked": "choose a masked language model (BERT, RoBERTa ...), or the task 'causal'",
 }
 
 
@@ -141,7 +145,7 @@ def open_tokenizer(source: str, chat_template: str = "") -> Any:
     """The tokenizer of ``source``, with a padding token.
 
     Raises:
-        InputError: there is none, or it has neither a padding nor an end token.
+        InputError: it cannot be loaded, or it has neither a padding nor an end token.
     """
     tokenizer = _opened(source, lambda: _auto().AutoTokenizer.from_pretrained(source), "tokenizer")
     if tokenizer.pad_token_id is None:
@@ -157,7 +161,7 @@ def open_tokenizer(source: str, chat_template: str = "") -> Any:
 
 
 def quantized(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Options of ``from_pretrained`` for a base in 4 bits (nf4, double quantised, as QLoRA: arXiv 2305.14314) or 8.
+    """Options of ``from_pretrained`` for a base in 4 bits (nf4, double quantised, as in QLoRA, arXiv 2305.14314) or 8.
 
     Raises:
         MissingDependencyError: bitsandbytes is not installed.
@@ -181,13 +185,13 @@ def _auto() -> Any:
 
 
 def _opened(source: str, load: Callable[[], Any], what: str = "model") -> Any:
-    """What ``load`` gives; the many errors of loading become one sentence."""
+    """The result of ``load``; errors of loading become one sentence."""
     place = Path(source)
     if place.is_dir() and not (place / "config.json").is_file():
         other = " (it is an image pipeline)" if (place / "model_index.json").is_file() else ""
-        raise InputError(f"'{source}' is no language model: it has no config.json{other}.")
+        raise InputError(f"'{source}' is not a language model: it has no config.json{other}.")
     if place.is_file():
-        raise InputError(f"'{source}' is one file: give the directory of a transformers model.")
+        raise InputError(f"'{source}' is a single file: give the directory of a transformers model.")
     try:
         return load()
     except MissingDependencyError:
@@ -197,8 +201,8 @@ def _opened(source: str, load: Callable[[], Any], what: str = "model") -> Any:
         if place.exists():
             raise InputError(f"The {what} in '{source}' cannot be loaded ({reason}).") from None
         raise InputError(
-            f"'{source}' is neither a local model nor can it be fetched from the hub ({reason}): "
-            "check the name and the network."
+            f"'{source}' is not a local model and cannot be fetched from the hub ({reason}): check the name and the "
+            "network."
         ) from None
     except Exception as error:
         if type(error).__name__ == "SafetensorError":

@@ -32,5 +32,5 @@ def test_fields_it_looks_at() -> None:
 
 @pytest.mark.parametrize("text", ["print(1)", "a.b", "a[0]", "a = 1", "a + b > 1", "lambda: 1", "a >"])
 def test_what_is_no_condition_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no condition"):
+    with pytest.raises(ValueError, match="is not a condition"):
         conditions.names(text)

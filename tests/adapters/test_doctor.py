@@ -116,7 +116,7 @@ def test_strengths_and_words() -> None:
     ratio = found.strengths["strong"] / found.strengths["weak"]
     assert found.advice.weights["strong"] == pytest.approx(1.5 / ratio, abs=0.01)
     assert found.pairs[0].words == ("zq",)
-    assert any("does not call strong" in remark for remark in found.remarks)
+    assert any("does not trigger strong" in remark for remark in found.remarks)
     assert common_words(("Style of Zed",), ("the style",)) == ()
     assert balanced_weights({"a": 0.0, "b": 2.0}, {"a": 1.0, "b": 1.0}) == {"a": 1.0, "b": 1.0}
 

@@ -145,7 +145,7 @@ def test_a_pair_of_checkpoints_of_every_layer_kind():
         again, _ = inspect(between({"model": untouched}, {"model": base}), weights_of({"model": untouched}))
     assert again.layers[0].tuned_norm < report.layers[0].tuned_norm
     assert report.to_dict()["total"] == report.total == sum(report.by_kind().values())
-    with pytest.raises(InputError, match="nothing to look at"):
+    with pytest.raises(InputError, match="nothing to inspect"):
         between({"model": base}, {"model": copy.deepcopy(base)})
 
 
@@ -235,7 +235,7 @@ def test_bad_input():
         (lambda: inspect(file, weights, k=0), "k must be from 1 to 14"),
         (lambda: inspect(file, weights, k=15), "k must be from 1 to 14"),
         (lambda: inspect(file, weights, eps=0), "eps is a cosine"),
-        (lambda: inspect(file, weights, side="top"), "left and a right"),
+        (lambda: inspect(file, weights, side="top"), "'left', 'right' or 'both'"),
         (lambda: inspect(LoraFile({}), weights), "no layers"),
         (lambda: inspect(LoraFile({"unet": {"x": strong()}}), weights), r"unet.x: the base has no 'unet'"),
         (lambda: inspect(LoraFile({"model": {"y": strong()}}), weights), "no such module"),

@@ -147,10 +147,10 @@ def _bytes(image):
     ("name", "content", "sentence"),
     [
         ("a.png", b"", "'a.png' cannot be read as a picture: empty file."),
-        ("a.jpg", b"hello", "its content is of no known kind"),
+        ("a.jpg", b"hello", "its content is of no known format"),
         ("a.png", _bytes(Image.new("RGB", SIZE))[:60], "cannot be read as a picture"),
-        ("a.CR2", b"II*\0", ".cr2 files are not read, save it as PNG or JPEG"),
-        ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "its content is of no known kind"),
+        ("a.CR2", b"II*\0", ".cr2 files are not supported; save it as PNG or JPEG"),
+        ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "its content is of no known format"),
     ],
 )
 def test_unreadable_pictures_get_one_sentence(name, content, sentence, tmp_path):
@@ -166,7 +166,7 @@ def test_bombs_and_strange_numbers_are_refused(monkeypatch):
     with pytest.raises(InputError, match="more than 0 million pixels"):
         reader.read(_bytes(Image.new("RGB", SIZE)))
     for values in ((0.0, 1.5), (-1.0, 1.0)):
-        with pytest.raises(InputError, match="floats are read from 0 to 1"):
+        with pytest.raises(InputError, match="floats must be from 0 to 1"):
             reader.to_rgb(Image.fromarray(np.array([values], dtype=np.float32)))
     whole = reader.to_rgb(Image.fromarray(np.array([[0, 128, 255]], dtype=np.float32)))
     assert [whole.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]

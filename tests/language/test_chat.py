@@ -92,7 +92,7 @@ def test_questions_that_cannot_be_answered(bases, adapters):
     base = open_model(bases("llama"))
     with pytest.raises(InputError, match="nothing to answer"):
         list(stream(base.model, base.tokenizer, [{"role": "user", "content": " "}], Sampling()))
-    with pytest.raises(InputError, match="more than the 512 this model reads"):
+    with pytest.raises(InputError, match="more than the 512 this model can read"):
         list(stream(base.model, base.tokenizer, ASKED, Sampling(max_tokens=600)))
     adapted = AdaptedModel(base.model, "little")
     with pytest.raises(FamilyError, match=r"'foreign' does not fit little: layer 'model\.layers\.0\.mlp\.down_proj'"):
@@ -102,7 +102,7 @@ def test_questions_that_cannot_be_answered(bases, adapters):
 
 
 def test_models_that_cannot_be_opened(bases, tmp_path):
-    with pytest.raises(InputError, match="no language model"):
+    with pytest.raises(InputError, match="not a language model"):
         open_model(tmp_path)
     with pytest.raises(InputError, match="cannot do the task 'masked'"):
         open_model(bases("llama"), "masked")

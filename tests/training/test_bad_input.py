@@ -33,7 +33,7 @@ CONCEPT = {"data": "x", "trigger": "zxq"}
         ({**CONCEPT, "crop": "random", "cache_latents": "disk"}, "fixed crop"),
         ({**CONCEPT, "ema": True, "optimizer": "schedulefree-adamw"}, "already averages"),
         ({**CONCEPT, "init": "pissa", "use_dora": True}, "cannot be saved as an ordinary adapter"),
-        ({**CONCEPT, "init": "lora_ga", "continue_from": "x"}, "replaces the init"),
+        ({**CONCEPT, "init": "lora_ga", "continue_from": "x"}, "an init would replace"),
         ({**CONCEPT, "init": "lora_sb", "freeze_a": True}, "freezes A and B already"),
         ({**CONCEPT, "init": "lora_sb", "loraplus_ratio": 4}, "does not train B"),
         ({**CONCEPT, "grad_rule": "allora", "alpha": 3}, "no scaling factor"),
