@@ -30,6 +30,8 @@ FREED_TOGETHER = 10
 OPEN = 200
 """Pages that may be open at once; beyond that the one used longest ago loses its state (Gradio's own setting)."""
 
+_ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
+
 _HEARTBEAT = f"{API}heartbeat/"
 
 
@@ -80,10 +82,19 @@ def _forget(app: Any, page: str) -> None:
         queue.pending_messages_per_session.pop(page, None)
 
 
+def few_arenas() -> None:
+    """Let all threads share two heaps: with one for each, glibc keeps what every thread once needed."""
+    _glibc("mallopt", _ARENA_MAX, 2)
+
+
 def _free() -> None:
     """Free what forgotten pages held, and give it back to the system where the C library is glibc."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    """Call a function of glibc, where that is the C library."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)

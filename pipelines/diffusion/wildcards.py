@@ -26,7 +26,7 @@ def lines_of(folder: Path | None) -> Callable[[str], Sequence[str]]:
             known = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.txt")]
             raise InputError(
                 f"The wildcard __{name}__ has no file{nearest(name, known)}: write one choice per line into "
-                rf"{folder.name}/{name}.txt, or \__{name}\__ for the characters themselves."
+                rf"{file}, or \__{name}\__ for the characters themselves."
             )
         text = file.read_text(encoding="utf-8-sig", errors="replace")
         found = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
