@@ -40,7 +40,7 @@ from studio.datasets.conversations import Columns, conversations
 from studio.datasets.encoding import encode_all
 from studio.datasets.texts import scan
 from studio.library import smollm2
-from studio.training.language_data import Collate
+from studio.training.language.data import Collate
 from studio.training.records import read_curve
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.language import run

@@ -238,7 +238,7 @@ def _text_loss(base: Base, path: Path, length: int = 128, most: int = 64) -> Cal
 
     from adapters.formats.lora import MODEL
     from studio.datasets.encoding import IGNORED
-    from studio.training.language_data import masked
+    from studio.training.tasks.masked import masked
 
     ids = base.tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     length = min(length, getattr(base.models[MODEL].config, "max_position_embeddings", length))

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from adapters.progress import Progress
+from studio.training.language.data import Samples
 from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.tasks.language import task_for
 from tests.language import tiny
 
 
@@ -76,3 +78,10 @@ def settings(base: Path, data: Path, **changes: Any) -> TrainLanguageConfig:
         "max_length": 96, "learning_rate": 1e-2, "checkpoint_every": 0, "warmup_ratio": 0.0, "name": "little",
     }  # fmt: skip
     return TrainLanguageConfig.parse(values | changes)
+
+
+def samples_of(config: TrainLanguageConfig, tokenizer: Any, longest: int | None = None) -> Samples:
+    """The rows of a configuration as its task makes tokens of them."""
+    task = task_for(config)
+    task.rows()
+    return task.tokens(tokenizer, longest)

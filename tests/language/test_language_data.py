@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from studio.datasets.conversations import Columns, conversations
 from studio.datasets.encoding import IGNORED, encode_all, encode_conversation, pack
 from studio.datasets.texts import scan, usable_rows
 from studio.training.drivers.trainer import RunSampler
-from studio.training.language_check import check_data
-from studio.training.language_data import Collate, encode, masked, read_rows, split
+from studio.training.language.about import known
+from studio.training.language.check import check_data
+from studio.training.language.data import Collate, split
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.classification import macro_f1
+from studio.training.tasks.language import task_for
+from studio.training.tasks.masked import masked
 from tests.language import tiny
-from tests.language.conftest import settings, write_rows
+from tests.language.conftest import samples_of, settings, write_rows
 
 
 def write(file: Path, text: str) -> Path:
@@ -272,17 +276,25 @@ def test_the_configuration_comes_back_from_yaml(tmp_path):
     assert TrainLanguageConfig.from_yaml(write(tmp_path / "c.yaml", config.to_yaml())) == config
 
 
+def test_every_language_task_is_what_its_file_declares():
+    choices = get_args(TrainLanguageConfig.model_fields["task"].annotation)
+    for name in choices:
+        task = task_for(TrainLanguageConfig(data="r.jsonl", task=name))
+        assert f"{type(task).__module__}:{type(task).__name__}" == known()[name].entry
+        assert type(task).__module__.endswith(f".{name}")
+    assert choices[0] == TrainLanguageConfig.model_fields["task"].default == "causal"
+
+
 def test_too_few_rows_and_labels(tmp_path, bases, chats):
     with pytest.raises(InputError, match="too few to keep"):
         split(list(range(1)), 0.5, 0)  # type: ignore[arg-type]
     one = write_rows(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}] * 3)
     with pytest.raises(InputError, match="has one label only"):
-        read_rows(settings(bases("bert"), one, task="classification"))
+        samples_of(settings(bases("bert"), one, task="classification"), None)
     learn = write_rows(tmp_path / "learn.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     other = write_rows(tmp_path / "other.jsonl", [{"text": "a", "label": "z"}])
     with pytest.raises(InputError, match="The label 'z' is in the rows to measure with"):
-        read_rows(settings(bases("bert"), learn, task="classification", validation_data=str(other)))
+        samples_of(settings(bases("bert"), learn, task="classification", validation_data=str(other)), None)
     config = settings(bases("llama"), chats, max_length=600)
-    rows = read_rows(config)
     with pytest.raises(InputError, match="more than the 512 tokens"):
-        encode(rows, tiny.tokenizer(), config, 512)
+        samples_of(config, tiny.tokenizer(), 512)

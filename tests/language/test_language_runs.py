@@ -25,12 +25,12 @@ from adapters.errors import Cancelled, InputError
 from studio.datasets.seeds import global_seed
 from studio.training.checkpoint import existing
 from studio.training.drivers.trainer import RunSampler
-from studio.training.language_data import Collate, encode, read_rows
+from studio.training.language.data import Collate
 from studio.training.optimizers import lr_factor
 from studio.training.records import read_curve
 from studio.training.tasks.causal import check_packing
 from studio.training.tasks.language import run
-from tests.language.conftest import Watcher, settings, write_rows
+from tests.language.conftest import Watcher, samples_of, settings, write_rows
 
 
 def weights(result: dict) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def test_without_methods_it_is_plain_peft_to_the_bit(bases, chats, tmp_path):
     targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     with global_seed(config.seed, "init"):
         peft = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=targets, task_type="CAUSAL_LM"))
-    samples = encode(read_rows(config), tokenizer, config, None).shown
+    samples = samples_of(config, tokenizer).shown
     order = list(RunSampler(len(samples), 20 * 4, config.seed))
     a = [p for name, p in peft.named_parameters() if "lora_A" in name]
     b = [p for name, p in peft.named_parameters() if "lora_B" in name]
@@ -259,7 +259,7 @@ def test_the_adapter_is_what_stock_peft_loads(bases, chats, tmp_path):
     result = run(config, tmp_path, Watcher())
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")), result["adapter"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(bases("llama"))
-    samples = encode(read_rows(config), tokenizer, config, None).held_out
+    samples = samples_of(config, tokenizer).held_out
     total = count = 0.0
     for sample in samples:
         logits = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0, :-1]
@@ -304,7 +304,7 @@ def test_methods_train_stop_resume_and_leave_an_ordinary_adapter(bases, chats, t
         run(config, tmp_path / "part", Watcher(stop_at=2))
     assert same(weights(whole), weights(run(config, tmp_path / "part", Watcher(), resume=True)))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")), whole["adapter"]).eval()
-    sample = encode(read_rows(config), AutoTokenizer.from_pretrained(bases("llama")), config, None).held_out
+    sample = samples_of(config, AutoTokenizer.from_pretrained(bases("llama"))).held_out
     loss = [model(input_ids=torch.tensor([s["input_ids"]]), labels=torch.tensor([s["labels"]])).loss for s in sample]
     counts = [sum(label != -100 for label in s["labels"][1:]) for s in sample]
     mean = sum(float(value) * count for value, count in zip(loss, counts, strict=True)) / sum(counts)
@@ -321,7 +321,7 @@ def test_packed_rows_learn_what_single_ones_learn(bases, chats, tmp_path):
     """One step over all samples: packed and apart have the same loss and the same gradient."""
     apart = run(settings(bases("llama"), chats, steps=1, batch_size=12), tmp_path / "apart", watch := Watcher())
     config = settings(bases("llama"), chats, packing=True)
-    packed_rows = len(encode(read_rows(config), AutoTokenizer.from_pretrained(bases("llama")), config, None).shown)
+    packed_rows = len(samples_of(config, AutoTokenizer.from_pretrained(bases("llama"))).shown)
     assert packed_rows <= 6  # two or three of about thirty tokens in each row of 96
     packed = run(
         config.model_copy(update={"steps": 1, "batch_size": packed_rows}),
@@ -338,7 +338,7 @@ def test_packing_is_refused_where_samples_would_mix(bases, chats):
 
     base = open_model(bases("llama"))
     config = settings(bases("llama"), chats, packing=True)
-    samples = encode(read_rows(config), base.tokenizer, config, None)
+    samples = samples_of(config, base.tokenizer)
     base.model.config.use_cache = False
     check_packing(base, samples)
     plain = base.model.forward
@@ -393,7 +393,7 @@ def test_gpt2s_transposed_layers(bases, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(bases("gpt2"))
     model = PeftModel.from_pretrained(base, result["adapter"]).eval()
     config = settings(bases("gpt2"), data, validation_split=0.25)
-    batch = Collate(tokenizer.pad_token_id)(encode(read_rows(config), tokenizer, config, None).held_out)
+    batch = Collate(tokenizer.pad_token_id)(samples_of(config, tokenizer).held_out)
     assert float(model(**batch).loss) == pytest.approx(result["validation"][-1]["validation_loss"], rel=1e-4)
 
 
@@ -433,5 +433,5 @@ def test_the_matrix_of_methods(bases, chats, tmp_path, init, rule, perturb, reg)
     assert all(torch.tensor(watcher.losses).isfinite())
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")), result["adapter"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(bases("llama"))
-    batch = Collate(tokenizer.pad_token_id)(encode(read_rows(config), tokenizer, config, None).held_out)
+    batch = Collate(tokenizer.pad_token_id)(samples_of(config, tokenizer).held_out)
     assert float(model(**batch).loss) == pytest.approx(result["validation"][-1]["validation_loss"], rel=1e-5)

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapters.errors import InputError
 from studio.datasets.encoding import CHATML, IGNORED
-from studio.training.language_data import encode, read_rows
 from studio.training.schemas.language import TrainLanguageConfig
+from tests.language.conftest import samples_of
 
 PLAIN = (
     "{% for m in messages %}{% if m.role == 'user' %}### Q: {{ m.content }}\n{% else %}### A: {{ m.content }}\n"
@@ -55,7 +55,7 @@ def read(tmp_path):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = TrainLanguageConfig(name="x", data=str(file), **options)
-        made = encode(read_rows(config), tok, config, None)
+        made = samples_of(config, tok)
         texts = [(tok.decode(s["input_ids"]), tok.decode([t for t in s["labels"] if t != IGNORED])) for s in made.shown]
         return made, texts
 

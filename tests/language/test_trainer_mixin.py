@@ -20,7 +20,7 @@ from transformers import (
 
 from adapters.plugin import Plugin
 from studio.training.drivers.trainer import SampleSet
-from studio.training.language_data import Collate
+from studio.training.language.data import Collate
 from studio.training.trainer_mixin import StudioTrainerMixin
 
 

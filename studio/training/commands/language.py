@@ -48,7 +48,7 @@ def language(
 
 
 def _show(config: TrainLanguageConfig, output: Output) -> None:
-    from studio.training.language_check import check_data
+    from studio.training.language.check import check_data
 
     found = check_data(config)
     lengths = found["tokens"]

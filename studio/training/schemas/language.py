@@ -5,15 +5,20 @@ Flat like the image schema: one field is one YAML key, one command line flag and
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from studio.training.language.about import known
 from studio.training.schemas import combinations, rules
 from studio.training.schemas.base import AdapterTrainConfig, changed, option
 from studio.training.schemas.method import MethodFields, RegulariserFields
 
-Task = Literal["causal", "classification", "masked"]
+if TYPE_CHECKING:
+    Task = str
+else:
+    Task = Literal[tuple(known())]
+
 _MODEL = option("Model")
 _MODEL_MORE = option("Model", advanced=True)
 _DATA = option("Data")
@@ -57,7 +62,7 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
     # ---------------------------------------------------------------- Data
     task: Task = Field(
         "causal",
-        description="causal: write and answer; classification: predict a label; masked: predict hidden words (BERT).",
+        description="; ".join(f"{about.name}: {about.summary}" for about in known().values()) + ".",
         json_schema_extra=_DATA,
     )
     data: str = Field(

@@ -3,24 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 
 from adapters.errors import InputError
 from pipelines.language.answer import complete
 from pipelines.language.loading import LanguageModel
-from studio.training.language_data import Collate, Samples
-from studio.training.language_measure import measure, with_perplexity
+from studio.datasets.conversations import Columns, conversations
+from studio.datasets.encoding import IGNORED, Encoded, encode_all, pack, unwritten
+from studio.datasets.texts import TextReport
+from studio.training.language.about import About
+from studio.training.language.data import Collate, Items, Samples
+from studio.training.language.measure import measure, with_perplexity
 from studio.training.task import Measures
 from studio.training.tasks.language import LanguageTask
+
+LANGUAGE = About("causal", "write and answer", "studio.training.tasks.causal:CausalTask")
 
 
 class CausalTask(LanguageTask):
     """The loss is that of the next token; only answers count, unless ``loss_on`` says otherwise."""
 
-    name = "causal"
+    opens = "causal"
     peft_type = "CAUSAL_LM"
     auto_class = "AutoModelForCausalLM"
+    pipeline_tag = "text-generation"
+    asking = (
+        'inputs = tokenizer("Hello", return_tensors="pt")',
+        "made = model.generate(**inputs, max_new_tokens=20)",
+        "print(tokenizer.decode(made[0], skip_special_tokens=True))",
+    )
+    shifted = True
+
+    def understand(self, report: TextReport, columns: Columns) -> Items:
+        return conversations(report, columns, self.config.system_prompt, self.config.skip_broken)
+
+    def encoded(self, tokenizer: Any) -> Samples:
+        rows, config = self.read, self.config
+
+        def tokens(items: Items) -> Any:
+            return encode_all(
+                items, tokenizer, max_length=config.max_length, too_long=config.too_long, loss_on=config.loss_on
+            )
+
+        made = tokens(rows.shown)
+        held_out = tokens(rows.held_out).samples if rows.held_out else []
+        remarks = [*rows.remarks, *unwritten([*rows.shown, *rows.held_out], str(tokenizer.chat_template or ""))]
+        if made.ended:
+            remarks.append(f"in {len(made.ended)} rows an end token is added, since the chat template writes none")
+        if made.skipped:
+            remarks.append(f"{len(made.skipped)} rows are longer than {config.max_length} tokens and left out")
+        if made.cut:
+            remarks.append(f"{len(made.cut)} rows were cut at {config.max_length} tokens")
+        if made.silent:
+            remarks.append(f"in {len(made.silent)} rows nothing was left to learn")
+        shown = made.samples
+        if config.packing:
+            count = len(shown)
+            shown, held_out = pack(shown, config.max_length), pack(held_out, config.max_length)
+            remarks.append(f"{count} samples are packed into {len(shown)} rows")
+        return Samples(shown, held_out, "; ".join(remarks))
+
+    def learnt(self, samples: Sequence[Encoded]) -> float:
+        labels = [label for sample in samples for label in sample["labels"]]
+        return sum(label != IGNORED for label in labels) / len(labels)
+
+    def example(self, sample: Encoded, tokenizer: Any) -> str:
+        return marked(sample, tokenizer)
 
     def encode(self) -> None:
         super().encode()
@@ -38,6 +89,16 @@ class CausalTask(LanguageTask):
             return complete(model, self.base.tokenizer, prompts, config.sample_tokens, config.system_prompt)
         finally:
             model.config.use_cache = False
+
+
+def marked(sample: Encoded, tokenizer: Any) -> str:
+    """The sample as text, runs of learnt tokens in double brackets."""
+    pairs = zip(sample["input_ids"], sample["labels"], strict=True)
+    parts = []
+    for learnt, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        text = tokenizer.decode([token for token, _ in run])
+        parts.append(f"[[{text}]]" if learnt else text)
+    return "".join(parts)
 
 
 @torch.no_grad()

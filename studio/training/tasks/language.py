@@ -1,11 +1,12 @@
 """What the language tasks share: a base with one adapter, rows as tokens, an ordinary PEFT directory.
 
-How rows become tokens is in :mod:`studio.training.language_data`; a task of its own says what its model is called in
-other programs, how it is measured and how it answers.
+A task is one module beside this one: it declares itself (``LANGUAGE = About(...)``) and says how rows are understood
+and become tokens, what its model is called in other programs, how it is measured and how it answers.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,22 +18,37 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from adapters import files
+from adapters.errors import InputError
 from adapters.formats import LoraFile
 from adapters.layers.variant import untouched
 from adapters.plugin import Answers, Layers, Plugin
 from adapters.progress import Monitor, Progress
 from pipelines.language.adapters import read_fitting
 from pipelines.language.loading import LanguageModel, open_model
+from pipelines.language.loading import Task as ModelTask
 from studio.datasets.cache import fingerprint
+from studio.datasets.conversations import Columns, plain_texts
+from studio.datasets.encoding import Encoded
 from studio.datasets.seeds import global_seed
+from studio.datasets.texts import TextReport
 from studio.jobs.kinds import Kind
 from studio.training.drivers import trainer as driver
 from studio.training.drivers.trainer import Batch, RunSampler, SampleSet, TrainerTask
 from studio.training.export import write_model_adapter
-from studio.training.language_data import Collate, Rows, Samples, encode, read_rows, spoken, template_of
-from studio.training.language_export import card
-from studio.training.language_layers import add_adapter
-from studio.training.language_measure import resting
+from studio.training.language.about import known
+from studio.training.language.card import card
+from studio.training.language.data import (
+    Collate,
+    Items,
+    Rows,
+    Samples,
+    read_rows,
+    spoken,
+    template_of,
+    whole_texts,
+)
+from studio.training.language.layers import add_adapter
+from studio.training.language.measure import resting
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.session import SILENT, TrainSession
 from studio.training.trainer_mixin import COMPONENT
@@ -77,38 +93,64 @@ def run(
 
 def task_for(config: TrainLanguageConfig) -> LanguageTask:
     """The task that ``config`` names."""
-    from studio.training.tasks.causal import CausalTask
-    from studio.training.tasks.classification import ClassificationTask
-    from studio.training.tasks.masked import MaskedTask
-
-    tasks: tuple[type[LanguageTask], ...] = (CausalTask, ClassificationTask, MaskedTask)
-    return {task.name: task for task in tasks}[config.task](config)
+    module, _, name = known()[config.task].entry.partition(":")
+    kind: type[LanguageTask] = getattr(importlib.import_module(module), name)
+    return kind(config)
 
 
 class LanguageTask(TrainerTask):
     """A language model and rows of text.
 
     Attributes:
-        name: what the configuration calls the task.
+        opens: the kind of model, as :func:`pipelines.language.loading.open_model` calls it.
         peft_type: what PEFT calls it, if it has a name for it.
         auto_class: the class of transformers that loads such a model.
+        pipeline_tag: what a hub calls the task.
+        asking: lines of the card that use the loaded model once.
+        shifted: logit t belongs to label t + 1.
+        one_label: a sample has one label, not one per token.
     """
 
     data_noun = "rows"
     measures_at_end = True
     leftovers = ("checkpoints", "answers.jsonl")
 
-    name: ClassVar[str]
+    opens: ClassVar[ModelTask]
     peft_type: ClassVar[str | None] = None
     auto_class: ClassVar[str]
+    pipeline_tag: ClassVar[str]
+    asking: ClassVar[tuple[str, ...]] = ('print(model(**tokenizer("Hello", return_tensors="pt")).logits)',)
+    shifted: ClassVar[bool] = False
+    one_label: ClassVar[bool] = False
 
     config: TrainLanguageConfig
     base: LanguageModel
     data: Samples
 
+    # ---------------------------------------------------------------- what a task may do in its own way
+    def understand(self, report: TextReport, columns: Columns) -> Items:
+        """What the rows say; here plain texts."""
+        return list(plain_texts(report, columns, self.config.skip_broken))
+
+    def encoded(self, tokenizer: Any) -> Samples:
+        """The rows as tokens; here every text is one sample."""
+        return whole_texts(self.read, tokenizer, self.config)
+
+    def learnt(self, samples: Sequence[Encoded]) -> float:
+        """Share of the tokens that is learnt, for the look before training."""
+        return 0.0
+
+    def example(self, sample: Encoded, tokenizer: Any) -> str:
+        """A sample as a person reads it."""
+        return str(tokenizer.decode(sample["input_ids"]))
+
+    def answer(self, prompts: Sequence[str]) -> Iterable[str]:
+        """The model's answers to ``prompts``; it is in evaluation mode, without gradients."""
+        raise NotImplementedError
+
     # ---------------------------------------------------------------- before the first step
     def rows(self) -> None:
-        self.read: Rows = read_rows(self.config)
+        self.read: Rows = read_rows(self.config, self.understand)
         self.template = template_of(self.config)
 
     def open(self, session: TrainSession) -> None:
@@ -117,7 +159,7 @@ class LanguageTask(TrainerTask):
         self.session, config = session, self.config
         with global_seed(config.seed, "head"):  # a new classification head starts at random
             self.base = open_model(
-                library.resolve_base(config.base), config.task, labels=self.read.labels, dtype=config.dtype,
+                library.resolve_base(config.base), self.opens, labels=self.read.labels, dtype=config.dtype,
                 device=session.device, attention=config.attention, quantization=config.quantization,
                 chat_template=self.template,
             )  # fmt: skip
@@ -126,11 +168,23 @@ class LanguageTask(TrainerTask):
     def digest(self) -> str:
         return fingerprint(self.base.model)
 
+    def tokens(self, tokenizer: Any, longest: int | None = None) -> Samples:
+        """Tokens of every row, for a model that reads ``longest`` of them.
+
+        Raises:
+            InputError: max_length above that, no chat template, or nothing left to learn.
+        """
+        if longest is not None and self.config.max_length > longest:
+            raise InputError(
+                f"max_length {self.config.max_length} is more than the {longest} tokens this model reads: lower it."
+            )
+        return self.encoded(tokenizer)
+
     def encode(self) -> None:
         config = self.config
-        self.data = encode(self.read, self.base.tokenizer, config, self.base.longest)
+        self.data = self.tokens(self.base.tokenizer, self.base.longest)
         self.samples, self.data_digest = self.data.shown, self.read.digest
-        self.collator = Collate(self.base.tokenizer.pad_token_id, config.packing, config.task == "classification")
+        self.collator = Collate(self.base.tokenizer.pad_token_id, config.packing, self.one_label)
         self.total = config.steps
         if config.epochs:
             self.total = math.ceil(config.epochs * len(self.samples) / self.samples_per_step)
@@ -179,7 +233,7 @@ class LanguageTask(TrainerTask):
                 found: torch.Tensor = self.learner(**given).logits.detach()
             return found
 
-        return outputs.loss, Answers(outputs.logits, given["labels"], reference, shifted=self.name == "causal")
+        return outputs.loss, Answers(outputs.logits, given["labels"], reference, shifted=self.shifted)
 
     @property
     def measurable(self) -> bool:
@@ -195,10 +249,6 @@ class LanguageTask(TrainerTask):
     @property
     def samples_wanted(self) -> bool:
         return bool(self.config.sample_prompts)
-
-    def answer(self, prompts: Sequence[str]) -> Iterable[str]:
-        """The model's answers to ``prompts``; it is in evaluation mode, without gradients."""
-        raise NotImplementedError
 
     def logits(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, logits) of one text."""
@@ -252,14 +302,17 @@ class LanguageTask(TrainerTask):
         with self.session.best_weights():
             heads = _heads(self._model)
         options = {"task_type": self.peft_type, "fan_in_fan_out": self._model.peft_config["default"].fan_in_fan_out}
-        beside = {"README.md": card(recipe, self.auto_class)}
+        beside = {"README.md": self._card(recipe)}
         place = write_model_adapter(
             layers[COMPONENT], folder / name, self.config, recipe, beside, options, heads
         )  # fmt: skip
         return {"peft": str(place)}
 
     def card(self, recipe: dict[str, Any]) -> Path:
-        return files.write_text(self.session.folder / "card.md", card(recipe, self.auto_class))
+        return files.write_text(self.session.folder / "card.md", self._card(recipe))
+
+    def _card(self, recipe: dict[str, Any]) -> str:
+        return card(recipe, self.auto_class, self.pipeline_tag, self.asking)
 
     def result(self, paths: Mapping[str, str]) -> dict[str, Any]:
         answered = {"answers": str(self._answers)} if self._answers.is_file() else {}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from studio.datasets.encoding import IGNORED
-from studio.training.language_data import Batch
+from studio.training.language.data import Batch
 
 Measures = dict[str, float]
 Pairs = list[tuple[int, int]]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studio.training.cards import base_lines, base_name, front_matter
 from studio.training.export import RECIPE_ENTRY
 
 
-def card(recipe: Mapping[str, Any], auto_class: str) -> str:
-    """The adapter's card: what it is, how it was made, how it is loaded (the base by ``auto_class``)."""
+def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: Sequence[str]) -> str:
+    """The adapter's card: what it is, how it was made, how it is loaded.
+
+    Args:
+        auto_class: transformers' class for the base.
+        pipeline_tag: what a hub calls the task.
+        asking: lines of Python that use the loaded ``model`` and ``tokenizer`` once.
+    """
     config, training, data, base = recipe["config"], recipe["training"], recipe["data"], recipe["base"]
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["validation"].items())
     labels = ", ".join(data.get("labels") or ())
     said = f"A {config['task']} adapter trained on {data['rows']} rows of {data['source']}."
     lines = [
         *front_matter(
-            base["name"], "peft", ["lora", "peft", "adapter-studio"], pipeline_tag=_PIPELINES[config["task"]],
-            description=said,
+            base["name"], "peft", ["lora", "peft", "adapter-studio"], pipeline_tag=pipeline_tag, description=said,
         ),
         f"# {recipe['name']}",
         "",
@@ -41,24 +46,10 @@ def card(recipe: Mapping[str, Any], auto_class: str) -> str:
         f"model = {auto_class}.from_pretrained(base"
         + (f", num_labels={len(data['labels'])})" if labels else ")"),
         'model = PeftModel.from_pretrained(model, ".")',
-        *_asking(config["task"]),
+        *asking,
         "```",
         "",
         f"Made with adapter-studio; the whole recipe is in the weights' metadata (`{RECIPE_ENTRY}`).",
         "",
     ]
     return "\n".join(lines)
-
-
-def _asking(task: str) -> list[str]:
-    """Lines that use the loaded model once."""
-    if task == "causal":
-        return [
-            'inputs = tokenizer("Hello", return_tensors="pt")',
-            "made = model.generate(**inputs, max_new_tokens=20)",
-            "print(tokenizer.decode(made[0], skip_special_tokens=True))",
-        ]
-    return ['print(model(**tokenizer("Hello", return_tensors="pt")).logits)']
-
-
-_PIPELINES = {"causal": "text-generation", "classification": "text-classification", "masked": "fill-mask"}

@@ -1,0 +1,34 @@
+"""Which language tasks there are: what ``LANGUAGE = About(...)`` is in each module of :mod:`studio.training.tasks`.
+
+It is read from the source text, so that the schema, the command and the page know the tasks without importing torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from adapters import discovery
+
+
+@dataclass(frozen=True)
+class About:
+    """A language task.
+
+    Attributes:
+        name: what the configuration calls it.
+        summary: what is learnt, in a few words.
+        entry: ``"module:class"`` of its :class:`~studio.training.tasks.language.LanguageTask`.
+    """
+
+    name: str
+    summary: str
+    entry: str
+
+
+@cache
+def known() -> dict[str, About]:
+    """The language tasks by name."""
+    files = discovery.sources("studio.training.tasks")
+    found = [about for file in files for about in discovery.declarations(file, {"About": About}, "LANGUAGE")]
+    return {about.name: about for about in found}
