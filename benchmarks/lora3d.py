@@ -321,7 +321,7 @@ def telling(open_base: Callable[[], Any], scenes: int, views: int) -> dict[str, 
         photos, pairs = photos_of(half), make_pairs(views)
         told, truth = inference.predict(network, photos, pairs), true_labels(half, pairs)
         errors = [
-            metrics.pair_error((told.points1[e], told.points2[e]), (truth.points1[e], truth.points2[e]))
+            metrics.pair_error((told.points1[e], told.points2[e]), (truth.points(e, 0), truth.points(e, 1)))
             for e in range(len(pairs))
         ]
         score = told.confidence1.mean(1) * told.confidence2.mean(1)

@@ -237,7 +237,7 @@ def launch(
     Raises:
         InputError: the port is taken, the address is not ours, or the app would be open to strangers.
     """
-    sessions.few_arenas()
+    sessions.bound_memory()
     check_access(host, password, share)
     check_address(host, port)
     root_path = check_root_path(root_path)

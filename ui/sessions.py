@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import threading
 from collections import Counter
@@ -82,8 +83,12 @@ def _forget(app: Any, page: str) -> None:
         queue.pending_messages_per_session.pop(page, None)
 
 
-def few_arenas() -> None:
-    """Let all threads share two heaps: with one for each, glibc keeps what every thread once needed."""
+def bound_memory() -> None:
+    """Before the app is built: what grows with the number of events and threads stays small.
+
+    Gradio remembers 10,000 events for its monitoring page, which is off here; glibc keeps a heap for every thread.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
     _glibc("mallopt", _ARENA_MAX, 2)
 
 
