@@ -1,9 +1,9 @@
-"""Who may talk to the app, and how fast passwords may be tried.
+"""Who may use the app, and how often passwords may be tried.
 
-A browser carries the requests of any page it shows, so that an address which only this computer reaches protects
-nothing by itself: a foreign page can send forms to it (cross-site request forgery), or be served at a name that its
-owner then points at 127.0.0.1, and read what we answer (DNS rebinding). Requests must therefore be meant for a name of
-ours, and come from a page of ours; see :class:`ui.address.Names`.
+A browser sends the requests of any page it shows, so listening on this computer only is no protection by itself: a
+foreign page can send forms to the app (cross-site request forgery), or be served under a name that its owner then
+points at 127.0.0.1, and read the answers (DNS rebinding). Requests must therefore name one of our hosts and come from
+one of our pages; see :class:`ui.address.Names`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Headers = dict[bytes, bytes]
 
 API = "/gradio_api/"
 BEFORE_LOGIN = ("app_id", "login_check", "startup-events", "theme.css", "token", "user")
-"""What the sign-in page itself asks for; everything else of the API needs the password."""
+"""What the sign-in page itself requests; the rest of the API needs the password."""
 
 SHOWN = ("audio/", "font/", "image/", "model/", "video/", "application/json", "text/plain")
-"""Kinds of files that a browser may show in place. Others, above all HTML, could run programs as a page of ours."""
+"""Kinds of files that a browser may show in place. Others, above all HTML, could run scripts as one of our pages."""
 PROGRAMS = ("image/svg+xml",)
 
 
 class Access:
-    """ASGI middleware: refuses foreign names and origins, asks for the login everywhere, and slows guessing down."""
+    """ASGI middleware: refuses foreign hosts and origins, requires the sign-in everywhere, and slows guessing down."""
 
     def __init__(self, app: Asgi, names: Names, attempts: Attempts | None = None, root_path: str = "") -> None:
         """Guard ``app``.
 
         Args:
             attempts: limits sign-ins; None = the app has no password.
-            root_path: path at a proxy, which may send us addresses with or without it.
+            root_path: the app's path at a proxy, which may pass it on or strip it.
         """
         self.app, self.names, self.attempts, self.root = app, names, attempts, urlsplit(root_path).path
 
@@ -84,7 +84,7 @@ class Access:
         if wait is None:
             retry = math.ceil(attempts.patience)
             return await _answer(send, 429, f"Too many wrong passwords: try again in {retry} seconds.", retry)
-        await asyncio.sleep(wait)  # in this request alone: the others go on
+        await asyncio.sleep(wait)  # only this request waits
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == 200:
@@ -95,10 +95,10 @@ class Access:
 
 
 class Pace:
-    """At most ``burst`` events at once, after that one per ``gap`` seconds, for each key apart.
+    """Per key at most ``burst`` events at once, then one per ``gap`` seconds.
 
-    The generic cell rate algorithm (ITU-T I.371): one number per key, the time at which the next event would be due if
-    all so far had kept their distance.
+    The generic cell rate algorithm (ITU-T I.371): one number per key, the time at which the next event would be due had
+    all earlier ones kept the gap.
     """
 
     def __init__(self, gap: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -111,7 +111,7 @@ class Pace:
         return max(0.0, self.due.get(key, -math.inf) - (self.burst - 1) * self.gap - self.clock())
 
     def count(self, key: str, events: int = 1) -> None:
-        """Note that an event happens after its delay (or, with -1, that one does not count)."""
+        """Count an event (or, with -1, take one back)."""
         now = self.clock()
         self.due[key] = max(self.due.get(key, now), now) + events * self.gap
         if len(self.due) > 1000:
@@ -119,19 +119,19 @@ class Pace:
 
 
 class Attempts:
-    """How fast passwords may be tried: by one client, and by all together (addresses are cheap).
+    """How often passwords may be tried: by one client, and by all together (addresses are cheap).
 
-    An attempt beyond the pace is held back for up to ``patience`` seconds and refused beyond that, right or wrong; a
+    An attempt that comes too fast waits for up to ``patience`` seconds and is refused beyond that, right or wrong; a
     right one does not count.
     """
 
     def __init__(self, patience: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        """Allow 5 at once and one per second each, 50 and 10 per second together."""
+        """Allow each client 5 at once and one per second; all together 50 at once and 10 per second."""
         self.patience = patience
         self.each, self.together = Pace(1.0, 5, clock), Pace(0.1, 50, clock)
 
     def wait(self, client: str) -> float | None:
-        """Seconds after which this attempt may be looked at; None = not at all."""
+        """Seconds to wait before this attempt is checked; None = refuse it."""
         delay = max(self.each.delay(client), self.together.delay(""))
         if delay > self.patience:
             return None
@@ -139,7 +139,7 @@ class Attempts:
         return delay
 
     def give_back(self, client: str) -> None:
-        """The attempt was right after all."""
+        """Take back an attempt that was right."""
         self._count(client, -1)
 
     def _count(self, client: str, events: int) -> None:
@@ -148,7 +148,7 @@ class Attempts:
 
 
 def asks_for(password: str) -> Callable[[str, str], bool]:
-    """A check of the password for Gradio, which takes as long for any wrong one."""
+    """A password check for Gradio that takes equally long for every wrong one."""
 
     def check(_name: str, given: str) -> bool:
         return hmac.compare_digest(given.encode(), password.encode())
@@ -169,7 +169,7 @@ def _public(path: str) -> bool:
 
 
 def _signed_in(scope: Scope, headers: Headers) -> bool:
-    """Whether the request carries a cookie of a sign-in, as Gradio keeps them."""
+    """Whether the request has the cookie of a sign-in that Gradio knows."""
     app = scope["app"]
     try:
         cookies = SimpleCookie(_text(headers, b"cookie") or "")
@@ -180,7 +180,7 @@ def _signed_in(scope: Scope, headers: Headers) -> bool:
 
 
 def _client(scope: Scope) -> str:
-    """Who asks: the address, of IPv6 the network that one household has."""
+    """The client's address; for IPv6 its /64 network, which one household shares."""
     host = str((scope.get("client") or ("",))[0])
     try:
         number = ipaddress.ip_address(host)
@@ -193,7 +193,7 @@ def _client(scope: Scope) -> str:
 
 
 def _downloading(send: Send) -> Send:
-    """Let files that could run as a page of ours be saved instead of shown."""
+    """Have files that could run as one of our pages saved instead of shown."""
 
     async def changed(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""The address that the app listens on and the names that it answers to."""
+"""The address the app listens on and the names it answers to."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def netloc(host: str, port: int) -> str:
 
 
 def url(host: str, port: int, root_path: str = "") -> str:
-    """Where a browser opens the app; behind a proxy that is the proxy's address if ``root_path`` says it."""
+    """The app's address for a browser: ``root_path`` if it is a whole address (of a proxy)."""
     return root_path if "://" in root_path else f"http://{netloc(host, port)}{root_path}"
 
 
 def check_access(host: str, password: str | None, share: bool) -> None:
-    """Raise :class:`InputError` if strangers could come in."""
+    """Raise :class:`InputError` if strangers could use the app."""
     if not password and (share or bare(host) not in LOOPBACK):
         raise InputError("Others could reach the app, and with it this computer: give a password too (--password).")
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise :class:`InputError` unless we can listen there."""
+    """Raise :class:`InputError` unless the app can listen there."""
     try:
         kind, *_, address = socket.getaddrinfo(bare(host), port, type=socket.SOCK_STREAM)[0]
         with socket.socket(kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (socket.gaierror, UnicodeError):
-        raise InputError(f"'{host}' is no address of this computer: try 127.0.0.1 or 0.0.0.0.") from None
+        raise InputError(f"'{host}' is not an address of this computer: try 127.0.0.1 or 0.0.0.0.") from None
     except (OverflowError, OSError) as error:
         raise InputError(_why_not(host, port, error)) from None
 
@@ -56,12 +56,12 @@ def _why_not(host: str, port: int, error: Exception) -> str:
     if code == errno.EACCES:
         return f"Port {port} needs more rights than you have: choose one above 1023 with --port."
     if code == errno.EADDRNOTAVAIL:
-        return f"'{host}' is no address of this computer: try 127.0.0.1 or 0.0.0.0."
+        return f"'{host}' is not an address of this computer: try 127.0.0.1 or 0.0.0.0."
     return f"The app cannot listen on {netloc(host, port)} ({error}): choose another --host or --port."
 
 
 def check_root_path(root_path: str) -> str:
-    """The path (or whole address) that a proxy serves the app below, without a slash at its end.
+    """The path (or whole address) under which a proxy serves the app, without a trailing slash.
 
     Raises:
         InputError: it is neither a path that begins with / nor an http(s) address.
@@ -79,12 +79,12 @@ def check_root_path(root_path: str) -> str:
 
 @dataclass(frozen=True)
 class Names:
-    """The hosts that requests may be meant for.
+    """The host names that requests may use.
 
     Attributes:
         own: names of this computer that are always right.
-        further: names that the person who started the app has added; ``*.example.org`` stands for all below.
-        any_number: IP addresses count too (the app listens on all of them; only names can be pointed at us).
+        further: names added with --allow-host; ``*.example.org`` stands for all below it.
+        any_number: IP addresses are right too (the app listens on all; only names can be pointed at us by others).
     """
 
     own: frozenset[str]
@@ -103,7 +103,7 @@ class Names:
         )
 
     def may_send(self, origin: str, host: str | None) -> bool:
-        """Whether a page at ``origin`` may send to ``host``: it is the app's own page, or at a name that was added."""
+        """Whether a page at ``origin`` may send to ``host``: the app's own page, or one at an added name."""
         parts = _split(origin)
         if parts is None:
             return False
@@ -113,15 +113,15 @@ class Names:
 
 
 def names(host: str, further: Iterable[str] = (), root_path: str = "", share: bool = False) -> Names:
-    """What the app answers to when it listens on ``host``.
+    """The names the app answers to when it listens on ``host``.
 
     Args:
         further: more names, as ``studio.example.org`` or ``*.example.org``.
-        root_path: the whole address at a proxy, if it is one.
+        root_path: the app's path or whole address at a proxy.
         share: answer to Gradio's public links as well.
 
     Raises:
-        InputError: one of ``further`` is no name.
+        InputError: one of ``further`` is not a host name.
     """
     more = {_name(given) for given in further}
     if "://" in root_path:
@@ -134,7 +134,7 @@ def names(host: str, further: Iterable[str] = (), root_path: str = "", share: bo
 
 
 def hostname(host: str | None) -> str:
-    """The name in a ``Host`` header, lower case, without port; empty for one that no browser sends."""
+    """The name in a ``Host`` header, in lower case and without the port; empty if the header is malformed."""
     parts = _split(f"http://{host or ''}")
     return parts[1] if parts else ""
 
@@ -142,12 +142,12 @@ def hostname(host: str | None) -> str:
 def _name(given: str) -> str:
     name = hostname(given.removeprefix("*."))
     if not name or "*" in name:
-        raise InputError(f"--allow-host '{given}' is no name of a host: write studio.example.org or *.example.org.")
+        raise InputError(f"--allow-host '{given}' is not a host name: write studio.example.org or *.example.org.")
     return f"*.{name}" if given.startswith("*.") else name
 
 
 def _split(origin: str) -> tuple[str, str, int] | None:
-    """Scheme, name and port of an origin; None if it is none (``null``, a path, a wrong port)."""
+    """Scheme, name and port of an origin; None if it is not one (``null``, a path, a wrong port)."""
     try:
         parts = urlsplit(origin)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]

@@ -81,7 +81,7 @@ def _tab(key: str) -> gr.Tab:
 
 
 def _choosers(pages: _Pages) -> list[Any]:
-    """Lists whose choices change with the library, in the order of :func:`_choices`."""
+    """Menus whose choices change with the library, in the order of :func:`_choices`."""
     distilling = pages.train.distill.form
     return [
         pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
@@ -90,7 +90,7 @@ def _choosers(pages: _Pages) -> list[Any]:
 
 
 def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
-    """Opening the app, and going from page to page: each shows what is true now."""
+    """Refresh pages when the app opens and when the page changes."""
     choices = _choosers(pages)
 
     @errors_shown
@@ -121,7 +121,7 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         arriving(errors_shown(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
         for arriving in (app.load, pages.tabs.select)
     ]
-    gr.on(pages.library.acts, None, cancels=listed, **_PRIVATE)  # an answer from before must not undo an act
+    gr.on(pages.library.acts, None, cancels=listed, **_PRIVATE)  # an earlier answer must not overwrite a change
     pages.tabs.select(go, None, [pages.jobs.timer, *choices], **_PRIVATE)
     pages.tabs.select(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
 
@@ -138,7 +138,7 @@ def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], *others: s
 
 
 def _wire_crossings(pages: _Pages) -> None:
-    """From an adapter or a job to the page that uses it."""
+    """Buttons that take an adapter, a picture or a job to the page that uses it."""
     target = pages.compose
 
     @errors_shown
@@ -231,11 +231,11 @@ def launch(
         share: also open a public link through Gradio's server; needs a password.
         max_upload: largest file that may be dropped ("200mb").
         open_browser: open the page.
-        allow_hosts: further names that the app answers to (a proxy's, or ``*.example.org``).
-        root_path: path below which a proxy serves the app ("/studio"), or its whole address there.
+        allow_hosts: more names that the app answers to (a proxy's, or ``*.example.org``).
+        root_path: path under which a proxy serves the app ("/studio"), or its whole address there.
 
     Raises:
-        InputError: the port is taken, the address is not ours, or the app would be open to strangers.
+        InputError: the port is taken, the address is not this computer's, or the app would be open to strangers.
     """
     sessions.bound_memory()
     check_access(host, password, share)
@@ -262,13 +262,13 @@ _HEAD = '<meta name="color-scheme" content="light dark">'
 
 
 def served() -> list[str]:
-    """The only folders whose files the app hands out: what jobs made, the library, the shipped pictures."""
+    """The only folders whose files the app serves: jobs, the library, shipped adapters, models and scenes."""
     places = [settings.folder("jobs"), *settings.adapter_folders(), *shipped()]
     return [str(place.resolve()) for place in places]
 
 
 def shipped() -> list[Path]:
-    """Folders of what ships with the studio."""
+    """Folders that ship with the studio."""
     import assets
 
     root = Path(assets.__file__).parent
@@ -276,5 +276,5 @@ def shipped() -> list[Path]:
 
 
 def hidden() -> list[str]:
-    """Never handed out, whatever else is allowed."""
+    """Files that are never served."""
     return [str(settings.settings_file())]

@@ -1,4 +1,4 @@
-"""Types of the Asynchronous Server Gateway Interface, which every piece of middleware speaks."""
+"""Types of the Asynchronous Server Gateway Interface, for the middleware."""
 
 from __future__ import annotations
 

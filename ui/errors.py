@@ -1,4 +1,4 @@
-"""Errors on the pages: a person's mistake is one sentence, ours is a short apology and a line in the log."""
+"""Errors on the pages: a user's mistake is one sentence, ours is a short apology and a line in the log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def say(sentence: str, title: str = "Not yet") -> None:
 
 
 def errors_shown(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``handler`` fail like a person would: what it raises is said, and the page stays as it was."""
+    """Show the errors of ``handler`` as sentences and leave the page as it was."""
 
     @functools.wraps(handler)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ def errors_shown(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception:
             log.exception("%s failed", handler.__qualname__)
-            say("Something went wrong on our side. What happened is in the log of the program.", title="Sorry")
+            say("Something went wrong on our side. Details are in the program's log.", title="Sorry")
         return gr.skip()
 
     return guarded

@@ -1,4 +1,4 @@
-"""Small pieces of HTML shared by the pages. Everything that came from a person or a file passes :func:`text`."""
+"""Small pieces of HTML shared by the pages. Everything from users or files passes through :func:`text`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
 
 
 def empty(title: str, hint: str) -> str:
-    """What an empty place shows: what it is for and what to do."""
+    """What an empty area shows: what it is for and what to do."""
     return f'<div class="as-empty">{_OVERLAP}<h3>{text(title)}</h3><p>{text(hint)}</p></div>'
 
 
@@ -57,7 +57,7 @@ def heading(title: str, hint: str = "") -> str:
 
 
 def file_size(count: float | None) -> str:
-    """Bytes for people."""
+    """A number of bytes, readable."""
     if not count:
         return ""
     for unit in ("B", "kB", "MB"):
@@ -68,7 +68,7 @@ def file_size(count: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people: ``8 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    """Seconds, readable: ``8 s``, ``3 min 5 s``, ``2 h 10 min``."""
     if seconds is None or seconds < 0:
         return ""
     whole = round(seconds)
@@ -80,7 +80,7 @@ def duration(seconds: float | None) -> str:
 
 
 def seconds_since_epoch(moment: float | datetime | str | None) -> float | None:
-    """A moment of the job store as seconds, whatever form it has."""
+    """A time as seconds since the epoch, whatever its form."""
     if moment is None or moment == "":
         return None
     if isinstance(moment, str):
@@ -89,7 +89,7 @@ def seconds_since_epoch(moment: float | datetime | str | None) -> float | None:
 
 
 def ago(moment: float | datetime | str | None, now: float | None = None) -> str:
-    """How long ago, for people."""
+    """How long ago, readable."""
     then = seconds_since_epoch(moment)
     if then is None:
         return ""
@@ -110,7 +110,7 @@ _OVERLAP = (
 
 
 def header() -> str:
-    """The wordmark and the switch between the light and the dark side."""
+    """The wordmark and the switch between light and dark mode."""
     return (
         f'<header class="as-header"><a class="as-brand" href="compose" aria-label="Adapter Studio, start page">'
         f"{_OVERLAP}<span>Adapter<b>Studio</b></span></a>"

@@ -1,7 +1,7 @@
-"""Which pages there are, in which groups, and at which addresses.
+"""The pages, their groups in the menu, and their addresses.
 
-Every page is a tab of one app, so that pages can fill each other's forms; the bar of the tabs is hidden and the menu at
-the side stands for it. A page's address is its key (``/train``); other words that people try lead there too.
+Every page is a tab of one app, so that pages can fill each other's forms; the tab bar is hidden and replaced by the
+menu at the side. A page's address is its key (``/train``); other words that people may try lead there too.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ TITLES = {place.key: place.title for place in PLACES}
 
 
 def page_at(path: str) -> str:
-    """Key of the page at a path as the browser has it (``/train``); the first page for any other."""
+    """Key of the page at a browser's path (``/train``); the first page for an unknown path."""
     return ADDRESSES.get(path.rstrip("/").rpartition("/")[2].lower(), START)  # a proxy may serve us below a path
 
 
 def menu() -> gr.HTML:
-    """The menu. It follows the tabs, whoever changed them, and keeps address, title and history of the browser true."""
+    """The menu. It follows the tabs and keeps the browser's address, title and history in step."""
     groups = "".join(
         f"<section><h2>{markup.text(title)}</h2><ul>{''.join(map(_link, places))}</ul></section>"
         for title, places in GROUPS
@@ -77,7 +77,7 @@ def _link(place: Place) -> str:
 
 
 class Addresses:
-    """ASGI: every page's address serves the app, and an address that nobody knows gets a page that says so."""
+    """ASGI middleware: every page's address serves the app, and an unknown address gets a page that says so."""
 
     def __init__(self, app: Asgi) -> None:
         self.app = app
@@ -93,7 +93,7 @@ class Addresses:
 
 
 def _wants_page(scope: Scope) -> bool:
-    """Whether a person's browser asks, not a program or a picture's tag."""
+    """Whether a browser asks for a page, rather than a program or an image tag for a file."""
     accepted = b",".join(value for name, value in scope.get("headers", ()) if name == b"accept")
     return b"text/html" in accepted
 
@@ -117,7 +117,7 @@ def _explaining(scope: Scope, send: Send) -> Send:
 
 
 def unknown(path: str, root: str = "") -> str:
-    """The page at an address that nobody knows; ``root`` is the path of the app at a proxy."""
+    """The page at an unknown address; ``root`` is the path of the app at a proxy."""
     links = "".join(
         f'<li><a href="{markup.text(root)}/{place.key}">{markup.text(place.title)}</a></li>' for place in PLACES
     )

@@ -1,4 +1,4 @@
-"""Pictures that were dropped on the page, for training or to start from: checked, shown small, then used."""
+"""Pictures dropped on a page, for training or as a start: checked, shown small, then used."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ LARGE = 1024
 
 
 def uploads() -> Path:
-    """Where the app keeps what was dropped on it."""
+    """Where the app keeps dropped files."""
     return settings.folder("uploads")
 
 
 def receive(paths: Iterable[str | Path], present: Sequence[Item] = ()) -> tuple[list[Item], list[str]]:
-    """Items for dropped files, and a sentence per file that is not used or not as it is.
+    """Items for dropped files, and a sentence for every file that is not used, or not used as it is.
 
-    Caption files belong to pictures of the same name that came with them; one that came alone belongs to a present
-    picture, if one alone has that name.
+    A caption file belongs to the picture of the same name dropped with it, else to the only present picture of that
+    name.
     """
     files = [Path(path) for path in paths]
     fresh, problems = _items([file for file in files if not caption_files.is_caption(file)])
@@ -50,19 +50,19 @@ def receive(paths: Iterable[str | Path], present: Sequence[Item] = ()) -> tuple[
             continue
         owners = [item for group in (fresh, items) if (item := _owner(file, group, problems)) is not None][:1]
         if not owners:
-            problems.append(f"'{file.name}' belongs to no picture that was dropped with it.")
+            problems.append(f"'{file.name}' belongs to none of the pictures.")
         for item in owners:
             item["caption"] = text
     return [*items, *fresh], list(dict.fromkeys(problems))
 
 
 def _rank(file: Path) -> int:
-    """Caption files in the order of how little they count: a later one replaces an earlier one."""
+    """Sorts caption files by rising precedence: later ones replace earlier ones."""
     return -caption_files.ENDINGS.index(file.suffix.lower())
 
 
 def _owner(file: Path, items: Sequence[Item], problems: list[str]) -> Item | None:
-    """The one picture that a caption file is for: of the same full name, or else of the same stem."""
+    """The one picture that a caption file is for: of the same full name, else of the same stem."""
     for same in (lambda name: name, lambda name: Path(name).stem):
         owners = [item for item in items if same(item["name"]) == file.stem]
         if len(owners) == 1:
@@ -87,10 +87,10 @@ def _items(files: Sequence[Path]) -> tuple[list[Item], list[str]]:
 
 
 def keep(items: Sequence[Mapping[str, Any]], name: str) -> Path:
-    """Copy the pictures with their captions into a folder of the studio and return it.
+    """Copy the pictures with their captions into a folder in the studio's home and return it.
 
     Raises:
-        InputError: there are no pictures, or one is not among those that were dropped.
+        InputError: there are no pictures, or one was not uploaded.
     """
     if not items:
         raise InputError("There are no pictures yet: drop at least one, five to twenty work well.")
@@ -116,7 +116,7 @@ def uploaded(item_id: str) -> Path:
 
 
 def still_here(items: Sequence[Mapping[str, Any]] | None) -> list[Item]:
-    """Those of the pictures whose dropped file is still there."""
+    """The pictures whose uploaded file still exists."""
     kept = []
     for item in items or ():
         try:
@@ -128,7 +128,7 @@ def still_here(items: Sequence[Mapping[str, Any]] | None) -> list[Item]:
 
 
 def started(file: Path) -> tuple[Item, tuple[str, ...]]:
-    """A dropped picture to start from, with a copy of it that can be painted on, and what of it was not kept.
+    """A dropped picture to start from, with a copy to paint on, and sentences on what of it was not kept.
 
     Raises:
         InputError: it was not uploaded here, or cannot be read.
@@ -137,7 +137,7 @@ def started(file: Path) -> tuple[Item, tuple[str, ...]]:
 
 
 def taken(name: str, source: str | Path) -> Path:
-    """A copy of a picture (a file, or a ``data:`` URI) among the uploads, where the page may name it."""
+    """A copy of a picture (a file or a ``data:`` URI) among the uploads, which the page may use."""
     content = content_of(source)
     target = settings.folder("uploads", "starts", hashlib.sha256(content).hexdigest()[:20]) / name
     return written.write(target, lambda part: part.write_bytes(content), sync=False)
@@ -158,7 +158,7 @@ def _item(file: Path, side: int = SIDE) -> tuple[Item, tuple[str, ...]]:
 
 
 def _thumbnail(file: Path, side: int) -> tuple[Path, tuple[int, int], tuple[str, ...]]:
-    """A small copy, the picture's size in pixels, and what of it was not kept."""
+    """A small copy, the picture's size in pixels, and sentences on what of it was not kept."""
     reading = read(file)
     target = _small(file, side)
     _shrink(reading.image, target, side)
@@ -177,7 +177,7 @@ def thumbnail(file: Path) -> Path:
 
 
 def _small(file: Path, side: int) -> Path:
-    """Where the small copy of a file lies; another one once the file has changed."""
+    """Path of a file's small copy; a new one once the file has changed."""
     key = hashlib.sha256(f"{file} {file.stat().st_mtime_ns} {side}".encode()).hexdigest()[:20]
     return settings.folder("uploads", "thumbnails") / f"{key}.webp"
 

@@ -1,12 +1,12 @@
-"""What the server remembers of open pages, and forgets when they are closed.
+"""What the server keeps of open pages, and frees when they are closed.
 
 Gradio keeps a description of every component for each page that was ever opened (about 2 MB for this app), up to
 ``state_session_capacity`` pages, and clears only the values of ``gr.State`` an hour after a page was closed. Here the
-last few closed pages are kept, so that a page whose connection broke goes on where it was; older ones are forgotten.
+last few closed pages are kept, so that a page whose connection broke continues where it was; older ones are dropped.
 
-What Gradio keeps of a page refers to itself, so it is freed when Python next looks for such circles, which in a large
-process may be much later; and the C library gives memory back to the system only when asked. Both are done here, once
-for several forgotten pages.
+What Gradio keeps of a page refers to itself, so it is freed only when Python next collects cycles, which in a large
+process may be much later; and the C library returns memory to the system only when asked. Both are done here, once
+for several dropped pages.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ui.access import API
 from ui.asgi import Asgi, Receive, Scope, Send
 
 CLOSED = 20
-"""Closed pages that are kept."""
+"""How many closed pages are kept."""
 
 FREED_TOGETHER = 10
-"""So many forgotten pages are freed at once."""
+"""How many dropped pages are freed at once."""
 
 OPEN = 200
 """Pages that may be open at once; beyond that the one used longest ago loses its state (Gradio's own setting)."""
@@ -74,7 +74,7 @@ class Sessions:
 
 
 def _forget(app: Any, page: str) -> None:
-    """Drop what Gradio holds of a page; should the page come back, it begins anew."""
+    """Drop what Gradio holds of a page; if the page comes back, it starts afresh."""
     app.state_holder.session_data.pop(page, None)
     app.state_holder.time_last_used.pop(page, None)
     queue = app.get_blocks()._queue
@@ -93,7 +93,7 @@ def bound_memory() -> None:
 
 
 def _free() -> None:
-    """Free what forgotten pages held, and give it back to the system where the C library is glibc."""
+    """Free the memory of dropped pages, and with glibc return it to the system."""
     gc.collect()
     _glibc("malloc_trim", 0)
 

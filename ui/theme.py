@@ -1,6 +1,6 @@
-"""The look: colours, type and spacing as a Gradio theme, finer points in ``static/style.css``.
+"""The look: colours, type and spacing as a Gradio theme, the rest in ``static/style.css``.
 
-Every face of type comes with Gradio, so the app looks the same without a network.
+All fonts come with Gradio, so the app looks the same offline.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ INK = Color(
 
 
 class StudioTheme(gr.themes.Base):
-    """Paper and ink with one accent; the dark side is the same drawing on slate."""
+    """Light and dark greys with one accent colour."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -282,4 +282,4 @@ def test_pictures_are_kept_starred_compared_and_used_again(tab: Tab) -> None:
     go(page, "gallery")
     page.once("dialog", lambda dialog: dialog.accept())
     page.click("#gallery-delete")
-    page.wait_for_selector("#gallery-list :text('No picture is like that'), #gallery-list .as-empty")
+    page.wait_for_selector("#gallery-list :text('No picture matches'), #gallery-list .as-empty")

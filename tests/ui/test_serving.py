@@ -97,7 +97,7 @@ def test_a_taken_port_is_one_sentence() -> None:
 
 
 def test_a_strange_address_is_one_sentence() -> None:
-    with pytest.raises(InputError, match="no address of this computer"):
+    with pytest.raises(InputError, match="not an address of this computer"):
         app.check_address("203.0.113.7", free_port())
 
 

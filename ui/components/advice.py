@@ -1,4 +1,4 @@
-"""What the composition doctor says of the adapters in the rack, beside them."""
+"""The doctor's advice on the adapters in the rack, shown below them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ui.errors import errors_shown
 
 TONES = {"none": "good", "low": "good", "medium": "wait", "high": "bad"}
 MOST = 6
-"""Pairs that are shown, the worst first."""
+"""How many pairs are shown, the worst first."""
 
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
 class Advice:
-    """The button, what was said, and the button that follows it."""
+    """The button that asks, the advice, and the button that follows it."""
 
     ask: gr.Button
     told: gr.HTML
@@ -41,7 +41,7 @@ def draw() -> Advice:
 
 
 def wire(advice: Advice, rack: gr.HTML, prompt: gr.Textbox, regions: gr.HTML) -> None:
-    """Ask on request, with the words of the prompt and of the regions; forget what was said when adapters change."""
+    """Ask on request, with the prompts of the picture and its regions; clear the advice when adapters change."""
     view = [advice.ask, advice.told, advice.follow, advice.report]
 
     @errors_shown
@@ -67,7 +67,7 @@ def wire(advice: Advice, rack: gr.HTML, prompt: gr.Textbox, regions: gr.HTML) ->
 
 
 def followed(rows: Sequence[Row] | None, report: Mapping[str, Any] | None) -> tuple[list[Row], str, bool]:
-    """The rows with the advised weights, the advised method (empty: none of Compose), whether to draw regions."""
+    """Rows with the advised weights, the advised method (empty if Compose lacks it), and whether to draw regions."""
     if not report:
         return list(rows or ()), "", False
     weights = report["weights"]
@@ -77,7 +77,7 @@ def followed(rows: Sequence[Row] | None, report: Mapping[str, Any] | None) -> tu
 
 
 def panel(found: Mapping[str, Any]) -> str:
-    """What the doctor found, readable."""
+    """The doctor's report as HTML."""
     pairs = "".join(_pair(pair) for pair in found["pairs"][:MOST])
     more = len(found["pairs"]) - MOST
     rest = f"<p>and {more} milder pairs</p>" if more > 0 else ""

@@ -1,4 +1,4 @@
-"""What drawn curves share: the frame with its numbers, places in it, and paths through them."""
+"""Shared by plots: the frame with its numbers, points in it, and paths through them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 72, 12, 14, 28
 
 @dataclass(frozen=True)
 class Axes:
-    """What the frame shows: x from ``first`` to ``last``, y from ``low`` to ``high``."""
+    """The range shown: x from ``first`` to ``last``, y from ``low`` to ``high``."""
 
     first: float
     last: float
@@ -22,17 +22,17 @@ class Axes:
     high: float
 
     def place(self, point: Point) -> Point:
-        """Where a point stands, in the drawing's units."""
+        """A point in the drawing's units."""
         x = LEFT + (WIDTH - LEFT - RIGHT) * (point[0] - self.first) / (self.last - self.first)
         y = TOP + (HEIGHT - TOP - BOTTOM) * (self.high - point[1]) / (self.high - self.low)
         return x, y
 
     def path(self, points: Iterable[Point]) -> str:
-        """The ``d`` of a line through points; what lies above the frame runs along it."""
+        """The ``d`` of a line through points; points above the frame are drawn on its edge."""
         return "M" + "L".join(f"{x:.1f} {max(TOP, y):.1f}" for x, y in map(self.place, points))
 
     def grid(self, whole: bool = False) -> str:
-        """Lines and numbers; ``whole``: x counts something."""
+        """Grid lines and numbers; ``whole``: x is a whole number."""
         lines = []
         digits = decimals(self.high - self.low), 0 if whole else decimals(self.last - self.first)
         for part in range(5):
@@ -49,12 +49,12 @@ class Axes:
 
 
 def decimals(span: float) -> int:
-    """Digits after the point by which the numbers along an axis of this length differ clearly."""
+    """Decimals needed to tell apart the numbers along an axis of this length."""
     return min(4, max(0, math.floor(-math.log10(span / 4)) + 2))
 
 
 def room(values: Sequence[float], share: float = 0.98) -> tuple[float, float]:
-    """Lowest and highest number of an axis for ``values``, of which the largest few may lie outside."""
+    """Lowest and highest number of an axis for ``values``; the largest few may lie outside."""
     ordered = sorted(values)
     high = ordered[min(len(ordered) - 1, math.ceil(len(ordered) * share))]
     low = ordered[0]

@@ -1,8 +1,8 @@
-"""The picture's frame with regions that are drawn on it.
+"""The picture's frame with regions drawn on it.
 
 A region is a plain dict with the keys of :class:`studio.composition.region_schema.Region`; a painted one keeps its
-mask as a ``data:`` URI. A component of our own because no maintained one does it: ``gr.ImageEditor`` has no boxes that
-can be moved, ``gradio_image_annotation`` has neither paint nor a frame without a picture.
+mask as a ``data:`` URI. A component of our own because no maintained one does this: ``gr.ImageEditor`` has no movable
+boxes, ``gradio_image_annotation`` has neither paint nor a frame without a picture.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ui.theme import script
 Drawn = dict[str, Any]
 
 MASK = "data:image/png;base64,"
-"""How a mask begins that a page may send: never a path on this computer."""
+"""Beginning of every mask that a page may send: never a path on this computer."""
 
 LARGEST = 4_000_000
-"""Characters of a mask; one that was painted here has some ten thousand."""
+"""Maximum characters of a mask; one painted here has some ten thousand."""
 
 
 def canvas(**options: Any) -> gr.HTML:
     """The component.
 
-    Its event ``edit_found`` says that automatic places were made ordinary regions, ``side_by_side`` that a column was
+    Its event ``edit_found`` means that automatic places became ordinary regions, ``side_by_side`` that a column was
     drawn for each adapter (``count`` of them).
     """
     return gr.HTML(
@@ -40,10 +40,8 @@ def canvas(**options: Any) -> gr.HTML:
 def read(drawn: Sequence[Mapping[str, Any]] | None) -> list[Drawn]:
     """The regions of a page as values for :class:`~studio.composition.region_schema.Region`.
 
-    An unfinished one is an error in a sentence.
-
     Raises:
-        InputError: there are none, one is no region, has no adapter or no place, or a mask that was not painted.
+        InputError: there are none, or one is not a region, lacks an adapter or a place, or has a foreign mask.
     """
     if not drawn:
         raise InputError("Draw a region first: drag a box on the frame, or let the adapters act everywhere.")
@@ -51,7 +49,7 @@ def read(drawn: Sequence[Mapping[str, Any]] | None) -> list[Drawn]:
 
 
 def show(regions: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[Drawn]:
-    """Regions of a recipe as the page has them; ``names`` says what its adapters are called here."""
+    """Regions of a recipe in the page's form; ``names`` maps its adapters' names to those of the library."""
     return [
         {
             **region, "adapters": [names[name] for name in region.get("adapters", ()) if name in names],

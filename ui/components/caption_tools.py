@@ -1,4 +1,4 @@
-"""Captions of all dropped pictures at once: one for all, find and replace, tags with their counts, or by a model."""
+"""Edit the captions of all dropped pictures: one for all, find and replace, tags with counts, or by a model."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def draw(captions: gr.HTML) -> None:
         captions.change(tag_list, captions, tags, **_PRIVATE)
         text = gr.Textbox(label="One caption for all", elem_id="caption-all")
         missing = gr.Checkbox(label="Only where there is none", elem_id="caption-missing")
-        _button("Write it", same_for_all, captions, [text, missing])
+        _button("Set captions", same_for_all, captions, [text, missing])
         with gr.Row():
             find = gr.Textbox(label="Find", min_width=120, elem_id="caption-find")
-            put = gr.Textbox(label="Replace by", min_width=120, elem_id="caption-replace")
+            put = gr.Textbox(label="Replace with", min_width=120, elem_id="caption-replace")
         words = gr.Checkbox(label="Whole words only", value=True, elem_id="caption-words")
         _button("Replace", replaced, captions, [find, put, words])
         with gr.Row():
             add = gr.Textbox(label="Tags to add", placeholder="red, small", min_width=120, elem_id="caption-add")
-            remove = gr.Textbox(label="Tags to take out", min_width=120, elem_id="caption-remove")
+            remove = gr.Textbox(label="Tags to remove", min_width=120, elem_id="caption-remove")
         _button("Change tags", change_tags, captions, [add, remove])
         model = gr.Textbox(
             label="Folder of an image-to-text model", elem_id="caption-model",
-            info="Any of Transformers (BLIP, GIT, Qwen-VL ...) on this computer; nothing is downloaded.",
+            info="A Transformers model (BLIP, GIT, Qwen-VL ...) on this computer; nothing is downloaded.",
         )  # fmt: skip
-        prompt = gr.Textbox(label="What it is asked, or what its captions begin with (optional)")
-        _button("Let it write captions", by_model, captions, [model, prompt, missing], show_progress="full")
+        prompt = gr.Textbox(label="Prompt for the model, or how its captions begin (optional)")
+        _button("Write captions", by_model, captions, [model, prompt, missing], show_progress="full")
 
 
 def _button(label: str, change: Callable[..., Any], captions: gr.HTML, inputs: list[Any], **options: Any) -> None:
@@ -57,31 +57,31 @@ def replaced(items: list[Item], find: str, put: str, whole_words: bool) -> list[
 
 
 def change_tags(items: list[Item], add: str, remove: str) -> list[Item]:
-    """The items with tags added to and taken out of every caption."""
+    """The items with tags added to and removed from every caption."""
     captions = edits.with_tags(_captions(items), edits.tags_of(add))
     return _with(items, edits.without_tags(captions, edits.tags_of(remove)))
 
 
 def by_model(items: list[Item], folder: str, prompt: str, only_missing: bool) -> list[Item]:
-    """The items with captions by the model in ``folder``."""
+    """The items with captions from the model in ``folder``."""
     from studio.datasets.captioner import Captioner
 
     wanted = [item for item in items if not (only_missing and item["caption"])]
     if not wanted:
-        raise InputError("There is no picture that wants a caption: drop some first.")
+        raise InputError("No picture needs a caption: drop some first.")
     files = [pictures.uploaded(item["id"]) for item in wanted]
     written = Captioner(folder.strip(), prompt.strip()).captions(files)
     return _with(items, {item["id"]: text for item, text in zip(wanted, written, strict=True)})
 
 
 def tag_list(items: list[Item]) -> str:
-    """The commonest tags and how many captions have them, as HTML."""
+    """The most frequent tags and how many captions have them, as HTML."""
     counts = edits.tag_counts(_captions(items or []))
     if not counts:
         return ""
     more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
     shown = ", ".join(f"{markup.text(tag)} ({count})" for tag, count in counts[:SHOWN])
-    return f'<p class="as-help">Parts between commas: {shown}{more}</p>'
+    return f'<p class="as-help">Tags: {shown}{more}</p>'
 
 
 def _captions(items: list[Item]) -> edits.Captions:

@@ -1,4 +1,4 @@
-"""What softening an adapter's intruders does to losses, over lambda, with the shrunk update (the control) beside it."""
+"""Plots of the losses over lambda for softened intruders and for the shrunk update (the control)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ui import markup
 from ui.components.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, Point, room
 
 Rows = Sequence[Mapping[str, Any]]
-"""Of a forgetting job's result: variant, strength (lambda, or the control's factor), norm, losses."""
+"""A forgetting job's rows: variant, strength (lambda, or the control's factor), norm, losses."""
 
 TITLES = {"old": "What the base knew", "new": "What was learnt"}
 LINES = {"soft": "intruders scaled", "shrunk": "all shrunk"}
 
 
 def forgetting_plot(rows: Rows, strength: float) -> str:
-    """A curve per kind of data over lambda, and old against new where both were measured; ``strength`` is marked."""
+    """A curve over lambda per kind of data, and old against new if both were measured; ``strength`` is marked."""
     kinds = [kind for kind in TITLES if rows and kind in rows[0]["losses"]]
     drawn = [_over_lambda(rows, kind, strength) for kind in kinds]
     if len(kinds) == 2:

@@ -1,4 +1,4 @@
-"""How a job stands: status, stage, bar, times and the picture it is at."""
+"""The state of a job: status, stage, progress bar, times and preview."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ VIEWS = {
     "train-language": "train-language", "reconstruct": "reconstruct", "train-scene": "reconstruct",
     "forgetting": "forgetting", "soften": "forgetting",
 }  # fmt: skip
-"""Kind of job -> the kind in whose place it is shown."""
+"""Kind of job -> the kind whose page area shows it."""
 
 
 def stopper(follow: Callable[[str, tuple[Any, ...]], Any]) -> Callable[[str], Any]:
-    """What a page's Cancel does: ask the job to stop and let ``follow`` show how it stands."""
+    """The handler of a page's Cancel: ask the job to stop and let ``follow`` show its state."""
 
     @errors_shown
     def stop(job_id: str) -> Any:
@@ -70,7 +70,7 @@ def ahead(job: Job) -> int:
 def stage(job: Job, ahead: int = 0) -> str:
     """What is being done, in a few words."""
     if job.status == "queued":
-        return f"waiting, {ahead} before it" if ahead else "waiting for the worker"
+        return f"waiting, {ahead} ahead of it" if ahead else "waiting for the worker"
     if job.status == "cancelling":
         return "stopping"
     if not job.active:

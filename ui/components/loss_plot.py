@@ -1,4 +1,4 @@
-"""The loss of a training job as a drawing that takes its colours from the page."""
+"""The loss of a training job as a plot in the page's colours."""
 
 from __future__ import annotations
 

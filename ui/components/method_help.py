@@ -1,4 +1,4 @@
-"""Training methods on a form: names and a sentence each from the catalogue, warnings from their rules."""
+"""Training methods on a form: titles and summaries from the catalogue, warnings from its rules."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ui.components.schema_form import Field
 from ui.errors import errors_shown
 
 CHOICES = {choice.key: choice for choice in catalogue.choices()}
-"""Fields that choose training methods."""
+"""Fields that choose a training method."""
 
 STAGES = {key: choice.slot.stage for key, choice in CHOICES.items() if choice.slot is not None}
-"""Fields whose values are methods of the catalogue, and the stage those are in."""
+"""Fields whose values are methods of the catalogue, and the stage of those methods."""
 
 SWITCHES = {key: choice.methods[0].name for key, choice in CHOICES.items() if choice.slot is None}
 """Fields that switch one method on."""
@@ -31,14 +31,14 @@ OPTIONS = {
     for option, readers in choice.options().items()
     if option.name != key
 }
-"""Fields that only some methods read: the field that chooses the method, and which those are."""
+"""Fields that only some methods read: the field that chooses the method, and the methods."""
 
 WATCHED = combinations.looked_at()
-"""Fields the rules of the methods look at."""
+"""Fields that the methods' rules read."""
 
 
 def choices(item: Field) -> list[tuple[str, str]]:
-    """What a method field's menu shows: the methods' titles; values that are no method keep their name."""
+    """A method field's menu: the methods' titles; values that are not methods keep their name."""
     titles = {method.name: method.title for method in CHOICES[item.name].methods}
     return [(titles.get(value, value), value) for value in item.choices]
 
@@ -55,14 +55,14 @@ def widget(item: Field, page: str, **options: Any) -> gr.components.Component:
 
 
 def needed(name: str, chosen: Any) -> bool:
-    """Whether the method option ``name`` is read when the field that decides over it is ``chosen``."""
+    """Whether the method option ``name`` is read when its method field has the value ``chosen``."""
     choice, readers = CHOICES[OPTIONS[name][0]], OPTIONS[name][1]
     method = choice.chosen(chosen)
     return method is not None and method.name in readers
 
 
 def explain(values: Mapping[str, Any]) -> str:
-    """HTML: a sentence for every method that is chosen, then what does not go together or may surprise."""
+    """HTML: a sentence for every chosen method, then refused combinations and warnings."""
     chosen = [choice.chosen(values.get(key)) for key, choice in CHOICES.items()]
     lines = "".join(f"<p><b>{markup.text(m.title)}</b>: {markup.text(m.summary)}</p>" for m in chosen if m is not None)
     config = SimpleNamespace(**values)
@@ -73,7 +73,7 @@ def explain(values: Mapping[str, Any]) -> str:
 
 
 def watch(form: Mapping[str, Any], known: Mapping[str, Field], page: str) -> gr.HTML:
-    """Draw the explanation here; keep it true, and show the options of what is chosen, while the form changes."""
+    """Draw the explanation here; update it, and show the chosen methods' options, as the form changes."""
     names = [name for name in WATCHED if name in form]
     shown = gr.HTML(
         explain({name: known[name].default for name in names}),

@@ -1,4 +1,4 @@
-"""HTML whose parts can be picked: anything in it with ``data-pick="..."`` is a button of one event."""
+"""HTML with pickable parts: a click on anything with ``data-pick="..."`` fires one event."""
 
 from __future__ import annotations
 

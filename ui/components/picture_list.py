@@ -1,4 +1,4 @@
-"""Kept pictures as small ones to pick from."""
+"""Thumbnails of kept pictures to pick from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ui import markup, pictures
 
 
 def grid(found: Sequence[Picture], chosen: str = "", other: str = "") -> str:
-    """The pictures as buttons (see :mod:`ui.components.pick_list`), those that are chosen marked."""
+    """The pictures as buttons (see :mod:`ui.components.pick_list`), the chosen ones marked."""
     cells = "".join(_cell(picture, picture.key in filter(None, (chosen, other))) for picture in found)
     return f'<div class="as-kept" role="list">{cells}</div>'
 

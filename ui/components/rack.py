@@ -1,7 +1,7 @@
 """The adapters of a composition as rows with weight, active steps and trigger words.
 
-A row is a plain dict ``{name, facts, preview, triggers, weight, start, end, schedule, te_weight, blocks}``. What comes
-back from the page is checked against the library: only names it knows go into a job.
+A row is a plain dict ``{name, facts, preview, triggers, weight, start, end, schedule, te_weight, blocks}``. Rows from
+the page are checked against the library: only names it knows go into a job.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _distilled(record: Record) -> dict[str, Any] | None:
 
 
 def suit(rows: Sequence[Row] | None) -> distilled_adapters.Distilled | None:
-    """The distilled adapter among the rows that is at work."""
+    """The distilled adapter among the rows, if its weight is not 0."""
     found = [row["distilled"] for row in rows or () if row.get("distilled") and row.get("weight") != 0]
     return distilled_adapters.Distilled(**found[0]) if found else None
 
@@ -57,12 +57,12 @@ def short_facts(record: Record) -> str:
 
 
 def add(rows: Sequence[Row] | None, record: Record) -> list[Row]:
-    """``rows`` and one more; an adapter that is there already is refused."""
+    """``rows`` and one more; an adapter that is already there is refused."""
     known = list(rows or ())
     if record.problem:
         raise InputError(f"'{record.name}' cannot be used: {record.problem}.")
     if any(row["name"] == record.name for row in known):
-        raise InputError(f"'{record.name}' is in the list already: change its weight there.")
+        raise InputError(f"'{record.name}' is already in the list: change its weight there.")
     return [*known, new_row(record)]
 
 
@@ -85,7 +85,7 @@ def _use(row: Mapping[str, Any], known: Mapping[str, Record]) -> dict[str, Any]:
 
 
 def blocks(row: Mapping[str, Any]) -> dict[str, float]:
-    """The factors per block of a row: a mapping, or what was written, one ``prefix: factor`` per line."""
+    """The factors per block of a row: a mapping, or text with one ``prefix: factor`` per line."""
     given = row.get("blocks") or {}
     if not isinstance(given, str):
         return dict(given)
@@ -109,7 +109,7 @@ def rows_of(
 ) -> tuple[list[Row], list[str]]:
     """Rows for the ``adapters`` of a recipe's configuration, and the names the library does not have.
 
-    ``hashes`` gives the sha256 of the recipe's adapters by name, so that one that was renamed is still found.
+    ``hashes`` gives the sha256 of the recipe's adapters by name, so that renamed ones are still found.
     """
     records = list(known)
     found: list[Row] = []
@@ -160,7 +160,7 @@ def keyframes(start: float, end: float) -> Keyframes:
 
 
 def active_span(schedule: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """The (start, end) that :func:`keyframes` made this schedule from; None when it is another one."""
+    """The (start, end) from which :func:`keyframes` made this schedule; None for any other schedule."""
     points = [(float(progress), float(strength)) for progress, strength in schedule]
     if not points:
         return 0.0, 1.0

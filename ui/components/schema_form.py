@@ -1,4 +1,4 @@
-"""A form made from a job's schema: one field is one widget, and the help stands in the schema only."""
+"""A form made from a job's schema: one field, one widget, with the help text of the schema."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WRITTEN = {
     "a": "A",
     "grad": "gradient",
     "allora": "ALLoRA",
-    "perturb": "disturbance",
+    "perturb": "perturbation",
     "reg": "regulariser",
     "ba": "BA-LoRA",
     "id": "ID",
@@ -86,7 +86,7 @@ def widget(item: Field, **changes: Any) -> gr.components.Component:
 
 
 def read(item: Field, value: Any) -> Any:
-    """What the configuration gets from the widget's ``value``."""
+    """The configuration's value for the widget's ``value``."""
     if item.kind == "flag":
         return bool(value)
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -101,7 +101,7 @@ def read(item: Field, value: Any) -> Any:
 
 
 def show(item: Field, value: Any) -> Any:
-    """What the widget shows for the configuration's ``value``."""
+    """The widget's value for the configuration's ``value``."""
     if item.kind == "lines":
         return "\n".join(value or ())
     if item.kind == "mapping":
@@ -114,7 +114,7 @@ def show(item: Field, value: Any) -> Any:
 
 
 def read_all(known: Mapping[str, Field], names: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:
-    """The configuration of a whole form: ``values`` in the order of ``names``."""
+    """The configuration of a whole form; ``values`` are in the order of ``names``."""
     return {name: read(known[name], value) for name, value in zip(names, values, strict=True)}
 
 

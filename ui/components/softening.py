@@ -54,17 +54,17 @@ class Softening:
 def draw() -> Softening:
     """Draw it inside the current column."""
     strength = gr.Slider(0, 1.5, STRENGTH, step=0.05, label="Lambda", elem_id="soften-lambda",
-                         info="intruders times this: 0 removes them, 1 changes nothing, more amplifies")  # fmt: skip
+                         info="factor on intruders: 0 removes them, 1 changes nothing, more amplifies")  # fmt: skip
     size = gr.HTML("", elem_id="soften-size", elem_classes="as-help", apply_default_css=False)
-    keep = gr.Button("Keep it softened, and the control", size="md", elem_id="soften-keep")
+    keep = gr.Button("Save a softened copy and the control", size="md", elem_id="soften-keep")
     gr.HTML(
-        '<p>How much is forgotten at every lambda: drop pictures (captions as .txt) or, for a language '
-        "model, a text, of what the base could do before. Whether softening is better than shrinking the whole update "
-        "is contested, so both are measured.</p>", elem_classes="as-help", apply_default_css=False,
+        "<p>Measure forgetting at every lambda: drop pictures (captions as .txt) or, for a language model, a text, of "
+        "what the base could do before. Whether softening is better than shrinking the whole update is contested, so "
+        "both are measured.</p>", elem_classes="as-help", apply_default_css=False,
     )  # fmt: skip
     old = gr.File(label="What the base knew", file_count="multiple", file_types=["image", *TEXTS], height=110,
                   elem_id="soften-old")  # fmt: skip
-    new = gr.File(label="What was learnt (or none)", file_count="multiple", file_types=["image", *TEXTS], height=110,
+    new = gr.File(label="What was learnt (optional)", file_count="multiple", file_types=["image", *TEXTS], height=110,
                   elem_id="soften-new")  # fmt: skip
     measure = gr.Button("Measure forgetting", size="md", elem_id="soften-measure")
     job, shown, rows = gr.State(""), gr.State(()), gr.State([])
@@ -80,7 +80,7 @@ def wire(softening: Softening, chosen: gr.State, asked: Sequence[Any], report: g
 
     Args:
         asked: components for base, k and eps.
-        report: what was found in the layers, or None.
+        report: the report on the layers, or None.
     """
     eps = asked[-1]
 
@@ -98,7 +98,7 @@ def wire(softening: Softening, chosen: gr.State, asked: Sequence[Any], report: g
     @errors_shown
     def measure(name: str, strength: float, old: list[str] | None, new: list[str] | None, *asked: Any) -> Any:
         if not old:
-            raise InputError("Drop something that the base knew before: pictures, or a text for a language model.")
+            raise InputError("Drop something the base knew before: pictures, or a text for a language model.")
         values = {"old": kept(old, f"{name}-old"), "new": kept(new or (), f"{name}-new")}
         return begin("forgetting", name, values, *asked)
 
@@ -120,7 +120,7 @@ def wire(softening: Softening, chosen: gr.State, asked: Sequence[Any], report: g
 
 
 def size_of(report: Mapping[str, Any] | None, eps: float, strength: float) -> str:
-    """What a lambda leaves of the update; empty before anyone looked into the layers."""
+    """How much of the update a lambda leaves; empty before the layers were inspected."""
     if not report:
         return ""
     factor = intruders.shrink_factor(report, eps, strength)
@@ -131,7 +131,7 @@ def size_of(report: Mapping[str, Any] | None, eps: float, strength: float) -> st
 
 
 def kept(files: Sequence[str], name: str) -> str:
-    """Dropped pictures as a folder, a dropped text as a file of the studio; empty for nothing.
+    """Copy dropped pictures to a folder, or a dropped text to a file; returns its path, empty for nothing.
 
     Raises:
         InputError: several texts without a picture, or pictures that cannot be read.
@@ -152,7 +152,7 @@ def kept(files: Sequence[str], name: str) -> str:
 
 
 def latest(name: str, strength: float) -> Any:
-    """How the last job about an adapter stands, and its curve."""
+    """State of the last job on an adapter, and its curve."""
     found = _jobs_about(name)
     if not found:
         return ["", (), gr.Timer(active=False), "", gr.update(visible=False), [], ""]
@@ -160,7 +160,7 @@ def latest(name: str, strength: float) -> Any:
 
 
 def follow(job_id: str, shown: tuple[Any, ...], strength: float) -> Any:
-    """What stands there of a job; nothing changes while ``shown`` is still true."""
+    """The view of a job; nothing changes while ``shown`` is up to date."""
     if not job_id:
         return gr.skip()
     job = jobs.get(job_id)
@@ -178,7 +178,7 @@ def follow(job_id: str, shown: tuple[Any, ...], strength: float) -> Any:
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    """What the last finished forgetting job about an adapter measured."""
+    """Rows of the last finished forgetting job on an adapter."""
     for job in _jobs_about(name):
         if job.kind == "forgetting" and job.status == "done":
             rows: list[dict[str, Any]] = (job.result or {}).get("rows", [])
@@ -195,5 +195,5 @@ def _kept_as(job: Job) -> str:
     if job.kind != "soften" or job.status != "done":
         return ""
     result = job.result or {}
-    names = f"'{result.get('library')}' and, the control, '{result.get('library_control')}'"
+    names = f"'{result.get('library')}' and (the control) '{result.get('library_control')}'"
     return markup.notice(f"In your library as {names}.", "info")

@@ -1,4 +1,4 @@
-"""What training did to an adapter's layers, on the Library page: intruder dimensions, layer by layer."""
+"""The Library page's view of an adapter's intruder dimensions, layer by layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "privat
 
 @dataclass
 class Spectrum:
-    """The fold, what is asked with, and what was found."""
+    """The accordion, its inputs, and the report."""
 
     fold: gr.Accordion
     base: gr.Dropdown
@@ -39,8 +39,8 @@ def draw() -> Spectrum:
     with gr.Accordion("What training changed", open=False, visible=False, elem_classes="as-more",
                       elem_id="spectrum") as fold:  # fmt: skip
         gr.HTML(
-            "<p>Intruder dimensions: directions among the largest of a weight that the base never had. Many of them go "
-            "along with forgetting.</p>", elem_classes="as-help", apply_default_css=False,
+            "<p>Intruder dimensions: large directions of a weight that the base does not have. Many of them come with "
+            "forgetting.</p>", elem_classes="as-help", apply_default_css=False,
         )  # fmt: skip
         with gr.Row():
             base = gr.Dropdown([], label="Base it was trained on", allow_custom_value=True, interactive=True,
@@ -48,15 +48,15 @@ def draw() -> Spectrum:
             k = gr.Number(10, label="Directions per layer", minimum=1, precision=0, min_width=100,
                           elem_id="spectrum-k")  # fmt: skip
         eps = gr.Slider(0.05, 1.0, EPS, step=0.05, label="Intruder below", elem_id="spectrum-eps",
-                        info="likeness to the most similar direction of the base")  # fmt: skip
-        ask = gr.Button("Look into its layers", size="md", elem_id="spectrum-ask")
+                        info="similarity to the closest direction of the base")  # fmt: skip
+        ask = gr.Button("Inspect its layers", size="md", elem_id="spectrum-ask")
         told = gr.HTML("", elem_id="spectrum-told", apply_default_css=False)
         below = softening.draw()
     return Spectrum(fold, base, k, eps, ask, told, gr.State(None), below)
 
 
 def wire(spectrum: Spectrum, chosen: gr.State, shelf: gr.Radio) -> None:
-    """Offer it for the chosen adapter; look on request; the limit ``eps`` only colours anew."""
+    """Show it for the chosen adapter and inspect on request; changing ``eps`` only recolours."""
 
     @errors_shown
     def offer(name: str, shown: str) -> Any:

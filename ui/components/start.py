@@ -1,9 +1,9 @@
-"""The picture that a composition starts from, with the part of it to redraw painted on it.
+"""The picture that a composition starts from, with the part to redraw painted on it.
 
-The component's value is None, or what the page knows of the picture: "id" (its path below the uploads folder), "name",
-"url" (of a copy that every browser shows), "size" in words, "pixels" [width, height], "mask" (a ``data:`` URI, empty =
-all of it). A component of our own because ``gr.ImageEditor`` keeps what was painted on the server only until the next
-run, so that it would not survive a reload.
+The component's value is None, or a dict of the picture: "id" (its path below the uploads folder), "name", "url" (of a
+copy that every browser shows), "size" in words, "pixels" [width, height], "mask" (a ``data:`` URI, empty = all of it).
+A component of our own because ``gr.ImageEditor`` keeps the paint on the server only until the next run, so that it
+would not survive a reload.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Started = dict[str, Any]
 
 KNOWN = schema_form.fields(PictureFields)
 USUAL = 0.6
-"""Strength that the form begins with; the models' own in diffusers lie between 0.3 and 1."""
+"""The form's initial strength; diffusers' defaults lie between 0.3 and 1."""
 
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -60,7 +60,7 @@ def draw() -> Start:
                           apply_default_css=False, elem_id="start-picture")  # fmt: skip
         strength = gr.Slider(0.05, 1, value=USUAL, step=0.05, label="Strength", elem_id="strength",
                              info="How much of the picture is redrawn: small stays close to it, 1 keeps nothing. "
-                             "This share of the steps is made.")  # fmt: skip
+                             "Only this share of the steps runs.")  # fmt: skip
     return Start(more, drop, picture, strength)
 
 
@@ -105,12 +105,12 @@ def shown(item: Started | None, strength: float | None = None) -> list[Any]:
 
 
 def kept(item: Any) -> Started | None:
-    """The picture as the browser kept it, if it is still here."""
+    """The picture the browser kept, if its file still exists."""
     return next(iter(pictures.still_here([item])), None) if isinstance(item, dict) else None
 
 
 def of_recipe(config: Mapping[str, Any]) -> Started | None:
-    """The start picture that a recipe holds."""
+    """The start picture in a recipe."""
     if not config.get("image"):
         return None
     item, _ = pictures.started(pictures.taken("start.png", config["image"]))

@@ -1,6 +1,6 @@
-"""A training as its page shows it: progress, loss, samples, and what to do with the adapter.
+"""A training on its page: progress, loss, samples, and buttons for the adapter.
 
-Shared by the pages that start trainings; ``prefix`` keeps the names of their elements apart.
+Shared by the pages that start trainings; ``prefix`` keeps their element ids apart.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Run:
 
     @classmethod
     def draw(cls, prefix: str, empty: str) -> Run:
-        """Draw it; ``empty`` stands there before a training does."""
+        """Draw it; ``empty`` is shown until there is a training."""
         job, shown, adapter = gr.State(""), gr.State(()), gr.State("")
         timer = gr.Timer(SECONDS, active=False)
         panel = gr.HTML(empty, elem_id=f"{prefix}-panel", apply_default_css=False)
@@ -70,7 +70,7 @@ class Run:
                 self.done, self.keep, self.download, self.adapter]  # fmt: skip
 
     def follow_job(self, start: gr.Button, begin: Callable[..., str], inputs: list[Any]) -> None:
-        """Let ``start`` call ``begin(*inputs)``, which submits a job and returns its id, and show how it goes."""
+        """Let ``start`` call ``begin(*inputs)``, which submits a job and returns its id, and follow that job."""
 
         @errors_shown
         def started(*values: Any) -> Any:
@@ -117,7 +117,7 @@ TO_RESULT = """() => { if (window.innerWidth < 760)
 
 
 def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
-    """What the right side shows of a job; nothing changes while ``shown`` is still true."""
+    """The right side for a job; nothing changes while ``shown`` is up to date."""
     if not job_id:
         return gr.skip()
     job = jobs.get(job_id)
@@ -150,7 +150,7 @@ def _kept(job: Job) -> str:
 
 
 def samples(job: Job) -> list[tuple[str, str]]:
-    """Sample pictures with their step as caption, the latest first; what a teacher drew comes last."""
+    """Sample pictures with their step as caption, newest first; the teacher's come last."""
     files = sorted(job.folder.rglob("step-*.png"), reverse=True)
     drawn = [(str(file), f"step {step_of(file)}") for file in files if not file.name.startswith(".")]
     return [*drawn, *((str(file), "teacher") for file in sorted(job.folder.glob("samples/teacher-*.png")))]
@@ -163,7 +163,7 @@ def step_of(file: Path) -> int:
 
 
 def in_library(job: Job) -> str:
-    """Under which name the job itself put its adapter into the library; empty when it did not, or it is gone."""
+    """The library name under which the job added its adapter; empty if it did not, or the adapter is gone."""
     name = str((job.result or {}).get("library") or "")
     return name if name and any(record.name == name for record in library.adapters()) else ""
 
@@ -176,7 +176,7 @@ def made(job: Job) -> Path | None:
 
 
 def add_to_library(job: Job) -> str:
-    """Put the adapter of a finished training into the library and return its name there; once is enough.
+    """Add the adapter of a finished training to the library, unless it is there, and return its name.
 
     Raises:
         InputError: there is no adapter yet.

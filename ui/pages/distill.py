@@ -1,4 +1,4 @@
-"""Distil, a way to train: guidance, or most of the steps, become part of an adapter. No pictures are needed."""
+"""Distil, a way to train: build guidance, or sampling in few steps, into an adapter. No pictures are needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = tuple(KNOWN)
 
 MAIN = ("objective", "name", "guidance", "guidance_mode", "prompts", "base", "styles", "steps", "rank", "learning_rate",
         "batch_size", "trajectory_count", "inference_steps", "sample_prompts", "sample_every")  # fmt: skip
-"""Fields shown at once; the rest stands in groups below."""
+"""Fields shown at once; the rest are in groups below."""
 
 OBJECTIVES = [("Twice as fast", "guidance"), ("A few steps", "consistency")]
 MODES = [("Fixed", "fixed"), ("By weight", "strength"), ("As a setting", "embedding")]
@@ -62,8 +62,8 @@ def build() -> Page:
 
 
 _EMPTY = markup.empty(
-    "The distillation shows itself here",
-    "The base model teaches an adapter of itself. Loss, samples and what the guided base draws appear while it learns.",
+    "Your distillation appears here",
+    "The base model teaches an adapter. Loss, samples and the guided base's pictures appear while it learns.",
 )
 
 
@@ -124,7 +124,7 @@ def _sentence(text: str) -> str:
 
 
 def groups() -> dict[str, list[str]]:
-    """The fields that are not in :data:`MAIN` by the group of the schema, those that are needed often first."""
+    """The fields that are not in :data:`MAIN`, by the schema's groups, the often needed first."""
     found: dict[str, list[str]] = {}
     for item in sorted(KNOWN.values(), key=lambda item: item.advanced):
         if item.name not in MAIN:
@@ -134,7 +134,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def config_of(values: Sequence[Any]) -> DistillConfig:
-    """The job that a filled form asks for; prompts that were written become a file.
+    """The job of a filled form; prompts are written to a file.
 
     Raises:
         InputError: no prompts and no pictures, or a value that cannot work.

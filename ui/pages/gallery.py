@@ -1,4 +1,4 @@
-"""Gallery: every picture that was kept; filter, star, compare two, take the settings again, delete."""
+"""Gallery: every kept picture; filter, star, compare two, reuse settings, delete."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _still(key: str) -> Picture | None:
 
 def _nothing(filtered: bool) -> str:
     if filtered:
-        return markup.empty("No picture is like that", "Take a filter away.")
+        return markup.empty("No picture matches", "Remove a filter.")
     return markup.empty("No pictures yet", "What you make on Compose is kept here, with its settings.")
 
 
@@ -141,7 +141,7 @@ def _detail(one: Picture | None, two: Picture | None, comparing: bool) -> list[A
         return [gr.update(visible=False), hint, gr.update(visible=False), *[gr.skip()] * 3]
     slider = gr.update(visible=bool(two), value=(str(one.path), str(two.path)) if two else None)
     word = "Stop comparing" if comparing else "Compare"
-    star = "Take the star away" if one.starred else "Star"
+    star = "Unstar" if one.starred else "Star"
     return [slider, _panel(one, two, comparing), gr.update(visible=True), gr.update(value=star), gr.update(value=word),
             gr.update(value=str(one.path))]  # fmt: skip
 

@@ -159,7 +159,7 @@ class _Chat:
 
 
 def variants(adapters: Sequence[str] | None, together: str) -> tuple[Variant, ...]:
-    """Who answers; raises :class:`InputError` when they do not fit side by side."""
+    """The variants that answer; raises :class:`InputError` when they do not fit side by side."""
     found = variants_of([(name, 1.0) for name in adapters or ()], together == "compare")
     if len(found) > COLUMNS:
         raise InputError(f"Side by side there is room for {COLUMNS - 1} adapters: remove some.")
@@ -220,7 +220,11 @@ def plain(talk: Sequence[Mapping[str, Any]] | None) -> list[Message]:
 
 
 def _answers(
-    text: str, base: str, present: tuple[Variant, ...], system: str, sampling: Mapping[str, Any],
+    text: str,
+    base: str,
+    present: tuple[Variant, ...],
+    system: str,
+    sampling: Mapping[str, Any],
     kept: list[list[Message]],
 ) -> Iterator[Any]:
     """The boxes as the answers come in; the message field is emptied at once."""
@@ -228,7 +232,7 @@ def _answers(
     start = [{"role": "system", "content": system}] if system.strip() else []
     question = Question(base, present, tuple((*start, *box) for box in boxes), sampling=sampling)
     rest = [gr.skip()] * (COLUMNS - len(present))
-    yield ["", _status(f"{base} is asked ..."), *boxes, *rest]
+    yield ["", _status(f"asking {base} ..."), *boxes, *rest]
     with closing(CLIENT.ask(question)) as events:
         remarks = ""
         for event in events:
@@ -287,7 +291,7 @@ def _train_settings() -> tuple[Form, gr.File, gr.State, gr.HTML, gr.Button]:
 
 
 def groups(shown: Sequence[str]) -> dict[str, list[str]]:
-    """The fields not in ``shown`` by the group of the schema, those that are needed often first."""
+    """The fields not in ``shown``, by the schema's groups, the often needed first."""
     found: dict[str, list[str]] = {}
     for item in sorted(KNOWN.values(), key=lambda item: item.advanced):
         if item.name not in shown:
@@ -297,7 +301,7 @@ def groups(shown: Sequence[str]) -> dict[str, list[str]]:
 
 
 def keep(file: str | Path) -> Path:
-    """Copy a dropped file to where jobs find it later, under the hash of what is in it."""
+    """Copy a dropped file to where jobs find it later, under the hash of its content."""
     source = Path(file)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     target = settings.folder("datasets", f"rows-{digest}") / source.name
@@ -307,7 +311,7 @@ def keep(file: str | Path) -> Path:
 
 
 def describe(file: Path, task: str) -> str:
-    """The first rows of a file as a training would understand them.
+    """The first rows of a file as a training would read them.
 
     Raises:
         InputError: as the training itself.
@@ -342,7 +346,7 @@ def _short(text: str, most: int = 160) -> str:
 
 
 def config_of(data: str, base: str, values: Sequence[Any]) -> TrainLanguageConfig:
-    """The job that a filled form asks for; raises :class:`InputError` for what cannot work."""
+    """The job of a filled form; raises :class:`InputError` for what cannot work."""
     if not data:
         raise InputError("There are no rows yet: drop a file first.")
     names = [name for name in NAMES if name != "base"]
@@ -383,7 +387,7 @@ class _Result:
 
 _CANCEL = "Cancel and keep what is learnt"
 _EMPTY = markup.empty(
-    "The training shows itself here",
+    "Your training appears here",
     "Drop a file of rows, give the adapter a name, and start. Loss, measures and answers appear while it learns.",
 )
 
@@ -457,7 +461,7 @@ def _wire_crossing(page: Page, result: _Result) -> None:
 
 
 def use(record: library.Record) -> list[Any]:
-    """Values of mode, base and adapters with which the page uses something from the library."""
+    """Values of mode, base and adapters that put a library item to use."""
     if record.kind == "base":
         return ["chat", record.name, gr.skip()]
     return ["chat", gr.skip(), gr.update(choices=adapter_choices(), value=[record.name])]
@@ -469,7 +473,7 @@ def open_job(job_id: str, shown: tuple[Any, ...]) -> list[Any]:
 
 
 def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
-    """What the right side shows of a training."""
+    """The right side for a training."""
     if not job_id:
         return gr.skip()
     job = jobs.get(job_id)
@@ -485,7 +489,7 @@ def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
 
 
 def _measures(job: Job) -> str:
-    """The latest measures on the rows kept out."""
+    """The latest measures on the held-out rows."""
     found = (job.result or {}).get("validation") or []
     if not found:
         return ""
@@ -496,7 +500,7 @@ def _measures(job: Job) -> str:
 
 
 def answers(job: Job) -> str:
-    """The answers to the sample prompts so far, the latest first."""
+    """The answers to the sample prompts so far, newest first."""
     file = job.folder / "answers.jsonl"
     if not file.is_file():
         return ""

@@ -34,7 +34,7 @@ class Page:
     looking: list[Any]
     """Components that :func:`open_job` fills."""
     acts: list[Any]
-    """Events by which a person chooses or changes something."""
+    """Events by which the user chooses or changes something."""
 
 
 def build() -> Page:
@@ -128,7 +128,7 @@ class _Detail:
 
 
 def show(shelf: Shelf, search: str, chosen: str) -> list[Any]:
-    """The cards and the details: what a :class:`Page`'s ``refresh_outputs`` get."""
+    """The cards and the details: values of a :class:`Page`'s ``refresh_outputs``."""
     if shelf == "trash":
         return _show_trash(search, chosen)
     records = [record for record in _records(shelf) if matches(record, search)]
@@ -138,7 +138,7 @@ def show(shelf: Shelf, search: str, chosen: str) -> list[Any]:
 
 
 def open_job(job_id: str, shown: tuple[Any, ...]) -> list[Any]:
-    """The adapter that a job about forgetting is of: what a :class:`Page`'s ``looking`` gets."""
+    """The adapter of a forgetting job: values of a :class:`Page`'s ``looking``."""
     return ["adapter", gr.update(open=True), *show("adapter", "", str(jobs.get(job_id).config["adapter"]))]
 
 
@@ -147,7 +147,7 @@ def _records(shelf: Shelf) -> list[Record]:
 
 
 def matches(record: Record, search: str) -> bool:
-    """Whether every word of ``search`` is in what the card says."""
+    """Whether every word of ``search`` is on the card."""
     text = " ".join([record.name, record.family, *record.triggers, str(record.notes.get("description", ""))]).lower()
     return all(word in text for word in (search or "").lower().split())
 
@@ -318,7 +318,7 @@ def _wire_changes(page: Page, detail: _Detail) -> None:
     @errors_shown
     def delete_for_good(words: str) -> Any:
         number = library.empty_trash()
-        gr.Info(f"{number} thing{'s' if number != 1 else ''} deleted permanently.", title="Trash emptied")
+        gr.Info(f"{number} item{'s' if number != 1 else ''} deleted permanently.", title="Trash emptied")
         return show("trash", words, "")
 
     shelf, search = page.refresh_inputs[0], page.refresh_inputs[1]

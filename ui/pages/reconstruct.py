@@ -1,4 +1,4 @@
-"""Reconstruct: photos of a scene in, 3D out; if asked, the model first calibrates itself to the scene."""
+"""Reconstruct: photos of a scene in, 3D out; the model can be calibrated to the scene first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODELS = [
 ]
 
 SURFACES = {"automatic": None, "surfaces": True, "points": False}
-"""How a scene is drawn, and what ``mesh`` is then."""
+"""How a scene is drawn, and the value of ``mesh`` for it."""
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 Form = dict[str, Any]
 
@@ -152,7 +152,7 @@ def _restricted(model: str) -> bool:
 
 
 def adapter_choices() -> list[tuple[str, str]]:
-    """Adapters that earlier reconstructions and trainings have made, newest first of each."""
+    """Adapters made by earlier reconstructions and trainings, newest first of each."""
     made = [job for kind in ("reconstruct", "train-scene") for job in jobs.list(100, (), kind)]
     found = [job for job in made if (job.result or {}).get("adapter")]
     return [
@@ -185,16 +185,18 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
             with gr.Column(min_width=150, scale=2):
                 after = gr.Model3D(label="Scene", elem_id="scene-after", **looks)
             with gr.Column(min_width=200, scale=1):
-                flight = gr.Image(label="Flight around it", type="filepath", interactive=False, height=200,
+                flight = gr.Image(label="Fly-around", type="filepath", interactive=False, height=200,
                                   elem_id="scene-flight", buttons=["download", "fullscreen"])  # fmt: skip
                 depth = gr.Gallery(label="Depth", columns=3, height=204, interactive=False, object_fit="contain",
                                    elem_id="scene-depth", buttons=["fullscreen"])  # fmt: skip
         points = gr.HTML("", elem_id="scene-points", elem_classes="as-help", apply_default_css=False)
         with gr.Group(elem_classes="as-card"):
             with gr.Row():
-                form["percentile"] = gr.Slider(0, 95, KNOWN["percentile"].default, step=1, label="Drop least sure, %",
-                                               elem_id="scene-percentile", min_width=150)  # fmt: skip
-                form["confidence"] = gr.Slider(1, 20, KNOWN["confidence"].default, step=0.1, label="Least confidence",
+                form["percentile"] = gr.Slider(
+                    0, 95, KNOWN["percentile"].default, step=1, label="Drop least confident, %",
+                    elem_id="scene-percentile", min_width=150,
+                )  # fmt: skip
+                form["confidence"] = gr.Slider(1, 20, KNOWN["confidence"].default, step=0.1, label="Minimum confidence",
                                                elem_id="scene-confidence", min_width=150)  # fmt: skip
                 size = gr.Slider(1, 20, 5, step=1, label="Camera size, %", min_width=150)
             with gr.Row():
@@ -204,7 +206,7 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                 hide = gr.Dropdown(["nothing", "black", "white", "sky"], value="nothing", label="Hide background",
                                    min_width=130, interactive=True, elem_id="scene-hide")  # fmt: skip
                 form["max_points"] = schema_form.widget(
-                    KNOWN["max_points"], label="Most points", info=None, min_width=130
+                    KNOWN["max_points"], label="Maximum points", info=None, min_width=130
                 )
             with gr.Row():
                 form["cameras"] = schema_form.widget(KNOWN["cameras"], label="Cameras", info=None, min_width=130)
@@ -221,7 +223,21 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
                                  buttons=["download", "fullscreen"])  # fmt: skip
         table = gr.HTML("", apply_default_css=False, elem_id="scene-cameras")
     result = _Result(
-        job, shown, timer, panel, cancel, resume, body, beside, before, after, flight, depth, gallery, table, frame,
+        job,
+        shown,
+        timer,
+        panel,
+        cancel,
+        resume,
+        body,
+        beside,
+        before,
+        after,
+        flight,
+        depth,
+        gallery,
+        table,
+        frame,
         points,
     )
     controls = [
@@ -255,7 +271,7 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
         event(show, [job, *controls], [after, points], show_progress="minimal", api_visibility="private",
               concurrency_limit=1)  # fmt: skip
     make.click(prepare, [job, kind, *controls], download, **_PRIVATE)
-    # A file made before is not what the page shows now.
+    # An earlier file does not have the settings shown now.
     gr.on([after.change, kind.input], lambda: gr.update(interactive=False), None, download, **_PRIVATE)
     return result
 
@@ -265,7 +281,7 @@ def _count(points: int) -> str:
 
 
 def exported(job: Job, kind: str, values: Sequence[Any]) -> tuple[Path, int, list[str]]:
-    """A file of a finished scene with other settings, made from what was kept: the file, its points and notes on it.
+    """Export a finished scene with other settings: the file, its number of points, and notes.
 
     Equal settings give the same file.
     """
@@ -344,6 +360,7 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
 
     start.click(begin, [drop, *fields], page.view, **_PRIVATE)
     result.timer.tick(look, [result.job, result.shown], page.view, **_PRIVATE)
+
     @errors_shown
     def go_on(job_id: str) -> Any:
         jobs.resume(job_id)
@@ -369,10 +386,10 @@ def follow_nothing() -> list[Any]:
 
 
 def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
-    """What the right side shows of a job; nothing changes while ``shown`` is still true.
+    """The right side for a job; nothing changes while ``shown`` is up to date.
 
-    A finished scene comes in two steps, first the viewers, then what they show: a viewer that enters the page together
-    with its scene stays empty (Gradio 6.31).
+    A finished scene comes in two steps, first the viewers, then their contents: a viewer that appears together with
+    its scene stays empty (Gradio 6.31).
     """
     if not job_id:
         return gr.skip()

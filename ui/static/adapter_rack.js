@@ -4,7 +4,7 @@ const tones = ['a', 'b', 'c', 'd', 'e', 'f'];
 let rows = [];
 
 const publish = () => { props.value = rows.map((row) => ({ ...row })); };
-// Regions offer the adapters that are here.
+// Regions offer these adapters.
 const announce = () => document.dispatchEvent(new CustomEvent('as-rack', {
   detail: rows.map(({ name, triggers }) => ({ name, triggers })),
 }));
@@ -20,7 +20,7 @@ const make = (tag, attributes = {}, ...children) => {
 };
 const clamp = (value, low, high) => Math.min(high, Math.max(low, Number.isFinite(value) ? value : low));
 
-// What a distilled adapter stands for at its weight, and whether it has practised that.
+// What a distilled adapter has built in at its weight, and whether it was trained for that.
 function builtIn(row) {
   const { mode, guidance, low, high, steps } = row.distilled || {};
   const few = steps ? `, for ${steps} steps` : '';
@@ -81,7 +81,7 @@ function scheduleControl(row) {
   return make('div', { class: 'as-rack-line' }, make('span', { class: 'as-rack-label' }, 'Active'), range, words);
 }
 
-// Strength in the text encoders and factors per block: for few people, so folded.
+// Strength in the text encoders and factors per block: rarely needed, so folded.
 function moreControl(row) {
   const encoder = make('input', {
     type: 'number', step: '0.05', placeholder: 'same', value: row.te_weight, 'aria-label': `Text encoder weight of ${row.name}`,

@@ -1,4 +1,4 @@
-// The switch between the light and the dark side; the choice is remembered.
+// The switch between light and dark mode; the choice is remembered.
 const KEY = 'adapter-studio-theme';
 const set = (dark) => { document.body.classList.toggle('dark', dark); document.documentElement.style.colorScheme = dark ? 'dark' : 'light'; };
 const kept = localStorage.getItem(KEY);

@@ -1,4 +1,4 @@
-// The menu follows the hidden tabs: whoever changes the page, the address, the title and the marked link follow.
+// The menu follows the hidden tabs: whenever the page changes, address, title and marked link follow.
 const links = [...element.querySelectorAll('[data-page]')];
 const open = element.querySelector('.as-nav-open');
 const button = (key) => document.getElementById(`page-${key}-button`);

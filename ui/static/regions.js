@@ -73,13 +73,13 @@ function addRegion(region) {
   return region;
 }
 
-// The sentence above, which a region without a prompt of its own hears.
+// The prompt of the picture, which applies to regions without a prompt of their own.
 const sentence = () => document.querySelector('#prompt textarea')?.value.trim() || 'as for the whole picture';
 document.addEventListener('input', (event) => {
   if (event.target.closest('#prompt')) root.querySelectorAll('[data-field=prompt]').forEach((field) => { field.placeholder = sentence(); });
 });
 
-// The words that call its adapters, as long as nobody wrote anything else. Columns side by side hear the whole sentence.
+// The trigger words of its adapters, unless the user wrote something else. Columns side by side use the picture's prompt.
 function suggest(region) {
   if (region.prompt && region.prompt !== suggested.get(region)) return;
   region.prompt = triggersOf(region).join(' and ');
@@ -151,7 +151,7 @@ async function paintFrom(source, paint) {
   return image.naturalWidth / image.naturalHeight;
 }
 
-// White on black as a PNG: what a region keeps of its paint; nothing when nothing is painted.
+// A region's paint as a PNG, white on black; empty when nothing is painted.
 function keepPaint(region) {
   const paint = paintOf(region);
   const sheet = make('canvas', { width: paint.width, height: paint.height });
@@ -182,7 +182,7 @@ function bounds(paint) {
   return right > left ? [left / paint.width, top / paint.height, right / paint.width, bottom / paint.height].map(round) : null;
 }
 
-// Another shape of the picture: paint is stretched with it, as boxes are.
+// When the picture's shape changes, paint is stretched with it, as boxes are.
 function refit() {
   const [width, height] = paintSize();
   for (const region of regions) {
@@ -278,7 +278,7 @@ function drawPlaces() {
   if (props.picture && backdrop.getAttribute('src') !== props.picture) backdrop.src = props.picture;
   hint.hidden = props.mode === 'auto' ? (props.found || []).length > 0 : regions.length > 0;
   hint.textContent = props.mode === 'auto'
-    ? 'The first steps find where each subject wants to be. After a run its places are shown here.'
+    ? 'The first steps find the place of each subject. After a run the places are shown here.'
     : 'Draw a box with the mouse or a finger, or choose the brush and paint.';
   stage.dataset.tool = props.mode === 'auto' ? 'none' : tool;
 }
@@ -375,7 +375,7 @@ function resized([x0, y0, x1, y1], side, { x, y }) {
   ].map(round);
 }
 
-// A new place for a box: only what shows it is changed, so that pointers and focus stay where they are.
+// Move a box by changing only its own elements, so that pointers and focus stay where they are.
 function change(index, box) {
   regions[index].box = box;
   const node = layers.querySelector(`[data-index="${index}"]`);
@@ -447,7 +447,7 @@ function drawTools() {
     return;
   }
   const kinds = make('span', { class: 'as-tools-kinds' }, button('box', 'Box', 'Drag on the frame to draw a box; hold Shift inside another'),
-    button('brush', 'Brush', 'Paint the chosen region'), button('erase', 'Eraser', 'Take paint away from the chosen region'));
+    button('brush', 'Brush', 'Paint the chosen region'), button('erase', 'Eraser', 'Erase paint from the chosen region'));
   const clear = regions.length ? make('button', { type: 'button', class: 'as-quiet', onclick: () => {
     regions = []; selected = -1; publish(); draw();
   } }, 'Clear') : make('button', { type: 'button', class: 'as-quiet', id: 'side-by-side', onclick: sideBySide }, 'Side by side');

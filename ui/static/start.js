@@ -1,5 +1,5 @@
 // The start picture with its mask. props.value is null or {id, url, name, size, mask, ...} (see ui/components/start.py);
-// what is painted is redrawn. Nothing painted: all of it is.
+// the painted part is redrawn, without paint all of it.
 const root = element.querySelector('.as-start');
 const LONGEST = 1024;
 let item = null;
