@@ -386,10 +386,13 @@ class MultiLoRAPipeline:
             height, width = size
         sized = "width" in inspect.signature(type(self.pipe).__call__).parameters
         self._check_more(call, size, sized)
+        real_guidance = flow_flux and "true_cfg_scale" in self.own_arguments
+        if flow_flux and call.true_cfg_scale != 1 and not real_guidance:
+            raise InputError(f"A {type(self.pipe).__name__} takes no true_cfg_scale: leave it at 1.")
         told: dict[str, Any] = {
             **call.more, **({"width": width, "height": height} if sized else {}),
             "num_inference_steps": call.steps, "guidance_scale": scale,
-            "output_type": call.output_type, **({"true_cfg_scale": call.true_cfg_scale} if flow_flux else {}),
+            "output_type": call.output_type, **({"true_cfg_scale": call.true_cfg_scale} if real_guidance else {}),
         }  # fmt: skip
         request = Request(
             call.prompt, call.negative_prompt, call.images, guided, call.seed, size, told, call.monitor,

@@ -85,6 +85,10 @@ def task(family: str, name: str) -> tuple[MultiLoRAPipeline, dict[str, Any]]:
     if name == "t2i-adapter":
         return composer.for_task(name, adapter=t2i_adapter()), {"image": IMAGE}
     made = composer.for_task(name, controlnet=controlnet(family))
+    if name == "controlnet image":
+        return made, {"image": IMAGE, "control_image": 1 - IMAGE, "strength": 0.5}
+    if name == "controlnet inpaint":
+        return made, {"image": IMAGE, "mask_image": MASK, "control_image": 1 - IMAGE, "strength": 0.75}
     return made, {"image" if hasattr(pipe, "unet") else "control_image": IMAGE}
 
 
@@ -128,6 +132,8 @@ def theirs(pipe: Any, files: dict[str, Path], method: str, seed: int, **call: An
 
 CASES = [
     *((family, kind) for family in ("sd", "sdxl", "sd3", "flux") for kind in ("image", "inpaint", "controlnet")),
+    *(("flux", kind) for kind in ("controlnet image", "controlnet inpaint")),
+    *((family, "controlnet inpaint") for family in ("sd", "sdxl")),
     ("sd", "t2i-adapter"),
 ]
 
