@@ -48,6 +48,7 @@ def run(config: CompareConfig, folder: Path, monitor: Monitor) -> dict[str, Any]
         "regions": {name: result["regions"] for name, result in results.items()},
         "grid": str(folder / GRID),
         "base": config.base,
+        "remarks": series.remarks(results),
         "seconds": round(time.monotonic() - begun, 3),
     }
 

@@ -25,6 +25,11 @@ class One:
     folder: Path
 
 
+def remarks(results: Mapping[Any, dict[str, Any]]) -> list[str]:
+    """What the compositions say of their pictures, each sentence once."""
+    return list(dict.fromkeys(remark for result in results.values() for remark in result["remarks"]))
+
+
 def run(wanted: Mapping[Any, One], monitor: Monitor) -> tuple[dict[Any, dict[str, Any]], dict[Any, str]]:
     """(results of :func:`studio.composition.job.run`, reasons why the others were left out), by the keys of ``wanted``.
 

@@ -51,6 +51,7 @@ def run(config: SweepConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
         "skipped": {", ".join(labels): reason for labels, reason in skipped.items()},
         "grid": str(folder / GRID),
         "base": config.base,
+        "remarks": series.remarks(results),
         "seconds": round(time.monotonic() - begun, 3),
     }
 

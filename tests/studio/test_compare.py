@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ComposeConfig]:
         monitor.report(Progress("denoising", 1, 2))
         path = folder / f"picture-{one.seed}.png"
         Image.new("RGB", (64, 48), "red").save(path)
-        return {"images": [str(path)], "regions": []}
+        return {"images": [str(path)], "regions": [], "remarks": []}
 
     monkeypatch.setattr("studio.composition.job.run", run)
     return seen

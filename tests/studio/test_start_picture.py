@@ -190,6 +190,21 @@ def test_what_is_scaled_or_cut_is_said(model, tmp_path):
                         "The mask of 32 x 64 was scaled to 40 x 80 and cut to 40 x 40 around its middle."]  # fmt: skip
 
 
+def test_a_sweep_starts_from_the_picture_and_says_what_was_cut(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.open(model / "start.png").resize((48, 40)).save("large.png")
+    flags = ["--prompt", PROMPT, "--base", str(model / "base"), "--lora", f"a={model / 'a.safetensors'}"]
+    flags += ["--width", "32", "--height", "32", "--image", "large.png", "--strength", "0.5"]
+    flags += ["--steps", "4", "--guidance-scale", "1"]
+    assert run(["compose", *flags, "--sweep", "a=0,1", "--out", "grid.png"]) == 0
+    assert capsys.readouterr().err.count("The start picture of 48 x 40 was scaled to 38 x 32") == 1
+    assert Path("grid.png").is_file()
+    one = compose.run(config(model, image="large.png", strength=0.5, width=32, height=32, guidance_scale=1, seed=0,
+                             adapters=[]), tmp_path, Silent())  # fmt: skip
+    first = sorted((tmp_path / "home" / "jobs").glob("*/000/picture-*.png"))[0]  # the adapter at 0
+    assert np.array_equal(pixels(first), pixels(one["images"][0]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -76,12 +76,13 @@ def test_the_grid_has_every_picture_at_its_place_and_names_what_is_left_out(
             raise InputError("not this one")
         colour = (int(200 * one.adapters[0].weight), 100 * one.seed, 0)
         path = recipe_png.save_png(Image.new("RGB", (64, 32), colour), folder / "picture-0.png", {"config": {}})
-        return {"images": [str(path)]}
+        return {"images": [str(path)], "remarks": ["the same of each"]}
 
     monkeypatch.setattr("studio.composition.job.run", draw)
     result = sweep.run(config("fox=0,1", "seed=1,2"), tmp_path, Silent())
     assert result["labels"] == {"000": "fox 0, seed 1", "001": "fox 0, seed 2", "002": "fox 1, seed 1"}
     assert result["skipped"] == {"fox 1, seed 2": "not this one"}
+    assert result["remarks"] == ["the same of each"]
     with Image.open(result["grid"]) as sheet:
         width, height = 192, 96
         middle = [
