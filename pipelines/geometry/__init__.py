@@ -12,7 +12,7 @@ __all__ = ["Scene", "ScenePipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the licence of weights is known without torch."""
+    """Import on first use, so that :mod:`pipelines.geometry.licence` does not load torch."""
     if name == "ScenePipeline":
         from pipelines.geometry.pipeline import ScenePipeline
 

@@ -5,8 +5,8 @@ of image n and (s_e, P_e) the similarity of edge e = (i, j),
 
     minimise  sum over e, v in {i, j}, p  of  w_e,v,p || chi_v,p - s_e P_e X_e,v,p ||,     w = log C,
 
-by Adam, the mean log s_e pinned. Two images need no optimisation (:func:`view_pair`). ``reweight`` makes the alignment
-robust, as LoRA3D does (:mod:`pipelines.geometry.calibration`).
+by Adam, with the mean log s_e fixed. Two images need no optimisation (:func:`view_pair`). ``reweight`` makes the
+alignment robust, as in LoRA3D (:mod:`pipelines.geometry.calibration`).
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from pipelines.geometry.initialise import BASE_SCALE, own_focals, scores, spanni
 
 Transform = Literal["log", "sqrt", "minus_one", "identity"]
 Reweight = Callable[[int, Tensor, Tensor], Tensor | None]
-"""(step, confidence C ``(2, E, P)``, distances e) -> new weights, or None to keep the present ones."""
+"""(step, confidence C ``(2, E, P)``, distances e ``(2, E, P)``) -> new weights, or None to keep the current ones."""
 
 FOCAL_SLOWNESS = 20.0
+"""The log focals are optimised times this factor, which slows them down."""
 
 
 @dataclass
 class Alignment:
-    """A scene: what :func:`align` and :func:`view_pair` find.
+    """Result of :func:`align` and :func:`view_pair`.
 
-    Shapes: poses ``(N, 4, 4)`` camera-to-world; focals ``(N,)``; depth, confidence ``(N, P)``; weights, distances
-    ``(2, E, P)`` (view 1, view 2) in the transformed confidence's domain. ``pair_moves`` places each pair's frame.
+    Shapes: poses ``(N, 4, 4)`` camera-to-world; focals ``(N,)`` in pixels; depth, confidence ``(N, P)``; weights (of
+    the transformed confidence), distances ``(2, E, P)`` (view 1, view 2). ``pair_moves`` maps each pair's frame to the
+    world.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -57,7 +59,7 @@ class Alignment:
         return self.depth[n, : h * w].unflatten(0, (h, w))
 
     def confidence_map(self, n: int) -> Tensor:
-        """Confidence ``(H, W)``: the network's own, the largest over all edges."""
+        """Confidence ``(H, W)`` of an image: the network's own, the largest over all edges."""
         h, w = self.sizes[n]
         return self.confidence[n, : h * w].unflatten(0, (h, w))
 
@@ -67,7 +69,7 @@ class Alignment:
         return own @ self.poses[n, :3, :3].T + self.poses[n, :3, 3]
 
     def moved(self, move: Similarity) -> Alignment:
-        """The scene in another frame."""
+        """The scene moved by a similarity."""
         return replace(self, poses=move.pose(self.poses), depth=self.depth * move.scale)
 
 
@@ -84,7 +86,7 @@ def transformed(confidence: Tensor, kind: Transform = "log") -> Tensor:
 def learning_rate(
     step: int, steps: int, peak: float, schedule: Literal["cosine", "linear"], floor: float = 1e-6
 ) -> float:
-    """Rate before step ``step`` of ``steps``."""
+    """Learning rate of step ``step`` (from 0) of ``steps``."""
     t = step / steps
     if schedule == "linear":
         return peak + (floor - peak) * t
@@ -100,7 +102,7 @@ def _expm1(x: Tensor) -> Tensor:
 
 
 class _Variables:
-    """What Adam moves, and how it becomes cameras."""
+    """The variables optimised by Adam, and cameras and points from them."""
 
     def __init__(self, predictions: Predictions, poses: Tensor | None, focals: Tensor | None, threshold: float) -> None:
         start = spanning_tree_start(predictions.to("cpu"), threshold, focals)
@@ -155,7 +157,7 @@ class _Variables:
 
 
 def _onto_known(start: object, poses: Tensor) -> None:
-    """Move a start so that its cameras lie where they are known to be."""
+    """Move a start onto known cameras."""
     from pipelines.geometry.initialise import Start
 
     assert isinstance(start, Start)
@@ -179,14 +181,18 @@ def align(
     """Align three or more images.
 
     Args:
-        reweight: asked before every step and once after the last for new weights; without it they stay log C.
-        poses, focals: known cameras ``(N, 4, 4)`` and ``(N,)``; they stay as they are.
-        threshold: raw confidence from which pixels count for PnP in the start.
+        predictions: of ordered pairs that connect all images.
+        steps, lr, schedule: of Adam.
+        transform: from raw confidence to weights; the paper's is log.
+        reweight: called before every step and once after the last for new weights; without it they stay transformed C.
+        poses, focals: known cameras ``(N, 4, 4)`` and ``(N,)``, which are kept fixed.
+        threshold: raw confidence above which pixels count for PnP in the initialisation.
         squared: minimise squared distances ("l2") instead of distances.
+        monitor: receives progress and may cancel.
 
     Raises:
-        InputError: fewer than three images, a pair graph that falls apart, a loss that is not finite.
-        adapters.errors.Cancelled: ``monitor`` said so.
+        InputError: fewer than three images, a pair graph that is not connected, or a loss that is not finite.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     if len(predictions.sizes) < 3:
         raise InputError(f"Global alignment needs three or more images, got {len(predictions.sizes)}; see view_pair.")
@@ -204,7 +210,7 @@ def align(
 
     def distances() -> Tensor:
         world, move = variables.world(), variables.moves()
-        # index_select, not world[n]: its gradient is several times faster on CPU
+        # index_select instead of world[n]: its gradient is several times faster on CPU
         apart = [world.index_select(0, n) - move(x) for n, x in zip(index, views, strict=True)]
         square = torch.stack([(d * d).sum(-1) for d in apart])
         return square if squared else (square + 1e-18).sqrt()
@@ -245,15 +251,15 @@ def align(
 
 
 def view_pair(predictions: Predictions, threshold: float = 3.0) -> Alignment:
-    """Two images, both orders, no optimisation: focals by Weiszfeld, the relative pose by PnP.
+    """Align two images without optimisation: focals by Weiszfeld, the relative pose by PnP.
 
-    The camera of the surer order is the world.
+    The world is the first camera of the more confident order.
 
     Raises:
-        InputError: not exactly the two ordered pairs of two images; no pose is found.
+        InputError: not exactly the two ordered pairs of two images, or no pose is found.
     """
     if len(predictions.sizes) != 2 or sorted(predictions.pairs) != [(0, 1), (1, 0)]:
-        raise InputError("Two images, asked about in both orders, are needed.")
+        raise InputError("Pair alignment needs the predictions of two images in both orders.")
     focals = own_focals(predictions)
     edge = int(scores(predictions).argmax())
     base, other = predictions.pairs[edge]
@@ -263,7 +269,7 @@ def view_pair(predictions: Predictions, threshold: float = 3.0) -> Alignment:
         sure = confidence >= confidence.median()
     found = cameras.solve_pnp(points, sure, float(focals[other]), rounds=100)
     if found is None:
-        raise InputError("No pose between the two images could be found: they may not show the same thing.")
+        raise InputError("No relative pose of the two images was found: they may not show the same scene.")
     poses, depth = torch.eye(4).repeat(2, 1, 1), torch.zeros(2, predictions.points1.shape[1])
     poses[other] = found[0]
     own = predictions.points1[edge]
@@ -278,7 +284,10 @@ def view_pair(predictions: Predictions, threshold: float = 3.0) -> Alignment:
 
 
 def clean(scene: Alignment, tolerance: float = 1e-3) -> Alignment:
-    """Take the confidence of points that would hide what another, surer image sees; they are mostly wrong."""
+    """The scene with confidence 0 where a point would occlude one seen with more confidence by another image.
+
+    Such points are mostly wrong. ``tolerance`` is the share of the depth by which a point must be nearer.
+    """
     confidence = scene.confidence.clone()
     worlds = [scene.points(n).flatten(0, 1) for n in range(len(scene.sizes))]
     for n, (h, w) in enumerate(scene.sizes):

@@ -1,17 +1,17 @@
-"""LoRA3D: a pointmap network that calibrates itself to one scene.
+"""LoRA3D: self-calibration of a pointmap network to one scene.
 
-"LoRA3D: Low-Rank Self-Calibration of 3D Geometric Foundation Models" (arXiv 2412.07746). From some ten pictures and no
-labels:
+"LoRA3D: Low-Rank Self-Calibration of 3D Geometric Foundation Models" (arXiv 2412.07746). From about ten pictures,
+without labels:
 
-1. all pairs' pointmaps are aligned while every pixel's confidence is weighed anew: the joint minimum of
+1. all pairs' pointmaps are aligned while every pixel is reweighted: the minimum of
    sum [ w e + mu (sqrt w - sqrt C)^2 ] over w at fixed geometry is  w = C / (1 + e / mu)^2,  which caps the influence
    of a confident outlier at C mu;
 2. the aligned points chi, moved into each pair's first camera and kept where w > cutoff, are pseudo labels;
 3. a LoRA adapter (y = W0 x + s B A x on the attention's q, k, v; rank 16, s = 1) learns them with DUSt3R's own loss.
 
-C is log(conf) here: the network's confidence is always above 1, and the thresholds 0.5 and 1.5 belong to the log. The
-first hundred steps are not reweighted: from step 0 a small mu freezes a bad start. Trained: A, B. Stored: an ordinary
-PEFT LoRA with ``scene.json`` beside it.
+C is log(conf) here: the network's confidence is always above 1, and the thresholds 0.5 and 1.5 apply to the log. The
+first hundred steps are not reweighted: a small mu from step 0 would freeze a bad initialisation. Trained: A, B. Stored:
+an ordinary PEFT LoRA with ``scene.json``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 METHOD = Method(
     name="lora3d",
     title="LoRA3D",
-    summary="Calibrates a pointmap network to one scene from its own, robustly aligned predictions.",
+    summary="Calibrates a pointmap network to one scene on its own, robustly aligned predictions.",
     stage="task",
     makes="ordinary LoRA",
     paper="LoRA3D: Low-Rank Self-Calibration of 3D Geometric Foundation Models, arXiv 2412.07746",
@@ -63,34 +63,34 @@ TARGETS = {
 """Presets: which layers get a LoRA (rank 16 on the ViT-L models: 18.1 and 26 MB in fp32)."""
 
 SCENE = "scene.json"
-"""What an adapter was calibrated on, beside its tensors."""
+"""File in an adapter's folder that records what it was calibrated on."""
 
 ENTERS = 0.5
-"""Pixels less confident than this (in the transformed domain) never get weight."""
+"""Pixels with a transformed confidence below this have weight 0."""
 
 LEAST_KEPT = 0.05
-"""An edge is left out when either of its views keeps less than this share of its pixels as labels."""
+"""An edge is left out if either of its views keeps less than this share of its pixels as labels."""
 TOO_FEW, FALLBACK_KEPT = 0.2, 0.5
 """A cutoff that keeps less than the first share of all pixels is lowered to keep the second. Of 0.2, 0.4 and 0.6 the
-larger was better each time on the two rooms tried, which serve no judgement."""
+larger was always better on the two rooms tried, which are not used for evaluation."""
 
 
 # ------------------------------------------------------------------------------------------------ robust weights
 
 
 def calibrated(confidence: Tensor, distance: Tensor, mu: float) -> Tensor:
-    """w = C / (1 + e / mu)^2, and 0 where C is below 0.5."""
+    """w = C / (1 + e / mu)^2, and 0 where C is at most :data:`ENTERS`."""
     return torch.where(confidence > ENTERS, confidence / (1 + distance / mu) ** 2, 0.0)
 
 
 def reweighting(mu: float, warmup: int = 100, every: int = 10) -> Reweight:
-    """For :func:`pipelines.geometry.alignment.align`: new weights every ``every`` steps after the warm-up.
+    """Reweighting for :func:`pipelines.geometry.alignment.align`, every ``every`` steps after ``warmup`` steps.
 
     Raises:
         InputError: ``mu`` is not positive.
     """
     if not mu > 0:
-        raise InputError(f"mu must be more than 0, got {mu}; 0.03 suits most scenes.")
+        raise InputError(f"mu must be above 0, got {mu}; 0.03 suits most scenes.")
 
     def update(step: int, confidence: Tensor, distance: Tensor) -> Tensor | None:
         if step < warmup:
@@ -103,7 +103,11 @@ def reweighting(mu: float, warmup: int = 100, every: int = 10) -> Reweight:
 def robust_alignment(
     predictions: Predictions, mu: float = 0.03, warmup: int = 100, steps: int = 300, **options: Any
 ) -> Alignment:
-    """Global alignment with calibrated confidence; ``weights`` of the result are w*, settled on the final geometry."""
+    """Global alignment with calibrated confidence; ``weights`` of the result are those of the final geometry.
+
+    Raises:
+        InputError: as :func:`reweighting` and :func:`pipelines.geometry.alignment.align`.
+    """
     scene = alignment.align(predictions, steps, reweight=reweighting(mu, warmup), **options)
     raw = torch.stack([predictions.confidence1, predictions.confidence2]).cpu()
     start = alignment.transformed(raw, options.get("transform", "log"))
@@ -112,7 +116,7 @@ def robust_alignment(
 
 
 def shared(scene: Alignment, pairs: Sequence[Pair], wanted: Sequence[Pair]) -> Alignment:
-    """The scene with weights for ``wanted`` pairs: a pixel's largest over all aligned ``pairs`` that hold its picture.
+    """The scene with weights for ``wanted`` pairs: a pixel's largest weight over all aligned ``pairs`` of its picture.
 
     All pairs label a pixel with the same point, so one pair that confirms it is enough.
     """
@@ -129,10 +133,10 @@ def shared(scene: Alignment, pairs: Sequence[Pair], wanted: Sequence[Pair]) -> A
 
 @dataclass
 class Labels:
-    """Pseudo labels of one scene: where every pixel lies, and in which ordered pairs it counts.
+    """Pseudo labels of one scene: the point of every pixel, and in which ordered pairs it counts.
 
     Shapes: world ``(N, P, 3)``, poses ``(N, 4, 4)`` camera-to-world, focals ``(N,)``; valid ``(2, E, P)`` (view 1,
-    view 2). ``kept`` is the share of the pixels that count, by pair.
+    view 2). ``kept`` is the share of pixels that count, by pair.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -155,7 +159,7 @@ class Labels:
         return replace(self, **{name: getattr(self, name).to(device) for name in _LABEL_TENSORS})
 
     def save(self, file: Path, **text: str) -> Path:
-        """Keep them in a safetensors file, with further text entries."""
+        """Write a safetensors file, with extra metadata ``text``; returns ``file``."""
         from safetensors.torch import save_file
 
         about = {name: value for name, value in vars(self).items() if name not in _LABEL_TENSORS}
@@ -164,7 +168,7 @@ class Labels:
 
     @classmethod
     def load(cls, file: Path) -> Labels:
-        """What :meth:`save` kept."""
+        """Read a file written by :meth:`save`."""
         from safetensors import safe_open
 
         with safe_open(file, "pt") as kept:
@@ -177,16 +181,16 @@ _LABEL_TENSORS = ("world", "poses", "focals", "valid")
 
 
 def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) -> Labels:
-    """Labels of every edge both of whose views keep at least 5 % of their pixels (w > ``cutoff``).
+    """Labels of all edges whose two views each keep at least 5 % of their pixels (w > ``cutoff``).
 
-    When less than 20 % of all pixels are left, or fewer edges than there are images, the cutoff is lowered to keep
-    half of them, and a warning says so.
+    If less than 20 % of all pixels are left, or fewer edges than images, the cutoff is lowered to keep half of the
+    pixels, with a warning.
 
     Raises:
         InputError: the cutoff is not positive, the poses are degenerate, or no edge is left.
     """
     if not cutoff > 0:
-        raise InputError(f"The cutoff must be more than 0, got {cutoff}; 1.5 suits most scenes.")
+        raise InputError(f"The cutoff must be above 0, got {cutoff}; 1.5 suits most scenes.")
     check_poses(scene)
     warnings = []
     edges = _surviving(scene, pairs, cutoff)
@@ -216,41 +220,41 @@ def pseudo_labels(scene: Alignment, pairs: Sequence[Pair], cutoff: float = 1.5) 
 
 
 def scene_labels(scene: Alignment, seen: Verified, pairs: Sequence[Pair], cutoff: float = 1.5) -> Labels:
-    """Labels for all ``pairs`` within a group of believed pairs, aligned or not, from points that one pair confirms.
+    """Labels for all ``pairs`` within a group of verified pairs, aligned or not, from points confirmed by any pair.
 
     Raises:
-        InputError: as :func:`pseudo_labels`; no two pictures are in one group.
+        InputError: as :func:`pseudo_labels`, or no two pictures are in one group.
     """
     wanted = seen.within(pairs)
     if not wanted:
         raise InputError(
-            "No two pictures agree in colour where their points meet: take pictures with more overlap, or calibrate "
-            "without this check (--no-verify)."
+            "No two pictures agree in colour where their points coincide: take pictures with more overlap, or "
+            "calibrate without this check (--no-verify)."
         )
     return pseudo_labels(shared(scene, seen.predictions.pairs, wanted), wanted, cutoff)
 
 
 def check_photos(photos: Sequence[Photo]) -> None:
-    """Raise :class:`InputError` when there are fewer than three different pictures of a scene."""
+    """Raise :class:`InputError` if there are fewer than three different pictures of a scene."""
     different = len({photo.sha256 for photo in photos})
     if different < 3:
         raise InputError(f"Calibration needs at least three different pictures of a scene, got {different}.")
 
 
 def check_poses(scene: Alignment) -> None:
-    """Raise :class:`InputError` when the cameras are not finite or all stand in one place."""
+    """Raise :class:`InputError` if cameras or depth are not finite, or all cameras are in one place."""
     centres = scene.poses[:, :3, 3]
     if not scene.poses.isfinite().all() or not scene.depth.isfinite().all():
         raise InputError("The aligned cameras are not finite: these pictures cannot calibrate the model.")
     if still(scene):
         raise InputError(
-            f"All {len(centres)} cameras stand in the same place: identical pictures or a turn on the spot hold no "
+            f"All {len(centres)} cameras are in the same place: identical pictures, or a rotation on the spot, show no "
             "depth to calibrate on."
         )
 
 
 def still(scene: Alignment) -> bool:
-    """Whether the cameras move less than a thousandth of the typical depth."""
+    """Whether all cameras are within a thousandth of the typical depth of their mean position."""
     centres = scene.poses[:, :3, 3]
     typical = torch.stack([scene.depth_map(n).median() for n in range(len(centres))]).median()
     return bool((centres - centres.mean(0)).norm(dim=-1).max() < 1e-3 * typical)
@@ -286,6 +290,13 @@ def _surviving(scene: Alignment, pairs: Sequence[Pair], cutoff: float) -> list[i
 class Recipe:
     """How the adapter is trained.
 
+    Attributes:
+        preset: layers that get an adapter, see :data:`TARGETS`.
+        batch: pairs per step.
+        lr, final_lr: learning rate at the start and the end of its cosine.
+        alpha: weight of the confidence term in the loss.
+        dtype: precision of encoder and decoders.
+
     Raises:
         InputError: a value out of range.
     """
@@ -302,13 +313,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.epochs < 1 or self.batch < 1 or not self.lr > 0:
-            raise InputError("Rank, epochs and batch must be at least 1 and the learning rate more than 0.")
+            raise InputError("Rank, epochs and batch must be at least 1 and the learning rate above 0.")
         if self.preset not in TARGETS:
-            raise InputError(f"Unknown preset '{self.preset}': known are {', '.join(TARGETS)}.")
+            raise InputError(f"Unknown preset '{self.preset}': use one of {', '.join(TARGETS)}.")
 
 
 def adapted_layers(network: nn.Module, pattern: str) -> list[str]:
-    """Names of the linear layers that a regular expression matches as a whole."""
+    """Names of the linear layers that a regular expression matches in full."""
     layers = (name for name, module in network.named_modules() if isinstance(module, nn.Linear))
     return [name for name in layers if re.fullmatch(pattern, name)]
 
@@ -323,12 +334,12 @@ def with_lora(network: nn.Module, rank: int = 16, preset: str = "paper-18mb", se
 
     sides = [min(network.get_parameter(f"{name}.weight").shape) for name in adapted_layers(network, TARGETS[preset])]
     if rank < 1 or (sides and rank > min(sides)):
-        raise InputError(f"The rank must lie between 1 and {min(sides, default=1)} for this model, got {rank}.")
+        raise InputError(f"The rank must be between 1 and {min(sides, default=1)} for this model, got {rank}.")
     return injected(network, LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[preset], bias="none"), seed)
 
 
 def injected(network: nn.Module, config: LoraConfig, seed: int = 0) -> Any:
-    """The network with the adapter that PEFT's configuration describes; how A starts depends on ``seed`` alone."""
+    """The network with the adapter described by PEFT's configuration; A's initial values depend only on ``seed``."""
     from peft import get_peft_model
 
     state = torch.random.get_rng_state()
@@ -344,15 +355,17 @@ Sample = tuple[int, int]
 
 
 def samples_of(labels: Sequence[Labels]) -> list[Sample]:
-    """All labelled pairs."""
+    """All labelled pairs of all scenes."""
     return [(scene, edge) for scene, kept in enumerate(labels) for edge in range(len(kept.pairs))]
 
 
 def epochs(
     samples: Sequence[Sample], labels: Sequence[Labels], size: int, seed: int = 0
 ) -> Iterator[list[list[Sample]]]:
-    """Batches of ``size`` pairs, epoch after epoch without end: each of ``samples`` once, shuffled; a batch holds pairs
-    whose pictures have equal sizes, so some hold fewer. Every epoch has as many batches."""
+    """Endless epochs as lists of batches: all ``samples`` shuffled, ``size`` pairs per batch.
+
+    The pairs of a batch have pictures of equal sizes, so some batches are smaller. All epochs have as many batches.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         groups: dict[Any, list[Sample]] = {}
@@ -369,7 +382,7 @@ def epochs(
 def answers(
     model: Any, batch: Sequence[Sample], photos: Sequence[Sequence[Photo]], labels: Sequence[Labels]
 ) -> tuple[Points, Points]:
-    """What the network says of a batch's pairs; a picture that several pairs share is encoded once."""
+    """The network's predictions for a batch's pairs; a picture shared by several pairs is encoded once."""
     device = next(model.parameters()).device
     sides = [[(scene, labels[scene].pairs[edge][side]) for scene, edge in batch] for side in (0, 1)]
     groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -381,7 +394,7 @@ def answers(
     }
     both = []
     for side in sides:
-        size = photos[side[0][0]][side[0][1]].size  # one size per side, see epochs
+        size = photos[side[0][0]][side[0][1]].size  # equal within a side, see epochs
         index = torch.tensor([groups[size].index(key) for key in side], device=device)
         both.append(Encoded(encoded[size].tokens.index_select(0, index), encoded[size].grid))
     found: tuple[Points, Points] = model.decode(*both)
@@ -391,7 +404,7 @@ def answers(
 def targets_of(
     batch: Sequence[Sample], labels: Sequence[Labels], device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Points ``(B, H, W, 3)`` and which of them count ``(B, H, W)``, each of both views of a batch's pairs."""
+    """Target points ``(B, H, W, 3)`` and their masks ``(B, H, W)``, each for both views of a batch's pairs."""
     points, valid = [], []
     for side in (0, 1):
         scene, edge = batch[0]
@@ -402,8 +415,7 @@ def targets_of(
 
 
 def cosine(step: int, steps: int, peak: float, floor: float) -> float:
-    """Learning rate of a step (from 0): half a cosine, which begins at ``peak`` and would reach ``floor`` after all
-    ``steps``, as the studio's trainings count (before, the last step had ``floor`` itself)."""
+    """Learning rate of ``step`` (from 0): half a cosine from ``peak``, which would reach ``floor`` at ``steps``."""
     least = floor / peak
     return peak * (least + (1 - least) * (0.5 * (1 + math.cos(math.pi * (step / steps)))))
 
@@ -412,16 +424,16 @@ def train_adapter(
     network: nn.Module, photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], recipe: Recipe,
     monitor: Monitor | None = None,
 ) -> tuple[Any, list[float]]:  # fmt: skip
-    """Train an adapter on the labels of one scene or several, here and in one go.
+    """Train an adapter on the labels of one or more scenes, in this process and without checkpoints.
 
-    ``studio.training.tasks.scene`` does the same, to the bit on a CPU, with checkpoints.
+    ``studio.training.tasks.scene`` does the same with checkpoints; on a CPU the results are identical.
 
     Returns:
         The PEFT model around ``network``, and the loss of every step.
 
     Raises:
         InputError: a loss that is not finite.
-        adapters.errors.Cancelled: ``monitor`` said so.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     monitor = monitor or Silent()
     model = with_lora(network, recipe.rank, recipe.preset, recipe.seed)
@@ -460,15 +472,15 @@ def labelled(
     cutoff: float = 1.5, steps: int = 300, transform: str = "log", verify: bool = True, share: bool = True,
     monitor: Monitor | None = None,
 ) -> tuple[list[Alignment], list[Labels]]:  # fmt: skip
-    """The robust alignments and the labels of one scene or several; see :func:`calibrate`."""
+    """The robust alignments and the labels of one or more scenes; see :func:`calibrate`."""
     scenes, labels = [], []
-    for pictures, told in zip(photos, predictions, strict=True):
-        seen = verified(told, pictures) if verify else Verified(told, [list(range(len(pictures)))], [])
+    for pictures, predicted in zip(photos, predictions, strict=True):
+        seen = verified(predicted, pictures) if verify else Verified(predicted, [list(range(len(pictures)))], [])
         scene = robust_alignment(seen.predictions, mu, warmup, steps, transform=transform, monitor=monitor or Silent())
-        found = scene_labels(scene, seen, told.pairs, cutoff) if share else pseudo_labels(
+        found = scene_labels(scene, seen, predicted.pairs, cutoff) if share else pseudo_labels(
             scene, seen.predictions.pairs, cutoff
         )  # fmt: skip
-        found.warnings[:0] = [f"Labels: {text}" for text in seen.said]
+        found.warnings[:0] = [f"Labels: {text}" for text in seen.warnings]
         scenes.append(scene)
         labels.append(found)
     return scenes, labels
@@ -479,18 +491,26 @@ def calibrate(
     mu: float = 0.03, warmup: int = 100, cutoff: float = 1.5, steps: int = 300, transform: str = "log",
     verify: bool = True, share: bool = True, train: Train = train_adapter, monitor: Monitor | None = None,
 ) -> tuple[Any, list[Alignment], list[Labels], list[float]]:  # fmt: skip
-    """Self-calibration to one scene or several: align robustly, label, train.
+    """Self-calibration to one or more scenes: align robustly, label, train.
 
     Args:
         network: the base; it is wrapped, its own weights do not change.
         photos, predictions: one entry per scene.
+        recipe: of the training.
+        mu, warmup, steps, transform: of the robust alignment.
+        cutoff: weight above which a pixel is a label.
         verify: leave pairs whose pictures contradict each other out of the alignment.
-        share: a point that one pair confirms is a label in every pair of its picture; else only in pairs that confirm
-            it themselves, as in the paper.
-        train: what trains the adapter.
+        share: a point confirmed by one pair is a label in every pair of its picture; if False, only in pairs that
+            confirm it themselves, as in the paper.
+        train: trains the adapter.
+        monitor: receives progress and may cancel.
 
     Returns:
         The PEFT model, the robust alignments, the labels and the training losses.
+
+    Raises:
+        InputError: as :func:`robust_alignment`, :func:`scene_labels` and :func:`train_adapter`.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     scenes, labels = labelled(
         photos, predictions, mu, warmup, cutoff, steps, transform, verify, share, monitor
@@ -502,10 +522,12 @@ def calibrate(
 def facts_of(
     base: Mapping[str, str], photos: Sequence[Sequence[Photo]], labels: Sequence[Labels], losses: Sequence[float]
 ) -> dict[str, Any]:
-    """What ``scene.json`` says; the first scene is the one that is reconstructed.
+    """Contents of ``scene.json``; the first scene is the reconstructed one.
 
     Args:
         base: name, sha256 and licence of the weights.
+        photos, labels: one entry per scene.
+        losses: of every training step.
     """
     scenes: list[dict[str, Any]] = [
         {"images": [photo.facts() for photo in pictures], "cutoff": kept.cutoff, "kept": kept.kept,
@@ -516,7 +538,7 @@ def facts_of(
 
 
 def save_adapter(model: Any, folder: Path, scene: Mapping[str, Any]) -> Path:
-    """Write an ordinary PEFT adapter with ``scene.json`` beside it: whole or not at all."""
+    """Write an ordinary PEFT adapter with ``scene.json``, as a whole or not at all; returns ``folder``."""
     with files.whole(folder) as part:
         part.mkdir()
         write_directory(part, read_layers(model))
@@ -525,10 +547,10 @@ def save_adapter(model: Any, folder: Path, scene: Mapping[str, Any]) -> Path:
 
 
 def load_adapter(network: nn.Module, folder: Path, base_sha256: str = "") -> tuple[Any, dict[str, Any]]:
-    """Put a saved adapter on its base; returns the PEFT model and what ``scene.json`` says.
+    """Load a saved adapter onto its base; returns the PEFT model and the contents of ``scene.json``.
 
     Raises:
-        InputError: no adapter there, made for another base, shapes that do not fit, or no plain LoRA.
+        InputError: there is no adapter, it was made for another base, its shapes do not fit, or it is not supported.
     """
     from peft import PeftModel
 
@@ -537,19 +559,19 @@ def load_adapter(network: nn.Module, folder: Path, base_sha256: str = "") -> tup
     from adapters.formats.lora import MODEL
 
     if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"'{folder}' holds no PEFT adapter (adapter_config.json is missing).")
+        raise InputError(f"'{folder}' contains no PEFT adapter (adapter_config.json is missing).")
     file = folder / SCENE
     try:
         scene = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     except ValueError:
         scene = None
     if not isinstance(scene, dict):
-        raise InputError(f"'{file}' is damaged: delete it to use the adapter without what it says.")
+        raise InputError(f"'{file}' is damaged: delete it to use the adapter without it.")
     wanted = scene.get("base", {}).get("sha256", "")
     if wanted and base_sha256 and wanted != base_sha256:
         raise InputError(
             f"The adapter '{folder.name}' was made for another base ({scene['base'].get('name', wanted[:12])}): "
-            "choose that one."
+            "use that base."
         )
-    fit(read(folder), {MODEL: network})  # what PEFT would load otherwise than it was made is refused
+    fit(read(folder), {MODEL: network})  # refuses what PEFT would load differently from how it was made
     return PeftModel.from_pretrained(network, folder), scene

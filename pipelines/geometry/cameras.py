@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STEEPEST = 4.0
-"""Tangent of the largest angle between a point and the camera's axis that tells something of the focal length."""
+"""Points farther off the camera's axis than the angle with this tangent do not count for the focal length."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Similarity:
     shift: Tensor
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Move ``(..., N, 3)``."""
+        """Move points ``(..., N, 3)``."""
         return self.scale[..., None, None] * (points @ self.rotation.mT) + self.shift[..., None, :]
 
     def pose(self, pose: Tensor) -> Tensor:
-        """Move camera-to-world matrices ``(..., 4, 4)`` along; they stay rigid."""
+        """Move camera-to-world matrices ``(..., 4, 4)``; they stay rigid."""
         out = pose.clone()
         out[..., :3, :3] = self.rotation @ pose[..., :3, :3]
         centre = pose[..., :3, 3]
@@ -44,7 +44,7 @@ class Similarity:
 
 
 def pixels(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Columns and rows ``(H * W, 2)`` less the principal point."""
+    """Columns and rows ``(H * W, 2)`` relative to the principal point."""
     v, u = torch.meshgrid(
         torch.arange(height, device=device) - height / 2, torch.arange(width, device=device) - width / 2, indexing="ij"
     )
@@ -52,7 +52,7 @@ def pixels(height: int, width: int, device: torch.device | None = None) -> Tenso
 
 
 def unproject(depth: Tensor, focal: Tensor | float) -> Tensor:
-    """Points ``(H, W, 3)`` in the camera's frame of a depth map ``(H, W)``."""
+    """Points ``(H, W, 3)`` of a depth map ``(H, W)``, in the camera's frame."""
     grid = pixels(depth.shape[0], depth.shape[1], depth.device).to(depth).unflatten(0, tuple(depth.shape))
     return torch.cat([grid * depth[..., None] / focal, depth[..., None]], -1)
 
@@ -62,12 +62,13 @@ def focal_length(
 ) -> float:
     """Focal length in pixels of a pointmap ``(H, W, 3)`` in its own camera's frame, by Weiszfeld's iteration.
 
-    Points behind the camera or more than 76 degrees off its axis do not count: one such point, a thousand times as
-    steep as the others, outweighs them all. The start is the median over the pixels. Where nothing counts, the focal is
-    that of a 60-degree camera.
+    Points behind the camera or more than 76 degrees off its axis do not count: a single one, a thousand times as steep
+    as the others, would outweigh them all. The iteration starts at the median over the pixels. If no point counts, the
+    result is the focal length of a 60-degree field of view.
 
     Args:
-        low, high: limits as multiples of the focal of a 60-degree camera.
+        rounds: iterations.
+        low, high: limits as multiples of the focal length of a 60-degree field of view.
         valid: ``(H, W)`` pixels to use.
     """
     height, width = points.shape[:2]
@@ -94,10 +95,10 @@ def _ratio(weight: Tensor, q: Tensor, u: Tensor) -> Tensor:
 
 
 def solve_pnp(points: Tensor, valid: Tensor, focal: float | None, rounds: int = 100) -> tuple[Tensor, float] | None:
-    """Pose (camera to the points' frame) and focal of the camera that saw a pointmap ``(H, W, 3)``.
+    """Pose ``(4, 4)`` (camera to the points' frame) and focal length of the camera of a pointmap ``(H, W, 3)``.
 
-    An unknown focal is searched among 21 values from half to three times the longer side: most inliers win. None when
-    fewer than four pixels are ``valid`` or no pose is found.
+    An unknown focal length is chosen, by the number of inliers, from 21 values from half to three times the longer
+    side. None if fewer than four pixels are ``valid`` ``(H, W)`` or no pose is found. ``rounds`` are RANSAC's.
     """
     import cv2
 
@@ -106,7 +107,7 @@ def solve_pnp(points: Tensor, valid: Tensor, focal: float | None, rounds: int = 
     if mask.sum() < 4:
         return None
     world = points.reshape(-1, 3).double().cpu().numpy()[mask]
-    # OpenCV measures from the corner as we do: integer pixels, principal point (W/2, H/2).
+    # The same convention as OpenCV's: integer pixels, principal point (W/2, H/2).
     image = (pixels(height, width).double().numpy() + np.array([width / 2, height / 2]))[mask]
     side = max(height, width)
     best: tuple[int, np.ndarray, np.ndarray, float] | None = None
@@ -135,7 +136,8 @@ def solve_pnp(points: Tensor, valid: Tensor, focal: float | None, rounds: int = 
 
 
 def umeyama(source: Tensor, target: Tensor, weight: Tensor | None = None, scaled: bool = True) -> Similarity:
-    """The similarity that moves ``source (..., N, 3)`` onto ``target`` with the least weighted squares, in double."""
+    """The similarity (rigid unless ``scaled``) that maps ``source (..., N, 3)`` to ``target`` with the least weighted
+    squares, computed in fp64; ``weight (..., N)``."""
     kind = source.dtype
     source, target = source.double(), target.double()
     weight = torch.ones_like(source[..., 0]) if weight is None else weight.double()
@@ -155,8 +157,8 @@ def umeyama(source: Tensor, target: Tensor, weight: Tensor | None = None, scaled
 def nearest_similarity(source: Tensor, target: Tensor, weight: Tensor | None = None, rounds: int = 10) -> Similarity:
     """The similarity with the least weighted sum of distances (not squared), by reweighting :func:`umeyama`.
 
-    Least squares shrink the scale when points of ``source`` are scattered, a few per cent for a few per cent of wild
-    points, and along a chain of pictures that adds up; distances follow the majority.
+    Least squares shrink the scale if points of ``source`` are scattered, by a few per cent for a few per cent of
+    outliers, which accumulates along a chain of pictures; distances follow the majority.
     """
     weight = torch.ones_like(source[..., 0]) if weight is None else weight
     move = umeyama(source, target, weight)
@@ -168,7 +170,7 @@ def nearest_similarity(source: Tensor, target: Tensor, weight: Tensor | None = N
 
 
 def quaternion_matrix(q: Tensor) -> Tensor:
-    """Rotation matrices ``(..., 3, 3)`` of quaternions ``(..., 4)`` in the order x, y, z, w, normalised here."""
+    """Rotation matrices ``(..., 3, 3)`` of quaternions ``(..., 4)`` (x, y, z, w), which need not be normalised."""
     x, y, z, w = F.normalize(q, dim=-1).unbind(-1)
     rows = [
         1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
@@ -193,5 +195,5 @@ def matrix_quaternion(rotation: Tensor) -> Tensor:
 def rotation_angle(first: Tensor, second: Tensor) -> Tensor:
     """Degrees between rotations ``(..., 3, 3)``."""
     difference = (first.double().mT @ second.double()) - torch.eye(3, dtype=torch.float64, device=first.device)
-    # || R - 1 ||_F = 2 sqrt(2) sin(angle / 2): exact for small angles, where the arc cosine is not.
+    # || R - 1 ||_F = 2 sqrt(2) sin(angle / 2): accurate for small angles, where the arc cosine is not.
     return torch.rad2deg(2 * torch.asin((difference.flatten(-2).norm(dim=-1) / math.sqrt(8)).clamp(max=1)))

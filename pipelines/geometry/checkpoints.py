@@ -1,8 +1,8 @@
-"""Opening weights of the DUSt3R family, strictly and safely.
+"""Loading weights of the DUSt3R family, strictly and safely.
 
 Accepted are the public ``.pth`` files ({"args": Namespace, "model": tensors}, read without unpickling code), folders
-and hub repositories with ``config.json`` and ``model.safetensors``, and MASt3R's (points only). Every tensor must find
-its place; nothing missing is ignored.
+and hub repositories with ``config.json`` and ``model.safetensors``, and MASt3R's (points only). No tensor may be
+missing or unexpected.
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ _LOCAL_FEATURES = "head_local_features."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Opened weights: the network, what to call it, its hash and its licence."""
+    """Loaded weights.
+
+    Attributes:
+        network: in evaluation mode.
+        name: of the file, folder or repository.
+        sha256: of the file with the weights.
+        licence: of the weights.
+        notes: what was left out.
+    """
 
     network: PointmapNetwork
     name: str
@@ -48,15 +56,15 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, str]:
-        """What files that were made with these weights say of them."""
+        """Name, hash and licence, recorded in files made with these weights."""
         return {"name": self.name, "sha256": self.sha256, "licence": self.licence}
 
 
 def open_checkpoint(source: str | Path, device: Any = "cpu") -> Checkpoint:
-    """Open a ``.pth`` file, a folder or a hub id.
+    """Load a ``.pth`` file, a folder or a hub id.
 
     Raises:
-        InputError: nothing there, unreadable, keys missing or unexpected, or shapes that do not fit.
+        InputError: it does not exist, cannot be read, or its tensors do not fit the model.
     """
     place = Path(source)
     if place.is_dir():
@@ -87,7 +95,7 @@ def _folder(place: Path) -> tuple[NetworkConfig, dict[str, Tensor], str]:
         values = json.loads((place / "config.json").read_text("utf-8"))
         tensors = load_file(place / "model.safetensors")
     except FileNotFoundError:
-        raise InputError(f"'{place}' must hold config.json and model.safetensors.") from None
+        raise InputError(f"'{place}' must contain config.json and model.safetensors.") from None
     except (ValueError, SafetensorError) as error:
         raise InputError(f"The checkpoint '{place.name}' is damaged: {error}") from None
     return config_from(values), tensors, licence_of(place)
@@ -117,13 +125,13 @@ def _pth(file: Path) -> tuple[NetworkConfig, dict[str, Tensor]]:
             "more than tensors and settings."
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise InputError(f"'{file.name}' is no checkpoint of this family: there is no 'model' in it.")
+        raise InputError(f"'{file.name}' is not a checkpoint of the DUSt3R family: it has no 'model'.")
     tensors = content["model"]
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"'{file.name}': 'model' must hold tensors only.")
     if "croco_kwargs" in content:
         raise InputError(
-            f"'{file.name}' is a CroCo encoder and decoder without heads: it can start a training but not reconstruct."
+            f"'{file.name}' is a CroCo encoder and decoder without heads, which cannot reconstruct: use a DUSt3R model."
         )
     arguments = content.get("args")
     text = getattr(arguments, "model", None) if isinstance(arguments, argparse.Namespace) else None
@@ -136,12 +144,12 @@ def _pth(file: Path) -> tuple[NetworkConfig, dict[str, Tensor]]:
 
 
 def parse_constructor(text: str) -> dict[str, Any]:
-    """Keyword arguments of an expression like ``AsymmetricCroCo3DStereo(head_type='dpt', ...)``; nothing is run.
+    """Keyword arguments of an expression like ``AsymmetricCroCo3DStereo(head_type='dpt', ...)``; nothing is executed.
 
     Raises:
-        InputError: anything but one such call with literal values (``inf`` and ``-inf`` are literals here).
+        InputError: the text is not one such call with literal values (``inf`` and ``-inf`` count as literals).
     """
-    problem = InputError("The checkpoint's model expression is not understood: one call with plain values is expected.")
+    problem = InputError("The checkpoint's model expression is not understood: it must be one call with plain values.")
     try:
         call = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -149,7 +157,7 @@ def parse_constructor(text: str) -> dict[str, Any]:
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise problem
     if call.func.id not in ("AsymmetricCroCo3DStereo", "AsymmetricMASt3R"):
-        raise InputError(f"'{call.func.id}' is no model of this family.")
+        raise InputError(f"'{call.func.id}' is not a model of the DUSt3R family.")
     values: dict[str, Any] = {}
     for keyword in call.keywords:
         if keyword.arg is None or keyword.arg not in _KNOWN | _IGNORED:
@@ -173,13 +181,13 @@ def _literal(node: ast.expr, problem: InputError) -> Any:
 
 
 def config_from(values: Mapping[str, Any]) -> NetworkConfig:
-    """The network that ``config.json`` or a constructor's arguments describe.
+    """The configuration in ``config.json`` or in a constructor's arguments.
 
     Raises:
         InputError: an unknown key, or a variant that is not supported.
     """
     if not isinstance(values, Mapping):
-        raise InputError("config.json must hold names and values.")
+        raise InputError("config.json must contain names and values.")
     unknown = sorted(set(values) - _KNOWN - _IGNORED)
     if unknown:
         raise InputError(f"The model's configuration has unknown entries: {', '.join(unknown)}.")
@@ -188,7 +196,8 @@ def config_from(values: Mapping[str, Any]) -> NetworkConfig:
         ("output_mode", ("pts3d", "pts3d+desc24")), ("patch_embed_cls", ("PatchEmbedDust3R", "ManyAR_PatchEmbed")),
     ):  # fmt: skip
         if values.get(name, allowed[0]) not in allowed:
-            raise InputError(f"The model's {name} '{values[name]}' is not supported: {' or '.join(map(str, allowed))}.")
+            known = " or ".join(map(str, allowed))
+            raise InputError(f"The model's {name} '{values[name]}' is not supported: it must be {known}.")
     chosen = {name: values[name] for name in _KNOWN if name in values}
     if chosen.get("head_type") == "catmlp+dpt":
         chosen["head_type"] = "dpt"
@@ -205,7 +214,7 @@ def config_from(values: Mapping[str, Any]) -> NetworkConfig:
 
 
 def _number(value: Any) -> float:
-    """Numbers, also as JSON has them when they are infinite."""
+    """A number; JSON stores infinite ones as text."""
     return float(value) if isinstance(value, (int, float, str)) else math.nan
 
 
@@ -216,7 +225,7 @@ def build(config: NetworkConfig, tensors: Mapping[str, Tensor], notes: list[str]
     """A network with these weights in fp32.
 
     Raises:
-        InputError: keys missing or left over, aliases that contradict each other, wrong shapes, or values not finite.
+        InputError: missing or unexpected keys, aliases that differ, wrong shapes, or values that are not finite.
     """
     tensors = dict(tensors)
     extra = [key for key in tensors if _LOCAL_FEATURES in key]
@@ -239,8 +248,8 @@ def build(config: NetworkConfig, tensors: Mapping[str, Tensor], notes: list[str]
     if wrong:
         key = wrong[0]
         raise InputError(
-            f"'{key}' has the shape {tuple(tensors[key].shape)}, the model wants {tuple(wanted[key])} "
-            f"({len(wrong)} such)."
+            f"'{key}' has the shape {tuple(tensors[key].shape)} instead of {tuple(wanted[key])} "
+            f"({len(wrong)} tensors of a wrong shape)."
         )
     network = network.to_empty(device="cpu")
     network.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=True)
@@ -250,7 +259,7 @@ def build(config: NetworkConfig, tensors: Mapping[str, Tensor], notes: list[str]
 
 
 def _complete_aliases(tensors: dict[str, Tensor], wanted: Mapping[str, Any]) -> None:
-    """``layerN_rn`` and ``layer_rn.(N-1)`` are one tensor: files may hold both or either."""
+    """Add the missing one of ``layerN_rn`` and ``layer_rn.(N-1)``, two names of one tensor; files may hold either."""
     for key in wanted:
         found = re.fullmatch(r"(.*\.scratch)\.layer(\d)_rn\.weight", key)
         if not found:
@@ -258,14 +267,14 @@ def _complete_aliases(tensors: dict[str, Tensor], wanted: Mapping[str, Any]) -> 
         other = f"{found[1]}.layer_rn.{int(found[2]) - 1}.weight"
         a, b = tensors.get(key), tensors.get(other)
         if a is not None and b is not None and not (a.shape == b.shape and torch.equal(a, b)):
-            raise InputError(f"'{key}' and '{other}' must be the same tensor, and differ.")
+            raise InputError(f"'{key}' and '{other}' must be the same tensor, but differ.")
         for name in (key, other):
             if name not in tensors and (a is not None or b is not None):
                 tensors[name] = a if a is not None else b  # type: ignore[assignment]
 
 
 def from_croco(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Trunk weights for a training that starts from CroCo v2: the second decoder is a copy of the first."""
+    """Weights of encoder and decoders to start training from CroCo v2: the second decoder is a copy of the first."""
     kept = {key: value for key, value in tensors.items() if not key.startswith("prediction_head.")}
     copies = {
         key.replace("dec_blocks.", "dec_blocks2.", 1): v.clone()
@@ -276,7 +285,7 @@ def from_croco(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_folder(network: PointmapNetwork, folder: Path, licence: str, dtype: torch.dtype = torch.float16) -> Path:
-    """Write ``config.json`` and ``model.safetensors`` (aliases once)."""
+    """Write ``config.json`` and ``model.safetensors`` (aliases once); returns ``folder``."""
     from safetensors.torch import save_file
 
     from adapters import files

@@ -1,4 +1,4 @@
-"""What a reconstruction will cost, told before it starts: memory by arithmetic, time by a short measurement."""
+"""The cost of a reconstruction, estimated before it starts: memory by arithmetic, time by a short measurement."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ import torch
 from pipelines.geometry.network import NetworkConfig, PointmapNetwork
 
 ALIGNMENT_BYTES = 385
-"""Per pixel of an ordered pair, with gradients, as ``benchmarks.geometry_size`` measures it."""
+"""Memory of the alignment per pixel of an ordered pair, with gradients, measured by ``benchmarks.geometry_size``."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak, and seconds for asking the network, for the alignment and for training the adapter."""
+    """The expected cost.
+
+    Attributes:
+        pairs: ordered pairs.
+        parameters: of the network.
+        memory: peak, in bytes.
+        network_seconds, alignment_seconds, training_seconds: of the predictions, the alignment and the calibration.
+    """
 
     pairs: int
     parameters: int
@@ -32,7 +39,7 @@ class Estimate:
 
 
 def flops(config: NetworkConfig, height: int, width: int) -> tuple[float, float]:
-    """Floating point operations of encoding one image and of decoding one ordered pair (products only)."""
+    """Floating point operations to encode one image and to decode one ordered pair (matrix products only)."""
     tokens = height * width / config.patch_size**2
     e, d = config.enc_embed_dim, config.dec_embed_dim
     inner = 2 * config.mlp_ratio
@@ -46,7 +53,7 @@ def flops(config: NetworkConfig, height: int, width: int) -> tuple[float, float]
 
 
 def speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Operations per second of matrix products here: the fastest of some, so that other programs disturb it little."""
+    """Floating point operations per second of matrix products: the best of several, to exclude other programs' load."""
     size = 2048 if device.type == "cuda" else 384
     a = torch.randn(size, size, device=device, dtype=dtype)
     best, end = math.inf, time.perf_counter() + 0.05
@@ -63,7 +70,7 @@ def speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
 
 
 def alignment_pace(device: torch.device) -> float:
-    """Seconds that one step of the alignment takes per pixel of an ordered pair: its distances and their gradients."""
+    """Seconds per step of the alignment and pixel of an ordered pair, for distances and their gradients."""
     count = 2**15
     world = torch.randn(2, count, 3, device=device, requires_grad=True)
     points, turn = torch.randn(2, count, 3, device=device), torch.eye(3, device=device, requires_grad=True)
@@ -82,11 +89,15 @@ def estimate(
     config: NetworkConfig, images: int, pairs: int, height: int, width: int, device: torch.device, chunk: int = 8,
     epochs: int = 0, steps: int = 0,
 ) -> Estimate:  # fmt: skip
-    """Cost of ``images`` pictures of a size and ``pairs`` ordered pairs; ``epochs`` > 0 adds calibration, ``steps`` > 0
-    that many steps of alignment.
+    """The cost of ``pairs`` ordered pairs of ``images`` pictures of ``height`` x ``width`` pixels.
 
-    Memory: weights in fp32 and the most of three stages: cached tokens, predictions and one chunk's activations;
-    the alignment; a training step.
+    Memory is the weights in fp32 and the largest of three stages: cached tokens, predictions and one chunk's
+    activations; the alignment; a training step.
+
+    Args:
+        chunk: pairs decoded together.
+        epochs: of the calibration; 0 = none.
+        steps: of the alignment; 0 = none.
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in PointmapNetwork(config).parameters())
@@ -108,6 +119,6 @@ def estimate(
     seconds = (images * encode + pairs * decode) / pace
     training = epochs * pairs * (2 * encode + decode) * 3 / pace
     memory = parameters * 4 + max(cache + kept + work, aligned, kept + train if epochs else 0)
-    # Gathering the views, cameras and Adam cost as much again: 93 ns against 48 in benchmarks.geometry_size.
+    # Gathering the views, cameras and Adam take as long again: 93 ns instead of 48 in benchmarks.geometry_size.
     aligning = 2 * steps * pairs * height * width * alignment_pace(device) if steps else 0.0
     return Estimate(pairs, parameters, memory, seconds, aligning, training)

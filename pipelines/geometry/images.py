@@ -1,4 +1,4 @@
-"""Photos as the network wants them, and the way back to the pixels of the file."""
+"""Photos prepared for the network, and the map back to the pixels of the file."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Affine:
     size: tuple[int, int] = (0, 0)
 
     def intrinsics(self, focal: float, height: int, width: int) -> tuple[float, float, float, float]:
-        """fx, fy, cx, cy in the file's pixels (pixel centres at whole numbers)."""
+        """fx, fy, cx, cy in the file's pixels (pixel centres at integers) of a camera in the network's."""
         (sx, sy), (x, y) = self.scale, self.crop
-        # The centres of pixels map as (i + 1/2) * scale = j + crop + 1/2.
+        # Pixel centres map as (i + 1/2) * scale = j + crop + 1/2.
         return focal / sx, focal / sy, (width / 2 + x + 0.5) / sx - 0.5, (height / 2 + y + 0.5) / sy - 0.5
 
 
@@ -37,10 +37,11 @@ class Photo:
 
     Attributes:
         pixels: ``(3, H, W)`` in [0, 1].
-        affine: the way back to the pixels of the upright file.
-        name: the file's. sha256: of its bytes.
-        file: where it lies, to be copied beside an export.
-        remarks: what of the file was not kept, and what a video's frames were chosen from.
+        affine: map from the pixels of the upright file.
+        name: of the file.
+        sha256: of the file's bytes.
+        file: its path, for exports that include the pictures.
+        remarks: what of the file was not kept, and how a video's frames were chosen.
     """
 
     pixels: Tensor
@@ -56,13 +57,17 @@ class Photo:
         return self.pixels.shape[1], self.pixels.shape[2]
 
     def facts(self) -> dict[str, Any]:
-        """What ``scene.json`` keeps."""
+        """The facts recorded in ``scene.json``."""
         return {"name": self.name, "sha256": self.sha256, "height": self.size[0], "width": self.size[1],
                 "affine": asdict(self.affine)}  # fmt: skip
 
 
 def read_photo(path: str | Path, size: int = 512, patch: int = 16, square_ok: bool = False) -> Photo:
-    """Read a picture file. Raises :class:`InputError` when it cannot be read as a picture."""
+    """Read a picture file and :func:`prepare` it.
+
+    Raises:
+        InputError: it cannot be read as a picture, or is too small or narrow.
+    """
     file = Path(path)
     try:
         data = file.read_bytes()
@@ -80,12 +85,12 @@ def prepare(
 ) -> Photo:
     """Resize and crop as the networks were trained.
 
-    ``size`` 224: the short side becomes 224, then the middle square. Otherwise the long side becomes ``size``; then the
-    middle, with sides that are multiples of the patch; a square is cut to 4:3 unless ``square_ok``. Portraits stay
-    portraits.
+    With ``size`` 224 the short side becomes 224 and the central square is cropped. Otherwise the long side becomes
+    ``size`` and the centre is cropped to sides that are multiples of ``patch``; a square is cropped to 4:3 unless
+    ``square_ok``. Portraits stay portraits.
 
     Raises:
-        InputError: the picture is so small or narrow that nothing would be left.
+        InputError: the picture is so small or narrow that no patch would be left.
     """
     width, height = picture.size
     if size == 224:

@@ -1,4 +1,4 @@
-"""Asking the network about many pairs: each image is encoded once, pairs are decoded in chunks."""
+"""Predictions for many pairs: each image is encoded once, pairs are decoded in chunks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipelines.geometry.pairs import Pair
 
 @dataclass(frozen=True)
 class Predictions:
-    """Pointmaps of ordered pairs, each view padded to the same number of pixels ``P``.
+    """Pointmaps of ``E`` ordered pairs, each view padded to the same number of pixels ``P``.
 
     Shapes: points1, points2 ``(E, P, 3)`` in the frame of the pair's first image; confidence1, confidence2 ``(E, P)``,
-    0 where a pixel is padding. ``sizes`` are (height, width) of the images.
+    0 in padding. ``sizes`` are (height, width) of the images; ``encodings`` is the number of images encoded.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -38,7 +38,7 @@ class Predictions:
         return _shaped(self.points1[edge], self.confidence1[edge], self.sizes[self.pairs[edge][0]])
 
     def map2(self, edge: int) -> tuple[Tensor, Tensor]:
-        """The same of its second view."""
+        """The same for the edge's second view."""
         return _shaped(self.points2[edge], self.confidence2[edge], self.sizes[self.pairs[edge][1]])
 
     def select(self, edges: Sequence[int]) -> Predictions:
@@ -59,7 +59,7 @@ def _shaped(points: Tensor, confidence: Tensor, size: tuple[int, int]) -> tuple[
 
 
 def precision(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """Half precision for encoder and decoders (the heads leave it): ``auto`` is bf16 on GPUs, fp32 elsewhere."""
+    """Autocast for encoder and decoders (the heads stay in fp32): ``auto`` is bf16 on GPUs that have it, else fp32."""
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if dtype == "fp32":
@@ -72,19 +72,22 @@ def predict(
     network: nn.Module, photos: Sequence[Photo], pairs: Sequence[Pair], chunk: int = 8, dtype: str = "auto",
     monitor: Monitor | None = None,
 ) -> Predictions:  # fmt: skip
-    """Pointmaps of all ``pairs``; on return they lie on the CPU in fp32.
+    """Pointmaps of all ``pairs``, in fp32 on the CPU.
 
     Args:
         network: a :class:`~pipelines.geometry.network.PointmapNetwork`, with or without an adapter around it.
+        photos: the images that ``pairs`` index.
         chunk: pairs decoded together; only pairs of equal sizes share a chunk.
+        dtype: as for :func:`precision`.
+        monitor: receives progress and may cancel.
 
     Raises:
-        InputError: no pairs; pixels or predictions that are not finite.
-        adapters.errors.Cancelled: ``monitor`` said so.
+        InputError: no pairs, or pixels or predictions that are not finite.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     monitor = monitor or Silent()
     if not pairs:
-        raise InputError("There are no image pairs to look at.")
+        raise InputError("There are no image pairs to predict.")
     device = next(network.parameters()).device
     encoded: list[Encoded] = []
     with precision(device, dtype):
@@ -110,7 +113,7 @@ def predict(
         for side, (points, confidence) in enumerate(answers):
             flat = points.flatten(1, 2).float().cpu()
             if not flat.isfinite().all():
-                raise InputError("The network gave points that are not finite: its weights or the adapter are broken.")
+                raise InputError("The network gave points that are not finite: its weights or the adapter are damaged.")
             out[side][group, : flat.shape[1]] = flat
             out[2 + side][group, : flat.shape[1]] = confidence.flatten(1).float().cpu()
         done += len(group)

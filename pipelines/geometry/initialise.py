@@ -1,7 +1,7 @@
-"""A start for global alignment: pointmaps chained along a maximum spanning tree of the pair graph.
+"""Initialisation of global alignment: pointmaps chained along a maximum spanning tree of the pair graph.
 
-"DUSt3R: Geometric 3D Vision Made Easy" (arXiv 2312.14132), section 3.4. Edges score mean(C1) * mean(C2); the best edge
-sets the world (its first image's camera) and further images are attached through the pointmap of the image they share.
+"DUSt3R: Geometric 3D Vision Made Easy" (arXiv 2312.14132), section 3.4. Edges score mean(C1) * mean(C2). The first
+camera of the best edge is the world; further images are attached through the pointmap of an image placed before.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pipelines.geometry.inference import Predictions
 from pipelines.geometry.pairs import components
 
 BASE_SCALE = 0.5
-"""Geometric mean of the pairs' scales in the world: without it everything could shrink to nothing."""
+"""Geometric mean of the pairs' scales in the world; if it were free, everything could shrink to a point."""
 
 
 @dataclass
 class Start:
-    """Cameras and points before optimisation.
+    """Cameras and depth before optimisation.
 
-    Shapes: poses ``(N, 4, 4)``, focals ``(N,)``, depth ``(N, P)``; one similarity per edge, pair frame to world.
+    Shapes: poses ``(N, 4, 4)``, focals ``(N,)``, depth ``(N, P)``; scale ``(E,)``, rotation ``(E, 3, 3)`` and shift
+    ``(E, 3)`` of one similarity per edge, from the pair's frame to the world.
     """
 
     poses: Tensor
@@ -37,7 +38,7 @@ class Start:
 
 
 def scores(predictions: Predictions) -> Tensor:
-    """mean(C1) * mean(C2) of every edge."""
+    """mean(C1) * mean(C2) of every edge: ``(E,)``."""
     means = []
     for confidence in (predictions.confidence1, predictions.confidence2):
         real = confidence > 0
@@ -59,7 +60,7 @@ def own_focals(predictions: Predictions) -> Tensor:
     """Focals ``(N,)``: Weiszfeld on each image's best pointmap in its own frame.
 
     Raises:
-        InputError: an image never comes first in a pair, so that nothing tells its focal.
+        InputError: an image comes first in no pair, so its focal length cannot be estimated.
     """
     best = best_edges(predictions)
     missing = [n for n in range(len(predictions.sizes)) if n not in best]
@@ -69,11 +70,12 @@ def own_focals(predictions: Predictions) -> Tensor:
 
 
 def _tree(predictions: Predictions) -> list[int]:
-    """Edges of the maximum spanning tree in the order in which they attach images; each in its better direction."""
+    """Edges of the maximum spanning tree in the order in which they attach images; each in its direction that scores
+    higher."""
     count = len(predictions.sizes)
     groups = components(count, list(predictions.pairs))
     if len(groups) > 1:
-        raise InputError(f"The pairs leave the images in {len(groups)} groups that nothing connects: {groups}.")
+        raise InputError(f"The pairs leave the images in {len(groups)} groups without a connection: {groups}.")
     score = scores(predictions).tolist()
     order = sorted(range(len(predictions.pairs)), key=lambda e: (-score[e], predictions.pairs[e]))
     placed = set(predictions.pairs[order[0]])
@@ -86,14 +88,14 @@ def _tree(predictions: Predictions) -> list[int]:
 
 
 def spanning_tree_start(predictions: Predictions, threshold: float = 3.0, focals: Tensor | None = None) -> Start:
-    """Place all images.
+    """Initial cameras, depth and similarities of all images.
 
     Args:
-        threshold: confidence from which a pixel counts for PnP.
-        focals: known focals; estimated otherwise.
+        threshold: raw confidence above which a pixel counts for PnP.
+        focals: known focal lengths ``(N,)``; None = estimated.
 
     Raises:
-        InputError: the pair graph falls apart.
+        InputError: the pair graph is not connected, or an image comes first in no pair.
     """
     count = len(predictions.sizes)
     focals = own_focals(predictions) if focals is None else focals.float()
@@ -125,7 +127,7 @@ def spanning_tree_start(predictions: Predictions, threshold: float = 3.0, focals
 
 
 def strongest(predictions: Predictions) -> Tensor:
-    """For every image the largest confidence ``(N, P)`` that any edge gives a pixel, in either role."""
+    """The largest confidence of every pixel over all edges, as first or second view: ``(N, P)``."""
     out = torch.zeros(len(predictions.sizes), predictions.confidence1.shape[1])
     for (i, j), first, second in zip(predictions.pairs, predictions.confidence1, predictions.confidence2, strict=True):
         out[i] = torch.maximum(out[i], first.cpu())
@@ -139,7 +141,7 @@ def _by_pnp(
     size = predictions.sizes[n]
     pixels = size[0] * size[1]
     sure = confidence[:pixels] > threshold
-    if sure.sum() < 4:  # nothing is sure: the surer half decides
+    if sure.sum() < 4:  # too few: use the more confident half
         sure = confidence[:pixels] >= confidence[:pixels].median()
     assert points is not None
     found = cameras.solve_pnp(points[:pixels].unflatten(0, size), sure.unflatten(0, size), float(focals[n]), rounds=10)

@@ -1,4 +1,4 @@
-"""Licences of weights: known before they are loaded, and without torch."""
+"""Licences of weights, known without loading them or torch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ PUBLIC = {
 
 
 def licence_of(source: str | Path) -> str:
-    """The licence of weights, known before they are loaded."""
+    """The licence of weights: from ``config.json``, the list of public checkpoints, or the name."""
     place = Path(source)
     if (place / "config.json").is_file():
         try:
-            said = json.loads((place / "config.json").read_text("utf-8")).get("licence", "")
+            licence = json.loads((place / "config.json").read_text("utf-8")).get("licence", "")
         except ValueError:
-            said = ""
-        return str(said) or licence_by_name(place.name)
+            licence = ""
+        return str(licence) or licence_by_name(place.name)
     return PUBLIC.get(str(source)) or licence_by_name(place.name)
 
 
 def licence_by_name(name: str) -> str:
-    """The licence that a file or folder of this name most likely has."""
+    """The most likely licence of a file or folder with this name."""
     known = any(word in name.lower() for word in ("dust3r_vit", "mast3r", "croco"))
-    return NONCOMMERCIAL if known else "unknown: ask whoever made these weights"
+    return NONCOMMERCIAL if known else "unknown: ask the authors of these weights"
 
 
 def restricted(source: str | Path) -> bool:
@@ -38,8 +38,8 @@ def restricted(source: str | Path) -> bool:
 
 
 def must_accept(source: str | Path, accepted: bool) -> None:
-    """Raise :class:`InputError` where the licence of these weights must be accepted and is not."""
+    """Raise :class:`InputError` if the licence of these weights must be accepted and is not."""
     if restricted(source) and not accepted:
         raise InputError(
-            f"The weights '{source}' come under {licence_of(source)}. If that suits you, say so: --accept-licence."
+            f"The weights '{source}' are licensed under {licence_of(source)}. To accept, add --accept-licence."
         )

@@ -1,8 +1,8 @@
-"""How right a reconstruction is. Each measure is defined here once.
+"""Accuracy of a reconstruction.
 
-ATE: camera centres after the best Sim(3), root mean square. RPE: errors of the motion between views. RRA, RTA: shares
-of pairs whose relative rotation, and direction of translation, err less than an angle; mAA: the area under the smaller
-of both. AFE: mean focal error. Poses are camera-to-world.
+ATE: RMSE of camera centres after the best Sim(3). RPE: errors of the motion between views. RRA, RTA: shares of pairs
+whose relative rotation and direction of translation have an error below an angle; mAA: area under the curve of pairs
+for which both do. AFE: mean absolute focal error. Poses are camera-to-world.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pipelines.geometry.cameras import Similarity, rotation_angle, umeyama
 
 
 def onto_truth(poses: Tensor, truth: Tensor) -> Similarity:
-    """The Sim(3) that moves estimated camera centres onto the true ones.
+    """The Sim(3) that maps estimated camera centres to the true ones.
 
     Raises:
-        InputError: fewer than three cameras, or all on one line: nothing would be measured.
+        InputError: fewer than three cameras, or all on one line, which leave the Sim(3) undetermined.
     """
     centres = truth[:, :3, 3].double()
     spread = torch.linalg.svdvals(centres - centres.mean(0)) if len(centres) > 1 else centres.new_zeros(3)
     if len(centres) < 3 or spread[1] < 1e-6 * max(float(spread[0]), 1e-12):
-        raise InputError("The trajectory error needs three or more cameras that do not stand on one line.")
+        raise InputError("The trajectory error needs three or more cameras that are not all on one line.")
     return umeyama(poses[:, :3, 3].double(), centres)
 
 
@@ -50,7 +50,7 @@ def relative_pose_error(poses: Tensor, truth: Tensor, delta: int = 1) -> tuple[f
 
 
 def relative_angles(poses: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Errors in degrees of every pair's relative rotation and direction of translation."""
+    """Errors in degrees of the relative rotation and of the direction of translation of every pair (i < j)."""
     i, j = torch.triu_indices(len(poses), len(poses), 1)
     made, true = (torch.linalg.inv(p.double()[i]) @ p.double()[j] for p in (poses, truth))
     turn = rotation_angle(made[:, :3, :3], true[:, :3, :3])
@@ -59,7 +59,7 @@ def relative_angles(poses: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pose_accuracy(poses: Tensor, truth: Tensor, degrees: float = 15, top: int = 30) -> dict[str, float]:
-    """RRA and RTA at an angle, and mAA up to ``top`` degrees."""
+    """RRA and RTA at ``degrees``, and mAA up to ``top`` degrees, as shares from 0 to 1."""
     turn, way = relative_angles(poses, truth)
     both = torch.maximum(turn, way)
     area = float(np.mean([float((both < t).double().mean()) for t in range(1, top + 1)]))
@@ -98,7 +98,7 @@ def cloud_distances(points: Tensor, truth: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class DepthErrors:
-    """Of depth maps after the scale that makes their medians equal."""
+    """Errors of a depth map scaled to the median of the truth (see :func:`depth_errors`)."""
 
     abs_rel: float
     rmse: float
@@ -106,7 +106,8 @@ class DepthErrors:
 
 
 def depth_errors(depth: Tensor, truth: Tensor) -> DepthErrors:
-    """Errors of one depth map ``(H, W)``; delta is the share of pixels within a factor 1.25."""
+    """Errors of one depth map ``(H, W)``: mean relative error, RMSE, and delta, the share of pixels within a factor
+    1.25."""
     depth = depth * (truth.median() / depth.median())
     ratio = torch.maximum(depth / truth, truth / depth)
     return DepthErrors(
@@ -123,7 +124,7 @@ def ranking(score: Tensor, good: Tensor) -> float:
     chosen = good.numpy().ravel().astype(bool)
     positives, negatives = chosen.sum(), (~chosen).sum()
     if positives == 0 or negatives == 0:
-        raise InputError("Good and bad pixels are both needed to judge a score.")
+        raise InputError("The ROC-AUC needs both good and bad pixels.")
     return float((ranks[chosen].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 

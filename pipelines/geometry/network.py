@@ -1,8 +1,8 @@
 """The pointmap network: from an ordered image pair, a 3D point and a confidence for every pixel of both images.
 
 "DUSt3R: Geometric 3D Vision Made Easy" (arXiv 2312.14132); the encoder and decoder are those of "CroCo v2" (arXiv
-2211.10408). A ViT encodes each image; two decoders, one per image, read each other's tokens; two heads turn tokens into
-points, both in the camera frame of image 1. Parameter names are those of the public checkpoints.
+2211.10408). A ViT encodes each image; two decoders, one per image, attend to each other's tokens; two heads turn tokens
+into points, both in the camera frame of image 1. Parameter names are those of the public checkpoints.
 
 Written from the papers' description; no code of the original (non-commercial) programs is used.
 """
@@ -30,7 +30,7 @@ class NetworkConfig:
     """Sizes and output conventions; the defaults are those of the public 512-pixel models.
 
     Raises:
-        InputError: a size that the network cannot have.
+        InputError: sizes that do not fit together, or an unknown head or output convention.
     """
 
     img_size: tuple[int, int] = (512, 512)
@@ -59,12 +59,12 @@ class NetworkConfig:
         if self.head_type == "dpt" and (self.patch_size != 16 or self.dec_depth % 4 or self.dec_depth < 4):
             raise InputError("The DPT head needs patches of 16 pixels and a decoder depth of 4, 8, 12 ...")
         if self.head_type not in ("linear", "dpt"):
-            raise InputError(f"Unknown head '{self.head_type}': known are linear and dpt.")
+            raise InputError(f"Unknown head '{self.head_type}': use linear or dpt.")
         if self.depth_mode[0] not in ("exp", "linear", "square") or self.conf_mode[0] not in ("exp", "sigmoid"):
             raise InputError(f"Unknown output convention {self.depth_mode} or {self.conf_mode}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as ``config.json`` holds them."""
+        """Plain values, for ``config.json``."""
         return {**asdict(self), "img_size": list(self.img_size)}
 
 
@@ -83,7 +83,7 @@ class Encoded(NamedTuple):
 
 
 class Points(NamedTuple):
-    """What the network says about one image of a pair: points ``(B, H, W, 3)`` and confidence ``(B, H, W)`` > 1."""
+    """The prediction for one image of a pair: points ``(B, H, W, 3)`` and confidence ``(B, H, W)`` > 1."""
 
     points: Tensor
     confidence: Tensor
@@ -93,7 +93,7 @@ class Points(NamedTuple):
 
 
 def _angles(grid: Grid, width: int, base: float, device: torch.device) -> Tensor:
-    """Angles ``(N, width)`` per token and channel: the first half of the channels turns with y, the rest with x."""
+    """Angles ``(N, width)`` per token and channel: the first half of the channels rotates with y, the rest with x."""
     rows, columns = grid
     half = width // 2
     frequency = base ** (-torch.arange(0, half, 2, device=device, dtype=torch.float32) / half)
@@ -104,8 +104,8 @@ def _angles(grid: Grid, width: int, base: float, device: torch.device) -> Tensor
 
 @lru_cache(maxsize=64)
 def rotation(grid: Grid, width: int, base: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines ``(N, width)`` of the two-dimensional rotary code for heads ``width`` wide."""
-    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+    """Cosines and signed sines ``(N, width)`` of the two-dimensional rotary embedding for heads of ``width``."""
+    with torch.inference_mode(False):  # cached for later calls, which may need gradients
         angles = _angles(grid, width, base, device)
         quarter = width // 4
         sign = torch.ones(width, device=device)
@@ -114,14 +114,14 @@ def rotation(grid: Grid, width: int, base: float, device: torch.device, dtype: t
 
 
 def rotate(x: Tensor, grid: Grid, base: float) -> Tensor:
-    """Turn the channel pairs (c, c + quarter) of heads ``x (B, heads, N, width)`` by their tokens' positions."""
+    """Rotate the channel pairs (c, c + quarter) of heads ``x (B, heads, N, width)`` by their tokens' positions."""
     cosine, sine = rotation(grid, x.shape[-1], base, x.device, x.dtype)
     swapped = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
     return x * cosine + swapped * sine
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of ``(B, heads, N, width)``; xformers' kernel where it is installed and can be used."""
+    """Softmax attention of ``(B, heads, N, width)``, with xformers' kernel where installed and applicable."""
     kernel = _xformers() if q.is_cuda else None
     if kernel is not None and q.dtype in (torch.float16, torch.bfloat16):
         return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -195,7 +195,7 @@ def _norm(width: int) -> nn.LayerNorm:
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each after a norm and added to its input."""
+    """Attention and MLP, each on normalised input and added to it (pre-norm residual)."""
 
     def __init__(self, width: int, heads: int, ratio: float, base: float) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """As the encoder's, with a look at the other image's tokens in between."""
+    """As the encoder's, with cross-attention to the other image's tokens in between."""
 
     def __init__(self, width: int, heads: int, ratio: float, base: float) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class LinearHead(nn.Module):
 
 
 class DPTHead(nn.Module):
-    """Four layers of the decoder, fused from coarse to fine ("Vision Transformers for Dense Prediction", 2103.13413)"""
+    """Four layers, fused from coarse to fine ("Vision Transformers for Dense Prediction", arXiv 2103.13413)."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -334,10 +334,10 @@ HEADS: dict[str, type[LinearHead] | type[DPTHead]] = {"linear": LinearHead, "dpt
 class PointmapNetwork(nn.Module):
     """Two images in [-1, 1] in, :class:`Points` of both in the frame of the first out.
 
-    ``encode`` once per image, ``decode`` once per ordered pair: the same numbers as ``forward``.
+    ``encode`` once per image and ``decode`` once per ordered pair gives the same as ``forward``.
 
     Attributes:
-        gradient_checkpointing: blocks are computed again in the backward pass instead of being remembered.
+        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
     gradient_checkpointing = False
@@ -359,11 +359,11 @@ class PointmapNetwork(nn.Module):
         self.downstream_head2 = HEADS[c.head_type](c)
 
     def forward(self, image1: Tensor, image2: Tensor) -> tuple[Points, Points]:
-        """Images ``(B, 3, H, W)``, each with its own size; sides are multiples of the patch."""
+        """Points of both images ``(B, 3, H, W)``; their sizes may differ, sides are multiples of the patch size."""
         return self.decode(self.encode(image1), self.encode(image2))
 
     def encode(self, image: Tensor) -> Encoded:
-        """Raises :class:`InputError` for sides that are no multiples of the patch."""
+        """Tokens of images ``(B, 3, H, W)``; raises :class:`InputError` for sides that the patch does not divide."""
         patch = self.config.patch_size
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % patch or image.shape[3] % patch:
             raise InputError(f"Images must be (B, 3, H, W) with sides divisible by {patch}, got {tuple(image.shape)}.")
@@ -377,7 +377,7 @@ class PointmapNetwork(nn.Module):
         """Points of both images of ordered pairs, in the frame of the first.
 
         Raises:
-            InputError: not as many first images as second ones.
+            InputError: the numbers of first and second images differ.
         """
         if len(first.tokens) != len(second.tokens):
             raise InputError(f"Pairs need as many first images as second ones, got {len(first.tokens)} and "
@@ -389,11 +389,11 @@ class PointmapNetwork(nn.Module):
         )
 
     def decoder_layers(self, first: Encoded, second: Encoded) -> tuple[list[Tensor], list[Tensor]]:
-        """What the heads read, per image: the encoder's tokens, then every decoder layer; only the last is normed."""
+        """Inputs of the heads, per image: the encoder's tokens and every decoder layer; only the last is normalised."""
         x, y = self.decoder_embed(first.tokens), self.decoder_embed(second.tokens)
         layers1, layers2 = [first.tokens], [second.tokens]
         for block1, block2 in zip(self.dec_blocks, self.dec_blocks2, strict=True):
-            # Both read what the other said one layer earlier.
+            # Each reads the other's tokens of the previous layer.
             x, y = (
                 self._through(block1, x, y, first.grid, second.grid),
                 self._through(block2, y, x, second.grid, first.grid),
@@ -427,7 +427,7 @@ class _PatchEmbed(nn.Module):
 
 
 def points_of(channels: Tensor, config: NetworkConfig) -> Points:
-    """Turn the head's ``(B, 4, H, W)`` into points and confidence."""
+    """Points and confidence of a head's output ``(B, 4, H, W)``."""
     xyz, raw = channels[:, :3].movedim(1, -1), channels[:, 3]
     kind, *_ = config.depth_mode
     if kind != "linear":

@@ -1,4 +1,4 @@
-"""DUSt3R's confidence-aware regression, for pre-training and for LoRA3D's self-calibration.
+"""DUSt3R's confidence-aware regression loss, for pre-training and for LoRA3D's self-calibration.
 
 "DUSt3R: Geometric 3D Vision Made Easy" (arXiv 2312.14132), section 3.2. With z and z' the mean distances to the origin
 of predicted and true points over the valid pixels of both views together, and l = || x / z - x' / z' ||,
@@ -17,7 +17,8 @@ ALPHA = 0.2
 
 
 def scale_of(points: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean distance to the origin ``(B,)`` over the valid pixels of both views: points ``(B, H, W, 3)``."""
+    """Mean distance to the origin ``(B,)`` over the valid pixels ``(B, H, W)`` of both views' points
+    ``(B, H, W, 3)``."""
     total = sum(
         torch.where(mask, x.norm(dim=-1), 0).flatten(1).sum(1) for x, mask in zip(points, valid, strict=True)
     )  # fmt: skip
@@ -28,7 +29,7 @@ def scale_of(points: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor]) -> Ten
 def regression(
     predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Distances ``(B, H, W)`` of both views after each side is divided by its own scale."""
+    """Distances ``(B, H, W)`` of both views, predictions and targets each divided by their own scale."""
     own = scale_of(predicted, valid)[:, None, None, None].clamp_min(1e-8)
     true = scale_of(target, valid)[:, None, None, None].clamp_min(1e-8)
     first, second = ((x / own - y / true).norm(dim=-1) for x, y in zip(predicted, target, strict=True))
@@ -41,7 +42,7 @@ def confidence_loss(
     valid: tuple[Tensor, Tensor],
     alpha: float = ALPHA,
 ) -> Tensor:
-    """The loss; may be negative. A pixel that is not ``valid`` changes nothing."""
+    """The loss, which may be negative; pixels that are not ``valid`` ``(B, H, W)`` do not contribute."""
     target = (torch.where(valid[0][..., None], target[0], 0.0), torch.where(valid[1][..., None], target[1], 0.0))
     distances = regression((predicted[0].points, predicted[1].points), target, valid)
     loss = predicted[0].points.new_zeros(())

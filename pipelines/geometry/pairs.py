@@ -1,7 +1,7 @@
-"""Which ordered image pairs the network is asked about.
+"""Graphs of ordered image pairs for the network.
 
-"DUSt3R: Geometric 3D Vision Made Easy" (arXiv 2312.14132), section 3.4. Graphs are written as text:
-``complete``, ``swin-3``, ``logwin-2`` (both with ``-noncyclic``), ``oneref-0``.
+"DUSt3R: Geometric 3D Vision Made Easy" (arXiv 2312.14132), section 3.4. Graphs are given as text: ``complete``,
+``swin-3``, ``logwin-2`` (the last two optionally with ``-noncyclic``), ``oneref-0``.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from adapters.errors import InputError
 
 Pair = tuple[int, int]
 MANY = 30
-"""Images above which a complete graph must be asked for explicitly."""
+"""Number of images above which a complete graph must be allowed explicitly."""
 
 
 def make_pairs(count: int, graph: str = "complete", symmetric: bool = True, many: bool = False) -> list[Pair]:
-    """Ordered pairs of ``count`` images, in a fixed order; every reversed pair is added when ``symmetric``.
+    """Ordered pairs of ``count`` images, in a fixed order; if ``symmetric``, every pair is also added in reverse.
 
     Raises:
-        InputError: no such graph, a window or reference beyond the images, fewer than one image, or a complete graph
-            over more than 30 without ``many``.
+        InputError: no such graph, a window or reference beyond the images, no image, or a complete graph over more than
+            :data:`MANY` without ``many``.
     """
     if count < 1:
-        raise InputError("There are no images: give at least one, better three or more.")
+        raise InputError("There are no images: give at least one, preferably three or more.")
     if count == 1:
         return [(0, 0)]
     kind, _, rest = graph.partition("-")
@@ -32,7 +32,7 @@ def make_pairs(count: int, graph: str = "complete", symmetric: bool = True, many
     if kind == "complete" and not words:
         if count > MANY and not many:
             raise InputError(
-                f"{count} images make {count * (count - 1)} ordered pairs: choose a window ('swin-3') or allow it."
+                f"{count} images make {count * (count - 1)} ordered pairs: choose a window ('swin-3') or allow them."
             )
         pairs = [(i, j) for i in range(count) for j in range(i)]
     elif kind in ("swin", "logwin") and number != 0:
@@ -48,7 +48,7 @@ def make_pairs(count: int, graph: str = "complete", symmetric: bool = True, many
             raise InputError(f"'{graph}': there are {count} images, numbered from 0.")
         pairs = [(reference, j) for j in range(count) if j != reference]
     else:
-        raise InputError(f"Unknown pair graph '{graph}': known are complete, swin-N, logwin-N and oneref-N.")
+        raise InputError(f"Unknown pair graph '{graph}': use complete, swin-N, logwin-N or oneref-N.")
     both = [*pairs, *((j, i) for i, j in pairs)] if symmetric else pairs
     return list(dict.fromkeys(both))
 
@@ -74,14 +74,14 @@ def _window(count: int, offsets: list[int], cyclic: bool) -> list[Pair]:
 
 
 def keep_near(pairs: list[Pair], distance: int, count: int = 0) -> list[Pair]:
-    """Pairs whose indices differ by at most ``distance``, around the circle of ``count`` images if it is given."""
+    """Pairs whose indices differ by at most ``distance``; with ``count``, the images are taken as a circle."""
     return [
         (i, j) for i, j in pairs if min(abs(i - j), count - abs(i - j) if count else abs(i - j)) <= distance
     ]  # fmt: skip
 
 
 def components(count: int, pairs: list[Pair]) -> list[list[int]]:
-    """Groups of images that pairs connect, largest first."""
+    """Connected components of the ``count`` images, largest first."""
     parent = list(range(count))
 
     def root(i: int) -> int:

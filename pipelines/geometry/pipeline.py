@@ -1,13 +1,13 @@
-"""Photos of one scene in, a scene out.
+"""Reconstruction of a scene from photos.
 
     pipeline = ScenePipeline.from_pretrained("path/to/weights")
     scene = pipeline(["a.jpg", "b.jpg", "c.jpg"], calibrate=True)
     scene.export("room.glb")
 
-The network answers for every ordered pair of photos (:mod:`~pipelines.geometry.inference`), pairs whose photos
+The network predicts pointmaps for ordered pairs of photos (:mod:`~pipelines.geometry.inference`), pairs whose photos
 contradict each other are left out (:mod:`~pipelines.geometry.verification`), and global alignment finds the cameras
-(:mod:`~pipelines.geometry.alignment`). Asked to calibrate, the network first learns a LoRA from its own aligned answers
-(:mod:`~pipelines.geometry.calibration`).
+(:mod:`~pipelines.geometry.alignment`). With calibration, the network first learns a LoRA from its own aligned
+predictions (:mod:`~pipelines.geometry.calibration`).
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ from pipelines.geometry.pairs import make_pairs
 from pipelines.geometry.scene import Record, Scene
 
 Photos = str | Path | Sequence[str | Path | Photo]
-"""Picture files, one video, or photos that were read before (:meth:`ScenePipeline.read`)."""
+"""Picture files, one video, or photos from :meth:`ScenePipeline.read`."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """An adapter that a network has learnt from one scene or several.
+    """An adapter calibrated on one or more scenes.
 
     Attributes:
         model: the PEFT model.
-        before: the first scene as the network saw it without the adapter.
-        labels: per scene, what was learnt. losses: of every training step.
-        facts: what is kept with the adapter.
+        before: the first scene, reconstructed without the adapter.
+        labels: pseudo labels, per scene.
+        losses: of every training step.
+        facts: contents of ``scene.json``.
     """
 
     model: Any
@@ -65,18 +66,18 @@ class Calibration:
     facts: dict[str, Any]
 
     def save(self, folder: Path, settings: dict[str, Any] | None = None) -> Path:
-        """Write an ordinary PEFT adapter with ``scene.json`` beside it; ``settings`` are kept in that."""
+        """Write an ordinary PEFT adapter with ``scene.json``, which also records ``settings``; returns ``folder``."""
         base, rest = {"base": self.facts["base"]}, {k: v for k, v in self.facts.items() if k != "base"}
         return calibration.save_adapter(self.model, folder, {**base, "settings": settings or {}, **rest})
 
 
 class ScenePipeline:
-    """A pointmap network with everything around it.
+    """Reconstruction of scenes with a pointmap network.
 
     Attributes:
-        network: the network, with an adapter around it if one was loaded.
-        checkpoint: the opened weights: name, hash, licence.
-        device: where network and alignment run.
+        network: the network, wrapped with an adapter if one was loaded or calibrated.
+        checkpoint: the loaded weights: name, hash, licence.
+        device: device of network and alignment.
     """
 
     def __init__(self, checkpoint: checkpoints.Checkpoint, adapter: str | Path = "") -> None:
@@ -93,16 +94,17 @@ class ScenePipeline:
         cls, source: str | Path, adapter: str | Path = "", device: str | torch.device = "cpu",
         accept_licence: bool = False,
     ) -> ScenePipeline:  # fmt: skip
-        """Open weights of the DUSt3R family.
+        """Load weights of the DUSt3R family.
 
         Args:
             source: a ``.pth`` file, a folder with ``config.json`` and ``model.safetensors``, or a hub id.
-            adapter: folder of an adapter that was calibrated on these weights.
+            adapter: folder of an adapter calibrated on these weights.
             device: "cpu", "cuda", "cuda:1".
-            accept_licence: the licence of these weights has been read; needed where it forbids commercial use.
+            accept_licence: accept the licence of the weights; needed if it forbids commercial use.
 
         Raises:
-            InputError: nothing there, not readable, licence not accepted, or an adapter of another base.
+            InputError: weights that do not exist or cannot be read, a licence that is not accepted, or an adapter for
+                another base.
         """
         must_accept(source, accept_licence)
         return cls(checkpoints.open_checkpoint(source, torch.device(device)), adapter)
@@ -111,15 +113,17 @@ class ScenePipeline:
         self, photos: Photos, size: int | None = None, seconds_per_frame: float = 1.0, frames: Path | None = None,
         monitor: Monitor | None = None,
     ) -> list[Photo]:  # fmt: skip
-        """Photos as this network wants them.
+        """Read photos and prepare them for this network.
 
         Args:
-            size: longer side in pixels; None: the one that the network was trained with.
-            seconds_per_frame: time between the frames that are taken of a video.
-            frames: folder that keeps these frames, so that exports can bring them.
+            photos: picture files, one video, or photos read before.
+            size: longer side in pixels; None = the network's training size.
+            seconds_per_frame: time between the frames taken from a video.
+            frames: folder to save these frames to, for exports that include the pictures.
+            monitor: may cancel.
 
         Raises:
-            InputError: a file that cannot be read, or a video beside other files.
+            InputError: a file that cannot be read, or a video together with other files.
         """
         config = self.checkpoint.network.config
         options = (size or max(config.img_size), config.patch_size, config.img_size[0] == config.img_size[1])
@@ -144,38 +148,39 @@ class ScenePipeline:
         train: Train = calibration.train_adapter, on_calibrated: Callable[[Calibration], None] | None = None,
         monitor: Monitor | None = None,
     ) -> Scene:  # fmt: skip
-        """Make a scene.
+        """Reconstruct a scene.
 
         Args:
-            photos: three or more of one scene from different places; one gives its depth, two a relative pose.
-            calibrate: train an adapter on this scene first (LoRA3D), if you like with a :class:`Recipe`; three or more
-                photos. The pipeline's network keeps the adapter from then on.
-            also: further scenes that the same adapter learns from.
+            photos: three or more of one scene from different places; one gives only depth, two a relative pose.
+            calibrate: first train an adapter on this scene (LoRA3D), optionally by a given :class:`Recipe`; needs three
+                or more photos. The pipeline's network keeps the adapter.
+            also: further scenes to train the same adapter on.
             size, seconds_per_frame, frames: see :meth:`read`.
-            graph: pairs to ask about: "complete", "swin-3", "logwin-2", "oneref-0"; ``many`` allows a complete graph
-                over more than 30 photos.
-            verify: leave out pairs whose photos differ in colour where their points meet.
+            graph: pairs to predict: "complete", "swin-3", "logwin-2", "oneref-0" (:mod:`pipelines.geometry.pairs`).
+            many: allow a complete graph over more than 30 photos.
+            verify: leave out pairs whose photos differ in colour where their points coincide.
             steps, schedule: of the alignment.
-            chunk: pairs decoded together. dtype: precision of the trunk.
+            chunk: pairs decoded together.
+            dtype: precision of encoder and decoders.
             mu, cutoff, share: of the labels, see :func:`pipelines.geometry.calibration.calibrate`.
-            train: what trains the adapter; the studio's keeps checkpoints.
-            on_calibrated: gets the adapter as soon as it is trained, before the scene is made anew with it.
-            monitor: is told the progress and may cancel.
+            train: trains the adapter; the studio's function keeps checkpoints.
+            on_calibrated: receives the adapter once it is trained, before the scene is reconstructed with it.
+            monitor: receives progress and may cancel.
 
         Returns:
             The scene; ``scene.record`` says how it was made, with warnings and the adapter.
 
         Raises:
             InputError: photos or settings that cannot be used.
-            adapters.errors.Cancelled: ``monitor`` said so.
+            adapters.errors.Cancelled: ``monitor`` asked to stop.
         """
         monitor = monitor or Silent()
         if not photos:
             raise InputError("There are no pictures: give three or more of one scene, from different places.")
         if calibrate and self._known:
-            raise InputError("Calibrate anew or use an adapter made earlier, not both: open the weights without one.")
+            raise InputError("Calibrate or use an existing adapter, not both: to calibrate, load no adapter.")
         if also and not calibrate:
-            raise InputError("Further scenes serve the adapter's training: they go with calibrate=True.")
+            raise InputError("Further scenes are only for training an adapter: set calibrate=True, or leave them out.")
         scenes = [
             self.read(one, size, seconds_per_frame, frames if number == 0 else None, monitor)
             for number, one in enumerate((photos, *also))
@@ -194,22 +199,22 @@ class ScenePipeline:
         monitor.report(Progress("loading", message=f"expected: {cost}"))
         check(monitor)
 
-        def ask(network: nn.Module, number: int) -> Predictions:
+        def predict(network: nn.Module, number: int) -> Predictions:
             return inference.predict(network, scenes[number], graphs[number], chunk, dtype, monitor)
 
-        def solve(told: Predictions) -> tuple[Alignment, list[str]]:
-            return aligned(told, shots, verify, steps, schedule, self.device, monitor)
+        def solve(predictions: Predictions) -> tuple[Alignment, list[str]]:
+            return aligned(predictions, shots, verify, steps, schedule, self.device, monitor)
 
         warnings = [text for one in scenes for photo in one for text in photo.remarks]
         warnings += [*_repeated(shots), *_changed(self._known, shots)]
-        told = ask(self.network, 0)
-        found, said = solve(told)
+        predictions = predict(self.network, 0)
+        found, doubts = solve(predictions)
         learnt = None
         if calibrate:
             before = Scene.of(found, shots)
-            answers = [told, *(ask(self.network, number) for number in range(1, len(scenes)))]
+            every = [predictions, *(predict(self.network, number) for number in range(1, len(scenes)))]
             model, _, labels, losses = calibration.calibrate(
-                self.network, scenes, [one.to(self.device) for one in answers], recipe, mu, warmup(steps),
+                self.network, scenes, [one.to(self.device) for one in every], recipe, mu, warmup(steps),
                 cutoff, steps, verify=verify, share=share, train=train, monitor=monitor,
             )  # fmt: skip
             facts = calibration.facts_of(self.checkpoint.facts(), scenes, labels, losses)
@@ -218,44 +223,45 @@ class ScenePipeline:
             if on_calibrated is not None:
                 on_calibrated(learnt)
             warnings += [text for kept in labels for text in kept.warnings]
-            told = ask(self.network, 0)
-            found, said = solve(told)
-        warnings += said
+            predictions = predict(self.network, 0)
+            found, doubts = solve(predictions)
+        warnings += doubts
         if len(shots) > 2 and calibration.still(found):
-            warnings.append("The cameras hardly move: depth and poses mean little.")
+            warnings.append("The cameras hardly move: depth and poses are unreliable.")
         loss = found.losses[-1] if found.losses else None
-        record = Record(tuple(warnings), str(cost), len(graphs[0]), told.encodings, loss, learnt)
+        record = Record(tuple(warnings), str(cost), len(graphs[0]), predictions.encodings, loss, learnt)
         return Scene.of(found, shots, record)
 
 
 def warmup(steps: int) -> int:
-    """Steps of a robust alignment before its weights are calibrated: the paper's 100, of short ones a third."""
+    """Steps of a robust alignment before it is reweighted: the paper's 100, but at most a third of ``steps``."""
     return min(100, steps // 3)
 
 
 def aligned(
-    told: Predictions, photos: Sequence[Photo], verify: bool = True, steps: int = 300,
+    predictions: Predictions, photos: Sequence[Photo], verify: bool = True, steps: int = 300,
     schedule: Literal["cosine", "linear"] = "cosine", device: torch.device | str = "cpu",
     monitor: Monitor | None = None,
 ) -> tuple[Alignment, list[str]]:  # fmt: skip
-    """Cameras of what the network says about one, two or more photos, and what a person should know about them."""
-    if len(told.sizes) == 1:
-        focals = initialise.own_focals(told)
+    """The alignment of one, two or more photos from the network's predictions, and warnings about it."""
+    sizes = predictions.sizes
+    if len(sizes) == 1:
+        focals = initialise.own_focals(predictions)
         ones = cameras.Similarity(torch.ones(1), torch.eye(3)[None], torch.zeros(1, 3))
-        flat = torch.zeros(2, 1, told.points1.shape[1])
-        return Alignment(told.sizes, torch.eye(4)[None], focals, told.points1[..., 2].clamp_min(1e-4),
-                         initialise.strongest(told), flat, flat, ones), []  # fmt: skip
-    if len(told.sizes) == 2:
-        return alignment.view_pair(told), []
-    said: list[str] = []
+        flat = torch.zeros(2, 1, predictions.points1.shape[1])
+        return Alignment(sizes, torch.eye(4)[None], focals, predictions.points1[..., 2].clamp_min(1e-4),
+                         initialise.strongest(predictions), flat, flat, ones), []  # fmt: skip
+    if len(sizes) == 2:
+        return alignment.view_pair(predictions), []
+    warnings: list[str] = []
     if verify:
-        seen = verification.verified(told, photos)
-        told, said = seen.predictions, seen.said
-    return alignment.align(told.to(device), steps, schedule=schedule, monitor=monitor), said
+        seen = verification.verified(predictions, photos)
+        predictions, warnings = seen.predictions, seen.warnings
+    return alignment.align(predictions.to(device), steps, schedule=schedule, monitor=monitor), warnings
 
 
 def _frames(taken: video.Frames, folder: Path | None, options: tuple[int, int, bool]) -> list[Photo]:
-    """Photos of a video's frames, which are kept in ``folder``; the first one says what was taken."""
+    """Photos of a video's frames, which are saved in ``folder``; the first one's remark describes the selection."""
     out = []
     for n, frame in enumerate(taken.images):
         name = f"frame-{n:04}.png"
@@ -274,7 +280,7 @@ def _repeated(photos: Sequence[Photo]) -> list[str]:
 
 
 def _changed(adapter: dict[str, Any], photos: Sequence[Photo]) -> list[str]:
-    """What is to be said when pictures are not those of the same name that the adapter learnt from."""
+    """A warning if pictures differ from those of the same name that the adapter was calibrated on."""
     scenes = (adapter, *adapter.get("also", ()))
     known = {image["name"]: image["sha256"] for scene in scenes for image in scene.get("images", ())}
     other = [photo.name for photo in photos if known.get(photo.name, photo.sha256) != photo.sha256]
@@ -282,5 +288,5 @@ def _changed(adapter: dict[str, Any], photos: Sequence[Photo]) -> list[str]:
         return []
     return [
         f"{len(other)} picture(s) differ from those of the same name that the adapter was calibrated on "
-        f"({', '.join(other[:3])}): it helps if they show the same scene."
+        f"({', '.join(other[:3])}): the adapter only helps if they show the same scene."
     ]

@@ -1,8 +1,8 @@
-"""Pictures of a scene: depth and confidence in colours, a file for viewers in a browser, and a flight around it.
+"""Previews of a scene: depth and confidence in colours, a file for viewers in a browser, and a flight around it.
 
-The viewer's file is turned and scaled so that one viewpoint suits every scene: seen from :data:`VIEW_DISTANCE` in front
-of its middle (in the direction +z, a little from above), the scene fills the frame. Points far outside are left out
-there, and points are drawn as squares as large as their pixels: browsers draw bare points one pixel wide.
+The viewer's file is rotated and scaled so that one viewpoint suits every scene: seen from :data:`VIEW_DISTANCE` in
+front of its centre (in the direction +z, a little from above), the scene fills the frame. Points far outside are left
+out, and points are drawn as squares of their pixels' size, since browsers draw plain points one pixel wide.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ VIEW_ABOVE = 8.0
 HALF_FRAME = np.array([0.55, 0.42])
 """Half the width and height of the frame at distance 1."""
 INSIDE = 85
-"""Per cent of the points that the frame holds: the rest, mostly stray, may lie beyond its edge."""
+"""Per cent of the points inside the frame; the rest, mostly outliers, may be outside."""
 MOST_SQUARES, MOST_VERTICES = 80_000, 250_000
-"""What a browser draws without delay."""
+"""Limits that a browser draws without delay."""
 BACKGROUND = 237
 VIEWPOINTS, PAUSE, SWING = 15, 120, 25.0
-"""Of the flight: places from left to right, milliseconds at each, and degrees to either side."""
+"""Of the flight: viewpoints from left to right, milliseconds at each, and degrees to either side."""
 
 
 def depth_picture(depth: Tensor | Array) -> Array:
-    """Depth or confidence as an uint8 ``(H, W, 3)`` picture: the 2nd to the 98th percentile from dark to light."""
+    """Depth or confidence ``(H, W)`` as uint8 ``(H, W, 3)``: the 2nd to the 98th percentile from dark to light."""
     import cv2
 
     values = np.asarray(depth, np.float64)
@@ -47,9 +47,9 @@ def depth_picture(depth: Tensor | Array) -> Array:
 
 
 def facing(scene: Scene) -> Array:
-    """Rotation ``(3, 3)`` from the world to axes x right, y up, z backward of all cameras together."""
+    """Rotation ``(3, 3)`` from the world to axes x right, y up, z backward of the cameras' mean direction."""
     forward, down = scene.poses[:, :3, 2].mean(0), scene.poses[:, :3, 1].mean(0)
-    if np.linalg.norm(forward) < 0.3:  # cameras all around: the first one decides
+    if np.linalg.norm(forward) < 0.3:  # cameras all around: use the first one
         forward, down = scene.poses[0, :3, 2], scene.poses[0, :3, 1]
     back = -forward / np.linalg.norm(forward)
     up = -down - (-down @ back) * back
@@ -58,20 +58,20 @@ def facing(scene: Scene) -> Array:
 
 
 def box(points: Array) -> tuple[Array, Array]:
-    """Least and greatest corner of what is shown: the middle 98 % along each axis, and a tenth more."""
+    """Least and greatest corner ``(3,)`` of the box shown: the central 98 % along each axis, and a tenth more."""
     low, high = np.percentile(points, [1, 99], axis=0)
     return low - 0.1 * (high - low), high + 0.1 * (high - low)
 
 
 def within(vertices: Array, faces: Array, low: Array, high: Array) -> Array:
-    """Faces whose corners lie in a box; all of them if none do."""
+    """Faces whose corners are all inside a box; all faces if there are none."""
     inside = np.all((vertices >= low) & (vertices <= high), axis=1)
     kept = faces[inside[faces].all(1)]
     return kept if len(kept) else faces
 
 
 def skin(scene: Scene, choice: Selection, mesh: bool | None = None) -> tuple[Array, Array, Array]:
-    """Vertices, colours and faces of what is shown: surfaces, or points as squares; None: what suits the scene."""
+    """Vertices, colours and faces: surfaces if ``mesh``, else points as squares; None = what suits the scene."""
     fewer = replace(choice, limit=min(choice.limit, MOST_VERTICES))
     if surfaces_suit(scene, fewer) if mesh is None else mesh:
         return triangles(scene, fewer)
@@ -79,12 +79,12 @@ def skin(scene: Scene, choice: Selection, mesh: bool | None = None) -> tuple[Arr
 
 
 def distance(points: Array) -> float:
-    """From where, in front of the origin, the frame holds :data:`INSIDE` % of the points ``(M, 3)``."""
+    """Distance in front of the origin at which the frame contains :data:`INSIDE` % of the points ``(M, 3)``."""
     return float(np.percentile((np.abs(points[:, :2]) / HALF_FRAME).max(1) + points[:, 2], INSIDE))
 
 
 def tilted(points: Array, degrees: float = VIEW_ABOVE, turn: float = 0.0) -> Array:
-    """Points seen from above and, by ``turn`` degrees, from the right."""
+    """Points ``(..., 3)`` as seen from ``degrees`` above and ``turn`` degrees to the right."""
     a, b = np.radians(degrees), np.radians(turn)
     above = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
     aside = np.array([[np.cos(b), 0, -np.sin(b)], [0, 1, 0], [np.sin(b), 0, np.cos(b)]])
@@ -107,7 +107,7 @@ def write_view(
     faces = within(vertices, faces, *box(shown))
     shown = vertices[np.unique(faces)]
     corners = add_cameras(Document(), scene, turn, size) if cameras else shown
-    # Viewers look at the middle of all that is in the file.
+    # Viewers look at the centre of everything in the file.
     middle = (np.minimum(shown.min(0), corners.min(0)) + np.maximum(shown.max(0), corners.max(0))) / 2
     scale = VIEW_DISTANCE / max(distance(tilted(shown - middle)), 1e-9)
     place = np.eye(4)
@@ -126,7 +126,7 @@ def write_view(
 def write_flight(
     scene: Scene, file: Path, choice: Selection | None = None, width: int = 320, height: int = 240
 ) -> Path:
-    """Write an animated GIF: the camera swings to either side of the scene and back."""
+    """Write an animated GIF in which the camera swings to either side of the scene and back; returns ``file``."""
     there = [Image.fromarray(frame) for frame in flight(scene, choice or Selection(), width, height)]
     frames = [*there, *there[-2:0:-1]]
 
@@ -138,7 +138,7 @@ def write_flight(
 
 
 def flight(scene: Scene, choice: Selection, width: int, height: int) -> Iterator[Array]:
-    """Pictures uint8 ``(height, width, 3)`` from the left to the right."""
+    """Frames uint8 ``(height, width, 3)`` from the left to the right."""
     vertices, colours, faces = skin(scene, choice)
     vertices = vertices @ facing(scene).T
     low, high = box(vertices[np.unique(faces)])
@@ -147,12 +147,12 @@ def flight(scene: Scene, choice: Selection, width: int, height: int) -> Iterator
     points, normals, shades = sampled(vertices - (low + high) / 2, colours, faces, 2 * width * height)
     for turn in SWING * np.sin(np.linspace(-np.pi / 2, np.pi / 2, VIEWPOINTS)):
         seen = tilted(points, VIEW_ABOVE, turn) - [0, 0, away]
-        front = (tilted(normals, VIEW_ABOVE, turn) * seen).sum(1) < 0  # backs are left out: walls do not hide rooms
+        front = (tilted(normals, VIEW_ABOVE, turn) * seen).sum(1) < 0  # back faces are culled: walls do not hide rooms
         yield drawn(seen[front], shades[front], width, height)
 
 
 def sampled(vertices: Array, colours: Array, faces: Array, count: int) -> tuple[Array, Array, Array]:
-    """``count`` points spread evenly over surfaces, their normals and colours, mixed from the corners'."""
+    """``count`` points sampled evenly over the surfaces, their normals and colours, interpolated from the corners."""
     random = np.random.default_rng(0)
     a, b, c = (vertices[faces[:, k]] for k in range(3))
     normals = np.cross(b - a, c - a)
@@ -166,11 +166,11 @@ def sampled(vertices: Array, colours: Array, faces: Array, count: int) -> tuple[
 
 
 def drawn(points: Array, colours: Array, width: int, height: int) -> Array:
-    """Points ``(M, 3)`` before a camera in the origin (looking along -z), each as a square of 2 pixels."""
+    """A picture of points ``(M, 3)`` from the origin along -z, each a square of 2 x 2 pixels."""
     picture = np.full((height, width, 3), BACKGROUND, np.uint8)
     depth = -points[:, 2]
     focal = min(width / 2 / HALF_FRAME[0], height / 2 / HALF_FRAME[1])
-    order = np.argsort(-depth, kind="stable")  # of several in one pixel the last, nearest one stays
+    order = np.argsort(-depth, kind="stable")  # in each pixel the last and nearest one stays
     order = order[depth[order] > 0.02 * np.median(np.abs(depth))]
     u = np.floor(width / 2 + focal * points[order, 0] / depth[order] - 0.5).astype(int)
     v = np.floor(height / 2 - focal * points[order, 1] / depth[order] - 0.5).astype(int)

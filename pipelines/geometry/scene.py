@@ -1,6 +1,6 @@
-"""A finished scene: pictures with cameras, depth and confidence, kept as one npz file and exported from there.
+"""A reconstructed scene: pictures with cameras, depth and confidence, saved as one npz file.
 
-Cameras are camera-to-world in OpenCV's axes (x right, y down, z forward); :mod:`pipelines.geometry.exports` writes the
+Poses are camera-to-world in OpenCV's axes (x right, y down, z forward); :mod:`pipelines.geometry.exports` writes the
 formats of other programs.
 """
 
@@ -35,12 +35,12 @@ class Record:
     """How a scene was made.
 
     Attributes:
-        warnings: what a person should know about it, one sentence each.
-        estimate: the cost that was expected, in words.
-        pairs: ordered pairs that the network was asked about.
-        encodings: pictures that its encoder has seen.
-        loss: of the last step of the alignment; None where nothing was aligned.
-        calibration: the adapter, if the network calibrated itself to the scene.
+        warnings: one sentence each.
+        estimate: the expected cost, as text.
+        pairs: number of ordered pairs given to the network.
+        encodings: number of pictures that were encoded.
+        loss: of the last step of the alignment; None without one.
+        calibration: the adapter, if the network was calibrated to the scene.
     """
 
     warnings: tuple[str, ...] = ()
@@ -56,11 +56,14 @@ class Scene:
     """``N`` pictures with cameras, depth and confidence; every picture keeps its own size.
 
     Attributes:
-        names: of the pictures' files.
-        affines: the way from the files' pixels to the network's.
-        poses: ``(N, 4, 4)`` camera-to-world. focals: ``(N,)`` in network pixels.
-        images: uint8 ``(H, W, 3)``; depth, confidence: ``(H, W)``.
-        record: how it was made. files: of the pictures. Both are empty after :meth:`load`.
+        names: names of the pictures' files.
+        affines: maps from the files' pixels to the network's.
+        poses: ``(N, 4, 4)`` camera-to-world, in the scene's units.
+        focals: ``(N,)`` in network pixels.
+        images: uint8 ``(H, W, 3)`` each, in the network's size.
+        depth, confidence: ``(H, W)`` each; confidence on the network's own scale (above 1), 0 = left out.
+        record: how it was made; empty after :meth:`load`.
+        files: the pictures' files; empty after :meth:`load`.
     """
 
     names: tuple[str, ...]
@@ -75,7 +78,7 @@ class Scene:
 
     @classmethod
     def of(cls, found: Alignment, photos: Sequence[Photo], record: Record | None = None) -> Scene:
-        """From an alignment and its pictures."""
+        """The scene of an alignment and its pictures."""
         each = range(len(photos))
         return cls(
             tuple(p.name for p in photos), tuple(p.affine for p in photos), found.poses.double().numpy(),
@@ -86,7 +89,7 @@ class Scene:
         )  # fmt: skip
 
     def points(self, n: int) -> Array:
-        """World points ``(H, W, 3)``."""
+        """World points ``(H, W, 3)`` of picture ``n``."""
         height, width = self.depth[n].shape
         v, u = np.mgrid[:height, :width].astype(np.float64)
         own = np.stack([(u - width / 2) / self.focals[n], (v - height / 2) / self.focals[n], np.ones_like(u)], -1)
@@ -100,21 +103,22 @@ class Scene:
 
         Args:
             target: a file, or for "colmap" and "nerfstudio" a folder.
-            kind: "glb", "ply", "npz", "colmap" or "nerfstudio"; left out, the file's ending says it.
-            choice: which pixels; by default without the least confident fifth.
-            originals: "colmap" and "nerfstudio": the pictures' files, which are brought along upright (default:
-                :attr:`files`); without them the pictures are in the size that the network saw.
-            options: "glb": those of :func:`pipelines.geometry.exports.glb.write_glb` (surfaces, cameras, their size).
+            kind: "glb", "ply", "npz", "colmap" or "nerfstudio"; by default the file's suffix.
+            choice: which pixels; by default all but the least confident fifth.
+            originals: for "colmap" and "nerfstudio", the pictures' files (default: :attr:`files`), which are exported
+                upright; missing ones are replaced by the pictures in the network's size.
+            options: for "glb", those of :func:`pipelines.geometry.exports.glb.write_glb` (``mesh``, ``cameras``,
+                ``camera_size``).
 
         Raises:
-            InputError: no such kind, no point left, or a scene that the kind cannot hold.
+            InputError: no such kind, no point left, or fewer than two pictures for "colmap" or "nerfstudio".
         """
         from pipelines.geometry import exports
 
         return exports.export(self, Path(target), kind, choice, originals, **options)
 
     def save(self, file: Path) -> Path:
-        """Write everything as one npz (no pickles)."""
+        """Write everything but :attr:`record` and :attr:`files` as one npz (no pickles); returns ``file``."""
         values: dict[str, Any] = {
             "poses": self.poses, "focals": self.focals,
             "about": np.array(json.dumps({"names": self.names, "affines": [asdict(a) for a in self.affines]})),
@@ -122,13 +126,13 @@ class Scene:
         for n in range(len(self.names)):
             values |= {f"image_{n}": self.images[n], f"depth_{n}": self.depth[n].astype(np.float32),
                        f"confidence_{n}": self.confidence[n].astype(np.float32)}  # fmt: skip
-        with files.whole(file) as part, part.open("wb") as stream:  # a stream: numpy would add an ending to a name
+        with files.whole(file) as part, part.open("wb") as stream:  # a stream: numpy would append .npz to a name
             np.savez_compressed(stream, **values)
         return file
 
     @classmethod
     def load(cls, file: Path) -> Scene:
-        """Read it back. Raises :class:`InputError` for anything else."""
+        """Read a scene written by :meth:`save`; raises :class:`InputError` for any other file."""
         try:
             with np.load(file, allow_pickle=False) as kept:
                 about = json.loads(str(kept["about"]))
@@ -140,4 +144,4 @@ class Scene:
                     tuple(kept[f"confidence_{n}"] for n in each),
                 )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"'{file.name}' is no reconstruction of this studio: {error}") from None
+            raise InputError(f"'{file.name}' is not a reconstruction of this studio: {error}") from None

@@ -1,4 +1,4 @@
-"""Which pixels of a scene are shown or written, and the points and surfaces that they make."""
+"""Which pixels of a scene are shown or exported, and the points and surfaces made of them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pipelines.geometry.cameras import Similarity
 from pipelines.geometry.scene import Array, Scene
 
 CONNECTED = 0.9
-"""Share of the chosen pixels that must lie on surfaces for them to suit a scene."""
+"""Surfaces suit a scene if at least this share of the chosen pixels is on one."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which pixels are shown or written.
+    """Which pixels are shown or exported.
 
     Attributes:
         confidence: least raw confidence (the network's own scale, always above 1).
-        percentile: drop this share of the least confident pixels too, in per cent.
-        frame: one picture's number, or None for all.
-        hide: background to leave out, judged by colour.
-        clean: leave out points that would hide what another, surer picture sees.
-        limit: most points; a random but fixed choice.
+        percentile: also drop this share of the least confident pixels, in per cent.
+        frame: number of one picture; None = all.
+        hide: background to leave out, recognised by colour.
+        limit: most points, a fixed random choice.
+        clean: leave out points that would hide what another picture sees with more confidence.
 
     Raises:
         InputError: a percentile outside [0, 100) or a limit below 1.
@@ -46,11 +46,11 @@ class Selection:
 
     def __post_init__(self) -> None:
         if not 0 <= self.percentile < 100 or self.limit < 1:
-            raise InputError("The percentile must lie between 0 and 100 and the number of points be 1 or more.")
+            raise InputError("The percentile must be between 0 and 100 and the number of points at least 1.")
 
 
 def masks(scene: Scene, choice: Selection) -> list[Array]:
-    """Chosen pixels ``(H, W)`` of every picture."""
+    """Masks ``(H, W)`` of the chosen pixels, one per picture."""
     everything = np.concatenate([c.ravel() for c in scene.confidence])
     least = max(choice.confidence, float(np.percentile(everything, choice.percentile)))
     out = []
@@ -69,7 +69,7 @@ def masks(scene: Scene, choice: Selection) -> list[Array]:
 
 
 def cleaned(scene: Scene) -> Scene:
-    """The scene without the confidence of what :func:`pipelines.geometry.alignment.clean` takes for wrong."""
+    """The scene with confidence 0 for points that :func:`pipelines.geometry.alignment.clean` takes to be wrong."""
     room = max(depth.size for depth in scene.depth)
 
     def flat(maps: Sequence[Array]) -> Tensor:
@@ -86,11 +86,11 @@ def cleaned(scene: Scene) -> Scene:
 
 
 def sky(image: Array) -> Array:
-    """Pixels ``(H, W)`` of the sky: bright blue, or nearly white, and joined to the upper edge."""
+    """Mask ``(H, W)`` of the sky: bright blue or nearly white pixels connected to the upper edge."""
     import cv2
 
     hue, saturation, value = (channel.astype(int) for channel in cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV)))
-    blue = (hue >= 90) & (hue <= 130) & (saturation >= 30) & (value >= 120)  # hue counts half degrees
+    blue = (hue >= 90) & (hue <= 130) & (saturation >= 30) & (value >= 120)  # hue in half degrees
     pale = (saturation <= 25) & (value >= 230)
     _, regions = cv2.connectedComponents((blue | pale).astype(np.uint8))
     above = np.setdiff1d(regions[0], [0])
@@ -118,15 +118,16 @@ def cloud(scene: Scene, choice: Selection) -> tuple[Array, Array, Array]:
 def _nothing_left(what: str, scene: Scene, choice: Selection) -> str:
     least, most = min(float(c.min()) for c in scene.confidence), max(float(c.max()) for c in scene.confidence)
     return (
-        f"No {what} is left at a confidence of {choice.confidence:g} or more: in this scene it lies between "
+        f"No {what} is left at a confidence of {choice.confidence:g} or more: in this scene it is between "
         f"{least:.3g} and {most:.3g}. Lower the confidence threshold, or hide less."
     )
 
 
 def triangles(scene: Scene, choice: Selection, tear: float = 0.05) -> tuple[Array, Array, Array]:
-    """Vertices, colours and faces ``(F, 3)``: neighbouring pixels joined unless depth jumps by more than ``tear``.
+    """Vertices ``(V, 3)``, colours uint8 ``(V, 3)`` and faces ``(F, 3)`` of neighbouring pixels.
 
-    Of more pixels than ``choice.limit`` every second, third ... row and column is taken.
+    Pixels whose depth differs by a share of more than ``tear`` are not joined. With more pixels than ``choice.limit``,
+    only every second, third ... row and column is used.
 
     Raises:
         InputError: nothing is left.
@@ -153,12 +154,12 @@ def triangles(scene: Scene, choice: Selection, tear: float = 0.05) -> tuple[Arra
 
 
 def stride(chosen: Sequence[Array], limit: int) -> int:
-    """Which rows and columns of pixels are taken so that at most about ``limit`` of the chosen ones are left."""
+    """Step between the rows and columns used, so that at most about ``limit`` of the chosen pixels are left."""
     return max(1, int(np.ceil(np.sqrt(sum(int(mask.sum()) for mask in chosen) / limit))))
 
 
 def surfaces_suit(scene: Scene, choice: Selection) -> bool:
-    """Whether surfaces show a scene well: most chosen pixels lie on one, so that few holes and shreds are left."""
+    """Whether surfaces show a scene well: most chosen pixels are on one, so that there are few holes and fragments."""
     chosen = masks(scene, choice)
     step = stride(chosen, choice.limit)
     kept = sum(int(mask[::step, ::step].sum()) for mask in chosen)
@@ -170,9 +171,9 @@ def surfaces_suit(scene: Scene, choice: Selection) -> bool:
 
 
 def squares(scene: Scene, choice: Selection) -> tuple[Array, Array, Array]:
-    """Every chosen point as a square as large as its pixel there, facing its camera: vertices, colours and faces.
+    """Every chosen point as a square of its pixel's size that faces its camera: vertices, colours and faces.
 
-    With fewer points than pixels (``choice.limit``) the squares grow alike, so that they still cover the surfaces.
+    With fewer points than pixels (``choice.limit``) the squares are larger, so that they still cover the surfaces.
 
     Raises:
         InputError: nothing is left.

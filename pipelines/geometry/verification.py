@@ -1,13 +1,13 @@
-"""Which pairs to believe: two pictures must agree in colour where a pair's points meet.
+"""Verification of pairs: two pictures must agree in colour where the pair's points coincide.
 
-A pointmap network answers for pictures that share nothing, too, and often as surely as for others: it turns two corners
-of a room into one. Its own confidence separates such pairs badly, and they agree among each other. But the colours are
-independent evidence. For an ordered pair (i, j), the points of j are projected into i; where they lie on the surface
-that i sees there, both pictures show the same point, and
+A pointmap network also predicts points for pictures that show nothing in common, often just as confidently: it merges
+two corners of a room into one. Its confidence separates such pairs poorly, and they are consistent with each other. The
+colours are independent evidence. For an ordered pair (i, j), the points of j are projected into i; where they lie on
+the surface that i sees there, both pictures should show the same point, and
 
-    agreement(i, j) = correlation of the colours over these pixels, each channel's mean taken away,
+    agreement(i, j) = correlation of the colours over these pixels, with each channel's mean subtracted,
 
-which no change of exposure or contrast alters. Not from a paper.
+which is invariant to exposure and contrast. Not from a paper.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from pipelines.geometry.initialise import own_focals
 from pipelines.geometry.pairs import Pair, components
 
 LEAST = 0.6
-"""Agreement from which a pair is believed. On fresh rendered rooms 98 % of the right pairs reach it, and 2 % of the
+"""Agreement from which a pair is accepted. On unseen rendered rooms 98 % of the correct pairs reach it, and 2 % of the
 wrong ones in one of their orders (``benchmarks/results/lora3d.md``)."""
 SAME_SURFACE = 0.1
-"""Points that differ in depth by less than this share are taken for the same surface."""
+"""Points that differ in depth by less than this share are taken to be on the same surface."""
 FEWEST = 32
-"""With fewer common pixels nothing can be said: the agreement is 0."""
+"""With fewer common pixels than this, the agreement is 0."""
 
 
 def agreement(predictions: Predictions, photos: Sequence[Photo]) -> Tensor:
-    """Correlation of colours ``(E,)`` of every ordered pair, between -1 and 1; 0 where too few points meet."""
+    """Colour agreement of every ordered pair ``(E,)``, from -1 to 1; 0 if fewer than :data:`FEWEST` points coincide."""
     focals = own_focals(predictions)
     return torch.tensor([_edge(predictions, photos, edge, float(focals[i])) for edge, (i, _) in
                          enumerate(predictions.pairs)])  # fmt: skip
@@ -56,7 +56,7 @@ def _edge(predictions: Predictions, photos: Sequence[Photo], edge: int, focal: f
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Of two sets of colours ``(3, M)``: one number for the three channels together, 0 where nothing varies."""
+    """Correlation of two sets of colours ``(3, M)`` over all three channels together; 0 if one of them is constant."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     size = a.norm() * b.norm()
     return float((a * b).sum() / size) if size > 1e-6 else 0.0
@@ -65,7 +65,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 def believed(pairs: Sequence[Pair], count: int, agrees: Tensor, least: float = LEAST) -> list[int]:
     """Edges whose agreement, the lower of both orders, reaches ``least``.
 
-    Where these leave the images in several groups, the pairs that agree best connect them as well.
+    If these leave the images in several groups, the best of the other pairs are added to connect them.
     """
     lower = _lower_of_both_orders(pairs, agrees)
     best_first = sorted(range(len(pairs)), key=lambda edge: (-lower[edge], pairs[edge]))
@@ -90,36 +90,36 @@ def _joins(count: int, kept: list[Pair], pair: Pair) -> bool:
 
 @dataclass(frozen=True)
 class Verified:
-    """The pairs that are believed.
+    """The accepted pairs.
 
     Attributes:
         predictions: of these pairs, and of doubtful ones where nothing else connects the pictures.
-        groups: pictures that believed pairs connect. What lies where between two groups is doubtful.
-        said: what a person should know about the rest.
+        groups: pictures connected by accepted pairs; the relative position of two groups is doubtful.
+        warnings: on pairs left out and groups, one sentence each.
     """
 
     predictions: Predictions
     groups: list[list[int]]
-    said: list[str]
+    warnings: list[str]
 
     def within(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Those of the pairs that lie in one group."""
+        """The pairs whose pictures are in one group."""
         group = {n: number for number, members in enumerate(self.groups) for n in members}
         return [(i, j) for i, j in pairs if group[i] == group[j]]
 
 
 def verified(predictions: Predictions, photos: Sequence[Photo], least: float = LEAST) -> Verified:
-    """Judge all pairs of three or more pictures."""
+    """Verify all pairs of three or more pictures; ``least`` is the agreement that is needed."""
     pairs = predictions.pairs
     agrees = agreement(predictions, photos)
     kept = believed(pairs, len(photos), agrees, least)
     lower = _lower_of_both_orders(pairs, agrees)
     groups = components(len(photos), [pairs[edge] for edge in kept if lower[edge] >= least])
-    said = []
+    warnings = []
     if len(kept) < len(pairs):
-        said.append(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are left out: their pictures differ in colour "
-                    "where their points meet.")  # fmt: skip
+        warnings.append(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are left out: their pictures differ in colour "
+                        "where their points coincide.")  # fmt: skip
     if len(groups) > 1:
         parts = " | ".join(" ".join(str(n) for n in sorted(group)) for group in groups)
-        said.append(f"Only doubtful pairs connect these groups of pictures: {parts}. Take pictures in between.")
-    return Verified(predictions.select(kept), groups, said)
+        warnings.append(f"Only doubtful pairs connect these groups of pictures: {parts}. Take pictures in between.")
+    return Verified(predictions.select(kept), groups, warnings)

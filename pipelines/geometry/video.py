@@ -1,4 +1,4 @@
-"""Frames of a video: spread evenly over its whole length, each the sharpest one near its place."""
+"""Frames of a video: evenly spaced over its whole length, each the sharpest one near its position."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from adapters.errors import InputError
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".avi", ".mkv", ".m4v")
 MOST = 60
-"""Frames that are taken at most."""
+"""Most frames taken."""
 NEAR = 0.25
-"""A frame may stand in for its place when it is at most this share of the time between two places away."""
+"""How far a frame may be from its position, as a share of the distance between two positions."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Chosen frames in RGB, upright, and where in the video they are.
+    """Frames chosen from a video.
 
     Attributes:
-        times: in seconds from the start. length: of the video, in seconds.
-        asked: seconds between frames that were asked for.
+        images: RGB, upright.
+        times: in seconds from the start.
+        length: of the video, in seconds.
+        asked: the requested time between frames, in seconds.
     """
 
     images: tuple[Image.Image, ...]
@@ -40,31 +42,32 @@ class Frames:
             text += f", one about every {(self.times[-1] - self.times[0]) / (count - 1):.1f} seconds"
         wanted = int(self.length / self.asked) + 1
         if wanted > count:
-            text += f" (one every {self.asked:g} seconds would be {wanted}; {MOST} are the most)"
-        return text + "; near each place the sharpest was taken."
+            text += f" (one every {self.asked:g} seconds would be {wanted}; the limit is {MOST})"
+        return text + "; each is the sharpest near its position."
 
 
 def read_video(path: str | Path, seconds: float, most: int = MOST) -> Frames:
-    """A frame about every so many ``seconds`` of the whole video; at most ``most``, then evenly further apart.
+    """A frame about every ``seconds`` of the whole video, or further apart if that would be more than ``most``.
 
-    The video is read twice: once to count and to judge the sharpness of frames near the places, once to keep them.
+    The video is read three times: to count its frames, to compare the sharpness near each position, and to keep the
+    chosen frames.
 
     Raises:
-        InputError: the file is no video, holds no frame, or ``seconds`` is not positive.
+        InputError: the file is not a video, contains no frame, or ``seconds`` is not positive.
     """
     if seconds <= 0:
         raise InputError("The time between frames must be more than 0 seconds.")
     file = Path(path)
     count, rate = _length(file)
     if not count:
-        raise InputError(f"'{file.name}' holds no frames that can be read: give a video file or pictures.")
+        raise InputError(f"'{file.name}' contains no frames that can be read: give a video file or pictures.")
     chosen = _sharpest(file, places(count, rate, seconds, most), count)
     found = dict(_read(file, set(chosen)))
     return Frames(tuple(map(_picture, found.values())), tuple(n / rate for n in found), count / rate, seconds)
 
 
 def places(count: int, rate: float, seconds: float, most: int) -> list[int]:
-    """Numbers of frames, evenly from the first to the last: one every ``seconds``, at most ``most``."""
+    """Numbers of evenly spaced frames from the first on: one every ``seconds``, at most ``most``."""
     wanted = min(int((count - 1) / (rate * seconds)) + 1, most)
     if wanted < 2:
         return [0]
@@ -73,7 +76,7 @@ def places(count: int, rate: float, seconds: float, most: int) -> list[int]:
 
 
 def sharpness(frame: Any) -> float:
-    """Variance of the Laplacian of the grey frame: blur takes it away."""
+    """Variance of the Laplacian of the grey frame (BGR); blur lowers it."""
     import cv2
 
     grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
@@ -81,7 +84,7 @@ def sharpness(frame: Any) -> float:
 
 
 def _length(file: Path) -> tuple[int, float]:
-    """Frames that can be read, and frames a second. What the header says of the length is often wrong."""
+    """Number of readable frames, and frames per second. They are counted because the header is often wrong."""
     import cv2
 
     stream = cv2.VideoCapture(str(file))
@@ -94,7 +97,7 @@ def _length(file: Path) -> tuple[int, float]:
 
 
 def _sharpest(file: Path, wanted: list[int], count: int) -> list[int]:
-    """For each place the sharpest frame near it; of equals the nearest."""
+    """For each position the sharpest frame near it; among equals the nearest."""
     if len(wanted) < 2:
         return wanted
     reach = int(NEAR * (wanted[1] - wanted[0]))

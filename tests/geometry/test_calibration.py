@@ -273,7 +273,7 @@ def test_nothing_half_written_is_left(network: PointmapNetwork, tmp_path: Path, 
         (lambda n, s, p: calibration.with_lora(n, rank=33), "between 1 and 32"),
         (lambda n, s, p: Recipe(epochs=0), "at least 1"),
         (lambda n, s, p: Recipe(preset="mlp"), "Unknown preset"),
-        (lambda n, s, p: calibration.load_adapter(n, Path("nowhere")), "holds no PEFT adapter"),
+        (lambda n, s, p: calibration.load_adapter(n, Path("nowhere")), "contains no PEFT adapter"),
     ],
 )
 def test_bad_settings_are_sentences(network: PointmapNetwork, what: Any, message: str) -> None:

@@ -220,7 +220,7 @@ def test_photos_turned_by_exif_are_brought_upright(write: Any, read: Any, tmp_pa
         tuple(np.full(p.size, 5.0) for p in photos), files=tuple(p.file for p in photos),
     )  # fmt: skip
     made = scene.export(tmp_path / "out", write.__name__.removeprefix("write_"))
-    assert any("upright copies" in text for text in made.notes)
+    assert any("upright 8-bit copies" in text for text in made.notes)
     for (name, (fx, _, cx, cy), size, _), photo, end in zip(read(tmp_path / "out"), photos, ends, strict=True):
         pixels = np.array(Image.open(tmp_path / "out/images" / name)).astype(int)  # as stored: nothing is turned
         assert size == pixels.shape[1::-1] == ((48, 96) if end in ("top", "bottom") else (96, 48))
@@ -242,7 +242,7 @@ def test_what_other_programs_cannot_read_becomes_png_and_what_changed_is_said(
     assert (grey.mode, np.array(grey)[16, 0, 0]) == ("RGB", 128)
     assert red.format == "PNG"
     assert own.size == (16, 16)
-    assert any("2.png are not at hand (or have changed)" in text for text in made.notes)
+    assert any("2.png are missing or have changed" in text for text in made.notes)
     assert colmap(tmp_path / "out")[2][2] == (16, 16)
 
 

@@ -67,7 +67,7 @@ def test_a_cancelled_job_leaves_no_half_written_file(tmp_path: Path) -> None:
         ({"images": ["nowhere.png"]}, "no picture 'nowhere.png'"),
         ({"model": "naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt"}, "accept-licence"),
         ({"calibrate": True, "adapter": "x"}, "not both"),
-        ({"adapter": "nowhere"}, "holds no PEFT adapter"),
+        ({"adapter": "nowhere"}, "contains no PEFT adapter"),
         ({"graph": "star"}, "Unknown pair graph"),
         ({"graph": "swin-9"}, "allow windows up to 'swin-3'"),
         ({"also": ["x"]}, "they go with --calibrate"),

@@ -227,7 +227,7 @@ def test_a_constructor_with_infinities() -> None:
 
 
 def test_broken_folders_are_sentences(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="must hold"):
+    with pytest.raises(InputError, match="must contain"):
         checkpoints.open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"enc_embed_dim": 6, "enc_num_heads": 2}))
     (tmp_path / "model.safetensors").write_bytes(b"no")
@@ -240,7 +240,7 @@ def test_broken_folders_are_sentences(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weights": {}}, "no 'model' in it"),
+        ({"weights": {}}, "has no 'model'"),
         ({"model": {"x": 1}}, "tensors only"),
         ({"model": {}}, r"args\.model is missing"),
         ({"model": {}, "croco_kwargs": {}}, "CroCo"),

@@ -61,7 +61,7 @@ def test_a_licence_that_must_be_accepted(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not for commercial use"):
         ScenePipeline.from_pretrained("naver/DUSt3R_ViTLarge_BaseDecoder_512_dpt")
     (tmp_path / "config.json").write_text('{"licence": "X, not for commercial use"}')
-    with pytest.raises(InputError, match="come under X"):
+    with pytest.raises(InputError, match="licensed under X"):
         ScenePipeline.from_pretrained(tmp_path)
 
 

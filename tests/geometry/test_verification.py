@@ -81,11 +81,11 @@ def test_a_picture_of_something_else_is_named() -> None:
     assert all(pair in kept for pair in [(0, 1), (1, 2), (2, 0)])
     assert sorted(map(sorted, seen.groups)) == [[0, 1, 2], [3]]
     assert seen.within([(0, 1), (3, 0), (2, 3), (2, 0)]) == [(0, 1), (2, 0)]
-    assert seen.said[0] == "4 of 12 pairs are left out: their pictures differ in colour where their points meet."
-    assert seen.said[1] == (
+    assert seen.warnings[0].startswith("4 of 12 pairs are left out: their pictures differ in colour")
+    assert seen.warnings[1] == (
         "Only doubtful pairs connect these groups of pictures: 0 1 2 | 3. Take pictures in between."
     )
-    assert verified(made.predictions, photos(made)).said == []
+    assert verified(made.predictions, photos(made)).warnings == []
 
 
 def test_sure_but_wrong_pairs_no_longer_bend_the_cameras() -> None:

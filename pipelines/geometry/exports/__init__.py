@@ -23,7 +23,7 @@ def export(
     """Write a scene; see :meth:`pipelines.geometry.scene.Scene.export`.
 
     Raises:
-        InputError: no such kind, no point left, or a scene that the kind cannot hold.
+        InputError: no such kind, no point left, or fewer than two pictures for a kind with poses.
     """
     from pipelines.geometry.exports.colmap import write_colmap
     from pipelines.geometry.exports.glb import write_glb
@@ -32,7 +32,7 @@ def export(
 
     kind = kind or target.suffix.lower().lstrip(".")
     if kind not in KINDS:
-        raise InputError(f"Unknown export '{kind}': known are {', '.join(KINDS)}.")
+        raise InputError(f"Unknown export '{kind}': use one of {', '.join(KINDS)}.")
     choice = choice or Selection()
     if kind == "glb":
         return write_glb(scene, target, choice, **options)

@@ -1,8 +1,8 @@
-"""COLMAP's text files, with the pictures beside them.
+"""COLMAP's text files, with the pictures.
 
 Poses are world-to-camera, quaternions (w, x, y, z), in OpenCV's axes (x right, y down, z forward); the world is the
-scene's. Cameras are PINHOLE, one per picture, in pixels whose centres lie at halves. Names hold no white space: the
-format is split there.
+scene's. Cameras are PINHOLE, one per picture, in pixels with centres at half-integers. Names contain no white space,
+which separates the format's fields.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def write_colmap(
     """Write ``cameras.txt``, ``images.txt``, ``points3D.txt`` and ``images/``.
 
     Raises:
-        InputError: fewer than two pictures (then there are no poses), or no point left.
+        InputError: fewer than two pictures (there are no poses then), or no point left.
     """
     points, colours, _ = cloud(scene, choice or Selection())
     with files.whole(folder, sync=False) as part:

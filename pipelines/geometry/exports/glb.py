@@ -1,7 +1,7 @@
-"""GLB for three.js, Blender and the like: points or surfaces, and the cameras with their photos.
+"""GLB for three.js, Blender and similar programs: points or surfaces, and the cameras with their photos.
 
-Axes: x right, y up, z backward of the first camera, which stands in the origin (glTF's axes). Units are the scene's.
-Colours of points and surfaces are linear, as the standard says.
+Axes: x right, y up, z backward of the first camera, which is at the origin (glTF's axes). Units are the scene's.
+Colours of points and surfaces are linear, as the standard requires.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COLOURS = ((230, 85, 60), (60, 130, 230), (60, 170, 90), (235, 170, 40), (150, 
 _EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3))
 _BAR = np.array([[0, 1, 2], [2, 1, 3], [4, 6, 5], [5, 6, 7], [0, 4, 1], [1, 4, 5], [2, 3, 6], [6, 3, 7], [0, 2, 4],
                  [4, 2, 6], [1, 5, 3], [3, 5, 7]])  # fmt: skip
-"""Triangles of a bar with the corners (end, side, side) in binary."""
+"""Triangles of a bar whose corners are numbered by (end, side, side) in binary."""
 
 
 def write_glb(
@@ -29,8 +29,13 @@ def write_glb(
     """Write a scene as one GLB.
 
     Args:
-        mesh: surfaces instead of points; None: where they suit the scene.
-        cameras: pyramids with the photos in them. camera_size: their height, in per cent of the scene.
+        choice: which pixels; by default all but the least confident fifth.
+        mesh: surfaces instead of points; None = if they suit the scene.
+        cameras: add the cameras as pyramids with their photos.
+        camera_size: height of these pyramids, in per cent of the scene's size.
+
+    Raises:
+        InputError: no point or surface is left.
     """
     choice = choice or Selection()
     upright = TO_GL @ np.linalg.inv(scene.poses[0])
@@ -49,12 +54,12 @@ def write_glb(
 
 
 def extent(points: Array) -> float:
-    """Size of a scene: between the tenth and the ninetieth percentile of its points."""
+    """Size of a scene: the distance between the 10th and the 90th percentile of its points."""
     return float(np.linalg.norm(np.percentile(points, 90, 0) - np.percentile(points, 10, 0)))
 
 
 def moved(points: Array, move: Array) -> Array:
-    """Points ``(..., 3)`` by a matrix ``(4, 4)``."""
+    """Points ``(..., 3)`` transformed by a matrix ``(4, 4)``."""
     return points @ move[:3, :3].T + move[:3, 3]
 
 
@@ -72,7 +77,7 @@ def add_cameras(document: Document, scene: Scene, move: Array, size: float) -> A
 
 
 def pyramid(scene: Scene, n: int, size: float) -> Array:
-    """A camera in the world ``(5, 3)``: its picture's corners, clockwise from the upper left, and its centre."""
+    """A camera's pyramid ``(5, 3)`` in the world: the picture's corners, clockwise from the upper left, and the centre."""
     height, width = scene.depth[n].shape
     x, y = width / 2 / scene.focals[n] * size, height / 2 / scene.focals[n] * size
     return moved(np.array([[-x, -y, size], [x, -y, size], [x, y, size], [-x, y, size], [0, 0, 0]]), scene.poses[n])

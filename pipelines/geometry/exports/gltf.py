@@ -1,4 +1,4 @@
-"""A small writer of binary glTF 2.0 (GLB): points, triangles and pictures, all shown as they are (unlit).
+"""A small writer of binary glTF 2.0 (GLB): points, triangles and pictures, all unlit.
 
 Vertex colours (COLOR_0) are linear in glTF, pictures are sRGB; axes are x right, y up, z towards the viewer.
 """
@@ -24,7 +24,7 @@ _TYPES = {np.dtype("<f4"): 5126, np.dtype("<u2"): 5123, np.dtype("<u4"): 5125}
 
 
 def linear(colours: Array) -> Array:
-    """sRGB bytes ``(N, 3)`` as linear values of 16 bits with alpha ``(N, 4)``."""
+    """sRGB bytes ``(N, 3)`` as linear 16-bit values with alpha ``(N, 4)``."""
     value = np.arange(256) / 255
     table = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     out = np.full((len(colours), 4), 65535, "<u2")
@@ -33,7 +33,7 @@ def linear(colours: Array) -> Array:
 
 
 class Document:
-    """Meshes that become one file."""
+    """A glTF document of meshes, written as one file."""
 
     def __init__(self) -> None:
         self._blob = bytearray()
@@ -44,12 +44,12 @@ class Document:
         }  # fmt: skip
 
     def add_points(self, name: str, points: Array, colours: Array) -> None:
-        """Points ``(N, 3)`` with colours ``(N, 3)`` in sRGB bytes."""
+        """Add points ``(N, 3)`` with colours ``(N, 3)`` in sRGB bytes."""
         self._add(name, {"POSITION": self._positions(points), "COLOR_0": self._accessor(linear(colours), _VERTICES)},
                   _POINTS, self._material())  # fmt: skip
 
     def add_surface(self, name: str, vertices: Array, colours: Array, faces: Array, two_sided: bool = True) -> None:
-        """Triangles ``faces (F, 3)`` of ``vertices (N, 3)``, counter-clockwise seen from the front."""
+        """Add triangles ``faces (F, 3)`` of ``vertices (N, 3)``, counter-clockwise seen from the front."""
         used, numbers = np.unique(faces, return_inverse=True)
         attributes = {"POSITION": self._positions(vertices[used]),
                       "COLOR_0": self._accessor(linear(colours[used]), _VERTICES)}  # fmt: skip
@@ -57,7 +57,7 @@ class Document:
         self._add(name, attributes, _TRIANGLES, self._material(two_sided=two_sided), indices)
 
     def add_picture(self, name: str, corners: Array, picture: Array) -> None:
-        """A picture uint8 ``(H, W, 3)`` between ``corners (4, 3)``, clockwise from the upper left."""
+        """Add a picture uint8 ``(H, W, 3)`` between ``corners (4, 3)``, clockwise from the upper left."""
         places = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], "<f4")
         attributes = {"POSITION": self._positions(corners), "TEXCOORD_0": self._accessor(places, _VERTICES)}
         indices = self._accessor(np.array([0, 3, 1, 1, 3, 2], "<u4"), _INDICES)

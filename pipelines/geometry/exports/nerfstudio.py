@@ -1,7 +1,7 @@
-"""nerfstudio's ``transforms.json``, with the pictures and a point cloud beside it.
+"""nerfstudio's ``transforms.json``, with the pictures and a point cloud.
 
 Poses are camera-to-world in OpenGL's axes (x right, y up, z backward); the world is the scene's, as in
-``sparse_pc.ply``. Every frame has intrinsics of its own, in pixels whose centres lie at halves.
+``sparse_pc.ply``. Every frame has its own intrinsics, in pixels with centres at half-integers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The pictures that lie beside files of cameras, and the cameras' numbers for exactly their pixels.
+"""The pictures exported with camera files, and the cameras' intrinsics for exactly their pixels.
 
-Other programs read a picture as it is stored: they do not turn it as EXIF says and do not know every kind of file. So
-each picture is brought along, upright, as JPEG or PNG, under a name without spaces: the original's bytes where they are
-that already, else a copy. Where the original is not at hand it is the scene's own picture in the network's size.
+Other programs read a picture as it is stored: they ignore EXIF orientation and do not support every format. So each
+picture is exported upright, as JPEG or PNG, under a name without spaces: the original's bytes if they already qualify,
+else a converted copy. If the original is not available, the scene's own picture in the network's size is used.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pipelines.geometry.scene import Scene
 
 _EXIF_TURN = 0x112
 _PLAIN = {"JPEG": ("RGB", "L"), "MPO": ("RGB", "L"), "PNG": ("RGB", "L", "RGBA")}
-"""Kinds of files and pixels that every program reads."""
+"""File formats and pixel modes that every program reads."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture that was written, and its pinhole camera in its pixels, whose centres lie at halves."""
+    """An exported picture, and its pinhole camera in pixels with centres at half-integers."""
 
     name: str
     width: int
@@ -41,18 +41,16 @@ def write_pictures(scene: Scene, folder: Path, originals: Sequence[Path | None] 
     """Write every picture of a scene into ``folder``.
 
     Args:
-        originals: the pictures' files in the scene's order, where they are known.
+        originals: the pictures' files in the scene's order; None where unknown.
 
     Returns:
-        The views, and sentences on what was renamed, turned or not found.
+        The views, and notes on what was renamed, converted or not found.
 
     Raises:
-        InputError: the scene has a single picture, whose camera says nothing.
+        InputError: the scene has a single picture, which has no pose.
     """
     if len(scene.names) < 2:
-        raise InputError(
-            "A file of cameras needs two pictures or more: one picture has no pose. Choose glb, ply or npz."
-        )
+        raise InputError("Camera files need two pictures or more, since one has no pose: choose glb, ply or npz.")
     folder.mkdir(parents=True, exist_ok=True)
     files = originals if len(originals) == len(scene.names) else [None] * len(scene.names)
     views, turned, own, renamed, taken = [], [], [], [], set[str]()
@@ -69,7 +67,7 @@ def write_pictures(scene: Scene, folder: Path, originals: Sequence[Path | None] 
             if found.copied:
                 shutil.copyfile(file, folder / written)
             else:
-                # PNG ignores what is said for JPEG
+                # PNG ignores JPEG's options
                 pictures.open_picture(file).save(folder / written, quality=95, subsampling=0)
                 turned.append(name)
         if written != name:
@@ -83,7 +81,7 @@ def write_pictures(scene: Scene, folder: Path, originals: Sequence[Path | None] 
 
 
 def word(name: str) -> str:
-    """A name without what separates words or cannot be written: spaces, control characters, slashes."""
+    """A name with "_" for spaces, control characters and slashes."""
     return "".join("_" if c.isspace() or not c.isprintable() or c in "/\\" else c for c in name) or "_"
 
 
@@ -94,7 +92,7 @@ class _Original:
 
 
 def _original(file: Path, size: tuple[int, int]) -> _Original | None:
-    """How a file is brought along; None where it is gone or no longer the picture of this size."""
+    """How a file is exported; None if it is missing or no longer the picture of this size."""
     try:
         with Image.open(file, formats=["JPEG", "PNG"]) as opened:
             turn = opened.getexif().get(_EXIF_TURN, 1)
@@ -119,18 +117,17 @@ def _free(stem: str, taken: set[str]) -> str:
 
 
 def _notes(turned: list[str], own: list[str], renamed: list[str], count: int) -> list[str]:
-    said = []
+    notes = []
     if turned:
-        said.append(f"images/ holds upright copies in colours of 8 bits of {_some(turned)}.")
+        notes.append(f"images/ contains upright 8-bit copies of {_some(turned)}.")
     if own:
         which = "the pictures" if len(own) == count else _some(own)
-        said.append(
-            f"The original files of {which} are not at hand (or have changed): images/ holds them in the size that "
-            "the network saw."
+        notes.append(
+            f"The original files of {which} are missing or have changed: images/ contains them in the network's size."
         )
     if renamed:
-        said.append(f"Pictures in images/ have names that this format can hold: {_some(renamed)}.")
-    return said
+        notes.append(f"Pictures in images/ are renamed for this format: {_some(renamed)}.")
+    return notes
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""PLY: a binary point cloud with colours in sRGB, as programs for point clouds read it.
+"""PLY: a binary point cloud with colours in sRGB.
 
-Axes: the world of the scene, in OpenCV's directions (x right, y down, z forward of the camera that the alignment
-started from).
+Axes: the scene's world, in OpenCV's directions (x right, y down, z forward of the camera that the alignment started
+from).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.geometry.selection import Selection, cloud
 
 
 def write_ply(scene: Scene, file: Path, choice: Selection | None = None) -> Written:
-    """Write a binary PLY with x y z, red green blue and confidence."""
+    """Write a binary PLY with x y z, red green blue and confidence; raises :class:`InputError` if no point is left."""
     points, colours, confidence = cloud(scene, choice or Selection())
     kind = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"),
                      ("confidence", "<f4")])  # fmt: skip

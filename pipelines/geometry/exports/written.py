@@ -1,4 +1,4 @@
-"""What an export says of itself."""
+"""The result of an export."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ class Written:
     """A file or folder that was written.
 
     Attributes:
-        points: how many of the scene's points are in it.
-        notes: what a person should know, one sentence each.
+        place: the file or folder.
+        points: number of the scene's points in it.
+        notes: what was renamed, converted or not found, one sentence each.
     """
 
     place: Path
