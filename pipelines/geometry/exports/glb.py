@@ -77,7 +77,7 @@ def add_cameras(document: Document, scene: Scene, move: Array, size: float) -> A
 
 
 def pyramid(scene: Scene, n: int, size: float) -> Array:
-    """A camera's pyramid ``(5, 3)`` in the world: the picture's corners, clockwise from the upper left, and the centre."""
+    """A camera's pyramid ``(5, 3)`` in the world: its picture's corners, clockwise from the upper left; its centre."""
     height, width = scene.depth[n].shape
     x, y = width / 2 / scene.focals[n] * size, height / 2 / scene.focals[n] * size
     return moved(np.array([[-x, -y, size], [x, -y, size], [x, y, size], [-x, y, size], [0, 0, 0]]), scene.poses[n])
