@@ -109,7 +109,6 @@ def train(
     folder: str | os.PathLike[str],
     resume: bool = False,
     monitor: Monitor | None = None,
-    preset: str = "",
     **values: Any,
 ) -> dict[str, Any]:
     """Train an adapter.
@@ -119,8 +118,8 @@ def train(
         folder: where the run lives: adapter, card, samples, checkpoints.
         resume: go on from the newest checkpoint in ``folder``.
         monitor: told of every step; may cancel (a checkpoint is written then).
-        preset: image: starting values ("concept", "style-quick" ...), which ``values`` override.
-        values: the keys of the kind's configuration (``studio train KIND --help``).
+        values: the keys of the kind's configuration (``studio train KIND --help``); one of them, ``preset``, is a
+            starting point ("concept", "style-quick" ...) below the others.
 
     Returns:
         ``adapter`` (its path), ``loss``, ``steps``, ``seconds`` and whatever else the kind reports.
@@ -131,16 +130,14 @@ def train(
     """
     from studio import silence
     from studio.jobs import kinds
-    from studio.training.presets import with_preset
 
     silence.library_warnings()
     known = kinds.trainings()
     if kind not in known:
         raise InputError(f"There is no training of kind '{kind}'{nearest(kind, known)}: choose {', '.join(known)}.")
-    if preset and kind != "image":
-        raise InputError(f"Presets are for image training; leave preset '{preset}' out.")
     found = known[kind]
-    config = found.parse(with_preset(preset, values) if preset else values)
+    config = found.parse(values)
+    found.check(config)
     return found.function()(config, _made(folder), monitor or Silent(), resume=resume)
 
 

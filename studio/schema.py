@@ -41,10 +41,27 @@ class JobConfig(BaseModel):
         """The configuration of a job whose ``folder`` was made: files of which the job needs a copy lie there."""
         return self
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every key that need not be given, with its value as in the file."""
+        found = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in cls.model_fields.items()
+            if not field.is_required()
+        }
+        return {name: _plain(value) for name, value in found.items()}
+
     def to_yaml(self) -> str:
         """The complete configuration, for :meth:`from_yaml`."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return text
+
+
+def _plain(value: Any) -> Any:
+    """A default as YAML holds it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -106,6 +106,12 @@ def keep(items: Sequence[Mapping[str, Any]], name: str) -> Path:
     return folder
 
 
+def forget(folder: Path) -> None:
+    """Remove what :func:`keep` made for a job that came to nothing."""
+    if folder.parent == settings.folder("datasets"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def uploaded(item_id: str) -> Path:
     """The uploaded file with this id; raises :class:`InputError` for anything outside the uploads folder."""
     root = uploads().resolve()

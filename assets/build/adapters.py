@@ -131,7 +131,8 @@ def train(adapter: Adapter, pictures: Path, runs: Path, shipped: Path) -> Path:
     for source in (Path(result["adapter"]), run / "config.yaml"):
         shutil.copy2(source, target / source.name)
     text = Path(result["card"]).read_text(encoding="utf-8")
-    write_text(target / "card.md", re.sub(r"(!\[sample\]\([^)]*\)\n)+", f"{SAMPLES}\n", text))
+    table = r"\| prompt \| without \| with \|\n(\|.*\n)+"  # its pictures stay in the run's folder
+    write_text(target / "card.md", re.sub(table, f"{SAMPLES}\n", text))
     return target
 
 

@@ -160,14 +160,19 @@ def open_tokenizer(source: str, chat_template: str = "") -> Any:
     return tokenizer
 
 
+def check_quantization(quantization: str) -> None:
+    """Raise :class:`MissingDependencyError` when the package for a quantized base is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependencyError("bitsandbytes", "bnb", f"A base in {quantization}")
+
+
 def quantized(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Options of ``from_pretrained`` for a base in 4 bits (nf4, double quantised, as in QLoRA, arXiv 2305.14314) or 8.
 
     Raises:
         MissingDependencyError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingDependencyError("bitsandbytes", "bnb", f"A base in {quantization}")
+    check_quantization(quantization)
     kind: Any = _auto().BitsAndBytesConfig
     if quantization == "8bit":
         chosen = kind(load_in_8bit=True)

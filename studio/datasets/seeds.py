@@ -11,8 +11,10 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, stream: str, index: int = 0) -> int:
@@ -28,22 +30,30 @@ def rng(seed: int, stream: str, index: int = 0) -> random.Random:
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
     """Torch generator (CPU) of a stream."""
+    import torch
+
     return torch.Generator().manual_seed(derive(seed, stream, index))
 
 
 def normal(seed: int, stream: str, samples: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
     """Standard normal numbers ``(len(samples), *shape)``, row i drawn for sample number ``samples[i]``."""
+    import torch
+
     return torch.stack([torch.randn(tuple(shape), generator=generator(seed, stream, n)) for n in samples])
 
 
 def uniform(seed: int, stream: str, samples: Sequence[int]) -> torch.Tensor:
     """Uniform numbers in [0, 1) ``(len(samples),)``."""
+    import torch
+
     return torch.tensor([rng(seed, stream, n).random() for n in samples])
 
 
 @contextmanager
 def global_seed(seed: int, stream: str, index: int = 0) -> Iterator[None]:
     """Inside, torch's global generators start at the stream; afterwards they are as before."""
+    import torch
+
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, stream, index))

@@ -77,9 +77,16 @@ def scan(source: str, split: str = "train") -> TextReport:
         return reader(path)
     if path.is_dir():
         raise InputError(f"'{source}' is a folder: name one file ({', '.join(_READERS)}).")
-    if HUB_ID.fullmatch(source) and path.suffix.lower() not in _READERS:
+    if on_hub(source):
         return _hub(source, split)
     raise InputError(f"The data file '{source}' does not exist.")
+
+
+def on_hub(source: str) -> bool:
+    """Whether ``source`` names a data set of the hub rather than a file."""
+    path = Path(source).expanduser()
+    named = bool(HUB_ID.fullmatch(source)) and path.suffix.lower() not in _READERS
+    return named and not path.exists()
 
 
 def usable_rows(report: TextReport, skip_broken: bool = False, limit: int | None = None) -> TextReport:

@@ -267,13 +267,13 @@ def _picture_loss(base: Base, path: Path) -> Callable[[], float]:
     from studio.training.base import settle
     from studio.training.families import family_of
     from studio.training.forward import validation_loss
+    from studio.training.ready import read_folder
     from studio.training.schemas.image import TrainImageConfig
     from studio.training.supply import (
         Supply,
         augmentation,
         bucket_rule,
         picture_set,
-        read_folder,
         validation_picks,
     )
     from studio.training.trainee import Trainee

@@ -25,11 +25,11 @@ HERE = "here"
 
 
 def submit(kind: str, config: JobConfig | Mapping[str, Any]) -> str:
-    """Put a job in its queue and return its id; raises :class:`InputError` when the configuration is wrong.
+    """Put a job in its queue and return its id; raises :class:`InputError` when it is known that it cannot be done.
 
     Nothing works on it until a worker runs (:func:`ensure_worker`).
     """
-    parsed = kinds.find(kind).parse(config)
+    parsed = _ready(kind, config)
     job = _new(kind, parsed, queue.name_for(str(getattr(parsed, "device", "auto"))))
     queue.put(job.queue, job.id)
     return job.id
@@ -41,7 +41,7 @@ def run_here(kind: str, config: JobConfig | Mapping[str, Any], monitor: Monitor)
     Raises:
         adapters.errors.StudioError, or whatever ended the job; ``KeyboardInterrupt`` cancels it.
     """
-    job = _new(kind, kinds.find(kind).parse(config), HERE)
+    job = _new(kind, _ready(kind, config), HERE)
     return work_here(job.id, monitor)
 
 
@@ -238,6 +238,14 @@ def trouble() -> Sequence[str]:
     from studio.jobs import worker
 
     return [text for name in sorted(waiting) if (text := worker.failed_start(name))]
+
+
+def _ready(kind: str, config: JobConfig | Mapping[str, Any]) -> JobConfig:
+    """The configuration, when nothing is known that would make the job fail."""
+    found = kinds.find(kind)
+    parsed = found.parse(config)
+    found.check(parsed)
+    return parsed
 
 
 def _new(kind: str, config: JobConfig, queue_name: str) -> Job:

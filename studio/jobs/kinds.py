@@ -30,6 +30,8 @@ class Kind:
         entry: ``"module:function"``, called ``run(config, folder, monitor) -> dict``.
         continues: ``run`` also takes ``resume`` (a bool) and goes on from its last checkpoint when it is true;
             otherwise resuming starts the job over.
+        ready: ``"module:function"``, called ``(config)`` before a job is made: raises :class:`InputError` for what is
+            known to fail without doing it.
         afterwards: ``"module:function"``, called ``(config, result) -> result`` when the job is done.
         keeps_pipeline: the job uses the pipeline that the worker keeps loaded; it is released before other kinds.
         title: what pages call it.
@@ -42,6 +44,7 @@ class Kind:
     schema: str
     entry: str
     continues: bool = False
+    ready: str = ""
     afterwards: str = ""
     keeps_pipeline: bool = False
     title: str = ""
@@ -59,6 +62,11 @@ class Kind:
         """Validate ``config``; raises :class:`InputError` naming what is wrong."""
         values = config.model_dump(mode="json") if isinstance(config, JobConfig) else config
         return self.model().parse(values, source=f"the {self.name} job")
+
+    def check(self, config: JobConfig) -> None:
+        """Refuse what cannot be done, as far as that can be known beforehand; raises :class:`InputError`."""
+        if self.ready:
+            _load(self.ready)(config)
 
     def function(self) -> Callable[..., dict[str, Any]]:
         """Import and return the function that runs the job."""

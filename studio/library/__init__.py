@@ -14,9 +14,18 @@ from studio.library.edit import (
     trashed,
 )
 from studio.library.records import Record
-from studio.library.resolve import adapters, bases, find, resolve_adapter, resolve_base, resolve_pipeline
+from studio.library.resolve import (
+    adapters,
+    bases,
+    find,
+    resolve_adapter,
+    resolve_base,
+    resolve_language,
+    resolve_pipeline,
+)
 
 __all__ = [
     "Record", "Trashed", "adapters", "bases", "empty_trash", "find", "import_adapter", "import_base", "places",
-    "rename", "resolve_adapter", "resolve_base", "resolve_pipeline", "restore", "sha256", "show", "trash", "trashed",
+    "rename", "resolve_adapter", "resolve_base", "resolve_language", "resolve_pipeline", "restore", "sha256", "show",
+    "trash", "trashed",
 ]  # fmt: skip

@@ -82,6 +82,18 @@ def resolve_pipeline(name_or_path: str | Path) -> str:
     return place
 
 
+def resolve_language(name_or_path: str | Path) -> str:
+    """As :func:`resolve_base`, for a base that reads and writes text.
+
+    Raises:
+        InputError: there is nothing of this name, or it draws pictures.
+    """
+    place = resolve_base(name_or_path)
+    if (Path(place) / "model_index.json").is_file() or Path(place).is_file():
+        raise InputError(f"'{name_or_path}' draws pictures: texts need a language model such as {smollm2.NAME}.")
+    return place
+
+
 def _usable(record: Record) -> Record:
     """The record, unless it has a problem; pickles are left to the loader, which reads only tensors from them."""
     if record.problem and record.path.suffix not in scan.PICKLES:

@@ -19,7 +19,6 @@ def train_image(
     config: TrainImageConfig | None = None,
     *,
     folder: str | os.PathLike[str],
-    preset: str = "",
     monitor: Monitor | None = None,
     resume: bool = False,
     **values: Any,
@@ -27,7 +26,7 @@ def train_image(
     """Train an image LoRA and return its result (see :func:`studio.training.tasks.image.run`).
 
     Args:
-        config: the whole configuration; or leave it out and give ``values`` (and a ``preset`` below them).
+        config: the whole configuration; or leave it out and give ``values``.
         folder: where the run lives.
 
     Raises:
@@ -37,14 +36,15 @@ def train_image(
 
     from adapters.errors import InputError
     from adapters.progress import Silent
-    from studio.training.presets import with_preset
+    from studio.training import ready
     from studio.training.schemas.image import TrainImageConfig
     from studio.training.tasks.image import run
 
-    if config is not None and (values or preset):
+    if config is not None and values:
         raise InputError("Give train_image either a config or single values, not both.")
     if config is None:
-        config = TrainImageConfig.parse(with_preset(preset, values) if preset else values)
+        config = TrainImageConfig.parse(values)
+    ready.image(config)
     return run(config, Path(folder), monitor or Silent(), resume)
 
 
@@ -70,12 +70,15 @@ def distill(
 
     from adapters.errors import InputError
     from adapters.progress import Silent
+    from studio.training import ready
     from studio.training.schemas.distill import DistillConfig
     from studio.training.tasks.distillation import run
 
     if config is not None and values:
         raise InputError("Give distill either a config or single values, not both.")
-    return run(config or DistillConfig.parse(values), Path(folder), monitor or Silent(), resume)
+    config = config or DistillConfig.parse(values)
+    ready.distill(config)
+    return run(config, Path(folder), monitor or Silent(), resume)
 
 
 __all__ = ["distill", "train_image"]

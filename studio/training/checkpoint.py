@@ -24,7 +24,7 @@ from adapters.files import whole
 from studio.schema import JobConfig
 
 FREE_GROUPS = frozenset({"Samples and saving"})
-FREE_KEYS = frozenset({"workers", "memory", "cache_folder", "cache_latents", "cache_text"})
+FREE_KEYS = frozenset({"preset", "workers", "memory", "cache_folder", "cache_latents", "cache_text"})
 BOUND_KEYS = frozenset({"name", "ema", "ema_decay", "validation_split"})
 """Keys of a free group that still belong to the run ('name' is in no free group; it names the result)."""
 
@@ -159,9 +159,10 @@ def check_same_run(saved: Checkpoint, config: JobConfig, data: str, noun: str) -
         InputError: naming the keys that differ.
     """
     now = config.model_dump(mode="json")
-    differing = [key for key in now if now[key] != saved.config.get(key) and not _free(config, key)]
+    then = {**type(config).defaults(), **saved.config}  # a key that came later was at its default
+    differing = [key for key in now if now[key] != then.get(key) and not _free(config, key)]
     if differing:
-        shown = "; ".join(f"{key}: {saved.config.get(key)!r} -> {now[key]!r}" for key in differing)
+        shown = "; ".join(f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in differing)
         raise InputError(f"This run was started with other settings ({shown}): set those back, or start a new run.")
     if saved.data != data:
         raise InputError(f"The {noun} have changed since this run was started: start a new run.")

@@ -1,4 +1,4 @@
-"""What an image training will need, before any weight is read: memory and time.
+"""What a training of pictures or of a language model will need, before any weight is read: memory and time.
 
 The base is built on torch's "meta" device from its configuration files, the adapter is put into it, and one forward and
 backward pass runs there: this counts parameters, the tensors kept for the backward pass and the floating-point
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,11 @@ from typing import Any
 
 from adapters.errors import InputError
 from studio.training.schemas.image import TrainImageConfig
+from studio.training.schemas.language import TrainLanguageConfig
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+Config = TrainImageConfig | TrainLanguageConfig
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "8bit": 1, "4bit": 0.5}
 
 STATES = {"adamw": 8, "adamw8bit": 2, "adafactor": 4, "sgd": 4, "prodigy": 16, "schedulefree-adamw": 8}
 """Bytes that an optimiser keeps per learnt number."""
@@ -71,25 +75,45 @@ class Estimate:
         return {"memory": dict(self.memory), "memory_total": self.total, "seconds": self.seconds}
 
 
-def estimate(work: Work, config: TrainImageConfig, dtype: str, device: str, speed: float) -> Estimate:
+def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) -> Estimate:
     """Memory and time of a whole run.
 
     Args:
-        dtype: "fp32", "fp16" or "bf16": of the frozen weights.
+        dtype: "fp32", "fp16", "bf16", "8bit" or "4bit": of the frozen weights.
         device: "cpu", "cuda" or "mps".
         speed: floating-point operations per second of a large multiplication (:func:`measured_speed`).
     """
-    resting = config.memory != "none" and device != "cpu"  # encoders wait in the ordinary memory once they are cached
+    # Encoders wait in the ordinary memory once their output is cached.
+    resting = getattr(config, "memory", "none") != "none" and device != "cpu"
     frozen = {name: count for name, count in work.parameters.items() if name == work.denoiser or not resting}
     memory = {
-        "base": sum(frozen.values()) * BYTES[dtype],
+        "base": round(sum(frozen.values()) * BYTES[dtype]),
         "adapter": work.learnt * (4 + 4 + (4 if config.ema else 0)),  # weights, gradients, running average
         "optimiser": work.learnt * STATES[config.optimizer],
         "activations": work.kept,
     }
-    passes = config.steps * config.gradient_accumulation
+    passes = steps(config) * config.gradient_accumulation
     seconds = passes * (work.flops / (speed * EFFICIENCY) + work.operations * OVERHEAD[device])
     return Estimate(memory, seconds)
+
+
+def steps(config: Config, pictures: int | None = None) -> int:
+    """Optimiser steps of the run; those of its ``epochs`` as if all data had one size.
+
+    Args:
+        pictures: how many pictures there are; None: those of the folder.
+    """
+    if not config.epochs:
+        return config.steps
+    from studio.training import ready
+    from studio.training.language import rows
+
+    if isinstance(config, TrainLanguageConfig):
+        samples = len(rows.read(config).shown)
+    else:
+        count = len(ready.read_folder(config).pictures) if pictures is None else pictures
+        samples = (count - ready.kept_out(count, config.validation_split)) * config.repeats
+    return math.ceil(config.epochs * samples / (config.batch_size * config.gradient_accumulation))
 
 
 def look(config: TrainImageConfig, dtype: str) -> Work:
@@ -125,6 +149,42 @@ def look(config: TrainImageConfig, dtype: str) -> Work:
     return Work(counts, learnt, kept, flops, operations, family.denoiser_name)
 
 
+def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
+    """As :func:`look`, for a language model: every sample of a batch is as long as ``max_length`` allows.
+
+    Raises:
+        InputError: the base is a hub id, or no model for the task.
+    """
+    import torch
+    import transformers
+
+    from studio import library
+    from studio.training.language.layers import add_adapter
+
+    source = Path(library.resolve_language(config.base))
+    if not (source / "config.json").is_file():
+        raise InputError(f"What '{config.base}' needs is estimated for bases that are folders only.")
+    kinds = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
+             "masked": "AutoModelForMaskedLM"}  # fmt: skip
+    made: Any = transformers.AutoConfig.from_pretrained(source)
+    made.use_cache = False
+    kind: Any = getattr(transformers, kinds[config.task])
+    plain = config.model_copy(update={"quantization": "none"})  # the same products, on smaller numbers
+    with torch.device("meta"):
+        base = kind.from_config(made).to(getattr(torch, _TORCH[dtype])).requires_grad_(False)
+        if config.gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.enable_input_require_grads()
+        counts = {"model": sum(p.numel() for p in base.parameters())}
+        model = add_adapter(base, plain).train()
+        size = (config.batch_size, config.max_length)
+        ids = torch.zeros(size, dtype=torch.long)
+        mask = torch.zeros(size[0], 1, size[1], size[1], dtype=base.dtype)  # whole, so that nobody looks into it
+        kept, operations, flops = count(_Logits(model), (ids, mask))
+    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Work(counts, learnt, kept, flops, operations, "model")
+
+
 def measured_speed(device: str, dtype: str) -> float:
     """Floating-point operations per second of multiplying matrices of 1024 x 1024, the best of some tries."""
     import torch
@@ -139,7 +199,20 @@ def measured_speed(device: str, dtype: str) -> float:
     return 2 * 1024**3 / best
 
 
-def estimated(config: TrainImageConfig) -> Estimate:
+_TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class _Logits:
+    """A language model as :func:`count` asks it: ids and mask in, logits out."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.parameters = model, model.parameters
+
+    def __call__(self, ids: Any, mask: Any) -> Any:
+        return self.model(input_ids=ids, attention_mask=mask).logits
+
+
+def estimated(config: Config) -> Estimate:
     """:func:`estimate` on the device that ``config`` chooses.
 
     Raises:
@@ -154,16 +227,18 @@ def estimated(config: TrainImageConfig) -> Estimate:
     chosen = choose_dtype(config.dtype, torch.device(device))
     dtype = next(name for name, value in DTYPES.items() if value == chosen)
     try:
-        work = look(config, dtype)
+        work = look_at_language(config, dtype) if isinstance(config, TrainLanguageConfig) else look(config, dtype)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError, ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"What '{config.base}' needs cannot be estimated: {reason}") from error
-    return estimate(work, config, dtype, torch.device(device).type, measured_speed(device, dtype))
+    speed = measured_speed(device, dtype)
+    quantized = getattr(config, "quantization", "none")
+    return estimate(work, config, dtype if quantized == "none" else quantized, torch.device(device).type, speed)
 
 
-def apart(config: TrainImageConfig) -> Estimate:
+def apart(config: Config) -> Estimate:
     """:func:`estimated` in a process of its own, so that the caller does not load torch.
 
     Raises:
@@ -172,15 +247,28 @@ def apart(config: TrainImageConfig) -> Estimate:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "config.yaml"
         file.write_text(config.to_yaml(), encoding="utf-8")
-        asked = [sys.executable, "-m", "studio", "train", "image", str(file), "--estimate", "--json"]
+        asked = [sys.executable, "-c", f"from {__name__} import printed; printed()", config.kind, str(file)]
         answer = subprocess.run(asked, capture_output=True, text=True, check=False)
     try:
         found = json.loads(answer.stdout)
     except ValueError:
-        raise InputError("The estimate could not be made: see  studio train image --estimate.") from None
+        raise InputError("The estimate could not be made: see  studio train ... --estimate.") from None
     if "error" in found:
         raise InputError(found["error"])
     return Estimate(found["memory"], found["seconds"])
+
+
+def printed() -> None:
+    """Print the estimate of ``KIND FILE`` as JSON, in the process that :func:`apart` starts."""
+    from studio import silence
+
+    silence.library_warnings()
+    kind, file = sys.argv[1:]
+    schema: type[Config] = TrainLanguageConfig if kind == TrainLanguageConfig.kind else TrainImageConfig
+    try:
+        print(json.dumps(estimated(schema.from_yaml(file)).as_json()))
+    except InputError as error:
+        print(json.dumps({"error": str(error)}))
 
 
 def sentence(found: Estimate) -> str:

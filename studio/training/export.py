@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pipelines.precision import DTYPES
 from studio import privacy
 from studio.schema import JobConfig
 from studio.training.cards import base_lines, base_name, card_words, front_matter
+from studio.training.samples import Pair
 from studio.training.schemas.image import TrainImageConfig
 
 RECIPE_ENTRY = "adapter_studio_recipe"
@@ -125,13 +126,7 @@ def _of(layer: LoraLayer) -> list[torch.Tensor]:
     return [layer.A, layer.B, *([] if layer.magnitude is None else [layer.magnitude])]
 
 
-def check_exports(config: TrainImageConfig, denoiser: str) -> None:
-    """Refuse before the training what could not be written after it; raises :class:`InputError`."""
-    if "kohya" in config.export and denoiser != "unet":
-        raise InputError("The kohya format is written for SD and SDXL only: remove it from export.")
-
-
-def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path]) -> Path:
+def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path], pairs: Sequence[Pair] = ()) -> Path:
     """Write ``card.md``: what the adapter is, how it is called, how it was made."""
     config, training, data = recipe["config"], recipe["training"], recipe["data"]
     trigger = ", ".join(f"`{word}`" for word in recipe["triggers"]) or "none"
@@ -151,7 +146,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path]) -> 
         f"- Digest of the base weights: `{recipe['base']['digest']}`",
         f"- Data digest: `{data['digest']}`",
         "",
-        *[f"![sample]({path.relative_to(folder).as_posix()})" for path in samples],
+        *(pair_lines(folder, pairs) or [f"![sample]({path.relative_to(folder).as_posix()})" for path in samples]),
         "",
         *loading_lines(base, f"{name}.safetensors", str(data["example_prompt"]), config["resolution"]),
         "",
@@ -163,6 +158,19 @@ def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path]) -> 
     with whole(target) as part:
         part.write_text("\n".join(lines), encoding="utf-8")
     return target
+
+
+def pair_lines(folder: Path, pairs: Sequence[Pair]) -> list[str]:
+    """A table of pictures without and with the adapter."""
+
+    def shown(words: str, file: str) -> str:
+        return f"![{words}]({Path(file).relative_to(folder).as_posix()})"
+
+    rows = [
+        f"| `{pair.prompt}`, seed {pair.seed} | {shown('without', pair.without)} | {shown('with', pair.with_)} |"
+        for pair in pairs
+    ]
+    return ["| prompt | without | with |", "|---|---|---|", *rows] if rows else []
 
 
 def image_front_matter(recipe: Mapping[str, Any]) -> list[str]:

@@ -88,6 +88,15 @@ OPTIMIZERS: dict[str, Entry] = {
 }
 
 
+def check_installed(name: str) -> Entry:
+    """The optimiser ``name``; raises :class:`MissingDependencyError` listing what is there when its package is not."""
+    entry = OPTIMIZERS[name]
+    if not entry.installed:
+        present = ", ".join(other for other, known in OPTIMIZERS.items() if known.installed)
+        raise MissingDependencyError(entry.package, entry.extra, f"The optimizer '{name}' (installed: {present})")
+    return entry
+
+
 def make_optimizer(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Optimizer:
     """The configured optimiser over ``groups``.
 
@@ -95,12 +104,7 @@ def make_optimizer(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Op
         MissingDependencyError: its package is not installed; the message lists what is.
         InputError: prodigy with several learning rates (it estimates one).
     """
-    entry = OPTIMIZERS[config.optimizer]
-    if not entry.installed:
-        present = ", ".join(name for name, other in OPTIMIZERS.items() if other.installed)
-        raise MissingDependencyError(
-            entry.package, entry.extra, f"The optimizer '{config.optimizer}' (installed: {present})"
-        )
+    entry = check_installed(config.optimizer)
     if config.optimizer == "prodigy" and len({group["lr"] for group in groups}) > 1:
         raise InputError(
             "Prodigy estimates one learning rate for everything: set text_encoder_learning_rate equal to "

@@ -1,16 +1,18 @@
-"""Starting points: sets of values for the three kinds of training, at two lengths.
+"""Starting points of a training: values by the name of a preset, for the kinds of training that have some.
 
-A preset fills fields of :class:`~studio.training.schemas.image.TrainImageConfig`; what the person gives wins.
+``preset`` is a key of the training schemas (:class:`~studio.training.schemas.base.TrainConfig`): a preset fills fields
+below those that are given, wherever they are given (YAML, flag, form, Python).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from adapters.errors import InputError, nearest
 
-_CONCEPT = {
+Values = dict[str, Any]
+
+_CONCEPT: Values = {
     "mode": "concept",
     "rank": 8,
     "targets": "attention",
@@ -19,7 +21,7 @@ _CONCEPT = {
     "ema": True,
     "ema_decay": 0.99,
 }
-_STYLE = {
+_STYLE: Values = {
     "mode": "style",
     "rank": 16,
     "targets": "attention-mlp",
@@ -30,7 +32,7 @@ _STYLE = {
     "ema": True,
     "ema_decay": 0.99,
 }
-_CAPTIONED = {
+_CAPTIONED: Values = {
     "mode": "captioned",
     "rank": 16,
     "targets": "attention-mlp",
@@ -39,27 +41,60 @@ _CAPTIONED = {
     "caption_dropout": 0.1,
     "ema": True,
 }
-_QUICK = {"steps": 150, "batch_size": 2, "checkpoint_every": 100}
-_NORMAL = {"steps": 800, "batch_size": 4, "warmup_steps": 20, "checkpoint_every": 200}
+_QUICK: Values = {"steps": 150, "batch_size": 2, "checkpoint_every": 100}
+_NORMAL: Values = {"steps": 800, "batch_size": 4, "warmup_steps": 20, "checkpoint_every": 200}
 
-PRESETS: dict[str, dict[str, Any]] = {
+_IMAGE = {
     f"{kind}-{length}": {**values, **size}
     for kind, values in (("concept", _CONCEPT), ("style", _STYLE), ("captioned", _CAPTIONED))
     for length, size in (("quick", _QUICK), ("normal", _NORMAL))
-} | {
-    "concept": {**_CONCEPT, **_NORMAL},
-    "style": {**_STYLE, **_NORMAL},
-    "captioned": {**_CAPTIONED, **_NORMAL},
 }
-"""Name ("concept", "style-quick", ...) -> field values."""
+
+PRESETS: dict[str, dict[str, Values]] = {
+    "train-image": _IMAGE | {kind: _IMAGE[f"{kind}-normal"] for kind in ("concept", "style", "captioned")},
+    "train-language": {
+        "quick": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3},
+        "normal": {"steps": 300, "batch_size": 8, "learning_rate": 2e-4},
+    },
+    "distill": {
+        "guidance": {"objective": "guidance", "steps": 500},
+        "few-steps": {"objective": "consistency", "steps": 500},
+    },
+}
+"""Kind of job -> name ("concept", "style-quick" ...) -> field values."""
+
+MEASURED: dict[str, dict[str, Values]] = {
+    "tinymoji": {
+        "train-image": {"learning_rate": 2e-3, "targets": "all"},
+        "distill": {"learning_rate": 2e-3, "rank": 16, "batch_size": 8, "knots": 20, "guidance": 4.0, "ema": True,
+                    "ema_decay": 0.98},
+    },
+}  # fmt: skip
+"""Base -> kind of job -> what every preset of the kind says otherwise there: a base much smaller than those that people
+train LoRAs of needs larger steps. What the presets reach there is in benchmarks/results/presets.md."""
 
 
-def with_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` on top of the preset ``name``.
+def fields(kind: str) -> set[str]:
+    """The keys that presets of a kind of training set on some base."""
+    known = [*PRESETS.get(kind, {}).values(), *(kinds.get(kind, {}) for kinds in MEASURED.values())]
+    return {name for values in known for name in values}
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """The presets of a kind of training."""
+    return tuple(PRESETS.get(kind, ()))
+
+
+def preset(kind: str, name: str, base: str) -> Values:
+    """The values of the preset ``name`` on a base; none for the empty name.
 
     Raises:
         InputError: there is no such preset.
     """
-    if name not in PRESETS:
-        raise InputError(f"There is no preset '{name}'{nearest(name, PRESETS)}; known are {', '.join(PRESETS)}.")
-    return {**PRESETS[name], **values}
+    if not name:
+        return {}
+    known = PRESETS.get(kind, {})
+    if name not in known:
+        there = f"known are {', '.join(known)}" if known else f"there are none for {kind}; leave it empty"
+        raise InputError(f"There is no preset '{name}'{nearest(name, known)}: {there}.")
+    return {**known[name], **MEASURED.get(base, {}).get(kind, {})}

@@ -39,8 +39,15 @@ class LossCurve:
             raise InputError(f"'{self.file}' could not be written ({error.strerror}).") from None
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0 = never) happens after this one."""
+PARTS = 4
+"""How often what happens at parts of a run does, its end included."""
+
+
+def due(step: int, every: int | None, total: int = 0) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens after this one; None: at each quarter of
+    ``total`` steps."""
+    if every is None:
+        return PARTS * step // total > PARTS * (step - 1) // total
     return every > 0 and step % every == 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -59,11 +59,20 @@ def draw_samples(
     return pictures
 
 
-def save_samples(pictures: Sequence[Image.Image], folder: Path, step: int) -> list[Path]:
-    """Write ``step-NNNNNN-i.png``."""
+class Pair(NamedTuple):
+    """One prompt and seed, drawn without and with the adapter (paths of pictures)."""
+
+    prompt: str
+    seed: int
+    without: str
+    with_: str
+
+
+def save_samples(pictures: Sequence[Image.Image], folder: Path, name: str) -> list[Path]:
+    """Write ``NAME-i.png``."""
     files = []
     for number, picture in enumerate(pictures):
-        file = folder / f"step-{step:06d}-{number}.png"
+        file = folder / f"{name}-{number}.png"
         with whole(file) as part:
             picture.save(part, format="PNG")
         files.append(file)
@@ -71,7 +80,7 @@ def save_samples(pictures: Sequence[Image.Image], folder: Path, step: int) -> li
 
 
 def sample_prompts(config: TrainImageConfig, captions: Sequence[str]) -> list[str]:
-    """The configured prompts; when samples are asked for without any, the data's first caption."""
+    """The configured prompts; without any the data's first caption, unless samples are for the end only."""
     if config.sample_prompts:
         return [prompt.replace("{trigger}", config.trigger) for prompt in config.sample_prompts]
-    return list(captions[:1]) if config.sample_every or config.sample_at_start else []
+    return list(captions[:1]) if config.sample_every != 0 or config.sample_at_start else []

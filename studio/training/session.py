@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters.errors import InputError
+from adapters.errors import Cancelled, InputError
 from adapters.files import whole
 from adapters.plugin import Handles, Layers, Plugin, Plugins
 from adapters.progress import Monitor, Progress, Silent
@@ -67,6 +67,7 @@ class TrainSession:
     seconds: float = 0.0
     validation: list[dict[str, float]] = field(default_factory=list)
     _norms: list[float] = field(default_factory=list)
+    _sampled: int = -1
 
     @classmethod
     def of(cls, task: Task, folder: Path, monitor: Monitor, plugins: Sequence[Plugin] = ()) -> TrainSession:
@@ -214,9 +215,9 @@ class TrainSession:
                 **values,
             )  # fmt: skip
             self.monitor.report(Progress("training", self.step, self.total, loss=loss, metrics=shown))
-        if due(self.step, self.config.sample_every):
+        if due(self.step, self.config.sample_every, self.total):
             self.sample()
-        if due(self.step, getattr(self.config, "save_every", 0)) and self.step < self.total:
+        if due(self.step, self.config.save_every, self.total) and self.step < self.total:
             self._save_intermediate()
         return shown
 
@@ -247,6 +248,12 @@ class TrainSession:
         asked = torch.tensor(float(self.monitor.cancelled()), device=self.device)
         return bool(self.accelerator.reduce(asked, "sum"))
 
+    def stopped(self) -> Cancelled:
+        """Keep what is learnt so far as an adapter; returns what ends the run."""
+        if self.step:
+            self._save_intermediate()
+        return Cancelled(f"Stopped at step {self.step} of {self.total}; the run can be resumed.")
+
     def best_weights(self) -> AbstractContextManager[None]:
         """Inside, the models hold the weights that are saved."""
         return averaged(self.optimizer, self.parameters, self.average)
@@ -260,6 +267,7 @@ class TrainSession:
 
     def sample(self) -> None:
         """Answer or draw the sample prompts with the weights that would be saved."""
+        self._sampled = self.step
         if main_process() and self.task.samples_wanted:
             with self.best_weights():
                 self.task.sample(self.step)
@@ -301,7 +309,8 @@ class TrainSession:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def finish(self) -> dict[str, Any]:
-        """Save the adapter, sample once more, write the card; returns the result, empty but in the main process."""
+        """Save the adapter, sample once more, also without it, and write the card; returns the result, empty but in the
+        main process."""
         self.accelerator.wait_for_everyone()
         task = self.task
         measured = bool(self.validation) and self.validation[-1]["step"] == self.step
@@ -311,8 +320,10 @@ class TrainSession:
             return {}
         recipe = self.recipe()
         paths = task.export(self.layers(), self.folder, self.config.name, recipe)
-        if not due(self.step, self.config.sample_every):
+        if self._sampled != self.step:
             self.sample()
+        if task.samples_wanted:
+            task.sample_without()
         card = task.card(recipe)
         warning = self.diverged()
         if warning:

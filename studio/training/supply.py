@@ -16,10 +16,11 @@ from studio.datasets.buckets import BucketRule, place
 from studio.datasets.cache import TensorCache, Tensors, fingerprint, key_of
 from studio.datasets.captions import compose_caption
 from studio.datasets.folders import shown
-from studio.datasets.pictures import FolderReport, Picture, read_pixels, usable_pictures
+from studio.datasets.pictures import FolderReport, Picture, read_pixels
 from studio.datasets.plan import Augmentation, Pick, PictureSet, Plan
 from studio.datasets.seeds import rng
 from studio.training.families import Family
+from studio.training.ready import kept_out
 from studio.training.schemas.image import TrainImageConfig
 
 INSTANCE_PROMPTS = {"concept": "a picture of {trigger}", "style": "a picture, {trigger} style", "captioned": ""}
@@ -40,15 +41,6 @@ class Batch:
     given: Tensors
     numbers: list[int]
     shown: int
-
-
-def read_folder(config: TrainImageConfig) -> FolderReport:
-    """The pictures of the job, checked as its mode demands; raises :class:`InputError` for what cannot be used."""
-    return usable_pictures(
-        Path(config.data).expanduser(),
-        skip_broken=config.skip_broken,
-        need_captions=config.mode == "captioned" and not config.allow_missing_captions,
-    )
 
 
 def bucket_rule(config: TrainImageConfig, family: Family) -> BucketRule:
@@ -120,13 +112,11 @@ def class_set(report: FolderReport, rule: BucketRule, prompt: str) -> PictureSet
 
 def split(pictures: PictureSet, share: float, seed: int) -> tuple[PictureSet, PictureSet | None]:
     """(to learn from, to validate with): ``share`` of the pictures is kept out, at least one if any."""
-    if not share:
+    held = kept_out(len(pictures), share)
+    if not held:
         return pictures, None
     order = list(range(len(pictures)))
     rng(seed, "validation-split").shuffle(order)
-    held = max(1, round(share * len(order)))
-    if held >= len(order):
-        raise InputError(f"validation_split {share} leaves none of the {len(order)} pictures to learn from.")
     return pictures.only(sorted(order[held:])), pictures.only(sorted(order[:held]))
 
 

@@ -135,6 +135,9 @@ class Task:
     def sample(self, step: int) -> None:
         """Answer or draw the sample prompts with the weights the models hold now; write and report them."""
 
+    def sample_without(self) -> None:
+        """Draw the sample prompts without the adapter, to be seen beside those with it."""
+
     def rewind(self, step: int) -> None:
         """A resumed run goes on after ``step``: drop from the task's own files what it will write again."""
 

@@ -75,7 +75,8 @@ def settings(base: Path, data: Path, **changes: Any) -> TrainLanguageConfig:
     """A short run on a tiny base."""
     values: dict[str, Any] = {
         "base": str(base), "data": str(data), "device": "cpu", "rank": 2, "steps": 5, "batch_size": 4,
-        "max_length": 96, "learning_rate": 1e-2, "checkpoint_every": 0, "warmup_ratio": 0.0, "name": "little",
+        "max_length": 96, "learning_rate": 1e-2, "checkpoint_every": 0, "save_every": 0, "warmup_ratio": 0.0,
+        "name": "little",
     }  # fmt: skip
     return TrainLanguageConfig.parse(values | changes)
 

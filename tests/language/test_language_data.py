@@ -18,7 +18,8 @@ from studio.datasets.texts import scan, usable_rows
 from studio.training.drivers.trainer import RunSampler
 from studio.training.language.about import known
 from studio.training.language.check import check_data
-from studio.training.language.data import Collate, split
+from studio.training.language.data import Collate
+from studio.training.language.rows import split
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.classification import macro_f1
 from studio.training.tasks.language import task_for

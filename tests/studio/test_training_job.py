@@ -57,10 +57,9 @@ def test_a_stopped_training_goes_on_to_the_same_adapter(values):
     assert len(losses) >= 6
 
 
-def test_what_cannot_be_trained_is_a_failed_job_with_a_sentence(values, tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_what_only_the_base_can_tell_is_a_failed_job_with_a_sentence(values, tmp_path):
     with pytest.raises(InputError):
-        jobs.run_here("train-image", {**values, "data": str(tmp_path / "empty")}, Silent())
+        jobs.run_here("train-image", {**values, "rank": 999}, Silent())
     job = jobs.get("last")
     assert job.status == "failed"
     assert not job.error.startswith("Unexpected")

@@ -69,6 +69,8 @@ def settings(base: Path, data: Path, **changes: Any) -> TrainImageConfig:
         "lr_schedule": "linear",
         "sample_steps": 2,
         "sample_guidance": 2.0,
+        "sample_every": 0,
+        "save_every": 0,
         "checkpoint_every": 0,
     }
     return TrainImageConfig.parse(values | changes)

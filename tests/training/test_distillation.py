@@ -65,7 +65,7 @@ def config(base: Path, prompts: Path | str, **changes: Any) -> DistillConfig:
     values: dict[str, Any] = {
         "base": str(base), "prompts": str(prompts), "knots": 5, "trajectory_count": 3, "rank": 2, "steps": 4,
         "batch_size": 2, "resolution": 32, "device": "cpu", "learning_rate": 1e-2, "sample_steps": 2, "guidance": 4.0,
-        "checkpoint_every": 0,
+        "checkpoint_every": 0, "sample_every": 0, "save_every": 0,
     }  # fmt: skip
     if isinstance(prompts, Path) and prompts.is_file():
         teacher = repr((str(base), sorted((name, changes[name]) for name in TEACHER & changes.keys())))

@@ -81,13 +81,15 @@ def test_checkpointing_keeps_less_and_computes_more():
 
 def test_command_and_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path))
-    asked = ["train", "image", "--data", "x", "--name", "x", "--trigger", "zxq", "--device", "cpu"]
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "data" / "a.png")
+    asked = ["train", "image", "--data", str(tmp_path / "data"), "--name", "x", "--trigger", "zxq", "--device", "cpu"]
     assert command([*asked, "--estimate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["memory_total"] == sum(found["memory"].values()) > 50e6
     values = [train.KNOWN[name].default for name in train.NAMES]
     shown = dict(zip(train.NAMES, values, strict=True)) | {"name": "x", "trigger": "zxq", "data": "", "device": "cpu"}
-    line = train.needed(*(train.schema_form.show(train.KNOWN[name], shown[name]) for name in train.NAMES))
+    line = train.needed([], *(train.schema_form.show(train.KNOWN[name], shown[name]) for name in train.NAMES))
     assert line.startswith("About ")
     assert "for the training steps" in line
     single = tmp_path / "model.safetensors"

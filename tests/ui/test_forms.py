@@ -16,7 +16,6 @@ from studio import jobs
 from studio.composition.region_schema import RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.library import Record
-from studio.training.presets import PRESETS
 from studio.training.schemas.distill import DistillConfig
 from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
@@ -113,15 +112,17 @@ def test_trigger_words_are_added_once(prompt: str, expected: str) -> None:
 
 
 def test_every_field_of_a_training_is_on_the_page() -> None:
-    shown = {"mode", "data", *train.MAIN}
+    shown = {"preset", "mode", "data", *train.MAIN}
     grouped = [name for names in train.groups(dict.fromkeys(shown)).values() for name in names]
     assert sorted([*shown, *grouped]) == sorted(TrainImageConfig.model_fields)
 
 
 @pytest.mark.parametrize(("mode", "length"), [(mode, length) for _, mode in train.KINDS for _, length in train.LENGTHS])
 def test_presets_fill_the_form(mode: str, length: str) -> None:
-    values = schema_form.read_all(train.KNOWN, train.PRESET_FIELDS, train.preset_values(mode, length))
-    assert {"mode": mode, **values}.items() >= PRESETS[f"{mode}-{length}"].items()
+    for base in ("tinymoji", "another"):
+        values = schema_form.read_all(train.KNOWN, train.PRESET_FIELDS, train.preset_values(mode, length, base))
+        given = {"data": "x", "trigger": "zxq", "base": base, "preset": f"{mode}-{length}"}
+        assert TrainImageConfig.parse({**given, "mode": mode, **values}) == TrainImageConfig.parse(given)
 
 
 def test_dropped_pictures_become_a_data_set(home: Path) -> None:
@@ -170,11 +171,11 @@ def test_the_loss_is_drawn_with_its_average() -> None:
 
 
 @pytest.mark.parametrize(("kind", "page"), [("compose", compose), ("train-image", train)])
-@pytest.mark.usefixtures("home")
-def test_what_is_shown_of_a_job_fits_the_page(kind: str, page: Any) -> None:
+def test_what_is_shown_of_a_job_fits_the_page(kind: str, page: Any, home: Path) -> None:
     with gr.Blocks():
         view = page.build().view
-    values = {"prompt": "a fox"} if kind == "compose" else {"data": "x", "trigger": "zxq"}
+    Image.new("RGB", (40, 30)).save(home / "one.png")
+    values = {"prompt": "a fox"} if kind == "compose" else {"data": str(home), "trigger": "zxq"}
     job_id = jobs.submit(kind, values)
     shown = page.follow(job_id, ())
     assert len(shown) == len(view)

@@ -10,20 +10,29 @@ import gradio as gr
 
 from studio import jobs
 from studio.datasets.prompts import keep_prompts
+from studio.training import presets
 from studio.training.schemas.distill import DistillConfig
 from ui import markup
+from ui.components import presets as preset_fields
 from ui.components import schema_form, training_run
 from ui.pages import compose
 
 KNOWN = schema_form.fields(DistillConfig)
 NAMES = tuple(KNOWN)
 
-MAIN = ("objective", "name", "guidance", "guidance_mode", "prompts", "base", "styles", "steps", "rank", "learning_rate",
-        "batch_size", "trajectory_count", "inference_steps", "sample_prompts", "sample_every")  # fmt: skip
+MAIN = ("preset", "objective", "name", "guidance", "guidance_mode", "prompts", "base", "styles", "steps", "rank",
+        "learning_rate", "batch_size", "trajectory_count", "inference_steps", "sample_prompts",
+        "sample_every")  # fmt: skip
 """Fields shown at once; the rest are in groups below."""
 
 OBJECTIVES = [("Twice as fast", "guidance"), ("A few steps", "consistency")]
 MODES = [("Fixed", "fixed"), ("By weight", "strength"), ("As a setting", "embedding")]
+
+PRESETS = {"guidance": "guidance", "consistency": "few-steps"}
+"""The preset of an objective."""
+
+FIRST = str(KNOWN["objective"].default)
+JOB = DistillConfig.kind
 
 OBJECTIVE_HELP = {
     "guidance": "Guidance becomes part of the adapter: one pass per step instead of two, the same number of steps.",
@@ -68,7 +77,7 @@ _EMPTY = markup.empty(
 
 
 def _settings() -> Form:
-    form: Form = {}
+    form: Form = {"preset": schema_form.widget(KNOWN["preset"], value=PRESETS[FIRST], visible=False)}
     with gr.Group(elem_classes="as-card"):
         form["objective"] = _choice("objective", OBJECTIVES, OBJECTIVE_HELP, "What to save")
         form["name"] = schema_form.widget(KNOWN["name"], elem_id="distill-name")
@@ -78,7 +87,7 @@ def _settings() -> Form:
             placeholder="a flat icon of a red apple\na bold icon of a dog",
         )  # fmt: skip
     with gr.Group(elem_classes="as-card"):
-        form["guidance"] = schema_form.widget(KNOWN["guidance"], elem_id="distill-guidance")
+        form["guidance"] = _widget("guidance")
         form["guidance_mode"] = _choice("guidance_mode", MODES, MODE_HELP, "How guidance is chosen later")
     with gr.Group(elem_classes="as-card"):
         form["base"] = gr.Dropdown(
@@ -92,20 +101,35 @@ def _settings() -> Form:
         for pair in (("steps", "rank"), ("learning_rate", "batch_size"), ("trajectory_count", "inference_steps")):
             with gr.Row():
                 for name in pair:
-                    form[name] = schema_form.widget(
-                        KNOWN[name], elem_id=f"distill-{name}", min_width=150, visible=name != "inference_steps"
-                    )
+                    form[name] = _widget(name, min_width=150, visible=name != "inference_steps")
         form["sample_prompts"] = schema_form.widget(KNOWN["sample_prompts"], elem_id="distill-samples")
         form["sample_every"] = schema_form.widget(KNOWN["sample_every"])
     for group, names in groups().items():
         with gr.Accordion(group, open=False, elem_classes="as-more"):
             for name in names:
-                form[name] = schema_form.widget(KNOWN[name])
+                form[name] = _widget(name)
     form["objective"].change(
         lambda objective: gr.update(visible=objective == "consistency"),
         form["objective"], form["inference_steps"], show_progress="hidden", api_visibility="private",
     )  # fmt: skip
+    form["objective"].input(preset_values, [form["objective"], form["base"]], [form[name] for name in PRESET_FIELDS],
+                            show_progress="hidden", api_visibility="private")  # fmt: skip
+    preset_fields.follow_base(JOB, KNOWN, form, form["base"])
     return form
+
+
+PRESET_FIELDS = tuple(sorted({"preset", *presets.fields(JOB)} - {"objective"}))
+
+
+def preset_values(objective: str, base: str) -> list[Any]:
+    """Widget values of :data:`PRESET_FIELDS` for an objective on a base."""
+    return preset_fields.values(JOB, KNOWN, PRESET_FIELDS, PRESETS[objective], base)
+
+
+def _widget(name: str, **options: Any) -> gr.components.Component:
+    """The widget of a field, at the value of the preset that is chosen first."""
+    value = preset_fields.values(JOB, KNOWN, [name], PRESETS[FIRST], str(KNOWN["base"].default))[0]
+    return schema_form.widget(KNOWN[name], value=value, elem_id=f"distill-{name}", **options)
 
 
 def _choice(name: str, choices: list[tuple[str, str]], words: dict[str, str], label: str) -> gr.Radio:

@@ -20,14 +20,18 @@ from studio.conversation.client import Client
 from studio.datasets import texts
 from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
 from studio.jobs import Job
+from studio.training import presets, ready
 from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
 from ui.components import job_panel, loss_plot, method_help, schema_form, training_run
+from ui.components import presets as preset_fields
 from ui.errors import errors_shown, say
 
 KNOWN = schema_form.fields(TrainLanguageConfig)
 NAMES = tuple(name for name in KNOWN if name != "data")
 EMBEDDED = "smollm2"
+LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
+PRESET_FIELDS = tuple(sorted(presets.fields(TrainLanguageConfig.kind)))
 COLUMNS = 4
 """Variants that fit side by side: the base and three adapters."""
 SECONDS = 1.0
@@ -70,7 +74,7 @@ def build() -> Page:
             with gr.Column(elem_classes="as-form") as chat_side:
                 adapters, together, sampling = _chat_settings()
             with gr.Column(elem_classes="as-form", visible=False) as train_side:
-                form, drop, rows, preview, start = _train_settings()
+                form, drop, rows, preview, start = _train_settings(base)
         with gr.Column(scale=8, min_width=320) as chat_result:
             chat = _Chat.draw()
         with gr.Column(scale=8, min_width=320, visible=False, elem_id="language-result",
@@ -254,7 +258,7 @@ def _status(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def _train_settings() -> tuple[Form, gr.File, gr.State, gr.HTML, gr.Button]:
+def _train_settings(base: gr.Dropdown) -> tuple[Form, gr.File, gr.State, gr.HTML, gr.Button]:
     form: Form = {}
     with gr.Group(elem_classes="as-card"):
         gr.HTML(markup.heading("Rows", "A file of prompts with completions, conversations, texts or labelled texts."),
@@ -266,6 +270,8 @@ def _train_settings() -> tuple[Form, gr.File, gr.State, gr.HTML, gr.Button]:
         rows = gr.State("")
         preview = gr.HTML("", elem_id="language-preview", apply_default_css=False)
     with gr.Group(elem_classes="as-card"):
+        form["preset"] = gr.Radio(LENGTHS, value="normal", label="How long", elem_classes="as-choices",
+                                  elem_id="language-preset")  # fmt: skip
         for pair in (("name", "task"), ("steps", "rank"), ("learning_rate", "batch_size"),
                      ("max_length", "validation_split")):  # fmt: skip
             with gr.Row():
@@ -285,9 +291,18 @@ def _train_settings() -> tuple[Form, gr.File, gr.State, gr.HTML, gr.Button]:
             methods = place
     with methods:
         method_help.watch(form, KNOWN, "language")
+    form["preset"].input(preset_values, form["preset"], [form[name] for name in PRESET_FIELDS], **_PRIVATE)
     with gr.Row(elem_classes="as-actions"):
-        start = gr.Button("Start training", variant="primary", elem_id="language-start")
+        start = gr.Button("Start training", variant="primary", elem_id="language-start", scale=3)
+        ask = gr.Button("Memory and time", elem_id="language-estimate", scale=1, min_width=120)
+    needs = gr.HTML("", elem_id="language-needs", elem_classes="as-help", apply_default_css=False)
+    ask.click(errors_shown(needed), [rows, base, *(form[name] for name in NAMES if name != "base")], needs, **_PRIVATE)
     return form, drop, rows, preview, start
+
+
+def preset_values(preset: str) -> list[Any]:
+    """Widget values of :data:`PRESET_FIELDS` for a preset."""
+    return preset_fields.values(TrainLanguageConfig.kind, KNOWN, PRESET_FIELDS, preset, EMBEDDED)
 
 
 def groups(shown: Sequence[str]) -> dict[str, list[str]]:
@@ -354,6 +369,19 @@ def config_of(data: str, base: str, values: Sequence[Any]) -> TrainLanguageConfi
     return TrainLanguageConfig.parse({**config, "base": base or EMBEDDED, "data": data}, source="the form")
 
 
+def needed(data: str, base: str, *values: Any) -> str:
+    """What the form's training would need, as a line of HTML."""
+    from studio.training import estimate
+
+    config = config_of(data, base, values)
+    ready.language(config)
+    return markup.text(estimate.sentence(estimate.apart(config)))
+
+
+def _begin(data: str, base: str, *values: Any) -> str:
+    return jobs.submit("train-language", config_of(data, base, values))
+
+
 @dataclass
 class _Result:
     """The right side of training: progress, loss, answers, what to do with the adapter."""
@@ -414,7 +442,7 @@ def _wire_train(
 
     @errors_shown
     def begin(data: str, name: str, *values: Any) -> Any:
-        job_id = jobs.submit("train-language", config_of(data, name, values))
+        job_id = _begin(data, name, *values)
         jobs.ensure_worker()
         return follow(job_id)
 

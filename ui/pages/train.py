@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from adapters.errors import InputError
 from studio import jobs
-from studio.training.presets import PRESETS
+from studio.training import presets, ready
 from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
 from ui.components import caption_tools, method_help, remembered, schema_form, training_run
+from ui.components import presets as preset_fields
 from ui.components.training_run import add_to_library, follow, made, samples
 from ui.errors import errors_shown, say
 from ui.pages import compose, distill
@@ -33,6 +35,7 @@ METHOD = "Method"
 KINDS = [("A concept", "concept"), ("A style", "style"), ("A captioned set", "captioned")]
 LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
 FIRST_PRESET = "concept-normal"
+JOB = TrainImageConfig.kind
 
 WAYS = [("Learn pictures", "pictures"), ("Distil the model", "distill")]
 """What a training can be for; each has a form of its own."""
@@ -84,7 +87,7 @@ def build() -> Page:
     page = Page(form, captions, result.job, result.try_it, result.view, way, learning, distilling, distill_page)
     way.input(show_way, way, page.switch, show_progress="hidden", api_visibility="private")
     _wire_pictures(drop, captions)
-    ask.click(errors_shown(needed), [form[name] for name in NAMES], needs, api_visibility="private")
+    ask.click(errors_shown(needed), [captions, *(form[name] for name in NAMES)], needs, api_visibility="private")
     result.follow_job(start, _begin, [captions, *(form[name] for name in NAMES)])
     return page
 
@@ -121,7 +124,7 @@ def _picture_card() -> tuple[gr.File, gr.HTML]:
 
 
 def _settings() -> Form:
-    form: Form = {}
+    form: Form = {"preset": schema_form.widget(KNOWN["preset"], value=FIRST_PRESET, visible=False)}
     with gr.Group(elem_classes="as-card"):
         form["mode"] = gr.Radio(KINDS, value=KNOWN["mode"].default, label="What the pictures show",
                                 elem_classes="as-choices", elem_id="train-mode")  # fmt: skip
@@ -155,15 +158,17 @@ def _settings() -> Form:
     with place:
         method_help.watch(form, KNOWN, "train")
     for chooser in (form["mode"], length):
-        chooser.input(preset_values, [form["mode"], length], [form[name] for name in PRESET_FIELDS],
+        chooser.input(preset_values, [form["mode"], length, form["base"]], [form[name] for name in PRESET_FIELDS],
                       show_progress="hidden", api_visibility="private")  # fmt: skip
+    preset_fields.follow_base(JOB, KNOWN, form, form["base"])
+    form["preset"].change(lambda name: name.rpartition("-")[2], form["preset"], length,  # a form that came back
+                          show_progress="hidden", api_visibility="private")  # fmt: skip
     return form
 
 
 def _widget(name: str, **options: Any) -> gr.components.Component:
     """The widget of a field, at the value of the preset that is chosen first."""
-    value = PRESETS[FIRST_PRESET].get(name, KNOWN[name].default)
-    options["value"] = schema_form.show(KNOWN[name], value)
+    options["value"] = preset_fields.values(JOB, KNOWN, [name], FIRST_PRESET, str(KNOWN["base"].default))[0]
     if KNOWN[name].group == METHOD:
         return method_help.widget(KNOWN[name], "train", **options)
     return schema_form.widget(KNOWN[name], **options)
@@ -180,13 +185,12 @@ def groups(shown: Mapping[str, Any]) -> dict[str, list[str]]:
     return {"Model and device" if group == "Base model" else group: names for group, names in found.items()}
 
 
-PRESET_FIELDS = tuple(sorted({name for values in PRESETS.values() for name in values} - {"mode"}))
+PRESET_FIELDS = tuple(sorted({"preset", *presets.fields(JOB)} - {"mode"}))
 
 
-def preset_values(mode: str, length: str) -> list[Any]:
-    """Widget values of :data:`PRESET_FIELDS` for a kind and length of training."""
-    values = PRESETS[f"{mode}-{length}"]
-    return [schema_form.show(KNOWN[name], values.get(name, KNOWN[name].default)) for name in PRESET_FIELDS]
+def preset_values(mode: str, length: str, base: str) -> list[Any]:
+    """Widget values of :data:`PRESET_FIELDS` for a kind and length of training on a base."""
+    return preset_fields.values(JOB, KNOWN, PRESET_FIELDS, f"{mode}-{length}", base)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -213,15 +217,25 @@ _EMPTY = markup.empty(
 
 
 def _begin(items: list[Item], *values: Any) -> str:
-    return jobs.submit("train-image", config_of(items, values))
+    config = config_of(items, values)
+    try:
+        return jobs.submit("train-image", config)
+    except InputError:
+        if items:
+            pictures.forget(Path(config.data))
+        raise
 
 
-def needed(*values: Any) -> str:
+def needed(items: Sequence[Item], *values: Any) -> str:
     """What the form's training would need, as a line of HTML."""
     from studio.training import estimate
 
     config = schema_form.read_all(KNOWN, NAMES, values)
     parsed = TrainImageConfig.parse({**config, "data": config["data"] or "(dropped pictures)"}, source="the form")
+    if config["data"] and not items:
+        ready.image(parsed)
+    elif parsed.epochs:
+        parsed = parsed.model_copy(update={"steps": estimate.steps(parsed, len(items)), "epochs": None})
     return markup.text(estimate.sentence(estimate.apart(parsed)))
 
 

@@ -10,6 +10,7 @@ import typer
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
 from studio.jobs.kinds import Kind
+from studio.library import smollm2
 from studio.training.commands import launch
 from studio.training.commands import run as training_run
 from studio.training.schemas.language import TrainLanguageConfig
@@ -27,6 +28,7 @@ def language(
         bool,
         typer.Option("--check", help="Only read the data and show what would be learnt.", rich_help_panel="Output"),
     ] = False,
+    estimate: training_run.Estimate = False,
     folder: training_run.Folder = None,
     resume: training_run.Resume = False,
     keep: training_run.Keep = False,
@@ -36,14 +38,19 @@ def language(
 ) -> None:
     """Train a LoRA of a language model."""
     output = Output(json, quiet)
-    chosen = training_run.read(TrainLanguageConfig, config, fields, folder, resume, keep=keep)
+    chosen = training_run.read(TrainLanguageConfig, config, fields, folder, resume, keep)
     if check:
         _show(chosen, output)
+        return
+    if estimate:
+        training_run.estimate(chosen, output)
         return
     from studio.training.schemas import combinations
 
     for sentence in combinations.warnings(chosen):
         output.note(sentence)
+    if not (keep or detach or quiet or folder or chosen.base == smollm2.NAME):
+        training_run.announce(chosen, output)
     training_run.begin(chosen, folder, resume, detach, output, keep)
 
 

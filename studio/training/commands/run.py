@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,6 +12,7 @@ from adapters.errors import InputError
 from studio import silence
 from studio.cli.output import Output
 from studio.schema import JobConfig, read_yaml
+from studio.training import estimate as estimates
 from studio.training.commands import launch
 
 C = TypeVar("C", bound=JobConfig)
@@ -24,6 +24,10 @@ Folder = Annotated[
 ]  # fmt: skip
 Resume = Annotated[
     bool, typer.Option("--resume", help="Resume from the last checkpoint in --folder.", rich_help_panel="Output")
+]
+
+Estimate = Annotated[
+    bool, typer.Option("--estimate", help="Only show what memory and time it would need.", rich_help_panel="Output")
 ]
 
 Keep = Annotated[
@@ -39,10 +43,9 @@ def read(
     fields: dict[str, Any],
     folder: Path | None,
     resume: bool,
-    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     keep: bool = False,
 ) -> C:
-    """What is to be trained: the file's values, changed by the flags, then completed (by a preset).
+    """What is to be trained: the file's values, changed by the flags.
 
     Raises:
         InputError: values that cannot be trained, or a folder that is missing where one is needed.
@@ -54,8 +57,31 @@ def read(
         raise InputError("--resume goes with --folder; a job goes on with  studio jobs resume ID.")
     if keep and folder is None:
         raise InputError("--keep goes with --folder, the folder of the run whose checkpoint becomes the adapter.")
-    values = complete({**(read_yaml(config) if config else {}), **fields})
+    values = {**(read_yaml(config) if config else {}), **fields}
     return schema.parse(values, source=str(config or schema.kind.replace("-", " ")))
+
+
+def check(config: JobConfig) -> None:
+    """Refuse what is known to fail; raises :class:`InputError`."""
+    from studio.jobs import kinds
+
+    kinds.find(config.kind).check(config)
+
+
+def estimate(config: estimates.Config, output: Output) -> None:
+    """Print what memory and time the training would need, without doing it."""
+    check(config)
+    found = estimates.estimated(config)
+    output.result(found.as_json(), estimates.sentence(found))
+
+
+def announce(config: estimates.Config, output: Output) -> None:
+    """Say before a real model is loaded what it will need."""
+    check(config)
+    try:
+        output.note(estimates.sentence(estimates.estimated(config)))
+    except InputError as error:  # the run itself may well be possible
+        output.note(str(error))
 
 
 def begin(
@@ -66,6 +92,7 @@ def begin(
         silence.loading_bars()
         _tell_alone(output)
     if folder is not None:
+        check(config)
         _in_folder(config, folder, resume, keep, output)
     elif detach:
         launch.detach(config.kind, config, output)

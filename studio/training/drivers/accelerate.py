@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from adapters.errors import Cancelled, InputError
+from adapters.errors import InputError
 from adapters.plugin import Calibration, Closure
 from pipelines.precision import choose_dtype
 from studio import devices
@@ -117,7 +117,7 @@ class Loop:
         while session.step < self._total:
             if session.stop_asked():
                 self._save_checkpoint()
-                raise Cancelled(f"Stopped at step {session.step} of {self._total}; the run can be resumed.")
+                raise session.stopped()
             began = time.perf_counter()
             loss, norm, logs = self.optimiser_step(batches)
             took = time.perf_counter() - began

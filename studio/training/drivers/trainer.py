@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from adapters.errors import Cancelled
 from studio import devices
 from studio.datasets.seeds import global_seed, rng
 from studio.training.checkpoint import Checkpoint
@@ -103,7 +102,7 @@ def train(session: TrainSession, resume: bool = False, keep: bool = False) -> di
                 return session.finish()
             trainer.train(resume_from_checkpoint=str(saved.folder) if saved is not None else None)
             if trainer.stopped:
-                raise Cancelled(f"Stopped at step {session.step} of {session.total}; the run can be resumed.")
+                raise session.stopped()
             return session.finish()
         finally:
             session.task.close()

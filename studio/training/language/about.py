@@ -19,11 +19,13 @@ class About:
         name: what the configuration calls it.
         summary: what is learnt, in a few words.
         entry: ``"module:class"`` of its :class:`~studio.training.tasks.language.LanguageTask`.
+        rows: ``"module:function"`` that reads the rows of a configuration without importing torch.
     """
 
     name: str
     summary: str
     entry: str
+    rows: str = "studio.training.language.rows:texts"
 
 
 @cache

@@ -2,81 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from adapters.errors import InputError
-from studio.datasets.conversations import Columns, Conversation, Text
-from studio.datasets.encoding import CHATML, IGNORED, Encoded
-from studio.datasets.seeds import rng
-from studio.datasets.texts import TextReport, scan, usable_rows
+from studio.datasets.conversations import Conversation
+from studio.datasets.encoding import IGNORED, Encoded
+from studio.training.language.rows import Rows
 from studio.training.schemas.language import TrainLanguageConfig
 
 Batch = dict[str, torch.Tensor]
-Items = list[Conversation | Text]
-
-
-@dataclass
-class Rows:
-    """The job's rows, read and understood, before any model is loaded.
-
-    Attributes:
-        shown: what is trained on; ``held_out`` is only measured with.
-        labels: classification: names of the classes, sorted.
-        digest: identity of the data.
-        remarks: what of the rows is not used.
-    """
-
-    shown: Items
-    held_out: Items
-    labels: list[str] = field(default_factory=list)
-    digest: str = ""
-    columns: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-
-def read_rows(config: TrainLanguageConfig, understand: Callable[[TextReport, Columns], Items]) -> Rows:
-    """The rows of the job, as the task understands them; without labels.
-
-    Raises:
-        InputError: missing file or columns, unreadable or unusable rows (by number), too few rows.
-    """
-    columns = Columns(
-        config.messages_column, config.prompt_column, config.completion_column, config.text_column, config.label_column
-    )
-    report = usable_rows(scan(config.data, config.data_split), config.skip_broken, config.limit)
-    items = understand(report, columns)
-    held_out: Items = []
-    digest = report.digest()
-    if config.validation_data:
-        other = usable_rows(scan(config.validation_data, config.data_split), config.skip_broken)
-        held_out, digest = understand(other, columns), f"{digest} {other.digest()}"
-        report.remarks += [f"{other.source}: {remark}" for remark in other.remarks if remark not in report.remarks]
-    elif config.validation_split:
-        items, held_out = split(items, config.validation_split, config.seed)
-    return Rows(items, held_out, [], digest, report.columns, report.remarks)
-
-
-def split(items: Items, share: float, seed: int) -> tuple[Items, Items]:
-    """(shown, kept out): a share of the rows, drawn once for a seed.
-
-    Raises:
-        InputError: too few rows to keep some out.
-    """
-    count = max(1, round(len(items) * share))
-    if count >= len(items):
-        raise InputError(f"{len(items)} rows are too few to keep {share:.0%} of them out: lower validation_split.")
-    order = list(range(len(items)))
-    rng(seed, "validation").shuffle(order)
-    chosen = set(order[:count])
-    return (
-        [item for number, item in enumerate(items) if number not in chosen],
-        [item for number, item in enumerate(items) if number in chosen],
-    )
 
 
 def spoken(rows: Rows, tokenizer: Any) -> dict[str, str]:
@@ -86,22 +23,6 @@ def spoken(rows: Rows, tokenizer: Any) -> dict[str, str]:
     template = tokenizer.chat_template
     return {"template": template if isinstance(template, str) else "", "begin": tokenizer.bos_token or "",
             "end": tokenizer.eos_token or ""}  # fmt: skip
-
-
-def template_of(config: TrainLanguageConfig) -> str:
-    """The text of the configured chat template (empty = the base's own).
-
-    Raises:
-        InputError: it is neither 'chatml' nor a readable file.
-    """
-    if config.chat_template in ("", "chatml"):
-        return CHATML if config.chat_template else ""
-    try:
-        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise InputError(
-            f"The chat template '{config.chat_template}' is neither 'chatml' nor a readable Jinja file."
-        ) from None
 
 
 # ------------------------------------------------------------------------------------------------ samples

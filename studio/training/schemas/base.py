@@ -7,11 +7,13 @@ section of the form, ``advanced`` hides a field until it is asked for.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from studio.schema import JobConfig
+from studio.training import presets
 from studio.training.schemas import rules
 
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "sgd", "prodigy", "schedulefree-adamw"]
@@ -72,6 +74,13 @@ def _place(field: Any) -> int:
     return GROUPS.index(extra.get("group", "") if isinstance(extra, dict) else "")
 
 
+def preset_field(kind: str) -> Any:
+    """The field ``preset`` of a kind of training, with the names there are."""
+    known = ", ".join(presets.names(kind))
+    text = f"Starting point ({known}); every key that is given besides wins."
+    return Field("", description=text, json_schema_extra=_DATA)
+
+
 class TrainConfig(JobConfig):
     """Base of the training schemas: what every kind has."""
 
@@ -82,6 +91,9 @@ class TrainConfig(JobConfig):
         cls.__pydantic_fields__ = dict(sorted(cls.__pydantic_fields__.items(), key=lambda item: _place(item[1])))
         cls.model_rebuild(force=True)
 
+    preset: str = Field(
+        "", description="Starting point; every key that is given besides wins.", json_schema_extra=_DATA
+    )
     name: str = Field("adapter", description="Name of the adapter that is made.", json_schema_extra=_DATA)
     rank: int = Field(16, ge=1, description="Rank of the linear layers.", json_schema_extra=_ADAPTER)
     alpha: float | None = Field(
@@ -152,11 +164,25 @@ class TrainConfig(JobConfig):
     ema_decay: float = Field(0.995, gt=0, lt=1, description="EMA decay per step.", json_schema_extra=_OUTPUT_MORE)
     sample_prompts: list[str] = Field(
         default_factory=list,
-        description="Prompts drawn during training; {trigger} is replaced.",
+        description="Prompts drawn during training; {trigger} is replaced. Empty = the first caption.",
         json_schema_extra=_OUTPUT,
     )
-    sample_every: int = Field(
-        0, ge=0, description="Draw samples every N steps; 0 = only at the end.", json_schema_extra=_OUTPUT
+    sample_every: int | None = Field(
+        None,
+        ge=0,
+        description="Draw samples every N steps; empty = four times over the run; 0 = only at the end, if there are "
+        "sample_prompts.",
+        json_schema_extra=_OUTPUT,
+    )
+    save_every: int | None = Field(
+        None,
+        ge=0,
+        description="Also save the adapter every N steps; empty = at each quarter of the run; 0 = only at the end. "
+        "A run that is stopped always saves what it has learnt.",
+        json_schema_extra=_OUTPUT,
+    )
+    keep_last: int = Field(
+        3, ge=1, description="How many of those intermediate adapters are kept.", json_schema_extra=_OUTPUT_MORE
     )
     checkpoint_every: int = Field(
         250,
@@ -171,6 +197,15 @@ class TrainConfig(JobConfig):
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim"] = Field(
         "none", description="Also log to this tracker.", json_schema_extra=_OUTPUT_MORE
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start(cls, values: Any) -> Any:
+        """Put the preset's values below those that are given."""
+        if not isinstance(values, Mapping):
+            return values
+        base = values.get("base", cls.model_fields["base"].default if "base" in cls.model_fields else "")
+        return {**presets.preset(cls.kind, str(values.get("preset") or ""), str(base)), **values}
 
     _file_name = field_validator("name")(rules.file_name)
     _positive_rate = field_validator("learning_rate")(rules.learning_rate)

@@ -7,13 +7,14 @@ help and limits; only defaults differ.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from studio.composition.schema import ModelChoice
 from studio.training.schemas import rules
-from studio.training.schemas.base import TrainConfig, changed, option
+from studio.training.schemas.base import TrainConfig, changed, option, preset_field
 from studio.training.schemas.image import PictureFields, Targets, TrainImageConfig
 
 Objective = Literal["guidance", "consistency"]
@@ -35,6 +36,8 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
     """Distil guidance, or a whole sampling path, into a LoRA on the same base."""
 
     kind: ClassVar[str] = "distill"
+
+    preset: str = preset_field(kind)
 
     # ---------------------------------------------------------------- Guidance
     name: str = _in_group("name", _GUIDANCE, default="guided")
@@ -142,7 +145,9 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
     weight_decay: float = changed(TrainConfig, "weight_decay", default=0.0)
     batch_size: int = changed(TrainConfig, "batch_size", default=16)
     warmup_ratio: float = changed(TrainConfig, "warmup_ratio", default=0.1)
-    sample_prompts: list[str] = changed(TrainConfig, "sample_prompts", description="Prompts drawn during training.")
+    sample_prompts: list[str] = changed(
+        TrainConfig, "sample_prompts", description="Prompts drawn during training; empty = the first."
+    )
 
     @property
     def guidance_range(self) -> tuple[float, float]:
@@ -171,8 +176,15 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
         return self
 
 
-_SHARED = frozenset(TrainImageConfig.model_fields) - {"guidance"}
-"""Fields with the image trainer's meaning; its ``guidance`` is another one (the value Flux takes as an input)."""
+def style(text: str) -> tuple[str, float]:
+    """(name, weight) of an entry of ``styles``, ``name`` or ``name:weight``."""
+    match = re.fullmatch(r"(.+):([-+]?[\d.]+)", text.strip())
+    return (match.group(1), float(match.group(2))) if match else (text.strip(), 1.0)
+
+
+_SHARED = frozenset(TrainImageConfig.model_fields) - {"guidance", "preset"}
+"""Fields with the image trainer's meaning; its ``guidance`` is another one (the value Flux takes as an input), and the
+presets are its own."""
 
 _REFUSED: list[rules.Refusal] = [
     (

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from studio.composition.schema import ModelChoice
 from studio.library.base_families import FLOW
 from studio.training.schemas import combinations, rules
-from studio.training.schemas.base import AdapterTrainConfig, option
+from studio.training.schemas.base import AdapterTrainConfig, option, preset_field
 from studio.training.schemas.method import MethodFields
 
 Mode = Literal["concept", "style", "captioned"]
@@ -63,15 +63,6 @@ class PictureFields(BaseModel):
     sample_seed: int = Field(
         0, ge=0, description="Seed of the samples, always the same.", json_schema_extra=_OUTPUT_MORE
     )
-    save_every: int = Field(
-        0,
-        ge=0,
-        description="Also save the adapter every N steps; 0 = only at the end.",
-        json_schema_extra=_OUTPUT,
-    )
-    keep_last: int = Field(
-        3, ge=1, description="How many of those intermediate adapters are kept.", json_schema_extra=_OUTPUT_MORE
-    )
     export: list[Export] = Field(
         default=["diffusers"],
         description="File formats: diffusers (always written), peft (a directory), kohya (web UIs).",
@@ -84,6 +75,7 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
 
     kind: ClassVar[str] = "train-image"
 
+    preset: str = preset_field(kind)
     data: str = Field(
         description="Folder of pictures, with captions as same-named .txt files or metadata.jsonl / metadata.csv.",
         json_schema_extra=_DATA,
@@ -286,6 +278,14 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
         strange = set(re.findall(r"{([^{}]*)}", value)) - {"caption", "trigger"}
         if strange:
             raise ValueError(f"only {{caption}} and {{trigger}} are replaced, found {{{sorted(strange)[0]}}}")
+        return value
+
+    @field_validator("sample_prompts")
+    @classmethod
+    def _known_in_samples(cls, value: list[str]) -> list[str]:
+        strange = set(re.findall(r"{([^{}]*)}", " ".join(value))) - {"trigger"}
+        if strange:
+            raise ValueError(f"only {{trigger}} is replaced in a sample prompt, found {{{sorted(strange)[0]}}}")
         return value
 
     @model_validator(mode="after")

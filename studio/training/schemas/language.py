@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from studio.training.language.about import known
 from studio.training.schemas import combinations, rules
-from studio.training.schemas.base import AdapterTrainConfig, changed, option
+from studio.training.schemas.base import AdapterTrainConfig, changed, option, preset_field
 from studio.training.schemas.method import MethodFields, RegulariserFields
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
     """Train a LoRA of a language model from rows of text."""
 
     kind: ClassVar[str] = "train-language"
+
+    preset: str = preset_field(kind)
 
     # ---------------------------------------------------------------- Model
     base: str = Field(
@@ -182,8 +184,10 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
         "sample_prompts",
         description="Questions (causal) or texts (classification, masked) answered during training.",
     )
-    sample_every: int = changed(
-        AdapterTrainConfig, "sample_every", description="Answer them every N steps; 0 = only at the end."
+    sample_every: int | None = changed(
+        AdapterTrainConfig,
+        "sample_every",
+        description="Answer them every N steps; empty = four times over the run; 0 = only at the end.",
     )
     sample_at_start: bool = changed(AdapterTrainConfig, "sample_at_start", description="Also before the first step.")
     sample_tokens: int = Field(48, ge=1, description="Longest sample answer (tokens).", json_schema_extra=_OUTPUT_MORE)

@@ -102,7 +102,7 @@ class TrainSceneConfig(MethodFields, AdapterTrainConfig):
         return cls(**{
             **same, "name": ADAPTER, "base": config.model, "targets": config.preset, "align_steps": config.steps,
             "steps": cls.model_fields["steps"].default, "learning_rate": config.lr,
-            "min_lr_ratio": min(1.0, FINAL_RATE / config.lr),
+            "min_lr_ratio": min(1.0, FINAL_RATE / config.lr), "save_every": 0,
         })  # fmt: skip
 
     @model_validator(mode="after")

@@ -11,16 +11,17 @@ import torch
 from adapters.errors import InputError
 from pipelines.language.answer import complete
 from pipelines.language.loading import LanguageModel
-from studio.datasets.conversations import Columns, conversations
 from studio.datasets.encoding import IGNORED, Encoded, encode_all, pack, unwritten
-from studio.datasets.texts import TextReport
 from studio.training.language.about import About
-from studio.training.language.data import Collate, Items, Samples
+from studio.training.language.data import Collate, Samples
 from studio.training.language.measure import measure, with_perplexity
+from studio.training.language.rows import Items
 from studio.training.task import Measures
 from studio.training.tasks.language import LanguageTask
 
-LANGUAGE = About("causal", "write and answer", "studio.training.tasks.causal:CausalTask")
+LANGUAGE = About(
+    "causal", "write and answer", "studio.training.tasks.causal:CausalTask", rows="studio.training.language.rows:talks"
+)
 
 
 class CausalTask(LanguageTask):
@@ -36,9 +37,6 @@ class CausalTask(LanguageTask):
         "print(tokenizer.decode(made[0], skip_special_tokens=True))",
     )
     shifted = True
-
-    def understand(self, report: TextReport, columns: Columns) -> Items:
-        return conversations(report, columns, self.config.system_prompt, self.config.skip_broken)
 
     def encoded(self, tokenizer: Any) -> Samples:
         rows, config = self.read, self.config

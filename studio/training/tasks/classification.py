@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from adapters.errors import InputError
-from studio.datasets.conversations import Columns, Text, labelled_texts
-from studio.datasets.texts import TextReport
 from studio.training.language.about import About
-from studio.training.language.data import Items, Rows
 from studio.training.language.measure import measure
 from studio.training.task import Measures
 from studio.training.tasks.language import LanguageTask
 
-LANGUAGE = About("classification", "predict a label", "studio.training.tasks.classification:ClassificationTask")
+LANGUAGE = About(
+    "classification", "predict a label", "studio.training.tasks.classification:ClassificationTask",
+    rows="studio.training.language.rows:labelled",
+)  # fmt: skip
 
 
 class ClassificationTask(LanguageTask):
@@ -25,13 +24,6 @@ class ClassificationTask(LanguageTask):
     pipeline_tag = "text-classification"
     one_label = True
 
-    def understand(self, report: TextReport, columns: Columns) -> Items:
-        return list(labelled_texts(report, columns, self.config.skip_broken))
-
-    def rows(self) -> None:
-        super().rows()
-        self.read.labels = labels_of(self.read, self.config.data)
-
     def measure(self) -> Measures:
         autocast = self.session.accelerator.autocast
         found, pairs = measure(self._model, self.held_out(), keep=True, autocast=autocast)
@@ -41,21 +33,6 @@ class ClassificationTask(LanguageTask):
         for text in prompts:
             shares = self.logits(text)[1].float().softmax(-1)
             yield f"{self.read.labels[int(shares.argmax())]} ({float(shares.max()):.0%})"
-
-
-def labels_of(rows: Rows, source: str) -> list[str]:
-    """The classes, sorted.
-
-    Raises:
-        InputError: only one, or rows held out with another label.
-    """
-    labels = sorted({str(item.label) for item in rows.shown if isinstance(item, Text)})
-    if len(labels) < 2:
-        raise InputError(f"'{source}' has one label only ('{labels[0]}'): classification needs at least two.")
-    strange = sorted({str(item.label) for item in rows.held_out if isinstance(item, Text)} - set(labels))
-    if strange:
-        raise InputError(f"The label '{strange[0]}' is in the rows to measure with, but in none to learn from.")
-    return labels
 
 
 def macro_f1(pairs: Iterable[tuple[int, int]]) -> float:

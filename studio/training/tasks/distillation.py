@@ -8,7 +8,6 @@ mathematics stands in :mod:`pipelines.diffusion.distillation`; base, pictures an
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from studio.training.families import Family, Tensors
 from studio.training.forward import draw
 from studio.training.inject import ADAPTER
 from studio.training.objective import elementwise_loss, levels, per_sample
+from studio.training.ready import read_folder
 from studio.training.recorded import (
     Conditions,
     RecordedBatch,
@@ -55,17 +55,18 @@ from studio.training.recorded import (
     record,
 )
 from studio.training.samples import draw_samples
-from studio.training.schemas.distill import DistillConfig
+from studio.training.schemas.distill import DistillConfig, style
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.session import SILENT, TrainSession
-from studio.training.supply import Batch, bucket_rule, read_folder
+from studio.training.supply import Batch, bucket_rule
 from studio.training.task import Task
 from studio.training.tasks.image import ImageTask
 from studio.training.teacher import Teacher, path_of
 
 KIND = Kind(
     "distill", "studio.training.schemas.distill:DistillConfig", "studio.training.tasks.distillation:run",
-    continues=True, afterwards="studio.library.adopt:trained", title="Distil", train="distill",
+    continues=True, ready="studio.training.ready:distill",
+    afterwards="studio.library.adopt:trained", title="Distil", train="distill",
     help="Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
     example="studio train distill --prompts prompts.txt --guidance 4 --name guided",
 )  # fmt: skip
@@ -179,7 +180,7 @@ class DistillationTask(Task):
         from studio import library
 
         models = {self.family.denoiser_name: self.family.denoiser, **self.family.encoder_parts}
-        chosen = [_named(text) for text in names]
+        chosen = [style(text) for text in names]
         files = [fit(read(library.resolve_adapter(name)), models, self.asked.base, tables=False) for name, _ in chosen]
         for component, model in models.items():
             parts = [
@@ -227,7 +228,7 @@ class DistillationTask(Task):
         )
         self.data_digest = digest(facts, count)
         self.total = self.pictures.total = wanted.steps
-        some = [prompts[0]] if wanted.sample_every else []
+        some = [prompts[0]] if wanted.sample_every != 0 else []
         self.pictures.prompts = list(wanted.sample_prompts) or some
         message = f"{count} trajectories of {len(set(recording.prompts))} prompts, {len(recording)} states"
         self.session.monitor.report(Progress("data", message=message))
@@ -240,7 +241,7 @@ class DistillationTask(Task):
     def _style_digests(self) -> list[str]:
         from studio import library
 
-        chosen = [_named(text) for text in self.asked.styles]
+        chosen = [style(text) for text in self.asked.styles]
         return [f"{library.sha256(library.resolve_adapter(name))[:16]}:{weight:g}" for name, weight in chosen]
 
     def components(self) -> dict[str, Any]:
@@ -436,8 +437,7 @@ class DistillationTask(Task):
     def result(self, paths: Mapping[str, str]) -> dict[str, Any]:
         found = self.pictures.result(paths)
         teachers = sorted(str(file) for file in (self.session.folder / "samples").glob("teacher-*.png"))
-        drawn = [file for file in found["samples"] if file not in teachers]
-        return found | {"samples": drawn, "teacher_samples": teachers, "distilled": self.mark().to_metadata()}
+        return found | {"teacher_samples": teachers, "distilled": self.mark().to_metadata()}
 
     def close(self) -> None:
         self.attached.close()
@@ -500,9 +500,3 @@ def card_text(recipe: dict[str, Any], mark: Mark, samples: Sequence[Path], folde
         "",
     ]
     return "\n".join(lines)
-
-
-def _named(text: str) -> tuple[str, float]:
-    """(name, weight) of ``name`` or ``name:weight``."""
-    match = re.fullmatch(r"(.+):([-+]?[\d.]+)", text.strip())
-    return (match.group(1), float(match.group(2))) if match else (text.strip(), 1.0)

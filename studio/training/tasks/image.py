@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from adapters.errors import InputError
 from adapters.formats import LoraFile, read
 from adapters.formats.fit import fit
+from adapters.layers.variant import untouched
 from adapters.plugin import Layers, Outputs, Plugin
 from adapters.progress import Monitor, Progress
 from studio import settings
@@ -22,12 +24,13 @@ from studio.datasets.plan import PictureSet, Plan
 from studio.jobs.kinds import Kind
 from studio.training.base import load_base
 from studio.training.drivers import accelerate as driver
-from studio.training.export import check_exports, write_adapter, write_card
+from studio.training.export import write_adapter, write_card
 from studio.training.families import Family, family_of
 from studio.training.forward import draw, training_loss, validation_loss
 from studio.training.inject import inject, lora_config
 from studio.training.prior import class_folder, draw_class_pictures
-from studio.training.samples import draw_samples, sample_prompts, save_samples
+from studio.training.ready import check_family, read_folder
+from studio.training.samples import Pair, draw_samples, sample_prompts, save_samples
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.session import SILENT, TrainSession
 from studio.training.supply import (
@@ -38,7 +41,6 @@ from studio.training.supply import (
     class_set,
     cut_away,
     picture_set,
-    read_folder,
     split,
     validation_picks,
 )
@@ -47,7 +49,8 @@ from studio.training.trainee import Trainee
 
 KIND = Kind(
     "train-image", "studio.training.schemas.image:TrainImageConfig", "studio.training.tasks.image:run",
-    continues=True, afterwards="studio.library.adopt:trained", title="Train", train="image",
+    continues=True, ready="studio.training.ready:image",
+    afterwards="studio.library.adopt:trained", title="Train", train="image",
     help="Train a LoRA of a text-to-image model from a folder of pictures.",
     example="studio train image --data photos/ --preset concept --trigger zxq --name my-thing",
     command="studio.training.commands.image",
@@ -72,7 +75,8 @@ def run(
 
     Returns:
         ``adapter`` (path), ``exports`` (format -> path), ``card``, ``loss`` (mean of the last tenth), ``steps``,
-        ``samples`` (paths), ``seconds``, ``steps_per_second``, ``parameters``, ``triggers``.
+        ``samples`` (paths), ``pairs`` (of a ``prompt`` and ``seed`` the pictures ``without`` and ``with_`` the
+        adapter), ``seconds``, ``steps_per_second``, ``parameters``, ``triggers``.
 
     Raises:
         InputError: something that cannot be trained, in one sentence.
@@ -103,9 +107,7 @@ class ImageTask(Task):
 
     def check(self) -> None:
         config, family = self.config, self.family
-        check_exports(config, family.denoiser_name)
-        if config.train_text_encoder and not family.text_encoder_names:
-            raise InputError(f"Text encoder LoRAs of {family.name} are not trained: set train_text_encoder to false.")
+        check_family(config, family.name)
         if config.snr_gamma is not None:
             family.process.check_min_snr()
         family.guidance = config.guidance
@@ -259,10 +261,19 @@ class ImageTask(Task):
 
     def draw(self, step: int, config: TrainImageConfig) -> None:
         """Draw the prompts as ``config`` says; write and report the pictures."""
+        for file in self._drawn(config, f"step-{step:06d}"):
+            self.session.monitor.report(Progress("sampling", step, self.total, preview=str(file)))
+
+    def sample_without(self) -> None:
+        with ExitStack() as stack:
+            for model in self.session.models.values():
+                stack.enter_context(untouched(model))
+            self._drawn(self.config, "without")
+
+    def _drawn(self, config: TrainImageConfig, name: str) -> list[Path]:
         session = self.session
         pictures = draw_samples(self.family.pipe, self.prompts, self.rule.square, config, session.device)
-        for file in save_samples(pictures, session.folder / "samples", step):
-            session.monitor.report(Progress("sampling", step, self.total, preview=str(file)))
+        return save_samples(pictures, session.folder / "samples", name)
 
     def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         shown = self.plan.shown
@@ -279,14 +290,22 @@ class ImageTask(Task):
 
     def samples(self) -> list[Path]:
         """All sample pictures of the run."""
-        return sorted((self.session.folder / "samples").glob("*.png"))
+        return sorted((self.session.folder / "samples").glob("step-*.png"))
 
     def latest_samples(self) -> list[Path]:
         """Those of the last step."""
         return [file for file in self.samples() if file.name.startswith(f"step-{self.session.step:06d}-")]
 
+    def pairs(self) -> list[Pair]:
+        """The sample prompts drawn without and with the finished adapter, everything else the same."""
+        drawn = zip(self.prompts, sorted((self.session.folder / "samples").glob("without-*.png")),
+                    self.latest_samples(), strict=False)  # fmt: skip
+        return [Pair(prompt, self.config.sample_seed + number, str(without), str(with_))
+                for number, (prompt, without, with_) in enumerate(drawn)]  # fmt: skip
+
     def card(self, recipe: dict[str, Any]) -> Path:
-        return write_card(self.session.folder, recipe, self.latest_samples())
+        return write_card(self.session.folder, recipe, self.latest_samples(), self.pairs())
 
     def result(self, paths: Mapping[str, str]) -> dict[str, Any]:
-        return {"exports": dict(paths), "samples": [str(file) for file in self.samples()]}
+        samples = [str(file) for file in self.samples()]
+        return {"exports": dict(paths), "samples": samples, "pairs": [pair._asdict() for pair in self.pairs()]}

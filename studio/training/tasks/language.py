@@ -1,6 +1,6 @@
 """What the language tasks share: a base with one adapter, rows as tokens, an ordinary PEFT directory.
 
-A task is one module beside this one: it declares itself (``LANGUAGE = About(...)``) and says how rows are understood
+A task is one module beside this one: it declares itself (``LANGUAGE = About(...)``) and says how its rows are read
 and become tokens, what its model is called in other programs, how it is measured and how it answers.
 """
 
@@ -27,35 +27,27 @@ from pipelines.language.adapters import read_fitting
 from pipelines.language.loading import LanguageModel, open_model
 from pipelines.language.loading import Task as ModelTask
 from studio.datasets.cache import fingerprint
-from studio.datasets.conversations import Columns, plain_texts
 from studio.datasets.encoding import Encoded
 from studio.datasets.seeds import global_seed
-from studio.datasets.texts import TextReport
 from studio.jobs.kinds import Kind
 from studio.training.drivers import trainer as driver
 from studio.training.drivers.trainer import Batch, RunSampler, SampleSet, TrainerTask
 from studio.training.export import write_model_adapter
+from studio.training.language import rows
 from studio.training.language.about import known
 from studio.training.language.card import card
-from studio.training.language.data import (
-    Collate,
-    Items,
-    Rows,
-    Samples,
-    read_rows,
-    spoken,
-    template_of,
-    whole_texts,
-)
+from studio.training.language.data import Collate, Samples, spoken, whole_texts
 from studio.training.language.layers import add_adapter
 from studio.training.language.measure import resting
+from studio.training.language.rows import Rows, template_of
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.session import SILENT, TrainSession
 from studio.training.trainer_mixin import COMPONENT
 
 KIND = Kind(
     "train-language", "studio.training.schemas.language:TrainLanguageConfig", "studio.training.tasks.language:run",
-    continues=True, afterwards="studio.library.adopt:trained", title="Language", train="language",
+    continues=True, ready="studio.training.ready:language",
+    afterwards="studio.library.adopt:trained", title="Language", train="language",
     help="Train a LoRA of a language model from rows of text.",
     example="studio train language --data facts.jsonl --name facts",
     command="studio.training.commands.language",
@@ -113,7 +105,7 @@ class LanguageTask(TrainerTask):
 
     data_noun = "rows"
     measures_at_end = True
-    leftovers = ("checkpoints", "answers.jsonl")
+    leftovers = ("checkpoints", "answers.jsonl", "saved")
 
     opens: ClassVar[ModelTask]
     peft_type: ClassVar[str | None] = None
@@ -128,10 +120,6 @@ class LanguageTask(TrainerTask):
     data: Samples
 
     # ---------------------------------------------------------------- what a task may do in its own way
-    def understand(self, report: TextReport, columns: Columns) -> Items:
-        """What the rows say; here plain texts."""
-        return list(plain_texts(report, columns, self.config.skip_broken))
-
     def encoded(self, tokenizer: Any) -> Samples:
         """The rows as tokens; here every text is one sample."""
         return whole_texts(self.read, tokenizer, self.config)
@@ -150,7 +138,7 @@ class LanguageTask(TrainerTask):
 
     # ---------------------------------------------------------------- before the first step
     def rows(self) -> None:
-        self.read: Rows = read_rows(self.config, self.understand)
+        self.read: Rows = rows.read(self.config)
         self.template = template_of(self.config)
 
     def open(self, session: TrainSession) -> None:
@@ -159,7 +147,7 @@ class LanguageTask(TrainerTask):
         self.session, config = session, self.config
         with global_seed(config.seed, "head"):  # a new classification head starts at random
             self.base = open_model(
-                library.resolve_base(config.base), self.opens, labels=self.read.labels, dtype=config.dtype,
+                library.resolve_language(config.base), self.opens, labels=self.read.labels, dtype=config.dtype,
                 device=session.device, attention=config.attention, quantization=config.quantization,
                 chat_template=self.template,
             )  # fmt: skip

@@ -42,6 +42,7 @@ from studio.training.device import main_process
 from studio.training.drivers import accelerate as driver
 from studio.training.export import RECIPE_ENTRY, write_model_adapter
 from studio.training.methods import plugins_for
+from studio.training.ready import read_scenes
 from studio.training.schemas.scene import TrainSceneConfig
 from studio.training.session import SILENT, TrainSession
 from studio.training.targets import check_ranks, no_match, peft_config
@@ -49,7 +50,7 @@ from studio.training.task import Measures, Task
 
 KIND = Kind(
     "train-scene", "studio.training.schemas.scene:TrainSceneConfig", "studio.training.tasks.scene:run",
-    continues=True, title="Calibrate", train="scene",
+    continues=True, ready="studio.training.ready:scene", title="Calibrate", train="scene",
     help="Calibrate a pointmap network to scenes with a LoRA (LoRA3D), from folders of photos.",
     example="studio train scene --data photos/ --name my-room",
 )  # fmt: skip
@@ -151,9 +152,7 @@ class SceneTask(Task):
     def rows(self) -> None:
         if self.given is not None:
             return
-        if not self.config.data:
-            raise InputError("There are no pictures: name the folder of a scene, or its video, in data.")
-        self.places = [_pictures(place) for place in self.config.data]
+        self.places = read_scenes(self.config)
 
     def open(self, session: TrainSession) -> None:
         self.session, config = session, self.config
@@ -363,11 +362,6 @@ def card(recipe: Mapping[str, Any], config: TrainSceneConfig) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ small things
-
-
-def _pictures(place: str) -> list[str]:
-    """Files of a scene: those of a folder, or one video."""
-    return [place] if Path(place).is_file() else reconstruction.pictures_in(place)
 
 
 def _digest(photo: Photo) -> str:

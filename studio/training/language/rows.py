@@ -1,0 +1,138 @@
+"""Rows of a language training as they are read and understood, before any model is loaded (and without torch)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters.errors import InputError
+from studio.datasets.conversations import Columns, Conversation, Text, conversations, labelled_texts, plain_texts
+from studio.datasets.encoding import CHATML
+from studio.datasets.seeds import rng
+from studio.datasets.texts import TextReport, scan, usable_rows
+from studio.training.language.about import known
+from studio.training.schemas.language import TrainLanguageConfig
+
+Items = list[Conversation | Text]
+
+
+@dataclass
+class Rows:
+    """The job's rows, read and understood, before any model is loaded.
+
+    Attributes:
+        shown: what is trained on; ``held_out`` is only measured with.
+        labels: classification: names of the classes, sorted.
+        digest: identity of the data.
+        remarks: what of the rows is not used.
+    """
+
+    shown: Items
+    held_out: Items
+    labels: list[str] = field(default_factory=list)
+    digest: str = ""
+    columns: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def read_rows(config: TrainLanguageConfig, understand: Callable[[TextReport, Columns], Items]) -> Rows:
+    """The rows of the job, as the task understands them; without labels.
+
+    Raises:
+        InputError: missing file or columns, unreadable or unusable rows (by number), too few rows.
+    """
+    columns = Columns(
+        config.messages_column, config.prompt_column, config.completion_column, config.text_column, config.label_column
+    )
+    report = usable_rows(scan(config.data, config.data_split), config.skip_broken, config.limit)
+    items = understand(report, columns)
+    held_out: Items = []
+    digest = report.digest()
+    if config.validation_data:
+        other = usable_rows(scan(config.validation_data, config.data_split), config.skip_broken)
+        held_out, digest = understand(other, columns), f"{digest} {other.digest()}"
+        report.remarks += [f"{other.source}: {remark}" for remark in other.remarks if remark not in report.remarks]
+    elif config.validation_split:
+        items, held_out = split(items, config.validation_split, config.seed)
+    return Rows(items, held_out, [], digest, report.columns, report.remarks)
+
+
+def split(items: Items, share: float, seed: int) -> tuple[Items, Items]:
+    """(shown, kept out): a share of the rows, drawn once for a seed.
+
+    Raises:
+        InputError: too few rows to keep some out.
+    """
+    count = max(1, round(len(items) * share))
+    if count >= len(items):
+        raise InputError(f"{len(items)} rows are too few to keep {share:.0%} of them out: lower validation_split.")
+    order = list(range(len(items)))
+    rng(seed, "validation").shuffle(order)
+    chosen = set(order[:count])
+    return (
+        [item for number, item in enumerate(items) if number not in chosen],
+        [item for number, item in enumerate(items) if number in chosen],
+    )
+
+
+def read(config: TrainLanguageConfig) -> Rows:
+    """The rows of the job as its task reads them (:attr:`~studio.training.language.about.About.rows`).
+
+    Raises:
+        InputError: missing file or columns, unreadable or unusable rows (by number), too few rows or labels.
+    """
+    module, _, name = known()[config.task].rows.partition(":")
+    found: Rows = getattr(importlib.import_module(module), name)(config)
+    return found
+
+
+def texts(config: TrainLanguageConfig) -> Rows:
+    """Plain texts."""
+    return read_rows(config, lambda report, columns: list(plain_texts(report, columns, config.skip_broken)))
+
+
+def talks(config: TrainLanguageConfig) -> Rows:
+    """Conversations, prompts with completions, or texts to go on with."""
+    return read_rows(
+        config, lambda report, columns: conversations(report, columns, config.system_prompt, config.skip_broken)
+    )
+
+
+def labelled(config: TrainLanguageConfig) -> Rows:
+    """Texts with labels."""
+    rows = read_rows(config, lambda report, columns: list(labelled_texts(report, columns, config.skip_broken)))
+    rows.labels = labels_of(rows, config.data)
+    return rows
+
+
+def labels_of(rows: Rows, source: str) -> list[str]:
+    """The classes, sorted.
+
+    Raises:
+        InputError: only one, or rows held out with another label.
+    """
+    labels = sorted({str(item.label) for item in rows.shown if isinstance(item, Text)})
+    if len(labels) < 2:
+        raise InputError(f"'{source}' has one label only ('{labels[0]}'): classification needs at least two.")
+    strange = sorted({str(item.label) for item in rows.held_out if isinstance(item, Text)} - set(labels))
+    if strange:
+        raise InputError(f"The label '{strange[0]}' is in the rows to measure with, but in none to learn from.")
+    return labels
+
+
+def template_of(config: TrainLanguageConfig) -> str:
+    """The text of the configured chat template (empty = the base's own).
+
+    Raises:
+        InputError: it is neither 'chatml' nor a readable file.
+    """
+    if config.chat_template in ("", "chatml"):
+        return CHATML if config.chat_template else ""
+    try:
+        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise InputError(
+            f"The chat template '{config.chat_template}' is neither 'chatml' nor a readable Jinja file."
+        ) from None

@@ -1,0 +1,158 @@
+"""What can be known of a training before its job is made: one function for each kind, without torch and models.
+
+Commands, pages and Python ask the same functions (through :meth:`studio.jobs.kinds.Kind.check`), so that a mistake is
+told at once and no job is recorded that could only fail.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from adapters.errors import InputError
+from pipelines.diffusion.families import FAMILIES
+from studio import library
+from studio.datasets import texts
+from studio.datasets.pictures import FolderReport, usable_pictures
+from studio.datasets.prompts import read_prompts
+from studio.library import scan
+from studio.reconstruction.job import pictures_in
+from studio.training.language import rows
+from studio.training.records import check_tracker
+from studio.training.schemas.base import TrainConfig
+from studio.training.schemas.distill import DistillConfig, style
+from studio.training.schemas.image import TrainImageConfig
+from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.schemas.scene import TrainSceneConfig
+
+PLAIN = ("adamw", "adafactor", "sgd")
+"""Optimisers that need no package of their own."""
+
+
+def image(config: TrainImageConfig) -> None:
+    """Base, pictures, class pictures, the adapter to continue from, and what the base's family does not have.
+
+    Raises:
+        InputError: the first thing that would make the training fail.
+    """
+    _picture_base(config)
+    kept_out(len(read_folder(config).pictures), config.validation_split)
+    if config.prior_preservation and config.class_data:
+        usable_pictures(Path(config.class_data).expanduser(), skip_broken=config.skip_broken)
+    _common(config)
+
+
+def language(config: TrainLanguageConfig) -> None:
+    """Base, rows with their columns, chat template and the adapter to continue from.
+
+    Raises:
+        InputError: the first thing that would make the training fail.
+    """
+    if config.base != library.smollm2.NAME:  # which is unpacked when it is used
+        library.resolve_language(config.base)
+    if not (texts.on_hub(config.data) or texts.on_hub(config.validation_data)):
+        rows.read(config)
+    rows.template_of(config)
+    if config.quantization != "none":
+        from pipelines.language.loading import check_quantization
+
+        check_quantization(config.quantization)
+    _common(config)
+
+
+def distill(config: DistillConfig) -> None:
+    """Base, prompts or pictures, and the adapters below.
+
+    Raises:
+        InputError: the first thing that would make the training fail.
+    """
+    training = config.training()
+    _picture_base(training)
+    if config.data.strip():
+        read_folder(training)
+    if config.prompts.strip():
+        read_prompts(Path(config.prompts).expanduser())
+    if config.trajectories.strip():
+        writable(Path(config.trajectories).expanduser())
+    for name in config.styles:
+        library.resolve_adapter(style(name)[0])
+    _common(training)
+
+
+def scene(config: TrainSceneConfig) -> None:
+    """Pictures or a video of every scene, and the adapter to continue from.
+
+    Raises:
+        InputError: the first thing that would make the training fail.
+    """
+    read_scenes(config)
+    _common(config)
+
+
+def read_scenes(config: TrainSceneConfig) -> list[list[str]]:
+    """Files of every scene: those of a folder, or one video; raises :class:`InputError` where there are none."""
+    if not config.data:
+        raise InputError("There are no pictures: name the folder of a scene, or its video, in data.")
+    return [[place] if Path(place).is_file() else pictures_in(place) for place in config.data]
+
+
+def read_folder(config: TrainImageConfig) -> FolderReport:
+    """The pictures of the job, checked as its mode demands; raises :class:`InputError` for what cannot be used."""
+    return usable_pictures(
+        Path(config.data).expanduser(),
+        skip_broken=config.skip_broken,
+        need_captions=config.mode == "captioned" and not config.allow_missing_captions,
+    )
+
+
+def kept_out(count: int, share: float) -> int:
+    """How many of ``count`` pictures are kept out: a ``share`` of them, at least one if any.
+
+    Raises:
+        InputError: none would be left to learn from.
+    """
+    held = max(1, round(share * count)) if share else 0
+    if held >= count:
+        raise InputError(f"validation_split {share} leaves none of the {count} pictures to learn from.")
+    return held
+
+
+def check_family(config: TrainImageConfig, name: str) -> None:
+    """Refuse what the family ``name`` does not have; raises :class:`InputError`."""
+    about = FAMILIES[name]
+    if "kohya" in config.export and about.denoiser != "unet":
+        raise InputError("The kohya format is written for SD and SDXL only: remove it from export.")
+    if config.train_text_encoder and not about.learning_encoders:
+        raise InputError(f"Text encoder LoRAs of {name} are not trained: set train_text_encoder to false.")
+
+
+def writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written into; raises :class:`InputError`."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"The folder '{folder}' cannot be made: '{there}' is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"The folder '{folder}' cannot be written: choose another one.")
+
+
+def _picture_base(config: TrainImageConfig) -> None:
+    """There is such a base, and it offers what is asked of its family (a hub id is not known before it is loaded)."""
+    place = Path(library.resolve_pipeline(config.base))
+    family = config.family
+    if family == "auto" and place.exists():
+        family = scan.record(place.absolute(), "base").family
+    if family in FAMILIES:
+        TrainImageConfig.parse({**config.model_dump(), "family": family})  # the schema's own rules about a family
+        check_family(config, family)
+
+
+def _common(config: TrainConfig) -> None:
+    check_tracker(config.tracker)
+    if config.optimizer not in PLAIN:
+        from studio.training.optimizers import check_installed
+
+        check_installed(config.optimizer)
+    if config.continue_from:
+        library.resolve_adapter(config.continue_from)
+    if cache := getattr(config, "cache_folder", ""):
+        writable(Path(cache).expanduser())

@@ -1,0 +1,60 @@
+"""Presets: one key for every kind of training and every way to give it; and what they come to on the shipped base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import InputError
+from studio.cli.app import run as command
+from studio.jobs import kinds
+from studio.schema import JobConfig
+from studio.training.presets import MEASURED, PRESETS
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "train-image": {"data": "x", "trigger": "zxq"},
+    "train-language": {"data": "x"},
+    "distill": {"prompts": "x"},
+}
+COMMANDS = {"train-image": "image", "train-language": "language", "distill": "distill"}
+
+
+def parse(kind: str, **values: Any) -> JobConfig:
+    return kinds.find(kind).parse({**NEEDED[kind], **values})
+
+
+@pytest.mark.parametrize("kind", NEEDED)
+def test_every_preset_sets_what_it_says_and_given_keys_win(kind: str) -> None:
+    for name, values in PRESETS[kind].items():
+        made = parse(kind, preset=name, base="elsewhere").model_dump(mode="json")
+        assert made.items() >= {**values, "preset": name, "base": "elsewhere"}.items()
+        given = parse(kind, preset=name, base="elsewhere", rank=3, steps=7).model_dump(mode="json")
+        assert given == {**made, "rank": 3, "steps": 7}
+        assert parse(kind, **given).model_dump(mode="json") == given, "a whole recipe is not changed by its preset"
+    for base, measured in MEASURED.items():
+        for name, values in PRESETS[kind].items():
+            made = parse(kind, preset=name, base=base).model_dump()
+            assert made.items() >= {**values, **measured.get(kind, {})}.items()
+    with pytest.raises(InputError, match=r"no preset 'nrmal'.*known are"):
+        parse(kind, preset="nrmal")
+
+
+@pytest.mark.parametrize("kind", NEEDED)
+def test_yaml_flags_and_python_take_a_preset_alike(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[JobConfig] = []
+    monkeypatch.setattr("studio.training.commands.run.begin", lambda config, *more: seen.append(config))
+    name = list(PRESETS[kind])[-1]
+    needed = [word for key, value in NEEDED[kind].items() for word in (f"--{key}", value)]
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({**NEEDED[kind], "preset": name, "rank": 5}))
+    (train, group) = ("train", COMMANDS[kind])
+    assert command([train, group, *needed, "--preset", name, "--rank", "5", "--quiet"]) == 0
+    assert command([train, group, str(file), "--quiet"]) == 0
+    assert command([train, group, str(file), "--preset", next(iter(PRESETS[kind])), "--preset", name, "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    assert seen == [parse(kind, preset=name, rank=5)] * 3
