@@ -21,7 +21,8 @@ DoRA (arXiv 2402.09353), m / |W0 + sBA| (W0 + sBA) x, is for a fixed strength al
 with d_i (out,) computed once. Its gate may only be 0 or 1, because the norm would change with the strength.
 
 The modules of the model are never replaced: a forward hook adds to their output, and removing the hooks leaves the
-model exactly as it was. Changing gates writes a few numbers; no module is visited.
+model exactly as it was. Changing gates writes a few numbers; no module is visited. Gates that stay for many calls can be
+folded into the weights instead (:mod:`adapters.layers.folded`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
+from adapters.layers import folded
+from adapters.layers.folded import Blocks
 
 Pair = tuple[Tensor, Tensor]
 """A (r, in[, kh, kw]) and B (r, out), the scale folded into B."""
@@ -83,6 +86,7 @@ class Gates:
         self._setting: tuple[object, ...] = ("off",)
         self.strengths = torch.zeros(1, count, device=device, dtype=dtype)
         self.token_gates: TokenGates | None = None
+        self.changed: Callable[[Blocks | None], None] = lambda blocks: None  # told what each block of the batch meets
         self._owners: dict[tuple[int, ...], Tensor] = {}
         self._columns: dict[tuple[int, ...], Tensor] = {}
         self._token_columns: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
@@ -90,6 +94,7 @@ class Gates:
     def off(self) -> None:
         """The base model."""
         self.mode, self._setting = "off", ("off",)
+        self.changed(None)
 
     def joint(self, strengths: Sequence[float]) -> None:
         """The same strengths, one per adapter, for every sample; adapters at 0 outside the others are not computed."""
@@ -98,17 +103,20 @@ class Gates:
         used = [i for i, strength in enumerate(strengths) if strength != 0]
         if not used and self.narrow:
             self.mode = "off"
+            self.changed(None)
             return
         self.first, self.last = (used[0], used[-1] + 1) if self.narrow else (0, self.count)
         self.plain = self.narrow and all(strength == 1 for strength in strengths[self.first : self.last])
         self.mode = "joint"
         self._write(torch.tensor([list(strengths)], dtype=torch.float32))
+        self.changed((tuple(strengths),))
 
     def per_sample(self, strengths: Tensor) -> None:
         """Strengths (batch, N): each sample its own mixture."""
         self.first, self.last, self.plain, self.mode = 0, self.count, False, "joint"
         self._setting = ("per sample",)
         self._write(strengths)
+        self.changed(None)
 
     def grouped(self, adapters: Sequence[int], strengths: Sequence[float]) -> None:
         """An adapter-major batch of equal blocks: block k uses adapter ``adapters[k]`` alone, at ``strengths[k]``."""
@@ -123,6 +131,7 @@ class Gates:
         for adapter, strength in zip(adapters, strengths, strict=True):
             values[adapter] = strength
         self._write(torch.tensor([values], dtype=torch.float32))
+        self.changed(alone(adapters, strengths, self.count))
 
     def add_layout(self, ranks: tuple[int, ...]) -> None:
         """Prepare G for modules whose adapters have these ranks."""
@@ -143,6 +152,8 @@ class Gates:
         """Let strengths depend on the place (None: no more)."""
         self.token_gates = token_gates
         self._token_columns.clear()
+        if token_gates is not None:
+            self.changed(None)
 
     def token_columns(self, name: str, tokens: int, ranks: tuple[int, ...], lo: int, hi: int, like: Tensor) -> Any:
         """Strength per place of the columns lo..hi, (1, L | 1, hi - lo), or None; kept while the gates stay."""
@@ -170,6 +181,14 @@ class Gates:
         else:
             self.strengths = strengths.to(self.strengths).clone()
             self._columns = {ranks: self.strengths[:, owners] for ranks, owners in self._owners.items()}
+
+
+def alone(adapters: Sequence[int], strengths: Sequence[float], count: int) -> Blocks:
+    """A block for each of ``adapters``, in which it is the only one of ``count``."""
+    return tuple(
+        tuple(strength if i == adapter else 0.0 for i in range(count))
+        for adapter, strength in zip(adapters, strengths, strict=True)
+    )
 
 
 class GatedLayer:
@@ -230,6 +249,27 @@ class GatedLayer:
         if gates.mode == "grouped":
             return self._conv_groups(x, output) if self.is_conv else self._linear_groups(x, output)
         return self._conv(x, output, lo, hi) if self.is_conv else self._linear(x, output, lo, hi)
+
+    def inside(self, blocks: Blocks) -> folded.Forward | None:
+        """What the module computes with the adapters in its weight; None where they cannot be."""
+        if not folded.foldable(self.module):
+            return None
+        weight: Any = self.module.weight
+        own: Tensor = weight.to(self.A.device)
+        weights: list[Tensor] = []
+        for strengths in blocks:
+            used = [i for i, strength in enumerate(strengths) if strength != 0 and self.ranks[i]]
+            if not used:
+                weights.append(own)
+                continue
+            lo, hi = self.offsets[used[0]], self.offsets[used[-1] + 1]
+            gates = torch.tensor(strengths, device=own.device)
+            rows = None if self.rows is None else gates.to(self.rows) @ self.rows
+            summed = folded.total(own, self.A[lo:hi], self.B[lo:hi], gates[self.gates.owners(self.ranks)[lo:hi]], rows)
+            if summed is None:
+                return None
+            weights.append(summed)
+        return folded.forward(self.module, weights[:1] if all(made is own for made in weights) else weights)
 
     def nbytes(self) -> int:
         """Memory of the tensors in use."""
@@ -383,25 +423,70 @@ class GatedAdapters:
         ]
 
     @contextmanager
-    def attached(self, without: Collection[str] = ()) -> Iterator[Gates]:
+    def attached(self, without: Collection[str] = (), fold: Collection[Blocks] = ()) -> Iterator[Gates]:
         """Let the adapters act (gates start "off"), but not on the modules named in ``without``; afterwards the model
-        is exactly what it was."""
-        handles: list[RemovableHandle] = []
+        is exactly what it was.
+
+        Args:
+            fold: settings of the gates that are folded into the weights while they hold. The folded weights of each
+                are made when it is first met and kept until the end.
+        """
+        acting = _Acting([layer for layer in self.layers if layer.name not in without], self.gates, fold)
         try:
-            for layer in self.layers:
-                if layer.name not in without:
-                    handles.append(layer.module.register_forward_hook(layer))
+            self.gates.changed = acting.change
             self.gates.off()
             yield self.gates
         finally:
-            for handle in handles:
-                handle.remove()
-            self.gates.off()
-            self.gates.tokens_to(None)
+            try:
+                acting.stop()
+            finally:  # once more, should it have been interrupted
+                acting.stop()
+                self.gates.changed = lambda blocks: None
+                self.gates.off()
+                self.gates.tokens_to(None)
+
+    def foldable_bytes(self) -> int:
+        """Memory of the folded weights of one block."""
+        weights: list[Any] = [layer.module.weight for layer in self.layers if folded.foldable(layer.module)]
+        return sum(weight.nbytes for weight in weights)
 
     def nbytes(self) -> int:
         """Memory of the joined matrices."""
         return sum(layer.nbytes() for layer in self.layers)
+
+
+class _Acting:
+    """Layers at work, each inside its weight or by a hook."""
+
+    def __init__(self, layers: Sequence[GatedLayer], gates: Gates, fold: Collection[Blocks]) -> None:
+        self.layers, self.gates, self.fold = layers, gates, frozenset(fold)
+        self.hooks: dict[GatedLayer, RemovableHandle] = {}
+        self.overrides = folded.Overrides()
+        self.made: dict[Blocks, dict[GatedLayer, folded.Forward]] = {}
+
+    def change(self, blocks: Blocks | None) -> None:
+        """The gates are now so (None: they differ from sample to sample or place to place, or are off)."""
+        inside = self._inside(blocks) if blocks in self.fold and self.gates.token_gates is None else {}
+        self.overrides.put({layer.module: forward for layer, forward in inside.items()})
+        for layer in self.layers:
+            if layer in inside:
+                if handle := self.hooks.pop(layer, None):
+                    handle.remove()
+            elif layer not in self.hooks:
+                self.hooks[layer] = layer.module.register_forward_hook(layer)
+
+    def stop(self) -> None:
+        """Leave every module as it was."""
+        self.overrides.clear()
+        for handle in self.hooks.values():
+            handle.remove()
+
+    def _inside(self, blocks: Blocks) -> dict[GatedLayer, folded.Forward]:
+        if blocks not in self.made:
+            self.overrides.clear()  # the layers are asked what their modules are by themselves
+            found = {layer: layer.inside(blocks) for layer in self.layers}
+            self.made[blocks] = {layer: forward for layer, forward in found.items() if forward is not None}
+        return self.made[blocks]
 
 
 def _pairs(
