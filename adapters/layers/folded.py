@@ -30,8 +30,8 @@ Blocks = tuple[tuple[float, ...], ...]
 Forward = Callable[[Tensor], Tensor]
 
 LOST = 0.2
-"""|W' - sum| / |sum - W0| (Frobenius) from which 16 bits are too coarse for a change. There 0.2 % of its strength is lost;
-for normally distributed weights it is a change of 0.8 % of W0 in bf16 and of 0.1 % in fp16."""
+"""|W' - sum| / |sum - W0| (Frobenius) from which 16 bits are too coarse for a change. There 0.2 % of its strength is
+lost; for normally distributed weights it is a change of 0.8 % of W0 in bf16 and of 0.1 % in fp16."""
 
 
 def foldable(module: nn.Module) -> bool:
@@ -47,6 +47,17 @@ def foldable(module: nn.Module) -> bool:
     if not plain or weight.is_meta:
         return False
     return not isinstance(module, nn.Conv2d) or (module.groups == 1 and module.padding_mode == "zeros")
+
+
+def worth(blocks: int, x: Tensor, weight: Tensor) -> bool:
+    """Whether a weight for each block moves less memory than adapters beside the layer do.
+
+    One weight always does. Another one is read once more, where an adapter reads x and reads and writes y once more:
+    with few positions in a block (deep layers of small pictures) that is less. The factor 2 stands for the small
+    kernels that fall away.
+    """
+    positions = x.numel() // blocks // weight.shape[1]
+    return blocks == 1 or 2 * positions * (weight.shape[1] + 2 * weight.shape[0]) >= weight.numel()
 
 
 def total(weight: Tensor, A: Tensor, B: Tensor, gates: Tensor, rows: Tensor | None = None) -> Tensor | None:

@@ -21,8 +21,8 @@ DoRA (arXiv 2402.09353), m / |W0 + sBA| (W0 + sBA) x, is for a fixed strength al
 with d_i (out,) computed once. Its gate may only be 0 or 1, because the norm would change with the strength.
 
 The modules of the model are never replaced: a forward hook adds to their output, and removing the hooks leaves the
-model exactly as it was. Changing gates writes a few numbers; no module is visited. Gates that stay for many calls can be
-folded into the weights instead (:mod:`adapters.layers.folded`).
+model exactly as it was. Changing gates writes a few numbers; no module is visited. Gates that stay for several calls
+can be folded into the weights instead (:mod:`adapters.layers.folded`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -250,13 +251,31 @@ class GatedLayer:
             return self._conv_groups(x, output) if self.is_conv else self._linear_groups(x, output)
         return self._conv(x, output, lo, hi) if self.is_conv else self._linear(x, output, lo, hi)
 
-    def inside(self, blocks: Blocks) -> folded.Forward | None:
-        """What the module computes with the adapters in its weight; None where they cannot be."""
-        if not folded.foldable(self.module):
-            return None
-        weight: Any = self.module.weight
-        own: Tensor = weight.to(self.A.device)
+    def inside(self, blocks: Blocks, x: Tensor) -> folded.Forward:
+        """What the module computes with the adapters in its weight; where that does not pay, with them beside it.
+
+        Args:
+            blocks: strength of every adapter in each block of the batch; the gates are so, too.
+            x: an input.
+        """
+        module: Any = self.module
         weights: list[Tensor] = []
+        if folded.worth(len(blocks), x, module.weight):
+            weights = self._weights(blocks, module.weight.to(self.A.device))
+        if weights:
+            return folded.forward(module, weights)
+        plain = type(module).forward
+
+        def beside(x: Tensor) -> Tensor:
+            output: Tensor = plain(module, x)
+            added = self(module, (x,), output)
+            return output if added is None else added
+
+        return beside
+
+    def _weights(self, blocks: Blocks, own: Tensor) -> list[Tensor]:
+        """W' of every block, one for all where no adapter acts; none where 16 bits are too coarse."""
+        weights = []
         for strengths in blocks:
             used = [i for i, strength in enumerate(strengths) if strength != 0 and self.ranks[i]]
             if not used:
@@ -267,9 +286,9 @@ class GatedLayer:
             rows = None if self.rows is None else gates.to(self.rows) @ self.rows
             summed = folded.total(own, self.A[lo:hi], self.B[lo:hi], gates[self.gates.owners(self.ranks)[lo:hi]], rows)
             if summed is None:
-                return None
+                return []
             weights.append(summed)
-        return folded.forward(self.module, weights[:1] if all(made is own for made in weights) else weights)
+        return weights[:1] if all(weight is own for weight in weights) else weights
 
     def nbytes(self) -> int:
         """Memory of the tensors in use."""
@@ -456,20 +475,21 @@ class GatedAdapters:
 
 
 class _Acting:
-    """Layers at work, each inside its weight or by a hook."""
+    """Layers at work, inside their weights or by hooks."""
 
     def __init__(self, layers: Sequence[GatedLayer], gates: Gates, fold: Collection[Blocks]) -> None:
         self.layers, self.gates, self.fold = layers, gates, frozenset(fold)
+        self.foldable = {layer for layer in layers if folded.foldable(layer.module)} if fold else set()
         self.hooks: dict[GatedLayer, RemovableHandle] = {}
         self.overrides = folded.Overrides()
-        self.made: dict[Blocks, dict[GatedLayer, folded.Forward]] = {}
+        self.made: dict[Blocks, dict[nn.Module, folded.Forward]] = {}
 
     def change(self, blocks: Blocks | None) -> None:
         """The gates are now so (None: they differ from sample to sample or place to place, or are off)."""
-        inside = self._inside(blocks) if blocks in self.fold and self.gates.token_gates is None else {}
-        self.overrides.put({layer.module: forward for layer, forward in inside.items()})
+        fold = blocks is not None and blocks in self.fold and self.gates.token_gates is None
+        self.overrides.put(self._forwards(blocks) if blocks is not None and fold else {})
         for layer in self.layers:
-            if layer in inside:
+            if fold and layer in self.foldable:
                 if handle := self.hooks.pop(layer, None):
                     handle.remove()
             elif layer not in self.hooks:
@@ -481,12 +501,21 @@ class _Acting:
         for handle in self.hooks.values():
             handle.remove()
 
-    def _inside(self, blocks: Blocks) -> dict[GatedLayer, folded.Forward]:
+    def _forwards(self, blocks: Blocks) -> dict[nn.Module, folded.Forward]:
+        """What the layers' modules compute; a weight is made when its layer is first called."""
         if blocks not in self.made:
-            self.overrides.clear()  # the layers are asked what their modules are by themselves
-            found = {layer: layer.inside(blocks) for layer in self.layers}
-            self.made[blocks] = {layer: forward for layer, forward in found.items() if forward is not None}
+            forwards: dict[nn.Module, folded.Forward] = {}
+            self.made[blocks] = forwards
+            for layer in self.foldable:
+                forwards[layer.module] = partial(self._first, forwards, layer, blocks)
         return self.made[blocks]
+
+    def _first(
+        self, forwards: dict[nn.Module, folded.Forward], layer: GatedLayer, blocks: Blocks, x: Tensor
+    ) -> Tensor:
+        forward = layer.inside(blocks, x)
+        forwards[layer.module] = vars(layer.module)["forward"] = forward
+        return forward(x)
 
 
 def _pairs(

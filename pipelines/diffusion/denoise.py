@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.layers.gated import Gates
+from adapters.layers.folded import Blocks
+from adapters.layers.gated import Gates, alone
 from pipelines.diffusion.families import Encoding, Family
 from pipelines.diffusion.families.base import repeat
 from pipelines.diffusion.methods.composite import reduce
@@ -69,16 +70,15 @@ class Denoising:
 
     def predictions(self, step: Step) -> list[int]:
         """The separate predictions of a step, by number; none where all adapters are in one."""
-        return list(range(len(step.active))) if step.separate and len(step.active) > 1 else []
+        return separate(step)
 
     def set_gates(self, step: Step, predictions: Sequence[int], batch: int) -> None:
         """Gates for some of the step's predictions, each of ``batch`` samples."""
         adapters = [step.active[k] for k in predictions]
-        strengths = [step.gates[i] for i in adapters]
         if len(adapters) == 1:
-            self.gates.joint([strengths[0] if i == adapters[0] else 0.0 for i in range(len(step.gates))])
+            self.gates.joint(blocks(step, predictions)[0])
         else:
-            self.gates.grouped(adapters, strengths)
+            self.gates.grouped(adapters, [step.gates[i] for i in adapters])
 
     def reduce(self, predictions: Tensor) -> Tensor:
         """All predictions (predictions * batch, ...) as one (batch, ...)."""
@@ -93,8 +93,7 @@ class Denoising:
             self._pending = None
             self.gates.joint(step.gates)
             return self._with_text(args, kwargs, [0], 1)
-        size = self.adapter_batch or len(predictions)
-        chunks = [predictions[i : i + size] for i in range(0, len(predictions), size)]
+        chunks = chunked(predictions, self.adapter_batch)
         self._pending = (args, kwargs), chunks
         return self._chunk(args, kwargs, step, chunks[0])
 
@@ -151,6 +150,33 @@ class Denoising:
             else:
                 raise RuntimeError(f"the pipeline passed {kind} that are not the encoded prompt: {tuple(given.shape)}")
         return self._roles[key]
+
+
+def separate(step: Step) -> list[int]:
+    """The separate predictions of a step, by number; none where all adapters are in one."""
+    return list(range(len(step.active))) if step.separate and len(step.active) > 1 else []
+
+
+def chunked(predictions: list[int], most: int | None) -> list[list[int]]:
+    """Predictions that are made in one call of the denoiser, at ``most`` so many (None = all)."""
+    size = most or max(1, len(predictions))
+    return [predictions[i : i + size] for i in range(0, len(predictions), size)]
+
+
+def blocks(step: Step, predictions: Sequence[int]) -> Blocks:
+    """The gates of a call of the denoiser for some of a step's separate predictions; without any, of the only one."""
+    if not predictions:
+        return (step.gates,)
+    adapters = [step.active[k] for k in predictions]
+    return alone(adapters, [step.gates[i] for i in adapters], len(step.gates))
+
+
+def known_calls(kind: type[Denoising], steps: Sequence[Step], adapter_batch: int | None) -> list[Blocks]:
+    """The gates of every call of the denoiser; none where a run of this ``kind`` sets them in a way of its own."""
+    names = ("_before", "predictions", "set_gates", "_chunk")
+    if any(getattr(kind, name) is not getattr(Denoising, name) for name in names):
+        return []
+    return [blocks(step, chunk) for step in steps for chunk in chunked(separate(step), adapter_batch) or [[]]]
 
 
 def _of_role(encoding: Encoding, kind: str, role: str) -> Tensor:

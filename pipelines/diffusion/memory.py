@@ -11,8 +11,10 @@ Without an accelerator there is nothing to move; the other parts act the same.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from adapters.errors import InputError
@@ -53,3 +55,24 @@ def apply_preset(pipe: Any, preset: str, denoiser: str, device: torch.device, dt
     else:
         pipe.to(device)
     return done
+
+
+def free(device: torch.device) -> int:
+    """Bytes that are still to be had on a device; in a container, within its limit."""
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "mem_get_info"):
+        kept = backend.memory_reserved(device) - backend.memory_allocated(device)
+        return int(backend.mem_get_info(device)[0] + kept)
+    found = int(psutil.virtual_memory().available)
+    for folder, limit, used in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        place = Path("/sys/fs/cgroup") / folder
+        try:
+            most, now = (int((place / name).read_text()) for name in (limit, used))
+            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        found = min(found, most - now + int(stat.get("inactive_file", 0)))  # cached files make room
+    return found

@@ -33,13 +33,16 @@ from adapters.progress import Monitor, Silent, part
 from pipelines.diffusion import methods
 from pipelines.diffusion.call import Call, Output, check_named, decided, diffusers_arguments, together
 from pipelines.diffusion.checks import block_factor, check_call, check_pristine, check_prompt
+from pipelines.diffusion.denoise import known_calls
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.distillation.use import check_use, merged_mark
 from pipelines.diffusion.drawing import Request, draw, one_after_the_other, sampling
 from pipelines.diffusion.families import Family, family_of
 from pipelines.diffusion.families.configuration import check_base
+from pipelines.diffusion.folding import Folds, folds
 from pipelines.diffusion.loading import Settings, open_controlnet, open_pipeline
+from pipelines.diffusion.memory import free
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.planner import Composition, Places, Texts, make_plan, placed_regions
 from pipelines.diffusion.prompt_syntax import has_choices, without_adapters
@@ -182,6 +185,7 @@ class MultiLoRAPipeline:
         te_mode: str = "auto",
         adapter_batch: int | None = None,
         regions: str | Sequence[Region | Mapping[str, Any]] | None = None,
+        fold: bool = True,
         **options: Any,
     ) -> MultiLoRAPipeline:
         """Choose how the adapters are combined in the next calls; returns the pipeline.
@@ -194,6 +198,9 @@ class MultiLoRAPipeline:
             adapter_batch: composite: adapters denoised together (all if left out); output: regions together.
             regions: parts of the picture with adapters and prompts of their own, or "auto" (regional methods only);
                 adapters in no region act everywhere. Left out, each adapter has the region it was loaded with.
+            fold: where strengths stay the same for enough steps, compute with weights that have the adapters in them
+                (:mod:`pipelines.diffusion.folding`): faster, the same up to rounding (in fp16 and bf16 the sums are
+                made in fp32 and rounded once). The model's own weights are not touched.
             options: how regions are used, see :class:`pipelines.diffusion.regions.RegionOptions`.
 
         Raises:
@@ -221,7 +228,7 @@ class MultiLoRAPipeline:
         how = check_options(method, self.family.flow, options)
         if how.refine is None:
             how = replace(how, refine=kind.parts and self._is_sd15())
-        self.composition = Composition(method, chosen, tau, te_mode, adapter_batch, found, how)
+        self.composition = Composition(method, chosen, tau, te_mode, adapter_batch, found, how, fold)
         return self
 
     def plan(
@@ -455,12 +462,21 @@ class MultiLoRAPipeline:
         plan, texts = make_plan(
             self.composition, self._chosen(), self.family, count, guided, memory, words, prompts.mean
         )
+        plan = replace(plan, folds=self._folds(plan))
         if prompt is None:
             return plan, texts
         regions = placed_regions(self.composition, self._chosen())
         said = [prompt, *(region.prompt for region in regions)]
         said += [negative, *(region.negative or "" for region in regions)] if guided else []
         return replace(plan, warnings=(*plan.warnings, *prompts.remarks(said))), texts
+
+    def _folds(self, plan: Plan) -> Folds:
+        """What a call folds into the weights."""
+        if not self.composition.fold or self.composition.properties.regional:
+            return Folds()
+        engine = self.joined().denoiser
+        calls = known_calls(methods.runner(plan.method), plan.steps, plan.adapter_batch)
+        return folds(calls, engine.foldable_bytes(), free(engine.gates.strengths.device))
 
     def _everywhere(self, plan: Plan, texts: Texts, request: Request) -> Any:
         """A call whose adapters have no regions; returns what the diffusers pipeline returned."""
@@ -469,8 +485,8 @@ class MultiLoRAPipeline:
             request.prompt, request.negative, request.images, request.guided,
         )  # fmt: skip
         given = texts[0][0]
-        with self._guidance_input(), self.joined().denoiser.attached() as gates:
-            kind = methods.runner(plan.method)
+        kind = methods.runner(plan.method)
+        with self._guidance_input(), self.joined().denoiser.attached(fold=plan.folds.settings) as gates:
             run = kind(self.family, gates, plan.steps, texts, encodings, given, plan.adapter_batch)
             with run.attached(self.rack.denoiser):
                 return draw(self.pipe, run, request, encodings[given].call_arguments(), request.generators())

@@ -36,6 +36,7 @@ class Composition:
     adapter_batch: int | None = None
     regions: Places = ()
     options: RegionOptions = field(default_factory=RegionOptions)
+    fold: bool = True
 
     @property
     def properties(self) -> Properties:

@@ -141,15 +141,18 @@ class Rack:
     def at(self, strengths: Mapping[str, tuple[float, float]]) -> Iterator[None]:
         """Let adapters act at other strengths (weight, te_weight) for a while."""
         own, joined = dict(self.loaded), self._joined
+        inside = any(self.loaded[name].report.dora for name in strengths)  # its strength is in its matrices
         try:
             for name, (weight, te_weight) in strengths.items():
                 report = replace(self.loaded[name].report, weight=weight, te_weight=te_weight)
                 self.loaded[name] = replace(self.loaded[name], report=report)
-                if report.dora:  # its strength is in its matrices
-                    self._joined = None
+            if inside:
+                self._joined = None
             yield
         finally:
-            self.loaded, self._joined = own, joined
+            self.loaded = own
+            if inside:
+                self._joined = joined
 
     def chosen(self, names: Sequence[str] | None) -> list[Loaded]:
         """The adapters of these names in this order; all for None."""

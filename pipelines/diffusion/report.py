@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.diffusion.distillation.mark import Mark
+from pipelines.diffusion.folding import Folds
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.regions.region import Region
 
@@ -101,6 +102,7 @@ class Plan:
         memory: bytes of the adapters' joined matrices.
         regions, options: where adapters act and how (regional methods).
         warnings: what may surprise.
+        folds: what is folded into the weights.
     """
 
     method: str
@@ -114,6 +116,7 @@ class Plan:
     regions: tuple[RegionReport, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    folds: Folds = field(default_factory=Folds)
 
     @property
     def gates(self) -> list[tuple[float, ...]]:
@@ -138,6 +141,7 @@ class Plan:
             "adapter_batch": self.adapter_batch,
             "encodings": self.encodings,
             "memory": self.memory,
+            "folded_memory": self.folds.memory,
             "regions": [asdict(region) for region in self.regions],
             "options": dict(self.options),
             "warnings": list(self.warnings),
@@ -149,7 +153,7 @@ class Plan:
         lines = [
             f"{self.method} of {', '.join(self.adapters) or 'no adapter'}; text encoders {self.te_mode}",
             f"{len(self.steps)} steps, {self.forwards} predictions per picture{halves}, "
-            f"{self.encodings} prompt encodings, {self.memory / 2**20:.1f} MiB of adapters",
+            f"{self.encodings} prompt encodings, {self.memory / 2**20:.1f} MiB of adapters{self._folded()}",
             *(f"  {region}" for region in self.regions),
         ]
         if self.regions:
@@ -161,6 +165,11 @@ class Plan:
             apart = alone if step.separate and step.forwards > 1 else ""
             lines.append(f"  step {first}{f'-{last}' if last > first else ''}: {used}{apart}")
         return "\n".join([*lines, *(f"  note: {text}" for text in self.warnings)])
+
+    def _folded(self) -> str:
+        if self.folds.missing:
+            return f" (no room for {self.folds.missing / 2**20:.1f} MiB of weights with adapters in them: slower)"
+        return f", {self.folds.memory / 2**20:.1f} MiB of weights with adapters in them" if self.folds.memory else ""
 
 
 def _runs(steps: tuple[Step, ...]) -> list[tuple[int, int, Step]]:
