@@ -452,17 +452,17 @@ class GatedAdapters:
         """
         acting = _Acting([layer for layer in self.layers if layer.name not in without], self.gates, fold)
         try:
-            self.gates.changed = acting.change
-            self.gates.off()
-            yield self.gates
-        finally:
             try:
-                acting.stop()
-            finally:  # once more, should it have been interrupted
-                acting.stop()
-                self.gates.changed = lambda blocks: None
+                self.gates.changed = acting.change
                 self.gates.off()
-                self.gates.tokens_to(None)
+                yield self.gates
+            finally:
+                acting.stop()
+        finally:  # once more, should an interrupt have come into that
+            acting.stop()
+            self.gates.changed = lambda blocks: None
+            self.gates.off()
+            self.gates.tokens_to(None)
 
     def foldable_bytes(self) -> int:
         """Memory of the folded weights of one block."""
@@ -490,8 +490,9 @@ class _Acting:
         self.overrides.put(self._forwards(blocks) if blocks is not None and fold else {})
         for layer in self.layers:
             if fold and layer in self.foldable:
-                if handle := self.hooks.pop(layer, None):
-                    handle.remove()
+                if layer in self.hooks:
+                    self.hooks[layer].remove()
+                    del self.hooks[layer]
             elif layer not in self.hooks:
                 self.hooks[layer] = layer.module.register_forward_hook(layer)
 

@@ -599,9 +599,14 @@ class MultiLoRAPipeline:
 
 def _memory_advice(plan: Plan) -> str:
     together = min(plan.adapter_batch or len(plan.adapters), max((step.forwards for step in plan.steps), default=1))
+    folded = plan.folds.memory / 2**20
+    more = f" fold=False takes {folded:.0f} MiB less." if folded >= 1 else ""
     if together > 1 and not plan.regions:
-        return f"Out of memory with {together} adapters denoised together: set adapter_batch=1, or memory='balanced'."
-    return "Out of memory: use memory='balanced' or 'low', fewer images at once, or a smaller size."
+        return (
+            f"Out of memory with {together} adapters denoised together: set adapter_batch=1, or memory='balanced'."
+            + more
+        )
+    return "Out of memory: use memory='balanced' or 'low', fewer images at once, or a smaller size." + more
 
 
 __all__ = ["Composition", "LoraReport", "MultiLoRAPipeline", "Output", "Plan", "Step"]

@@ -51,6 +51,9 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
             if not made or one.adapters != made[-1].config.adapters or one.regions != made[-1].config.regions:
                 _prepare(pipe, one)
             made.append(_picture(pipe, config, one, folder, monitor, number))
+        if config.fold and not all(picture.config.fold for picture in made):
+            recipe["config"]["fold"] = False
+            files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
     remarks += [remark for picture in made for remark in picture.remarks]
     return {
         "images": [str(picture.path) for picture in made],
@@ -147,7 +150,7 @@ def _prepare(pipe: Any, config: ComposeConfig) -> None:
         )  # fmt: skip
     pipe.compose(
         config.method, adapters=[use.name for use in config.adapters], tau=config.tau, te_mode=config.te_mode,
-        adapter_batch=config.adapter_batch, regions=_regions(config),
+        adapter_batch=config.adapter_batch, regions=_regions(config), fold=config.fold,
         **{name: getattr(config, name) for name in RegionFields.model_fields if name != "regions"},
     )  # fmt: skip
 
@@ -171,6 +174,8 @@ def _picture(
         preview_every=max(1, config.steps // PREVIEWS), allow_double_guidance=config.allow_double_guidance,
         **start_picture.arguments(pipe, config),
     )  # fmt: skip
+    if out.plan.folds.missing:  # there was no room for it, and may be where the recipe is repeated
+        config = config.model_copy(update={"fold": False})
     recipe = {**recipes.build(config, _made_on(pipe)), **prompts.told(whole, config)}
     path = recipe_png.save_png(start_picture.kept(config, out.images[0]), folder / f"picture-{config.seed}.png", recipe)
     places = [_place(region, folder, config.seed, i) for i, region in enumerate(out.regions, 1)]

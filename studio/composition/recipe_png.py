@@ -26,7 +26,7 @@ def save_png(image: Image.Image, path: Path, recipe: dict[str, Any]) -> Path:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The recipe in a picture, or in a recipe.json.
+    """The recipe in a picture, or in a recipe.json; of earlier versions, with what they had no word for.
 
     Raises:
         InputError: the file is missing, no picture, or carries no recipe.
@@ -45,6 +45,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"The recipe in '{path}' is damaged: {_TOO_DEEP}.")
     if not isinstance(recipe, dict) or not isinstance(recipe.get("config"), dict):
         raise InputError(f"The recipe in '{path}' is damaged: it has no 'config'.")
+    if recipe.get("job") == "compose":
+        recipe["config"].setdefault("fold", False)  # drawn before there was such a thing, to be repeated to the bit
     return recipe
 
 

@@ -92,6 +92,10 @@ class ComposeConfig(RegionFields, PictureFields, ModelChoice):
         None, ge=1, description="composite: adapters denoised at once; fewer need less memory. Empty = all.",
         json_schema_extra=_RARE,
     )  # fmt: skip
+    fold: bool = Field(
+        True, description="Compute with the adapters inside the weights where strengths stay the same: faster, the "
+        "same picture up to rounding.", json_schema_extra=_RARE,
+    )  # fmt: skip
     steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
     guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 switches it off.")
     allow_double_guidance: bool = Field(

@@ -82,7 +82,9 @@ def sd(beds: Callable[[str], Bed]) -> Bed:
 def latents(composer: MultiLoRAPipeline, method: str = "", **options: Any) -> torch.Tensor:
     """The denoised latents of a short run."""
     call = {
-        key: options.pop(key) for key in list(options) if key not in ("adapters", "tau", "te_mode", "adapter_batch")
+        key: options.pop(key)
+        for key in list(options)
+        if key not in ("adapters", "tau", "te_mode", "adapter_batch", "fold")
     }
     if method:
         composer.compose(method, **options)

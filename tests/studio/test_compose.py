@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from adapters import files
 from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
+from pipelines.diffusion import MultiLoRAPipeline, pipeline
 from studio import jobs
 from studio.composition import job as compose
 from studio.composition import pipeline_cache, recipe_png, recipes
@@ -72,6 +74,37 @@ def test_a_picture_of_a_series_is_repeated_to_the_bit(config, tmp_path):
     recipe = recipe_png.read_recipe(first["images"][1])
     again = compose.run(recipes.replay(recipe), tmp_path / "b", Silent())
     assert Path(again["images"][0]).read_bytes() == Path(first["images"][1]).read_bytes()
+
+
+def test_a_recipe_says_whether_adapters_were_folded(config, tmp_path, monkeypatch):
+    """Recipes of versions that did not fold are drawn as they were; so are those whose weights had no room."""
+    folded: list[bool] = []
+    plain = MultiLoRAPipeline._everywhere
+
+    def seen(self, plan, *rest):
+        folded.append(bool(plan.folds.settings))
+        return plain(self, plan, *rest)
+
+    monkeypatch.setattr(MultiLoRAPipeline, "_everywhere", seen)
+    config = config.model_copy(update={"method": "merge", "steps": 8})
+
+    def made(config: ComposeConfig, name: str) -> Path:
+        (tmp_path / name).mkdir()
+        return Path(compose.run(config, tmp_path / name, Silent())["images"][0])
+
+    inside, beside = made(config, "inside"), made(config.model_copy(update={"fold": False}), "beside")
+    recipe = recipe_png.read_recipe(beside)
+    del recipe["config"]["fold"]
+    old = recipe_png.save_png(Image.open(beside), tmp_path / "old.png", recipe)
+    again = made(recipes.replay(recipe_png.read_recipe(old)), "again")
+    assert again.read_bytes() == beside.read_bytes()
+    assert made(recipes.replay(recipe_png.read_recipe(inside)), "twice").read_bytes() == inside.read_bytes()
+    assert folded == [True, False, False, True]
+    monkeypatch.setattr(pipeline, "free", lambda device: 0)
+    narrow = made(config, "narrow")
+    assert not recipe_png.read_recipe(narrow)["config"]["fold"]
+    assert not recipe_png.read_recipe(tmp_path / "narrow" / "recipe.json")["config"]["fold"]
+    assert Image.open(narrow).tobytes() == Image.open(beside).tobytes()
 
 
 def test_loading_and_recipe_hash_a_file_once(config, tmp_path, monkeypatch):

@@ -36,8 +36,8 @@ _ELSEWHERE = {"adapters", *RegionFields.model_fields, *PictureFields.model_field
 NAMES = tuple(name for name in KNOWN if name not in _ELSEWHERE)
 """Fields with a widget of their own, in the order of the form; the adapters are the rack."""
 
-ADVANCED = ("scheduler", "te_mode", "adapter_batch", "allow_double_guidance", "memory", "dtype", "attention", "device",
-            "family")  # fmt: skip
+ADVANCED = ("scheduler", "te_mode", "adapter_batch", "fold", "allow_double_guidance", "memory", "dtype", "attention",
+            "device", "family")  # fmt: skip
 SECONDS = 0.7
 EARLIER = 12
 """Pictures made earlier that are offered beside the form."""
