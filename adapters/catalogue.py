@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from adapters import discovery
 from adapters.errors import InputError, nearest
@@ -69,7 +69,7 @@ class Method:
         Raises:
             ValueError: a property that ``kind`` does not have, or a value of the wrong type.
         """
-        known = get_type_hints(kind)
+        known = _types(cast(Any, kind))
         for name, value in self.properties.items():
             if name not in known:
                 raise ValueError(
@@ -79,6 +79,11 @@ class Method:
             if not _fits(value, known[name]):
                 raise ValueError(f"method '{self.name}': property '{name}' cannot be {value!r}")
         return kind(**self.properties)
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 SEARCHED = ("adapters", "pipelines")

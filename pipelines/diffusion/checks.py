@@ -30,14 +30,15 @@ def check_pristine(pipe: Any, components: Iterable[str]) -> None:
                 "give the pipeline uncompiled."
             )
         for module in model.modules() if isinstance(model, nn.Module) else ():
-            if getattr(module, "merged_adapters", None):
+            own = vars(module)  # asking a module for what it lacks takes long
+            if own.get("merged_adapters"):
                 raise InputError("LoRAs are fused into this pipeline: call its unfuse_lora() before composing.")
-            if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            if "base_layer" in own["_modules"] and "lora_A" in own["_modules"]:
                 raise InputError(
                     "This pipeline already carries adapters of its own: call its unload_lora_weights() and load them "
                     "here with load_lora()."
                 )
-            if getattr(module, "fused_projections", False):
+            if own.get("fused_projections"):
                 raise InputError(
                     "The query, key and value layers of this pipeline are fused, so adapters on them would be ignored: "
                     "call its unfuse_qkv_projections() before composing."
