@@ -60,6 +60,21 @@ def test_folded_pictures_are_the_others_up_to_rounding(beds: Callable[[str], Bed
     assert composer.compose(method, fold=True, **chosen).plan(STEPS).folds.memory > 0
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("method", ["merge", "composite"])
+def test_in_double_precision_nothing_is_left_of_the_difference(
+    beds: Callable[[str], Bed], family: str, method: str
+) -> None:
+    composer = beds(family).composer("a", "b", b=0.6)
+    for part in composer.pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.double()
+    folded, unfolded = (latents(composer, method, steps=ENOUGH, fold=fold) for fold in (True, False))
+    assert folded.dtype == torch.float64
+    assert float((folded - unfolded).abs().max() / unfolded.abs().max()) <= 1e-9
+    assert composer.plan(ENOUGH).folds.memory == 0  # of the last call, which was asked not to
+
+
 def test_tinymoji_draws_the_same() -> None:
     from benchmarks import composition as benchmark
 

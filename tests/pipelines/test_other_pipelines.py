@@ -145,7 +145,7 @@ def test_methods_equal_separate_runs(family: str, kind: str, quiet_files: Callab
     for name, path in files.items():
         composer.load_lora(path, name)
     for method in ("merge", "switch", "composite", "activation"):
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"fold": False}  # as diffusers does it here; fused it differs by 1e-4 from itself
         if method == "activation":
             options["regions"] = [{"adapters": ["a", "b"], "box": (0, 0, 1, 1)}]
         composer.compose(method, **options)
