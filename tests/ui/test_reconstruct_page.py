@@ -184,6 +184,27 @@ def test_a_calibrated_scene_its_controls_its_files_and_its_adapter(tab: Tab, tmp
         np.testing.assert_array_equal(before["poses"], after["poses"])  # the same network, the same photos
 
 
+def test_a_calibration_shows_its_loss_and_goes_on_where_it_was_cancelled(tab: Tab) -> None:
+    page, earlier = tab.open("reconstruct"), jobs_of(tab.server)
+    page.set_input_files("#reconstruct-drop input[type=file]", sample_scene()[:VIEWS])
+    page.wait_for_selector(f"#reconstruct-drop :text('room-{VIEWS - 1}')")
+    page.check("#calibrate input")
+    page.click("text=How to calibrate >> visible=true")
+    page.fill("#reconstruct-epochs input", "40")
+    start(page, 6)
+    page.wait_for_selector("#reconstruct-panel .as-plot", timeout=LONG)
+    page.click("#reconstruct-cancel")
+    page.wait_for_selector("#reconstruct-panel .as-tag:text-is('cancelled')", timeout=LONG)
+    (job,) = jobs_of(tab.server) - earlier
+    (stopped,) = (int(place.name.removeprefix("step-")) for place in (job / "checkpoints").iterdir())
+    page.click("#reconstruct-resume")
+    finish(page)
+    page.wait_for_selector("#reconstruct-resume", state="hidden")
+    rows = (job / "loss.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(1, len(rows) + 1))
+    assert 0 < stopped < len(rows)
+
+
 def under_the_sky(folder: Path) -> list[str]:
     """Pictures of the shipped scene, blue above."""
     folder.mkdir()
