@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from starlette.middleware import Middleware
 
+from adapters.errors import InputError
 from studio import jobs as job_store
 from studio import library as shelves
 from studio import settings
@@ -103,11 +105,15 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         return [gr.Timer(active=event.value == navigation.TITLES["jobs"]), *_choices()]
 
     app.load(arrive, menu, [pages.tabs, pages.jobs.timer, *choices], js="() => [location.pathname]", **_PRIVATE)
-    app.load(lambda: _latest("compose", compose.follow, "compare", "sweep"), None, pages.compose.view, **_PRIVATE)
-    app.load(lambda: _latest("train-image", train.follow), None, pages.train.view, **_PRIVATE)
-    app.load(lambda: _latest("distill", train.follow), None, pages.train.distill.view, **_PRIVATE)
-    app.load(lambda: _latest("train-language", language.follow), None, pages.language.view, **_PRIVATE)
-    app.load(lambda: _latest("reconstruct", reconstruct.follow), None, pages.reconstruct.view, **_PRIVATE)
+    for name, follow, view in (
+        ("compose", compose.follow, pages.compose.view),
+        ("train", train.follow, pages.train.view),
+        ("distill", train.follow, pages.train.distill.view),
+        ("language", language.follow, pages.language.view),
+        ("reconstruct", reconstruct.follow, pages.reconstruct.view),
+    ):
+        own = remembered.remember_job(name, view[0])
+        app.load(partial(_own, follow), own, view, **_PRIVATE)
     app.load(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
     for name, page, outputs in (
         ("compose", compose, pages.compose.outputs),
@@ -132,9 +138,12 @@ def _choices() -> list[Any]:
     return [adapters, bases, bases, bases, adapters, models, talkers, gr.update(choices=reconstruct.adapter_choices())]
 
 
-def _latest(kind: str, follow: Callable[[str, tuple[Any, ...]], Any], *others: str) -> Any:
-    found = [job for name in (kind, *others) for job in job_store.list(1, (), name)]
-    return follow(max(found, key=lambda job: job.created).id, ()) if found else gr.skip()
+def _own(follow: Callable[[str, tuple[Any, ...]], Any], job_id: Any) -> Any:
+    """The job that this browser looked at last, not anybody else's."""
+    try:
+        return follow(str(job_id or ""), ())
+    except InputError:  # deleted meanwhile
+        return gr.skip()
 
 
 def _wire_crossings(pages: _Pages) -> None:
@@ -152,9 +161,9 @@ def _wire_crossings(pages: _Pages) -> None:
         return [gr.Tabs(selected="compose"), rack.add(rows, record), gr.skip(), *skipped]
 
     @errors_shown
-    def try_it(job_id: str, rows: list[rack.Row], prompt: str) -> Any:
+    def try_it(job_id: str, step: Any, rows: list[rack.Row], prompt: str) -> Any:
         job = job_store.get(job_id)
-        record = shelves.find(train.add_to_library(job))
+        record = shelves.find(train.add_to_library(job, step))
         present = any(row["name"] == record.name for row in rows or ())
         words = job.config.get("trigger") or next(iter(record.triggers), "")
         return [gr.Tabs(selected="compose"), rows if present else rack.add(rows, record),
@@ -197,9 +206,10 @@ def _wire_crossings(pages: _Pages) -> None:
         [pages.tabs, target.rack, base, pages.language.mode, pages.language.base, pages.language.adapters], **_PRIVATE,
     )  # fmt: skip
     tried = [
-        page.try_it.click(try_it, [page.job, target.rack, prompt], [pages.tabs, target.rack, prompt, base], **_PRIVATE)
+        page.try_it.click(try_it, [page.job, page.step, target.rack, prompt],
+                          [pages.tabs, target.rack, prompt, base], **_PRIVATE)
         for page in (pages.train, pages.train.distill)
-    ]
+    ]  # fmt: skip
     opened = pages.jobs.open.click(
         open_job, pages.jobs.chosen,
         [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,

@@ -160,6 +160,27 @@ def resume(
 
 
 @group.command()
+def keep(
+    job: Id,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, metavar="N", help="The step it was saved at (default: the last).")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="Name in the library.")] = "",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put what a training has learnt so far into the library, from any step at which it was saved."""
+    from studio import jobs
+    from studio.training import saved
+
+    found = jobs.get(job)
+    record = saved.keep(found, step, name)
+    steps, output = list(saved.steps(found)), Output(json, quiet)
+    output.result({"library": record.name, "steps": steps}, f"It is in the library as '{record.name}'.")
+    output.note(f"Job {found.id} has saved the steps {', '.join(map(str, steps))}.")
+
+
+@group.command()
 def rerun(ids: Ids, json: Json = False, quiet: Quiet = False) -> None:
     """Queue new jobs with the same configuration."""
     from studio import jobs

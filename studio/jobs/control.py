@@ -149,10 +149,14 @@ def prepare_resume(job_id: str, queue_name: str = HERE) -> bool:
     """Mark an ended job as queued again; returns whether it could be resumed."""
     states = [status for status in ENDED if status != "done"]
     owner = process.identity() if queue_name == HERE else {"host": "", "pid": None, "pid_started": None}
-    return store.change(
-        job_id, states, status="queued", queue=queue_name, resuming=1, finished=None, error="",
+    job = store.read(job_id)
+    marked = store.change(
+        job_id, states, status="queued", queue=queue_name, resuming=1, started=None, finished=None, error="",
         heartbeat=time.time(), **owner,
     )  # fmt: skip
+    if marked and job is not None and job.seconds:
+        store.add_earlier(job_id, job.seconds)
+    return marked
 
 
 def resume_here(job_id: str, monitor: Monitor) -> Job:
@@ -197,9 +201,10 @@ def _mark_interrupted() -> None:
         who = store.owner(job.id)
         if who is None or process.alive(who) or (job.status == "queued" and job.queue != HERE):
             continue
-        store.change(job.id, ["cancelling"], status="cancelled", finished=time.time())
+        last = who["heartbeat"] or time.time()
+        store.change(job.id, ["cancelling"], status="cancelled", finished=last)
         store.change(
-            job.id, ["running", "queued"], status="interrupted", finished=time.time(),
+            job.id, ["running", "queued"], status="interrupted", finished=last,
             error="The process that ran it has died; resume the job to go on.",
         )  # fmt: skip
         died = died or job.queue != HERE

@@ -61,6 +61,8 @@ class Job:
     host: str = ""
     pid: int | None = None
     resuming: bool = False
+    earlier: float = 0.0
+    """Seconds that it ran before it was resumed."""
     cwd: Path = Path()
     """The folder from which it was submitted: relative paths in its configuration start there."""
 
@@ -71,8 +73,10 @@ class Job:
 
     @property
     def seconds(self) -> float | None:
-        """How long it ran, None while it runs or before it started."""
-        return self.finished - self.started if self.started and self.finished else None
+        """How long it ran in all, None while it runs or before it started."""
+        if not self.finished:
+            return None
+        return self.earlier + (self.finished - self.started if self.started else 0.0) or None
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain JSON values."""

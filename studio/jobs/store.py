@@ -30,6 +30,7 @@ create table if not exists history (
     total integer not null, loss real, metrics text, preview text, message text not null default ''
 );
 create index if not exists history_job on history (job, number);
+create table if not exists earlier (job text primary key, seconds real not null);
 create table if not exists workers (
     host text not null, pid integer not null, pid_started real not null, queue text not null, started real not null,
     heartbeat real not null, primary key (host, pid)
@@ -50,8 +51,11 @@ def insert(job: Job) -> None:
     )  # fmt: skip
 
 
+_JOBS = "select jobs.*, coalesce(earlier.seconds, 0) as earlier from jobs left join earlier on earlier.job = jobs.id"
+
+
 def read(job_id: str) -> Job | None:
-    row = connection().execute("select * from jobs where id = ?", (job_id,)).fetchone()
+    row = connection().execute(f"{_JOBS} where id = ?", (job_id,)).fetchone()
     return _job(row) if row else None
 
 
@@ -71,7 +75,7 @@ def newest(limit: int, statuses: Iterable[str] = (), kind: str | None = None) ->
     where += ["kind = ?"] if kind else []
     clause = f"where {' and '.join(where)}" if where else ""
     values = (*states, *([kind] if kind else []), limit)
-    rows = connection().execute(f"select * from jobs {clause} order by created desc, rowid desc limit ?", values)
+    rows = connection().execute(f"{_JOBS} {clause} order by created desc, jobs.rowid desc limit ?", values)
     return [_job(row) for row in rows]
 
 
@@ -84,6 +88,11 @@ def change(job_id: str, expected: Iterable[Status], **values: Any) -> bool:
         (*values.values(), job_id, *states),
     )
     return cursor.rowcount == 1
+
+
+def add_earlier(job_id: str, seconds: float) -> None:
+    """Note how long a job has run when it is about to go on."""
+    connection().execute("insert or replace into earlier (job, seconds) values (?, ?)", (job_id, seconds))
 
 
 def beat(job_id: str) -> None:
@@ -121,7 +130,8 @@ def history(job_id: str, since: int = 0) -> list[ProgressRow]:
 
 def forget(job_id: str) -> None:
     link = connection()
-    link.execute("delete from history where job = ?", (job_id,))
+    for table in ("history", "earlier"):
+        link.execute(f"delete from {table} where job = ?", (job_id,))
     link.execute("delete from jobs where id = ?", (job_id,))
 
 
@@ -158,5 +168,5 @@ def _job(row: sqlite3.Row) -> Job:
         created=row["created"], folder=Path(row["folder"]), device=row["device"], started=row["started"],
         finished=row["finished"], progress=ProgressRow(**progress) if progress else None, error=row["error"],
         result=json.loads(row["result"]) if row["result"] else None, queue=row["queue"], host=row["host"],
-        pid=row["pid"], resuming=bool(row["resuming"]), cwd=Path(row["cwd"]),
+        pid=row["pid"], resuming=bool(row["resuming"]), earlier=row["earlier"], cwd=Path(row["cwd"]),
     )  # fmt: skip

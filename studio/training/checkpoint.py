@@ -85,7 +85,12 @@ def existing(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
     found += [path for path in folder.glob("checkpoint-*") if (path / OLD_MARK).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(place: Path) -> int:
+    """The step of a checkpoint by its name."""
+    return int(place.name.rsplit("-", 1)[1])
 
 
 def load(path: Path) -> Checkpoint:

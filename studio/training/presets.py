@@ -44,8 +44,10 @@ _CAPTIONED: Values = {
 _QUICK: Values = {"steps": 150, "batch_size": 2, "checkpoint_every": 100}
 _NORMAL: Values = {"steps": 800, "batch_size": 4, "warmup_steps": 20, "checkpoint_every": 200}
 
+_SIZES = {("style", "quick"): {**_QUICK, "steps": 300}}  # a look takes longer to learn than a thing
+
 _IMAGE = {
-    f"{kind}-{length}": {**values, **size}
+    f"{kind}-{length}": {**values, **_SIZES.get((kind, length), size)}
     for kind, values in (("concept", _CONCEPT), ("style", _STYLE), ("captioned", _CAPTIONED))
     for length, size in (("quick", _QUICK), ("normal", _NORMAL))
 }

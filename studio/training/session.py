@@ -120,13 +120,23 @@ class TrainSession:
             self.average.to(self.device)
 
     # ---------------------------------------------------------------- start and resume
-    def found(self, resume: bool, keep: bool = False) -> Checkpoint | None:
+    def found(self, resume: bool, keep: bool | int = False) -> Checkpoint | None:
         """The newest checkpoint of this run, if it is to go on and there is one.
 
         Raises:
-            InputError: it is damaged, or of another configuration or other data; there is none to ``keep``.
+            InputError: it is damaged, or of another configuration or other data; there is none to ``keep`` (True: the
+                newest; a number: the one of that step).
         """
         places = checkpoints.existing(self.folder / "checkpoints") if resume or keep else []
+        if keep and keep is not True:
+            steps = {checkpoints.step_of(place): place for place in places}
+            if keep not in steps:
+                shown = ", ".join(map(str, steps)) or "none"
+                raise InputError(
+                    f"There is no checkpoint of step {keep} in '{self.folder}' (there are: {shown}); adapters of other "
+                    "steps may lie in its folder 'saved'."
+                )
+            places = [steps[keep]]
         saved = checkpoints.load(places[-1]) if places else None
         if keep and (saved is None or saved.step == 0):
             raise InputError(f"There is no checkpoint in '{self.folder}' that could become an adapter: train first.")

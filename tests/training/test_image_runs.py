@@ -365,3 +365,43 @@ def test_data_can_be_looked_at_before(tmp_path):
         "prompts": ["a picture of zxq", "zxq, a cross"],
         "remarks": [],
     }
+
+
+def test_a_run_is_sampled_and_saved_at_each_quarter_and_drawn_without_the_adapter(bases, pictures, tmp_path):
+    quiet = run(settings(bases("sd"), pictures, steps=8, seed=3), tmp_path / "quiet")
+    config = settings(bases("sd"), pictures, steps=8, seed=3, sample_every=None, save_every=None)
+    result = run(config, tmp_path / "run")
+    assert same(result["adapter"], quiet["adapter"]), "looking changes nothing"
+    assert quiet["samples"] == quiet["pairs"] == []
+    assert [Path(file).name for file in result["samples"]] == [f"step-{n:06d}-0.png" for n in (2, 4, 6, 8)]
+    assert sorted(file.name for file in (tmp_path / "run" / "saved").iterdir()) == [
+        f"adapter-{n:06d}.safetensors" for n in (2, 4, 6)
+    ]
+    (pair,) = result["pairs"]
+    assert pair["with_"] == result["samples"][-1]
+    prompt = (pictures / "0.txt").read_text().strip()
+    assert pair["prompt"] == prompt, "the first caption, when no prompt is given"
+    pipe = diffusers.DiffusionPipeline.from_pretrained(bases("sd"))
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(prompt, num_inference_steps=2, guidance_scale=2.0, width=32, height=32,
+                 generator=torch.Generator().manual_seed(pair["seed"])).images[0]  # fmt: skip
+    without, with_ = (np.asarray(diffusers.utils.load_image(pair[key])).astype(int) for key in ("without", "with_"))
+    assert np.abs(np.asarray(drawn).astype(int) - without).max() <= 1, "without the adapter it is the base"
+    assert not np.array_equal(without, with_)
+    card = Path(result["card"]).read_text()
+    assert "samples/without-0.png" in card
+    assert "samples/step-000008-0.png" in card
+
+
+def test_any_checkpoint_becomes_an_adapter(bases, pictures, tmp_path):
+    config = settings(bases("sd"), pictures, steps=6, checkpoint_every=1, keep_checkpoints=9, save_every=2)
+    with pytest.raises(Cancelled):
+        run(config, tmp_path, Watcher(stop_at=5))
+    saved = tmp_path / "saved"
+    assert sorted(file.name for file in saved.iterdir()) == [f"adapter-{n:06d}.safetensors" for n in (2, 4, 5)]
+    for step in (2, 4, 5):
+        result = run(config, tmp_path, keep=step)
+        assert result["steps"] == step
+        assert same(result["adapter"], saved / f"adapter-{step:06d}.safetensors")
+    with pytest.raises(InputError, match=r"no checkpoint of step 9 .*there are: 1, 2, 3, 4, 5"):
+        run(config, tmp_path, keep=9)

@@ -87,7 +87,7 @@ def timing(job: Job, fraction: float | None = None, now: float | None = None) ->
         return ""
     if job.seconds is not None:
         return f"took {markup.duration(job.seconds)}"
-    passed = (time.time() if now is None else now) - job.started
+    passed = job.earlier + (time.time() if now is None else now) - job.started
     left = passed * (1 - fraction) / fraction if fraction and fraction > 0.05 and passed > 2 else None
     return f"{markup.duration(passed)}" + (f" · about {markup.duration(left)} left" if left else "")
 

@@ -20,6 +20,13 @@ def remember(name: str, components: Sequence[Any]) -> gr.BrowserState:
     return kept
 
 
+def remember_job(name: str, job: gr.State) -> gr.BrowserState:
+    """Keep the id of the job that a page shows, so that a reload of this browser comes back to it."""
+    kept = gr.BrowserState("", storage_key=f"adapter-studio-{name}-job", secret=SECRET)
+    job.change(lambda job_id: job_id, job, kept, show_progress="hidden", api_visibility="private")
+    return kept
+
+
 def values(kept: Any, count: int) -> list[Any] | None:
     """The kept values if there are ``count``; None if there are none, or they are of another version's form."""
     return kept if isinstance(kept, list) and len(kept) == count else None

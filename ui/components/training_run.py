@@ -5,8 +5,7 @@ Shared by the pages that start trainings; ``prefix`` keeps their element ids apa
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import gradio as gr
 from adapters.errors import InputError
 from studio import jobs, library
 from studio.jobs import Job
+from studio.training import saved
+from studio.training.saved import step_of
 from ui import markup
 from ui.components import job_panel, loss_plot
 from ui.errors import errors_shown
@@ -41,6 +42,7 @@ class Run:
     try_it: gr.Button
     keep: gr.Button
     download: gr.DownloadButton
+    step: gr.Dropdown
     empty: str
 
     @classmethod
@@ -54,6 +56,8 @@ class Run:
                                elem_id=f"{prefix}-cancel")  # fmt: skip
             resume = gr.Button("Resume", visible=False, size="md", elem_id=f"{prefix}-resume")
         with gr.Row(visible=False, elem_classes="as-actions-row", elem_id=f"{prefix}-done") as done:
+            step = gr.Dropdown([], label="Which step", visible=False, interactive=True, elem_id=f"{prefix}-step",
+                               info="A picture below chooses its step.")  # fmt: skip
             try_it = gr.Button("Try it in Compose", variant="primary", size="md", elem_id=f"{prefix}-try-it")
             keep = gr.Button("Add to library", size="md", elem_id=f"{prefix}-keep")
             download = gr.DownloadButton("Download", size="md")
@@ -61,13 +65,13 @@ class Run:
         samples = gr.Gallery(label="Samples", show_label=False, columns=3, height="auto", object_fit="contain",
                              visible=False, interactive=False, elem_id=f"{prefix}-samples-drawn")  # fmt: skip
         return cls(
-            job, shown, adapter, timer, panel, plot, samples, cancel, resume, done, try_it, keep, download, empty
+            job, shown, adapter, timer, panel, plot, samples, cancel, resume, done, try_it, keep, download, step, empty
         )
 
     @property
     def view(self) -> list[Any]:
         return [self.job, self.shown, self.timer, self.panel, self.plot, self.samples, self.cancel, self.resume,
-                self.done, self.keep, self.download, self.adapter]  # fmt: skip
+                self.done, self.keep, self.download, self.adapter, self.step]  # fmt: skip
 
     def follow_job(self, start: gr.Button, begin: Callable[..., str], inputs: list[Any]) -> None:
         """Let ``start`` call ``begin(*inputs)``, which submits a job and returns its id, and follow that job."""
@@ -84,7 +88,7 @@ class Run:
                 return follow(job_id, shown)
             except InputError:  # deleted meanwhile
                 off = gr.update(visible=False)
-                return ["", (), gr.Timer(active=False), self.empty, "", *[off] * 5, gr.skip(), ""]
+                return ["", (), gr.Timer(active=False), self.empty, "", *[off] * 5, gr.skip(), "", off]
 
         @errors_shown
         def stop(job_id: str) -> Any:
@@ -98,8 +102,8 @@ class Run:
             return follow(job_id, ())
 
         @errors_shown
-        def keep(job_id: str) -> Any:
-            name = add_to_library(jobs.get(job_id))
+        def keep(job_id: str, step: Any) -> Any:
+            name = add_to_library(jobs.get(job_id), step)
             gr.Info(f"It is in the library as '{markup.text(name)}'.", title="Added")
             return name
 
@@ -108,7 +112,24 @@ class Run:
         self.timer.tick(look, [self.job, self.shown], self.view, **_PRIVATE)
         self.cancel.click(stop, self.job, self.view, **_PRIVATE)
         self.resume.click(go_on, self.job, self.view, **_PRIVATE)
-        self.keep.click(keep, self.job, self.adapter, **_PRIVATE)
+        self.keep.click(keep, [self.job, self.step], self.adapter, **_PRIVATE)
+        self.step.input(chosen_file, [self.job, self.step], self.download, **_PRIVATE)
+        self.samples.select(step_of_sample, self.job, [self.step, self.download], **_PRIVATE)
+
+
+def chosen_file(job_id: str, step: Any) -> Any:
+    """What is downloaded when a step is chosen."""
+    place = saved.steps(jobs.get(job_id)).get(int(step or 0)) if job_id else None
+    return gr.update(value=str(place)) if place and place.is_file() else gr.skip()
+
+
+def step_of_sample(job_id: str, event: gr.SelectData) -> Any:
+    """The saved step of a sample that was clicked; nothing where none was saved then."""
+    words = event.value.get("caption") if isinstance(event.value, dict) else ""
+    number = (words or "").removeprefix("step ")
+    if not number.isdigit() or int(number) not in saved.steps(jobs.get(job_id)):
+        return gr.skip(), gr.skip()
+    return int(number), chosen_file(job_id, int(number))
 
 
 TO_RESULT = """() => { if (window.innerWidth < 760)
@@ -126,19 +147,28 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
            len(drawn))  # fmt: skip
     if now == tuple(shown) and job.status != "running":
         return gr.skip()
+    new_steps = not shown or (job.id, job.status) != tuple(shown[:2])
     new_samples = not shown or (now[0], now[-1]) != (shown[0], shown[-1])
-    adapter = made(job)
+    steps = {} if job.active else saved.steps(job)
+    file = list(steps.values())[-1] if steps else None
     return [
         job.id, now, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
-        _kept(job) + loss_plot.of_job(job),
+        _kept(job) + pair(job) + loss_plot.of_job(job),
         gr.update(value=drawn, visible=bool(drawn)) if new_samples else gr.skip(),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
         gr.update(visible=job.status in ("cancelled", "interrupted", "failed")),
-        gr.update(visible=adapter is not None),
-        gr.update(visible=adapter is not None and not in_library(job)),
-        gr.update(value=str(adapter)) if adapter and adapter.is_file() else gr.skip(),
+        gr.update(visible=bool(steps)),
+        gr.update(visible=bool(steps) and (len(steps) > 1 or not in_library(job))),
+        gr.update(value=str(file)) if file and file.is_file() else gr.skip(),
         gr.skip() if shown and shown[0] == job.id else "",
+        _choices(steps) if new_steps else gr.skip(),
     ]  # fmt: skip
+
+
+def _choices(steps: Mapping[int, Path]) -> Any:
+    """The saved steps to choose from, the latest chosen; not shown when there is only one."""
+    listed = [(f"step {step}", step) for step in reversed(steps)]
+    return gr.update(choices=listed, value=listed[0][1] if listed else None, visible=len(listed) > 1)
 
 
 _CANCEL = "Cancel and keep what is learnt"
@@ -156,44 +186,33 @@ def samples(job: Job) -> list[tuple[str, str]]:
     return [*drawn, *((str(file), "teacher") for file in sorted(job.folder.glob("samples/teacher-*.png")))]
 
 
-def step_of(file: Path) -> int:
-    """The step in a sample's name (``step-000050-0.png``)."""
-    found = re.match(r"step-(\d+)", file.stem)
-    return int(found.group(1)) if found else 0
-
-
 def in_library(job: Job) -> str:
     """The library name under which the job added its adapter; empty if it did not, or the adapter is gone."""
     name = str((job.result or {}).get("library") or "")
     return name if name and any(record.name == name for record in library.adapters()) else ""
 
 
-def made(job: Job) -> Path | None:
-    """The adapter a finished training made."""
-    place = (job.result or {}).get("adapter")
-    path = Path(str(place)) if place else None
-    return path if path and path.exists() else None
-
-
-def add_to_library(job: Job) -> str:
-    """Add the adapter of a finished training to the library, unless it is there, and return its name.
+def add_to_library(job: Job, step: Any = None) -> str:
+    """Put the adapter of a training into the library (the latest, or that of a step) and return its name there.
 
     Raises:
         InputError: there is no adapter yet.
     """
-    if name := in_library(job):
+    if step in (None, "") and (name := in_library(job)):
         return name
-    path = made(job)
-    if path is None:
-        raise InputError("This training has made no adapter yet.")
-    wanted = str(job.config.get("name") or path.stem)
-    known = {record.name.lower(): record for record in library.adapters()}
-    digest = library.sha256(path)
-    same = [record for record in known.values() if record.size == path.stat().st_size and not record.problem]
-    for record in same:
-        if library.sha256(record.path) == digest:
-            return record.name
-    name, number = wanted, 2
-    while name.lower() in known:
-        name, number = f"{wanted}-{number}", number + 1
-    return library.import_adapter(path, name).name
+    return saved.keep(job, None if step in (None, "") else int(step)).name
+
+
+def pair(job: Job) -> str:
+    """The sample prompts without and with the finished adapter, side by side."""
+    found = (job.result or {}).get("pairs") or []
+    rows = "".join(
+        f'<figure class="as-pair">{_shown(drawn["without"], "without")}{_shown(drawn["with_"], "with")}'
+        f"<figcaption>{markup.text(drawn['prompt'])}, seed {drawn['seed']}</figcaption></figure>"
+        for drawn in found if Path(drawn["without"]).is_file() and Path(drawn["with_"]).is_file()
+    )  # fmt: skip
+    return f'<section class="as-pairs" aria-label="Without and with the adapter">{rows}</section>' if rows else ""
+
+
+def _shown(file: str, words: str) -> str:
+    return f'<span><img alt="{words} the adapter" src="{markup.text(markup.file_url(file))}"><em>{words}</em></span>'

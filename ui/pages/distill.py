@@ -54,6 +54,7 @@ class Page:
     form: Form
     job: gr.State
     try_it: gr.Button
+    step: gr.Dropdown
     view: list[Any]
     """Components that :func:`ui.components.training_run.follow` fills."""
 
@@ -67,7 +68,7 @@ def build() -> Page:
     with gr.Column(scale=6, min_width=320, elem_classes="as-training-result"):
         result = training_run.Run.draw("distill", _EMPTY)
     result.follow_job(start, _begin, [form[name] for name in NAMES])
-    return Page(form, result.job, result.try_it, result.view)
+    return Page(form, result.job, result.try_it, result.step, result.view)
 
 
 _EMPTY = markup.empty(

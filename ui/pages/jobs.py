@@ -9,17 +9,19 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from studio import jobs
+from studio import catalogue, jobs
 from studio.composition import comparison, gallery
 from studio.jobs import Job, kinds
 from ui import markup, pictures
-from ui.components import job_panel
+from ui.components import job_panel, training_run
 from ui.components.pick_list import pick_list, picked
 from ui.errors import errors_shown
 from ui.pages import compose, train
 
 SECONDS = 1.5
 MOST = 100
+LONGEST = 120
+"""Characters of a setting's value in the table."""
 FILTERS = [("All", "all"), ("Running", "active"), ("Ended", "ended")]
 
 
@@ -151,7 +153,7 @@ def _first(job: Job) -> Path | None:
     if job.kind in gallery.KINDS:
         return next(iter(gallery.files_of(job)), None)
     if job.kind in ("train-image", "distill"):
-        return max(job.folder.glob("samples/**/*.png"), key=lambda file: file.stat().st_mtime, default=None)
+        return max(job.folder.glob("samples/**/step-*.png"), key=lambda file: file.stat().st_mtime, default=None)
     return None
 
 
@@ -180,17 +182,69 @@ def pictures_of(job: Job) -> list[Any]:
 
 
 def describe(job: Job) -> str:
-    """Title, state, facts and settings of one job."""
+    """Title, state, picture, facts, and what of the settings is not as usual."""
     pairs = [
-        ("Kind", kinds.title(job.kind)), ("Created", markup.ago(job.created)),
-        ("Took", markup.duration(job.seconds)), ("Device", job.device), ("Host", job.host), ("Id", job.id),
-        ("Folder", job.folder),
+        ("Kind", kinds.title(job.kind)), ("Method", method(job)), ("Seed", job.config.get("seed", "")),
+        ("Created", markup.ago(job.created)), ("Took", markup.duration(job.seconds)), ("Device", job.device),
+        ("Host", job.host), ("Id", job.id), ("Folder", job.folder),
     ]  # fmt: skip
-    settings = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)
+    face = _first(job)
+    picture = _picture(face) if face else ""
     return (
         f'<article class="as-detail"><h2>{markup.text(job_panel.job_title(job))}</h2>'
-        f"{job_panel.job_panel(job, job_panel.ahead(job))}{markup.facts(pairs)}"
-        f"<details><summary>Settings</summary><pre tabindex=0>{markup.text(settings)}</pre></details></article>"
+        f"{job_panel.job_panel(job, job_panel.ahead(job))}{picture}{training_run.pair(job)}"
+        f"{markup.facts([pair for pair in pairs if pair[1] != ''])}"
+        f"{_changed(job)}{_configuration(job)}</article>"
+    )
+
+
+def _picture(file: Path) -> str:
+    return f'<img class="as-preview" alt="The latest picture" src="{markup.text(markup.file_url(file))}">'
+
+
+def method(job: Job) -> str:
+    """How a job does what it does: the methods of a composition, or how a training's adapter starts and learns."""
+    if job.kind in gallery.KINDS:
+        return how(job)[0]
+    chosen = [
+        str(job.config[choice.key])
+        for choice in catalogue.choices()
+        if choice.slot is not None and job.config.get(choice.key, choice.slot.off) != choice.slot.off
+    ]
+    plain = [str(job.config[key]) for key in ("preset", "objective", "task", "mode") if job.config.get(key)]
+    return ", ".join([*plain, *chosen])
+
+
+def _changed(job: Job) -> str:
+    """What of the settings differs from the defaults, as a table."""
+    usual = kinds.find(job.kind).model().defaults()
+    rows = "".join(
+        f"<tr><th scope=row>{markup.text(name.replace('_', ' '))}</th><td>{markup.text(_plain(value))}</td>"
+        f"<td>{markup.text(_plain(usual[name])) if name in usual else ''}</td></tr>"
+        for name, value in job.config.items() if value != usual.get(name, ...)
+    )  # fmt: skip
+    return (
+        '<table class="as-changed"><thead><tr><th>Setting</th><th>Here</th><th>Usually</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table>"
+    )
+
+
+def _plain(value: Any) -> str:
+    """A value on one line, cut where it is long."""
+    if value is None or value == "" or value == [] or value == {}:
+        return "–"
+    written = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
+    written = written.removesuffix("...\n").strip()
+    return written if len(written) <= LONGEST else written[: LONGEST - 1] + "…"
+
+
+def _configuration(job: Job) -> str:
+    """The whole configuration: to read, and as the file that repeats the job."""
+    settings = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)
+    link = markup.text(markup.file_url(job.folder / "config.yaml"))
+    return (
+        f'<details><summary>Configuration</summary><p><a href="{link}" download="{markup.text(job.id)}.yaml">'
+        f"Download as YAML</a></p><pre tabindex=0>{markup.text(settings)}</pre></details>"
     )
 
 

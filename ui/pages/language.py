@@ -20,7 +20,7 @@ from studio.conversation.client import Client
 from studio.datasets import texts
 from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
 from studio.jobs import Job
-from studio.training import presets, ready
+from studio.training import presets, ready, saved
 from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
 from ui.components import job_panel, loss_plot, method_help, schema_form, training_run
@@ -478,12 +478,8 @@ def _wire_crossing(page: Page, result: _Result) -> None:
     @errors_shown
     def talk(job_id: str) -> Any:
         job = jobs.get(job_id)
-        name = str((job.result or {}).get("library") or "")
-        return [
-            "chat",
-            job.config.get("base") or EMBEDDED,
-            gr.update(choices=adapter_choices(), value=[name] if name else []),
-        ]
+        name = training_run.add_to_library(job)
+        return ["chat", job.config.get("base") or EMBEDDED, gr.update(choices=adapter_choices(), value=[name])]
 
     result.talk.click(talk, result.job, [page.mode, page.base, page.adapters], **_PRIVATE)
 
@@ -505,9 +501,9 @@ def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
     if not job_id:
         return gr.skip()
     job = jobs.get(job_id)
-    name = str((job.result or {}).get("library") or "")
+    name = training_run.in_library(job)
     kept = markup.notice(f"The adapter is in your library as '{name}'.", "info") if name else ""
-    usable = bool(name) and job.config.get("task") == "causal"
+    usable = not job.active and bool(saved.steps(job)) and job.config.get("task") == "causal"
     return [
         job.id, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
         kept + loss_plot.of_job(job) + _measures(job),

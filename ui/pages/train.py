@@ -16,7 +16,7 @@ from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
 from ui.components import caption_tools, method_help, remembered, schema_form, training_run
 from ui.components import presets as preset_fields
-from ui.components.training_run import add_to_library, follow, made, samples
+from ui.components.training_run import add_to_library, follow, samples
 from ui.errors import errors_shown, say
 from ui.pages import compose, distill
 from ui.pictures import Item
@@ -51,6 +51,7 @@ class Page:
     captions: gr.HTML
     job: gr.State
     try_it: gr.Button
+    step: gr.Dropdown
     view: list[Any]
     """Components that :func:`follow` fills."""
     way: gr.Radio
@@ -84,7 +85,8 @@ def build() -> Page:
             result = training_run.Run.draw("train", _EMPTY)
     with gr.Row(elem_classes="as-page", visible=False) as distilling:
         distill_page = distill.build()
-    page = Page(form, captions, result.job, result.try_it, result.view, way, learning, distilling, distill_page)
+    run = (result.job, result.try_it, result.step, result.view)
+    page = Page(form, captions, *run, way, learning, distilling, distill_page)
     way.input(show_way, way, page.switch, show_progress="hidden", api_visibility="private")
     _wire_pictures(drop, captions)
     ask.click(errors_shown(needed), [captions, *(form[name] for name in NAMES)], needs, api_visibility="private")
@@ -254,4 +256,4 @@ def config_of(items: Sequence[Item], values: Sequence[Any]) -> TrainImageConfig:
     return parsed
 
 
-__all__ = ["Page", "add_to_library", "build", "config_of", "follow", "made", "samples", "show_way"]
+__all__ = ["Page", "add_to_library", "build", "config_of", "follow", "samples", "show_way"]

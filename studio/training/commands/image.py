@@ -27,6 +27,7 @@ def image(
     folder: training_run.Folder = None,
     resume: training_run.Resume = False,
     keep: training_run.Keep = False,
+    step: training_run.Step = None,
     detach: launch.Detach = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -39,7 +40,7 @@ def image(
         return
     if not (keep or detach or quiet or folder or _embedded(chosen.base)):
         training_run.announce(chosen, output)
-    training_run.begin(chosen, folder, resume, detach, output, keep)
+    training_run.begin(chosen, folder, resume, detach, output, training_run.kept(keep, step))
 
 
 def _embedded(base: str) -> bool:

@@ -32,6 +32,7 @@ def language(
     folder: training_run.Folder = None,
     resume: training_run.Resume = False,
     keep: training_run.Keep = False,
+    step: training_run.Step = None,
     detach: launch.Detach = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -51,7 +52,7 @@ def language(
         output.note(sentence)
     if not (keep or detach or quiet or folder or chosen.base == smollm2.NAME):
         training_run.announce(chosen, output)
-    training_run.begin(chosen, folder, resume, detach, output, keep)
+    training_run.begin(chosen, folder, resume, detach, output, training_run.kept(keep, step))
 
 
 def _show(config: TrainLanguageConfig, output: Output) -> None:

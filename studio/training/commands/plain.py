@@ -24,11 +24,12 @@ def register(group: typer.Typer, kind: Kind) -> None:
         folder: training_run.Folder = None,
         resume: training_run.Resume = False,
         keep: training_run.Keep = False,
+        step: training_run.Step = None,
         detach: launch.Detach = False,
         json: Json = False,
         quiet: Quiet = False,
     ) -> None:
         chosen = training_run.read(schema, config, fields, folder, resume, keep=keep)
-        training_run.begin(chosen, folder, resume, detach, Output(json, quiet), keep)
+        training_run.begin(chosen, folder, resume, detach, Output(json, quiet), training_run.kept(keep, step))
 
     group.command(kind.train, help=kind.help)(with_options(schema)(train))

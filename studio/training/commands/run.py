@@ -30,6 +30,12 @@ Estimate = Annotated[
     bool, typer.Option("--estimate", help="Only show what memory and time it would need.", rich_help_panel="Output")
 ]
 
+Step = Annotated[
+    int | None,
+    typer.Option("--step", min=1, metavar="N", help="--keep: the checkpoint of this step instead of the last one.",
+                 rich_help_panel="Output"),
+]  # fmt: skip
+
 Keep = Annotated[
     bool,
     typer.Option("--keep", help="Take no step: save the last checkpoint in --folder as the adapter.",
@@ -56,9 +62,19 @@ def read(
     if resume and folder is None:
         raise InputError("--resume goes with --folder; a job goes on with  studio jobs resume ID.")
     if keep and folder is None:
-        raise InputError("--keep goes with --folder, the folder of the run whose checkpoint becomes the adapter.")
+        raise InputError(
+            "--keep goes with --folder, the folder of the run whose checkpoint becomes the adapter; of a job, "
+            "studio jobs keep ID  does it."
+        )
     values = {**(read_yaml(config) if config else {}), **fields}
     return schema.parse(values, source=str(config or schema.kind.replace("-", " ")))
+
+
+def kept(keep: bool, step: int | None) -> bool | int:
+    """What to keep: nothing, the last checkpoint (True) or that of a step; raises :class:`InputError`."""
+    if step and not keep:
+        raise InputError("--step goes with --keep: it names the checkpoint that becomes the adapter.")
+    return step or keep
 
 
 def check(config: JobConfig) -> None:
@@ -85,7 +101,7 @@ def announce(config: estimates.Config, output: Output) -> None:
 
 
 def begin(
-    config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output, keep: bool = False
+    config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output, keep: bool | int = False
 ) -> None:
     """Train as ``config`` says and print the result."""
     if not detach:
@@ -119,7 +135,7 @@ def _as_job(config: JobConfig, output: Output) -> None:
     output.result({"job": job.id, **(job.result or {})}, lines(job.result or {}))
 
 
-def _in_folder(config: JobConfig, folder: Path, resume: bool, keep: bool, output: Output) -> None:
+def _in_folder(config: JobConfig, folder: Path, resume: bool, keep: bool | int, output: Output) -> None:
     """Without a record in the job store: every process of ``accelerate launch`` calls this."""
     from adapters.errors import Cancelled
     from studio.cli.terminal import Terminal

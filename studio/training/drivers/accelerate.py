@@ -28,7 +28,7 @@ from studio.training.optimizers import lr_factor, make_optimizer, parameter_grou
 from studio.training.session import TrainSession
 
 
-def train(session: TrainSession, resume: bool = False, keep: bool = False) -> dict[str, Any]:
+def train(session: TrainSession, resume: bool = False, keep: bool | int = False) -> dict[str, Any]:
     """Run the session to its end, or ``keep`` its newest checkpoint as the adapter; returns its result."""
     device = devices.resolve(session.config.device)
     session.dtype = choose_dtype(session.config.dtype, torch.device(device))
@@ -56,7 +56,7 @@ class Loop:
         self.accelerator, self.plugins = session.accelerator, session.plugins
         self._tracks = False
 
-    def prepare(self, resume: bool = False, keep: bool = False) -> None:
+    def prepare(self, resume: bool = False, keep: bool | int = False) -> None:
         """Base, data, adapter, optimiser and, to ``resume`` or ``keep`` one, the newest checkpoint."""
         session, config = self.session, self.config
         torch.backends.cuda.matmul.allow_tf32 = config.tf32

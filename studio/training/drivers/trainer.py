@@ -86,7 +86,7 @@ class RunSampler(Sampler[int]):
             given += self.samples
 
 
-def train(session: TrainSession, resume: bool = False, keep: bool = False) -> dict[str, Any]:
+def train(session: TrainSession, resume: bool = False, keep: bool | int = False) -> dict[str, Any]:
     """Run the session to its end, or ``keep`` its newest checkpoint as the adapter; returns its result."""
     device = own_device(devices.resolve(session.config.device))
     session.device = torch.device(device)

@@ -78,7 +78,7 @@ def run(
     monitor: Monitor = SILENT,
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
-    keep: bool = False,
+    keep: bool | int = False,
 ) -> dict[str, Any]:
     """Distil as ``config`` says, in ``folder``.
 

@@ -63,7 +63,7 @@ def run(
     monitor: Monitor = SILENT,
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
-    keep: bool = False,
+    keep: bool | int = False,
 ) -> dict[str, Any]:
     """Train the adapter that ``config`` describes in ``folder``.
 
@@ -71,7 +71,7 @@ def run(
         folder: gets ``NAME.safetensors``, ``card.md``, ``config.yaml``, ``loss.csv``, ``samples/``, ``checkpoints/``.
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
-        keep: take no step: save the newest checkpoint as the adapter.
+        keep: take no step: save the newest checkpoint, or that of a step, as the adapter.
 
     Returns:
         ``adapter`` (path), ``exports`` (format -> path), ``card``, ``loss`` (mean of the last tenth), ``steps``,
