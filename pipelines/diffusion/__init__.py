@@ -1,4 +1,4 @@
-"""Pictures from several adapters: model families, loading, the composition pipeline and its methods."""
+"""Image generation with several adapters: model families, loading, the composition pipeline and its methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["MultiLoRAPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline on first use: listing the methods must not load model code."""
+    """Import the pipeline on first use, so that listing methods does not load model code."""
     if name == "MultiLoRAPipeline":
         from pipelines.diffusion.pipeline import MultiLoRAPipeline
 

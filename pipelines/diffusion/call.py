@@ -1,4 +1,4 @@
-"""What a person asks of one call, and what comes back."""
+"""The arguments of one call, and its result."""
 
 from __future__ import annotations
 
@@ -52,15 +52,21 @@ class Call:
         ]  # fmt: skip
 
     def decided(self, lines: Lines) -> Call:
-        """With every choice in the texts made by the seed."""
+        """The call with every choice in its texts made by the seed."""
         prompt, negative = (chosen(text, self.seed, lines) for text in (self.prompt, self.negative_prompt))
         return replace(self, prompt=prompt, negative_prompt=negative)
 
 
 @dataclass(frozen=True)
 class Output:
-    """The pictures of a call (PIL images, or latents if asked), the plan they followed and where its regions were
-    (automatic ones: of each picture, one after the other)."""
+    """Result of a call.
+
+    Attributes:
+        images: list of PIL images, or the latents with ``output_type="latent"``.
+        plan: what was done.
+        flagged: per picture, whether a safety checker flagged it; empty without one.
+        regions: where the regions were; automatic ones for each picture in turn.
+    """
 
     images: Any
     plan: Plan
@@ -72,65 +78,67 @@ ALIASES = {"num_inference_steps": "steps", "num_images_per_prompt": "images"}
 """diffusers' names of our arguments."""
 
 REFUSED = {
-    "cross_attention_kwargs": "a scale there would act on all adapters alike; set weight, schedule or region of each",
-    "joint_attention_kwargs": "a scale there would act on all adapters alike; set weight, schedule or region of each",
-    "prompt_embeds": "adapters with text encoder layers need the words; give prompt",
-    "negative_prompt_embeds": "adapters with text encoder layers need the words; give negative_prompt",
-    "pooled_prompt_embeds": "adapters with text encoder layers need the words; give prompt",
-    "negative_pooled_prompt_embeds": "adapters with text encoder layers need the words; give negative_prompt",
+    "cross_attention_kwargs": "its scale would apply to all adapters alike; set weight, schedule or region of each",
+    "joint_attention_kwargs": "its scale would apply to all adapters alike; set weight, schedule or region of each",
+    "prompt_embeds": "adapters with text encoder layers need the text; use prompt",
+    "negative_prompt_embeds": "adapters with text encoder layers need the text; use negative_prompt",
+    "pooled_prompt_embeds": "adapters with text encoder layers need the text; use prompt",
+    "negative_pooled_prompt_embeds": "adapters with text encoder layers need the text; use negative_prompt",
     "clip_skip": "prompts are encoded as the base model was trained",
-    "return_dict": "an Output comes back, whose images are the pictures",
-    "max_sequence_length": "the length follows the prompt",
-    "callback": "give callback_on_step_end, or monitor",
-    "callback_steps": "give callback_on_step_end, or monitor",
+    "return_dict": "the result is an Output, with the pictures in images",
+    "max_sequence_length": "the length follows from the prompt",
+    "callback": "use callback_on_step_end, or monitor",
+    "callback_steps": "use callback_on_step_end, or monitor",
 }
-"""diffusers' arguments that cannot be used here, and why."""
+"""diffusers' arguments that are refused here, and why."""
 
 
 def diffusers_arguments(pipe: Any, given: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Our arguments with diffusers' names for them replaced, and under "more" what the wrapped pipeline takes itself.
+    """Arguments by our names, with diffusers' names translated; "more" holds those passed on to the wrapped pipeline.
 
     Args:
+        pipe: the diffusers pipeline.
         given: arguments that are not ours.
-        ours: arguments by our names, None where left out.
+        ours: arguments by our names; None = left out.
 
     Raises:
-        InputError: an argument that is refused, unknown to this pipeline, or given by both names.
+        InputError: an argument that is refused, unknown to this pipeline, or given by both names; or not one generator
+            or latent per picture.
     """
-    said = {name: value for name, value in ours.items() if value is not None}
+    found = {name: value for name, value in ours.items() if value is not None}
     more: dict[str, Any] = {}
     known = inspect.signature(type(pipe).__call__).parameters
     for name, value in given.items():
         if value is None:
             continue
         if name in ALIASES:
-            if said.get(ALIASES[name], value) != value:
-                raise InputError(f"{name} and {ALIASES[name]} are the same, and both are given: leave one out.")
-            said[ALIASES[name]] = value
+            if found.get(ALIASES[name], value) != value:
+                raise InputError(f"{name} and {ALIASES[name]} mean the same and differ: leave one out.")
+            found[ALIASES[name]] = value
         elif name in REFUSED or name.startswith(("prompt_", "negative_prompt_")):
             reason = REFUSED.get(name, "one prompt goes to all text encoders")
-            raise InputError(f"{name} is not taken here: {reason}.")
+            raise InputError(f"{name} cannot be used here: {reason}.")
         elif name in ("generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs"):
-            said[name] = value
+            found[name] = value
         elif name not in known:
             possible = [*known, *ours, *ALIASES]
-            raise InputError(f"A {type(pipe).__name__} takes no {name}{nearest(name, possible)}.")
+            raise InputError(f"A {type(pipe).__name__} has no argument {name}{nearest(name, possible)}.")
         else:
             more[name] = value
-    images = said.get("images", 1)
-    generator = said.get("generator")
+    images = found.get("images", 1)
+    generator = found.get("generator")
     if isinstance(generator, list | tuple):
-        said["generator"] = list(generator)
+        found["generator"] = list(generator)
         if len(generator) != images:
             raise InputError(f"{len(generator)} generators are given for {images} picture(s): give one for each.")
     latents = more.get("latents")
     if latents is not None and len(latents) != images:
         raise InputError(f"{len(latents)} latents are given for {images} picture(s): give one for each.")
-    return {**said, "more": more}
+    return {**found, "more": more}
 
 
 def together(outputs: Sequence[Output]) -> Output:
-    """Calls for one picture each, as if they were one (with the plan of the first)."""
+    """The results of calls for one picture each as one result, with the plan of the first."""
     return Output(
         joined([output.images for output in outputs]),
         outputs[0].plan,
@@ -140,7 +148,7 @@ def together(outputs: Sequence[Output]) -> Output:
 
 
 def decided(regions: Sequence[Region], seed: int, lines: Lines) -> tuple[Region, ...]:
-    """The regions with every choice in their texts made by the seed."""
+    """The regions with every choice in their texts made by ``seed``."""
     return tuple(
         replace(
             region,
@@ -152,25 +160,26 @@ def decided(regions: Sequence[Region], seed: int, lines: Lines) -> tuple[Region,
 
 
 def check_named(adapters: Sequence[Adapter], others: Sequence[str], present: Sequence[str]) -> None:
-    """Refuse adapters that a prompt names and that cannot act.
+    """Refuse adapters named in a prompt that cannot be used.
 
     Args:
-        others: texts that may name none (the negative prompt, those of regions).
+        adapters: those named in the main prompt.
+        others: texts that may not name any (the negative prompt, those of regions).
         present: names of the composition's adapters.
 
     Raises:
-        InputError: naming the adapter.
+        InputError: an adapter is not part of the composition, or is named in another text.
     """
     for adapter in adapters:
         if adapter.name not in present:
             known = ", ".join(present) or "none"
             raise InputError(
                 f"The prompt names the adapter '{adapter.name}'{nearest(adapter.name, present)}, which is not part of "
-                f"this composition (there: {known}): load it with load_lora, or take it out of the prompt."
+                f"this composition (which has {known}): load it with load_lora, or remove it from the prompt."
             )
     for text in others:
         if found := without_adapters(text)[1]:
             raise InputError(
-                f"<lora:{found[0].name}:...> acts in the main prompt only: move it there, or give the adapter to a "
+                f"<lora:{found[0].name}:...> works in the main prompt only: move it there, or give the adapter to a "
                 "region."
             )

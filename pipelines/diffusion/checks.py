@@ -1,4 +1,4 @@
-"""What must hold before adapters are composed on a pipeline."""
+"""Checks before adapters are composed on a pipeline."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from adapters.errors import InputError, nearest
 
 
 def check_pristine(pipe: Any, components: Iterable[str]) -> None:
-    """Refuse a pipeline that already carries, or has swallowed, other adapters.
+    """Refuse a pipeline that already has other adapters, or on which hooks would not work.
 
     Raises:
         InputError: fused LoRAs, PEFT adapters, fused query-key-value projections (LoRA on them would be ignored), or a
-            compiled model (it may ignore hooks that come after its compilation).
+            compiled model (it may ignore hooks that are added later).
     """
     if getattr(pipe, "_merged_adapters", None):
         raise InputError(
@@ -26,8 +26,8 @@ def check_pristine(pipe: Any, components: Iterable[str]) -> None:
         model = getattr(pipe, component, None)
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise InputError(
-                f"The {component} of this pipeline is compiled, and compiled code may ignore adapters that come later: "
-                "give the pipeline uncompiled."
+                f"The {component} of this pipeline is compiled, and compiled code may ignore adapters added later: "
+                "use an uncompiled pipeline."
             )
         for module in model.modules() if isinstance(model, nn.Module) else ():
             own = vars(module)  # asking a module for what it lacks takes long
@@ -35,8 +35,8 @@ def check_pristine(pipe: Any, components: Iterable[str]) -> None:
                 raise InputError("LoRAs are fused into this pipeline: call its unfuse_lora() before composing.")
             if "base_layer" in own["_modules"] and "lora_A" in own["_modules"]:
                 raise InputError(
-                    "This pipeline already carries adapters of its own: call its unload_lora_weights() and load them "
-                    "here with load_lora()."
+                    "This pipeline already has adapters of its own: call its unload_lora_weights() and load them here "
+                    "with load_lora()."
                 )
             if own.get("fused_projections"):
                 raise InputError(
@@ -57,10 +57,10 @@ def check_weight(value: float, what: str) -> float:
 
 
 def check_blocks(blocks: Mapping[str, float], modules: Mapping[str, Iterable[str]], denoiser: str) -> dict[str, float]:
-    """The factors by full prefix ("unet.down_blocks.1"), each of which adapts at least one module.
+    """The factors by full prefix ("unet.down_blocks.1"), each of which matches at least one layer.
 
     Raises:
-        InputError: a prefix that no layer of the adapter begins with, or a factor that is not finite.
+        InputError: a prefix that matches no layer of the adapter, or a factor that is not finite.
     """
     full = [f"{component}.{name}" for component, names in modules.items() for name in names]
     checked = {}
@@ -70,38 +70,38 @@ def check_blocks(blocks: Mapping[str, float], modules: Mapping[str, Iterable[str
         path = prefix if known else f"{denoiser}.{prefix}"
         if not any(begins(name, path) for name in full):
             heads = sorted({".".join(name.split(".")[1:length]) for name in full for length in (2, 3)} - {""})
-            raise InputError(f"No layer of this adapter lies in the block '{prefix}'{nearest(prefix, heads)}.")
+            raise InputError(f"No layer of this adapter is in the block '{prefix}'{nearest(prefix, heads)}.")
         checked[path] = float(factor)
     return checked
 
 
 def begins(name: str, prefix: str) -> bool:
-    """Whether the module path ``name`` lies in ``prefix`` (whole names: "blocks.1" does not hold "blocks.10")."""
+    """Whether the module path ``name`` is inside ``prefix`` (whole names: "blocks.10" is not inside "blocks.1")."""
     return name == prefix or name.startswith(f"{prefix}.")
 
 
 def block_factor(name: str, blocks: Mapping[str, float]) -> float:
-    """The factor of the longest prefix that ``name`` lies in (1 if in none)."""
+    """The factor of the longest prefix that contains ``name``; 1 if none does."""
     fitting = [prefix for prefix in blocks if begins(name, prefix)]
     return blocks[max(fitting, key=len)] if fitting else 1.0
 
 
 def check_prompt(prompt: Any, what: str) -> None:
-    """Refuse anything but one text; raises :class:`InputError`."""
+    """Raise :class:`InputError` unless ``prompt`` is a single text."""
     if not isinstance(prompt, str):
         raise InputError(
-            f"{what} must be one text, got a {type(prompt).__name__}: call once per prompt (several pictures of one: "
-            "images=N)."
+            f"{what} must be one text, got a {type(prompt).__name__}: call once per prompt (images=N makes several "
+            "pictures of one)."
         )
 
 
 def check_call(
     family: Any, pipe: Any, steps: int, guidance: float, images: int, size: tuple[int | None, int | None], seed: int
 ) -> None:
-    """Refuse numbers a call cannot use.
+    """Check the numbers of a call.
 
     Raises:
-        InputError: naming the number and what is possible.
+        InputError: one is out of range; the message names it and what is possible.
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}.")
@@ -110,7 +110,7 @@ def check_call(
     if check_weight(guidance, "guidance_scale") < 0:
         raise InputError(f"guidance_scale must not be negative, got {guidance}.")
     if not 0 <= seed < 2**63:
-        raise InputError(f"seed must lie in [0, 2^63), got {seed}.")
+        raise InputError(f"seed must be in [0, 2^63), got {seed}.")
     step = family.pixel_step(pipe)
     for name, value in zip(("width", "height"), size, strict=True):
         if value is not None and (value < step or value % step):

@@ -1,12 +1,12 @@
-"""The two hooks on the denoiser that turn any diffusers pipeline into a composing one.
+"""The two hooks on the denoiser that make any diffusers pipeline compose adapters.
 
 The pipeline calls its denoiser once per step (twice in Flux with true guidance). Before that call the gates of the
-step are set; when adapters predict separately, the batch is repeated adapter-major
+step are set; if adapters predict separately, the batch is repeated adapter-major
 
     (z, c)  ->  (z, c_1) ... (z, c_n)      n adapters x batch (x 2 guidance halves inside each)
 
-and after it the n predictions are reduced to one, so scheduler and guidance never know. With ``adapter_batch`` the n
-predictions are made in several calls.
+and after it the n predictions are reduced to one, so scheduler and guidance need no change. With ``adapter_batch`` the
+n predictions are made in several calls.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Denoising:
-    """One run: knows the step, sets the gates, repeats and reduces.
+    """The hooks of one run: set the gates of the current step, repeat the batch and reduce the predictions.
 
     Args:
         family: names of the denoiser's arguments.
-        gates: the engine's gates.
-        steps: what happens at each step.
-        texts: for each step, the encoding of each of its predictions.
-        encodings: the encodings; the pipeline itself was given that of ``given``.
-        adapter_batch: most predictions in one call (None = all).
+        gates: gates of the joined adapters.
+        steps: what each step does.
+        texts: for each step, the name of the encoding of each of its predictions.
+        encodings: the encodings by name.
+        given: the name of the encoding that the pipeline itself was given.
+        adapter_batch: most predictions per call; None = all.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Denoising:
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Any:
-        """Let the hooks act on ``denoiser``."""
+        """Attach the hooks to ``denoiser``; removed on exit."""
         with ExitStack() as stack:
             before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
             stack.callback(before.remove)
@@ -69,7 +70,7 @@ class Denoising:
             yield self
 
     def predictions(self, step: Step) -> list[int]:
-        """The separate predictions of a step, by number; none where all adapters are in one."""
+        """Numbers of the separate predictions of a step; empty if all adapters share one."""
         return separate(step)
 
     def set_gates(self, step: Step, predictions: Sequence[int], batch: int) -> None:
@@ -85,7 +86,7 @@ class Denoising:
         return reduce(predictions, len(self.steps[min(self.step, len(self.steps) - 1)].active))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """Set the gates of this step and widen the batch where adapters predict separately."""
+        """Set the gates of this step and repeat the batch if adapters predict separately."""
         self.calls += 1
         step = self.steps[min(self.step, len(self.steps) - 1)]
         predictions = self.predictions(step)
@@ -98,7 +99,7 @@ class Denoising:
         return self._chunk(args, kwargs, step, chunks[0])
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Make the predictions that did not fit in the first call, and reduce all to one."""
+        """Make the predictions that did not fit into the first call, and reduce all to one."""
         if self._pending is None:
             return None
         (given, named), chunks = self._pending
@@ -112,7 +113,7 @@ class Denoising:
 
     def _chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, predictions: list[int]) -> Arguments:
         """Gates and arguments for some of the step's predictions."""
-        # a UNet takes T2I-Adapter's residuals out of their list
+        # lists are copied because a UNet pops T2I-Adapter's residuals
         kwargs = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
         self.set_gates(step, predictions, _batch(args, kwargs))
         return self._with_text(args, kwargs, predictions, len(predictions))
@@ -137,7 +138,7 @@ class Denoising:
         return wide, named
 
     def _role(self, given: Tensor, kind: str) -> str:
-        """Whether the pipeline passed the positive, the negative or both embeddings (told once per tensor)."""
+        """Whether the pipeline passed the positive, the negative or both embeddings (compared once per tensor)."""
         key = given.data_ptr(), tuple(given.shape)
         if key not in self._roles:
             encoding = self.encodings[self.given]

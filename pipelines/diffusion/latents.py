@@ -1,6 +1,6 @@
-"""Between the autoencoder's numbers and the latents that the denoiser sees, as the configuration says.
+"""Scaling between the autoencoder's output and the denoiser's latents, by the VAE's configuration.
 
-With mean m and deviation s per channel (0 and 1 where there are none), shift h and scale c:
+With mean m and standard deviation s per channel (0 and 1 if there are none), shift h and scale c:
 
     latents = (z - m - h) c / s        z = latents s / c + m + h
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def scaled(encoded: Tensor, config: Any) -> Tensor:
-    """Latents (batch, channels, h, w) of the autoencoder's ``encoded``, by the configuration of its VAE."""
+    """Latents (batch, channels, h, w) from the autoencoder's output ``encoded``; ``config`` is the VAE's."""
     shift: float = getattr(config, "shift_factor", None) or 0.0
     statistics = _statistics(config, encoded)
     scale: float = config.scaling_factor
@@ -25,7 +25,7 @@ def scaled(encoded: Tensor, config: Any) -> Tensor:
 
 
 def unscaled(latents: Tensor, config: Any) -> Tensor:
-    """What the autoencoder decodes: the inverse of :func:`scaled`."""
+    """The autoencoder's input for decoding: the inverse of :func:`scaled`."""
     shift: float = getattr(config, "shift_factor", None) or 0.0
     statistics = _statistics(config, latents)
     scale: float = config.scaling_factor

@@ -1,4 +1,4 @@
-"""Open a base model of any family: hub id, directory or single file, with sensible settings that are shown."""
+"""Loading a base model of any family from a hub id, directory or single file, with sensible default settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTENTION = ("auto", "sdpa", "xformers")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a base model runs, as chosen (no "auto" left)."""
+    """The resolved settings of a base model (no "auto" left)."""
 
     source: str
     family: str
@@ -44,18 +44,25 @@ def open_pipeline(
     memory: str = "none",
     **options: Any,
 ) -> tuple[Any, Family, Settings]:
-    """A diffusers pipeline, its family and its settings.
+    """Load a diffusers pipeline; returns it with its family and settings.
 
-    ``options`` go to diffusers' ``from_pretrained`` or ``from_single_file`` (``config=``, ``revision=``, ...).
+    Args:
+        source: hub id, pipeline directory or single file.
+        family: name of the family; "auto" = detected.
+        dtype: "auto", "fp32", "fp16" or "bf16".
+        device: "auto" or a torch device.
+        attention: "auto", "sdpa" or "xformers".
+        memory: preset, see :mod:`pipelines.diffusion.memory`.
+        options: for diffusers' ``from_pretrained`` or ``from_single_file`` (``config=``, ``revision=``, ...).
 
     Raises:
-        InputError: nothing there, wrong family, impossible choice.
-        MissingDependencyError: xformers asked for and not installed.
+        InputError: the base does not exist, cannot be loaded or is of another family, or a setting is not possible.
+        MissingDependencyError: xformers is chosen but not installed.
     """
     import diffusers
 
     if memory not in PRESETS:
-        raise InputError(f"Unknown memory preset '{memory}': possible are {', '.join(PRESETS)}.")
+        raise InputError(f"Unknown memory preset '{memory}': use one of {', '.join(PRESETS)}.")
     chosen_family = choose_family(family, source)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device, chosen_family)
@@ -80,14 +87,14 @@ def open_pipeline(
 
 
 FITTING = ("block_out_channels", "cross_attention_dim", "joint_attention_dim", "num_attention_heads")
-"""Fields in which a ControlNet's configuration is that of its denoiser."""
+"""Fields in which a ControlNet's configuration must equal its denoiser's."""
 
 
 def open_controlnet(source: str | Path, pipe: Any, family: Family, dtype: str) -> Any:
-    """A ControlNet (directory or hub id) for the models of ``pipe``, in their precision and on their device.
+    """Load a ControlNet (directory or hub id) for the models of ``pipe``, in precision ``dtype`` and on their device.
 
     Raises:
-        InputError: nothing there, or made for another model.
+        InputError: it does not exist, cannot be loaded, or was made for another model.
     """
     import diffusers
 
@@ -96,7 +103,7 @@ def open_controlnet(source: str | Path, pipe: Any, family: Family, dtype: str) -
         config = kind.load_config(str(source))
         found = config.get("_class_name", family.controlnet)
         if found != family.controlnet:
-            raise InputError(f"'{source}' is a {found}; {family.title} takes a {family.controlnet}.")
+            raise InputError(f"'{source}' is a {found}; {family.title} needs a {family.controlnet}.")
         denoiser = getattr(pipe, family.denoiser).config
         for name in FITTING:
             one, other = config.get(name), denoiser.get(name)
@@ -118,7 +125,7 @@ def _listed(value: Any) -> Any:
 
 
 def _from_pretrained(kind: Any, source: str, dtype: str, options: dict[str, Any]) -> Any:
-    """Open a directory or hub id; of files in two precisions take the ones that fit, of files in one take those."""
+    """Load a directory or hub id; of two variants take the one for ``dtype``, else the one there is."""
     if "variant" in options:
         return kind.from_pretrained(source, dtype=DTYPES[dtype], **options)
     first, second = (None, "fp16") if dtype == "fp32" else ("fp16", None)
@@ -128,14 +135,14 @@ def _from_pretrained(kind: Any, source: str, dtype: str, options: dict[str, Any]
         try:
             return kind.from_pretrained(source, dtype=DTYPES[dtype], variant=second, **options)
         except (OSError, ValueError) as other:
-            raise (error if first is None else other) from None  # what is wrong with the common files
+            raise (error if first is None else other) from None  # the error of the files without a variant
 
 
 def choose_family(name: str, source: str | Path) -> Family:
     """The family called ``name``, or that of ``source`` for "auto".
 
     Raises:
-        InputError: no such family, or the folder holds a model of another one.
+        InputError: no such family, or the folder contains a model of another one.
     """
     if name == "auto":
         return detect(source)
@@ -146,10 +153,10 @@ def choose_family(name: str, source: str | Path) -> Family:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" takes an accelerator if there is one.
+    """The device called ``name``; "auto" is an accelerator if there is one, else the CPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: the device cannot be used here.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -164,7 +171,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, family: Family) -> str:
-    """The precision called ``name``; "auto": fp32 on a CPU, else fp16, and bf16 for flow models (fp16 overflows there).
+    """The precision called ``name``; "auto" is fp32 on a CPU, else bf16 for flow models (fp16 overflows) or fp16.
 
     Raises:
         InputError: an unknown name.
@@ -174,7 +181,7 @@ def choose_dtype(name: str, device: torch.device, family: Family) -> str:
             return "fp32"
         return "bf16" if family.flow else "fp16"
     if name not in DTYPES:
-        raise InputError(f"Unknown dtype '{name}': possible are auto, {', '.join(DTYPES)}.")
+        raise InputError(f"Unknown dtype '{name}': use one of auto, {', '.join(DTYPES)}.")
     return name
 
 
@@ -186,7 +193,7 @@ def choose_attention(name: str) -> str:
         MissingDependencyError: xformers is not installed.
     """
     if name not in ATTENTION:
-        raise InputError(f"Unknown attention backend '{name}': possible are {', '.join(ATTENTION)}.")
+        raise InputError(f"Unknown attention backend '{name}': use one of {', '.join(ATTENTION)}.")
     if name == "xformers":
         try:
             import xformers  # noqa: F401
@@ -214,9 +221,12 @@ SGM_OUTSIDE = {
 
 
 def modern_blocks(file: LoraFile, unet_config: Any) -> LoraFile:
-    """A kohya file for SDXL with the block names of its original code (``input_blocks_4_1``), in diffusers' names.
+    """A kohya file for SDXL with the original code's block names (``input_blocks_4_1``), in diffusers' names.
 
-    Block numbers are mapped by diffusers' own converter; files in other names come back unchanged.
+    Block numbers are mapped by diffusers' own converter; files with other names are returned unchanged.
+
+    Raises:
+        InputError: block names that SDXL does not have.
     """
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 

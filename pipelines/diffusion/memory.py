@@ -1,12 +1,12 @@
-"""Memory presets on diffusers' own means.
+"""Memory presets, built on diffusers' own options.
 
 none       everything stays on the device.
-balanced   whole models move to the accelerator when it is their turn; the autoencoder decodes one picture at a time.
-           Same arithmetic, same pictures.
-low        additionally single layers move (group offload), large pictures are decoded in tiles, and the denoiser's
+balanced   whole models move to the accelerator when needed; the autoencoder decodes one picture at a time. Same
+           arithmetic, same pictures.
+low        single layers move instead (group offload), large pictures are also decoded in tiles, and the denoiser's
            weights are stored in 8 bits (float8_e4m3, computed in the chosen precision): pictures change slightly.
 
-Without an accelerator there is nothing to move; the other parts act the same.
+Without an accelerator nothing moves; the rest works the same.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ PRESETS = ("none", "balanced", "low")
 
 
 def apply_preset(pipe: Any, preset: str, denoiser: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Place ``pipe`` on ``device`` as the preset says; returns what was done, in words.
+    """Apply a preset to ``pipe`` and place it on ``device``; returns what was done, as short phrases.
+
+    Args:
+        denoiser: attribute of the denoiser in ``pipe``.
+        dtype: compute precision.
 
     Raises:
         InputError: an unknown preset.
     """
     if preset not in PRESETS:
-        raise InputError(f"Unknown memory preset '{preset}': possible are {', '.join(PRESETS)}.")
+        raise InputError(f"Unknown memory preset '{preset}': use one of {', '.join(PRESETS)}.")
     accelerator = device.type not in ("cpu", "meta")
     if preset == "none":
         pipe.to(device)

@@ -1,4 +1,4 @@
-"""Small pictures of unfinished latents, to watch the work."""
+"""Small previews of unfinished latents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from pipelines.diffusion.latents import unscaled
 
 LARGEST = 64
-"""Latents are shrunk to this many cells per side first, so that a preview stays cheap at any size."""
+"""Latents are first shrunk to this many cells per side, so that a preview is cheap at any size."""
 
 
 @torch.no_grad()

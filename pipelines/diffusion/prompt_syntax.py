@@ -1,16 +1,16 @@
-r"""What a prompt says beside its words: emphasis, parts, adapters, choices. The one parser of prompts.
+r"""The syntax of prompts beyond plain words: emphasis, parts, adapters, choices.
 
-Written as people know it from AUTOMATIC1111's web UI and its extension Dynamic Prompts:
+As in AUTOMATIC1111's web UI and its extension Dynamic Prompts:
 
     (word)  (word:1.3)  [word]     1.1 times, 1.3 times and 1 / 1.1 times as strong; nested ones multiply
-    BREAK                          what follows begins a new part for encoders that read in parts
+    BREAK                          what follows starts a new part for encoders that read in parts
     <lora:name:0.8>                the adapter ``name`` at this strength; <lora:name:0.6:0.8>: text encoders, denoiser
     {red|green|3::blue}            one of them by the seed, blue three times as often; {2$$a|b|c}: two of them
     __colour__                     a line of the file colour.txt by the seed
     \( \) \[ \] \{ \} \| \: \< \__ the characters themselves
 
-A bracket without its partner, and braces without a choice in them, are characters like others. Scheduled words
-([a:b:0.5], [a|b]) are refused, as are hypernetworks. No torch here: pages and commands read prompts, too.
+Unmatched brackets, and braces without a choice in them, are ordinary characters. Scheduled words ([a:b:0.5], [a|b]) and
+hypernetworks are refused. Importing does not load torch: pages and commands also read prompts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from adapters.errors import InputError
 
 STRONGER = 1.1
-"""What a pair of round brackets multiplies with, and a pair of square ones divides by."""
+"""Factor of a pair of round brackets, divisor of a pair of square ones."""
 
 DEEPEST = 50
-"""Brackets in brackets."""
+"""Most levels of nested brackets."""
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _TOKEN = re.compile(
@@ -45,7 +45,7 @@ _PARTNER = {")": "(", "]": "[", "}": "{"}
 
 @dataclass(frozen=True)
 class Emphasis:
-    """Words that count ``weight`` times."""
+    """Words with a weight."""
 
     inner: tuple[Node, ...]
     weight: float
@@ -53,7 +53,7 @@ class Emphasis:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter named in a prompt: strength in the denoiser, and in the text encoders (None: the same)."""
+    """An adapter named in a prompt: strength in the denoiser, and in the text encoders (None = the same)."""
 
     name: str
     weight: float = 1.0
@@ -61,13 +61,13 @@ class Adapter:
 
     @property
     def strengths(self) -> tuple[float, float]:
-        """In the denoiser and in the text encoders."""
+        """(strength in the denoiser, strength in the text encoders)."""
         return self.weight, self.weight if self.te_weight is None else self.te_weight
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``count`` of the options, drawn by their shares."""
+    """``count`` of the options (share, nodes), drawn in proportion to their shares."""
 
     options: tuple[tuple[float, tuple[Node, ...]], ...]
     count: int = 1
@@ -75,14 +75,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Wildcard:
-    """A line of a file."""
+    """A line of the wildcard file ``name``."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Break:
-    """A new part begins."""
+    """The start of a new part."""
 
 
 Node = str | Emphasis | Adapter | Choice | Wildcard | Break
@@ -92,7 +92,7 @@ Lines = Callable[[str], Sequence[str]]
 
 @dataclass(frozen=True)
 class Piece:
-    """Words that are read with one weight."""
+    """Text with one weight."""
 
     text: str
     weight: float = 1.0
@@ -100,32 +100,32 @@ class Piece:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as it is encoded: parts (each begins a new chunk), each of pieces."""
+    """A prompt to encode: parts, each of which starts a new chunk, made of pieces."""
 
     parts: tuple[tuple[Piece, ...], ...]
 
     @property
     def words(self) -> str:
-        """The words alone."""
+        """The text without weights and parts."""
         return " ".join("".join(piece.text for piece in part) for part in self.parts)
 
     @property
     def plain(self) -> bool:
-        """One part, every word at weight 1."""
+        """Whether it is one part with every weight 1."""
         return len(self.parts) == 1 and not self.emphasis
 
     @property
     def emphasis(self) -> list[tuple[str, float]]:
-        """Words and weights of the pieces whose weight is not 1."""
+        """(text, weight) of the pieces whose weight is not 1."""
         return [(piece.text.strip(), piece.weight) for part in self.parts for piece in part if piece.weight != 1]
 
     def mapped(self, change: Callable[[str], str]) -> Prompt:
-        """The same with other words."""
+        """The prompt with ``change`` applied to the text of every piece."""
         return Prompt(tuple(tuple(Piece(change(piece.text), piece.weight) for piece in part) for part in self.parts))
 
 
 def literal(text: str) -> Prompt:
-    """Words that are to be read as they stand."""
+    """A prompt of ``text`` taken literally, without any syntax."""
     return Prompt(((Piece(text),),))
 
 
@@ -133,7 +133,7 @@ def read(text: str) -> Prompt:
     """The words of ``text`` with their weights; adapters are left out.
 
     Raises:
-        InputError: something in it is not honoured here, or choices are still open.
+        InputError: as :func:`parse`, or a choice or wildcard is still open.
     """
     parts: list[list[Piece]] = [[]]
     for piece in _pieces(parse(text), 1.0):
@@ -147,7 +147,7 @@ def read(text: str) -> Prompt:
 
 
 def has_choices(text: str) -> bool:
-    """Whether the seed decides what it says.
+    """Whether it has choices or wildcards, which the seed decides.
 
     Raises:
         InputError: as :func:`parse`.
@@ -156,10 +156,10 @@ def has_choices(text: str) -> bool:
 
 
 def chosen(text: str, seed: int, lines: Lines) -> str:
-    """``text`` with every choice made by ``seed``; what has none comes back as it is.
+    """``text`` with every choice made by ``seed``; unchanged if it has none.
 
     Raises:
-        InputError: as :func:`parse`; a wildcard without lines, or one that leads to itself.
+        InputError: as :func:`parse`, a wildcard without lines, or one that refers to itself.
     """
     if not has_choices(text):
         return text
@@ -167,16 +167,16 @@ def chosen(text: str, seed: int, lines: Lines) -> str:
 
 
 def without_adapters(text: str) -> tuple[str, list[Adapter]]:
-    """``text`` without the adapters that it names, and those adapters; one that is named twice adds up.
+    """``text`` without the adapters that it names, and those adapters; the strengths of one named twice are added.
 
     Raises:
-        InputError: as :func:`parse`; an adapter inside an open choice.
+        InputError: as :func:`parse`, or an adapter inside an open choice.
     """
     nodes = parse(text)
     found: dict[str, Adapter] = {}
     for node in _walk(nodes):
         if isinstance(node, Choice) and any(isinstance(part, Adapter) for _, o in node.options for part in _walk(o)):
-            raise InputError("An adapter inside {a|b} is known only once the choice is made: give a seed first.")
+            raise InputError("An adapter inside {a|b} is unknown until the choice is made: move it out of the braces.")
         if isinstance(node, Adapter):
             known = found.get(node.name)
             found[node.name] = _sum(known, node) if known else node
@@ -187,8 +187,8 @@ def parse(text: str) -> tuple[Node, ...]:
     """The tree of a prompt.
 
     Raises:
-        InputError: scheduled words, a hypernetwork, an adapter without a name or with a strength that is no number,
-            or brackets nested too deep.
+        InputError: scheduled words, a hypernetwork, an adapter without a name or with a strength that is not a number,
+            or brackets nested too deeply.
     """
     tokens = list(_TOKEN.finditer(text))
     ends = _ends(tokens)
@@ -214,7 +214,7 @@ def parse(text: str) -> tuple[Node, ...]:
 
 
 def written(nodes: Sequence[Node], inside: str = "") -> str:
-    """The prompt that :func:`parse` reads as these nodes."""
+    """The text that :func:`parse` reads as these nodes."""
     return "".join(_written(node, inside) for node in nodes)
 
 
@@ -228,7 +228,7 @@ class _Frame:
         self.weight: float | None = None
 
     def add(self, text: str) -> None:
-        """Characters."""
+        """Append characters."""
         if text and self.nodes and isinstance(self.nodes[-1], str):
             self.nodes[-1] += text
         elif text:
@@ -236,7 +236,7 @@ class _Frame:
 
 
 def _ends(tokens: Sequence[re.Match[str]]) -> dict[int, int]:
-    """Number of an opening bracket -> number of its partner, both ways; brackets without one are left out."""
+    """Number of a bracket -> number of its partner, in both directions; unmatched brackets are left out."""
     waiting: list[tuple[str, int]] = []
     open_now = dict.fromkeys(_PARTNER.values(), 0)
     ends: dict[int, int] = {}
@@ -256,11 +256,11 @@ def _ends(tokens: Sequence[re.Match[str]]) -> dict[int, int]:
 
 
 def _mark(text: str, token: re.Match[str], number: int, ends: dict[int, int], frames: list[_Frame]) -> int:
-    """Read a bracket, a bar or a colon; returns the place up to which the text is read."""
+    """Read a bracket, a bar or a colon; returns the position up to which the text is read."""
     mark, top = token["mark"], frames[-1]
     if mark in "([{" and number in ends:
         if len(frames) > DEEPEST:
-            raise InputError(f"The prompt has brackets in brackets more than {DEEPEST} deep.")
+            raise InputError(f"The prompt has brackets nested more than {DEEPEST} deep.")
         frames.append(_Frame(mark, token.end()))
     elif mark in ")]}" and number in ends:
         frames.pop()
@@ -282,12 +282,12 @@ def _mark(text: str, token: re.Match[str], number: int, ends: dict[int, int], fr
 
 
 _SCHEDULED = (
-    "The prompt has words that change over the steps ({}), which are not read here: write {}, or {} for the character."
+    "The prompt has words that change over the steps ({}), which are not supported: use {}, or {} for the character."
 )
 
 
 def _close(text: str, token: re.Match[str], frame: _Frame, outer: _Frame) -> None:
-    """Put what a bracket held into the one around it."""
+    """Append the content of a closed bracket to the one around it."""
     if frame.kind == "(":
         outer.nodes.append(Emphasis(tuple(frame.nodes), STRONGER if frame.weight is None else frame.weight))
     elif frame.kind == "[":
@@ -317,7 +317,7 @@ def _option(nodes: tuple[Node, ...]) -> tuple[float, tuple[Node, ...]]:
 
 
 def _cut(nodes: tuple[Node, ...], length: int) -> tuple[Node, ...]:
-    """Without the first characters."""
+    """``nodes`` without the first ``length`` characters."""
     assert isinstance(nodes[0], str)
     rest = nodes[0][length:]
     return (rest, *nodes[1:]) if rest else nodes[1:]
@@ -326,12 +326,12 @@ def _cut(nodes: tuple[Node, ...], length: int) -> tuple[Node, ...]:
 def _tag(token: re.Match[str]) -> Adapter:
     kind, content = token["kind"], token["tag"]
     if kind == "hypernet":
-        raise InputError(f"'{token[0]}' names a hypernetwork, which is not used here: take it out of the prompt.")
+        raise InputError(f"'{token[0]}' names a hypernetwork, which is not supported: remove it from the prompt.")
     name, *rest = (part.strip() for part in content.split(":"))
     named = dict(part.split("=", 1) for part in rest if "=" in part)
     numbers = [part for part in rest if "=" not in part]
     if not name or len(numbers) > 2 or not set(named) <= {"te", "unet"}:
-        raise InputError(f"'{token[0]}' in the prompt is no adapter: write <lora:name:0.8>.")
+        raise InputError(f"'{token[0]}' in the prompt is not an adapter: write <lora:name:0.8>.")
     try:
         text = float(named.get("te", numbers[0] if numbers else "1"))
         denoiser = float(named.get("unet", numbers[-1] if numbers else str(text)))
@@ -358,7 +358,7 @@ def _walk(nodes: Sequence[Node]) -> Iterator[Node]:
 
 
 def _pieces(nodes: Sequence[Node], weight: float) -> Iterator[Piece | None]:
-    """Pieces in order; None where a part ends."""
+    """Pieces in order, with None between parts."""
     for node in _stripped(nodes):
         if isinstance(node, str):
             yield Piece(node, weight)
@@ -371,7 +371,7 @@ def _pieces(nodes: Sequence[Node], weight: float) -> Iterator[Piece | None]:
 
 
 def _stripped(nodes: Sequence[Node]) -> list[Node]:
-    """Without adapters, and without the space or comma that they leave doubled."""
+    """``nodes`` without adapters, and without the doubled space or comma that they leave."""
     kept: list[Node] = []
     gap = False
     for node in nodes:
@@ -402,7 +402,7 @@ def _decided(nodes: Sequence[Node], draw: random.Random, lines: Lines, within: t
                 made += [*([", "] if number else []), *_decided(option, draw, lines, within)]
         elif isinstance(node, Wildcard):
             if node.name in within:
-                raise InputError(f"The wildcard __{node.name}__ leads to itself: {' > '.join((*within, node.name))}.")
+                raise InputError(f"The wildcard __{node.name}__ refers to itself: {' > '.join((*within, node.name))}.")
             line = draw.choice(lines(node.name))
             made += _decided(parse(line), draw, lines, (*within, node.name))
         else:
@@ -411,7 +411,7 @@ def _decided(nodes: Sequence[Node], draw: random.Random, lines: Lines, within: t
 
 
 def _drawn(choice: Choice, draw: random.Random) -> list[tuple[Node, ...]]:
-    """Different options, in the order in which they are drawn."""
+    """``count`` different options, in the order in which they are drawn."""
     left = list(choice.options)
     made = []
     for _ in range(choice.count):

@@ -1,4 +1,4 @@
-"""Prompts encoded with the adapters that act in the text encoders and the words that adapters bring along."""
+"""Encoding prompts with the adapters of the text encoders and the adapters' own words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipelines.diffusion.regions.region import Region
 from pipelines.diffusion.regions.words import positions
 
 Counts = dict[str, int]
-"""Kind of reader -> chunks."""
+"""Kind of reader -> number of chunks."""
 
 
 class Prompts:
@@ -44,21 +44,21 @@ class Prompts:
 
     @property
     def vocabulary(self) -> Words:
-        """The words of pivotal tuning that the adapters bring."""
+        """The adapters' words of pivotal tuning."""
         return {word: encoders for item in self.loaded for word, encoders in item.file.words.items()}
 
     def layer_words(self, region: Region | None) -> dict[str, torch.Tensor]:
-        """The words with an embedding per layer that the region's adapters bring."""
+        """The words with an embedding per layer of the region's adapters (ED-LoRA)."""
         files = {item.report.name: item.file for item in self.loaded}
         names = region.adapters if region else ()
         return {word: rows for name in names for word, rows in files[name].embeddings.items()}
 
     def read(self, text: str) -> Prompt:
-        """A prompt's words with their weights; the adapters' words are still as they are written."""
+        """A prompt's words with their weights; the adapters' words are not replaced yet."""
         return prompt_syntax.read(text)
 
     def counts(self, texts: Sequence[str | Prompt], own: Mapping[str, torch.Tensor] | None = None) -> Counts:
-        """Chunks that these texts need, so that all of them are equally long.
+        """Number of chunks that the longest of these texts needs, by kind of reader.
 
         Args:
             own: words with an embedding per layer.
@@ -75,15 +75,17 @@ class Prompts:
     def encode(
         self, prompt: str | Prompt, negative: str | Prompt, images: int, guided: bool, counts: Counts | None = None
     ) -> Encoding:
-        """A prompt and a negative one, by the text encoders as they are now.
+        """The encoding of a prompt and a negative prompt by the text encoders in their current state.
 
-        The pipeline encodes plain words that fit into its encoders; long or weighted ones are encoded here, in chunks.
+        Plain text that fits is encoded by the pipeline itself; long or weighted text is encoded here, in chunks.
 
         Args:
-            counts: chunks to encode (those of the two texts if left out).
+            images: number of copies of each text.
+            guided: whether the negative prompt is needed.
+            counts: chunks to encode; by default those of the two texts.
 
         Raises:
-            InputError: weights or parts with a family whose encoders are not known.
+            InputError: weights or parts with a family that has no readers.
         """
         counts = self.counts([prompt, negative] if guided else [prompt]) if counts is None else counts
         with self._knowing({}):
@@ -100,13 +102,13 @@ class Prompts:
         return self.family.encoding(_rows(positive, images), _rows(without, images), guided)
 
     def mean(self, text: str) -> torch.Tensor:
-        """The mean-pooled embedding (width,) of a text without marks, by the base model's text encoders."""
+        """The mean-pooled embedding (width,) of a text taken literally, by the base model's text encoders."""
         with torch.no_grad():
             return self.encode(literal(text), literal(""), 1, False).positive["embeds"][0].float().mean(0)
 
     def remarks(self, texts: Sequence[str]) -> list[str]:
-        """What becomes of long texts: encoded in chunks, or cut (with the words that are lost)."""
-        said: list[str] = []
+        """Remarks on long texts: encoded in chunks, or truncated (with the words that are lost)."""
+        remarks: list[str] = []
         readers = self.family.readers(self.pipe) or [_guessed(self.pipe)]
         for text in dict.fromkeys(texts):
             with self._knowing({}):
@@ -119,15 +121,15 @@ class Prompts:
                     chunks = max(chunks, count if reader.kind == "clip" else 1)
                     lost = tokenize(tokenizer, reader, here, count).lost if reader.places else lost
             if lost:
-                said.append(f"The prompt is longer than this model reads; these words at its end are lost: '{lost}'.")
+                remarks.append(f"The prompt is longer than this model can read; its last words are lost: '{lost}'.")
             elif chunks > 1:
-                said.append(f"The prompt is longer than the text encoder reads at once: encoded in {chunks} chunks.")
-        return list(dict.fromkeys(said))
+                remarks.append(f"The prompt is longer than the text encoder reads at once: encoded in {chunks} chunks.")
+        return list(dict.fromkeys(remarks))
 
     def positions(
         self, text: str, words: Sequence[str], title: str, region: Region | None, counts: Counts
     ) -> list[int]:
-        """Where the words stand in the denoiser's text sequence.
+        """Positions of the words in the denoiser's text sequence, ascending.
 
         Raises:
             InputError: as :func:`pipelines.diffusion.regions.words.positions`.
@@ -153,7 +155,7 @@ class Prompts:
     def by_adapters(
         self, sets: Sequence[TextAdapters], prompt: str, negative: str, images: int, guided: bool
     ) -> dict[TextAdapters, Encoding]:
-        """The prompt encoded once for every different set of adapters in the text encoders."""
+        """The prompt encoded once for every different set of adapters active in the text encoders."""
         made: dict[TextAdapters, Encoding] = {}
         counts = self.counts([prompt, negative] if guided else [prompt])
         with ExitStack() as stack:
@@ -166,18 +168,18 @@ class Prompts:
         return made
 
     def counts_of_regions(self, texts: Sequence[tuple[str, str]], regions: Sequence[Region], guided: bool) -> Counts:
-        """Chunks that the texts of :meth:`by_regions` need."""
+        """Number of chunks that the texts of :meth:`by_regions` need, by kind of reader."""
         own = {word: rows for region in regions for word, rows in self.layer_words(region).items()}
         return self.counts([text for pair in texts for text in (pair if guided else pair[:1])], own)
 
     def by_regions(
         self, texts: Sequence[tuple[str, str]], regions: Sequence[Region], images: int, guided: bool, counts: Counts
     ) -> list[Encoding]:
-        """The text of the background and of every region, each by the text encoders with its own adapters.
+        """The texts of the background and of every region, each encoded with its own adapters.
 
         Args:
-            texts: (prompt, negative prompt), the background's first.
-            counts: chunks of every text, by :meth:`counts_of_regions`.
+            texts: (prompt, negative prompt) of each, the background first.
+            counts: from :meth:`counts_of_regions`.
         """
         placed = {name for region in regions for name in region.adapters}
         made = []
@@ -200,7 +202,7 @@ class Prompts:
     def _with_layers(
         self, encoding: Encoding, text: str, words: Mapping[str, torch.Tensor], counts: Counts
     ) -> Encoding:
-        """The encoding with one text per cross-attention layer beside it ("layers", (layers, tokens, width))."""
+        """The encoding with another entry "layers" (layers, tokens, width): one text per cross-attention layer."""
         with self._knowing(words):
             prompt = self._spelled(text)
             if prompt.plain and all(count == 1 for count in counts.values()):
@@ -212,11 +214,11 @@ class Prompts:
         return Encoding({**encoding.positive, "layers": embeds}, encoding.negative)
 
     def _encode(self, prompt: Prompt, counts: Counts) -> Tensors:
-        """Embeddings (batch 1) of a prompt that is spelled already."""
+        """Embeddings (batch 1) of a prompt whose words are already replaced by their tokens."""
         readers = self.family.readers(self.pipe)
         if not readers:
             raise InputError(
-                f"Words of a prompt have no weights with {self.family.title}: take (word:1.3), [word] and BREAK out."
+                f"{self.family.title} does not support weights in a prompt: remove (word:1.3), [word] and BREAK."
             )
         tokens = {
             reader.encoder: tokenize(
@@ -228,13 +230,13 @@ class Prompts:
         return self.family.encode_tokenized(self.pipe, tokens)
 
     def _spelled(self, text: str | Prompt) -> Prompt:
-        """A prompt with the words of pivotal tuning as their tokens."""
+        """A prompt with the words of pivotal tuning replaced by their tokens."""
         prompt = self.read(text) if isinstance(text, str) else text
         vocabulary = self.vocabulary
         return prompt.mapped(lambda piece: spelled(piece, vocabulary)) if vocabulary else prompt
 
     def _converted(self, reader: Reader, prompt: Prompt) -> Prompt:
-        """Textual inversions of the pipeline itself, written as their tokens."""
+        """``prompt`` with the pipeline's own textual inversions replaced by their tokens."""
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
         if convert is None or reader.kind != "clip":
             return prompt
@@ -242,7 +244,7 @@ class Prompts:
         return prompt.mapped(lambda piece: convert(piece, tokenizer) if piece.strip() else piece)
 
     def _knowing(self, own: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
-        """Let the tokenizers and encoders know the adapters' words, and those with an embedding per layer (``own``)."""
+        """Inside, tokenizers and encoders know the adapters' words; ``own`` are words with an embedding per layer."""
         tokens = word_tokens(self.vocabulary)
         if own:
             tokens["text_encoder"] = tokens.get("text_encoder", {}) | layer_tokens(own)["text_encoder"]
@@ -258,6 +260,6 @@ def _depth(words: Mapping[str, torch.Tensor]) -> int:
 
 
 def _guessed(pipe: Any) -> Reader:
-    """The first text encoder of a family that does not describe its own."""
+    """A reader for the first text encoder of a family that describes none."""
     marked = pipe.tokenizer.bos_token_id is not None
     return Reader("text_encoder", "clip" if marked else "t5", pipe.tokenizer.model_max_length, 1)

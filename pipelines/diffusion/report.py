@@ -1,4 +1,4 @@
-"""What the pipeline tells about adapters and plans."""
+"""Reports on loaded adapters, and plans of calls."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class LoraReport:
     Attributes:
         name: in this pipeline.
         path, sha256, format: the file it came from.
-        layers: layers per component, all of them in use.
-        ranks: the different ranks.
+        layers: number of layers per component, all of them in use.
+        ranks: the different ranks, ascending.
         dora: it has DoRA layers (its schedule can only switch it on and off).
-        parameters: how many numbers it holds.
+        parameters: number of parameters.
         weight, te_weight: strength in the denoiser and in the text encoders.
-        triggers: words that call it.
+        triggers: trigger words.
         blocks: factor per block prefix.
         schedule: keyframes (progress, factor).
         distilled: what is built into it, if it is distilled.
-        region: its own place, if it was loaded with one.
+        region: its own region, if it was loaded with one.
     """
 
     name: str
@@ -61,7 +61,7 @@ class LoraReport:
 
 @dataclass(frozen=True)
 class RegionReport:
-    """A region: its place (a box, a mask, or neither: found by itself), adapters, texts and strength."""
+    """A region: its place (a box, a mask, or neither if found automatically), adapters, texts and strength."""
 
     name: str
     box: tuple[float, float, float, float] | None
@@ -74,7 +74,7 @@ class RegionReport:
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{edge:.3g}" for edge in self.box) if self.box else ""
-        place = f"box {numbers}" if self.box else "mask" if self.masked else "place found by itself"
+        place = f"box {numbers}" if self.box else "mask" if self.masked else "found automatically"
         text = f"'{self.prompt}'" if self.prompt else "the whole prompt"
         faded = f" x {self.scale:g}" if self.scale != 1 else ""
         times = " by schedule" if self.schedule else ""
@@ -82,7 +82,7 @@ class RegionReport:
 
 
 def report_region(region: Region) -> RegionReport:
-    """What is told about a region."""
+    """The report on a region."""
     return RegionReport(
         region.title, region.box, region.mask is not None, region.adapters, region.prompt, region.negative,
         region.scale, tuple(region.schedule),
@@ -95,13 +95,13 @@ class Plan:
 
     Attributes:
         method, adapters, te_mode: the composition.
-        steps: gates of every step.
-        guided: two halves (unconditional and conditional) per prediction.
-        adapter_batch: predictions in one call of the denoiser (None = all).
-        encodings: how often the prompt is encoded.
+        steps: the steps, with the gates of each.
+        guided: every prediction has two halves (unconditional and conditional).
+        adapter_batch: predictions per call of the denoiser; None = all.
+        encodings: number of prompt encodings.
         memory: bytes of the adapters' joined matrices.
         regions, options: where adapters act and how (regional methods).
-        warnings: what may surprise.
+        warnings: what may surprise, one sentence each.
         folds: what is folded into the weights.
     """
 
@@ -129,7 +129,7 @@ class Plan:
         return sum(step.forwards for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan for machines."""
+        """The plan as plain values, for JSON."""
         return {
             "method": self.method,
             "adapters": list(self.adapters),
@@ -160,10 +160,10 @@ class Plan:
             parts = [name for name in ("self_mask", "reinit", "refine") if self.options.get(name)]
             lines.append(f"  scope {', '.join([self.options['scope'], *parts])}")
         for first, last, step in _runs(self.steps):
-            used = ", ".join(f"{self.adapters[i]} {step.gates[i]:g}" for i in step.active) or "base model alone"
-            alone = " (each region alone, blended)" if step.rows else " (each alone, averaged)"
-            apart = alone if step.separate and step.forwards > 1 else ""
-            lines.append(f"  step {first}{f'-{last}' if last > first else ''}: {used}{apart}")
+            used = ", ".join(f"{self.adapters[i]} {step.gates[i]:g}" for i in step.active) or "base model only"
+            separate = " (one prediction per region, blended)" if step.rows else " (one prediction each, averaged)"
+            how = separate if step.separate and step.forwards > 1 else ""
+            lines.append(f"  step {first}{f'-{last}' if last > first else ''}: {used}{how}")
         return "\n".join([*lines, *(f"  note: {text}" for text in self.warnings)])
 
     def _folded(self) -> str:

@@ -1,4 +1,4 @@
-"""Samplers by name, made from the configuration of the base model's own scheduler."""
+"""Samplers by name, created from the configuration of the base model's own scheduler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sampler(name: str, own: Any, flow: bool) -> Any:
     """A fresh scheduler called ``name`` for a model whose own scheduler is ``own``.
 
     Raises:
-        InputError: unknown name, or a sampler the family has none of.
+        InputError: an unknown name, or a sampler that does not work with this model.
     """
     import diffusers
 
@@ -36,13 +36,13 @@ def sampler(name: str, own: Any, flow: bool) -> Any:
         kind = "flow-matching models" if flow else "this model"
         raise InputError(f"The sampler '{name}' is not possible for {kind}: choose default, {', '.join(known)}.")
     if is_edm(own):
-        raise InputError(f"This base has EDM's noise, which the sampler '{name}' does not have: choose default.")
+        raise InputError(f"This base has EDM's noise, which the sampler '{name}' does not support: choose default.")
     kind_of_scheduler = getattr(diffusers, known[name])
     return kind_of_scheduler.from_config(own.config)
 
 
 def count_part(pipe: Any, steps: int, more: Mapping[str, Any], flow: bool) -> int:
-    """How often the denoiser is asked in a call of ``pipe``, whose further arguments may skip steps (``strength``,
+    """Number of denoiser calls in a call of ``pipe``, whose arguments ``more`` may skip steps (``strength``,
     ``denoising_start``, ``denoising_end``) or list them (``timesteps``, ``sigmas``)."""
     own = pipe.scheduler
     listed = next((more[name] for name in ("timesteps", "sigmas") if more.get(name) is not None), None)
@@ -52,10 +52,10 @@ def count_part(pipe: Any, steps: int, more: Mapping[str, Any], flow: bool) -> in
     if "strength" in parameters and hasattr(pipe, "get_timesteps"):
         strength = more.get("strength", parameters["strength"].default)
         probe.set_timesteps(steps, **({"mu": 1.0} if flow and own.config.get("use_dynamic_shifting") else {}))
-        more_told = {"denoising_start": more["denoising_start"]} if more.get("denoising_start") is not None else {}
+        start = {"denoising_start": more["denoising_start"]} if more.get("denoising_start") is not None else {}
         try:
             pipe.scheduler = probe
-            times, _ = pipe.get_timesteps(steps if listed is None else whole, strength, "cpu", **more_told)
+            times, _ = pipe.get_timesteps(steps if listed is None else whole, strength, "cpu", **start)
         finally:
             pipe.scheduler = own
         whole = len(times)
@@ -72,7 +72,7 @@ def count_part(pipe: Any, steps: int, more: Mapping[str, Any], flow: bool) -> in
 
 
 def count_steps(scheduler: Any, steps: int, flow: bool) -> int:
-    """How often the denoiser is asked in ``steps`` steps (some schedulers, like PNDM, ask more often)."""
+    """Number of denoiser calls in ``steps`` steps (more than ``steps`` with some schedulers, such as PNDM)."""
     if flow:
         return steps
     probe = copy.deepcopy(scheduler)

@@ -6,8 +6,8 @@ merged        all adapters' encoders   all adapters' encoders         all adapte
 official      all adapters' encoders   the first adapter's encoder    all adapters' encoders
 auto          merged                   per_adapter                    per_adapter
 
-"official" is what the program of arXiv 2402.16843 does. An encoding is named by the set of adapters whose text encoder
-LoRAs were active: ``()`` is the base model's.
+"official" is what the code of arXiv 2402.16843 does. An encoding is named by the set of adapters whose text encoder
+LoRAs are active: ``()`` is the base model's.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ MODES: tuple[TextMode, ...] = ("auto", "per_adapter", "official", "merged")
 
 
 def resolve_mode(mode: str, method: str) -> TextMode:
-    """The mode that "auto" stands for, and checks.
+    """``mode``, checked, with "auto" resolved.
 
     Raises:
-        InputError: unknown mode, or one that the method cannot do.
+        InputError: an unknown mode, or one that the method does not support.
     """
     if mode not in MODES:
-        raise InputError(f"Unknown te_mode '{mode}': possible are {', '.join(MODES)}.")
+        raise InputError(f"Unknown te_mode '{mode}': use one of {', '.join(MODES)}.")
     together = methods.properties(method).text == "together"
     if mode == "auto":
         return "merged" if together else "per_adapter"
     if mode == "per_adapter" and together:
         raise InputError(
-            f"te_mode 'per_adapter' needs a method with one adapter per prediction; {method} uses 'merged'."
+            f"te_mode 'per_adapter' needs a method with one adapter per prediction: use 'merged' with {method}."
         )
     return next(known for known in MODES if known == mode)
 
 
 def text_adapters(step: Step, mode: TextMode, method: str, strengths: Mapping[int, float]) -> list[TextAdapters]:
-    """The encoding of each prediction of a step.
+    """The name of the encoding of each prediction of a step.
 
     Args:
         step: the step.
         mode: resolved mode.
         method: the composition method.
-        strengths: text encoder strength of the adapters that have text encoder layers and a strength other than 0.
+        strengths: adapter -> strength in the text encoders, for adapters that act there.
     """
     predictions = max(1, len(step.active)) if step.separate else 1
     if mode == "per_adapter":

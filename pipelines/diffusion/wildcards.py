@@ -1,4 +1,4 @@
-"""Wildcard files: ``colour.txt`` holds what ``__colour__`` in a prompt may become, one choice per line."""
+"""Wildcard files: ``colour.txt`` lists the choices for ``__colour__`` in a prompt, one per line."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from adapters.errors import InputError, nearest
 
 
 def lines_of(folder: Path | None) -> Callable[[str], Sequence[str]]:
-    """name -> the lines of ``folder``/name.txt, without empty ones and those that begin with #.
+    """A function from name to the lines of ``folder``/name.txt, without empty ones and those that begin with #.
 
-    The function raises :class:`InputError` for a name without such a file, and for a file without lines.
+    It raises :class:`InputError` if there is no folder or file, or the file has no such line.
     """
 
     def lines(name: str) -> Sequence[str]:
         if folder is None:
             raise InputError(
-                f"The prompt has the wildcard __{name}__, and no folder of wildcards is given: give wildcards=FOLDER, "
+                f"The prompt has the wildcard __{name}__, but there is no folder of wildcards: set wildcards=FOLDER, "
                 rf"or write \__{name}\__ for the characters themselves."
             )
         file = folder / f"{name}.txt"
@@ -31,7 +31,7 @@ def lines_of(folder: Path | None) -> Callable[[str], Sequence[str]]:
         text = file.read_text(encoding="utf-8-sig", errors="replace")
         found = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
         if not found:
-            raise InputError(f"The wildcard file {name}.txt holds no line to choose.")
+            raise InputError(f"The wildcard file {name}.txt has no line to choose.")
         return found
 
     return lines

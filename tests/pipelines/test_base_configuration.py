@@ -76,7 +76,7 @@ def test_edm_composes_as_it_is_and_is_not_trained(kind: str) -> None:
     composer = MultiLoRAPipeline(with_scheduler(kind, sigma_data=0.5))
     call: dict[str, Any] = {"steps": 2, "width": 32, "height": 32, "output_type": "latent"}
     torch.testing.assert_close(composer("a cat", **call).images, wanted)
-    with pytest.raises(InputError, match="EDM's noise, which the sampler 'euler' does not have"):
+    with pytest.raises(InputError, match="EDM's noise, which the sampler 'euler' does not support"):
         composer("a cat", **call, scheduler="euler")
     with pytest.raises(InputError, match=r"EDM's noise and scaling .* not trained"):
         family_of(pipe)

@@ -227,7 +227,7 @@ def test_block_weights_by_exact_prefix(sd: Bed) -> None:
             2.0 if name.startswith("up_blocks.1.attentions.1.") else 0.25 if name.startswith("up_blocks.1.") else 1.0
         )
         assert ratio == pytest.approx(wanted), name
-    with pytest.raises(InputError, match="No layer of this adapter lies in the block 'up_block'"):
+    with pytest.raises(InputError, match="No layer of this adapter is in the block 'up_block'"):
         MultiLoRAPipeline(sd.pipe()).load_lora(sd.files["a"], blocks={"up_block": 0.5})
 
 
@@ -521,7 +521,7 @@ def test_calls_that_are_refused(sd: Bed, options: dict[str, Any], words: str) ->
 def test_fused_and_foreign_adapters_are_refused(sd: Bed) -> None:
     pipe = sd.pipe()
     pipe.load_lora_weights(sd.files["a"], adapter_name="a")
-    with pytest.raises(InputError, match="carries adapters of its own"):
+    with pytest.raises(InputError, match="has adapters of its own"):
         MultiLoRAPipeline(pipe)
     pipe.fuse_lora()
     with pytest.raises(InputError, match="fused"):

@@ -233,7 +233,7 @@ def test_pseudo_huber_is_quadratic_then_absolute():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"), [(("flow", 50), "known are"), (("epsilon", 0), "between 1 and 1000")]
+    ("arguments", "sentence"), [(("flow", 50), "supported are"), (("epsilon", 0), "between 1 and 1000")]
 )
 def test_paths_that_cannot_be(arguments, sentence):
     with pytest.raises(InputError, match=sentence):
@@ -355,7 +355,7 @@ def test_one_file_of_several_stays_distilled(pipe, tmp_path):
 def test_strength_outside_the_trained_range_warns(pipe, tmp_path):
     mark = Mark(mode="strength", guidance=4.0, low=1.0, high=6.4)
     pipe.load_lora(adapter(tmp_path, mark), name="fast", weight=2.5)
-    with pytest.warns(UserWarning, match=r"Guidance 8.5 is outside what 'fast' was trained for \(1 to 6.4\)"):
+    with pytest.warns(UserWarning, match=r"Guidance 8.5 is outside the range that 'fast' was trained for \(1 to 6.4\)"):
         latents(pipe)
 
 

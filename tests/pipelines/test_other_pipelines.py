@@ -266,11 +266,11 @@ def test_diffusers_own_names(sd: Bed) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ({"cross_attention_kwargs": {"scale": 0.5}}, "act on all adapters alike"),
-        ({"prompt_embeds": torch.zeros(1)}, "give prompt"),
+        ({"cross_attention_kwargs": {"scale": 0.5}}, "apply to all adapters alike"),
+        ({"prompt_embeds": torch.zeros(1)}, "use prompt"),
         ({"clip_skip": 1}, "encoded as the base"),
-        ({"num_inference_steps": 3, "steps": 4}, "are the same"),
-        ({"strength": 0.5}, "takes no strength"),
+        ({"num_inference_steps": 3, "steps": 4}, "mean the same"),
+        ({"strength": 0.5}, "has no argument strength"),
         ({"etta": 0.5}, "did you mean 'eta'"),
         ({"generator": [torch.Generator()] * 3}, "3 generators"),
         ({"latents": torch.zeros(2, 4, 16, 16)}, "2 latents"),

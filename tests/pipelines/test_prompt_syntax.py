@@ -83,7 +83,7 @@ def test_adapters(text: str, rest: str, adapters: list[Adapter]) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("<lora::1>", "no adapter"),
+        ("<lora::1>", "not an adapter"),
         ("<lora:a:b>", "must be a number"),
         ("<lora:a:inf>", "must be a number"),
         ("<hypernet:a:1>", "hypernetwork"),
@@ -120,7 +120,7 @@ def test_wildcard_files(tmp_path) -> None:
     assert {chosen("__colour__ fox", seed, lines) for seed in range(40)} == {"red fox", "(green:1.2) fox"}
     assert len({chosen("__animals/wild__", seed, lines) for seed in range(60)}) == 4
     assert chosen("a plain (text)", 0, lines) == "a plain (text)"
-    for text, said in (("__color__", "colour"), ("__loop__", "leads to itself"), ("__empty__", "no line"),
+    for text, said in (("__color__", "colour"), ("__loop__", "refers to itself"), ("__empty__", "no line"),
                        ("__a/../../b__", "no file")):  # fmt: skip
         with pytest.raises(InputError, match=said):
             chosen(text, 0, lines)

@@ -220,6 +220,6 @@ def test_k_lora_refusals(sd: Bed) -> None:
         latents(composer(sd, "a", "b", "c"), "k-lora")
     with pytest.raises(InputError, match="same layers"):
         latents(composer(sd, "a", "c"), "k-lora")
-    with pytest.raises(InputError, match="k-lora uses 'merged'"):
+    with pytest.raises(InputError, match="use 'merged' with k-lora"):
         composer(sd, "a", "b").compose("k-lora", te_mode="per_adapter")
     assert PROMPT

@@ -141,7 +141,7 @@ def test_steps_that_are_made_are_planned(model):
     planned = compose.plan(config(model, adapters=uses, steps=20, strength=0.4))
     assert [step.forwards for step in planned.steps] == [1] * 8
     assert "step 0-3: a 1" in str(planned)
-    assert "step 4-7: base model alone" in str(planned)
+    assert "step 4-7: base model only" in str(planned)
 
 
 def test_python_takes_pictures(model, tmp_path):

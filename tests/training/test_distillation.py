@@ -430,7 +430,7 @@ def test_embedding_needs_a_unet(bases, prompts, tmp_path):
 def test_unknown_predictions_and_targets_that_are_not_finite(bases):
     with pytest.raises(InputError, match="cannot be trained"):
         Diffusion(diffusers.DDIMScheduler(prediction_type="flow_prediction").config)
-    with pytest.raises(InputError, match="known are"):
+    with pytest.raises(InputError, match="supported are"):
         DiffusionPath(torch.linspace(0.99, 0.01, 10), "velocity", 5)
     family = family_of(diffusers.DiffusionPipeline.from_pretrained(bases("sd")))
     teacher = Teacher(family, DistillConfig(prompts="x"), family.null_condition())
@@ -460,7 +460,7 @@ def test_damaged_trajectories_are_named(bases, prompts, tmp_path):
     folder = tmp_path / "t"
     folder.mkdir()
     save_file({"x": torch.zeros(1)}, trajectories.part_file(folder, 0))
-    with pytest.raises(InputError, match="holds no recorded trajectories"):
+    with pytest.raises(InputError, match="contains no recorded trajectories"):
         run(config(bases("sd"), prompts, trajectories=str(folder)), tmp_path / "run")
 
 

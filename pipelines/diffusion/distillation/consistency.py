@@ -1,7 +1,7 @@
 """Latent Consistency Models (arXiv 2310.04378) as a LoRA (LCM-LoRA, arXiv 2311.05556): a picture in two to eight steps.
 
-A function f maps every state z_t of one sampling path to the path's end, f(z, 0) = z. With the teacher's guided
-prediction one DDIM step leads from a knot t to the next one t' < t, and the two ends must agree:
+A function f maps every state z_t of a sampling path to the path's end, f(z, 0) = z. With the teacher's guided
+prediction, one DDIM step leads from a knot t to the next knot t' < t, and both must map to the same end:
 
     L = d( f(z_t, t),  stop_gradient f(z_t', t') ),      z_t' = ddim(z_t, eps_w(z_t, t), t -> t')
 
@@ -26,7 +26,7 @@ from adapters.errors import InputError
 METHOD = Method(
     name="consistency-distillation",
     title="Latent consistency (LCM-LoRA)",
-    summary="Teaches a LoRA to jump to the end of the sampling path: pictures in 2 to 8 steps, guidance built in.",
+    summary="Trains a LoRA to jump to the end of the sampling path: pictures in 2 to 8 steps, with guidance built in.",
     stage="learn",
     makes="ordinary LoRA",
     paper="LCM-LoRA: A Universal Stable-Diffusion Acceleration Module, arXiv 2311.05556",
@@ -48,10 +48,10 @@ class Path(Protocol):
         """The level that a step from ``start`` (batch,) leads to."""
 
     def step(self, noisy: Tensor, prediction: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        """The state at ``end``, with the denoiser's ``prediction`` at ``start``."""
+        """The state at ``end``, from the state ``noisy`` and the denoiser's ``prediction`` at ``start``."""
 
     def jump(self, noisy: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
-        """f: the end of the path, as far as ``prediction`` at ``level`` tells."""
+        """f: the end of the path, estimated from ``prediction`` at ``level``."""
 
 
 class DiffusionPath:
@@ -60,7 +60,7 @@ class DiffusionPath:
     Args:
         alphas_cumprod: signal shares (T,).
         prediction: what the denoiser predicts: "epsilon", "v_prediction" or "sample".
-        knots: how many; T / knots timesteps apart.
+        knots: number of knots, T / knots timesteps apart.
 
     Raises:
         InputError: an unknown prediction type, or more knots than timesteps.
@@ -68,9 +68,9 @@ class DiffusionPath:
 
     def __init__(self, alphas_cumprod: Tensor, prediction: str, knots: int) -> None:
         if prediction not in PREDICTIONS:
-            raise InputError(f"The base model predicts '{prediction}'; known are {', '.join(PREDICTIONS)}.")
+            raise InputError(f"The base model predicts '{prediction}'; supported are {', '.join(PREDICTIONS)}.")
         if not 1 <= knots <= len(alphas_cumprod):
-            raise InputError(f"knots must lie between 1 and {len(alphas_cumprod)}, got {knots}.")
+            raise InputError(f"knots must be between 1 and {len(alphas_cumprod)}, got {knots}.")
         self.alphas_cumprod, self.prediction = alphas_cumprod, prediction
         self.knots, self.stride = knots, len(alphas_cumprod) // knots
 
@@ -91,7 +91,7 @@ class DiffusionPath:
         return skip * noisy + out * clean
 
     def clean_and_noise(self, noisy: Tensor, prediction: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 and e that the prediction means, where noisy = sqrt(abar) x0 + sqrt(1 - abar) e."""
+        """x0 and e implied by the prediction, where noisy = sqrt(abar) x0 + sqrt(1 - abar) e."""
         signal, spread = self._coefficients(level, noisy)
         if self.prediction == "epsilon":
             return (noisy - spread * prediction) / signal, prediction
@@ -105,11 +105,14 @@ class DiffusionPath:
 
 
 class FlowPath:
-    """Euler steps along a rectified flow; levels are sigmas, evenly spread and then shifted as in sampling.
+    """Euler steps along a rectified flow; levels are sigmas, evenly spaced and then shifted as in sampling.
 
     Args:
         shift: s in  s u / (1 + (s - 1) u).
-        knots: how many.
+        knots: number of knots.
+
+    Raises:
+        InputError: fewer than one knot.
     """
 
     def __init__(self, shift: float, knots: int) -> None:
@@ -133,7 +136,7 @@ class FlowPath:
 
 
 def boundary(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out at ``timesteps``: (1, 0) at 0, so that f(z, 0) = z whatever the network says."""
+    """c_skip and c_out at ``timesteps``: (1, 0) at 0, so that f(z, 0) = z whatever the network predicts."""
     scaled = TIMESTEP_SCALING * timesteps.double()
     spread = scaled.square() + SIGMA_DATA**2
     return SIGMA_DATA**2 / spread, scaled / spread.sqrt()

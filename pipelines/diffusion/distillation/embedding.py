@@ -1,8 +1,8 @@
 """Guidance strength as an input of a UNet: "On Distillation of Guided Diffusion Models" (arXiv 2210.03142), stage 1.
 
-The time embedding gets one more term, ``cond_proj(sinusoid(1000 w'))`` with w' = w - 1, as diffusers' UNets with
-``time_cond_proj_dim`` have it. The projection starts at zero, so that nothing changes before it learns; it is no LoRA
-and is stored in a file of its own beside the LoRA.
+The time embedding gets another term, ``cond_proj(sinusoid(1000 w'))`` with w' = w - 1, as in diffusers' UNets with
+``time_cond_proj_dim``. The projection starts at zero, so it changes nothing before training; it is not a LoRA and is
+stored in a separate file beside the LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adapters.formats.tensors import read_tensors, write_tensors
 
 WIDTH = 256
 NAME = "w-embedding"
-"""Part of the name of the file with the projection."""
+"""Part of the name of the projection's file."""
 KEY = "time_embedding.cond_proj.weight"
 
 
@@ -33,10 +33,10 @@ def sinusoid(w: Tensor, width: int = WIDTH) -> Tensor:
 
 
 def add_projection(unet: Any) -> None:
-    """Give ``unet`` a learning projection (width -> channels) that starts at zero.
+    """Give ``unet`` a trainable projection (width -> channels) that starts at zero.
 
     Raises:
-        InputError: the denoiser is no UNet with a time embedding.
+        InputError: the denoiser is not a UNet with a time embedding.
     """
     place = _time_embedding(unet)
     weight = place.linear_1.weight if hasattr(place.linear_1, "weight") else place.linear_1.base_layer.weight
@@ -48,7 +48,7 @@ def add_projection(unet: Any) -> None:
 
 @contextmanager
 def announced(unet: Any) -> Iterator[None]:
-    """Inside, the UNet's configuration says that it takes the guidance: diffusers' pipelines then make one pass."""
+    """Inside, the UNet's configuration declares the guidance input, so diffusers' pipelines make only one pass."""
     before = unet.config.time_cond_proj_dim
     unet.register_to_config(time_cond_proj_dim=WIDTH)
     try:
@@ -59,16 +59,17 @@ def announced(unet: Any) -> Iterator[None]:
 
 @contextmanager
 def attached(unet: Any, weight: Tensor) -> Iterator[None]:
-    """Inside, ``unet`` has the projection ``weight`` and says so; afterwards it is what it was.
+    """Inside, ``unet`` has the projection ``weight`` and declares it; both are undone on exit.
 
     Raises:
-        FamilyError: the weight is of another model.
+        InputError: the denoiser is not a UNet with a time embedding.
+        FamilyError: the weight is for another model.
     """
     place = _time_embedding(unet)
     like = place.linear_1.weight
     if tuple(weight.shape) != (like.shape[1], WIDTH):
         raise FamilyError(
-            f"The guidance embedding has shape {tuple(weight.shape)}, this model needs {(like.shape[1], WIDTH)}: "
+            f"The guidance embedding has shape {tuple(weight.shape)}, but this model needs {(like.shape[1], WIDTH)}: "
             "it was made for another base model."
         )
     before = place.cond_proj
@@ -89,19 +90,19 @@ def write(path: Path, weight: Tensor, metadata: Mapping[str, str]) -> Path:
 
 
 def read(path: Path) -> Tensor:
-    """The projection in a file.
+    """Read the projection from a file.
 
     Raises:
-        InputError: it is missing or holds something else.
+        InputError: the file is missing or contains something else.
     """
     if not path.is_file():
         raise InputError(
-            f"The distilled adapter needs its guidance embedding '{path.name}' beside it, which is not there: copy it "
-            f"to '{path.parent}'."
+            f"The distilled adapter needs its guidance embedding '{path.name}', which is missing: copy it to "
+            f"'{path.parent}'."
         )
     tensors, _ = read_tensors(path)
     if set(tensors) != {KEY}:
-        raise InputError(f"'{path.name}' is no guidance embedding (it should hold '{KEY}' alone).")
+        raise InputError(f"'{path.name}' is not a guidance embedding (it should contain only '{KEY}').")
     return tensors[KEY]
 
 

@@ -1,13 +1,13 @@
-"""How a LoRA file says that it is distilled: plain text entries of the safetensors header.
+"""The metadata of a distilled LoRA: text entries in the safetensors header.
 
-distilled_guidance   w that is built in ("fixed"); the UNet input's default ("embedding")
+distilled_guidance   built-in w ("fixed"); default of the UNet's input ("embedding")
 w_ref                guidance at weight 1 ("strength"): weight = (w - 1) / (w_ref - 1)
-w_min, w_max         trained range of w, where w can be chosen
+w_min, w_max         trained range of w, if w can be chosen
 cfg_convention       "imagen": eps_w = eps_null + w (eps_c - eps_null)
-null_prompt          what stood for "no prompt"; any other negative prompt has no effect
+null_prompt          text used as "no prompt"; any other negative prompt has no effect
 prediction_type, guidance_rescale, guidance_interval, base, base_config_hash
 distilled_objective  "guidance", or "consistency" (few steps)
-distilled_steps, distilled_sampler   what it is made for, where that differs from the base
+distilled_steps, distilled_sampler   what it is made for, if different from the base
 w_embedding          file with the guidance embedding, beside the LoRA
 """
 
@@ -27,15 +27,20 @@ CONVENTION = "imagen"
 
 @dataclass(frozen=True)
 class Mark:
-    """What a distilled adapter tells about itself.
+    """What is known about a distilled adapter.
 
     Attributes:
-        mode: how w is chosen: "fixed", "strength" (the adapter's weight) or "embedding" (an input).
+        mode: how w is chosen: "fixed", "strength" (by the adapter's weight) or "embedding" (an input).
         guidance: w at weight 1 (w_ref of "strength").
         low, high: trained range of w.
+        null_prompt: text used as "no prompt".
+        prediction_type: of the base.
+        rescale: guidance rescale in training.
+        interval: noise levels with guidance, from 0 to 1.
+        base, config_hash: name of the base and hash of its denoiser's configuration.
         objective: "guidance" or "consistency".
         steps, sampler: what it is made for; 0 and "" = as the base.
-        embedding: file name of the guidance embedding ("embedding" only).
+        embedding: file name of the guidance embedding (mode "embedding" only).
     """
 
     mode: str
@@ -74,11 +79,11 @@ class Mark:
         return {key: value if isinstance(value, str) else repr(value) for key, value in entries.items()}
 
     def guidance_at(self, weight: float) -> float:
-        """The guidance that the adapter stands for at ``weight`` (exact for "strength", about so for others)."""
+        """The guidance built in at ``weight`` (exact for "strength", approximate for others)."""
         return guidance_at(weight, self.guidance)
 
     def outside(self, w: float) -> bool:
-        """Whether ``w`` lies outside the trained range."""
+        """Whether ``w`` is outside the trained range."""
         return not self.low - 1e-6 <= w <= self.high + 1e-6
 
     def __str__(self) -> str:
@@ -91,13 +96,13 @@ def read_mark(metadata: Mapping[str, str]) -> Mark | None:
     """The mark in the text entries of an adapter file; None for ordinary adapters.
 
     Raises:
-        InputError: entries that are damaged, or of another convention for w.
+        InputError: the entries are damaged, or use another convention for w.
     """
     if "w_ref" not in metadata and "distilled_guidance" not in metadata:
         return None
     convention = metadata.get("cfg_convention", CONVENTION)
     if convention != CONVENTION:
-        raise InputError(f"The distilled adapter counts guidance in the convention '{convention}'; known is imagen.")
+        raise InputError(f"The distilled adapter uses the guidance convention '{convention}'; supported is imagen.")
     try:
         mode = "strength" if "w_ref" in metadata else "embedding" if metadata.get("w_embedding") else "fixed"
         guidance = float(metadata.get("w_ref") or metadata["distilled_guidance"])
@@ -119,10 +124,10 @@ def read_mark(metadata: Mapping[str, str]) -> Mark | None:
             embedding=metadata.get("w_embedding", ""),
         )
     except ValueError as error:
-        raise InputError(f"The entries that say how the adapter was distilled are damaged ({error}).") from None
+        raise InputError(f"The metadata of the distilled adapter is damaged ({error}).") from None
 
 
 def config_hash(model: Any) -> str:
-    """Hash of a denoiser's configuration without what only says where it came from."""
+    """Hash of a denoiser's configuration, without private fields (those that start with "_")."""
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]

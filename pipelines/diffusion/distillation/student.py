@@ -1,7 +1,7 @@
 """One model as teacher and student: the student's adapter is on, the teacher is the same weights with it off.
 
-Only the named adapter is touched: other adapters of the model (a style the teacher is to include) act in both. The
-adapter's layers are looked up once, because walking a large model costs as much as a step of a small one.
+Only the named adapter is switched: other adapters of the model (for example a style) act in both. The adapter's layers
+are looked up once, because walking a large model takes as long as a step of a small one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Student:
-    """The switch of one PEFT adapter inside a model that teacher and student share.
+    """Switches one PEFT adapter in a model that teacher and student share.
 
     Args:
         model: the denoiser with the adapter injected.
@@ -38,8 +38,8 @@ class Student:
     def off(self) -> Iterator[None]:
         """Inside, the model is the teacher.
 
-        Sets PEFT's flag directly: its ``enable_adapters`` also changes which parameters learn. Never left open over a
-        backward pass, because gradient checkpointing runs the student's forward again there.
+        PEFT's flag is set directly: its ``enable_adapters`` also changes which parameters require gradients. Do not run
+        a backward pass inside, because gradient checkpointing repeats the student's forward pass there.
         """
         before = [layer._disable_adapters for layer in self.layers]
         for layer in self.layers:
@@ -51,9 +51,9 @@ class Student:
                 layer._disable_adapters = value
 
     def set_strength(self, values: Tensor | None) -> None:
-        """Let sample k of the next batches have the adapter at ``values[k]`` (batch,); None = all at 1.
+        """Set the adapter's strength per sample of the next batches to ``values`` (batch,); None = 1 for all.
 
-        Stays until it is set again, also for the forward passes that gradient checkpointing repeats.
+        It stays until it is set again, so it also holds in forward passes repeated by gradient checkpointing.
         """
         self._strengths = values
         if values is not None and not self._hooks:
@@ -94,6 +94,6 @@ def static_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def first_not_finite(target: Tensor) -> int | None:
-    """Which sample of ``target`` (batch, ...) first holds a number that is not finite; None if all are."""
+    """Index of the first sample of ``target`` (batch, ...) with a value that is not finite; None if all are finite."""
     finite = torch.isfinite(target).flatten(1).all(dim=1)
     return None if bool(finite.all()) else int((~finite).nonzero()[0])

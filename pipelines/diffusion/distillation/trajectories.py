@@ -1,14 +1,14 @@
-"""States that a guided teacher passes while it samples, and what it answers there.
+"""Recorded trajectories: the states of a guided teacher's sampling, and its predictions there.
 
-Noisy pictures of a data set are not the states met when sampling with guidance, and need a data set. Recorded instead
-are whole sampling paths between the knots of a :class:`~pipelines.diffusion.distillation.consistency.Path`, once, for
+Noisy pictures of a data set differ from the states met when sampling with guidance, and need a data set. Instead, whole
+sampling paths between the knots of a :class:`~pipelines.diffusion.distillation.consistency.Path` are recorded once for
 any number of runs. A folder holds files ``part-00000.safetensors`` of some trajectories each:
 
     states   (n, knots, channels, h, w) fp16    z at every knot, noisiest first
     targets  (n, knots, channels, h, w) fp16    the guided prediction there
     guidance (n,) fp32                          w of each trajectory
 
-and in the header, as JSON, ``facts`` (teacher and path; all parts of a folder agree on them) and ``prompts``.
+and in the header, as JSON, ``facts`` (on teacher and path; the same in all parts of a folder) and ``prompts``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from adapters.formats.tensors import read_tensors, write_tensors
 from pipelines.diffusion.distillation.consistency import Path
 
 PART = 16
-"""Trajectories in one file."""
+"""Trajectories per file."""
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(states (n, ...), levels (n,)) -> the teacher's guided prediction."""
@@ -35,7 +35,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Facts:
-    """What trajectories depend on; another run may use them only if all of it is the same."""
+    """What trajectories depend on; another run can use them only if all of it is the same."""
 
     base: str
     prediction_type: str
@@ -50,7 +50,7 @@ class Facts:
     seed: int
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Field -> (recorded with, wanted now), for those that differ."""
+        """Field -> (recorded value, wanted value), for fields that differ."""
         mine = json.loads(json.dumps(asdict(self)))
         return {key: (other.get(key), value) for key, value in mine.items() if other.get(key) != value}
 
@@ -83,7 +83,7 @@ def write_part(
     """Write one part.
 
     Raises:
-        InputError: numbers that fp16 cannot hold; names the knot.
+        InputError: a value does not fit into fp16 (the message names the knot), or the disk is full.
     """
     tensors = {"states": states.half(), "targets": targets.half(), "guidance": guidance.float()}
     for name in ("states", "targets"):
@@ -91,28 +91,28 @@ def write_part(
         if not bool(finite.all()):
             raise InputError(
                 f"The teacher's {name} are not finite at knot {int((~finite).nonzero()[0])} of {len(finite)} (noisiest "
-                "first): lower guidance, or compute in bf16 or fp32."
+                "first): lower the guidance, or compute in bf16 or fp32."
             )
     text = {"facts": json.dumps(asdict(facts)), "prompts": json.dumps(list(prompts))}
     write_tensors(part_file(folder, number), tensors, text)
 
 
 def check_part(file: FilePath, facts: Facts) -> dict[str, tuple[Any, Any]]:
-    """How the facts of a written part differ from ``facts`` ({} = usable).
+    """How the facts of a written part differ from ``facts``; empty = usable.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged or has no trajectories.
     """
     _, text = read_tensors(file)
     try:
         return facts.differences(json.loads(text["facts"]))
     except (KeyError, json.JSONDecodeError):
-        raise InputError(f"'{file}' holds no recorded trajectories: choose another folder.") from None
+        raise InputError(f"'{file}' contains no recorded trajectories: choose another folder.") from None
 
 
 @dataclass(frozen=True)
 class Recording:
-    """All trajectories of a folder in memory."""
+    """Trajectories of a folder in memory; shapes as in the files."""
 
     states: Tensor
     targets: Tensor
@@ -120,7 +120,7 @@ class Recording:
     prompts: tuple[str, ...]
 
     def __len__(self) -> int:
-        """How many states."""
+        """Number of states."""
         return self.states.shape[0] * self.states.shape[1]
 
     def place(self, number: int) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def read_recording(folder: FilePath, count: int) -> Recording:
     """The first ``count`` trajectories of ``folder`` (their facts were checked before).
 
     Raises:
-        InputError: damaged or missing parts.
+        InputError: a part is damaged or missing.
     """
     parts = [read_tensors(part_file(folder, number)) for number in range(-(-count // PART))]
     joined = {name: torch.cat([tensors[name] for tensors, _ in parts])[:count] for name in parts[0][0]}

@@ -1,4 +1,4 @@
-"""Using distilled adapters: guidance is inside them, so a second pass would guide twice."""
+"""Using distilled adapters: guidance is built in, so a second pass would apply it twice."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark, config_hash, read_mark
 
 GUIDANCE = 5.0
-"""Guidance of a call that names none, without a distilled adapter."""
+"""Default guidance without a distilled adapter."""
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """A distilled adapter in a pipeline: its mark and, where it has one, its guidance embedding."""
+    """A distilled adapter in a pipeline: its mark and, if it has one, its guidance embedding."""
 
     mark: Mark
     embedding: Tensor | None = None
 
 
 def distilled(file: LoraFile, name: str, pipe: Any, denoiser: str) -> Distilled | None:
-    """What ``file`` says of its distillation; None for ordinary adapters. Warns when it was made for another base.
+    """The distilled adapter in ``file``; None for ordinary adapters. Warns if it was made for another base.
 
     Raises:
-        InputError: damaged entries, or the guidance embedding is not beside the file.
+        InputError: its metadata is damaged, or its guidance embedding is missing.
     """
     mark = read_mark(file.metadata)
     if mark is None:
@@ -53,7 +53,7 @@ def distilled(file: LoraFile, name: str, pipe: Any, denoiser: str) -> Distilled 
     if not mark.embedding:
         return Distilled(mark)
     if file.path is None:
-        raise InputError(f"'{name}' has a guidance embedding in a file beside it: load it from its file.")
+        raise InputError(f"'{name}' has a guidance embedding in a second file: load it by its path.")
     folder = file.path if file.path.is_dir() else file.path.parent
     return Distilled(mark, embedding.read(folder / Path(mark.embedding).name))
 
@@ -61,22 +61,22 @@ def distilled(file: LoraFile, name: str, pipe: Any, denoiser: str) -> Distilled 
 def check_use(
     active: Mapping[str, tuple[Mark, float]], method: str, guidance: float | None, allow_double: bool
 ) -> tuple[float, Mark | None]:
-    """The guidance of a call, and the mark of the distilled adapter at work in it.
+    """The guidance of a call, and the mark of the distilled adapter it uses (None without one).
 
     Args:
         active: name -> (mark, weight) of the distilled adapters whose weight is not 0.
-        method: how adapters are composed.
-        guidance: what was asked for; None = what fits.
-        allow_double: guide a second time on purpose.
+        method: composition method.
+        guidance: as requested; None = a suitable default.
+        allow_double: allow guidance on top of built-in guidance.
 
     Raises:
-        InputError: guidance on top of built-in guidance, two distilled adapters, or a method that would use the
-            adapter in some predictions only.
+        InputError: guidance on top of built-in guidance, two distilled adapters, or a method that does not use the
+            adapter in every prediction.
     """
     if not active:
         return GUIDANCE if guidance is None else guidance, None
     if len(active) > 1:
-        raise InputError(f"Two distilled adapters guide twice ({', '.join(active)}): keep one of them.")
+        raise InputError(f"Two distilled adapters would guide twice ({', '.join(active)}): keep one of them.")
     name, (mark, weight) = next(iter(active.items()))
     if not methods.properties(method).constant:
         raise InputError(
@@ -89,8 +89,8 @@ def check_use(
         return chosen, mark
     if guidance is not None and guidance > 1 and not allow_double:
         raise InputError(
-            f"'{name}' has guidance {mark.guidance_at(weight):g} built in and guidance_scale {guidance:g} would guide "
-            "again: set guidance_scale to 1 (allow_double_guidance does it all the same)."
+            f"'{name}' has guidance {mark.guidance_at(weight):g} built in, and guidance_scale {guidance:g} would guide "
+            "again: set guidance_scale to 1 (or allow_double_guidance if you want both)."
         )
     if mark.mode == "strength":
         _warn_outside(name, mark, mark.guidance_at(weight))
@@ -98,10 +98,13 @@ def check_use(
 
 
 def merged_mark(marks: Sequence[tuple[Mark, float]]) -> dict[str, str]:
-    """Text entries of one LoRA made of several, of which one is distilled (at a weight); {} when none is.
+    """Metadata of one LoRA merged from several, of which one is distilled; empty if none is.
+
+    Args:
+        marks: (mark, weight) of the distilled ones.
 
     Raises:
-        InputError: two are, or one needs its guidance embedding beside it.
+        InputError: two of them are distilled, or one needs a guidance embedding.
     """
     if not marks:
         return {}
@@ -109,7 +112,7 @@ def merged_mark(marks: Sequence[tuple[Mark, float]]) -> dict[str, str]:
         raise InputError("Two distilled adapters cannot become one file: keep one of them.")
     mark, weight = marks[0]
     if mark.mode == "embedding":
-        raise InputError("An adapter with a guidance embedding cannot become part of one ordinary LoRA.")
+        raise InputError("An adapter with a guidance embedding cannot be merged into an ordinary LoRA: leave it out.")
     w = mark.guidance_at(weight)
     return Mark(**{**vars(mark), "mode": "fixed", "guidance": w, "low": w, "high": w}).to_metadata()
 
@@ -117,5 +120,6 @@ def merged_mark(marks: Sequence[tuple[Mark, float]]) -> dict[str, str]:
 def _warn_outside(name: str, mark: Mark, w: float) -> None:
     if mark.outside(w):
         warnings.warn(
-            f"Guidance {w:g} is outside what '{name}' was trained for ({mark.low:g} to {mark.high:g}).", stacklevel=4
+            f"Guidance {w:g} is outside the range that '{name}' was trained for ({mark.low:g} to {mark.high:g}).",
+            stacklevel=4,
         )

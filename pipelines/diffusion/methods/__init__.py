@@ -1,9 +1,9 @@
 """Composition methods, one per file: a ``METHOD`` entry with the method's properties, and the function it names,
 (strengths, ...) -> list[Step].
 
-The list is the catalogue's, so a method of an installed package counts as well. A method that does more in a step than
-its gates say also has, in the module of its entry, a class ``Run``: a :class:`pipelines.diffusion.denoise.Denoising` of
-its own. Importing this package loads no torch.
+The list is the catalogue's, so it includes methods of installed packages. A method that does more in a step than its
+gates express also has, in the module of its entry, a class ``Run``, derived from
+:class:`pipelines.diffusion.denoise.Denoising`. Importing this package does not load torch.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ __all__ = ["Properties", "Step", "Strengths", "find", "names", "plan_steps", "pr
 
 
 def names(suits: Callable[[Properties], bool] = lambda _: True) -> tuple[str, ...]:
-    """The methods whose properties suit, the usual ones first."""
+    """Names of the methods whose properties satisfy ``suits``, in the order of ``position``."""
     found = [(method.typed(Properties), method.name) for method in catalogue.stage("compose")]
     return tuple(name for known, name in sorted(found, key=lambda pair: pair[0].position) if suits(known))
 
 
 def usual(regional: bool) -> str:
-    """The method to take when none is named, with regions or without."""
+    """The default method, with regions or without."""
     return names(lambda known: known.regional == regional)[0]
 
 
 def find(name: str) -> Method:
-    """The method called ``name``; raises :class:`~adapters.errors.InputError` with the nearest ones."""
+    """The method called ``name``; raises :class:`~adapters.errors.InputError` if there is none."""
     return catalogue.find("compose", name)
 
 
 def properties(name: str) -> Properties:
-    """What is to be known of the method called ``name``; raises as :func:`find`."""
+    """The properties of the method called ``name``; raises as :func:`find`."""
     return find(name).typed(Properties)
 
 
 def plan_steps(name: str, strengths: Strengths, **options: Any) -> list[Step]:
-    """What the method does at every step; it is given those of the options that it has."""
+    """The method's steps, from the strengths and those of the options that its function takes."""
     steps: Any = find(name).load()
     known = inspect.signature(steps).parameters
     made: list[Step] = steps(strengths, **{key: value for key, value in options.items() if key in known})
@@ -51,7 +51,7 @@ def plan_steps(name: str, strengths: Strengths, **options: Any) -> list[Step]:
 
 
 def runner(name: str) -> Any:
-    """The class that does the method's steps: its own ``Run``, or :class:`pipelines.diffusion.denoise.Denoising`."""
+    """The class that runs the method's steps: its own ``Run``, or :class:`pipelines.diffusion.denoise.Denoising`."""
     from pipelines.diffusion.denoise import Denoising
 
     module = importlib.import_module(find(name).entry.partition(":")[0])

@@ -1,19 +1,19 @@
-"""CMLoRA: one adapter leads in every step, the others follow; most of their predictions are reused.
+"""CMLoRA: one adapter dominates each step; most predictions of the others are reused.
 
-"Cached Multi-LoRA Composition for Multi-Concept Image Generation" (arXiv 2502.04923), written anew from its
-description; two of its parts are approximated here (below). Adapter d leads:
+"Cached Multi-LoRA Composition for Multi-Concept Image Generation" (arXiv 2502.04923), implemented from its description,
+with two approximations (below). Adapter d leads:
 
     eps = sum_i w_i eps_i,    w_d = a / (a + N - 1),   w_i = 1 / (a + N - 1),   a = N - 1/2
 
-Leadership goes round in turns of tau steps, in the order of high-frequency content: the share of |F(eps_i - eps_0)|^2
-beyond 0.4 of the highest frequency, measured once at the first step (the authors' program goes by the words in the
-file's name). All predictions are made every 2 steps in the first 3/8 of the steps, every 3 until 7/8, and every 2
-after; in between only the leader predicts, and the others keep their distance from it:
+The adapters lead in turns of tau steps, in the order of high-frequency content: the share of |F(eps_i - eps_0)|^2
+beyond 0.4 of the highest frequency, measured once at the first step (the authors' code goes by words in the file's
+name). All predictions are made every 2 steps in the first 3/8 of the steps, every 3 until 7/8, and every 2 after; in
+between only the leader predicts, and the others keep their difference from it:
 
     eps ~ eps_d(t) + sum_i w_i (eps_i(t') - eps_d(t'))        t' the last step at which all were predicted
 
-Approximations: the paper keeps deep features inside the network where this keeps predictions, and this ranks by
-measured differences of predictions. At a step that predicts all, nothing is approximated; N = 1 is plain LoRA.
+Approximations: the paper caches deep features inside the network, this caches predictions; and this ranks by measured
+differences of predictions. A step that predicts all is exact; N = 1 is plain LoRA.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipelines.diffusion.methods.switch import turn
 METHOD = Method(
     name="cmlora",
     title="Cached Multi-LoRA",
-    summary="Composite with a leader that goes round; between refreshes only the leader predicts (approximate).",
+    summary="Composite with a leading adapter that changes in turns; between refreshes only it predicts (approximate).",
     stage="compose",
     makes="picture",
     paper="Cached Multi-LoRA Composition for Multi-Concept Image Generation, arXiv 2502.04923 (approximated)",
@@ -41,7 +41,7 @@ METHOD = Method(
 )
 
 CUTOFF = 0.4
-"""Radial frequency, as a part of the highest, from which on content counts as high."""
+"""Radial frequency, as a share of the highest, from which content counts as high-frequency."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class LeadStep(Step):
     """A step with a leader.
 
     Attributes:
-        place: whose turn it is, as a place in the order of leadership.
-        refresh: all predict; else the leader alone.
+        place: position of the leader in the order of leadership.
+        refresh: all adapters predict; otherwise only the leader.
     """
 
     place: int = 0
@@ -62,7 +62,7 @@ class LeadStep(Step):
 
 
 class Run(Denoising):
-    """Keeps the predictions of the last refresh, one set per call of the denoiser in a step."""
+    """Caches the predictions of the last refresh, one set per call of the denoiser in a step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,14 +112,14 @@ class Run(Denoising):
         return self._seen[1]
 
     def _leader(self, step: LeadStep) -> int:
-        """The leading prediction, as a place among those of the step."""
+        """Index of the leading prediction among those of the step."""
         count = len(step.active)
         order = self._order if self._order is not None and len(self._order) == count else list(range(count))
         return order[step.place % count]
 
 
 def steps(strengths: Strengths, tau: int = 1) -> list[Step]:
-    """Separate predictions where all are made, the leader's alone in between."""
+    """Steps with all predictions at a refresh, and only the leader's in between."""
     made: list[LeadStep] = []
     last = -1
     for k, row in enumerate(strengths):
@@ -131,7 +131,7 @@ def steps(strengths: Strengths, tau: int = 1) -> list[Step]:
 
 
 def interval(progress: float) -> int:
-    """Steps between refreshes."""
+    """Steps between refreshes at ``progress`` in [0, 1)."""
     return 3 if 0.375 <= progress < 0.875 else 2
 
 
@@ -142,7 +142,7 @@ def shares(count: int, leader: int) -> list[float]:
 
 
 def high_frequency(difference: Tensor) -> float:
-    """Share of the energy of (batch, channels, height, width), or of (batch, tokens, width), at high frequencies."""
+    """High-frequency share of the energy of (batch, channels, height, width), or of (batch, tokens, width)."""
     field = difference.float()
     if field.ndim < 4:  # tokens of a transformer: frequencies along the sequence
         field = field.transpose(1, 2)[:, :, None, :]

@@ -5,9 +5,9 @@
     eps = 1/N sum_i [ eps_i(z, null) + w (eps_i(z, c) - eps_i(z, null)) ]
 
 eps_i is the denoiser with adapter i alone (in the unconditional half too), w the guidance scale. Guidance is linear,
-so averaging both halves before it is the same. All N predictions are one batch (adapter-major), one scheduler step.
-Adapters whose strength is 0 in a step take no part in its mean: a weight of 0 means "not there", and N = 1 is plain
-LoRA at any weight.
+so averaging both halves before it gives the same. All N predictions are one batch (adapter-major) and one scheduler
+step. Adapters whose strength is 0 in a step are left out of its mean, so a weight of 0 removes an adapter, and N = 1 is
+plain LoRA at any weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines.diffusion.methods.step import Step, Strengths
 METHOD = Method(
     name="composite",
     title="LoRA Composite",
-    summary="Each adapter predicts alone and the predictions are averaged in every step: slower, keeps concepts whole.",
+    summary="Each adapter predicts alone and the predictions are averaged in every step: slower, preserves concepts.",
     stage="compose",
     makes="picture",
     paper="Multi-LoRA Composition for Image Generation, arXiv 2402.16843",

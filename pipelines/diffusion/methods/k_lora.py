@@ -7,12 +7,11 @@ D_c = s_c B_c A_c and D_s, and K = r_c r_s,
     gamma = mean over the layers of |D_c|_1 / |D_s|_1, ratios beyond 3 times their median left out
     at progress u in [0, 1):  the concept if  S_c / gamma >= S_s (1.5 u + 0.5),  else the style
 
-S is constant, so each layer has one progress at which it changes hands; it is computed once, where the authors' program
-sorts the whole product at every call of every layer. Their u counts calls for a fixed number of steps and layers; here
-it is the progress of the denoising. Their outliers are ratios beyond 3 times the mean; we measure from the median,
-which one huge ratio does not move. For Flux they offer (1.5 u + 1.275) mod 1.5 beside 1.5 u + 0.5; here every family
-takes the latter, which changes each layer once. The first adapter is the concept, the second the style. One prediction
-per step.
+S is constant, so each layer switches at one fixed progress, which is computed once; the authors' code sorts the full
+product at every call of every layer. Their u counts calls for a fixed number of steps and layers; here it is the
+progress of the denoising. Their outliers are ratios beyond 3 times the mean; here it is the median, which a single huge
+ratio does not move. For Flux they offer (1.5 u + 1.275) mod 1.5 besides 1.5 u + 0.5; here every family uses the latter,
+with which each layer switches once. The first adapter is the concept, the second the style. One prediction per step.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from pipelines.diffusion.methods.step import Step, Strengths
 METHOD = Method(
     name="k-lora",
     title="K-LoRA",
-    summary="A concept and a style (in this order): every layer takes one of them, the style more often later on.",
+    summary="A concept and a style (in this order): every layer uses one of them, the style more often in later steps.",
     stage="compose",
     makes="picture",
     paper="K-LoRA: Unlocking Training-Free Fusion of Any Subject and Style LoRAs, arXiv 2502.18461",
@@ -48,13 +47,13 @@ OUTLIER = 3.0
 
 @dataclass(frozen=True)
 class LayerStep(Step):
-    """A step in which each layer has gates of its own: module path -> factor of every adapter."""
+    """A step in which each layer has its own gates: module path -> factor of every adapter."""
 
     layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 class Run(Denoising):
-    """Gives every layer the gates of the step."""
+    """Sets the step's gates of every layer."""
 
     def _before(self, module: Any, args: Any, kwargs: Any) -> Any:
         step = self.steps[min(self.step, len(self.steps) - 1)]
@@ -68,21 +67,21 @@ class Run(Denoising):
 
 
 def steps(strengths: Strengths, context: MethodContext) -> list[Step]:
-    """One prediction per step, in which the layers divide the two adapters among themselves.
+    """One prediction per step, in which each layer uses one of the two adapters.
 
     Raises:
-        InputError: not two adapters, other layers in one than in the other, or a DoRA adapter.
+        InputError: not two adapters, adapters of different layers, or a DoRA adapter.
     """
     if len(context.names) != 2:
-        raise InputError(f"K-LoRA draws with a concept and a style: give two adapters, not {len(context.names)}.")
+        raise InputError(f"K-LoRA composes a concept and a style: give two adapters, not {len(context.names)}.")
     concept, style = context.layers
     odd = sorted(concept.keys() ^ style.keys())
     if odd:
         raise InputError(
-            f"K-LoRA needs two adapters of the same layers; {len(odd)} are in one of them only, such as '{odd[0]}'."
+            f"K-LoRA needs adapters of the same layers, but {len(odd)} are in only one of them, such as '{odd[0]}'."
         )
     if any(layer.magnitude is not None for layers in context.layers for layer in layers.values()):
-        raise InputError("K-LoRA cannot compare DoRA adapters: their change is no product of two matrices.")
+        raise InputError("K-LoRA cannot compare DoRA adapters: their update is not a product of two matrices.")
     change = crossings(concept, style)
     made: list[Step] = []
     for k, row in enumerate(strengths):
@@ -93,7 +92,7 @@ def steps(strengths: Strengths, context: MethodContext) -> list[Step]:
 
 
 def crossings(concept: Mapping[str, LoraLayer], style: Mapping[str, LoraLayer]) -> dict[str, float]:
-    """Layer -> last progress at which it is the concept's (below 0: never, above 1: always)."""
+    """Layer -> last progress at which it uses the concept (below 0: never, above 1: always)."""
     sums: dict[str, tuple[float, float]] = {}
     ratios: list[float] = []
     for name, one in concept.items():
@@ -108,7 +107,7 @@ def crossings(concept: Mapping[str, LoraLayer], style: Mapping[str, LoraLayer]) 
 
 
 def balance(ratios: list[float]) -> float:
-    """gamma: the mean ratio, without those that are beyond three times the median."""
+    """gamma: the mean of the ratios that are at most three times the median."""
     if not ratios:
         return 1.0
     kept = [ratio for ratio in ratios if ratio <= OUTLIER * median(ratios)] or ratios
@@ -117,5 +116,5 @@ def balance(ratios: list[float]) -> float:
 
 def _crossing(concept: float, style: float) -> float:
     if style == 0:
-        return 2.0  # nothing to change to
+        return 2.0  # the style does not change this layer
     return (concept / style - START) / GAIN

@@ -1,10 +1,10 @@
-"""LoRA-Composer: several concepts in one picture, each in its region, without training.
+"""LoRA-Composer: several concepts in one picture, each in its own region, without training.
 
 "LoRA-Composer: Leveraging Low-Rank Adaptation for Multi-Concept Customization in Training-Free Diffusion Models"
 (arXiv 2403.11627): concept injection (:mod:`pipelines.diffusion.methods.cross`), concept isolation in self-attention
 (``self_mask``), latent re-initialisation (``reinit``) and refinement by attention losses (``refine``: concept
-enhancement with ``gaussian`` and ``fill_loss``, and ``region_loss``). Each part can be switched off. Ours:
-``scope="spatial"`` (all layers of an adapter, masked), masks of any shape, the rule for overlaps, SDXL, and a trust
+enhancement with ``gaussian`` and ``fill_loss``, and ``region_loss``). Each part can be switched off. Our additions:
+``scope="spatial"`` (all layers of an adapter, masked), masks of any shape, averaging of overlaps, SDXL, and a trust
 region for the refinement.
 """
 
@@ -15,7 +15,7 @@ from adapters.catalogue import Method
 METHOD = Method(
     name="lora-composer",
     title="LoRA-Composer",
-    summary="Concepts in their regions, kept apart, started from fitting noise and corrected on the way; for UNets.",
+    summary="Concepts isolated in their regions, started from suitable noise and corrected during sampling; for UNets.",
     stage="compose",
     makes="picture",
     paper="LoRA-Composer, arXiv 2403.11627",

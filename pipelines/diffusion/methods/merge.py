@@ -2,7 +2,7 @@
 
     eps = denoiser with  W0 + sum_i w_i s_i B_i A_i
 
-The usual way of using several LoRAs, and the baseline of "Multi-LoRA Composition for Image Generation"
+The usual way to use several LoRAs, and the baseline of "Multi-LoRA Composition for Image Generation"
 (arXiv 2402.16843). It costs the same as one adapter; with many strong adapters concepts bleed into each other.
 """
 

@@ -2,10 +2,10 @@
 
     eps = share_0 eps_0 + sum_i share_i eps_i,      share_i = m_i / max(1, sum_j m_j),  share_0 = 1 - sum_i share_i
 
-eps_i is the denoiser with the adapters, prompt and negative prompt of region i (and those adapters that no region
-names), eps_0 that of the background; m_i the mask of region i on the latents. This is what ComfyUI's masked
-conditioning with LoRA hooks computes, one pass per region; here the N + 1 predictions are one batch. It is exact where
-masks do not overlap, needs N + 1 predictions, and the regions see each other only through the picture itself.
+eps_i is the denoiser with the adapters, prompt and negative prompt of region i (and the adapters of no region), eps_0
+that of the background; m_i is the mask of region i on the latents. ComfyUI's masked conditioning with LoRA hooks
+computes the same, one pass per region; here the N + 1 predictions are one batch. It is exact where masks do not
+overlap, needs N + 1 predictions, and regions influence each other only through the latents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from adapters.catalogue import Method
 METHOD = Method(
     name="output",
     title="Regions: blended predictions",
-    summary="Each region predicts alone and masks blend the predictions: works with everything, one pass per region.",
+    summary="One prediction per region, blended by masks: works with every model and LoRA, one pass per region.",
     stage="compose",
     makes="picture",
     paper="",

@@ -1,4 +1,4 @@
-"""What the rest of the program must know of a composition method; each method says it in its ``METHOD``."""
+"""Properties of a composition method that the rest of the program uses; declared in the method's ``METHOD``."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ class Properties:
     """Properties of a composition method; the defaults are those of one prediction per adapter.
 
     Attributes:
-        position: place in lists of methods; the smallest one is the usual choice (with regions, without regions).
-        text: "own": each prediction reads the prompt as its own adapter's text encoder has it; "together": all
-            adapters act in the text encoders at once, because they share a prediction.
-        official_text: which adapters' text encoders te_mode "official" uses: all, or the first one's.
-        constant: every adapter acts in every prediction, at its strength: it has a sum form (export as one LoRA), and a
-            distilled adapter can be used.
+        position: order in lists of methods; the smallest is the default (of those with regions, and of those without).
+        text: "own": each prediction uses the prompt as encoded with its own adapter; "together": all adapters act in
+            the text encoders at once, because they share a prediction.
+        official_text: the adapters in the text encoders with te_mode "official": all, or the first.
+        constant: every adapter acts in every prediction at its strength, so the composition is a sum (it can be
+            exported as one LoRA) and a distilled adapter can be used.
         turns: it uses ``tau``.
-        order_matters: adapters in another order give another picture.
-        needs_prompt: what it does depends on the prompt and on trigger words.
+        order_matters: the picture depends on the order of the adapters.
+        needs_prompt: it depends on the prompt and on trigger words.
         pair: it takes one concept and one style.
-        regions: "none"; "predictions": every region predicts alone; "network": regions act inside the network.
-        transformers: it works on SD3 and Flux, too.
-        scope: with regions in the network: which layers of an adapter act, all ("spatial") or cross-attention's.
+        regions: "none"; "predictions": one prediction per region; "network": regions act inside the network.
+        transformers: it also works on SD3 and Flux.
+        scope: for regions in the network, the layers of an adapter that act: all ("spatial") or cross-attention.
         any_scope: the scope can be chosen.
-        parts: LoRA-Composer's isolation, re-initialisation and refinement are on unless switched off.
-        hard: a cell belongs to a region or not; else it has a share.
+        parts: LoRA-Composer's isolation, re-initialisation and refinement are on by default.
+        hard: a cell belongs to a region entirely or not at all; otherwise it has a share.
     """
 
     position: int = 99
@@ -46,10 +46,10 @@ class Properties:
 
     @property
     def regional(self) -> bool:
-        """It uses regions."""
+        """Whether it uses regions."""
         return self.regions != "none"
 
     @property
     def layer_text(self) -> bool:
-        """Each cross-attention layer may read a text of its own (ED-LoRA)."""
+        """Whether each cross-attention layer can have its own text (ED-LoRA)."""
         return self.regions == "network"

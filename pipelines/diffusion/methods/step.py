@@ -1,4 +1,4 @@
-"""What a composition method decides for one denoising step."""
+"""One denoising step as a composition method plans it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Step:
 
     Attributes:
         gates: strength of every adapter, in order; 0 = not used in this step.
-        separate: True: one prediction per used adapter, then their mean; False: all used adapters in one prediction.
-        rows: with regions: the strengths outside all regions, then those inside each of them; ``gates`` is then the
-            largest strength of each adapter, and ``separate`` means one prediction per row.
+        separate: True = one prediction per used adapter, then their mean; False = all used adapters in one prediction.
+        rows: with regions, the strengths outside all regions, then those inside each; ``gates`` is then the largest
+            strength of each adapter, and ``separate`` means one prediction per row.
     """
 
     gates: tuple[float, ...]

@@ -4,8 +4,8 @@
 
     floor((k mod N tau) / tau)
 
-so each adapter draws tau steps before the next. One prediction per step, whatever N. (The authors' program switches
-after steps tau, 2 tau, ... and so gives the first adapter one step more; here all turns are equally long.)
+so each adapter acts for tau steps in turn. One prediction per step for any N. (The authors' code switches after steps
+tau, 2 tau, ... and so gives the first adapter one step more; here all turns are equally long.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipelines.diffusion.methods.step import Step, Strengths
 METHOD = Method(
     name="switch",
     title="LoRA Switch",
-    summary="One adapter per step, in turns of tau steps: as fast as one adapter, and they never mix inside a step.",
+    summary="One adapter per step, in turns of tau steps: as fast as one adapter, and they never mix within a step.",
     stage="compose",
     makes="picture",
     paper="Multi-LoRA Composition for Image Generation, arXiv 2402.16843",

@@ -5,8 +5,8 @@
     eps = sum_i w_i eps_i,     w_i = max(0.05, cos(e(prompt), e(triggers of i))), divided by their sum
 
 with e(.) the mean-pooled text embedding and eps_i the denoiser with adapter i alone. Equal weights are LoRA Composite.
-The authors have no floor here, only in W-Switch: with them an adapter whose words are far from the prompt gets no
-weight or a negative one. Adapters that are not used in a step take no part in its mean. N predictions per step.
+The authors have no floor here, only in W-Switch: in their version an adapter whose words are far from the prompt gets
+a weight of zero or below. Adapters not used in a step are left out of its mean. N predictions per step.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ METHOD = Method(
 
 @dataclass(frozen=True)
 class WeightedStep(Step):
-    """A step whose predictions have shares of their own, one per adapter."""
+    """A step with a share for the prediction of each adapter."""
 
     shares: tuple[float, ...] = ()
 
 
 class Run(Denoising):
-    """Reduces by shares instead of a plain mean."""
+    """Averages predictions by their shares."""
 
     def reduce(self, predictions: Tensor) -> Tensor:
         step = self.steps[min(self.step, len(self.steps) - 1)]
@@ -64,7 +64,7 @@ def weights(context: MethodContext) -> tuple[float, ...]:
 
 
 def weighted(predictions: Tensor, shares: list[float]) -> Tensor:
-    """Adapter-major (n * batch, ...) -> (batch, ...), with shares that are made to sum to 1."""
+    """The mean over adapters of adapter-major (n * batch, ...) -> (batch, ...), by shares normalised to sum to 1."""
     parts = predictions.view(len(shares), -1, *predictions.shape[1:])
     factors = torch.tensor(shares, dtype=torch.float32, device=parts.device)
     return torch.einsum("n,n...->...", (factors / factors.sum()).to(parts), parts)

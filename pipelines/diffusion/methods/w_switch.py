@@ -1,4 +1,4 @@
-"""W-Switch: turns as in LoRA Switch, the longer the more of the prompt an adapter is about.
+"""W-Switch: turns as in LoRA Switch, longer for adapters that matter more for the prompt.
 
 "Prompt-aware" weighting of multi-LoRA composition (arXiv 2606.03792), W-Switch. With e(.) the mean-pooled text
 embedding,
@@ -6,9 +6,9 @@ embedding,
     w_i   = max(0.05, 1 - cos(e(prompt), e(prompt without the triggers of i))),  then divided by their sum
     turn  = max(1, round(tau w_i / max_j w_j))  steps
 
-An adapter whose words change the meaning of the prompt much acts for tau steps in a row, others for fewer. Equal
-weights are LoRA Switch. One prediction per step. (The paper's option to keep the last steps for a character is not
-here: a schedule does it.)
+The adapter whose words change the meaning of the prompt most acts for tau steps in a row, others for fewer. Equal
+weights are LoRA Switch. One prediction per step. (The paper's option to reserve the last steps for a character is left
+out: a schedule does the same.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines.diffusion.methods.step import Step, Strengths
 METHOD = Method(
     name="w-switch",
     title="W-Switch",
-    summary="LoRA Switch whose turns (up to tau steps) follow how much of the prompt an adapter is about.",
+    summary="LoRA Switch whose turns (up to tau steps) are longer for adapters that matter more for the prompt.",
     stage="compose",
     makes="picture",
     paper="Prompt-aware multi-LoRA composition (W-Switch, W-Composite), arXiv 2606.03792",
