@@ -1,4 +1,4 @@
-"""The part of PEFT's ``LoraConfig`` that decides how strong the tensors are: alpha, rank, rsLoRA.
+"""The part of PEFT's ``LoraConfig`` that sets the scale of an update: alpha, rank, rsLoRA.
 
 Read from ``adapter_config.json`` (PEFT) or from the safetensors entry ``lora_adapter_metadata`` (diffusers).
 """
@@ -20,34 +20,38 @@ _LONGEST_PATTERN = 500
 
 
 def alpha_of(config: Mapping[str, Any], module: str, source: str) -> float:
-    """The alpha of one module: a pattern's, or the common one (PEFT's default is 8).
+    """The alpha of one module: that of a pattern, or the common one (PEFT's default is 8).
 
     Raises:
-        InputError: an alpha that is no number, or a pattern that is not one.
+        InputError: alpha is not a finite number, or a pattern is invalid.
     """
     common = "lora_alpha" if kind_of(config) == "LORA" else "alpha"
     return _number(_of_pattern(config, "alpha_pattern", module, config.get(common, 8), source), source)
 
 
 def scale_of(config: Mapping[str, Any], module: str, source: str) -> float:
-    """PEFT's scale of a LoHa or LoKr, alpha / r, which does not look at the tensors.
+    """PEFT's scale of a LoHa or LoKr, alpha / r with the configured r, whatever the tensors' rank.
 
     Raises:
-        InputError: a rank or alpha that cannot be.
+        InputError: rank or alpha is invalid.
     """
     rank = _number(_of_pattern(config, "rank_pattern", module, config.get("r", 8), source), source)
     if rank < 1:
-        raise InputError(f"{source} says that '{module}' has rank {rank:g}.")
+        raise InputError(f"{source} gives '{module}' the rank {rank:g}, which is below 1.")
     return alpha_of(config, module, source) / rank
 
 
 def config_of(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
-    """The ``LoraConfig`` values with which PEFT and diffusers rebuild ``layers`` exactly."""
+    """The ``LoraConfig`` values with which PEFT and diffusers restore ``layers`` exactly.
+
+    Raises:
+        InputError: layers of different kinds.
+    """
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values() if layer.rank == rank).most_common(1)[0][0]
     kinds = {(layer.rslora, layer.magnitude is not None) for layer in layers.values()}
     if len(kinds) != 1:
-        raise InputError("Layers with different kinds (LoRA, rsLoRA, DoRA) cannot stand in one PEFT configuration.")
+        raise InputError("Layers of different kinds (LoRA, rsLoRA, DoRA) cannot be in one PEFT configuration.")
     rslora, dora = kinds.pop()
     return {
         "peft_type": "LORA",
@@ -65,7 +69,7 @@ def config_of(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
 
 
 def _of_pattern(config: Mapping[str, Any], entry: str, module: str, default: Any, source: str) -> Any:
-    """PEFT's rule: the first key that is the module's name or the end of it, as a regular expression."""
+    """PEFT's rule: the value of the first key that matches the end of the module's name, as a regular expression."""
     patterns = config.get(entry) or {}
     if not isinstance(patterns, Mapping):
         raise InputError(f"{source}: its {entry} is not a table.")
@@ -78,7 +82,7 @@ def _of_pattern(config: Mapping[str, Any], entry: str, module: str, default: Any
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
         except re.error as error:
-            raise InputError(f"{source}: the {entry} key '{key[:60]}' is no pattern ({error}).") from None
+            raise InputError(f"{source}: the {entry} key '{key[:60]}' is not a valid pattern ({error}).") from None
     return default
 
 

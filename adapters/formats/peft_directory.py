@@ -1,7 +1,7 @@
-"""PEFT directories: ``adapter_config.json`` beside ``adapter_model.safetensors`` with keys ``base_model.model....``.
+"""PEFT directories: ``adapter_config.json`` and ``adapter_model.safetensors`` with keys ``base_model.model....``.
 
 PEFT adapts one model, so a LoRA for several components is a directory with one such directory per component
-(``unet/``, ``text_encoder/``), as diffusers' training examples write them.
+(``unet/``, ``text_encoder/``), as written by diffusers' training examples.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 COPY = ".base_layer.weight"
-"""PEFT writes the weight of an adapted embedding or output layer a second time, as the base had it."""
+"""Suffix of the base's weight that PEFT stores with an adapted embedding or output layer."""
 
 
 class Peft(Format):
-    """A folder with a configuration that says how strong the tensors are."""
+    """A folder with tensors and a configuration that gives their scale."""
 
     name, title, suffix, order = "peft", "PEFT, transformers, vLLM", "", 10
 
@@ -57,12 +57,12 @@ class Peft(Format):
         if not (words := (*file.words, *file.embeddings)):
             return ""
         return (
-            f"The adapter brings words of its own ({', '.join(words)}), which a PEFT directory has no place for: use "
-            "the diffusers or kohya format."
+            f"The adapter has words of its own ({', '.join(words)}), which a PEFT directory cannot hold: use the "
+            "diffusers or kohya format."
         )
 
     def _write(self, file: LoraFile, path: Path, metadata: Mapping[str, str]) -> Path:
-        """One PEFT directory, or one per component when there are several."""
+        """One PEFT directory, or one per component if there are several."""
         for component, layers in file.parts.items():
             place = path if len(file.parts) == 1 else path / component
             write_directory(place, layers, _own_text(file.metadata) | dict(metadata))
@@ -70,7 +70,7 @@ class Peft(Format):
 
 
 def is_peft_directory(path: Path) -> bool:
-    """True for a PEFT directory or a directory of them, one per component."""
+    """Whether it is a PEFT directory, or a directory with one per component."""
     return (path / CONFIG).is_file() or any((path / component / CONFIG).is_file() for component in COMPONENTS)
 
 
@@ -79,7 +79,7 @@ def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_one(path: Path) -> LoraFile:
-    """One PEFT directory, of one component."""
+    """Read one PEFT directory, of one component."""
     from adapters.formats.tensors import check_finite, read_tensors
 
     config = _read_config(path / CONFIG)
@@ -109,7 +109,7 @@ def _read_one(path: Path) -> LoraFile:
     }
     bare = next((name for name, layer in layers.items() if layer.magnitude is None), None)
     if config.get("use_dora") and bare is not None:
-        raise InputError(f"{source} says that it is DoRA (use_dora), but the layer '{bare}' has no magnitude.")
+        raise InputError(f"{source} is DoRA by its configuration (use_dora), but the layer '{bare}' has no magnitude.")
     return LoraFile(
         {component: layers}, "peft", metadata=text, path=path, copies={component: copies}, config=dict(config)
     )
@@ -121,7 +121,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"'{path}' is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise InputError(f"'{path}' does not hold a PEFT configuration.")
+        raise InputError(f"'{path}' is not a PEFT configuration.")
     check_options(config, f"'{path}'")
     return config
 
@@ -137,12 +137,12 @@ def write_directory(
 
     Args:
         layers: module path -> layer.
-        metadata: text entries of the weights' file.
-        options: further or other values of the configuration (``task_type``, ``modules_to_save``, ...).
-        more: further tensors by their whole keys (modules that learnt besides the layers).
+        metadata: text entries of the file with the weights.
+        options: values to add to or replace in the configuration (``task_type``, ``modules_to_save``, ...).
+        more: further tensors by their full keys (modules trained besides the layers).
 
     Raises:
-        InputError: layers of different kinds, or a disk that is full.
+        InputError: layers of different kinds, or a full disk.
     """
     from adapters.formats.tensors import write_tensors
 

@@ -1,4 +1,4 @@
-"""One call of the diffusers pipeline: what is asked for, the sampler, reports of each step."""
+"""One call of the diffusers pipeline: its request, the sampler, and reports of each step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from pipelines.diffusion.samplers import sampler
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for.
+    """The request of a call.
 
     Attributes:
-        size: height and width of the pictures.
-        call: what the diffusers pipeline is told unchanged.
+        images: number of pictures.
+        guided: every prediction has two halves.
+        size: height and width of the pictures in pixels.
+        call: arguments passed on to the diffusers pipeline.
+        preview_every: steps between previews; 0 = none.
         given: generators to use instead of the seed's.
-        callback, callback_tensors: the caller's own callback_on_step_end and what it wants to see.
+        callback, callback_tensors: the caller's own callback_on_step_end and the names of its tensors.
     """
 
     prompt: str
@@ -40,19 +43,19 @@ class Request:
     callback_tensors: tuple[str, ...] = ()
 
     def generators(self) -> Any:
-        """One per picture, so that a picture is the same whatever the number of pictures; or what was given."""
+        """One generator per picture, so that a picture does not depend on the number of pictures; or those given."""
         if self.given is not None:
             return self.given
         return [torch.Generator().manual_seed(self.seed + k) for k in range(self.images)]
 
 
 BeforeStep = Callable[[int, torch.Tensor], dict[str, Any]]
-"""(number of the next step, latents) -> what changes before it: {} or {"latents": ...}."""
+"""(number of the next step, latents) -> changes before it: {} or {"latents": ...}."""
 
 
 @contextmanager
 def sampling(pipe: Any, name: str, flow: bool) -> Iterator[Any]:
-    """A fresh sampler in place of the pipeline's own, and no progress bar, for the time of a call."""
+    """Inside, the pipeline has a fresh sampler (which is yielded) and no progress bar; restored on exit."""
     own, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
     fresh = sampler(name, own, flow)
     try:
@@ -72,28 +75,36 @@ def draw(
     generators: Any,
     before_step: BeforeStep | None = None,
 ) -> Any:
-    """Let the diffusers pipeline draw, while ``run`` is attached; returns what it returned."""
+    """Call the diffusers pipeline while ``run`` is attached; returns its result.
+
+    Args:
+        run: the attached hooks, whose ``step`` is advanced.
+        request: what is requested.
+        arguments: the encoded prompt, and initial latents if any.
+        generators: random generators of the call.
+        before_step: may correct the latents before each step after the first.
+    """
     report = _reporter(run, request, before_step)
     if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
-        told: dict[str, Any] = {"callback_on_step_end": report}
+        callback: dict[str, Any] = {"callback_on_step_end": report}
         if request.callback_tensors:
-            told["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(("latents", *request.callback_tensors)))
-    else:  # T2I-Adapter's pipelines have the older callback, which can only look on
+            callback["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(("latents", *request.callback_tensors)))
+    else:  # T2I-Adapter's pipelines have the older callback, which cannot change the latents
 
-        def look(index: int, timestep: Any, latents: torch.Tensor) -> None:
+        def observe(index: int, timestep: Any, latents: torch.Tensor) -> None:
             report(pipe, index, timestep, {"latents": latents})
 
-        told = {"callback": look, "callback_steps": 1}
-    return pipe(**request.call, **arguments, generator=generators, **told)
+        callback = {"callback": observe, "callback_steps": 1}
+    return pipe(**request.call, **arguments, generator=generators, **callback)
 
 
 def joined(images: Sequence[Any]) -> Any:
-    """The pictures of several calls, tensors or lists, as those of one."""
+    """The pictures of several calls (tensors or lists) as those of one."""
     return torch.cat(list(images)) if isinstance(images[0], torch.Tensor) else [one for part in images for one in part]
 
 
 def one_after_the_other(results: Sequence[Any]) -> Any:
-    """What several calls of a diffusers pipeline returned, as if it were of one."""
+    """The results of several calls of a diffusers pipeline as one result."""
     made = results[0]
     made.images = joined([result.images for result in results])
     if getattr(made, "nsfw_content_detected", None):
@@ -102,7 +113,7 @@ def one_after_the_other(results: Sequence[Any]) -> Any:
 
 
 def _reporter(run: Any, request: Request, before_step: BeforeStep | None) -> Any:
-    """diffusers' callback: move to the next step, correct the latents, report, stop if asked."""
+    """diffusers' callback: advance the step, report, stop if cancelled, correct the latents."""
     total, every = len(run.steps), request.preview_every
 
     def on_step_end(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

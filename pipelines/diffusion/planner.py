@@ -1,4 +1,4 @@
-"""What happens at every step of a call: the composition that was chosen, applied to the adapters it names."""
+"""The plan of a call: the chosen composition applied to its adapters, step by step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ Places = tuple[Region, ...] | Literal["auto", "own"]
 
 @dataclass(frozen=True)
 class Composition:
-    """What :meth:`~pipelines.diffusion.pipeline.MultiLoRAPipeline.compose` chose; ``adapters`` None means all that are
-    loaded, ``regions`` "own" the regions they were loaded with."""
+    """The choice made by :meth:`~pipelines.diffusion.pipeline.MultiLoRAPipeline.compose`.
+
+    Its arguments, resolved; ``adapters`` None = all loaded ones, ``regions`` "own" = those they were loaded with.
+    """
 
     method: str = methods.usual(regional=False)
     adapters: tuple[str, ...] | None = None
@@ -40,18 +42,18 @@ class Composition:
 
     @property
     def properties(self) -> Properties:
-        """Of the method."""
+        """The method's properties."""
         return methods.properties(self.method)
 
     def cross_only(self, loaded: Sequence[Loaded]) -> tuple[str, ...]:
-        """The adapters that only act in cross-attention."""
+        """Names of the adapters that only act in cross-attention, sorted."""
         if not self.properties.regional or self.options.scope != "cross":
             return ()
         return tuple(sorted({name for region in placed_regions(self, loaded) for name in region.adapters}))
 
 
 Texts = list[list[TextAdapters]]
-"""For each step, the encoding that each of its predictions reads."""
+"""For each step, the name of the encoding of each of its predictions."""
 
 
 def make_plan(
@@ -64,22 +66,27 @@ def make_plan(
     prompt: str | None,
     embed: Callable[[str], Tensor],
 ) -> tuple[Plan, Texts]:
-    """The plan of ``count`` steps, and which encoding each prediction reads.
+    """The plan of ``count`` steps, and the encoding of each prediction.
 
     Args:
+        composition: the chosen composition.
+        loaded: its adapters, in order.
+        family: of the base model.
+        count: number of denoiser calls.
+        guided: every prediction has two halves.
         memory: bytes of the adapters' joined matrices.
-        prompt: what is to be drawn; None while only planning.
-        embed: text -> its mean-pooled embedding, for methods that weigh adapters by the prompt.
+        prompt: None while only planning.
+        embed: text -> its mean-pooled embedding, for methods that weight adapters by the prompt.
 
     Raises:
-        InputError: the composition cannot be done.
+        InputError: the composition is not possible.
     """
     method, known = composition.method, composition.properties
     mode = resolve_mode(composition.te_mode, method)
     with_words = [item.report.name for item in loaded if item.file.embeddings]
     if with_words and not known.layer_text:
         raise InputError(
-            f"'{with_words[0]}' has a word with an embedding per layer, which only regions inside the network read: "
+            f"'{with_words[0]}' has a word with an embedding per layer, which only regions inside the network support: "
             f"choose {', '.join(methods.names(lambda other: other.layer_text))}."
         )
     rows = strengths(loaded, count)
@@ -122,16 +129,17 @@ def make_plan(
 
 
 def placed_regions(composition: Composition, loaded: Sequence[Loaded]) -> tuple[Region, ...]:
-    """The regions of a composition; automatic ones are one per adapter, and have no place yet.
+    """The regions of a composition; automatic ones are one per adapter, without a place yet.
 
     Raises:
-        InputError: an adapter was loaded with a region and the method has none, or all such adapters are gone.
+        InputError: an adapter was loaded with a region but the method has none, or a method needs regions and no
+            adapter with one is left.
     """
     own = tuple(item.report.region for item in loaded if item.report.region)
     if own and not composition.properties.regional:
         regional = methods.names(lambda known: known.regional)
         raise InputError(
-            f"'{own[0].title}' was loaded with a region, which '{composition.method}' has none of: "
+            f"'{own[0].title}' was loaded with a region, which '{composition.method}' does not support: "
             f"compose with {', '.join(regional)}."
         )
     if composition.regions == "auto":
@@ -143,7 +151,11 @@ def placed_regions(composition: Composition, loaded: Sequence[Loaded]) -> tuple[
 
 
 def strengths(loaded: Sequence[Loaded], count: int) -> methods.Strengths:
-    """Weight times schedule of every adapter at every step (of a DoRA adapter: the schedule alone, 0 or 1)."""
+    """Weight times schedule of every adapter at every step (for a DoRA adapter only the schedule, 0 or 1).
+
+    Raises:
+        InputError: the schedule of a DoRA adapter has a factor other than 0 and 1.
+    """
     rows = []
     for k in range(count):
         row = []
@@ -151,8 +163,8 @@ def strengths(loaded: Sequence[Loaded], count: int) -> methods.Strengths:
             factor = factor_at(item.report.schedule, k / count)
             if item.report.dora and factor not in (0, 1):
                 raise InputError(
-                    f"'{item.report.name}' is a DoRA adapter: its schedule may switch it on and off (1 and 0) but "
-                    f"not fade it (it asks for {factor:g}); use weight to set its strength."
+                    f"'{item.report.name}' is a DoRA adapter: its schedule can switch it on and off (1 and 0) but not "
+                    f"fade it (got {factor:g}); use weight to set its strength."
                 )
             if item.report.dora:
                 factor = factor if item.report.weight != 0 else 0.0
@@ -164,15 +176,19 @@ def strengths(loaded: Sequence[Loaded], count: int) -> methods.Strengths:
 
 
 def region_factors(loaded: Sequence[Loaded], regions: Sequence[Region], count: int) -> list[list[float]]:
-    """Scale times schedule of every region at every step."""
+    """Scale times schedule of every region at every step.
+
+    Raises:
+        InputError: a region of a DoRA adapter has a factor other than 0 and 1.
+    """
     rows = [[region.scale * factor_at(region.schedule, k / count) for region in regions] for k in range(count)]
     dora = {item.report.name for item in loaded if item.report.dora}
     for i, region in enumerate(regions):
         faded = next((row[i] for row in rows if row[i] not in (0, 1)), None)
         if faded is not None and dora.intersection(region.adapters):
             raise InputError(
-                f"'{', '.join(dora.intersection(region.adapters))}' is a DoRA adapter: a region may switch it on "
-                f"and off (1 and 0) but not fade it (it asks for {faded:g}); use weight to set its strength."
+                f"'{', '.join(dora.intersection(region.adapters))}' is a DoRA adapter: a region can switch it on and "
+                f"off (1 and 0) but not fade it (got {faded:g}); use weight to set its strength."
             )
     return rows
 

@@ -1,4 +1,4 @@
-"""The adapters that are loaded on a base model, and their matrices joined for one composition."""
+"""The adapters loaded on a base model, and their joined matrices for a composition."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipelines.diffusion.schedule import Keyframes, check_keyframes
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded adapter: what it reports, and its layers fitted to the model."""
+    """A loaded adapter: its report, and its layers fitted to the model."""
 
     report: LoraReport
     file: LoraFile
@@ -34,11 +34,11 @@ class Loaded:
 
     @property
     def active_distilled(self) -> Distilled | None:
-        """What is distilled into it, unless its weight is 0."""
+        """Its distillation, unless its weight is 0."""
         return self.distilled if self.report.weight != 0 else None
 
     def text_strength(self) -> float:
-        """Its gate in the text encoders (a DoRA adapter has its strength in its matrices)."""
+        """Its gate in the text encoders (a DoRA adapter's strength is part of its matrices)."""
         return 1.0 if self.report.dora else self.report.te_weight
 
 
@@ -52,12 +52,12 @@ class Joined:
 
 
 class Rack:
-    """Loads adapters and keeps them by name.
+    """The loaded adapters, by name.
 
     Args:
-        pipe: the diffusers pipeline they are for; it is read, never changed.
+        pipe: the diffusers pipeline they are for; it is never changed.
         family: its family.
-        settings: how it was opened.
+        settings: its settings.
     """
 
     def __init__(self, pipe: Any, family: Family, settings: Settings) -> None:
@@ -71,7 +71,7 @@ class Rack:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The parts of the pipeline that an adapter may touch."""
+        """The parts of the pipeline that an adapter may change."""
         return (self.family.denoiser, *self.family.text_encoders)
 
     def load(
@@ -89,7 +89,7 @@ class Rack:
         file = path if isinstance(path, LoraFile) else read(path)
         chosen = name or (file.path.stem if file.path else "adapter")
         if chosen in self.loaded:
-            raise InputError(f"An adapter named '{chosen}' is already loaded; give this one another name.")
+            raise InputError(f"An adapter named '{chosen}' is already loaded: give this one another name.")
         weight = check_weight(weight, f"The weight of '{chosen}'")
         te_weight = weight if te_weight is None else check_weight(te_weight, f"The te_weight of '{chosen}'")
         keyframes = check_keyframes(schedule or (), chosen)
@@ -121,27 +121,27 @@ class Rack:
         return report
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; raises :class:`InputError` if there is none of that name."""
+        """Unload an adapter; raises :class:`InputError` if there is none of that name."""
         self.check(name)
         del self.loaded[name]
         self._joined = None
 
     def clear(self) -> None:
-        """Forget all adapters."""
+        """Unload all adapters."""
         self.loaded.clear()
         self._joined = None
 
     def check(self, name: str) -> None:
-        """Refuse a name that no adapter has; raises :class:`InputError`."""
+        """Raise :class:`InputError` if no adapter has this name."""
         if name not in self.loaded:
             known = ", ".join(self.loaded) or "none"
             raise InputError(f"No adapter '{name}' is loaded{nearest(name, self.loaded)}: loaded are {known}.")
 
     @contextmanager
     def at(self, strengths: Mapping[str, tuple[float, float]]) -> Iterator[None]:
-        """Let adapters act at other strengths (weight, te_weight) for a while."""
+        """Inside, adapters have other strengths (weight, te_weight)."""
         own, joined = dict(self.loaded), self._joined
-        inside = any(self.loaded[name].report.dora for name in strengths)  # its strength is in its matrices
+        inside = any(self.loaded[name].report.dora for name in strengths)  # its strength is part of its matrices
         try:
             for name, (weight, te_weight) in strengths.items():
                 report = replace(self.loaded[name].report, weight=weight, te_weight=te_weight)
@@ -155,14 +155,15 @@ class Rack:
                 self._joined = joined
 
     def chosen(self, names: Sequence[str] | None) -> list[Loaded]:
-        """The adapters of these names in this order; all for None."""
+        """The adapters with these names, in this order; None = all."""
         return list(self.loaded.values()) if names is None else [self.loaded[name] for name in names]
 
     def joined(self, names: Sequence[str] | None, cross_only: Collection[str] = ()) -> Joined:
-        """The matrices of these adapters joined (kept until something changes).
+        """The joined matrices of these adapters, cached until something changes.
 
         Args:
-            cross_only: adapters of which only the cross-attention layers act in the denoiser.
+            names: of the adapters, in order; None = all.
+            cross_only: adapters of which only the cross-attention layers are used in the denoiser.
         """
         loaded = self.chosen(names)
         key = (tuple(sorted(cross_only)), *((item.report.name, item.report.sha256) for item in loaded))
@@ -193,12 +194,12 @@ class Rack:
         return GatedAdapters(model, parts, keep, _compute_dtype(model, self.settings))
 
     def _models(self) -> dict[str, nn.Module]:
-        """The parts of the base model an adapter may touch."""
+        """Component -> model, for the parts that an adapter may change."""
         parts = {component: getattr(self.pipe, component, None) for component in self.components}
         return {component: model for component, model in parts.items() if isinstance(model, nn.Module)}
 
     def _check_words(self, file: LoraFile, name: str) -> None:
-        """Refuse words that this model cannot use, or that are taken."""
+        """Raise :class:`InputError` for words that this model cannot use, or that are taken."""
         from pipelines.diffusion.regions.concepts import check_layer_words, check_taken, check_words
         from pipelines.diffusion.regions.unet import ordered_blocks
 
@@ -210,7 +211,7 @@ class Rack:
         if file.embeddings:
             if self.family.name != "sd":
                 raise FamilyError(
-                    f"'{name}' is an ED-LoRA, made for Stable Diffusion 1.x; this is {self.family.title}."
+                    f"'{name}' is an ED-LoRA, made for Stable Diffusion 1.x, but this is {self.family.title}."
                 )
             layers, width = len(ordered_blocks(self.denoiser)), self.pipe.text_encoder.config.hidden_size
             check_layer_words(file.embeddings, layers, width, name)
@@ -218,6 +219,6 @@ class Rack:
 
 
 def _compute_dtype(model: Any, settings: Settings) -> torch.dtype:
-    """The precision a model computes in (its weights may be stored in fewer bits)."""
+    """The precision in which a model computes (its weights may be stored in fewer bits)."""
     stored: torch.dtype = model.dtype
     return stored if stored in DTYPES.values() else DTYPES[settings.dtype]

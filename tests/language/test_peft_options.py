@@ -50,12 +50,12 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "lora_bias": ({"lora_bias": True}, "trains biases"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "replaces whole modules"),
     "tokens": ({"trainable_token_indices": [12, 15]}, "embeddings of single tokens"),
-    "pissa": ({"init_lora_weights": "pissa"}, "started by pissa"),
-    "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "started by pissa_niter_4"),
-    "olora": ({"init_lora_weights": "olora"}, "started by olora"),
+    "pissa": ({"init_lora_weights": "pissa"}, "initialised by pissa"),
+    "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "initialised by pissa_niter_4"),
+    "olora": ({"init_lora_weights": "olora"}, "initialised by olora"),
     "alora": ({"alora_invocation_tokens": [7, 8, 9]}, "activated LoRA"),
-    "replication": ({"layer_replication": [(0, 2), (1, 2)]}, "layers are repeated"),
-    "parameters": ({"target_parameters": ["gate_proj.weight"]}, "bare parameters"),
+    "replication": ({"layer_replication": [(0, 2), (1, 2)]}, "repeated layers"),
+    "parameters": ({"target_parameters": ["gate_proj.weight"]}, "single parameters"),
 }
 """Options that make an adapter something else: refused, and how the sentence names it."""
 

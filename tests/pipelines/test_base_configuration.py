@@ -78,7 +78,7 @@ def test_edm_composes_as_it_is_and_is_not_trained(kind: str) -> None:
     torch.testing.assert_close(composer("a cat", **call).images, wanted)
     with pytest.raises(InputError, match="EDM's noise, which the sampler 'euler' does not support"):
         composer("a cat", **call, scheduler="euler")
-    with pytest.raises(InputError, match=r"EDM's noise and scaling .* not trained"):
+    with pytest.raises(InputError, match=r"EDM's noise and scaling .* do not support"):
         family_of(pipe)
 
 
@@ -96,7 +96,7 @@ def test_zero_terminal_snr_is_honoured_and_odd_predictions_are_refused() -> None
 def test_an_unknown_field_is_named() -> None:
     pipe = tiny.sd()
     pipe.scheduler.register_to_config(new_noise=0.3)
-    with pytest.raises(InputError, match=r"says new_noise=0\.3, which training does not know"):
+    with pytest.raises(InputError, match=r"has new_noise=0\.3, which training does not support"):
         family_of(pipe)
     pipe = tiny.sd3()
     pipe.vae.register_to_config(latent_magnitude=2.0)

@@ -158,9 +158,9 @@ def test_single_files_are_told_apart_by_their_keys(key: str, family: str, tmp_pa
 
 
 def test_bases_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="no directory, no file and no hub id"):
+    with pytest.raises(InputError, match="neither a directory, a file nor a hub id"):
         detect(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no directory, no file and no hub id"):
+    with pytest.raises(InputError, match="neither a directory, a file nor a hub id"):
         detect("tinymojy")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no model_index"):

@@ -190,7 +190,7 @@ def test_the_plan_shows_regions_and_warns_of_unused_layers(sd: Bed) -> None:
     composer.compose("cross", regions=[Region(("a",), box=LEFT, prompt="a cat", scale=0.5)])
     plan = composer.plan(steps=4)
     assert "region a: box 0, 0, 0.5, 1; a x 0.5; 'a cat'" in str(plan)
-    assert any("'a' lie outside of cross-attention" in text for text in plan.warnings)
+    assert any("'a' is outside cross-attention" in text for text in plan.warnings)
     assert plan.to_dict()["regions"][0]["scale"] == 0.5
     assert plan.to_dict()["options"]["scope"] == "cross"
     composer.compose("output", regions=[Region(("a",), box=LEFT)])
@@ -218,7 +218,7 @@ def test_an_adapter_brings_its_region(sd: Bed) -> None:
         ({"box": (0, 0, 1.2, 1)}, "between 0 and 1"),
         ({}, "needs a box or a mask"),
         ({"bx": LEFT}, "did you mean 'box'"),
-        (Region(("a", "b"), box=LEFT), "its own alone"),
+        (Region(("a", "b"), box=LEFT), "for this adapter only"),
     ],
 )
 def test_a_region_that_cannot_be_is_refused_with_its_adapter(sd: Bed, region: Any, sentence: str) -> None:
@@ -254,18 +254,18 @@ def test_a_method_without_regions_does_not_ignore_one(sd: Bed) -> None:
         ("activation", [Region(("cat",), box=ALL)], {}, "names the adapter 'cat'"),
         ("activation", [Region(("a", "a"), box=ALL)], {}, "twice"),
         ("activation", [Region(("a",))], {}, "needs a box or a mask"),
-        ("activation", [Region(("a",), box=ALL, mask="x.png")], {}, "and not both"),
+        ("activation", [Region(("a",), box=ALL, mask="x.png")], {}, "but not both"),
         ("activation", [Region(("a",), box=ALL, scale=float("nan"))], {}, "finite"),
         ("activation", [Region(("a",), box=ALL, schedule=[(0.5, 1), (0.2, 1)])], {}, "not in order"),
         ("activation", [Region(("a",), mask="nothing.png")], {}, "no such file"),
-        ("activation", [Region(("a",), mask="data:text/plain,hello")], {}, "is no picture"),
+        ("activation", [Region(("a",), mask="data:text/plain,hello")], {}, "cannot be read as a picture"),
         ("activation", [Region(("a",), mask=torch.zeros(8, 8))], {}, "not empty"),
-        ("activation", [Region(("a",), mask=torch.ones(8, 16))], {}, "must have the picture's shape"),
+        ("activation", [Region(("a",), mask=torch.ones(8, 16))], {}, "must have the picture's aspect ratio"),
         ("activation", [Region(("a",), box=(0, 0, 0.01, 1))], {}, "covers no whole cell"),
         ("activation", [], {}, "needs regions"),
         ("activation", "atuo", {}, "'auto', got 'atuo'"),
         ("merge", [Region(("a",), box=ALL)], {}, "has no regions"),
-        ("merge", None, {"refine": True}, "refine would do nothing"),
+        ("merge", None, {"refine": True}, "refine would have no effect"),
         ("cross", [Region(("c",), box=ALL)], {}, "no layer in cross-attention"),
         ("cross", [Region(("a",), box=ALL)], {"scope": "spatial"}, "always has the scope 'cross'"),
         ("lora-composer", [Region(("a",), box=ALL)], {"scope": "sptial"}, "Unknown scope"),
@@ -273,12 +273,12 @@ def test_a_method_without_regions_does_not_ignore_one(sd: Bed) -> None:
         ("lora-composer", [Region(("a",), box=ALL)], {"refin": True}, "did you mean 'refine'"),
         ("lora-composer", [Region(("a",), box=ALL, words=("apple",))], {"capture": 3}, "capture 3"),
         ("lora-composer", [Region(("a",), box=ALL)], {}, "which word of"),
-        ("lora-composer", [Region(("a",), box=ALL, words=("dog",))], {}, "does not hold the word 'dog'"),
+        ("lora-composer", [Region(("a",), box=ALL, words=("dog",))], {}, "does not contain the word 'dog'"),
         ("lora-composer", [Region(("a",), box=ALL, words=("<c1>",), prompt="a <c1>")], {}, "does not know the concept"),
-        ("lora-composer", [Region(("a",), box=ALL, words=("zz",), prompt="a" * 600 + " zz")], {}, "behind the 640 tok"),
+        ("lora-composer", [Region(("a",), box=ALL, words=("zz",), prompt="a" * 600 + " zz")], {}, "beyond the 640 tok"),
         ("lora-composer", [Region(("a",), box=(0, 0, 0.15, 1), words=("apple",))], {}, "less than 2 cells"),
         ("output", [Region(("a",), box=ALL)], {"reinit": True}, "separate predictions"),
-        ("output", [Region(("a",), box=ALL)], {"te_mode": "merged"}, "leave te_mode"),
+        ("output", [Region(("a",), box=ALL)], {"te_mode": "merged"}, "te_mode"),
     ],
 )
 def test_bad_input_is_a_sentence(sd: Bed, method: str, regions: Any, options: Any, sentence: str) -> None:

@@ -91,7 +91,7 @@ def test_words_go_through_every_format_that_has_a_place_for_them(tmp_path: Path)
     rows = LoraFile(named.parts, embeddings={"<hina>": torch.randn(4, 16)})
     back = read(write_diffusers(rows, tmp_path / "d.safetensors"))
     assert torch.equal(back.embeddings["<hina>"], rows.embeddings["<hina>"])
-    with pytest.raises(InputError, match="PEFT directory has no place for"):
+    with pytest.raises(InputError, match="PEFT directory cannot hold"):
         write_peft(named, tmp_path / "peft")
     (folder / f"c{WORDS}").unlink()
     with pytest.raises(InputError, match=r"with the words .* is missing"):

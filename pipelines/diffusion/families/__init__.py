@@ -1,9 +1,9 @@
-"""Base families: one file each describes everything that differs between them.
+"""Base families: one file per family describes everything that differs between them.
 
 A module here with a constant ``FAMILY`` is a family; an installed package adds more under the entry point group
-``adapter_studio.families`` (its value names a module with such a constant). Composing, training, distilling, the
-recognition of files and bases, pages and commands all read the descriptions from here. Importing this package loads
-neither torch nor diffusers.
+``adapter_studio.families`` (its value names a module with such a constant). Composition, training, distillation, the
+recognition of files and bases, pages and commands all use these descriptions. Importing this package loads neither
+torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GROUP = "adapter_studio.families"
 _OURS = (f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__))
 
 FAMILIES: Mapping[str, Family] = discovery.objects(_OURS, "FAMILY", Family, GROUP)
-"""Every family by name, in the order of lists."""
+"""Every family by name, sorted by ``order``."""
 
 
 def family_of(pipe: Any) -> Family:
@@ -38,7 +38,7 @@ def family_of(pipe: Any) -> Family:
 
 
 def by_pipeline(name: str, source: str) -> Family:
-    """The family whose pipeline class is called ``name``; ``source`` is named when there is none.
+    """The family whose pipeline class is called ``name``; ``source`` names the model in the error.
 
     Raises:
         InputError: no such family.
@@ -54,20 +54,20 @@ def find(name: str) -> Family:
     """The family called ``name``.
 
     Raises:
-        InputError: not one of the known names.
+        InputError: there is none.
     """
     if name not in FAMILIES:
-        raise InputError(f"Unknown model family '{name}': possible are auto, {', '.join(FAMILIES)}.")
+        raise InputError(f"Unknown model family '{name}': use one of auto, {', '.join(FAMILIES)}.")
     return FAMILIES[name]
 
 
 def of_adapter(names: Iterable[str], width: int | None = None, hints: str = "") -> Family | None:
-    """The family an adapter file was made for, judged by its header alone.
+    """The family an adapter file was made for, from its header; None if unknown.
 
     Args:
         names: of its tensors.
-        width: inputs of a cross-attention key projection, where there is one.
-        hints: what its metadata says of the base.
+        width: inputs of a cross-attention key projection, if there is one.
+        hints: its metadata on the base.
     """
     text = "\n".join(names)
     for family in _by_precedence():
@@ -78,7 +78,7 @@ def of_adapter(names: Iterable[str], width: int | None = None, hints: str = "") 
 
 
 def of_checkpoint(names: Iterable[str]) -> Family | None:
-    """The family of a whole single-file model with tensors of these names."""
+    """The family of a single-file model with tensors of these names; None if unknown."""
     text = "\n".join(names)
     return next((family for family in _by_precedence() if family.signature.fits_checkpoint(text)), None)
 
@@ -87,18 +87,18 @@ def detect(source: str | Path) -> Family:
     """The family of a model directory, a single file or a hub id.
 
     Raises:
-        InputError: nothing there, or a family we do not know.
+        InputError: the source does not exist or cannot be fetched, or its family is unknown.
     """
     place = Path(source)
     if place.is_dir():
         index = place / "model_index.json"
         if not index.is_file():
-            raise InputError(f"'{place}' holds no model_index.json, so it is no diffusers pipeline directory.")
+            raise InputError(f"'{place}' is not a diffusers pipeline directory: it has no model_index.json.")
         return by_pipeline(_class_name(index), f"'{place}'")
     if place.is_file():
         return _detect_file(place)
     if place.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
-        raise InputError(f"Base model '{source}' is no directory, no file and no hub id ('owner/name').")
+        raise InputError(f"Base model '{source}' is neither a directory, a file nor a hub id ('owner/name').")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -106,7 +106,7 @@ def detect(source: str | Path) -> Family:
         index = Path(hf_hub_download(str(source), "model_index.json"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"Base model '{source}' is not here and could not be fetched from the hub: {reason}") from None
+        raise InputError(f"Base model '{source}' could not be fetched from the hub: {reason}") from None
     return by_pipeline(_class_name(index), f"'{source}'")
 
 

@@ -1,8 +1,8 @@
-"""What a description of a base family holds; one file per family fills it in.
+"""The interface of a base family, implemented by one file per family.
 
-A description is read without torch and diffusers (recognition and pages need that); its methods import them when they
-are called with a loaded diffusers pipeline, always named ``pipe``. An encoded prompt is a dictionary of named tensors
-with the batch in front. Everything else that composes, trains and distils is written once for all families.
+A description can be read without torch and diffusers (as recognition and pages require); its methods import them when
+called with a loaded diffusers pipeline, always named ``pipe``. An encoded prompt is a dictionary of named tensors with
+the batch first. All other code for composition, training and distillation is shared by all families.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tensors = dict[str, "Tensor"]
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
 FEED_FORWARD = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out|proj_in)"
 OUTSIDE_BLOCKS = r"(conv_in|conv_out|pos_embed.*|x_embedder|context_embedder|proj_out|norm_out.*)"
-"""First and last layers, which 'linear' and 'all' leave alone as other trainers do."""
+"""First and last layers, which 'linear' and 'all' leave out, as other trainers do."""
 
 TARGETS = {
     "attention": rf"(.*\.)?{ATTENTION}",
@@ -33,12 +33,12 @@ TARGETS = {
     "linear": rf"(?!{OUTSIDE_BLOCKS}$).*",
     "all": rf"(?!{OUTSIDE_BLOCKS}$).*",
 }
-"""Choice of layers -> regular expression of whole module names, as diffusers names them in most denoisers."""
+"""Choice of layers -> regular expression that matches full module names of most denoisers in diffusers."""
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A denoising network: its attribute in the pipeline, and the noise levels it is asked at (0 clean, 1 noise)."""
+    """A denoising network: its attribute in the pipeline, and its range of noise levels (0 clean, 1 noise)."""
 
     name: str
     low: float = 0.0
@@ -50,10 +50,10 @@ class Layout:
     """The order of tokens inside the denoiser.
 
     Attributes:
-        sequence: what stands in one sequence, in order: "text", "image", "reference". A network with cross-attention
-            has the image alone.
+        sequence: parts of the token sequence, in order: "text", "image", "reference". A network with cross-attention
+            has only "image".
         patch: latent cells along each side of one image token.
-        packed: the pipeline hands over tokens (batch, tokens, channels) instead of latents (batch, channels, h, w).
+        packed: the pipeline passes tokens (batch, tokens, channels) instead of latents (batch, channels, h, w).
     """
 
     sequence: tuple[str, ...] = ("image",)
@@ -62,20 +62,20 @@ class Layout:
 
     @property
     def text_first(self) -> bool:
-        """Whether text stands before the image in one sequence."""
+        """Whether text comes before the image in one sequence."""
         return "text" in self.sequence and self.sequence.index("text") < self.sequence.index("image")
 
 
 @dataclass(frozen=True)
 class Signature:
-    """How files of a family are told apart by the names in their header.
+    """How a family's files are recognised by the names in their header.
 
     Attributes:
-        adapter: regular expression found in the module names of adapter files.
-        checkpoint: regular expression found in the tensor names of whole single-file models.
+        adapter: regular expression to find in the module names of adapter files.
+        checkpoint: regular expression to find in the tensor names of single-file models.
         width: inputs of a cross-attention key projection that only this family has.
-        hints: regular expression found in the metadata that trainers write about the base.
-        precedence: families of higher precedence are asked first (others may share some of their names).
+        hints: regular expression to find in the metadata that trainers write about the base.
+        precedence: families with a higher one are tried first (others may share some of their names).
     """
 
     adapter: str
@@ -85,17 +85,17 @@ class Signature:
     precedence: int = 1
 
     def fits_adapter(self, names: str, width: int | None = None) -> bool:
-        """Whether an adapter with these tensor names (one a line) is the family's."""
+        """Whether an adapter with these tensor names (one per line) is for this family."""
         return bool(re.search(self.adapter, names, re.MULTILINE)) or (width is not None and width == self.width)
 
     def fits_checkpoint(self, names: str) -> bool:
-        """Whether a single-file model with these tensor names (one a line) is the family's."""
+        """Whether a single-file model with these tensor names (one per line) is of this family."""
         return bool(re.search(self.checkpoint, names, re.MULTILINE))
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """An encoded prompt: the positive and (or None) the negative embeddings.
+    """An encoded prompt: the positive and the negative embeddings (None without guidance).
 
     ``positive`` and ``negative`` map the family's names ("embeds" (batch, tokens, width), "pooled" (batch, width), a
     mask ...) to tensors; ``names`` maps them to the arguments of the diffusers pipeline.
@@ -106,7 +106,7 @@ class Encoding:
     names: Mapping[str, str] = field(default_factory=lambda: CALL_NAMES)
 
     def call_arguments(self) -> dict[str, Tensor]:
-        """The arguments with which a diffusers pipeline takes these embeddings."""
+        """The embeddings as arguments of a diffusers pipeline."""
         arguments = {self.names[key]: tensor for key, tensor in self.positive.items()}
         if self.negative is not None:
             arguments |= {f"negative_{self.names[key]}": tensor for key, tensor in self.negative.items()}
@@ -120,30 +120,30 @@ class Family:
     """A base family.
 
     Attributes:
-        name: what configurations call it.
-        title, short: its name for people, and the same in a few characters.
-        order: place in lists (smaller first).
-        licence: note on the public checkpoints.
-        pipeline: diffusers' class that makes pictures from words.
-        other_pipelines: what else is made with the same networks -> diffusers' class.
+        name: its name in configurations.
+        title, short: its name for people, long and short.
+        order: position in lists (smaller first).
+        licence: of the public checkpoints.
+        pipeline: diffusers' text-to-image class.
+        other_pipelines: other task with the same networks -> diffusers' class.
         controlnet: diffusers' class of the family's ControlNets.
         components: attributes of the pipeline that hold models.
         denoisers: the denoising networks; most families have one.
-        text_encoders: attributes of the text encoders an adapter may touch.
+        text_encoders: attributes of the text encoders that adapters may change.
         learning_encoders: those of them that can be trained here.
         batch_arguments: keyword arguments of the denoiser whose first dimension is the batch.
         list_arguments: those that are lists with one entry per sample.
-        text_arguments: where the denoiser takes embeddings: path of keys -> name in the encoding.
+        text_arguments: path of keys in the denoiser's arguments -> name in the encoding.
         call_names: name in the encoding -> argument of the pipeline.
-        targets: choice of layers -> regular expression of whole module names of the denoiser.
+        targets: choice of layers -> regular expression that matches full module names of the denoiser.
         layout: the order of tokens inside the denoiser.
         predictions: what the denoiser may predict: "epsilon", "v_prediction", "sample" or "flow".
-        vae_fields: statistics of latents in the autoencoder's configuration that the pipeline uses.
-        denoiser_inputs: field of the denoiser's configuration that asks for an input -> values that are given.
-        guidance_input: the denoiser takes the guidance as an input; real guidance is a second pass.
+        vae_fields: latent statistics in the VAE's configuration that the pipeline uses.
+        denoiser_inputs: field of the denoiser's configuration that requires an input -> supported values.
+        guidance_input: the denoiser takes the guidance as an input; true guidance is a second pass.
         zeros_field: field of the pipeline's configuration that replaces an empty negative prompt by zeros.
-        size_input: the denoiser takes the size and the cut of the picture as an input.
-        usual_size: pixels of a side where the model itself is not at hand.
+        size_input: the denoiser takes the picture's size and crop as an input.
+        usual_size: pixels per side, if the model itself is not loaded.
         signature: how files are recognised.
     """
 
@@ -181,17 +181,17 @@ class Family:
 
     @property
     def flow(self) -> bool:
-        """Trained by flow matching (its samplers differ)."""
+        """Whether it is trained by flow matching, which has its own samplers."""
         return self.predictions == ("flow",)
 
     # ------------------------------------------------------------------ sizes
     def pixel_step(self, pipe: Any) -> int:
-        """Width and height must be multiples of this many pixels."""
+        """Pixels that width and height must be multiples of."""
         factor: int = pipe.vae_scale_factor
         return factor * self.layout.patch
 
     def grid(self, pipe: Any, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the cells of a prediction (tokens where they are packed) for a picture of this size."""
+        """Rows and columns of a prediction (in tokens if packed, else latents) for a picture of this size in pixels."""
         factor = pipe.vae_scale_factor * (self.layout.patch if self.layout.packed else 1)
         return height // factor, width // factor
 
@@ -201,31 +201,31 @@ class Family:
         return channels * self.layout.patch**2 if self.layout.packed else channels
 
     def resolution(self, pipe: Any) -> int:
-        """Pixels of a side that the base was made for."""
+        """Pixels per side that the base was trained for."""
         size = getattr(pipe, self.denoiser).config.sample_size
         return int(size if isinstance(size, int) else size[0]) * latent_factor(pipe)
 
     def multiple(self, pipe: Any) -> int:
-        """Sides of a picture to train on are best multiples of this many pixels."""
+        """Pixels that the sides of training pictures should be multiples of."""
         return latent_factor(pipe) * self.layout.patch
 
     # ------------------------------------------------------------------ prompts
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
-        """The prompt as the pipeline encodes it, ``images`` times; with the negative prompt where ``guided``."""
+        """The prompt encoded by the pipeline, ``images`` times; with the negative prompt if ``guided``."""
         raise NotImplementedError
 
     def encoding(self, positive: Mapping[str, Any], negative: Mapping[str, Any], guided: bool) -> Encoding:
-        """An :class:`Encoding` in the family's names; the negative half only where ``guided``."""
+        """An :class:`Encoding` with the family's names; the negative half only if ``guided``."""
         return Encoding(positive, negative if guided else None, self.call_names)
 
     def tokens(self, pipe: Any, texts: Sequence[str]) -> Tensors:
-        """Integer inputs (batch, tokens) of the text encoders that can learn.
+        """Text encoder -> token ids (batch, tokens), for the text encoders that can be trained.
 
         Raises:
-            InputError: no text encoder of this family is trained here.
+            InputError: this family's text encoders cannot be trained here.
         """
         if not self.learning_encoders:
-            raise InputError(f"Text encoder LoRAs of {self.name} are not trained: set train_text_encoder to false.")
+            raise InputError(f"Text encoders of {self.name} cannot be trained: set train_text_encoder to false.")
         return {name: token_ids(tokenizer_of(pipe, name), texts) for name in self.learning_encoders}
 
     def encode_tokens(self, pipe: Any, tokens: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> Tensors:
@@ -242,16 +242,16 @@ class Family:
             return self.encode_tokens(pipe, {k: v.to(device) for k, v in self.tokens(pipe, texts).items()}, encoders)
 
     def null_condition(self, pipe: Any, text: str = "") -> Tensors:
-        """Embeddings (batch 1) that the pipeline uses for "no prompt" in guidance."""
+        """Embeddings (batch 1) that the pipeline uses as the null prompt in guidance."""
         return self.condition(pipe, [text])
 
     def readers(self, pipe: Any) -> list[Reader]:
-        """The text encoders in the order of the parts of the denoiser's text sequence (those that share a part, and
-        those that only pool, after each other); none: prompts of this family are encoded by its pipeline alone."""
+        """The text encoders, in the order of their parts in the denoiser's text sequence (those that share a part or
+        only pool follow each other). Empty: prompts are encoded only by the pipeline."""
         return []
 
     def encode_tokenized(self, pipe: Any, tokens: Mapping[str, Tokenized]) -> Tensors:
-        """Embeddings (batch 1) of a prompt that is tokenized for every reader."""
+        """Embeddings (batch 1) of a prompt tokenised for every reader (``tokens``: text encoder -> tokens)."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ denoiser
@@ -261,26 +261,26 @@ class Family:
         """The denoiser's prediction, shaped like ``noisy`` (batch, channels, height, width).
 
         Args:
-            times: noise levels (batch,), as the family's process counts them.
-            given: embeddings, and the size ("time_ids") or guidance ("guidance") where the denoiser takes them.
-            guidance: what the denoiser is told where it takes the guidance as a number.
+            times: noise levels (batch,), in the units of the family's process.
+            given: embeddings, and the size ("time_ids") or guidance ("guidance") if the denoiser takes them.
+            guidance: for a denoiser that takes the guidance as a number.
         """
         raise NotImplementedError
 
     def repeat(self, name: str, value: Any, count: int, batch: int) -> Any:
-        """The argument ``name`` of the denoiser ``count`` times after itself, where it has the batch in front."""
+        """The argument ``name`` of the denoiser, repeated ``count`` times if its first dimension is the batch."""
         if name in self.list_arguments:
             return list(value) * count
         return repeat(value, count, batch) if name in self.batch_arguments else value
 
     # ------------------------------------------------------------------ tests
     def tiny(self, seed: int = 0, **changes: Any) -> Any:
-        """A random pipeline of this family in miniature, made from configurations alone."""
+        """A miniature random pipeline of this family, created from configurations; ``changes`` are the denoiser's."""
         raise NotImplementedError
 
 
 def repeat(value: Any, count: int, batch: int) -> Any:
-    """Every tensor in ``value`` whose first dimension is the batch, ``count`` times after itself."""
+    """``value`` with every tensor whose first dimension is ``batch`` repeated ``count`` times."""
     import torch
 
     if count == 1:
@@ -295,7 +295,7 @@ def repeat(value: Any, count: int, batch: int) -> Any:
 
 
 def latent_factor(pipe: Any) -> int:
-    """Pixels along each side of a latent cell."""
+    """Pixels per side of a latent cell."""
     levels: int = len(pipe.vae.config.block_out_channels)
     return 1 << (levels - 1)
 
@@ -306,7 +306,7 @@ def tokenizer_of(pipe: Any, encoder: str) -> Any:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Token numbers (batch, tokens) of ``texts``, filled up or cut to what the encoder reads."""
+    """Token ids (batch, tokens) of ``texts``, padded or truncated to the encoder's length."""
     ids: torch.Tensor = tokenizer(
         list(texts),
         padding="max_length",
@@ -318,5 +318,5 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 def t5_length(tokenizer: Any, usual: int) -> int:
-    """Tokens of T5: what the pipeline uses, or fewer where the tokenizer has fewer (it may be left out)."""
+    """Number of T5 tokens: ``usual``, or the tokenizer's maximum if smaller; ``tokenizer`` may be None."""
     return min(usual, tokenizer.model_max_length) if tokenizer is not None else usual

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T5_TOKENS = 512
-"""How many of T5's tokens diffusers' pipeline reads."""
+"""T5 tokens that diffusers' pipeline reads."""
 
 
 class Flux(Family):

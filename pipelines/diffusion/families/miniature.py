@@ -1,4 +1,4 @@
-"""Small random parts of which the families' miniature pipelines are made: no download, no file.
+"""Small random parts for the families' miniature pipelines, without downloads or files.
 
 Shapes are the smallest that still have every kind of layer an adapter can meet (several blocks, attention with
 several transformer layers, resnets, samplers, text encoders, double and single stream blocks).
@@ -25,7 +25,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer(words: tuple[str, ...] = ()) -> Any:
-    """A CLIP tokenizer that spells words letter by letter (16 tokens a prompt), with ``words`` as whole tokens."""
+    """A CLIP tokenizer with one token per letter (16 per prompt), and ``words`` as whole tokens."""
     symbols = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *".,<>!", *(f"{mark}</w>" for mark in ".,<>!")]
     vocab = {symbol: index for index, symbol in enumerate([*symbols, START, END])}
     tokenizer = make("CLIPTokenizer", vocab=vocab, merges=[], model_max_length=16)
@@ -34,7 +34,7 @@ def clip_tokenizer(words: tuple[str, ...] = ()) -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """A T5 tokenizer that spells words letter by letter."""
+    """A T5 tokenizer with one token per letter."""
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -2.0) for letter in LETTERS)]
     return make("T5Tokenizer", vocab=vocab, extra_ids=0, model_max_length=16)
 
@@ -75,7 +75,7 @@ def vae(latent_channels: int = 4, **changes: Any) -> Any:
 
 
 def unet(**changes: Any) -> Any:
-    """A UNet with two levels, cross-attention on both and in the middle (SD names)."""
+    """A UNet with two levels and cross-attention (SD's names)."""
     values = {
         "sample_size": 16,
         "in_channels": 4,

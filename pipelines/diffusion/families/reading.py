@@ -1,11 +1,11 @@
-"""How text encoders read prompts that are longer than they are, or whose words have weights.
+"""Encoding long prompts, and words with weights.
 
-CLIP reads 75 tokens between its two marks. Longer text is cut into chunks of that size, each encoded on its own, and
-the denoiser is given all of them one after the other; a chunk ends at a comma where one stands among its last tokens
-(as in AUTOMATIC1111's web UI). T5 reads as many tokens as the family gives it; what does not fit is lost, and named.
+CLIP reads 75 tokens between its start and end tokens. Longer text is split into chunks of that size, which are encoded
+separately and concatenated for the denoiser; a chunk ends at a comma if there is one among its last tokens (as in
+AUTOMATIC1111's web UI). T5 reads as many tokens as the family gives it; words that do not fit are lost and reported.
 
 A weight w moves the states z of its tokens away from those of an empty prompt: z_0 + w (z - z_0), as in ComfyUI.
-Pooled text is that of the first chunk.
+The pooled embedding is that of the first chunk.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ COMMA = 20
 """A chunk ends at a comma that is at most this many tokens before its end."""
 
 MOST_CHUNKS = 40
-"""Chunks of one prompt; what lies behind is lost."""
+"""Most chunks of one prompt; text beyond them is lost."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A text encoder that reads prompts.
+    """A text encoder.
 
     Attributes:
         encoder: its attribute in the pipeline.
-        kind: "clip" reads in chunks, "t5" in one sequence.
+        kind: "clip" reads in chunks, "t5" one sequence.
         length: tokens of a chunk, or of the sequence.
-        most: chunks, or how many times as long the sequence may become.
-        places: the denoiser sees its tokens (else only the pooled text).
+        most: largest number of chunks, or factor by which the sequence may be longer.
+        places: the denoiser gets its tokens (otherwise only the pooled embedding).
     """
 
     encoder: str
@@ -47,14 +47,14 @@ class Reader:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A prompt as one encoder reads it.
+    """A prompt tokenised for one encoder.
 
     Attributes:
-        ids, mask, weights: (chunks, tokens): token numbers, 1 up to the end mark, weights.
+        ids, mask, weights: (chunks, tokens) each: token ids, 1 up to the end token, weights.
         empty: a chunk (1, tokens) without words.
-        content: its tokens in order, without marks and filling.
-        places: where each of them stands in all chunks one after the other.
-        lost: the words that are not read.
+        content: its token ids in order, without special tokens and padding.
+        places: position of each of them in the concatenated chunks.
+        lost: the words that did not fit.
     """
 
     ids: Tensor
@@ -67,7 +67,7 @@ class Tokenized:
 
 
 def needed(tokenizer: Any, reader: Reader, prompt: Prompt) -> int:
-    """Chunks that a prompt fills (of T5: how many times the usual length)."""
+    """Number of chunks that a prompt needs, at most ``reader.most`` (for T5: multiples of the usual length)."""
     if reader.kind == "clip":
         return min(len(_chunks(tokenizer, reader, prompt)), reader.most)
     count = sum(len(tokens) for tokens, _ in _tokens(tokenizer, _together(prompt))) + 1
@@ -75,7 +75,7 @@ def needed(tokenizer: Any, reader: Reader, prompt: Prompt) -> int:
 
 
 def tokenize(tokenizer: Any, reader: Reader, prompt: Prompt, count: int = 1) -> Tokenized:
-    """The prompt for this encoder in ``count`` chunks (at least as many as :func:`needed`)."""
+    """The prompt for this encoder in ``count`` chunks; what needs more (see :func:`needed`) is lost."""
     import torch
 
     chunks = _chunks(tokenizer, reader, prompt) if reader.kind == "clip" else [_flat(tokenizer, _together(prompt))]
@@ -107,10 +107,10 @@ def tokenize(tokenizer: Any, reader: Reader, prompt: Prompt, count: int = 1) -> 
 
 
 def states(pipe: Any, encoder: str, tokens: Tokenized, layer: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Hidden states (1, chunks * tokens, width) of an encoder and its pooled text (1, width).
+    """Hidden states (1, chunks * tokens, width) of an encoder and its pooled embedding (1, width), if it has one.
 
     Args:
-        layer: of the hidden states; None: the encoder's output.
+        layer: index of the hidden states; None = the encoder's output.
     """
     import torch
 
@@ -136,7 +136,7 @@ def _filled(values: list[Any], value: Any, width: int) -> list[Any]:
 
 
 def _together(prompt: Prompt) -> tuple[Piece, ...]:
-    """All parts as one."""
+    """All parts as one, separated by spaces."""
     pieces = list(prompt.parts[0])
     for part in prompt.parts[1:]:
         pieces += [Piece(" "), *part]
@@ -154,7 +154,7 @@ def _tokens(tokenizer: Any, pieces: Sequence[Piece]) -> list[tuple[list[int], fl
 
 
 def _chunks(tokenizer: Any, reader: Reader, prompt: Prompt) -> list[list[tuple[int, float]]]:
-    """The tokens of a prompt in chunks that a CLIP encoder reads; at least one."""
+    """The tokens of a prompt, with weights, in chunks for a CLIP encoder; at least one."""
     size = reader.length - 2
     comma = tokenizer(",", add_special_tokens=False).input_ids[-1:]
     commas = {token for token in comma if token != tokenizer.unk_token_id}

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T5_TOKENS = 256
-"""How many of T5's tokens diffusers' pipeline reads."""
+"""T5 tokens that diffusers' pipeline reads by default."""
 
 MOST_T5_TOKENS = 512
-"""How many it can read at most, for long prompts."""
+"""Most T5 tokens, for long prompts."""
 
 
 class StableDiffusion3(Family):
-    """SD 3.x; text encoders only encode here."""
+    """SD 3.x; its text encoders are not trained here."""
 
     name = "sd3"
     title = "Stable Diffusion 3 / 3.5"
@@ -97,7 +97,7 @@ class StableDiffusion3(Family):
         embeds = torch.nn.functional.pad(embeds, (0, pipe.transformer.config.joint_attention_dim - embeds.shape[-1]))
         if "text_encoder_3" in tokens:
             last = states(pipe, "text_encoder_3", tokens["text_encoder_3"])[0]
-        else:  # the pipeline has zeros in the place of T5's tokens
+        else:  # without T5 the pipeline uses zeros
             last = embeds.new_zeros(1, T5_TOKENS, embeds.shape[-1])
         pooled = torch.cat([pooled for _, pooled in clips.values() if pooled is not None], -1)
         return {"embeds": torch.cat([embeds, last.to(embeds)], 1), "pooled": pooled}

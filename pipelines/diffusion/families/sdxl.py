@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP encoders (their last but one layer, side by side), pooled text, sizes as an input.
+"""Stable Diffusion XL: two CLIP encoders (penultimate layers, concatenated), pooled text, and sizes as an input.
 
 Podell et al. 2023, "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis" (arXiv 2307.01952).
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class StableDiffusionXL(StableDiffusion):
-    """SDXL and its derivatives; a UNet called as SD's, with two inputs more."""
+    """SDXL and its derivatives; a UNet called like SD's, with two more inputs."""
 
     name = "sdxl"
     title = "Stable Diffusion XL"

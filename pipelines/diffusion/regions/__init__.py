@@ -1,4 +1,4 @@
-"""Adapters with a place of their own in the picture: masks, the levels at which they act, LoRA-Composer's parts."""
+"""Regions: adapters that act in a part of the picture. Masks, composition inside the network, LoRA-Composer's parts."""
 
 from pipelines.diffusion.regions.region import PlacedRegion, Region, RegionOptions
 

@@ -1,11 +1,11 @@
-"""Automatic regions: where the first steps already draw each subject.
+"""Automatic regions: where the first steps place each subject.
 
-The first steps (a share of all of them) are made with all adapters everywhere and the whole prompt; the attention that
-cells of the picture pay to every subject's words is averaged over them: in a UNet cross-attention on one grid, in SD3
-and Flux the part of joint attention from picture to text. With v_i = M_i / mean(M_i), a cell belongs to the subject
-with the largest v_i if that is above 1 (above its own average), else to the background. Then the picture is begun
-anew from the same noise with these regions. The idea of masks from early attention is that of FreeFuse (arXiv
-2510.23515) and LoRAShop (arXiv 2505.23758); the rule is ours.
+The first steps (a share of all) are made with all adapters everywhere and the whole prompt. The attention of the
+picture's cells to each subject's words is averaged over them: in a UNet cross-attention on one grid, in SD3 and Flux
+the part of joint attention from picture to text. With v_i = M_i / mean(M_i), a cell belongs to the subject with the
+largest v_i if that is above 1 (above its own average), else to the background. Then sampling restarts from the same
+noise with these regions. The idea of masks from early attention is from FreeFuse (arXiv 2510.23515) and LoRAShop (arXiv
+2505.23758); the rule is ours.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 def assigned(attention: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Attention of the subjects (subjects, rows, columns) -> their masks (subjects, height, width) on a finer grid.
+    """Masks (subjects, height, width) on a finer ``grid``, from the subjects' attention (subjects, rows, columns).
 
-    A subject that no cell prefers gets the tenth of the cells that prefer it most.
+    A subject that gets no cell is assigned the tenth of all cells with the most attention to it.
     """
     fine = F.interpolate(attention[None].float(), grid, mode="bilinear", align_corners=False)[0]
     relative = fine / fine.mean((1, 2), keepdim=True).clamp(min=1e-12)

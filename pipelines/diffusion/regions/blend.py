@@ -16,13 +16,13 @@ from pipelines.diffusion.regions.masks import Place, level
 
 
 class Blending(Denoising):
-    """One run: the batch once per row (row-major), each with its strengths and its text, and the blended result.
+    """The hooks of one run: the batch once per row (row-major), each with its strengths and text, blended into one.
 
     Args:
-        encodings: the encoding of row k is called ``(k,)``; the pipeline itself was given that of the background.
+        family, gates, steps, adapter_batch: as for :class:`Denoising`.
+        encodings: the encoding of row k is called ``(k,)``; the pipeline itself was given the background's.
         places: the regions' places.
-        grid: height and width of the grid of latent cells (of Flux: of its packed tokens).
-        See :class:`Denoising` for the others.
+        grid: height and width of the latents in cells (for Flux: in packed tokens).
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Blending(Denoising):
         return self.used
 
     def set_gates(self, step: Step, predictions: Sequence[int], batch: int) -> None:
-        """Row-major strengths for every sample."""
+        """Set row-major strengths for every sample."""
         rows = [step.rows[row] for row in predictions]
         if len(rows) == 1:
             self.gates.joint(rows[0])
@@ -64,6 +64,6 @@ class Blending(Denoising):
 
 
 def latent_grid(family: Any, pipe: Any, height: int, width: int) -> tuple[int, int]:
-    """The cells of a prediction for a picture of this size: latents, or Flux's packed tokens."""
+    """Rows and columns of a prediction for a picture of this size: latents, or Flux's packed tokens."""
     grid: tuple[int, int] = family.grid(pipe, height, width)
     return grid

@@ -1,11 +1,11 @@
-"""Reading attention maps during a forward pass of a UNet, and stopping it as soon as all are read.
+"""Capturing attention maps during a forward pass of a UNet, which stops as soon as all are captured.
 
     cross  M_i(cell, token) = mean over layers and heads of softmax over all tokens (Q K_i^T / sqrt d)
     self   S(cell, cell)    = mean over layers and heads of softmax over all cells (Q K^T / sqrt d), after isolation
 
-Only the layers on one grid are read (LoRA-Composer: latents / 4). What lies behind the last of them is not needed for
-the maps or their gradients, so the pass ends there: in Stable Diffusion 1.5 the two finest up blocks are never run.
-Maps are in fp32 and nothing is kept of other steps.
+Only the layers on one grid are captured (LoRA-Composer: latents / 4). Later layers are not needed for the maps or their
+gradients, so the pass ends after the last of them: in Stable Diffusion 1.5 the two finest up blocks never run. Maps are
+in fp32.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ OFFICIAL = 4
 """LoRA-Composer reads attention where the latents are this many times smaller."""
 
 FEWEST = 8
-"""Fewer cells than this per side are too coarse to tell subjects apart: a finer grid is read then (ours)."""
+"""Fewer cells per side than this are too coarse to separate subjects: a finer grid is used instead (ours)."""
 
 
 class Captured(Exception):
-    """All maps are there; the rest of the forward pass is not needed."""
+    """Ends a forward pass once all maps are captured."""
 
 
 class Capture:
     """The maps of one forward pass.
 
     Args:
-        run: the run whose texts are looked for.
-        layers: the transformer blocks to read.
-        rows: the rows of text to read (regions from 1, the background is 0).
-        with_self: also self-attention.
+        run: the run, which has the keys of every row's text.
+        layers: paths of the transformer blocks to capture.
+        rows: the rows of text to capture (0 is the background, regions start at 1).
+        with_self: also capture self-attention.
         stop: end the pass after the last layer (with :class:`Captured`).
-        last: samples to read, from the end of the batch (0 = all).
+        last: number of samples to capture, from the end of the batch; 0 = all.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Capture:
 
 @contextmanager
 def capturing(run: RegionalUNet, capture: Capture) -> Iterator[None]:
-    """Let ``run`` read maps of a conditional-only pass."""
+    """Inside, ``run`` captures maps, for conditional-only passes."""
     halves = run.halves
     run.capture, run.halves = capture, ("positive",)
     try:
@@ -98,7 +98,7 @@ def capturing(run: RegionalUNet, capture: Capture) -> Iterator[None]:
 
 
 def maps(run: RegionalUNet, capture: Capture, sample: Tensor, arguments: dict[str, Any]) -> Capture:
-    """One conditional-only forward pass (or as much of it as the maps need).
+    """Run one conditional-only forward pass (or as much of it as the maps need); returns ``capture``.
 
     Args:
         sample: the scaled latents (batch, 4, height, width).
@@ -111,7 +111,7 @@ def maps(run: RegionalUNet, capture: Capture, sample: Tensor, arguments: dict[st
 
 
 def factors(unet: nn.Module) -> dict[str, int]:
-    """How many times smaller than the latents each transformer block's grid is, by the block's path."""
+    """Path of each transformer block -> factor by which its grid is smaller than the latents."""
     depth = len(unet.down_blocks)  # type: ignore[arg-type]
     made = {}
     for name in ordered_blocks(unet):
@@ -122,10 +122,10 @@ def factors(unet: nn.Module) -> dict[str, int]:
 
 
 def capture_factor(unet: nn.Module, grid: tuple[int, int], wanted: int | None) -> int:
-    """The grid to read, as the factor by which it is smaller than the latents.
+    """The grid to capture, as the factor by which it is smaller than the latents; ``wanted`` None = chosen by size.
 
     Raises:
-        InputError: no cross-attention there.
+        InputError: there is no cross-attention at the wanted factor.
     """
     there = sorted(set(factors(unet).values()))
     if wanted is not None:

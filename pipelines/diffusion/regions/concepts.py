@@ -1,14 +1,13 @@
-"""Words that adapters bring along, of two kinds.
+"""The adapters' own words, of two kinds.
 
-*Pivotal tuning*: a word stands for a few vectors, one token each, in each text encoder. A prompt is *spelled*: the word
-is replaced by its tokens.
+*Pivotal tuning*: a word stands for a few vectors, one token each, in each text encoder. In a prompt the word is
+replaced by its tokens ("spelled").
 
-*ED-LoRA* (Mix-of-Show, arXiv 2305.18292): a word has one embedding per cross-attention layer. A prompt becomes as many
-prompts as there are layers, with the word replaced by that layer's token, and each layer reads its own (layers in the
-order down, middle, up).
+*ED-LoRA* (Mix-of-Show, arXiv 2305.18292): a word has one embedding per cross-attention layer. A prompt becomes one
+prompt per layer (in the order down, middle, up), with the word replaced by that layer's token.
 
-For the time of an encoding the tokenizers are copies that know these tokens, and the token tables answer them with the
-adapter's rows.
+During an encoding the tokenizers are replaced by copies that know these tokens, and the token embeddings return the
+adapter's vectors for them.
 """
 
 from __future__ import annotations
@@ -29,28 +28,27 @@ LayerWords = Mapping[str, Tensor]
 """ED-LoRA: word -> (layers, width)."""
 
 Tokens = Mapping[str, Mapping[str, Tensor]]
-"""text encoder -> token -> its row (width,)."""
+"""text encoder -> token -> its embedding (width,)."""
 
 
 def check_taken(words: Collection[str], known: Collection[str], name: str) -> None:
-    """Refuse words of the adapter ``name`` that are among those ``known`` already.
-
-    Raises:
-        InputError: naming the word.
-    """
+    """Raise :class:`InputError` if a word of the adapter ``name`` is already ``known``."""
     for word in words:
         if word in known:
             raise InputError(f"'{name}': the word '{word}' is already taken by another adapter or by the tokenizer.")
 
 
 def check_layer_words(words: LayerWords, layers: int, width: int, name: str) -> None:
-    """Refuse an ED-LoRA's words that this model cannot use.
+    """Check that an ED-LoRA's words fit this model.
 
     Args:
-        layers, width: cross-attention layers of the denoiser, width of the text encoder.
+        words: of the adapter.
+        layers: number of cross-attention layers of the denoiser.
+        width: of the text encoder.
+        name: of the adapter.
 
     Raises:
-        FamilyError: another number of layers or another width.
+        FamilyError: the number of layers or the width differs.
     """
     for word, rows in words.items():
         if tuple(rows.shape) != (layers, width):
@@ -61,14 +59,16 @@ def check_layer_words(words: LayerWords, layers: int, width: int, name: str) -> 
 
 
 def check_words(words: Words, widths: Mapping[str, int], base: str, name: str) -> None:
-    """Refuse words of pivotal tuning that this model cannot use.
+    """Check that words of pivotal tuning fit this model.
 
     Args:
-        widths: of the model's text encoders.
-        base: the model's title.
+        words: of the adapter.
+        widths: text encoder of the model -> its width.
+        base: name of the model in errors.
+        name: of the adapter.
 
     Raises:
-        FamilyError: other text encoders or another width.
+        FamilyError: the text encoders or their widths differ.
     """
     for word, encoders in words.items():
         found = {encoder: rows.shape[1] for encoder, rows in encoders.items()}
@@ -80,7 +80,7 @@ def check_words(words: Words, widths: Mapping[str, int], base: str, name: str) -
 
 
 def spelled(prompt: str, words: Words) -> str:
-    """The prompt with every word replaced by its tokens (capitals do not matter)."""
+    """The prompt with every word replaced by its tokens (case does not matter)."""
     tokens = {word.lower(): " ".join(_tokens(word, len(next(iter(rows.values()))))) for word, rows in words.items()}
     if not tokens:
         return prompt
@@ -90,7 +90,7 @@ def spelled(prompt: str, words: Words) -> str:
 
 
 def word_tokens(words: Words) -> dict[str, dict[str, Tensor]]:
-    """The tokens of pivotal tuning's words, by text encoder."""
+    """The tokens of words of pivotal tuning, by text encoder."""
     made: dict[str, dict[str, Tensor]] = {}
     for word, encoders in words.items():
         for encoder, rows in encoders.items():
@@ -123,7 +123,7 @@ def expanded(prompt: str, words: LayerWords) -> list[str]:
 
 
 def in_layer(text: str, words: LayerWords, layer: int) -> str:
-    """The text as one layer reads it."""
+    """The text with every word replaced by the token of ``layer``."""
     for word, rows in words.items():
         text = text.replace(word, _tokens(word, len(rows))[layer])
     return text
@@ -131,7 +131,7 @@ def in_layer(text: str, words: LayerWords, layer: int) -> str:
 
 @contextmanager
 def knowing(pipe: Any, tokens: Tokens) -> Iterator[None]:
-    """Let the pipeline's tokenizers and text encoders know the tokens; afterwards they are what they were."""
+    """Inside, the pipeline's tokenizers and text encoders know the tokens; restored on exit."""
     with ExitStack() as stack:
         for encoder, rows in tokens.items():
             stack.enter_context(_knowing(pipe, encoder, rows))
@@ -147,7 +147,7 @@ def _knowing(pipe: Any, encoder: str, tokens: Mapping[str, Tensor]) -> Iterator[
     given: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        # the model never sees the new numbers: some CLIPs take the largest one for the end mark
+        # the new ids are hidden from the model: some CLIP versions take the largest id as the end token
         numbers = args[0] if args else kwargs["input_ids"]
         given[:] = [numbers]
         new = torch.tensor(list(rows), device=numbers.device)
@@ -174,5 +174,5 @@ def _knowing(pipe: Any, encoder: str, tokens: Mapping[str, Tensor]) -> Iterator[
 
 
 def _tokens(word: str, count: int) -> list[str]:
-    """The token of each vector or layer, in angle brackets, so that no other token is part of it."""
+    """The token of each vector or layer, in angle brackets, so that no token is part of another."""
     return [f"<{word.strip('<>')}:{layer}>" for layer in range(count)]

@@ -1,4 +1,4 @@
-"""What a call with regions needs of the pipeline around it."""
+"""What a call with regions needs from the pipeline."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipelines.diffusion.prompts import Prompts
 
 @dataclass(frozen=True)
 class RegionContext:
-    """The surroundings of a call with regions.
+    """What a call with regions needs from the pipeline.
 
     Attributes:
         pipe, family, denoiser: the diffusers pipeline, its family and its denoising network.
-        adapters: those of the composition, joined for the denoiser (with the scope already applied).
+        adapters: the composition's adapters joined for the denoiser (with the scope already applied).
         prompts: encodes the regions' texts.
-        triggers: the words that call each adapter, by its name.
-        offloaded: single layers move between devices, so a forward pass must not be left half-way.
+        triggers: adapter -> its trigger words.
+        offloaded: single layers move between devices, so a forward pass must not be interrupted.
     """
 
     pipe: Any

@@ -1,15 +1,15 @@
-"""Regions inside SD3 and Flux: one pass over picture cells and the texts of all regions, one after the other.
+"""Regions inside SD3 and Flux: one pass over picture cells and the concatenated texts of all regions.
 
 The text sequence is  [background | region 1 | region 2 | ...];  the picture's cells come after it (Flux) or before it
 (SD3). With token gates an adapter acts on its segment of the text with its row's strengths and on picture cells with
 the regions' shares. Attention:
 
     picture cell  -> picture cells                                  all (or, with self_mask, not those of other regions)
-    picture cell  -> text segment i      if the cell lies in region i (background: in no region)
+    picture cell  -> text segment i      if the cell is in region i (background: in no region)
     text segment  -> itself, and the picture cells of its region
 
-The pooled text vector and the layers that only see it or the time have no place: the vector is the background
-prompt's, and adapters act there at their mean share.
+The pooled text vector, and layers that only read it or the time, have no place: the vector is the background prompt's,
+and adapters act there at their mean share.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pipelines.diffusion.regions.masks import Level, Place, level
 TEXT_LAYERS = (
     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "context_embedder", "ff_context", "norm1_context",
 )  # fmt: skip
-"""Module names on the text's side of a joint block."""
+"""Module names on the text side of a joint block."""
 
 
 def joined(encodings: Sequence[Encoding]) -> Encoding:
-    """One encoding with the texts of all rows one after the other; pooled vectors are the first one's."""
+    """One encoding with the texts of all rows concatenated; pooled vectors are the first one's."""
 
     def cat(half: str) -> dict[str, Tensor] | None:
         parts = [getattr(encoding, half) for encoding in encodings]
@@ -49,12 +49,12 @@ def joined(encodings: Sequence[Encoding]) -> Encoding:
 
 
 class TextAttention:
-    """What picture cells look at in the text, gathered over layers and steps:
+    """The attention of picture cells to the text, averaged over layers and steps:
 
         M(cell, token) = mean over layers, heads and passes of softmax over the text's tokens (Q K^T / sqrt d)
 
     Args:
-        every: passes of the transformer per step; the first of them is read.
+        every: passes of the transformer per step, of which the first is used.
     """
 
     def __init__(self, every: int) -> None:
@@ -63,7 +63,7 @@ class TextAttention:
         self._count = 0
 
     def add(self, query: Tensor, key: Tensor) -> None:
-        """Queries of the cells and keys of the text (batch, heads, tokens, width); the batch's last sample counts."""
+        """Add queries of the cells and keys of the text (batch, heads, tokens, width), of the batch's last sample."""
         if not self.reading:
             return
         scores = query[-1].float() @ key[-1].float().transpose(-1, -2) / query.shape[-1] ** 0.5
@@ -86,8 +86,8 @@ class RegionalTransformer:
         steps: the rows of strengths at every step.
         places: the regions' places.
         grid: height and width of the grid of picture tokens.
-        segment: tokens of one row's text.
-        self_mask: regions do not look at each other.
+        segment: number of tokens of one row's text.
+        self_mask: regions do not attend to each other.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class RegionalTransformer:
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[RegionalTransformer]:
-        """Let regions act on ``denoiser``; afterwards its processors and hooks are what they were."""
+        """Inside, regions act on ``denoiser``; its processors and hooks are restored on exit."""
         with ExitStack() as stack:
             stack.enter_context(self.engine.attached())
             self.device = next(denoiser.parameters()).device
@@ -129,7 +129,7 @@ class RegionalTransformer:
             yield self
 
     def gates_of(self, name: str, tokens: int) -> Tensor:
-        """The engine's token gates."""
+        """The engine's token gates (L, N), or (1, N) for layers without a place."""
         cells, texts = self.level.tokens, self.segment * len(self.level.shares)
         if tokens == 0:
             kind = "none"
@@ -165,7 +165,7 @@ class RegionalTransformer:
 
 
 def attention_mask(here: Level, segment: int, self_mask: bool, text_first: bool) -> Tensor:
-    """Which token may look at which (tokens, tokens), in the order of the sequence."""
+    """Which token may attend to which (tokens, tokens), in the order of the sequence."""
     shares = here.shares > 0
     rows, cells = shares.shape
     texts = torch.arange(rows, device=shares.device).repeat_interleave(segment)
@@ -183,7 +183,7 @@ def _masked(own: Any, run: RegionalTransformer) -> Any:
 
 
 class FluxMasked:
-    """Flux's own processor, given the mask."""
+    """Flux's own processor with the mask."""
 
     def __init__(self, own: Any, run: RegionalTransformer) -> None:
         self.own, self.run = own, run
@@ -203,7 +203,7 @@ class FluxMasked:
 
     @staticmethod
     def _looking(attn: Any, cells: Tensor, text: Tensor, rotations: Any) -> tuple[Tensor, Tensor]:
-        """Queries of the cells and keys of the text as the attention has them (batch, heads, tokens, width)."""
+        """Queries of the cells and keys of the text (batch, heads, tokens, width), as in the attention."""
         made = []
         length = text.shape[1]
         sides = (

@@ -1,13 +1,13 @@
-"""Regions on token grids: which cell belongs to whom, at every resolution of the network.
+"""Regions on token grids: which cells belong to which region, at every resolution of the network.
 
 With m_i the mask of region i on a grid of L = h w cells, the share of region i in a cell is
 
     share_i = m_i / max(1, sum_j m_j),      share of the background = 1 - sum_i share_i,
 
-so shares add up to 1 everywhere. Where regions overlap they are averaged (at every level: predictions, activations,
-attention outputs); where a mask is soft the background has the rest. Masks are *soft* (area averages of the mask on the
-grid) or *hard* (0 or 1; a box has the rows ceil(y0 h) to floor(y1 h), as LoRA-Composer has it, a mask the cells of
-which it covers half).
+so shares sum to 1 everywhere. Where regions overlap they are averaged (in predictions, activations and attention
+outputs); where a mask is soft the background has the rest. Masks are *soft* (area averages of the mask on the grid) or
+*hard* (0 or 1; a box has the rows ceil(y0 h) to floor(y1 h), as in LoRA-Composer, a mask the cells that it covers at
+least by half).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.diffusion.regions.pictures import open_mask
 from pipelines.diffusion.regions.region import Box, Region
 
 ROUND = 1e-6
-"""Edges this close to a cell border lie on it (thirds are not exact in binary)."""
+"""Edges this close to a cell border count as on it (thirds are not exact in binary)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,10 @@ class Place:
     mask: Tensor | None
 
     def soft(self, height: int, width: int) -> Tensor:
-        """Share of every cell of a grid that lies inside: (height, width) in [0, 1]. Give the sides of a coarse grid
-        as :func:`grids` made them: where halving rounded up, its last cells are smaller than the others."""
+        """Share of every cell of a grid that is inside: (height, width) in [0, 1].
+
+        The sides of a coarse grid must come from :func:`grids`: where halving rounded up, the last cells are smaller.
+        """
         if self.box is not None:
             x0, y0, x1, y1 = self.box
             return covered(y0, y1, height)[:, None] * covered(x0, x1, width)[None, :]
@@ -62,8 +64,10 @@ class Place:
 
 
 class Side(int):
-    """How many cells a side of a coarse grid has, made by halving ``finest`` cells ``halvings`` times, rounding up.
-    (A plain int is a side of equal cells.)"""
+    """Number of cells along a side of a coarse grid, from halving ``finest`` cells ``halvings`` times, rounding up.
+
+    A plain int is a side of equal cells.
+    """
 
     finest: int
     halvings: int
@@ -75,14 +79,14 @@ class Side(int):
 
 
 def edges(count: int) -> list[int] | None:
-    """Where the cells of a side begin and end, in cells of the finest grid; None if all are equally long."""
+    """Borders of the cells of a side, in cells of the finest grid; None if all cells are equally long."""
     if not isinstance(count, Side) or count.finest % 2**count.halvings == 0:
         return None
     return [min(cell * 2**count.halvings, count.finest) for cell in range(count + 1)]
 
 
 def located(fraction: float, count: int) -> float:
-    """A fraction of the picture's side in cells: 2.5 is the middle of the third cell."""
+    """A fraction of the picture's side, in cells: 2.5 is the middle of the third cell."""
     borders = edges(count)
     if borders is None:
         return fraction * count
@@ -92,7 +96,7 @@ def located(fraction: float, count: int) -> float:
 
 
 def averages(count: int, pixels: int) -> Tensor:
-    """Averaging weights (count, pixels), each row of sum 1: the share of each pixel in each cell of a side."""
+    """Averaging weights (count, pixels): the share of each pixel in each cell of a side; rows sum to 1."""
     borders = torch.tensor(edges(count) or range(count + 1), dtype=torch.float64)
     borders = borders * (pixels / borders[-1])
     left = torch.arange(pixels, dtype=torch.float64)
@@ -102,7 +106,7 @@ def averages(count: int, pixels: int) -> Tensor:
 
 
 def covered(start: float, end: float, count: int) -> Tensor:
-    """How much of each cell of a side the stretch from ``start`` to ``end`` (fractions) covers: (count,)."""
+    """Share of each cell of a side that the interval from ``start`` to ``end`` (fractions) covers: (count,)."""
     left = torch.arange(count, dtype=torch.float64)
     first, last = located(start, count), located(end, count)
     share = (torch.clamp(left + 1, max=last) - torch.clamp(left, min=first)).clamp(0, 1)
@@ -112,15 +116,15 @@ def covered(start: float, end: float, count: int) -> Tensor:
 
 
 def cells(start: float, end: float, count: int) -> tuple[int, int]:
-    """First cell and end (exclusive) of the cells that lie wholly between ``start`` and ``end`` (fractions)."""
+    """First cell and end (exclusive) of the cells entirely between ``start`` and ``end`` (fractions)."""
     return math.ceil(located(start, count) - ROUND), math.floor(located(end, count) + ROUND)
 
 
 def place(region: Region) -> Place:
-    """Where a region is.
+    """The place of a region.
 
     Raises:
-        InputError: its mask cannot be read or is empty.
+        InputError: its mask cannot be read, is empty, or is a tensor of the wrong shape or range.
     """
     if region.box is not None:
         return Place(region.box, None)
@@ -144,24 +148,20 @@ def place(region: Region) -> Place:
 
 
 def check_ratio(places: Sequence[Place], titles: Sequence[str], height: int, width: int) -> None:
-    """Refuse masks of another shape than the picture.
-
-    Raises:
-        InputError: naming both shapes.
-    """
+    """Raise :class:`InputError` if a mask's aspect ratio is not the picture's."""
     for one, title in zip(places, titles, strict=True):
         if one.mask is None:
             continue
         rows, columns = one.mask.shape
         wanted = width / height
-        # a mask may be rounded to whole pixels, so allow one of them
+        # a mask may be rounded to whole pixels, so allow a difference of one
         if (
             not (columns - 1) / (rows + 1) <= wanted <= (columns + 1) / max(1, rows - 1)
             and columns * height != rows * width
         ):
             raise InputError(
                 f"The mask of region '{title}' is {columns} x {rows} and the picture {width} x {height}: "
-                "a mask must have the picture's shape."
+                "a mask must have the picture's aspect ratio."
             )
 
 
@@ -169,9 +169,9 @@ def check_ratio(places: Sequence[Place], titles: Sequence[str], height: int, wid
 class Level:
     """The regions on one grid.
 
-    ``shares`` (1 + N, L): row 0 is the background. The cells of every region with a share are its *group*; groups are
-    padded to equal length n, so that all of them are attended in one call: ``index`` (G n,) says which cell each slot
-    reads, ``rows`` (G,) which row each group is. Back on the grid, cell l is the sum over m of
+    ``shares`` (1 + N, L): row 0 is the background. The cells in which a row has a share are its *group*; groups are
+    padded to equal length n, so that attention handles all in one call. ``index`` (G n,) is the cell of each slot,
+    ``rows`` (G,) the row of each group. Back on the grid, cell l is the sum over m of
     ``weights[m, l] * slot[gather[m, l]]``.
     """
 
@@ -195,13 +195,16 @@ class Level:
 
     @cached_property
     def slot_rows(self) -> Tensor:
-        """The row each slot belongs to (G n,)."""
+        """The row of each slot (G n,)."""
         return torch.tensor(self.rows, device=self.index.device).repeat_interleave(self.slots)
 
     @cached_property
     def allowed(self) -> Tensor | None:
-        """Which cell may look at which (L, L), or None where all may: two cells that both lie in regions but share
-        none do not see each other (equal to LoRA-Composer's mask for disjoint boxes, and defined for overlaps)."""
+        """Which cell may attend to which (L, L); None if all may.
+
+        Two cells that are both in regions but have none in common may not (the same as LoRA-Composer's mask for
+        disjoint boxes, and defined for overlaps).
+        """
         inside = self.shares[1:] > 0
         somewhere = inside.any(0)
         together = (inside.float().T @ inside.float()) > 0
@@ -238,6 +241,6 @@ def level_of(masks: Tensor, height: int, width: int, device: torch.device) -> Le
 
 
 def grids(height: int, width: int) -> list[tuple[Side, Side]]:
-    """The grids of a UNet on latents of this size, finest first: every downsampling halves and rounds up."""
+    """The grids of a UNet on latents of this size, finest first; every downsampling halves and rounds up."""
     halvings = max(height - 1, width - 1).bit_length()
     return [(Side(height, level), Side(width, level)) for level in range(halvings + 1)]

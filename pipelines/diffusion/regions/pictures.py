@@ -1,4 +1,4 @@
-"""Masks of regions as pictures: files, ``data:`` URIs and PIL images in, one small greyscale picture out."""
+"""Masks of regions as pictures: from files, ``data:`` URIs and PIL images to small greyscale pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LARGEST = 512
-"""Longest side that is kept of a mask; regions are used at the resolution of the latents."""
+"""Masks are reduced to this longest side; regions are used at the resolution of the latents."""
 
 
 def open_mask(source: Any) -> Image.Image:
     """The mask as :func:`pipelines.pictures.read_mask` reads it, its longest side at most :data:`LARGEST`.
 
     Raises:
-        InputError: no readable picture, or one with nothing inside.
+        InputError: it cannot be read as a picture, or nothing in it is white.
     """
     from PIL import Image
 

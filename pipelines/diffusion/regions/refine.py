@@ -1,7 +1,7 @@
 """Test-time refinement of LoRA-Composer (arXiv 2403.11627): correct the latents so that every subject is in its region.
 
-With M the cross-attention of one token of region i's subject, smoothed by a 3 x 3 Gaussian (sigma 0.5), G a Gaussian
-hill over the region's box, S self-attention, k = 20 % of the region's cells (at least 1):
+With M the cross-attention to one token of region i's subject, smoothed by a 3 x 3 Gaussian (sigma 0.5), G a Gaussian
+over the region's box, S self-attention, k = 20 % of the region's cells (at least 1):
 
     enhancement  8 max(0, 1 - mean top k of (M G) in the region)                        per token   (gaussian: with G)
     fill         2 L1(column maxima of M in the region, the region's columns) + the same for rows          (fill_loss)
@@ -10,12 +10,12 @@ hill over the region's box, S self-attention, k = 20 % of the region's cells (at
     z <- z - lr_t dL/dz,   lr_t = rate sqrt(1 - t / (2 (T - 1)))
 
 once before each step, until the loss grows (after the first tenth of the steps, at least 5) or half of the steps are
-done. The constants are those of the authors' program, for T = 50 and Stable Diffusion 1.5.
+done. The constants are those of the authors' code, for T = 50 and Stable Diffusion 1.5.
 
-That program stops at step 25 of its 50, or when the loss of its one picture grows after step 5; here these are shares
-of the steps, and each picture of a batch stops by itself. Its smoothing kernel is exp(-(x / 2 sigma)^2), as in
-Attend-and-Excite, which is wider than the Gaussian of the sigma that both name. The correction is at most
-``trust_region`` of the latents' norm (None: no limit, as in the program): on small models the constants destroy the
+Their code stops at step 25 of 50, or when the loss of its single picture grows after step 5; here these are shares of
+the steps, and each picture of a batch stops separately. Their smoothing kernel is exp(-(x / 2 sigma)^2), as in
+Attend-and-Excite, which is wider than the Gaussian with the sigma that both state. The correction is at most
+``trust_region`` of the latents' norm (None = no limit, as in their code): on small models the constants destroy the
 picture.
 """
 
@@ -48,9 +48,10 @@ def loss(
 
     Args:
         cross: M (batch, regions, cells, tokens).
-        self_: S (batch, cells, cells), where the region loss is wanted.
-        tokens: positions of each region's subject.
-        masks: each region's cells (rows, columns), hard.
+        self_: S (batch, cells, cells), for the region loss.
+        tokens: positions of each region's subject in its text.
+        masks: each region's hard mask (rows, columns).
+        options: which terms are used.
     """
     total = cross.new_zeros(len(cross))
     for region, (positions, mask) in enumerate(zip(tokens, masks, strict=True)):
@@ -82,7 +83,7 @@ def smooth(attention: Tensor) -> Tensor:
 
 
 def gaussian_hill(inside: Tensor) -> Tensor:
-    """exp(-(u^2 + v^2) / 2) over the bounding box of the region, u and v from -1 to 1, largest value 1; 0 outside."""
+    """exp(-(u^2 + v^2) / 2) over the region's bounding box, u and v from -1 to 1, scaled to maximum 1; 0 outside."""
     top, bottom, left, right = bounds(inside)
     rows = torch.linspace(-1, 1, bottom - top, device=inside.device)
     columns = torch.linspace(-1, 1, right - left, device=inside.device)
@@ -96,9 +97,9 @@ class Refinement:
     """The corrections of one call.
 
     Args:
-        steps: of the call.
-        options: rate, trust region and terms.
-        measure: (latents, number of the step) -> L (batch,), differentiable.
+        steps: number of steps of the call.
+        options: step size, trust region and terms.
+        measure: (latents, step) -> L (batch,), differentiable.
     """
 
     def __init__(self, steps: int, options: RegionOptions, measure: Callable[[Tensor, int], Tensor]) -> None:
@@ -108,17 +109,17 @@ class Refinement:
         self._before: Tensor | None = None
 
     def rate(self, step: int) -> float:
-        """lr_t."""
+        """lr_t of a step."""
         progress = step / (self.steps - 1) if self.steps > 1 else 0.0
         return self.options.refine_rate * math.sqrt(1 - 0.5 * progress)
 
     def over(self, step: int) -> bool:
-        """Whether no sample is corrected any more."""
+        """Whether no sample is corrected from this step on."""
         done = step >= math.ceil(self.steps / 2)
         return done or (self._active is not None and not bool(self._active.any()))
 
     def __call__(self, latents: Tensor, step: int) -> Tensor:
-        """The latents corrected once before step number ``step``."""
+        """The latents (batch, channels, h, w) corrected once, before step ``step``."""
         if self.over(step):
             return latents
         with torch.enable_grad():
@@ -131,7 +132,7 @@ class Refinement:
             self._active = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
         sound = torch.isfinite(value) & torch.isfinite(gradient.flatten(1)).all(1)
         if not bool(sound[self._active].all()):
-            warnings.warn("The refinement met numbers that are not finite and stops here.", stacklevel=2)
+            warnings.warn("The refinement stops here: its loss or gradient is not finite.", stacklevel=2)
         self._active &= sound
         if self._before is not None and step >= max(5, 0.1 * self.steps):
             self._active &= ~(value > self._before)
@@ -145,7 +146,7 @@ class Refinement:
 
 
 def limited(change: Tensor, latents: Tensor, share: float) -> Tensor:
-    """``change`` (batch, ...) with a norm of at most ``share`` of the latents' norm, sample by sample."""
+    """``change`` (batch, ...) with its norm limited to ``share`` of the latents' norm, per sample."""
     axes = tuple(range(1, change.ndim))
     most = share * torch.linalg.vector_norm(latents.float(), dim=axes, keepdim=True)
     size = torch.linalg.vector_norm(change, dim=axes, keepdim=True)

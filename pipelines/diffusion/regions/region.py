@@ -1,4 +1,4 @@
-"""What a person says about regions, and the checks on it that need no model."""
+"""Regions and their options as given by the user, and the checks that need no model."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ Box = tuple[float, float, float, float]
 Scope = Literal["cross", "spatial"]
 
 CROSS_LAYERS = ("attn2.to_k", "attn2.to_v", "attn2.to_out.0")
-"""The layers of an adapter that the scope "cross" uses."""
+"""Layers of an adapter that the scope "cross" uses."""
 
 PARTS = ("self_mask", "reinit", "refine")
-"""LoRA-Composer's parts that can be switched."""
+"""LoRA-Composer's parts, which can be switched on and off."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the picture with adapters of its own.
+    """A part of the picture with its own adapters.
 
     Attributes:
-        adapters: names of loaded adapters that act here (and in other regions that name them), nowhere else.
+        adapters: names of loaded adapters that act only here and in other regions that name them.
         box: x0, y0, x1, y1 as fractions of width and height; the end is exclusive.
         mask: instead of a box: file, ``data:`` URI, PIL image or tensor (height, width) in [0, 1], 1 inside.
-        prompt, negative: what to draw and avoid here ("" and None: what the call says).
+        prompt, negative: prompts of this region ("" and None = those of the call).
         scale: factor on the weights of its adapters.
         schedule: keyframes (progress, factor).
-        words: words of the prompt that name the subject (its adapters' triggers if left out).
-        name: what to call it (its adapters' names if left out).
+        words: words of the prompt that name the subject (default: its adapters' trigger words).
+        name: its name (default: its adapters' names).
     """
 
     adapters: tuple[str, ...]
@@ -55,7 +55,7 @@ class Region:
 
 @dataclass(frozen=True)
 class RegionOptions:
-    """How regions are used; None = as the method says.
+    """How regions are used; None = the method's default.
 
     Attributes:
         scope: "cross" (cross-attention layers of an adapter) or "spatial" (all its layers, masked).
@@ -63,10 +63,11 @@ class RegionOptions:
         reinit: start from rearranged noise.
         refine: correct the latents by attention losses.
         gaussian, fill_loss, region_loss: terms of the refinement.
-        refine_rate: its step size (the paper's code: 20).
-        trust_region: largest correction per step as a share of the latents' norm (None: no limit).
-        capture: attention is read where the latents are this many times smaller (None: 4, finer for small pictures).
-        auto_steps: share of the steps made to find automatic regions.
+        refine_rate: its step size (20 in the paper's code).
+        trust_region: largest correction per step, as a share of the latents' norm; None = no limit.
+        capture: factor by which the grid of the attention maps is smaller than the latents; None = 4, or less for small
+            pictures.
+        auto_steps: share of the steps used to find automatic regions.
     """
 
     scope: Scope | None = None
@@ -87,7 +88,7 @@ class RegionOptions:
 
 @dataclass(frozen=True, eq=False)
 class PlacedRegion:
-    """Where a region was: ``mask`` is a PIL image ("L") of the picture's size, white inside."""
+    """The place of a region in a picture: ``mask`` is a PIL image ("L") of the picture's size, white inside."""
 
     name: str
     box: Box | None
@@ -98,11 +99,11 @@ class PlacedRegion:
 def check_regions(
     method: str, regions: str | Sequence[Region | Mapping[str, Any]] | None, adapters: Iterable[str]
 ) -> tuple[Region, ...] | Literal["auto"]:
-    """The regions as :class:`Region` objects, with every number checked.
+    """The regions as :class:`Region` objects, with every value checked.
 
     Raises:
-        InputError: regions for a method without them or none for one that needs them; no, a wrong or an unknown
-            adapter; a box that is none; no place at all; a number that is not finite.
+        InputError: regions for a method without them or none for one that needs them, a region without adapters or
+            with unknown ones, without a place or with an invalid one, or a value that is not finite.
     """
     if not methods.properties(method).regional:
         if regions:
@@ -122,22 +123,22 @@ def check_regions(
 
 
 def check_own_region(given: Region | Mapping[str, Any], name: str) -> Region:
-    """The region that an adapter is loaded with: of this adapter alone.
+    """The region that an adapter is loaded with, checked.
 
     Raises:
-        InputError: it names other adapters, or what :func:`check_regions` refuses.
+        InputError: it names other adapters, or as :func:`check_regions`.
     """
     values = dict(given if isinstance(given, Mapping) else vars(given))
     if values.get("adapters") not in (None, (), [], name, (name,), [name]):
-        raise InputError(f"The region of '{name}' is its own alone: put shared ones into compose(regions=...).")
+        raise InputError(f"The region of '{name}' is for this adapter only: give shared ones to compose(regions=...).")
     return _checked({**values, "adapters": (name,)}, 1, (name,))
 
 
 def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> RegionOptions:
-    """The options as an object with scope and parts decided, except ``refine``, which depends on the model.
+    """The options with scope and parts resolved, except ``refine``, which may depend on the model.
 
     Raises:
-        InputError: an unknown option, one the method or the family cannot do, a number out of range.
+        InputError: an unknown option, one that the method or family does not support, or a value out of range.
     """
     known = [item.name for item in fields(RegionOptions)]
     for name in options:
@@ -148,10 +149,10 @@ def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> Region
     if not kind.regional:
         if made != RegionOptions():
             changed = [item.name for item in fields(made) if getattr(made, item.name) != item.default]
-            raise InputError(f"'{method}' has no regions, so {', '.join(changed)} would do nothing: leave it out.")
+            raise InputError(f"'{method}' has no regions, so {', '.join(changed)} would have no effect: leave it out.")
         return made
     if made.scope not in (None, "cross", "spatial"):
-        raise InputError(f"Unknown scope '{made.scope}': possible are cross, spatial.")
+        raise InputError(f"Unknown scope '{made.scope}': use cross or spatial.")
     own: Scope = kind.scope
     if not kind.any_scope and made.scope not in (None, own):
         others = methods.names(lambda known: known.layer_text and (known.any_scope or known.scope == made.scope))
@@ -166,8 +167,8 @@ def check_options(method: str, flow: bool, options: Mapping[str, Any]) -> Region
         able = methods.names(lambda known: known.regional and known.transformers)
         unable = methods.names(lambda known: known.regional and not known.transformers)
         raise InputError(
-            f"This family has no separate cross-attention, which {_listed(unable, 'and')}, and reinit "
-            f"and refine, work on: use {_listed(able)}."
+            f"This family has no separate cross-attention, which {_listed(unable, 'and')}, and reinit and refine, "
+            f"need: use {_listed(able)}."
         )
     for name in ("refine_rate", "trust_region", "auto_steps"):
         value = getattr(made, name)
@@ -209,14 +210,14 @@ def _checked(given: Region | Mapping[str, Any], number: int, known: Sequence[str
         if name not in known:
             raise InputError(
                 f"Region {number} names the adapter '{name}'{nearest(name, known)}, which is not part of the "
-                f"composition: it has {', '.join(known) or 'none'}."
+                f"composition (which has {', '.join(known) or 'none'})."
             )
     if len(set(adapters)) != len(adapters):
         raise InputError(f"Region {number} names an adapter twice.")
     title = given.name or "+".join(adapters)
     mask = given.mask if not isinstance(given.mask, str | Path) or str(given.mask) else None
     if (given.box is None) == (mask is None):
-        raise InputError(f"Region {number} ('{title}') needs a box or a mask, and not both.")
+        raise InputError(f"Region {number} ('{title}') needs a box or a mask, but not both.")
     box = None if given.box is None else check_box(given.box, f"Region {number} ('{title}')")
     words = (given.words,) if isinstance(given.words, str) else tuple(given.words)
     return replace(
@@ -234,7 +235,7 @@ def check_box(box: Sequence[float], what: str) -> Box:
     """The box as four floats.
 
     Raises:
-        InputError: not four numbers in [0, 1], or without an inside.
+        InputError: not four numbers in [0, 1], or an empty box.
     """
     numbers = tuple(float(edge) for edge in box)
     if len(numbers) != 4 or not all(math.isfinite(edge) and 0 <= edge <= 1 for edge in numbers):

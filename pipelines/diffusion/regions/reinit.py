@@ -1,9 +1,9 @@
-"""Latent re-initialisation of LoRA-Composer (arXiv 2403.11627): begin each region with noise that suits its subject.
+"""Latent re-initialisation of LoRA-Composer (arXiv 2403.11627): start each region from noise that suits its subject.
 
-One conditional pass on the first noise gives the cross-attention of every subject on the whole picture. The window of
-the region's size with the most attention (summed over the subject's tokens) is where the noise already looks like it;
-its content is copied into the region, always from the original noise. Then the whole is brought back to the mean and
-standard deviation it had.
+One conditional pass on the initial noise gives every subject's cross-attention over the whole picture. The window of
+the region's size with the most attention (summed over the subject's tokens) is where the noise already resembles the
+subject; its content, always of the original noise, is copied into the region. Finally the latents are restored to their
+original mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def best_window(attention: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """Top left cell of the window of ``size`` with the largest sum of ``attention`` (height, width)."""
+    """Row and column of the top left cell of the window of ``size`` with the most ``attention`` (height, width)."""
     kernel = torch.ones(1, 1, *size, device=attention.device, dtype=attention.dtype)
     sums = F.conv2d(attention[None, None], kernel)[0, 0]
     best = int(sums.argmax())
@@ -30,13 +30,13 @@ def bounds(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def rearranged(latents: Tensor, attention: Tensor, masks: Sequence[Tensor], factor: int) -> Tensor:
-    """Latents with every region begun from its best window.
+    """Latents with the content of every region copied from its best window.
 
     Args:
         latents: (batch, channels, height, width).
-        attention: of each region's subject on the grid of the maps (batch, regions, rows, columns).
-        masks: each region's cells on that grid (rows, columns), hard.
-        factor: latents per cell of the grid, in each direction.
+        attention: to each region's subject, on the grid of the maps (batch, regions, rows, columns).
+        masks: each region's hard mask on that grid (rows, columns).
+        factor: latents per cell of that grid, in each direction.
     """
     made = latents.clone()
     height, width = latents.shape[2:]
@@ -59,7 +59,7 @@ def rearranged(latents: Tensor, attention: Tensor, masks: Sequence[Tensor], fact
 
 
 def _restored(made: Tensor, before: Tensor) -> Tensor:
-    """``made`` with the mean and standard deviation that each sample had before."""
+    """``made`` with the mean and standard deviation of ``before``, per sample."""
     axes = (1, 2, 3)
     normal = (made - made.mean(axes, keepdim=True)) / made.std(axes, keepdim=True)
     return normal * before.std(axes, keepdim=True) + before.mean(axes, keepdim=True)

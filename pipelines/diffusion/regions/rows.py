@@ -1,7 +1,7 @@
-"""Strengths with regions: a row per region, and one for what lies outside all of them.
+"""Strengths with regions: one row for the background and one per region.
 
-Row 0 (the background) has the adapters that no region names, at their strength; row i also has those of region i, at
-their strength times the region's factor (its scale times its schedule).
+Row 0 (the background) has the adapters of no region at their strength; row i also has those of region i, at their
+strength times the region's factor (its scale times its schedule).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pipelines.diffusion.methods.step import Step, Strengths
 
 Members = Sequence[Collection[int]]
-"""For each region: the adapters that act in it."""
+"""For each region, the adapters that act in it."""
 
 Factors = Sequence[Sequence[float]]
 """factors[k][i]: scale times schedule of region i at step k."""
@@ -29,12 +29,12 @@ def rows_of(strengths: Sequence[float], members: Members, factors: Sequence[floa
 
 
 def together(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
-    """One prediction per step with a row of strengths per region."""
+    """One prediction per step, with a row of strengths per region."""
     return _steps(strengths, members, factors, separate=False)
 
 
 def apart(strengths: Strengths, members: Members, factors: Factors) -> list[Step]:
-    """Separate predictions per step: the background's and each region's."""
+    """Separate predictions per step, for the background and each region."""
     return _steps(strengths, members, factors, separate=True)
 
 

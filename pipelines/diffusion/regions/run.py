@@ -1,4 +1,4 @@
-"""One call with regions: text of every row, the run at the method's level, what happens before and between steps."""
+"""One call with regions: the text of every row, the method's run, and corrections before and between steps."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class RegionalCall:
     """One call with regions.
 
     Args:
-        context: the pipeline around it.
+        context: what is needed from the pipeline.
         plan: the steps.
-        regions: the regions, with a place each.
-        options: how they are used, everything decided.
-        request: what the pipeline was called with.
+        regions: the regions; automatic ones have no place.
+        options: how they are used, fully resolved.
+        request: the arguments of the call.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class RegionalCall:
         self.attention = self._attention() if options.reinit or options.refine else None
 
     def start(self, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-        """The latents to begin with, where they are not the usual noise."""
+        """The initial latents, if they differ from the usual noise."""
         if self.attention is None:
             return {}
         pipe, scheduler = self.context.pipe, self.context.pipe.scheduler
@@ -84,13 +84,13 @@ class RegionalCall:
         return {"latents": begun / scheduler.init_noise_sigma}
 
     def between(self, step: int, latents: Tensor) -> dict[str, Any]:
-        """The latents corrected before step number ``step``."""
+        """The latents corrected before step ``step``, if there is a refinement."""
         if self.attention is None or self.attention.refinement is None:
             return {}
         return {"latents": self.attention.refinement(latents, step)}
 
     def _attention(self) -> Attending:
-        """LoRA-Composer's parts that look at attention maps."""
+        """LoRA-Composer's parts that use attention maps."""
         assert isinstance(self.run, RegionalUNet)
         tokens = [self.tokens(region) for region in self.regions]
         return Attending(self.context, self.run, self.options, self.places, self.encodings[0], tokens, self.size)
@@ -138,13 +138,13 @@ class RegionalCall:
     def _reading(
         self, steps: Sequence[Step], encoding: Encoding
     ) -> tuple[RegionalUNet | RegionalTransformer, Callable[[], Tensor], tuple[int, int]]:
-        """A run without regions that reads the attention to the text, where it is afterwards (cells, tokens), and the
-        cells' grid."""
+        """A run without regions that captures attention to the text, a function that returns it (cells, tokens), and
+        the grid of the cells."""
         context, options = self.context, self.options
         denoiser, engine = context.denoiser, context.adapters
         if context.family.flow:
             joint = self._joint(steps, [encoding], [])
-            twice = context.family.guidance_input and self.request.guided  # real guidance: a pass for each half
+            twice = context.family.guidance_input and self.request.guided  # true guidance: one pass per half
             joint.capture = attention = TextAttention(every=2 if twice else 1)
             return joint, attention.maps, (joint.level.height, joint.level.width)
         run = RegionalUNet(
@@ -159,7 +159,7 @@ class RegionalCall:
     def _joint(
         self, steps: Sequence[Step], encodings: Sequence[Encoding], places: Sequence[Place]
     ) -> RegionalTransformer:
-        """A run inside SD3 or Flux."""
+        """A run with regions inside SD3 or Flux."""
         context, factor = self.context, self.context.pipe.vae_scale_factor * 2
         grid = self.size[0] // factor, self.size[1] // factor
         segment = encodings[0].positive["embeds"].shape[1]
@@ -168,18 +168,18 @@ class RegionalCall:
 
     @property
     def hard(self) -> bool:
-        """Cells belong to a region or not (the paper's way)."""
+        """Whether cells belong to a region entirely or not at all, as in the paper."""
         return methods.properties(self.plan.method).hard
 
     def arguments(self) -> dict[str, Any]:
-        """What the diffusers pipeline is given as its prompt."""
+        """The encoded prompt as arguments of the diffusers pipeline."""
         if isinstance(self.run, RegionalTransformer):
             return joined(self.encodings).call_arguments()
         return self.encodings[0].call_arguments()
 
     @contextmanager
     def attached(self) -> Iterator[Run]:
-        """Let the regions act."""
+        """Inside, the regions act on the denoiser; undone on exit."""
         denoiser = self.context.denoiser
         with ExitStack() as stack:
             if isinstance(self.run, Blending):
@@ -192,7 +192,7 @@ class RegionalCall:
             yield self.run
 
     def _main_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A ControlNet reads the text of the whole picture, not those of the regions that stand behind it."""
+        """Give a ControlNet only the text of the whole picture, without the regions' texts that follow it."""
         length = self.encodings[0].positive["embeds"].shape[1]
         cut = {"encoder_hidden_states": kwargs["encoder_hidden_states"][:, :length]}
         if kwargs.get("txt_ids") is not None:
@@ -200,7 +200,7 @@ class RegionalCall:
         return args, {**kwargs, **cut}
 
     def placed(self) -> tuple[PlacedRegion, ...]:
-        """Where the regions were, as pictures."""
+        """The regions' places, as pictures."""
         from PIL import Image
 
         made = []
@@ -225,14 +225,17 @@ class RegionalCall:
 
 
 class Attending:
-    """What looks at attention maps before and between steps: re-initialisation and refinement.
+    """Re-initialisation and refinement, which use attention maps before and between steps.
 
     Args:
         context, run, options: of the call.
         places: the regions' places.
-        encoding: the background's text, which the forward pass is given.
+        encoding: the background's text, for the forward pass.
         tokens: positions of each region's subject in its prompt.
-        size: height and width of the picture.
+        size: height and width of the picture in pixels.
+
+    Raises:
+        InputError: a size that the grid of the maps does not divide, or a region that is too small for it.
     """
 
     def __init__(
@@ -252,18 +255,18 @@ class Attending:
         step = context.pipe.vae_scale_factor * self.factor
         if size[0] % step or size[1] % step:
             raise InputError(
-                f"Reading attention needs a width and height that are multiples of {step}, got {size[1]} x {size[0]}."
+                f"Attention maps need a width and height that are multiples of {step}, got {size[1]} x {size[0]}."
             )
         self.masks = [place.hard(grid[0] // self.factor, grid[1] // self.factor) for place in places]
         for number, mask in enumerate(self.masks, 1):
             check_cells(mask, number, self.factor)
-        self.stop = not context.offloaded  # offloaded layers must be left in order
+        self.stop = not context.offloaded  # a pass through offloaded layers must not be interrupted
         self.conditions = conditions(context, encoding, size)
         refining = options.refine
         self.refinement = Refinement(len(run.steps), options, self.measure) if refining else None
 
     def start(self, noise: Tensor) -> Tensor:
-        """The first latents, rearranged and corrected as the options say."""
+        """The initial latents, rearranged and corrected according to the options."""
         if self.options.reinit:
             found = self.maps(noise, 0, with_self=False).cross_maps()  # (batch, regions, cells, tokens)
             rows, columns = self.masks[0].shape
@@ -274,13 +277,13 @@ class Attending:
         return self.refinement(noise, 0) if self.refinement else noise
 
     def measure(self, latents: Tensor, step: int) -> Tensor:
-        """The loss of every sample."""
+        """The loss of every sample (batch,)."""
         found = self.maps(latents, step, with_self=self.options.region_loss)
         self_ = found.self_maps() if self.options.region_loss else None
         return loss(found.cross_maps(), self_, self.tokens, self.masks, self.options)
 
     def maps(self, latents: Tensor, step: int, with_self: bool) -> Capture:
-        """The maps of a conditional pass on ``latents`` before step number ``step``."""
+        """The maps of a conditional pass on ``latents`` before step ``step``."""
         scheduler, unet = self.pipe.scheduler, self.run.unet
         time = scheduler.timesteps[step]
         rows = range(1, len(self.masks) + 1)
@@ -296,7 +299,7 @@ class Attending:
 
 
 def conditions(context: RegionContext, encoding: Encoding, size: tuple[int, int]) -> dict[str, Any]:
-    """The arguments of a UNet besides sample and time, for the positive half."""
+    """The UNet's arguments besides sample and timestep, for the positive half."""
     text = encoding.positive["embeds"]
     if not context.family.size_input:
         return {"encoder_hidden_states": text}
@@ -308,21 +311,17 @@ def conditions(context: RegionContext, encoding: Encoding, size: tuple[int, int]
 
 
 def check_cells(mask: Tensor, number: int, factor: int) -> None:
-    """Refuse a region that attention maps cannot resolve.
-
-    Raises:
-        InputError: fewer than two cells high or wide.
-    """
+    """Raise :class:`InputError` for a region of fewer than two cells in height or width on the grid of the maps."""
     inside = mask.bool()
     if not bool(inside.any()) or min(bounds(inside)[1] - bounds(inside)[0], bounds(inside)[3] - bounds(inside)[2]) < 2:
         raise InputError(
-            f"Region {number} is less than 2 cells high or wide where attention is read (latents / {factor}): make it "
-            "larger, choose a smaller capture, or switch reinit and refine off."
+            f"Region {number} is less than 2 cells high or wide on the grid of attention maps (latents / {factor}): "
+            "make it larger, choose a smaller capture, or switch reinit and refine off."
         )
 
 
 def row_text(encoding: Encoding) -> RowText:
-    """The text of one picture of an encoding: the same for every layer, or one for each (ED-LoRA)."""
+    """The text of an encoding for one picture: one for all layers, or one per layer (ED-LoRA)."""
     negative = encoding.negative
     positive = encoding.positive.get("layers", encoding.positive["embeds"][:1])
     return RowText(positive, None if negative is None else negative["embeds"][:1])
@@ -331,16 +330,16 @@ def row_text(encoding: Encoding) -> RowText:
 def check_places(
     places: Sequence[Place], regions: Sequence[Region], grid: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    """Refuse places that a picture of this size does not have.
+    """Check that places fit a picture of ``size`` (height, width) in pixels with latents of ``grid`` cells.
 
     Raises:
-        InputError: a mask of another shape than the picture, or a region smaller than a cell of the latents.
+        InputError: a mask with another aspect ratio, or a region that covers no whole cell of the latents.
     """
     titles = [region.title for region in regions]
     masks.check_ratio(places, titles, *size)
     for place, title in zip(places, titles, strict=True):
         if not bool((place.hard(*grid) > 0).any()):
             raise InputError(
-                f"The region '{title}' covers no whole cell of the {grid[1]} x {grid[0]} cells that a picture of "
-                f"{size[1]} x {size[0]} pixels has: make it or the picture larger."
+                f"The region '{title}' covers no whole cell of the {grid[1]} x {grid[0]} cells of a picture of "
+                f"{size[1]} x {size[0]} pixels: make it or the picture larger."
             )

@@ -1,4 +1,4 @@
-"""The scope "cross": how much of an adapter lies in the cross-attention layers that it uses."""
+"""The scope "cross": how much of an adapter is in the cross-attention layers, which are all it uses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_scope(files: Mapping[str, LoraFile], component: str) -> list[str]:
     Raises:
         InputError: an adapter without any cross-attention layer.
     """
-    said = []
+    warnings = []
     for name, file in files.items():
         if not cross_part(file, component):
             raise InputError(
@@ -41,14 +41,14 @@ def check_scope(files: Mapping[str, LoraFile], component: str) -> list[str]:
             )
         share = share_outside(file, component)
         if share > 0.5:
-            said.append(
-                f"{share:.0%} of '{name}' lie outside of cross-attention, and the scope 'cross' leaves that out: "
-                "scope 'spatial' or the method 'activation' uses all of it."
+            warnings.append(
+                f"{share:.0%} of '{name}' is outside cross-attention and left out by the scope 'cross'; scope "
+                "'spatial' or the method 'activation' uses all of it."
             )
-    return said
+    return warnings
 
 
 def _product_size(A: Tensor, B: Tensor) -> float:
-    """|B A|^2 without making the product."""
+    """|B A|_F^2 without computing the product."""
     down, up = A.float().flatten(1), B.float().flatten(1)
     return float(((down @ down.T) * (up.T @ up)).sum())

@@ -1,16 +1,16 @@
 """Regions inside a UNet: one pass, each region with its own text and its own adapters.
 
 Cross-attention (LoRA-Composer, arXiv 2403.11627, region-aware injection): the cells of each region attend to the keys
-and values of that region's prompt, made by its own adapters, and go through its own to_out; then the outputs are put
-back on the grid with the regions' shares. Keys and values depend on the prompt and the adapters' strengths only, so
-those of all layers are made once and kept until a strength changes. All groups of cells are padded to one length and
-attended in one call, whatever the number of regions.
+and values of that region's prompt, computed with its own adapters, and go through its own to_out; then the outputs are
+put back on the grid with the regions' shares. Keys and values depend only on the prompt and the adapters' strengths, so
+those of all layers are computed once and kept until a strength changes. All groups of cells are padded to one length
+and processed in one call, for any number of regions.
 
-Self-attention, if asked: cells of different regions do not see each other (concept isolation).
+Self-attention (with ``self_mask``): cells of different regions do not attend to each other (concept isolation).
 
 Other layers (scope "spatial"): the engine's token gates, share_i(cell) times the strength. The time vector that a
-residual block adds to all cells is made once per region and added with the shares. Layers without a place get the mean
-share.
+residual block adds to all cells is computed once per region and added with the shares. Layers without a place get the
+mean share.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
     from pipelines.diffusion.regions.capture import Capture
 
 PLAIN = ("AttnProcessor2_0", "AttnProcessor", "XFormersAttnProcessor")
-"""Attention processors whose arithmetic is the usual one; others cannot be stood in for."""
+"""Attention processors that compute ordinary attention; others cannot be replaced."""
 
 
 @dataclass(frozen=True)
 class RowText:
-    """The text of a row: embeddings (layers | 1, tokens, width), one for all cross-attention layers or one for each."""
+    """The text of a row: embeddings (layers | 1, tokens, width), one per cross-attention layer or one for all."""
 
     positive: Tensor
     negative: Tensor | None
 
     def of(self, layer: int, half: str) -> Tensor:
-        """(tokens, width) as the cross-attention layer number ``layer`` reads it."""
+        """The embeddings (tokens, width) of cross-attention layer number ``layer``."""
         tensor = self.positive if half == "positive" else self.negative
         assert tensor is not None
         return tensor[layer if len(tensor) > 1 else 0]
 
 
 def ordered_blocks(unet: nn.Module) -> dict[str, BasicTransformerBlock]:
-    """The transformer blocks with cross-attention by path, in the order of the forward pass: down, middle, up."""
+    """Path -> transformer block with cross-attention, in the order of the forward pass: down, middle, up."""
     found = {
         name: module
         for name, module in unet.named_modules()
@@ -64,17 +64,13 @@ def ordered_blocks(unet: nn.Module) -> dict[str, BasicTransformerBlock]:
 
 
 def check_attention(unet: nn.Module) -> None:
-    """Refuse attention that does not compute the usual thing.
-
-    Raises:
-        InputError: attention slicing, or a processor of another kind (IP-Adapter, PAG, ...).
-    """
+    """Raise :class:`InputError` for attention slicing or a processor of another kind (IP-Adapter, PAG, ...)."""
     for block in ordered_blocks(unet).values():
         for attention in (block.attn1, block.attn2):
             kind = type(attention.processor).__name__
             if kind not in PLAIN:
                 raise InputError(
-                    f"Regions replace the attention of the model for a while and cannot stand in for '{kind}': "
+                    f"Regions replace the model's attention during a call, which is not possible with '{kind}': "
                     "switch attention slicing and attention adapters off."
                 )
 
@@ -89,7 +85,7 @@ class RegionalUNet:
         texts: the text of each row, the background first.
         places: the regions' places.
         hard: masks are hard.
-        self_mask: regions do not look at each other.
+        self_mask: regions do not attend to each other.
         guided: the batch is the negative half, then the positive one.
     """
 
@@ -123,14 +119,14 @@ class RegionalUNet:
         self._slots: Level | None = None
         self._set: tuple[tuple[float, ...], ...] | None = None
 
-    # What layers ask for
+    # Used by the layers
 
     def level(self, tokens: int) -> Level:
         """The regions on the grid with this many cells."""
         return self._levels[tokens]
 
     def gates_of(self, name: str, tokens: int) -> Tensor | None:
-        """The engine's token gates (L, N), (1, N) for layers without a place."""
+        """The engine's token gates (L, N), or (1, N) for layers without a place."""
         if name in self._outs:
             slots = self._slots
             assert slots is not None
@@ -162,7 +158,7 @@ class RegionalUNet:
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[RegionalUNet]:
-        """Let regions act on ``denoiser``; afterwards its processors and hooks are what they were."""
+        """Inside, regions act on ``denoiser``; its processors and hooks are restored on exit."""
         check_attention(denoiser)
         with ExitStack() as stack:
             placed = self._placed_times(denoiser)
@@ -184,7 +180,7 @@ class RegionalUNet:
                 self._levels.clear()
 
     def prepare(self, sample: Tensor) -> None:
-        """Get ready for a forward pass on ``sample`` (batch, channels, height, width) at the present step."""
+        """Prepare a forward pass on ``sample`` (batch, channels, height, width) at the current step."""
         size = (int(sample.shape[2]), int(sample.shape[3]))
         if size != self._grid:
             self._grid = size
@@ -201,7 +197,7 @@ class RegionalUNet:
         self.prepare(args[0] if args else kwargs["sample"])
 
     def _set_rows(self, rows: tuple[tuple[float, ...], ...], sample: Tensor) -> None:
-        """New strengths: make the keys and values of every layer and row, then let the gates depend on the place."""
+        """Set new strengths: compute the keys and values of every layer and row, then set the token gates."""
         gates = self.engine.gates
         gates.tokens_to(None)
         self._ready.clear()
@@ -231,7 +227,7 @@ class RegionalUNet:
         return self._gates[key]
 
     def _placed_times(self, unet: nn.Module) -> dict[ResnetBlock2D, GatedLayer]:
-        """Residual blocks whose time vector an adapter changes (as an addition, and without DoRA)."""
+        """Residual blocks whose time projection is adapted (if it is added, and without DoRA)."""
         layers = {layer.name: layer for layer in self.engine.layers if layer.rows is None}
         return {
             module: layers[f"{name}.time_emb_proj"]
@@ -243,14 +239,14 @@ class RegionalUNet:
 
 
 class StandIn:
-    """Stands in for the processor of the attention called ``name`` during a run."""
+    """Replaces the processor of the attention called ``name`` during a run."""
 
     def __init__(self, run: RegionalUNet, name: str) -> None:
         self.run, self.name = run, name
 
 
 class CrossAttention(StandIn):
-    """Cross-attention: every group of cells reads its own text."""
+    """Cross-attention in which every group of cells attends to its own text."""
 
     def __call__(
         self,
@@ -284,7 +280,7 @@ class CrossAttention(StandIn):
 
 
 class SelfAttention(StandIn):
-    """Self-attention: cells of different regions do not see each other (if asked)."""
+    """Self-attention; with ``self_mask`` cells of different regions do not attend to each other."""
 
     def __call__(
         self,
@@ -335,7 +331,7 @@ def _processor(attention: Any, stand_in: Any) -> Iterator[None]:
 
 
 def _place_time(run: RegionalUNet, resnet: ResnetBlock2D, layer: GatedLayer) -> list[Any]:
-    """Hooks that add the adapters' part of a residual block's time vector cell by cell, just before its second norm."""
+    """Hooks that add the adapters' part of a residual block's time vector per cell, just before its second norm."""
     waiting: list[Tensor] = []
 
     def made(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
