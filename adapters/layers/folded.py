@@ -1,15 +1,15 @@
-"""Adapters inside the weights, for as long as all samples, or all samples of a block, meet the same gates.
+"""Adapters folded into the weights, while all samples, or all samples of a block, have the same gates.
 
     W' = W0 + sum_i g_i (d_i o W0 + B_i A_i)       (out, in[, kh, kw]);  d_i is DoRA's, B_i as the engine keeps it
 
     y = W' x + b                                   one W' for the whole batch
     y_k = W'_k x_k + b      k = 1..n               a batch of n equal blocks: one batched product with W' (n, out, in)
 
-so that a module costs what it costs without adapters. W0 is never written: a folded module has a ``forward`` of its own
-in front of its class's, and when that is taken away the module is what it was, to the bit.
+so that a module costs the same as without adapters. W0 is never written to: a folded module gets its own ``forward``
+attribute, which hides its class's; removing it restores the module exactly.
 
-The sum is made in fp32 (fp64 for such weights) and rounded once, to the precision of W0. In fp16 and bf16 that rounding
-swallows what is small beside W0: a layer whose change is too weak for it is left to the hook, which adds to the output.
+The sum is computed in fp32 (fp64 for fp64 weights) and rounded once, to the precision of W0. In fp16 and bf16 that
+rounding loses changes that are small relative to W0: such layers are left to the hook, which adds to the output.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ Blocks = tuple[tuple[float, ...], ...]
 Forward = Callable[[Tensor], Tensor]
 
 LOST = 0.2
-"""|W' - sum| / |sum - W0| (Frobenius) from which 16 bits are too coarse for a change. There 0.2 % of its strength is
-lost; for normally distributed weights it is a change of 0.8 % of W0 in bf16 and of 0.1 % in fp16."""
+"""|W' - sum| / |sum - W0| (Frobenius) above which 16 bits are too coarse for a change. At this value 0.2 % of its
+strength is lost; for normally distributed weights it is a change of 0.8 % of W0 in bf16 and of 0.1 % in fp16."""
 
 
 def foldable(module: nn.Module) -> bool:
-    """Whether what the module computes is known from its weight alone: an ordinary linear layer or convolution, whose
-    weight is neither quantised nor offloaded and which nobody else has given another ``forward``."""
+    """Whether adapters can be folded into the module's weight.
+
+    It must be an ordinary linear layer or convolution whose ``forward`` is not overridden and whose weight is neither
+    quantised nor offloaded.
+    """
     known = (nn.Linear.forward, nn.Conv2d.forward)
     if type(module).forward not in known or "forward" in vars(module):
         return False
@@ -50,24 +53,24 @@ def foldable(module: nn.Module) -> bool:
 
 
 def worth(blocks: int, x: Tensor, weight: Tensor) -> bool:
-    """Whether a weight for each block moves less memory than adapters beside the layer do.
+    """Whether one weight per block moves less memory than adapters beside the layer.
 
-    One weight always does. Another one is read once more, where an adapter reads x and reads and writes y once more:
-    with few positions in a block (deep layers of small pictures) that is less. The factor 2 stands for the small
-    kernels that fall away.
+    A single weight always does. Each further weight is read once, whereas an adapter reads x once more and reads and
+    writes y once more; with few positions per block (deep layers of small pictures) that is cheaper. The factor 2
+    accounts for the small kernels that are saved.
     """
     positions = x.numel() // blocks // weight.shape[1]
     return blocks == 1 or 2 * positions * (weight.shape[1] + 2 * weight.shape[0]) >= weight.numel()
 
 
 def total(weight: Tensor, A: Tensor, B: Tensor, gates: Tensor, rows: Tensor | None = None) -> Tensor | None:
-    """W' for one block, or None where 16 bits are too coarse for it.
+    """W' of one block, or None if 16 bits are too coarse for it.
 
     Args:
         weight: W0 (out, in[, kh, kw]).
         A, B: (R, in[, kh, kw]) and (R, out), with the scales in B.
-        gates: (R,), strength of each column.
-        rows: (out,), sum of g_i d_i of DoRA adapters.
+        gates: strength of each column (R,).
+        rows: sum of g_i d_i of DoRA adapters (out,).
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     own = weight.flatten(1).to(wide)
@@ -82,7 +85,7 @@ def total(weight: Tensor, A: Tensor, B: Tensor, gates: Tensor, rows: Tensor | No
 
 
 def forward(module: nn.Module, weights: Sequence[Tensor]) -> Forward:
-    """What the module computes with ``weights`` for the blocks of its batch."""
+    """A forward function of the module with one of ``weights`` for each block of the batch (or one for all)."""
     bias: Any = module.bias
     if isinstance(module, nn.Conv2d):
         convolve = partial(F.conv2d, stride=module.stride, padding=module.padding, dilation=module.dilation)
@@ -107,20 +110,20 @@ def _products(weights: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 class Overrides:
-    """The modules that have a ``forward`` in front of their class's."""
+    """The modules whose ``forward`` is overridden."""
 
     def __init__(self) -> None:
         self._inside: dict[nn.Module, Forward] = {}
 
     def put(self, forwards: Mapping[nn.Module, Forward]) -> None:
-        """Let these modules, and no others, compute so."""
+        """Override the ``forward`` of these modules and of no others."""
         self.clear()
         self._inside = dict(forwards)
         for module, own in self._inside.items():
             vars(module)["forward"] = own
 
     def clear(self) -> None:
-        """Leave every module as it was, in one piece: an interrupt comes before or after it."""
+        """Restore every module, in one uninterruptible call."""
         deque(map(dict.pop, _attributes(self._inside), repeat("forward"), repeat(None)), maxlen=0)
         self._inside = {}
 

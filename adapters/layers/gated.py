@@ -4,25 +4,25 @@ With W0 (out, in) frozen and adapters i = 1..N of rank r_i and scale s_i, R = su
 
     y = W0 x + sum_i g_i s_i B_i A_i x  =  W0 x + B_cat (G * (A_cat x))
 
-    A_cat (R, in)   the A_i above each other
+    A_cat (R, in)   the A_i stacked
     B_cat (out, R)  the s_i B_i side by side (scales are folded in *before* joining: averaging A and B apart is wrong)
     G     (1 | batch, R)  the gate g_i of the adapter that owns the column
 
-so N adapters cost two products instead of 2 N. A convolution is the same with A_cat as one convolution with R outputs
-and a 1 x 1 convolution B_cat. A table of embeddings takes the rows of A_cat^T that its tokens name. This is exact, not
-an approximation; a gate is any number, per adapter and sample.
+so N adapters cost two products instead of 2 N. For a convolution A_cat is one convolution with R outputs and B_cat a
+1 x 1 convolution. For an embedding table the tokens select rows of A_cat^T. This is exact, not an approximation; a gate
+is any number, per adapter and sample.
 
-When the batch is *grouped* (adapter-major: sample block i belongs to adapter i alone, as Composite needs it) the
-off-diagonal blocks of the product are never computed: A (N, in, r) and B (N, r, out), ranks padded with zeros, multiply
-the (N, batch * length, in) view of x in one batched product.
+If the batch is *grouped* (adapter-major: sample block i belongs to adapter i alone, as in Composite), the off-diagonal
+blocks of the product are never computed: A (N, in, r) and B (N, r, out), ranks padded with zeros, multiply the
+(N, batch * length, in) view of x in one batched product.
 
 DoRA (arXiv 2402.09353), m / |W0 + sBA| (W0 + sBA) x, is for a fixed strength also linear in x:
     y = W0 x + sum_i g_i [ d_i * (W0 x) + (1 + d_i) * s_i B_i A_i x ],   d_i = m_i / |W0 + s_i B_i A_i| - 1
-with d_i (out,) computed once. Its gate may only be 0 or 1, because the norm would change with the strength.
+with d_i (out,) computed once. Its gate can only be 0 or 1, because the norm would change with the strength.
 
 The modules of the model are never replaced: a forward hook adds to their output, and removing the hooks leaves the
-model exactly as it was. Changing gates writes a few numbers; no module is visited. Gates that stay for several calls
-can be folded into the weights instead (:mod:`adapters.layers.folded`).
+model exactly as it was. Changing gates writes a few numbers and visits no module. Gates that stay the same for several
+calls can be folded into the weights instead (:mod:`adapters.layers.folded`).
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ Pair = tuple[Tensor, Tensor]
 """A (r, in[, kh, kw]) and B (r, out), the scale folded into B."""
 
 TokenGates = Callable[[str, int], Tensor | None]
-"""(module path, number of tokens or pixels L; 0 = the input has no places) -> strength per token and adapter (L, N), or
-(1, N) without places, or None = everywhere 1. The same tensor must come back as long as nothing has changed."""
+"""(module path, number of tokens or pixels L; 0 = the input has no positions) -> strength per position and adapter
+(L, N), or (1, N) without positions, or None = 1 everywhere. It must return the same tensor until something changes."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter as the engine needs it.
+    """One adapter of :class:`GatedAdapters`.
 
     Attributes:
         layers: module path -> layer, fitted to the model.
         factors: module path -> constant factor (per-block weights); 1 where absent.
-        strength: a constant strength folded into the matrices, for adapters with DoRA layers (they are normalised at
-            it); other adapters leave it at 1 and take their strength from the gate.
+        strength: constant strength folded into the matrices, for adapters with DoRA layers (which are normalised at
+            it); for others it stays 1, and the gate sets their strength.
     """
 
     layers: Mapping[str, LoraLayer]
@@ -69,10 +69,11 @@ class Adapter:
 
 
 class Gates:
-    """What all layers read: which adapters act on which sample, and how strongly.
+    """Which adapters act on which sample, and how strongly; shared by all layers.
 
-    ``mode`` is "off" (base model), "joint" (samples share or own rows of ``strengths``; adapters ``first`` to ``last``
-    are computed) or "grouped" (the batch is ``blocks`` equal parts, one per adapter of ``selection``).
+    ``mode`` is "off" (base model), "joint" (all samples share one row of ``strengths``, or each has its own; adapters
+    ``first`` to ``last`` are computed) or "grouped" (the batch is ``blocks`` equal parts, one per adapter of
+    ``selection``).
     """
 
     def __init__(self, count: int, device: torch.device, dtype: torch.dtype, narrow: bool = True) -> None:
@@ -83,7 +84,7 @@ class Gates:
         self.selection: slice | Tensor = slice(0, count)
         self.plain = False  # all strengths in use are 1: nothing to multiply
         self.narrow = narrow  # compute only the columns in use; False keeps all shapes fixed (CUDA graphs)
-        self.version = 0  # counts changes; layers keep what they derive from one version
+        self.version = 0  # counts changes; layers cache what they derive from one version
         self._setting: tuple[object, ...] = ("off",)
         self.strengths = torch.zeros(1, count, device=device, dtype=dtype)
         self.token_gates: TokenGates | None = None
@@ -93,12 +94,12 @@ class Gates:
         self._token_columns: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def off(self) -> None:
-        """The base model."""
+        """Use the base model only."""
         self.mode, self._setting = "off", ("off",)
         self.changed(None)
 
     def joint(self, strengths: Sequence[float]) -> None:
-        """The same strengths, one per adapter, for every sample; adapters at 0 outside the others are not computed."""
+        """The same strengths, one per adapter, for every sample; leading and trailing zeros are not computed."""
         if self._is_set(("joint", *strengths)):
             return
         used = [i for i, strength in enumerate(strengths) if strength != 0]
@@ -113,14 +114,14 @@ class Gates:
         self.changed((tuple(strengths),))
 
     def per_sample(self, strengths: Tensor) -> None:
-        """Strengths (batch, N): each sample its own mixture."""
+        """Separate strengths for every sample: (batch, N)."""
         self.first, self.last, self.plain, self.mode = 0, self.count, False, "joint"
         self._setting = ("per sample",)
         self._write(strengths)
         self.changed(None)
 
     def grouped(self, adapters: Sequence[int], strengths: Sequence[float]) -> None:
-        """An adapter-major batch of equal blocks: block k uses adapter ``adapters[k]`` alone, at ``strengths[k]``."""
+        """An adapter-major batch of equal blocks: block k uses only adapter ``adapters[k]``, at ``strengths[k]``."""
         if self._is_set(("grouped", *adapters, *strengths)):
             return
         self.mode, self.blocks = "grouped", len(adapters)
@@ -142,22 +143,22 @@ class Gates:
             self._columns[ranks] = self.strengths[:, self._owners[ranks]]
 
     def columns(self, ranks: tuple[int, ...]) -> Tensor:
-        """G (1 | batch, R) for modules whose adapters have these ranks; shared by all of them."""
+        """G (1 | batch, R) for modules whose adapters have these ranks; one tensor for all of them."""
         return self._columns[ranks]
 
     def owners(self, ranks: tuple[int, ...]) -> Tensor:
-        """Which adapter each column belongs to (R,)."""
+        """The adapter that owns each column (R,)."""
         return self._owners[ranks]
 
     def tokens_to(self, token_gates: TokenGates | None) -> None:
-        """Let strengths depend on the place (None: no more)."""
+        """Make strengths depend on the position; None = no longer."""
         self.token_gates = token_gates
         self._token_columns.clear()
         if token_gates is not None:
             self.changed(None)
 
     def token_columns(self, name: str, tokens: int, ranks: tuple[int, ...], lo: int, hi: int, like: Tensor) -> Any:
-        """Strength per place of the columns lo..hi, (1, L | 1, hi - lo), or None; kept while the gates stay."""
+        """Strength per position of the columns lo..hi, (1, L | 1, hi - lo), or None; cached while the gates stay."""
         mask = self.token_gates(name, tokens) if self.token_gates else None
         if mask is None:
             return None
@@ -169,7 +170,7 @@ class Gates:
         return kept[1]
 
     def _is_set(self, setting: tuple[object, ...]) -> bool:
-        """Whether the gates already are so; remembers the new setting if not."""
+        """Whether the gates already have this setting, which is stored otherwise."""
         same, self._setting = setting == self._setting, setting
         return same
 
@@ -185,7 +186,7 @@ class Gates:
 
 
 def alone(adapters: Sequence[int], strengths: Sequence[float], count: int) -> Blocks:
-    """A block for each of ``adapters``, in which it is the only one of ``count``."""
+    """A block for each of ``adapters``, in which only that one of ``count`` adapters acts."""
     return tuple(
         tuple(strength if i == adapter else 0.0 for i in range(count))
         for adapter, strength in zip(adapters, strengths, strict=True)
@@ -224,7 +225,7 @@ class GatedLayer:
         self._version = -1
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook: ``output`` with the adapters' part added (in place where that is safe)."""
+        """Forward hook: ``output`` plus the adapters' update (in place where that is safe)."""
         gates = self.gates
         if gates.mode == "off":
             return None
@@ -234,7 +235,7 @@ class GatedLayer:
             return None
         if not args:
             raise InputError(
-                f"The module '{self.name}' is called with keyword arguments only; its adapter gets no input."
+                f"The module '{self.name}' is called with keyword arguments only, so its adapter gets no input."
             )
         x = args[0]
         base = output
@@ -252,11 +253,11 @@ class GatedLayer:
         return self._conv(x, output, lo, hi) if self.is_conv else self._linear(x, output, lo, hi)
 
     def inside(self, blocks: Blocks, x: Tensor) -> folded.Forward:
-        """What the module computes with the adapters in its weight; where that does not pay, with them beside it.
+        """A forward function with the adapters folded into the weight or, if that is not worth it, beside it.
 
         Args:
-            blocks: strength of every adapter in each block of the batch; the gates are so, too.
-            x: an input.
+            blocks: strength of every adapter in each block of the batch, as set in the gates.
+            x: an input, for its size.
         """
         module: Any = self.module
         weights: list[Tensor] = []
@@ -274,7 +275,7 @@ class GatedLayer:
         return beside
 
     def _weights(self, blocks: Blocks, own: Tensor) -> list[Tensor]:
-        """W' of every block, one for all where no adapter acts; none where 16 bits are too coarse."""
+        """W' of every block, or one for all if no adapter acts; empty if 16 bits are too coarse."""
         weights = []
         for strengths in blocks:
             used = [i for i, strength in enumerate(strengths) if strength != 0 and self.ranks[i]]
@@ -307,9 +308,9 @@ class GatedLayer:
         return _add(output, h.reshape(-1, hi - lo), B)
 
     def _table(self, tokens: Tensor, output: Tensor, lo: int, hi: int) -> Tensor:
-        """Tokens (b, L) of an embedding: their columns of A, and what the module multiplies its rows with (Gemma)."""
+        """Tokens (b, L) of an embedding: their columns of A, times the module's embedding scale if any (Gemma)."""
         if self.gates.mode == "grouped":
-            raise InputError(f"The embeddings '{self.name}' take no batch in which each part has its own adapter.")
+            raise InputError(f"The embeddings '{self.name}' do not support a batch with one adapter per part.")
         A, B = _like(self.A[lo:hi], output), _like(self.B[lo:hi], output)
         h = A.T[tokens] * self._gate(output, tokens.shape[-1] if tokens.ndim == 2 else 0, lo, hi)
         scale = getattr(self.module, "embed_scale", None)
@@ -345,7 +346,7 @@ class GatedLayer:
         return output + torch.cat([F.conv2d(strength * _convolve(self.module, z, a), b) for z, a, b, strength in parts])
 
     def _with_gates(self, x: Tensor) -> Pair:
-        """A and G B of the adapters in use, G shared by all samples; kept until the gates change.
+        """A and G B of the adapters in use, with G shared by all samples; cached until the gates change.
 
         Joint (R', in) and (R', out), grouped (n, in, r) and (n, r, out).
         """
@@ -360,7 +361,7 @@ class GatedLayer:
             A, B = _like(self.A[lo:hi], x), _like(self.B[lo:hi], x)
             gate = gates.columns(self.ranks)[0, lo:hi, None]
         folded = A, B if gates.plain else B * gate.to(B)
-        if self.A.device == x.device:  # of an offloaded model nothing stays on the device
+        if self.A.device == x.device:  # for an offloaded model nothing stays on the device
             self._folded, self._version = folded, gates.version
         return folded
 
@@ -375,7 +376,7 @@ class GatedLayer:
         return places if self.gates.plain else gate * places
 
     def delta_rows(self, x: Tensor, strengths: Tensor) -> Tensor:
-        """The update alone, once for every row of strengths (rows, N): x (batch, in) -> (batch, rows, out)."""
+        """The update without the base, for every row of strengths (rows, N): x (batch, in) -> (batch, rows, out)."""
         A, B = _like(self.A, x), _like(self.B, x)
         gate = strengths.to(x)[:, self.gates.owners(self.ranks).to(x.device)]
         return (F.linear(x, A)[:, None] * gate) @ B
@@ -414,7 +415,7 @@ class GatedAdapters:
     Args:
         model: the frozen model; it is not changed until :meth:`attached`.
         adapters: in the order of the gates.
-        device, dtype: where and how the joined matrices are kept (the model's compute dtype).
+        device, dtype: of the joined matrices; dtype is the model's compute dtype.
         narrow: compute only the columns in use; False keeps shapes fixed for CUDA graphs.
     """
 
@@ -443,12 +444,12 @@ class GatedAdapters:
 
     @contextmanager
     def attached(self, without: Collection[str] = (), fold: Collection[Blocks] = ()) -> Iterator[Gates]:
-        """Let the adapters act (gates start "off"), but not on the modules named in ``without``; afterwards the model
-        is exactly what it was.
+        """Inside, the adapters act on the model; the gates start "off", and the model is restored exactly on exit.
 
         Args:
-            fold: settings of the gates that are folded into the weights while they hold. The folded weights of each
-                are made when it is first met and kept until the end.
+            without: names of modules to leave out.
+            fold: settings of the gates that are folded into the weights while they hold. Folded weights are computed
+                when a setting is first used and kept until the end.
         """
         acting = _Acting([layer for layer in self.layers if layer.name not in without], self.gates, fold)
         try:
@@ -458,7 +459,7 @@ class GatedAdapters:
                 yield self.gates
             finally:
                 acting.stop()
-        finally:  # once more, should an interrupt have come into that
+        finally:  # again, in case an interrupt came in between
             acting.stop()
             self.gates.changed = lambda blocks: None
             self.gates.off()
@@ -475,7 +476,7 @@ class GatedAdapters:
 
 
 class _Acting:
-    """Layers at work, inside their weights or by hooks."""
+    """Attached layers, acting through folded weights or hooks."""
 
     def __init__(self, layers: Sequence[GatedLayer], gates: Gates, fold: Collection[Blocks]) -> None:
         self.layers, self.gates, self.fold = layers, gates, frozenset(fold)
@@ -485,7 +486,7 @@ class _Acting:
         self.made: dict[Blocks, dict[nn.Module, folded.Forward]] = {}
 
     def change(self, blocks: Blocks | None) -> None:
-        """The gates are now so (None: they differ from sample to sample or place to place, or are off)."""
+        """Called when the gates change (None = they differ per sample or position, or are off)."""
         fold = blocks is not None and blocks in self.fold and self.gates.token_gates is None
         self.overrides.put(self._forwards(blocks) if blocks is not None and fold else {})
         for layer in self.layers:
@@ -497,13 +498,13 @@ class _Acting:
                 self.hooks[layer] = layer.module.register_forward_hook(layer)
 
     def stop(self) -> None:
-        """Leave every module as it was."""
+        """Restore every module."""
         self.overrides.clear()
         for handle in self.hooks.values():
             handle.remove()
 
     def _forwards(self, blocks: Blocks) -> dict[nn.Module, folded.Forward]:
-        """What the layers' modules compute; a weight is made when its layer is first called."""
+        """Forward functions of the layers' modules; a weight is computed when its layer is first called."""
         if blocks not in self.made:
             forwards: dict[nn.Module, folded.Forward] = {}
             self.made[blocks] = forwards
@@ -527,7 +528,7 @@ def _pairs(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[list[Pair | None], Tensor | None]:
-    """Each adapter's matrices and DoRA's rows d_i (N, out), all scaled in fp32 before the cast."""
+    """Each adapter's matrices, and DoRA's d_i (N, out) or None; scaled in fp32 before the cast."""
     pairs: list[Pair | None] = []
     rows: list[Tensor | None] = []
     for layer, adapter in zip(layers, adapters, strict=True):
@@ -558,12 +559,12 @@ def dora_rows(weight: Tensor, layer: LoraLayer, scale: float) -> Tensor:
 
 
 def _cast(name: str, A: Tensor, B: Tensor, scale: float, device: torch.device, dtype: torch.dtype) -> Pair:
-    """Both matrices in the compute dtype; a large scale that overflows fp16 in B is moved to A."""
+    """Both matrices in the compute dtype; if a large scale overflows B in fp16, it is moved to A."""
     for left, right in ((A, B), (A * scale, B / scale)):
         pair = left.to(device, dtype), right.to(device, dtype)
         if all(bool(torch.isfinite(tensor).all()) for tensor in pair):
             return pair
-    raise InputError(f"The adapter's numbers in '{name}' are too large for {dtype}: run it in fp32 or bf16.")
+    raise InputError(f"The adapter's values in '{name}' are too large for {dtype}: use fp32 or bf16.")
 
 
 def _joined(pairs: Sequence[Pair | None]) -> Pair:
@@ -575,7 +576,7 @@ def _joined(pairs: Sequence[Pair | None]) -> Pair:
 
 
 def _by_adapter(A: Tensor, B: Tensor, ranks: Sequence[int], offsets: Sequence[int], is_conv: bool) -> Pair:
-    """The grouped form: views where all ranks are equal, else ranks padded with zeros (which is exact)."""
+    """The grouped form: views if all ranks are equal, else ranks padded with zeros (which is exact)."""
     rank = max(ranks)
     if any(r != rank for r in ranks):
         joint_A, joint_B = A, B
@@ -598,12 +599,12 @@ def _add(output: Tensor, h: Tensor, B: Tensor) -> Tensor:
 
 
 def _in_place(output: Tensor, h: Tensor) -> bool:
-    """A fresh, dense output that no gradient needs may be written to."""
+    """Whether ``output`` can be overwritten: contiguous, of the same dtype, and not needed for gradients."""
     return output.is_contiguous() and not output.requires_grad and not h.requires_grad and output.dtype == h.dtype
 
 
 def _convolve(module: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
-    """x (b, in, height, width) through A with the stride, padding and dilation of the module it stands beside."""
+    """x (b, in, height, width) through A, with the stride, padding and dilation of ``module``."""
     assert isinstance(module, nn.Conv2d)
     return F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation)
 

@@ -1,10 +1,10 @@
 """Which settings of the gates are folded into the weights during a call (:mod:`adapters.layers.folded`).
 
-Folding a setting costs about what the adapters cost in ``ENOUGH`` calls of the denoiser, so a setting is folded that
-holds in at least as many, whether in a row (merge, a schedule with plateaus) or in turns (switch); in composite, where
-every block of the batch has one adapter, the weights of all blocks are made. The text encoders read a prompt once or
-twice per picture: they are never folded. All settings that are worth it are folded, or none where their weights do not
-fit beside the model.
+Folding a setting costs about as much as the adapters do in ``ENOUGH`` calls of the denoiser, so a setting is folded if
+it holds in at least as many, in a row (merge, a schedule with plateaus) or in turns (switch); in composite, where every
+block of the batch has one adapter, the weights of all blocks are computed. Text encoders read a prompt only once or
+twice per picture and are never folded. Either all settings that are worth it are folded, or none if their weights do
+not fit into memory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from adapters.layers.folded import Blocks
 
 ENOUGH = 4
-"""Calls of the denoiser, from ``python -m benchmarks.composition --even``."""
+"""Least calls of the denoiser for which folding pays, from ``python -m benchmarks.composition --even``."""
 
 SHARE = 0.5
-"""Part of the free memory that folded weights may take."""
+"""Share of the free memory that folded weights may use."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Folds:
     """What is folded in a call.
 
     Attributes:
-        settings: of the gates.
+        settings: the settings of the gates that are folded.
         memory: bytes of all folded weights.
-        missing: bytes that would have been needed, where there was no room for them.
+        missing: bytes that would be needed, if there is not enough memory.
     """
 
     settings: tuple[Blocks, ...] = ()
@@ -38,12 +38,12 @@ class Folds:
 
 
 def folds(calls: Sequence[Blocks], each: int, free: int) -> Folds:
-    """What is worth being folded.
+    """What to fold.
 
     Args:
         calls: the gates in every call of the denoiser.
         each: bytes of the weights of one block; 0 = no layer can be folded.
-        free: bytes of memory to be had.
+        free: bytes of free memory.
     """
     counts = Counter(calls)
     worth = tuple(blocks for blocks, count in counts.items() if count >= ENOUGH and any(map(any, blocks)))

@@ -1,10 +1,10 @@
 """MultiLoRAPipeline: one base model, many adapters, one picture.
 
-It holds a diffusers pipeline and never copies its code: adapters act through forward hooks
+It wraps a diffusers pipeline and copies none of its code: adapters act through forward hooks
 (:mod:`adapters.layers.gated`), composition through two hooks on the denoiser (:mod:`pipelines.diffusion.denoise`).
-All hooks exist only during a call, so before and after it the diffusers pipeline is exactly what it was, also when the
-call fails or is cancelled. This is the face; the work is done by the rack (loaded adapters), the planner (what happens
-at each step), prompts (their encoding) and drawing (the call).
+All hooks exist only during a call, so the diffusers pipeline is otherwise unchanged, also if the call fails or is
+cancelled. The work is done by the rack (loaded adapters), the planner (steps), prompts (their encoding) and drawing
+(the call).
 
     pipe = MultiLoRAPipeline.from_pretrained("tinymoji")
     pipe.load_lora("cat.safetensors", weight=0.8)
@@ -61,7 +61,10 @@ class MultiLoRAPipeline:
 
     Args:
         pipe: a diffusers pipeline of a known family; it is used, not copied.
-        settings: how it was opened (made up from ``pipe`` when left out).
+        settings: its settings (default: read from ``pipe``).
+
+    Raises:
+        InputError: an unknown family, a base that is not supported, or a pipeline that already has adapters.
     """
 
     def __init__(self, pipe: Any, settings: Settings | None = None) -> None:
@@ -84,10 +87,9 @@ class MultiLoRAPipeline:
         memory: str = "none",
         **options: Any,
     ) -> MultiLoRAPipeline:
-        """Open a hub id, a pipeline directory or a single ``.safetensors`` file.
+        """Load a hub id, a pipeline directory or a single ``.safetensors`` file.
 
-        Raises:
-            InputError: nothing there, an unknown family, or an impossible choice.
+        Arguments and errors are those of :func:`pipelines.diffusion.loading.open_pipeline`.
         """
         pipe, _, settings = open_pipeline(source, family, dtype, device, attention, memory, **options)
         return cls(pipe, settings)
@@ -98,18 +100,18 @@ class MultiLoRAPipeline:
         Args:
             task: "image" (to image), "inpaint", "controlnet", "controlnet image", "controlnet inpaint" (SD3:
                 "inpainting controlnet", a ControlNet that inpaints by itself), "t2i-adapter".
-            parts: what that pipeline needs beside them (``controlnet``: the network, or its directory or hub id;
+            parts: what else that pipeline needs (``controlnet``: the network, or its directory or hub id;
                 ``adapter``).
 
         Raises:
-            InputError: the family has no such pipeline, or there is no such ControlNet for this model.
+            InputError: the family has no such pipeline, or the ControlNet cannot be loaded or is for another model.
         """
         import diffusers
 
         names = self.family.other_pipelines
         if task not in names:
             raise InputError(
-                f"{self.family.title} has no pipeline for '{task}': possible are {', '.join(names) or 'none'}."
+                f"{self.family.title} has no pipeline for '{task}': it has {', '.join(names) or 'no others'}."
             )
         network = parts.get("controlnet")
         if isinstance(network, str | Path):
@@ -132,7 +134,7 @@ class MultiLoRAPipeline:
 
     @property
     def adapters(self) -> dict[str, LoraReport]:
-        """What is loaded, by name."""
+        """Name -> report of the loaded adapter."""
         return {name: loaded.report for name, loaded in self.rack.loaded.items()}
 
     def load_lora(
@@ -146,30 +148,30 @@ class MultiLoRAPipeline:
         schedule: Keyframes | None = None,
         region: Region | Mapping[str, Any] | None = None,
     ) -> LoraReport:
-        """Read an adapter and fit it to this model; every layer of it finds its module, or it is refused.
+        """Load an adapter and fit it to this model; it is refused if any of its layers has no module.
 
         Args:
-            path: file, PEFT directory, or an adapter already in memory.
-            name: how the composition calls it (the file's name if left out).
+            path: file, PEFT directory, or an adapter in memory.
+            name: its name in compositions (default: the file's name).
             weight: strength in the denoiser.
-            te_weight: strength in the text encoders (as ``weight`` if left out).
-            triggers: words that call it.
+            te_weight: strength in the text encoders (default: ``weight``).
+            triggers: its trigger words.
             blocks: extra factor per block, by module prefix ("down_blocks.1": 0.5).
             schedule: keyframes (progress, factor).
-            region: its own place, without ``adapters``: regional methods use it unless ``compose`` is given regions.
+            region: its own region, without ``adapters``; regional methods use it unless ``compose`` is given regions.
 
         Raises:
-            InputError: unreadable file, unknown format, a name used twice, a number that is not finite, a region that
-                cannot be.
-            FamilyError: made for another model; names the layer and both shapes.
+            InputError: an unreadable file, an unknown format, a name used twice, a value that is not finite, or an
+                invalid region.
+            FamilyError: it was made for another model; the message names the layer and both shapes.
         """
         return self.rack.load(path, name, weight, te_weight, triggers, blocks, schedule, region)
 
     def unload_lora(self, name: str) -> None:
-        """Forget an adapter.
+        """Unload an adapter.
 
         Raises:
-            InputError: no adapter of that name.
+            InputError: there is no adapter of that name.
         """
         self.rack.unload(name)
         if self.composition.adapters and name in self.composition.adapters:
@@ -192,20 +194,20 @@ class MultiLoRAPipeline:
 
         Args:
             method: one of ``pipelines.diffusion.methods``.
-            adapters: which of the loaded ones, in order (all if left out).
-            tau: switch: steps per turn.
-            te_mode: text encoder LoRAs: "auto", "per_adapter", "official" or "merged".
-            adapter_batch: composite: adapters denoised together (all if left out); output: regions together.
-            regions: parts of the picture with adapters and prompts of their own, or "auto" (regional methods only);
-                adapters in no region act everywhere. Left out, each adapter has the region it was loaded with.
-            fold: where strengths stay the same for enough steps, compute with weights that have the adapters in them
-                (:mod:`pipelines.diffusion.folding`): faster, the same up to rounding (in fp16 and bf16 the sums are
-                made in fp32 and rounded once). The model's own weights are not touched.
+            adapters: names of loaded adapters, in order (default: all).
+            tau: for methods with turns, steps per turn.
+            te_mode: mode of text encoder LoRAs: "auto", "per_adapter", "official" or "merged".
+            adapter_batch: for separate predictions, adapters (or regions) per call of the denoiser (default: all).
+            regions: parts of the picture with their own adapters and prompts, or "auto" (regional methods only);
+                adapters in no region act everywhere. By default each adapter has the region it was loaded with.
+            fold: while strengths stay the same for enough steps, fold the adapters into copies of the weights
+                (:mod:`pipelines.diffusion.folding`): faster, and equal up to rounding (in fp16 and bf16 the sums are
+                computed in fp32 and rounded once). The model's own weights are not changed.
             options: how regions are used, see :class:`pipelines.diffusion.regions.RegionOptions`.
 
         Raises:
-            InputError: unknown method, adapter, mode or option; an adapter named twice; a number below 1; regions that
-                cannot be.
+            InputError: an unknown method, adapter, mode or option; an adapter named twice; a value below 1; or invalid
+                regions.
         """
         kind = methods.properties(method)
         resolve_mode(te_mode, method)
@@ -220,7 +222,7 @@ class MultiLoRAPipeline:
             raise InputError(f"An adapter is named twice in the composition: {', '.join(chosen)}.")
         if kind.regional and te_mode != "auto":
             raise InputError(
-                f"With regions every prompt is encoded with its own region's adapters: leave te_mode '{te_mode}' out."
+                f"With regions every prompt is encoded with its own region's adapters: leave out te_mode '{te_mode}'."
             )
         names = tuple(self.rack.loaded) if chosen is None else chosen
         own = regions is None and kind.regional and any(self.rack.loaded[name].report.region for name in names)
@@ -239,12 +241,12 @@ class MultiLoRAPipeline:
         prompt: str | None = None,
         **others: Any,
     ) -> Plan:
-        """What a call with these numbers would do (guidance as in a call; some methods also go by the prompt).
+        """What a call with these arguments would do; some methods depend on the prompt.
 
-        ``others`` are arguments of a call that leave steps out, such as ``strength``.
+        ``others`` are arguments of a call that skip steps, such as ``strength``.
 
         Raises:
-            InputError: the composition cannot be done (for example a DoRA adapter with a fading schedule), or no step
+            InputError: the composition is not possible (for example a DoRA adapter with a fading schedule), or no step
                 is left.
         """
         with sampling(self.pipe, scheduler, self.family.flow) as fresh:
@@ -254,25 +256,25 @@ class MultiLoRAPipeline:
         return plan
 
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:
-        """Write the composition as one ordinary LoRA (merge without schedules only).
+        """Write the composition as one ordinary LoRA (only merge without schedules).
 
-        ``rank`` cuts every layer by SVD; the result names the relative error of each layer that was cut.
+        ``rank`` truncates every layer by SVD; the result has the relative error of each truncated layer.
 
         Raises:
-            InputError: the composition changes over the steps or has no sum form, or the format is unknown.
+            InputError: the composition is not a constant sum, or the format is unknown or cannot hold it.
         """
         chosen = self.composition
         writer = find_format(format)
         if not chosen.properties.constant:
             able = ", ".join(f"'{name}'" for name in methods.names(lambda known: known.constant))
             raise InputError(
-                f"'{chosen.method}' changes with the steps and is no single LoRA; only {able} can be exported."
+                f"'{chosen.method}' changes over the steps and is not a single LoRA; only {able} can be exported."
             )
         loaded = self._chosen()
         scheduled = [item.report.name for item in loaded if item.report.schedule]
         if scheduled:
             raise InputError(
-                f"A schedule ({', '.join(scheduled)}) cannot be written into one LoRA: remove it to export."
+                f"A LoRA cannot hold a schedule ({', '.join(scheduled)}): remove it to export."
             )
         weights = [
             {
@@ -315,46 +317,48 @@ class MultiLoRAPipeline:
         wildcards: str | Path | None = None,
         **others: Any,
     ) -> Output:
-        """Make pictures; picture k uses the seed ``seed + k`` whatever the number of pictures.
+        """Generate pictures; picture k uses the seed ``seed + k`` for any number of pictures.
 
         Args:
-            prompt, negative_prompt: what to draw and what to avoid, with the marks of
+            prompt, negative_prompt: what to draw and what to avoid, with the syntax of
                 :mod:`pipelines.diffusion.prompt_syntax`: ``(word:1.3)``; ``<lora:name:0.8>`` sets the strength of a
-                loaded adapter for this call; the seed of each picture chooses of ``{a|b}`` and ``__colour__``.
-            steps: denoising steps (25 if left out).
-            guidance_scale: classifier-free guidance (1 = off); Flux: its distilled guidance. Left out it is 5, with a
-                distilled adapter 1 (or, if that takes the guidance as an input, what it was made for).
-            width, height: pixels; the base model's own size if left out.
-            scheduler: sampler by name.
-            monitor: is told every step and may cancel.
-            preview_every: steps between previews in the reports (0 = none).
-            true_cfg_scale: Flux: real guidance with the negative prompt (1 = off).
+                loaded adapter for this call; the seed of each picture makes the choices in ``{a|b}``, ``__colour__``.
+            steps: denoising steps (default: 25).
+            guidance_scale: classifier-free guidance (1 = off); for Flux its distilled guidance. The default is 5, and
+                with a distilled adapter 1 (or what it was made for, if it takes the guidance as an input).
+            seed: of the first picture.
+            images: number of pictures (default: 1).
+            width, height: in pixels (default: the base model's own size).
+            scheduler: name of the sampler; "default" = the base's own.
+            monitor: receives progress per step and may cancel.
+            preview_every: steps between previews in the progress (0 = none).
+            true_cfg_scale: for Flux, true guidance with the negative prompt (1 = off).
             output_type: "pil", or "latent" for the denoised latents.
-            allow_double_guidance: guide on top of the guidance that a distilled adapter has built in.
+            allow_double_guidance: allow guidance on top of that built into a distilled adapter.
             wildcards: folder with a file colour.txt for the wildcard ``__colour__``.
             others: diffusers' own names: ``num_inference_steps`` (steps), ``num_images_per_prompt`` (images),
                 ``generator`` (one, or one per picture; instead of the seed), ``callback_on_step_end`` with
-                ``callback_on_step_end_tensor_inputs``, ``latents``; and what else the wrapped pipeline takes (``eta``,
-                ``image``, ``mask_image``, ``strength``, ``ip_adapter_image`` ...). A ControlNet reads the encoding
-                of the first prediction.
+                ``callback_on_step_end_tensor_inputs``, ``latents``; and other arguments of the wrapped pipeline
+                (``eta``, ``image``, ``mask_image``, ``strength``, ``ip_adapter_image`` ...). A ControlNet gets the
+                encoding of the first prediction.
 
         Raises:
-            InputError: a number or composition that cannot be done; out of memory (with what to do).
+            InputError: an argument or composition that is not possible, or out of memory (with what to do).
             Cancelled: the monitor asked to stop.
         """
         check_prompt(prompt, "The prompt")
         check_prompt(negative_prompt, "The negative prompt")
-        said = diffusers_arguments(self.pipe, others, {"steps": steps, "images": images})
+        ours = diffusers_arguments(self.pipe, others, {"steps": steps, "images": images})
         call = Call(
-            prompt, negative_prompt, said.get("steps", 25), guidance_scale, seed, said.get("images", 1), width, height,
+            prompt, negative_prompt, ours.get("steps", 25), guidance_scale, seed, ours.get("images", 1), width, height,
             scheduler, monitor or Silent(), preview_every, true_cfg_scale, output_type, allow_double_guidance,
-            said.get("generator"), said.get("callback_on_step_end"),
-            tuple(said.get("callback_on_step_end_tensor_inputs", ())), said["more"],
+            ours.get("generator"), ours.get("callback_on_step_end"),
+            tuple(ours.get("callback_on_step_end_tensor_inputs", ())), ours["more"],
         )  # fmt: skip
         lines = lines_of(None if wildcards is None else Path(wildcards))
         regions = placed_regions(self.composition, self._chosen())
         texts = [text or "" for region in regions for text in (region.prompt, region.negative)]
-        alone = call.images > 1 and not self._ordinary  # other pipelines repeat their pictures in ways of their own
+        alone = call.images > 1 and not self._ordinary  # other pipelines repeat their pictures in their own ways
         if not alone and not any(has_choices(text) for text in (prompt, negative_prompt, *texts)):
             return self._make(call)
         own = self.composition
@@ -369,7 +373,7 @@ class MultiLoRAPipeline:
         return together(made)
 
     def _make(self, call: Call) -> Output:
-        """The pictures of a call whose texts say one thing."""
+        """The pictures of a call whose texts have no open choices."""
         prompt, adapters = without_adapters(call.prompt)
         regions = placed_regions(self.composition, self._chosen())
         others = [text or "" for region in regions for text in (region.prompt, region.negative)]
@@ -389,20 +393,20 @@ class MultiLoRAPipeline:
         check_pristine(self.pipe, self.rack.components)
         guided = guidance > 1 and not (mark and mark.mode == "embedding")
         size = self._pixels(width, height, call.more)
-        if width or height or call.more.get("image") is not None:  # diffusers takes both or, without a word, neither
+        if width or height or call.more.get("image") is not None:  # diffusers silently ignores one without the other
             height, width = size
         sized = "width" in inspect.signature(type(self.pipe).__call__).parameters
         self._check_more(call, size, sized)
         real_guidance = flow_flux and "true_cfg_scale" in self.own_arguments
         if flow_flux and call.true_cfg_scale != 1 and not real_guidance:
             raise InputError(f"A {type(self.pipe).__name__} takes no true_cfg_scale: leave it at 1.")
-        told: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             **call.more, **({"width": width, "height": height} if sized else {}),
             "num_inference_steps": call.steps, "guidance_scale": scale,
             "output_type": call.output_type, **({"true_cfg_scale": call.true_cfg_scale} if real_guidance else {}),
         }  # fmt: skip
         request = Request(
-            call.prompt, call.negative_prompt, call.images, guided, call.seed, size, told, call.monitor,
+            call.prompt, call.negative_prompt, call.images, guided, call.seed, size, arguments, call.monitor,
             call.preview_every, call.generators, call.callback, call.callback_tensors,
         )  # fmt: skip
         with torch.no_grad(), sampling(self.pipe, call.scheduler, self.family.flow) as fresh:
@@ -422,24 +426,24 @@ class MultiLoRAPipeline:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        """Forget all adapters; the diffusers pipeline itself was never changed."""
+        """Unload all adapters; the diffusers pipeline itself was never changed."""
         self.rack.clear()
         self.composition = Composition()
 
     # Parts of a call
 
     def _count(self, fresh: Any, steps: int, more: Mapping[str, Any]) -> int:
-        """How often the denoiser is asked; raises :class:`InputError` where no step is left.
+        """Number of denoiser calls; raises :class:`InputError` if no step is left.
 
         Args:
-            fresh: the call's sampler, at its place in the pipeline.
+            fresh: the call's sampler, already set in the pipeline.
         """
         if self._ordinary and not more:
             count = count_steps(fresh, steps, self.family.flow)
         else:
             count = count_part(self.pipe, steps, more, self.family.flow)
         if count < 1:
-            raise InputError(f"Of {steps} steps none is left at this strength: give more steps, or a larger strength.")
+            raise InputError(f"Of {steps} steps none is left at this strength: use more steps, or a larger strength.")
         return count
 
     def joined(self) -> Joined:
@@ -447,8 +451,7 @@ class MultiLoRAPipeline:
         return self.rack.joined(self.composition.adapters, self.composition.cross_only(self._chosen()))
 
     def region_context(self) -> Any:
-        """What a call with regions needs of this pipeline: a
-        :class:`pipelines.diffusion.regions.context.RegionContext`."""
+        """The :class:`pipelines.diffusion.regions.context.RegionContext` of this pipeline, for calls with regions."""
         from pipelines.diffusion.regions.context import RegionContext
 
         return RegionContext(
@@ -466,9 +469,9 @@ class MultiLoRAPipeline:
         if prompt is None:
             return plan, texts
         regions = placed_regions(self.composition, self._chosen())
-        said = [prompt, *(region.prompt for region in regions)]
-        said += [negative, *(region.negative or "" for region in regions)] if guided else []
-        return replace(plan, warnings=(*plan.warnings, *prompts.remarks(said))), texts
+        written = [prompt, *(region.prompt for region in regions)]
+        written += [negative, *(region.negative or "" for region in regions)] if guided else []
+        return replace(plan, warnings=(*plan.warnings, *prompts.remarks(written))), texts
 
     def _folds(self, plan: Plan) -> Folds:
         """What a call folds into the weights."""
@@ -479,7 +482,7 @@ class MultiLoRAPipeline:
         return folds(calls, engine.foldable_bytes(), free(engine.gates.strengths.device))
 
     def _everywhere(self, plan: Plan, texts: Texts, request: Request) -> Any:
-        """A call whose adapters have no regions; returns what the diffusers pipeline returned."""
+        """A call without regions; returns the diffusers pipeline's result."""
         encodings = self._prompts().by_adapters(
             [active for row in texts for active in row],
             request.prompt, request.negative, request.images, request.guided,
@@ -492,10 +495,10 @@ class MultiLoRAPipeline:
                 return draw(self.pipe, run, request, encodings[given].call_arguments(), request.generators())
 
     def _regional(self, plan: Plan, request: Request) -> tuple[Any, tuple[PlacedRegion, ...]]:
-        """A call with regions; returns what the diffusers pipeline returned, and where the regions were."""
+        """A call with regions; returns the diffusers pipeline's result, and the regions' places."""
         from pipelines.diffusion.regions.run import RegionalCall
 
-        if self.composition.regions == "auto" and request.images > 1:  # each picture has places of its own
+        if self.composition.regions == "auto" and request.images > 1:  # each picture has its own places
             alone = [
                 replace(request, images=1, seed=request.seed + k, monitor=part(request.monitor, k, request.images))
                 for k in range(request.images)
@@ -520,7 +523,7 @@ class MultiLoRAPipeline:
     # Distilled adapters
 
     def _active_marks(self) -> dict[str, tuple[Mark, float]]:
-        """Name -> (mark, weight) of the distilled adapters of the composition that are at work."""
+        """Name -> (mark, weight) of the composition's distilled adapters, except those of weight 0."""
         return {
             item.report.name: (special.mark, item.report.weight)
             for item in self._chosen()
@@ -529,7 +532,7 @@ class MultiLoRAPipeline:
 
     @contextmanager
     def _guidance_input(self) -> Iterator[None]:
-        """Inside, the denoiser takes the guidance as an input if the distilled adapter at work needs that."""
+        """Inside, the denoiser takes the guidance as an input, if a distilled adapter needs that."""
         with ExitStack() as stack:
             for item in self._chosen():
                 if (special := item.active_distilled) is not None and special.embedding is not None:
@@ -545,21 +548,21 @@ class MultiLoRAPipeline:
 
     @property
     def own_arguments(self) -> dict[str, Any]:
-        """What the wrapped diffusers pipeline takes in a call, with its defaults."""
+        """Arguments of the wrapped diffusers pipeline's call, with their defaults."""
         return {name: item.default for name, item in inspect.signature(type(self.pipe).__call__).parameters.items()}
 
     @property
     def _ordinary(self) -> bool:
-        """The diffusers pipeline makes pictures from words alone."""
+        """Whether the diffusers pipeline is the family's text-to-image pipeline."""
         return type(self.pipe).__name__ == self.family.pipeline
 
     def _is_sd15(self) -> bool:
-        """A model of Stable Diffusion 1.5's size, for which LoRA-Composer's constants were chosen."""
+        """Whether the model has Stable Diffusion 1.5's size, for which LoRA-Composer's constants were chosen."""
         widths = getattr(self.rack.denoiser.config, "block_out_channels", ())
         return self.family.name == "sd" and tuple(widths) == (320, 640, 1280, 1280)
 
     def _check_more(self, call: Call, size: tuple[int, int], sized: bool) -> None:
-        """Refuse further arguments that do not go together; raises :class:`InputError`."""
+        """Raise :class:`InputError` for arguments that do not go together."""
         step = self.family.pixel_step(self.pipe)
         if not sized and (call.width or call.height) and size != self._pixels(None, None, call.more):
             raise InputError("The picture has the size of the image: leave width and height out, or resize the image.")
@@ -570,7 +573,7 @@ class MultiLoRAPipeline:
             raise InputError("This pipeline has an IP-Adapter: give ip_adapter_image, or unload_ip_adapter() first.")
         known, options = self.composition.properties, self.composition.options
         if ip_adapter and known.regions == "network":
-            raise InputError(f"'{self.composition.method}' does not go with an IP-Adapter: choose 'output'.")
+            raise InputError(f"'{self.composition.method}' does not work with an IP-Adapter: choose 'output'.")
         if known.regional and (options.reinit or options.refine) and not self._ordinary:
             raise InputError(
                 f"reinit and refine of '{self.composition.method}' start from noise: switch both off "
@@ -580,7 +583,7 @@ class MultiLoRAPipeline:
     def _pixels(
         self, width: int | None, height: int | None, more: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[int, int]:
-        """Height and width of the pictures of a call: as asked for, of the image given, or the base model's own."""
+        """Height and width of the pictures of a call: as requested, of the given image, or the base model's own."""
         image = more.get("image", more.get("control_image"))
         if image is not None and not (width or height):
             first = image[0] if isinstance(image, list | tuple) else image

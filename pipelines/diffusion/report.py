@@ -168,8 +168,8 @@ class Plan:
 
     def _folded(self) -> str:
         if self.folds.missing:
-            return f" (no room for {self.folds.missing / 2**20:.1f} MiB of weights with adapters in them: slower)"
-        return f", {self.folds.memory / 2**20:.1f} MiB of weights with adapters in them" if self.folds.memory else ""
+            return f" (not enough memory for {self.folds.missing / 2**20:.1f} MiB of folded weights: slower)"
+        return f", {self.folds.memory / 2**20:.1f} MiB of folded weights" if self.folds.memory else ""
 
 
 def _runs(steps: tuple[Step, ...]) -> list[tuple[int, int, Step]]:

@@ -210,7 +210,7 @@ def test_the_same_options_in_a_diffusers_file_are_refused(tmp_path: Path, option
     name = "unet.mid_block.attentions.0.to_q.lora_"
     save_file({f"{name}A.weight": torch.ones(2, 4), f"{name}B.weight": torch.ones(4, 2)}, tmp_path / "f.safetensors",
               {"lora_adapter_metadata": config})  # fmt: skip
-    with pytest.raises(InputError, match=f"{option}|started by {value}"):
+    with pytest.raises(InputError, match=f"{option}|initialised by {value}"):
         read(tmp_path / "f.safetensors")
 
 
