@@ -1,4 +1,4 @@
-"""The one family of errors that people see.
+"""The errors that users see.
 
 A message is one or two sentences: what was given, what is possible, what to do.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class StudioError(Exception):
-    """Base of every error whose message is written for the person who caused it."""
+    """Base class of errors whose message is written for the user."""
 
 
 class InputError(StudioError, ValueError):
@@ -18,11 +18,11 @@ class InputError(StudioError, ValueError):
 
 
 class FamilyError(InputError):
-    """An adapter and a base model that do not belong together."""
+    """An adapter that does not fit the base model, or models that do not belong together."""
 
 
 class MissingDependencyError(StudioError, ImportError):
-    """An optional package that the requested feature needs."""
+    """An optional package that a requested feature needs is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
@@ -32,10 +32,10 @@ class MissingDependencyError(StudioError, ImportError):
 
 
 class Cancelled(StudioError):
-    """Work stopped because the person asked for it; what was finished is kept."""
+    """Work stopped at the user's request; finished parts are kept."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the known name closest to ``name``, or an empty string."""
+    """``" (did you mean 'x'?)"`` with the known name closest to ``name``, or an empty string if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""

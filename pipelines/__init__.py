@@ -1,1 +1,1 @@
-
+"""Tasks on real model families: diffusion, language, 3D geometry."""

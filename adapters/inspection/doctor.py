@@ -1,7 +1,7 @@
 """The composition doctor: which adapters will interfere with each other, and what to do about it.
 
 It compares the weights (:mod:`adapters.inspection.interference`), strengths and trigger words of the adapters, never
-pictures. Its prediction for a pair is the part of the two updates that lies in each other's subspaces; the constants
+pictures. Its prediction for a pair is the part of the two updates inside each other's subspaces; the constants
 below are rules of thumb. ``benchmarks/interference.py`` measures how well the prediction agrees with measured bleed,
 over the shipped adapters.
 """
@@ -31,7 +31,7 @@ METHOD = Method(
 
 Level = Literal["none", "low", "medium", "high"]
 HIGH = 0.25
-"""Interference from which the level is "high": a quarter of the updates lies in each other's subspaces."""
+"""Interference from which the level is "high": a quarter of the updates is in each other's subspaces."""
 MEDIUM = 0.05
 BALANCED = 1.5
 """Strengths up to this many times the typical one are left as they are."""
@@ -260,7 +260,7 @@ def _advice(subjects: Sequence[Subject], pairs: Sequence[Pair], strengths: Mappi
     if not pairs:
         return Advice("merge", weights, False, (*reasons, "A single adapter has nothing to conflict with."))
     worst = pairs[0]
-    part = f"{worst.interference:.0%} of the updates of {worst.first} and {worst.second} lies in each other's subspaces"
+    part = f"{worst.interference:.0%} of the updates of {worst.first} and {worst.second} is in each other's subspaces"
     kinds = {subject.name: subject.kind for subject in subjects}
     clash = [pair for pair in pairs if pair.words]
     if clash:

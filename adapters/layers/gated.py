@@ -88,7 +88,7 @@ class Gates:
         self._setting: tuple[object, ...] = ("off",)
         self.strengths = torch.zeros(1, count, device=device, dtype=dtype)
         self.token_gates: TokenGates | None = None
-        self.changed: Callable[[Blocks | None], None] = lambda blocks: None  # told what each block of the batch meets
+        self.changed: Callable[[Blocks | None], None] = lambda blocks: None  # called with the gates of each block
         self._owners: dict[tuple[int, ...], Tensor] = {}
         self._columns: dict[tuple[int, ...], Tensor] = {}
         self._token_columns: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}

@@ -43,7 +43,7 @@ PREFIX = "base_model.model."
 
 
 class Rule(Protocol):
-    """The product B A x with gradients of its own."""
+    """The product B A x with its own gradients."""
 
     def __call__(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
         """B A x (without s) for the layer's input."""
@@ -89,7 +89,7 @@ class StudioVariant(LoraVariant):
         else:
             update = up(down(dropped))
         offset = _part(module, OFFSET, adapter)
-        if offset is not None:  # equal products cancel to the bit
+        if offset is not None:  # equal products cancel exactly
             update = update - product(module, adapter, dropped, offset.A0, offset.B0)
         result = result + update * scale
         if self.perturbation is not None and module.training:

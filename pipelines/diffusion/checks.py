@@ -30,7 +30,7 @@ def check_pristine(pipe: Any, components: Iterable[str]) -> None:
                 "use an uncompiled pipeline."
             )
         for module in model.modules() if isinstance(model, nn.Module) else ():
-            own = vars(module)  # asking a module for what it lacks takes long
+            own = vars(module)  # looking up a missing attribute of a module is slow
             if own.get("merged_adapters"):
                 raise InputError("LoRAs are fused into this pipeline: call its unfuse_lora() before composing.")
             if "base_layer" in own["_modules"] and "lora_A" in own["_modules"]:

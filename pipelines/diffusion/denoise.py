@@ -154,18 +154,18 @@ class Denoising:
 
 
 def separate(step: Step) -> list[int]:
-    """The separate predictions of a step, by number; none where all adapters are in one."""
+    """Numbers of the separate predictions of a step; empty if all adapters share one."""
     return list(range(len(step.active))) if step.separate and len(step.active) > 1 else []
 
 
 def chunked(predictions: list[int], most: int | None) -> list[list[int]]:
-    """Predictions that are made in one call of the denoiser, at ``most`` so many (None = all)."""
+    """Predictions split into calls of the denoiser, each of at most ``most`` (None = all in one)."""
     size = most or max(1, len(predictions))
     return [predictions[i : i + size] for i in range(0, len(predictions), size)]
 
 
 def blocks(step: Step, predictions: Sequence[int]) -> Blocks:
-    """The gates of a call of the denoiser for some of a step's separate predictions; without any, of the only one."""
+    """The gates of one call of the denoiser for some of a step's separate ``predictions``; empty = the only one."""
     if not predictions:
         return (step.gates,)
     adapters = [step.active[k] for k in predictions]
@@ -173,7 +173,7 @@ def blocks(step: Step, predictions: Sequence[int]) -> Blocks:
 
 
 def known_calls(kind: type[Denoising], steps: Sequence[Step], adapter_batch: int | None) -> list[Blocks]:
-    """The gates of every call of the denoiser; none where a run of this ``kind`` sets them in a way of its own."""
+    """The gates of every call of the denoiser; empty if runs of this ``kind`` set them in their own way."""
     names = ("_before", "predictions", "set_gates", "_chunk")
     if any(getattr(kind, name) is not getattr(Denoising, name) for name in names):
         return []

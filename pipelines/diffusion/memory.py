@@ -62,7 +62,7 @@ def apply_preset(pipe: Any, preset: str, denoiser: str, device: torch.device, dt
 
 
 def free(device: torch.device) -> int:
-    """Bytes that are still to be had on a device; in a container, within its limit."""
+    """Free bytes on a device; in a container, within its limit."""
     backend: Any = getattr(torch, device.type, None)
     if hasattr(backend, "mem_get_info"):
         kept = backend.memory_reserved(device) - backend.memory_allocated(device)
@@ -78,5 +78,5 @@ def free(device: torch.device) -> int:
             stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
-        found = min(found, most - now + int(stat.get("inactive_file", 0)))  # cached files make room
+        found = min(found, most - now + int(stat.get("inactive_file", 0)))  # cached files can be evicted
     return found

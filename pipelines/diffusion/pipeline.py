@@ -474,7 +474,7 @@ class MultiLoRAPipeline:
         return replace(plan, warnings=(*plan.warnings, *prompts.remarks(written))), texts
 
     def _folds(self, plan: Plan) -> Folds:
-        """What a call folds into the weights."""
+        """What a call with this plan folds into the weights."""
         if not self.composition.fold or self.composition.properties.regional:
             return Folds()
         engine = self.joined().denoiser

@@ -56,6 +56,7 @@ class Facts:
 
 
 def part_file(folder: FilePath, number: int) -> FilePath:
+    """The file of part ``number`` (from 0)."""
     return folder / f"part-{number:05d}.safetensors"
 
 

@@ -72,7 +72,7 @@ def of_adapter(names: Iterable[str], width: int | None = None, hints: str = "") 
     text = "\n".join(names)
     for family in _by_precedence():
         sign = family.signature
-        if sign.fits_adapter(text, width) or (sign.hints and _says(sign.hints, hints)):
+        if sign.fits_adapter(text, width) or (sign.hints and _hinted(sign.hints, hints)):
             return family
     return None
 
@@ -132,7 +132,7 @@ def _by_precedence() -> list[Family]:
     return sorted(FAMILIES.values(), key=lambda family: -family.signature.precedence)
 
 
-def _says(pattern: str, hints: str) -> bool:
+def _hinted(pattern: str, hints: str) -> bool:
     return bool(re.search(pattern, hints, re.IGNORECASE))
 
 
