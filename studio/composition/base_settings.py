@@ -1,4 +1,4 @@
-"""Settings with which a base draws best, where that was measured; the schema's defaults hold for all others."""
+"""Measured best settings of bases; all others use the schema's defaults."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ MEASURED: dict[str, dict[str, float]] = {"tinymoji": {"guidance_scale": 4.0}}
 
 
 def guidance(base: str) -> float:
-    """Guidance to begin with for a base."""
+    """Initial guidance for a base."""
     usual = float(ComposeConfig.model_fields["guidance_scale"].default)
     return MEASURED.get(base, {}).get("guidance_scale", usual)

@@ -1,4 +1,4 @@
-"""The size of a picture before it is made: what a page draws regions on, and whether the memory can hold it."""
+"""The size of a picture before it is made: the frame for regions, and whether it fits in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def size(base: str, width: int | None = None, height: int | None = None) -> tuple[int, int]:
-    """Width and height in pixels; what is not given is the base model's own side."""
+    """Width and height in pixels; a missing one is the base model's own side."""
     if width and height:
         return width, height
     own = side(base)
@@ -26,11 +26,11 @@ def size(base: str, width: int | None = None, height: int | None = None) -> tupl
 
 
 def following(picture: tuple[int, int], base: str, width: int | None, height: int | None) -> tuple[int, int]:
-    """Width and height of the canvas for a picture of this width and height; what is given of them holds.
+    """Width and height of the canvas for a picture of this size; a given width or height is kept.
 
-    The picture keeps its size where its area is one to two times that of the base model's own pictures, else it is
-    scaled to that; no side gets shorter than half the base's own or longer than twice, and all are multiples of the
-    pixels of one cell of the base.
+    The picture keeps its size if its area is one to two times that of the base model's own pictures, else it is scaled
+    to that area; no side gets shorter than half the base's own or longer than twice, and sides are multiples of the
+    base's cell.
     """
     if width and height:
         return width, height
@@ -55,7 +55,7 @@ def grid(base: str) -> int:
 
 
 def family(base: str) -> str:
-    """The family of a base model that lies on this machine; empty where it is not known."""
+    """The family of a local base model; empty if unknown."""
     folder = Path(library.resolve_base(base))
     return next((record.family for record in library.bases() if record.path == folder), "") or (
         scan.record(folder.absolute(), "base").family if folder.exists() else ""
@@ -97,16 +97,16 @@ def side(base: str) -> int:
 
 
 def _cell(folder: Path) -> int:
-    """Pixels along one cell of a base's latents; 0 where its files do not say."""
+    """Pixels along one cell of a base's latents; 0 if its files do not say."""
     blocks = _config(folder / "vae").get("block_out_channels")
     return int(2 ** (len(blocks) - 1)) if isinstance(blocks, list) and blocks else 0
 
 
 def check_fits(config: ComposeConfig) -> None:
-    """Refuse a picture that cannot fit the memory, before a model is loaded; what may fit is tried.
+    """Refuse a picture that cannot fit in memory, before a model is loaded; what may fit is tried.
 
     Raises:
-        InputError: even the last layer of the VAE is larger than the memory; says the largest size that fits.
+        InputError: the VAE's last layer alone exceeds the memory; names the largest size that fits.
     """
     width, height = size(config.base, config.width, config.height)
     memory = _memory(config.device)
@@ -133,7 +133,7 @@ def side_text(base: str) -> str:
 
 
 def _bytes_per_pixel(config: ComposeConfig) -> int:
-    """What one pixel takes at the least: its colours, and in and out of the VAE's last layer unless that is tiled."""
+    """Minimum bytes of one pixel: its colours, and input and output of the VAE's last layer unless tiled."""
     colours = 2 * 3 * 4
     if config.memory != "none":
         return colours
@@ -147,7 +147,7 @@ def _bytes_per_pixel(config: ComposeConfig) -> int:
 
 
 def _memory(device: str) -> int:
-    """Bytes that the device has in all, within the limit of a container."""
+    """Total bytes of the device's memory, within the limit of a container."""
     import psutil
 
     found = int(psutil.virtual_memory().total)

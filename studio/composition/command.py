@@ -38,7 +38,7 @@ def compose(
         typer.Option(
             "--lora", "-l", metavar=f"{lora_option.FORM}[#PLACE]",
             help="An adapter with its strength, its part of the steps and its place (as for --region); "
-            "give it several times.",
+            "repeatable.",
             rich_help_panel="Adapters",
         ),
     ] = None,
@@ -47,7 +47,7 @@ def compose(
         typer.Option(
             "--region", "-r", metavar=region_option.FORM,
             help="A part of the picture with its own adapters and prompt; PLACE is left, right, top, bottom, all, "
-            "x0,y0,x1,y1 between 0 and 1, or a mask picture. Give it several times.",
+            "x0,y0,x1,y1 between 0 and 1, or a mask picture. Repeatable.",
             rich_help_panel="Regions",
         ),
     ] = None,
@@ -55,7 +55,7 @@ def compose(
         str | None,
         typer.Option(
             "--regions", metavar="auto|none|FILE", rich_help_panel="Regions",
-            help="auto: each adapter's place is found automatically; or a YAML file with a list of regions.",
+            help="auto: find each adapter's place; or a YAML file with a list of regions.",
         ),
     ] = None,
     sweep: Annotated[
@@ -63,17 +63,17 @@ def compose(
         typer.Option(
             "--sweep", metavar="NAME=VALUES",
             help="One picture per value, in a labelled grid: an adapter's weight (fox=0:1.2:7 is seven values from 0 "
-            "to 1.2), seed=1,2,3, steps, guidance, method or checkpoint. Give it several times for all combinations.",
+            "to 1.2), seed=1,2,3, steps, guidance, method or checkpoint. Repeat it for all combinations.",
             rich_help_panel="Output",
         ),
     ] = None,
     from_: Annotated[
         Path | None,
-        typer.Option("--from", help="Repeat a picture (or recipe.json), with whatever else is given changed."),
+        typer.Option("--from", help="Repeat a picture (or recipe.json), with the other options changed."),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change any value, also inside: adapters.0.weight=0.5."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change any value by its place: adapters.0.weight=0.5."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where the pictures go: a .png file or a folder.",
@@ -97,10 +97,10 @@ def compose(
     if out is not None and detach:
         raise InputError("--out and --detach exclude each other: the worker keeps its pictures in the job's folder.")
     if from_ is None and not plan and not _says_what(chosen):
-        raise InputError('There is nothing to draw: say what with --prompt ("" for a picture without words).')
+        raise InputError('There is nothing to draw: add --prompt ("" for a picture without words).')
     chosen = _checked(chosen)
     if sweep and plan:
-        raise InputError("--plan says how one picture is made: leave --sweep out.")
+        raise InputError("--plan shows how one picture is made: leave --sweep out.")
     if sweep:
         chosen = _swept(chosen, sweep)
     if plan:
@@ -112,7 +112,7 @@ def compose(
 
 
 def _says_what(config: ComposeConfig) -> bool:
-    """Whether there is something to draw: a prompt of the whole or of a region, or an empty one given on purpose."""
+    """Whether there is something to draw: a prompt of the picture or a region, or an empty one given on purpose."""
     parts = config.regions if isinstance(config.regions, list) else []
     return "prompt" in config.model_fields_set or any(part.prompt for part in parts)
 
@@ -120,11 +120,11 @@ def _says_what(config: ComposeConfig) -> bool:
 def _configuration(
     file: Path | None, picture: Path | None, changes: dict[str, Any], settings: Sequence[str]
 ) -> tuple[ComposeConfig, int | None]:
-    """The configuration asked for, and the CPU threads of the picture that is repeated."""
+    """The requested configuration, and the CPU threads of the picture to repeat."""
     if file is not None and picture is not None:
         raise InputError("Give either a configuration file or --from, not both.")
     if file is not None and not file.suffix and not file.exists():
-        raise InputError(f"There is no configuration file '{file}'; the words of a picture go behind --prompt.")
+        raise InputError(f"There is no configuration file '{file}'; give the words of a picture with --prompt.")
     if picture is None:
         values = _with_settings(_with_places({**(read_yaml(file) if file else {}), **changes}), settings)
         return ComposeConfig.parse({**suited(values), **values}, source=str(file or "compose")), None
@@ -142,7 +142,7 @@ def _configuration(
 
 
 def _regions(region: Sequence[str] | None, regions: str | None, own: list[dict[str, Any]]) -> dict[str, Any]:
-    """What ``--region``, ``--regions`` and the places of adapters (``own``) say."""
+    """The values of ``--region``, ``--regions`` and the places of adapters (``own``)."""
     if regions and (region or own):
         raise InputError("Give either --regions, or --region and places behind adapters (#PLACE), not both.")
     if regions:
@@ -152,14 +152,14 @@ def _regions(region: Sequence[str] | None, regions: str | None, own: list[dict[s
 
 
 def _fitting_method(kept: Any, regional: bool) -> Any:
-    """The recipe's method where it can be kept, now that there are regions or none."""
+    """The recipe's method if it still fits, now that there are regions or none."""
     if (kept in REGIONAL_METHODS) == regional:
         return kept
     return DEFAULT_METHOD if regional else ComposeConfig.model_fields["method"].default
 
 
 def _with_places(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with every adapter that a region names, taken from the library where ``adapters`` has it not."""
+    """``values`` with every adapter that a region names, from the library if ``adapters`` lacks it."""
     regions = values.get("regions")
     uses = values.get("adapters") or []
     if not isinstance(regions, list) or not isinstance(uses, list):
@@ -191,7 +191,7 @@ def _put(target: Any, parts: list[str], value: Any, place: str) -> None:
 
 
 def _checked(config: ComposeConfig) -> ComposeConfig:
-    """The configuration with its files looked up now, so that a wrong name is told before a job is made of it."""
+    """The configuration with its files looked up, so that a wrong name is reported before there is a job."""
     from studio import library
     from studio.composition import job, start_picture
 
@@ -199,14 +199,14 @@ def _checked(config: ComposeConfig) -> ComposeConfig:
     settled = job.settled(start_picture.fitted(config)[0])
     job.worded(settled, 0)
     given = {name: getattr(config, name) for name in (*PICTURES, "width", "height")}
-    return settled.model_copy(update=given)  # the job reads the pictures, and says what it does to them
+    return settled.model_copy(update=given)  # the job reads the pictures, and reports what it does to them
 
 
 def _swept(config: ComposeConfig, texts: Sequence[str]) -> SweepConfig:
     """The sweep of a composition; its last axis runs from left to right."""
     axes = [parse_axis(text) for text in texts]
     swept = SweepConfig.parse({**config.model_dump(mode="json"), "axes": axes}, source="--sweep")
-    for _, one in swept.combinations():  # wrong values are told before a job is made of them
+    for _, one in swept.combinations():  # wrong values are reported before there is a job
         _checked(one)
     return swept
 
@@ -239,12 +239,12 @@ def _make(config: ComposeConfig, threads: int | None, out: Path | None, output: 
 
 
 def _check_place(out: Path) -> None:
-    """Refuse before the work what could not be written after it."""
+    """Refuse before the work what cannot be written afterwards."""
     folder = out.parent if out.suffix else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out: the folder '{folder}' cannot be made ({error.strerror}).") from None
+        raise InputError(f"--out: the folder '{folder}' cannot be created ({error.strerror}).") from None
     if out.suffix and out.suffix.lower() != ".png":
         raise InputError(f"--out: pictures are written as .png (they carry the recipe), got '{out.suffix}'.")
 

@@ -24,13 +24,13 @@ CELL, LABEL, GAP = 256, 30, 12
 
 
 def run(config: CompareConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
-    """Make one picture per method in ``folder/METHOD`` (each with its recipe), and the labelled grid of all of them.
+    """Make one picture per method in ``folder/METHOD`` (each with its recipe), and a labelled grid of all.
 
     A method that cannot work with these adapters or regions is left out, and its reason is in ``result["skipped"]``.
 
     Raises:
-        adapters.errors.InputError: none of the methods can.
-        adapters.errors.Cancelled: ``monitor`` said so; pictures that are finished are kept.
+        adapters.errors.InputError: no method can make the picture.
+        adapters.errors.Cancelled: ``monitor`` asked to stop; finished pictures are kept.
     """
     begun = time.monotonic()
     results, skipped = series.run(
@@ -54,12 +54,12 @@ def run(config: CompareConfig, folder: Path, monitor: Monitor) -> dict[str, Any]
 
 
 def title(name: str) -> str:
-    """How people write a method."""
+    """The display name of a method."""
     return next((method.title or name for method in catalogue.stage("compose") if method.name == name), name)
 
 
 def grid(pictures: Sequence[Path], labels: Sequence[str]) -> Image.Image:
-    """The pictures beside each other with their labels below, in rows of about the same length."""
+    """The pictures side by side with labels below, in rows of about the same length."""
     from PIL import Image, ImageDraw, ImageFont
 
     opened = [Image.open(path).convert("RGB") for path in pictures]

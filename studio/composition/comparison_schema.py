@@ -15,9 +15,7 @@ class CompareConfig(ComposeConfig):
 
     kind: ClassVar[str] = "compare"
 
-    methods: list[str] = Field(
-        description="Methods to compare, in order. Those that have no regions are used without them."
-    )
+    methods: list[str] = Field(description="Methods to compare, in order. Those without regions ignore them.")
 
     @field_validator("methods")
     @classmethod

@@ -44,7 +44,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture: its column's name, and which adapters draw it with which method."""
+    """One picture: its column's name, its adapters and its method."""
 
     label: str
     adapters: tuple[Record, ...]
@@ -52,13 +52,13 @@ class Cell:
 
 
 def run(out: Path, monitor: Monitor, base: str = BASE, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
-    """Draw every scene with the base alone, each adapter alone and every method; returns what was written.
+    """Draw every scene with the base alone, each adapter alone and every method; returns the paths.
 
     Writes ``<scene>-<column>.png`` (each with its recipe) and ``grid.png`` into ``out``.
 
     Raises:
         adapters.errors.InputError: there are no shipped adapters.
-        adapters.errors.Cancelled: ``monitor`` said so.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     begun = time.monotonic()
     rows = scenes([record for record in library.adapters() if record.read_only and not record.problem])
@@ -111,7 +111,7 @@ def columns(scene: Scene) -> list[Cell]:
 
 
 def _suits(method: str, scene: Scene) -> bool:
-    """Regions are for two subjects, other methods for those and for a subject in a style (some for nothing else)."""
+    """Whether a method suits a scene: regions need two subjects; some methods need a subject and a style."""
     styled = _is_style(scene.pair[1])
     known = methods.known(method)
     return not styled if known.regional else styled or not known.pair
@@ -166,7 +166,7 @@ def _slug(text: str) -> str:
 
 
 def _grid(rows: Sequence[Scene], pictures: Sequence[Sequence[tuple[str, Path]]]) -> Image.Image:
-    """All pictures in one, every one under its label, the pictures of a prompt below it."""
+    """All pictures in one, each under its label, below their prompt."""
     from PIL import Image, ImageDraw, ImageFont
 
     small, large = ImageFont.load_default(13), ImageFont.load_default(16)
@@ -188,7 +188,7 @@ def _grid(rows: Sequence[Scene], pictures: Sequence[Sequence[tuple[str, Path]]])
 
 
 def _wrapped(cells: Sequence[tuple[str, Image.Image]]) -> Iterator[list[tuple[str, Image.Image]]]:
-    """The cells in lines that fit the grid."""
+    """The cells in rows that fit the grid."""
     line: list[tuple[str, Image.Image]] = []
     for cell in cells:
         if line and _GAP + sum(picture.width + _GAP for _, picture in [*line, cell]) > _WIDTH:

@@ -1,4 +1,4 @@
-"""``studio demo``: what composition does, on what ships with the studio."""
+"""``studio demo``: every composition method on the shipped adapters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def demo(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out: the folder '{out}' cannot be made ({error.strerror}).") from None
+        raise InputError(f"--out: the folder '{out}' cannot be created ({error.strerror}).") from None
     output = Output(json, quiet)
     with Terminal(quiet) as terminal:
         result = job.run(out, terminal, steps=steps, seed=seed)

@@ -1,7 +1,7 @@
-"""What a composition needs to know of distilled adapters before anything is loaded.
+"""Facts on distilled adapters for a composition, before anything is loaded.
 
-Read from the text entries in the head of an adapter file, as :mod:`pipelines.diffusion.distillation.mark` writes them,
-so that pages and commands need no torch.
+Read from the metadata that :mod:`pipelines.diffusion.distillation.mark` writes, so that pages and commands need no
+torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Distilled:
 
     Attributes:
         mode: how its guidance is chosen: "fixed", "strength" (by the weight) or "embedding" (by guidance_scale).
-        guidance: what is built in at weight 1.
+        guidance: the guidance built in at weight 1.
         low, high: trained range of guidance.
         steps, sampler: what it is made for (0 and "" = as the base).
     """
@@ -36,7 +36,7 @@ class Distilled:
     sampler: str = ""
 
     def settings(self) -> dict[str, Any]:
-        """Values of a composition that suit it."""
+        """Composition settings that suit it."""
         chosen: dict[str, Any] = {"guidance_scale": self.guidance if self.mode == "embedding" else 1.0}
         if self.steps:
             chosen["steps"] = self.steps
@@ -46,7 +46,7 @@ class Distilled:
 
 
 def of(path: Path) -> Distilled | None:
-    """What the adapter at ``path`` says; None for ordinary adapters and for what cannot be read."""
+    """The facts of the adapter at ``path``; None for ordinary adapters and unreadable files."""
     from adapters.formats.header import read_header
     from studio.library import facts
 
@@ -57,9 +57,9 @@ def of(path: Path) -> Distilled | None:
 
 
 def companion(path: Path) -> Path | None:
-    """The guidance embedding that the adapter ``path`` (file or folder) names, if it is there.
+    """The guidance embedding that the adapter ``path`` (file or folder) names, if it exists.
 
-    It keeps its name whatever the adapter is called: the adapter's own file names it, and stays as it is.
+    It keeps its name when the adapter is renamed, because the adapter's file names it.
     """
     from adapters.formats.header import read_header
     from studio.library import facts
@@ -74,7 +74,7 @@ def companion(path: Path) -> Path | None:
 
 
 def of_entries(entries: Mapping[str, str]) -> Distilled | None:
-    """The same from the text entries themselves."""
+    """The same from the metadata itself."""
     if "w_ref" not in entries and "distilled_guidance" not in entries:
         return None
     try:
@@ -92,9 +92,9 @@ def of_entries(entries: Mapping[str, str]) -> Distilled | None:
 
 
 def suited(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that suit the distilled adapter among ``values["adapters"]``; {} when there is none.
+    """Settings that suit the distilled adapter among ``values["adapters"]``; {} if there is none.
 
-    Adapters that are not there are passed over: whoever loads them will say so.
+    Missing adapters are skipped: loading them gives the error.
     """
     from studio import library
 

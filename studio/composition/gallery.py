@@ -1,7 +1,7 @@
-"""The pictures that compositions made: found, filtered, starred and deleted where they lie, in the jobs' folders.
+"""The pictures of compositions: found, filtered, starred and deleted in the jobs' folders.
 
-A picture's own recipe says what made it; the only thing kept beside it is the list of starred ones, ``starred.json`` in
-its job's folder, which goes when the job goes.
+A picture's own recipe says how it was made; only the list of starred ones is kept beside it, ``starred.json`` in the
+job's folder, which is deleted with the job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = ("compose", "compare", "sweep")
 
 STARRED = "starred.json"
 MOST = 500
-"""Jobs that are looked through, the latest first."""
+"""How many jobs are searched, newest first."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Picture:
     path: Path
     job: str
     key: str
-    """Its name everywhere: the job's id and the place in the job's folder."""
+    """Its unique name: the job's id and the path in the job's folder."""
     created: float
     """Seconds since the epoch."""
     prompt: str
@@ -47,7 +47,7 @@ class Picture:
 def pictures(
     adapter: str = "", method: str = "", base: str = "", starred: bool = False, limit: int = 200
 ) -> list[Picture]:
-    """The kept pictures, the latest first; an empty filter lets everything through."""
+    """The kept pictures, newest first; an empty filter matches everything."""
     found: list[Picture] = []
     for picture in _all():
         fits = (not adapter or adapter in picture.adapters) and method in ("", picture.method)
@@ -59,7 +59,7 @@ def pictures(
 
 
 def find(key: str) -> Picture:
-    """The picture of this key; raises :class:`InputError` when it is not there (any more)."""
+    """The picture of this key; raises :class:`InputError` if there is none (any more)."""
     job_id, _, place = key.partition("/")
     job = jobs.get(job_id)
     path = job.folder / place
@@ -71,7 +71,7 @@ def find(key: str) -> Picture:
 
 
 def star(key: str, on: bool) -> Picture:
-    """Star a picture, or take its star away."""
+    """Star a picture, or remove its star."""
     picture = find(key)
     folder = jobs.get(picture.job).folder
     place = picture.path.relative_to(folder).as_posix()
@@ -89,7 +89,7 @@ def delete(key: str) -> None:
 
 
 def choices(found: Iterable[Picture]) -> tuple[list[str], list[str], list[str]]:
-    """Adapters, methods and bases that occur, sorted: what can be filtered by."""
+    """Adapters, methods and bases of the pictures, sorted, for filters."""
     made = list(found)
     adapters = {name for picture in made for name in picture.adapters}
     return sorted(adapters), sorted({picture.method for picture in made}), sorted({picture.base for picture in made})

@@ -17,20 +17,20 @@ from studio.composition.schema import ComposeConfig
 from studio.library import scan
 
 PREVIEWS = 5
-"""Previews shown while one picture is made."""
+"""How many previews are shown of one picture."""
 
 
 def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | None = None) -> dict[str, Any]:
     """Make the pictures of ``config`` in ``folder``: ``picture-<seed>.png`` and ``recipe.json``.
 
-    Pictures are made one by one, so that each can be repeated alone and those finished before a stop are kept.
+    Pictures are made one by one, so that each can be repeated alone and finished ones survive a stop.
 
     Args:
-        threads: CPU threads to compute with, for repeating a picture of another machine to the bit.
+        threads: CPU threads, for repeating a picture of another machine to the bit.
 
     Raises:
         adapters.errors.InputError: an adapter, the base or a value cannot be used.
-        adapters.errors.Cancelled: ``monitor`` said so.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     begun = time.monotonic()
     monitor.report(Progress("loading", message=f"base {config.base}"))
@@ -70,7 +70,7 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
 
 @dataclass(frozen=True)
 class Made:
-    """A picture: its configuration, its file, where its regions were, what to say about it."""
+    """A picture: its configuration, file, regions' places and remarks."""
 
     config: ComposeConfig
     path: Path
@@ -79,7 +79,7 @@ class Made:
 
 
 def plan(config: ComposeConfig) -> Any:
-    """What :func:`run` would do, without making a picture: a :class:`pipelines.diffusion.report.Plan`."""
+    """What :func:`run` would do, as a :class:`pipelines.diffusion.report.Plan`; makes no picture."""
     config, remarks = start_picture.fitted(config)
     config, said = worded(settled(config), 0)
     remarks += said
@@ -91,11 +91,10 @@ def plan(config: ComposeConfig) -> Any:
 
 
 def worded(config: ComposeConfig, number: int) -> tuple[ComposeConfig, list[str]]:
-    """The settled ``config`` for picture ``number``, its texts decided and the adapters they name among the others, and
-    what to say about it.
+    """The settled ``config`` for picture ``number`` (wildcards chosen, adapters from the prompt added), and remarks.
 
     Raises:
-        InputError: marks in a text that are not honoured; no such adapter or wildcard.
+        InputError: syntax in a text that is not supported; no such adapter or wildcard.
     """
     one, said = prompts.with_named(prompts.decided(config, config.seed + number))
     one = one.model_copy(update={"seed": config.seed + number, "images": 1})
@@ -103,13 +102,13 @@ def worded(config: ComposeConfig, number: int) -> tuple[ComposeConfig, list[str]
 
 
 def settled(config: ComposeConfig) -> ComposeConfig:
-    """``config`` with nothing left to guess: every adapter has a name and its trigger words, masks are inside.
+    """``config`` made complete: every adapter has a name and its trigger words, masks are included.
 
-    A missing name is the file's own, made unique by a number; missing triggers are those the library knows. A mask's
-    file is read now and kept as a ``data:`` URI, so that the recipe repeats without the file.
+    A missing name is taken from the file, made unique by a number; missing triggers come from the library. A mask's
+    file is read now and stored as a ``data:`` URI, so that the recipe repeats without the file.
 
     Raises:
-        InputError: there is no such method or adapter, or the picture cannot fit the memory.
+        InputError: there is no such method or adapter, or the picture cannot fit in memory.
     """
     catalogue.check(config.method, "compose")
     canvas_size.check_fits(config)
@@ -139,7 +138,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _prepare(pipe: Any, config: ComposeConfig) -> None:
-    """Load and compose its adapters, in the place of others."""
+    """Load and compose its adapters, replacing earlier ones."""
     for name in list(pipe.adapters):
         pipe.unload_lora(name)
     for use in config.adapters:
@@ -156,7 +155,7 @@ def _prepare(pipe: Any, config: ComposeConfig) -> None:
 
 
 def _regions(config: ComposeConfig) -> Any:
-    """The regions as the pipeline takes them."""
+    """The regions in the pipeline's form."""
     if config.regions == "auto":
         return "auto"
     return [{**region.model_dump(), "mask": region.mask or None} for region in config.regions]
@@ -165,7 +164,7 @@ def _regions(config: ComposeConfig) -> Any:
 def _picture(
     pipe: Any, whole: ComposeConfig, config: ComposeConfig, folder: Path, monitor: Monitor, number: int
 ) -> Made:
-    """Make picture ``number`` of a ``whole`` series, which is that of ``config`` alone."""
+    """Make picture ``number`` of the series ``whole``; ``config`` is for this picture."""
     check(monitor)
     out = pipe(
         config.prompt, negative_prompt=config.negative_prompt, steps=config.steps,

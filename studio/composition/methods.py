@@ -1,4 +1,4 @@
-"""Composition methods as schemas, commands and pages need them: by their properties. Loads no torch."""
+"""Properties of composition methods for schemas, commands and pages. Loads no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def with_regions() -> tuple[str, ...]:
 
 
 def known(name: str) -> Properties:
-    """The properties of a method; those of an ordinary one for a name that there is not (others refuse it)."""
+    """The properties of a method; for an unknown name (refused elsewhere) those of an ordinary one."""
     return properties(name) if name in names() else Properties()
 
 

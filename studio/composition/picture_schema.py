@@ -1,4 +1,4 @@
-"""Pictures that a composition starts from or follows. A part of the composition's schema, flat like all others."""
+"""Pictures that a composition starts from or follows: part of its schema, flat like the rest."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ class PictureFields(BaseModel):
     )
     mask: str = Field(
         "",
-        description="Which part of the start picture is redrawn: white. What is black stays as it is (inpainting).",
+        description="The part of the start picture to redraw: white is redrawn, black stays (inpainting).",
         json_schema_extra=_START,
     )
     strength: float | None = Field(
         None, ge=0, le=1,
-        description="How much of the start picture is redrawn: of the steps this share is made, the last ones (0.6 of "
-        "25: 15), and schedules of adapters run over the steps that are made. 1 = all of it. Empty = diffusers' own "
-        "for the model.",
+        description="How much of the start picture is redrawn: only this share of the steps runs, the last ones (0.6 "
+        "of 25: 15), and schedules of adapters span those. 1 = all of it. Empty = diffusers' own for the model.",
         json_schema_extra=_START,
     )  # fmt: skip
     controlnet: str = Field(
@@ -51,24 +50,24 @@ class PictureFields(BaseModel):
 
     @property
     def task(self) -> str:
-        """Which of the family's other pipelines draws (:meth:`pipelines.diffusion.MultiLoRAPipeline.for_task`)."""
+        """The family's pipeline for this (:meth:`pipelines.diffusion.MultiLoRAPipeline.for_task`)."""
         start = "inpaint" if self.mask else "image" if self.image else ""
         return f"controlnet {start}".strip() if self.controlnet else start
 
     @model_validator(mode="after")
     def _pictures_fit(self) -> PictureFields:
         if self.mask and not self.image:
-            raise ValueError("a mask says what of a start picture is redrawn: give image, too")
+            raise ValueError("a mask says what of a start picture is redrawn: give image too")
         if self.strength is not None and not self.image:
-            raise ValueError("strength says how much of a start picture is redrawn: give image, too")
+            raise ValueError("strength says how much of a start picture is redrawn: give image too")
         if self.strength == 0:
-            raise ValueError("at strength 0 no step is made and the picture stays as it is: give more, up to 1")
+            raise ValueError("at strength 0 no step runs and the picture stays as it is: give more, up to 1")
         if self.controlnet and not self.control_image:
-            raise ValueError("a ControlNet follows a picture: give control_image, too")
+            raise ValueError("a ControlNet follows a picture: give control_image too")
         if self.control_image and not self.controlnet:
-            raise ValueError("control_image is for a ControlNet: give controlnet, too")
+            raise ValueError("control_image is for a ControlNet: give controlnet too")
         if self.control_scale != 1 and not self.controlnet:
-            raise ValueError("control_scale is for a ControlNet: give controlnet and control_image, too")
+            raise ValueError("control_scale is for a ControlNet: give controlnet and control_image too")
         method = getattr(self, "method", "")
         parts = [getattr(self, name, None) for name in ("reinit", "refine")]
         if self.task and (any(parts) or (methods.known(method).parts and parts != [False, False])):

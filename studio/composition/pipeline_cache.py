@@ -14,7 +14,7 @@ from studio.composition.schema import ModelChoice
 from studio.library import cache
 
 _kept: tuple[tuple[str, ...], Any, dict[tuple[str, str], Any]] | None = None
-"""What was chosen, its pipeline, and those that do other things with the same models, by task and ControlNet."""
+"""The choice, its pipeline, and pipelines for other tasks with the same models, by task and ControlNet."""
 
 
 @contextmanager
@@ -22,12 +22,11 @@ def pipeline(choice: ModelChoice, task: str = "", controlnet: str = "") -> Itera
     """The :class:`pipelines.diffusion.MultiLoRAPipeline` for ``choice``, without adapters.
 
     With a ``task`` it is that of :meth:`~pipelines.diffusion.MultiLoRAPipeline.for_task`. Adapters loaded meanwhile are
-    taken off again. After an error nobody has foreseen the pipeline is dropped, because nobody knows what state it is
-    in.
+    unloaded again. After an unexpected error the pipeline is dropped, because its state is unknown.
     """
     global _kept
     key = _key(choice)
-    kept = _kept  # another thread may release it meanwhile; this use goes on with what it has
+    kept = _kept  # another thread may release it meanwhile; this use keeps its own reference
     if kept is None or kept[0] != key:
         release()
         kept = _kept = (key, _load(choice), {})
@@ -70,13 +69,13 @@ def _of_task(pipe: Any, known: dict[tuple[str, str], Any], task: str, controlnet
     network = f"{controlnet} {cache.stamp(place)}" if controlnet and place.exists() else controlnet
     if (task, network) not in known:
         for key in [key for key in known if key[1] not in ("", network)]:
-            del known[key]  # one ControlNet at a time is in the memory
+            del known[key]  # only one ControlNet is in memory at a time
         known[task, network] = pipe.for_task(task, **({"controlnet": controlnet} if controlnet else {}))
     return known[task, network]
 
 
 def _key(choice: ModelChoice) -> tuple[str, ...]:
-    """What makes a loaded pipeline the right one: the choice, and the base's files as they are now."""
+    """Identifies a loaded pipeline: the choice, and the state of the base's files."""
     place = library.resolve_pipeline(choice.base)
     stamp = cache.stamp(Path(place)) if Path(place).exists() else ""
     return (place, stamp, choice.family, choice.dtype, choice.device, choice.attention, choice.memory)

@@ -1,4 +1,4 @@
-"""The texts of a composition before it is made: choices by the seed, and adapters that the prompt names."""
+"""Prepares the texts of a composition: wildcards chosen by the seed, and adapters that the prompt names."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ FOLDER = "wildcards"
 
 
 def open_choices(config: ComposeConfig) -> bool:
-    """Whether the seed decides what a text says; raises :class:`InputError` for marks that are not honoured."""
+    """Whether a text depends on the seed; raises :class:`InputError` for syntax that is not supported."""
     regions = config.regions if isinstance(config.regions, list) else []
     texts = [text or "" for region in regions for text in (region.prompt, region.negative)]
     return any(prompt_syntax.has_choices(text) for text in (config.prompt, config.negative_prompt, *texts))
 
 
 def decided(config: ComposeConfig, seed: int) -> ComposeConfig:
-    """With every choice made by the seed.
+    """The configuration with every choice made by the seed.
 
     Raises:
-        InputError: a wildcard without a file, marks that are not honoured.
+        InputError: a wildcard without a file, or syntax that is not supported.
     """
     lines = lines_of(settings.home() / FOLDER)
 
@@ -44,7 +44,7 @@ def decided(config: ComposeConfig, seed: int) -> ComposeConfig:
 
 
 def with_named(config: ComposeConfig) -> tuple[ComposeConfig, list[str]]:
-    """With the adapters that the prompt names among the others (at the prompt's strength), and what to say about it."""
+    """The configuration with the adapters that the prompt names added (at the prompt's strength), and remarks."""
     prompt, named = prompt_syntax.without_adapters(config.prompt)
     uses, said = list(config.adapters), []
     for adapter in named:
@@ -62,7 +62,7 @@ def with_named(config: ComposeConfig) -> tuple[ComposeConfig, list[str]]:
 
 
 def told(before: ComposeConfig, after: ComposeConfig) -> dict[str, Any]:
-    """What a recipe says of the texts: as they were written, where that differs, and the words with weights."""
+    """The recipe's entries on the texts: as they were written, if that differs, and the words with weights."""
     names = ("prompt", "negative_prompt")
     written = {name: getattr(before, name) for name in names if getattr(before, name) != getattr(after, name)}
     weights = {} if open_choices(after) else {name: prompt_syntax.read(getattr(after, name)).emphasis for name in names}

@@ -17,7 +17,7 @@ CHUNK = "adapter-studio"
 
 
 def save_png(image: Image.Image, path: Path, recipe: dict[str, Any]) -> Path:
-    """Write ``image`` with its recipe, whole or not at all, and return ``path``."""
+    """Write ``image`` with its recipe, completely or not at all, and return ``path``."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -29,7 +29,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe in a picture, or in a recipe.json; of earlier versions, with what they had no word for.
 
     Raises:
-        InputError: the file is missing, no picture, or carries no recipe.
+        InputError: the file is missing, not a picture, or has no recipe.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -51,13 +51,13 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 _DEPTH = 40
-_TOO_DEEP = "its lists lie in each other deeper than any recipe's"
+_TOO_DEEP = "its lists are nested deeper than any recipe's"
 _LARGEST = 64 * 2**20
-"""Bytes of a recipe.json; masks, the largest part of one, take far less."""
+"""Maximum bytes of a recipe.json; masks, its largest part, take far less."""
 
 
 def _shallow(value: Any) -> bool:
-    """Whether lists and mappings lie in each other at most ``_DEPTH`` deep."""
+    """Whether lists and mappings are nested at most ``_DEPTH`` deep."""
     level = [value]
     for _ in range(_DEPTH):
         level = [
@@ -71,7 +71,7 @@ def _shallow(value: Any) -> bool:
 
 def _json_text(file: Path) -> str:
     if file.stat().st_size > _LARGEST:
-        raise InputError(f"'{file}' is no recipe: it has more than {_LARGEST >> 20} MB.")
+        raise InputError(f"'{file}' is not a recipe: it has more than {_LARGEST >> 20} MB.")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -83,11 +83,11 @@ def _png_text(file: Path) -> str:
 
     try:
         with Image.open(file) as image:
-            image.load()  # text may also stand behind the pixels
+            image.load()  # text may also come after the pixels
             text = getattr(image, "text", {}).get(CHUNK)
     except (Image.DecompressionBombError, MemoryError):
         raise InputError(
-            f"'{file}' has too many pixels to be read: no picture of Adapter Studio is as large."
+            f"'{file}' has too many pixels to be read: Adapter Studio makes no pictures as large."
         ) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise InputError(f"'{file}' cannot be read as a picture.") from None

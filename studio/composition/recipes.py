@@ -1,12 +1,11 @@
-"""Recipes: what made a picture, and whether it can be made again.
+"""Recipes: how a picture was made, and how to make it again.
 
 A recipe is ``{"version", "job", "config", "adapters": [{name, size, sha256}], "base": {name, sha256}, "versions",
 "made_on"}``, and "controlnet" like "base" where there is one. ``config`` is a whole
-:class:`~studio.composition.schema.ComposeConfig` in which files have names only: pictures are shared, and a path tells
-about the person's disk. The hashes say which files were meant, wherever they lie today; start picture, mask and control
-picture are inside. Recipes of earlier versions hold a ``path`` too. Where the texts were written with choices or
-adapters in them, "written" holds them as they were and ``config`` what came of them; "emphasis" lists the words whose
-weight is not 1.
+:class:`~studio.composition.schema.ComposeConfig` in which files have names only, because pictures are shared and a path
+reveals the user's disk. The hashes identify the files, wherever they are now; start picture, mask and control picture
+are included. Recipes of earlier versions hold a ``path`` too. If the texts were written with choices or adapters in
+them, "written" holds them as typed and ``config`` the result; "emphasis" lists the words whose weight is not 1.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _PACKAGES = ("adapter-studio", "torch", "diffusers", "transformers", "peft", "nu
 
 
 def build(config: ComposeConfig, made_on: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a composition; hashes adapters and a local base (remembered while the files stay the same).
+    """The recipe of a composition; hashes adapters and a local base (remembered until the files change).
 
     Args:
-        config: what is asked for.
+        config: the requested composition.
         made_on: device, dtype and number of threads, which decide the last bits of a picture.
 
     Raises:
-        InputError: an adapter or the base is not there.
+        InputError: an adapter or the base is missing.
     """
     values = config.model_dump(mode="json")
     values["adapters"] = [{**use, "path": _shared(use["path"], "adapter")} for use in values["adapters"]]
@@ -53,12 +52,12 @@ def build(config: ComposeConfig, made_on: dict[str, Any]) -> dict[str, Any]:
 
 
 def known_hash(place: Path) -> str:
-    """The SHA-256 of what is loaded; that of a file stands in the recipe already and is not made twice."""
+    """The SHA-256 of what is loaded; that of a file is already in the recipe and not computed again."""
     return library.sha256(place) if place.is_file() else formats.sha256(place)
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide what a picture looks like."""
+    """Versions of Python and the packages that affect a picture."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -73,10 +72,10 @@ def replay(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> C
 
     Args:
         recipe: from :func:`studio.composition.recipe_png.read_recipe`.
-        overrides: values to change; ``adapters`` or ``base`` given here are taken as they are, unchecked.
+        overrides: values to change; ``adapters`` or ``base`` given here are used unchecked.
 
     Raises:
-        InputError: it is another program's or a newer recipe; an adapter or the base is missing or another file.
+        InputError: the recipe is another program's or newer, or an adapter or the base is missing or different.
     """
     if recipe.get("job") != "compose":
         raise InputError(f"This is the recipe of a '{recipe.get('job')}' job, not of a composition.")
@@ -95,12 +94,12 @@ def replay(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> C
 
 def _present_adapters(uses: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(uses) != len(known):
-        raise InputError("The recipe is damaged: it does not say which files its adapters were.")
+        raise InputError("The recipe is damaged: it does not identify its adapters' files.")
     return [{**use, "path": _same_adapter(use, entry)} for use, entry in zip(uses, known, strict=True)]
 
 
 def _same_adapter(use: dict[str, Any], entry: dict[str, Any]) -> str:
-    """Where the very file of the recipe is: at its old place, or under another name in the library."""
+    """Where the recipe's exact file is: at its old place, or under another name in the library."""
     name = entry.get("name") or use["path"]
     changed: Path | None = None
     for text in _former(use["path"], entry, "adapter"):
@@ -117,17 +116,17 @@ def _same_adapter(use: dict[str, Any], entry: dict[str, Any]) -> str:
     what_to_do = "put the original back (studio library import), or choose adapters yourself with --lora."
     if changed is None:
         raise InputError(
-            f"The adapter '{name}' ({_short(entry)}) of the recipe is neither at its place nor in the library: "
+            f"The adapter '{name}' ({_short(entry)}) of the recipe is neither at its old place nor in the library: "
             f"{what_to_do}"
         )
     raise InputError(
-        f"The adapter '{name}' at {changed} is another file ({library.sha256(changed)[:12]}) than the recipe's "
+        f"The adapter '{name}' at {changed} is a different file ({library.sha256(changed)[:12]}) than the recipe's "
         f"({_short(entry)}): {what_to_do}"
     )
 
 
 def _former(given: Any, entry: dict[str, Any], kind: Literal["adapter", "base"]) -> list[str]:
-    """Where the file of a recipe may be: as it says, and where files with its hash were seen on this machine."""
+    """Where the file of a recipe may be: its recorded path, and where files with its hash were seen on this machine."""
     known = library.places(str(entry.get("sha256")), kind)
     texts = [str(given), *([str(Path(str(entry["path"])).expanduser())] if entry.get("path") else []), *map(str, known)]
     return list(dict.fromkeys(texts))
@@ -144,7 +143,7 @@ def _by_hash(entry: dict[str, Any]) -> str | None:
 
 
 def _present_base(given: Any, entry: dict[str, Any]) -> str:
-    """Where the very base model of the recipe is; one that was named by its hub id is taken as it is today."""
+    """Where the recipe's exact base model is; one named by its hub id is used as it is today."""
     name, expected = entry.get("name") or given, entry.get("sha256")
     if not expected:
         return str(given)
@@ -163,11 +162,11 @@ def _present_base(given: Any, entry: dict[str, Any]) -> str:
             return record.name
     if not changed:
         raise InputError(f"The base model '{name}' of the recipe is not here: {what_to_do}")
-    raise InputError(f"The base model '{name}' is another one than the recipe's ({expected[:12]}): {what_to_do}")
+    raise InputError(f"The base model '{name}' is not the recipe's ({expected[:12]}): {what_to_do}")
 
 
 def _present_controlnet(given: str, entry: dict[str, Any]) -> str:
-    """Where the very ControlNet of the recipe is; one that was named by its hub id is taken as it is today."""
+    """Where the recipe's exact ControlNet is; one named by its hub id is used as it is today."""
     expected = entry.get("sha256")
     if not expected:
         return given
@@ -199,7 +198,7 @@ def _base(given: str) -> dict[str, Any]:
 
 
 def _shared(given: str, kind: Literal["adapter", "base"]) -> str:
-    """What others may know of a file: its name in the library, its hub id, or its own name without the folders."""
+    """A file's public name: its name in the library, its hub id, or its own name without the folders."""
     records = library.adapters() if kind == "adapter" else library.bases()
     path = Path(given).expanduser()
     return path.absolute().name if path.exists() and given not in {record.name for record in records} else given

@@ -1,5 +1,5 @@
-"""``--region PLACE=ADAPTERS[*scale][@start-end][: prompt]``: one region of a picture in one word; ``--lora ...#PLACE``:
-an adapter with a region of its own."""
+"""Parses ``--region PLACE=ADAPTERS[*scale][@start-end][: prompt]``, one region of a picture, and ``--lora ...#PLACE``,
+an adapter with its own region."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLACES = {
     "top": (0.0, 0.0, 1.0, 0.5),
     "bottom": (0.0, 0.5, 1.0, 1.0),
 }
-"""Boxes with a name."""
+"""Named boxes."""
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _RANGE = re.compile(rf"(.*)@({_NUMBER})-({_NUMBER})")
@@ -37,12 +37,12 @@ def parse(text: str) -> dict[str, Any]:
     picture; several adapters are joined by ``+``.
 
     Raises:
-        InputError: a part is missing or is none.
+        InputError: a part is missing or wrong.
     """
     place, equals, rest = text.partition("=")
     adapters, _, prompt = rest.partition(":")
     if not equals or not place.strip() or not adapters.strip():
-        raise InputError(f"--region wants {FORM}, as in \"left=fox: a fox\", got '{text}'.")
+        raise InputError(f"--region needs {FORM}, as in \"left=fox: a fox\", got '{text}'.")
     region: dict[str, Any] = _place(place.strip(), f"--region '{text}'")
     adapters = adapters.strip()
     if match := _RANGE.fullmatch(adapters):
@@ -58,10 +58,10 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def of_adapter(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The adapter that ``--lora`` names, and its region where ``#PLACE`` ends it.
+    """The adapter that ``--lora`` names, and its region if it ends in ``#PLACE``.
 
     Raises:
-        InputError: a part is missing or is none.
+        InputError: a part is missing or wrong.
     """
     adapter, mark, place = text.rpartition("#")
     if not mark:
@@ -74,7 +74,7 @@ def of_adapter(text: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
 def of_adapters(texts: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The adapters that several ``--lora`` name, and their regions.
 
-    An adapter that is given several times with places is one adapter in several regions, at its strength in each.
+    An adapter given several times with places is one adapter in several regions, with its strength in each.
 
     Raises:
         InputError: as :func:`of_adapter`; the first of several strengths is 0.
@@ -101,17 +101,17 @@ def _ratio(weight: float, first: float, text: str) -> float:
 
 
 def read(text: str) -> dict[str, Any]:
-    """The values that ``--regions`` gives: "auto", "none", or a YAML file with a list of regions (or with ``regions:``
-    and other settings beside it). Masks in a file are looked for beside it.
+    """The values of ``--regions``: "auto", "none", or a YAML file with a list of regions (or with ``regions:`` and
+    other settings). Mask paths in a file are relative to it.
 
     Raises:
-        InputError: no such file, or nothing of that kind in it.
+        InputError: there is no such file, or no regions in it.
     """
     if text in ("auto", "none"):
         return {"regions": "auto" if text == "auto" else []}
     file = Path(text).expanduser()
     if not file.is_file():
-        raise InputError(f"--regions wants 'auto', 'none' or a YAML file; '{text}' does not exist.")
+        raise InputError(f"--regions needs 'auto', 'none' or a YAML file; '{text}' does not exist.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

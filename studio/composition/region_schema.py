@@ -1,4 +1,4 @@
-"""Regions of a picture: where which adapters act, and how. A part of the composition's schema.
+"""Regions of a picture: which adapters act where, and how. Part of the composition's schema.
 
 :class:`RegionFields` is inherited by :class:`~studio.composition.schema.ComposeConfig`. Its fields are flat like all
 others: one field is one YAML key, one flag and one widget, in the group "Regions".
@@ -30,23 +30,23 @@ _REGIONS_MORE: dict[str, Any] = {"group": "Regions", "advanced": True}
 
 
 class Region(JobConfig):
-    """A part of the picture with adapters of its own."""
+    """A part of the picture with its own adapters."""
 
-    name: str = Field("", description="What to call it; the names of its adapters when empty.")
+    name: str = Field("", description="Its name; empty = its adapters' names.")
     box: Box | None = Field(None, description="x0, y0, x1, y1 between 0 and 1 from the top left; or give a mask.")
     mask: str = Field(
-        "", description="Picture of the picture's shape, white inside the region: a file or a data: URI of a PNG."
+        "", description="Mask with the picture's shape, white inside the region: a file or a data: URI of a PNG."
     )
     adapters: list[str] = Field(description="Names of the composition's adapters that act here and nowhere else.")
-    prompt: str = Field("", description="What to draw here; the whole prompt when empty.")
-    negative: str | None = Field(None, description="What to avoid here; the whole negative prompt when empty.")
+    prompt: str = Field("", description="What to draw here; empty = the whole prompt.")
+    negative: str | None = Field(None, description="What to avoid here; empty = the whole negative prompt.")
     scale: float = Field(1.0, description="Factor on the adapters' weights in this region.")
     schedule: list[Strength] = Field(
         default_factory=list, description="Keyframes (progress, factor) of this region; empty = always 1."
     )
     words: list[str] = Field(
         default_factory=list,
-        description="Words of its prompt that name its subject; the triggers of its adapters when empty.",
+        description="Words of its prompt that name its subject; empty = its adapters' triggers.",
     )
 
     @field_validator("box")
@@ -94,11 +94,11 @@ Regions = Annotated[
 
 
 class RegionFields(BaseModel):
-    """Where adapters act, and how LoRA-Composer's parts are switched (arXiv 2403.11627)."""
+    """Where adapters act, and the switches of LoRA-Composer's parts (arXiv 2403.11627)."""
 
     regions: Regions = Field(
         default_factory=list,
-        description="Parts of the picture with adapters and prompts of their own; adapters in no region act "
+        description="Parts of the picture with their own adapters and prompts; adapters in no region act "
         "everywhere. auto: every adapter gets the place where the first steps draw its subject.",
         json_schema_extra=_REGIONS,
     )
@@ -110,7 +110,7 @@ class RegionFields(BaseModel):
     )
     self_mask: bool | None = Field(
         None,
-        description="Regions do not look at each other in self-attention. Empty = as the method says "
+        description="Regions do not attend to each other in self-attention. Empty = as the method says "
         "(lora-composer: on, others: off).",
         json_schema_extra=_REGIONS,
     )
@@ -151,14 +151,14 @@ class RegionFields(BaseModel):
     )  # fmt: skip
     auto_steps: float = Field(
         0.3, gt=0, le=1,
-        description="regions: auto: share of the steps made to find the places, before the picture is begun.",
+        description="regions: auto: share of the steps used to find the places, before the picture is started.",
         json_schema_extra=_REGIONS_MORE,
     )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
     def _method_of_regions(cls, values: Any) -> Any:
-        """Regions without a method use the one that works with every model."""
+        """Regions without a method use the default one, which works with every model."""
         if isinstance(values, dict) and values.get("regions") and "method" not in values:
             return {**values, "method": DEFAULT_METHOD}
         return values

@@ -1,7 +1,7 @@
-"""What Compose shows with the method "merge", saved as one LoRA that draws the same at weight 1.
+"""Saves what the method "merge" shows as one LoRA that draws the same at weight 1.
 
 The sum of the adapters at their weights (also those in the text encoders and the factors per block) is exact:
-:mod:`adapters.merging.concatenate`. What is no sum of weights cannot be saved so, and is refused with its reason.
+:mod:`adapters.merging.concatenate`. What is not a sum of weights is refused with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ METHOD = "merge"
 
 
 def check(config: ComposeConfig) -> None:
-    """Raise :class:`InputError` unless the composition is one sum of its adapters at every step."""
+    """Raise :class:`InputError` unless the composition is the same sum of its adapters at every step."""
     if not config.adapters:
         raise InputError("There is no adapter to save: choose some and make a picture first.")
     if config.method != METHOD:
@@ -29,21 +29,21 @@ def check(config: ComposeConfig) -> None:
     for use in config.adapters:
         if any(strength != 1 for _, strength in use.schedule):
             raise InputError(
-                f"'{use.name or use.path}' is at work in a part of the steps only; a LoRA always is: let it act in all."
+                f"'{use.name or use.path}' acts in only a part of the steps, a LoRA in all: remove its schedule."
             )
 
 
 def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Path | None = None) -> str:
-    """Write the mix into the library; returns the name it has there.
+    """Write the mix into the library; returns its name there.
 
     Args:
-        config: a composition by ``merge``, with paths as they are on this machine.
-        name: what to call it; a number is added when it is taken.
+        config: a composition by ``merge``, with this machine's paths.
+        name: its name; a number is added if it is taken.
         rank: cut the result to this rank; None = exact (the ranks add up).
-        preview: a picture of it.
+        preview: its preview picture.
 
     Raises:
-        InputError: it is no sum (see :func:`check`; DoRA adapters are none either), or an adapter is missing.
+        InputError: it is not a sum (see :func:`check`; DoRA adapters are not either), or an adapter is missing.
     """
     from adapters import formats
     from studio import library
@@ -69,7 +69,7 @@ def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Pat
 
 
 def save_apart(config: ComposeConfig, name: str, rank: int | None = None, preview: Path | None = None) -> str:
-    """:func:`save` in a process of its own, so that the one that serves pages never loads torch."""
+    """:func:`save` in a separate process, so that the web app never loads torch."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -79,13 +79,13 @@ def save_apart(config: ComposeConfig, name: str, rank: int | None = None, previe
 
 
 def _weights(use: AdapterUse, file: LoraFile) -> dict[str, float]:
-    """Strength per component: the text encoders may have one of their own."""
+    """Strength per component: the text encoders may have their own."""
     text = use.weight if use.te_weight is None else use.te_weight
     return {part: text if part.startswith("text_encoder") else use.weight for part in file.parts}
 
 
 def _factors(use: AdapterUse, file: LoraFile) -> dict[str, float]:
-    """Factor per layer, of the blocks that have one."""
+    """Factor per layer, for blocks that have one."""
     from pipelines.diffusion import checks
 
     if not use.blocks:

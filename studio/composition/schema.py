@@ -21,11 +21,11 @@ _RARE: dict[str, Any] = {"group": "Rarely needed", "advanced": True}
 class AdapterUse(JobConfig):
     """One adapter in a composition."""
 
-    name: str = Field("", description="Name in this composition; the file's name when empty.")
+    name: str = Field("", description="Name in this composition; empty = the file's name.")
     path: str = Field(description="Name in the library, file, PEFT directory or hub id.")
     weight: float = Field(1.0, description="Strength in the denoiser.")
-    te_weight: float | None = Field(None, description="Strength in the text encoders; same as weight when empty.")
-    triggers: list[str] = Field(default_factory=list, description="Words that call the concept or style.")
+    te_weight: float | None = Field(None, description="Strength in the text encoders; empty = same as weight.")
+    triggers: list[str] = Field(default_factory=list, description="Trigger words of the concept or style.")
     blocks: dict[str, float] = Field(
         default_factory=dict, description="Extra factor per block, by module prefix ('down_blocks.1': 0.5)."
     )
@@ -53,7 +53,7 @@ class AdapterUse(JobConfig):
 
 
 def added_up(uses: list[AdapterUse]) -> list[AdapterUse]:
-    """Each adapter once: entries that differ only in strength act with its sum, as in prompts and in the chat."""
+    """Each adapter once: strengths of entries that differ only in strength add up, as in prompts and in the chat."""
     found: dict[str, AdapterUse] = {}
     for use in uses:
         rest = use.model_dump_json(exclude={"weight", "te_weight"})
@@ -107,7 +107,7 @@ class ComposeConfig(RegionFields, PictureFields, ModelChoice):
     )
     width: int | None = Field(None, ge=8, description="Pixels; empty = the base model's own size.")
     height: int | None = Field(None, ge=8, description="Pixels; empty = the base model's own size.")
-    seed: int = Field(0, ge=0, description="Seed of the first picture; the next pictures count up.")
+    seed: int = Field(0, ge=0, description="Seed of the first picture; picture k uses seed + k.")
     images: int = Field(1, ge=1, le=64, description="How many pictures.")
 
     _added_up = field_validator("adapters")(added_up)

@@ -1,4 +1,4 @@
-"""Several compositions one after the other, for jobs that show them together: what cannot be made is left out."""
+"""Runs several compositions for jobs that show them together; those that cannot be made are left out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(wanted: Mapping[Any, One], monitor: Monitor) -> tuple[dict[Any, dict[str
     """(results of :func:`studio.composition.job.run`, reasons why the others were left out), by the keys of ``wanted``.
 
     Raises:
-        adapters.errors.Cancelled: ``monitor`` said so; pictures that are finished are kept.
+        adapters.errors.Cancelled: ``monitor`` asked to stop; finished pictures are kept.
     """
     made: dict[Any, dict[str, Any]] = {}
     skipped: dict[Any, str] = {}

@@ -1,6 +1,6 @@
-"""Pictures of a composition before it is made: read, brought to the size of the canvas, kept inside the configuration.
+"""A composition's input pictures: reads them, fits them to the canvas and stores them in the configuration.
 
-A job keeps copies of them in its folder, a recipe holds them as they were used, so that both repeat without the files.
+A job keeps copies in its folder, a recipe holds them as they were used, so that both repeat without the files.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ TITLES = {"image": "start picture", "mask": "mask", "control_image": "control pi
 def fitted(config: ComposeConfig) -> tuple[ComposeConfig, list[str]]:
     """``config`` with its pictures as ``data:`` URIs of the canvas's size, and what was done to them.
 
-    The canvas follows the start picture, or else the control picture. Each picture covers it: scaled, and what is
-    longer is cut at both ends.
+    The canvas follows the start picture, else the control picture. Each picture is scaled to cover it and cropped
+    around its middle.
 
     Raises:
         InputError: a picture cannot be read, a mask is empty, or the family has no pipeline for this.
@@ -52,7 +52,7 @@ def fitted(config: ComposeConfig) -> tuple[ComposeConfig, list[str]]:
 
 
 def check_family(config: ComposeConfig) -> None:
-    """Refuse what the base's family, where it is known already, has no pipeline for; raises :class:`InputError`."""
+    """Refuse what the base's family, if known, has no pipeline for; raises :class:`InputError`."""
     name = config.family if config.family != "auto" else canvas_size.family(config.base)
     if name not in FAMILIES or config.task in FAMILIES[name].other_pipelines:
         return
@@ -70,12 +70,12 @@ def check_family(config: ComposeConfig) -> None:
 
 
 def decided(pipe: Any, config: ComposeConfig) -> dict[str, Any]:
-    """The strength that diffusers' pipeline takes by itself, where none is given."""
+    """The default strength of diffusers' pipeline."""
     return {"strength": pipe.own_arguments["strength"]} if config.image and config.strength is None else {}
 
 
 def arguments(pipe: Any, config: ComposeConfig) -> dict[str, Any]:
-    """What a fitted composition tells the pipeline of its task (a :class:`pipelines.diffusion.MultiLoRAPipeline`)."""
+    """Task arguments of a fitted composition for a :class:`pipelines.diffusion.MultiLoRAPipeline`."""
     takes = pipe.own_arguments
     control = "control_image" if "control_image" in takes else "image"
     told: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def kept(config: ComposeConfig, drawn: Image.Image) -> Image.Image:
 
 
 def copied(config: ComposeConfig, folder: Path) -> dict[str, str]:
-    """The pictures that are there, as files in ``folder``, by field; what is not there the job will say."""
+    """Copies of the existing pictures in ``folder``, by field; the job reports missing ones."""
     changes = {}
     for name in PICTURES:
         source = getattr(config, name)
@@ -135,7 +135,7 @@ def _opened(name: str, source: str, said: list[str]) -> Image.Image:
 
 
 def _covering(picture: Image.Image, size: tuple[int, int], title: str, said: list[str]) -> Image.Image:
-    """The picture scaled until it covers ``size``, its middle."""
+    """The middle of the picture, scaled to cover ``size``."""
     from PIL import Image, ImageOps
 
     if picture.size == size:

@@ -1,6 +1,6 @@
-"""The sweep: pictures over the values of one or several settings, in one labelled grid.
+"""The sweep job: pictures over the values of one or several settings, in one labelled grid.
 
-Every picture is made by itself, on one loaded model, so that its recipe repeats it to the bit; a batch would not.
+Every picture is made alone, on one loaded model, so that its recipe repeats it to the bit, which a batch would not.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CELL, LEFT, TOP, GAP = 192, 150, 34, 6
 
 
 def run(config: SweepConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
-    """Make one picture per combination in ``folder/NNN`` (each with its recipe), and ``sweep.png`` with all of them.
+    """Make one picture per combination in ``folder/NNN`` (each with its recipe), and ``sweep.png`` with all.
 
     A combination that cannot be made is left out, and its reason is in ``result["skipped"]``.
 
     Raises:
         adapters.errors.InputError: none can be made.
-        adapters.errors.Cancelled: ``monitor`` said so; pictures that are finished are kept.
+        adapters.errors.Cancelled: ``monitor`` asked to stop; finished pictures are kept.
     """
     begun = time.monotonic()
     wanted = list(config.combinations())

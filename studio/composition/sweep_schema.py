@@ -21,7 +21,7 @@ SETTINGS = {"seed": int, "steps": int, "guidance_scale": float, "method": str}
 ALSO = {"guidance": "guidance_scale", "cfg": "guidance_scale"}
 CHECKPOINT = "checkpoint"
 MOST = 256
-"""Pictures of a sweep."""
+"""Maximum pictures of a sweep."""
 
 _SPAN = re.compile(r"([^:]+):([^:]+):(\d+)")
 
@@ -38,7 +38,7 @@ class SweepConfig(ComposeConfig):
 
     kind: ClassVar[str] = "sweep"
 
-    axes: list[Axis] = Field(description="What is varied; the last one runs from left to right in the grid.")
+    axes: list[Axis] = Field(description="What to vary; the last one runs from left to right in the grid.")
 
     @model_validator(mode="after")
     def _fits(self) -> SweepConfig:
@@ -46,10 +46,10 @@ class SweepConfig(ComposeConfig):
         if not names:
             raise ValueError("say what to vary, as in fox=0:1.2:7")
         if len(set(names)) != len(names):
-            raise ValueError("a setting is swept twice: give each one all its values at once")
+            raise ValueError("a setting is swept twice: give all its values at once")
         count = math.prod(len(axis.values) for axis in self.axes)
         if count > MOST:
-            raise ValueError(f"that makes {count} pictures, at most {MOST} are made at once: give fewer values")
+            raise ValueError(f"that makes {count} pictures, but at most {MOST} are made at once: give fewer values")
         for axis in self.axes:
             self._check(axis)
         return self

@@ -1,4 +1,4 @@
-"""``studio reconstruct``: pictures of a scene become cameras and points, if asked after self-calibration."""
+"""``studio reconstruct``: pictures of a scene become cameras and points, optionally after self-calibration."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def reconstruct(
         list[str] | None,
         typer.Option(
             "--out", "-o", metavar="FILE|KIND:FOLDER",
-            help="Where the scene goes: .glb, .ply or .npz, colmap:FOLDER or nerfstudio:FOLDER; several times. Of "
-            "several scenes each gets a folder of its name there.",
+            help="Where the scene goes: .glb, .ply or .npz, colmap:FOLDER or nerfstudio:FOLDER; repeatable. Each of "
+            "several scenes gets a folder of its name there.",
             rich_help_panel="Output",
         ),
     ] = None,
     one_adapter: Annotated[
         bool,
         typer.Option(
-            "--one-adapter", help="Several scenes with --calibrate: they share one adapter that learns from all.",
+            "--one-adapter", help="With --calibrate and several scenes: one adapter learns from all.",
             rich_help_panel="Calibrate to this scene",
         ),
     ] = False,
@@ -63,12 +63,12 @@ def reconstruct(
     ]
     if one_adapter:
         if len(configs) < 2 or not configs[0].calibrate:
-            raise InputError("--one-adapter goes with --calibrate and the folders of two scenes or more.")
+            raise InputError("--one-adapter needs --calibrate and the folders of two scenes or more.")
         configs[0].also = [str(folder.resolve()) for folder in images[1:]]
     output.note(f"Weights {configs[0].model}: {job.licence(configs[0].model)}")
     if detach:
         if targets or one_adapter:
-            raise InputError("--detach goes with neither --out nor --one-adapter: the worker keeps each scene's files.")
+            raise InputError("--detach excludes --out and --one-adapter: the worker keeps each scene's files.")
         for config in configs:
             launch.detach("reconstruct", config, output)
         return
@@ -85,7 +85,7 @@ def reconstruct(
 
 
 def _one(config: ReconstructConfig, targets: list[tuple[str, Path]], output: Output) -> dict[str, Any]:
-    """Reconstruct one scene here, write what is asked for and say what came out."""
+    """Reconstruct one scene here, write the requested files and report the result."""
     from studio import jobs
     from studio.reconstruction import job
 
@@ -113,7 +113,7 @@ def _scenes(given: list[Path]) -> dict[str, list[str]]:
     """Pictures by scene: one without a name, or the given folders by theirs.
 
     Raises:
-        InputError: something is missing, folders stand beside files, or two folders have one name.
+        InputError: something is missing, folders are mixed with files, or two folders have one name.
     """
     from studio.reconstruction.job import pictures_in
 
@@ -133,7 +133,7 @@ def _scenes(given: list[Path]) -> dict[str, list[str]]:
 
 
 def _own(place: Path, scene: str) -> Path:
-    """The place of one of several scenes: in a folder of its name."""
+    """The output path of one of several scenes: in a folder of its name."""
     return place.parent / scene / place.name
 
 

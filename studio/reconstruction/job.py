@@ -1,6 +1,6 @@
-"""The reconstruction job: pictures through the pipeline, and what comes out into the job's folder.
+"""The reconstruction job: runs pictures through the pipeline and writes the results into the job's folder.
 
-The result keeps ``scene.npz``, from which every export is made again without asking the network (:func:`export`).
+``scene.npz`` is kept, from which every export can be made again without the network (:func:`export`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 VIDEOS = video.SUFFIXES
 VIEW_FROM = (90, 82, 5.0)
-"""Where viewers in a browser look at ``view.glb`` from: degrees around, degrees from above, distance."""
+"""Camera of a browser's viewer for ``view.glb``: degrees around, degrees from above, distance."""
 EXPORTS = ("glb", "ply", "colmap", "nerfstudio", "npz")
 
 
 def licence(model: str) -> str:
-    """The licence of weights, to be shown before they are used."""
+    """The licence of weights, to show before they are used."""
     from pipelines.geometry.licence import licence_of
 
     return licence_of(resolve(model))
@@ -44,14 +44,14 @@ def restricted(model: str) -> bool:
 
 
 def resolve(model: str) -> str:
-    """The place of weights: shipped ones by their name, everything else as it is."""
+    """Where the weights are: shipped ones by name, anything else unchanged."""
     import assets
 
     if model == "dust3r-tiny":
         try:
             return str(assets.path("models/dust3r-tiny"))
         except FileNotFoundError:
-            raise InputError("The embedded model is not in this installation: give weights of your own.") from None
+            raise InputError("The embedded model is not in this installation: give your own weights.") from None
     return model
 
 
@@ -59,7 +59,7 @@ def pictures_in(folder: str | Path) -> list[str]:
     """The pictures of a scene's folder in the order of their names, or its one video.
 
     Raises:
-        InputError: no folder, or neither pictures nor a video in it.
+        InputError: there is no such folder, or neither pictures nor a video in it.
     """
     from pipelines.pictures import SUFFIXES, UNREADABLE
 
@@ -67,7 +67,7 @@ def pictures_in(folder: str | Path) -> list[str]:
     if not place.is_dir():
         raise InputError(f"There is no folder '{folder}'.")
     found = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
-    for endings in (SUFFIXES | UNREADABLE, VIDEOS):  # those that cannot be read are named when they are opened
+    for endings in (SUFFIXES | UNREADABLE, VIDEOS):  # unreadable ones are reported when they are opened
         chosen = [str(file.resolve()) for file in found if file.suffix.lower() in endings]
         if chosen:
             return chosen
@@ -84,7 +84,7 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor, resume: bool 
 
     Raises:
         adapters.errors.InputError: pictures, weights or settings cannot be used.
-        adapters.errors.Cancelled: ``monitor`` said so.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     from pipelines.geometry import ScenePipeline, previews
     from pipelines.geometry.calibration import Recipe
@@ -125,7 +125,7 @@ def run(config: ReconstructConfig, folder: Path, monitor: Monitor, resume: bool 
 
 
 def _check(config: ReconstructConfig) -> None:
-    """What can be said before the weights are opened."""
+    """Check what can be checked before the weights are opened."""
     from pipelines.geometry import licence
 
     if not config.images:
@@ -134,7 +134,7 @@ def _check(config: ReconstructConfig) -> None:
     if config.calibrate and config.adapter:
         raise InputError("Choose calibration or an adapter from an earlier one, not both.")
     if config.also and not config.calibrate:
-        raise InputError("Further scenes serve the adapter's training: they go with --calibrate.")
+        raise InputError("More scenes are only for training the adapter: add --calibrate.")
 
 
 def _selection(config: ReconstructConfig) -> Selection:
@@ -178,12 +178,12 @@ def export(
     mesh: bool | None = None, cameras: bool = True, camera_size: float = 5.0, frame: int | None = None,
     hide: Any = "nothing", max_points: int = 500_000, clean: bool = False, originals: Sequence[str | None] = (),
 ) -> Written:  # fmt: skip
-    """Write a kept scene (``scene.npz``) in another way; the network is not asked.
+    """Export a kept scene (``scene.npz``) again, without running the network.
 
     Args:
         kind: one of :data:`EXPORTS`, or "view": the GLB for viewers in a browser.
-        mesh: surfaces instead of points; None: where they suit the scene.
-        originals: the pictures' files (``files`` of the job's result), to be brought along to COLMAP and nerfstudio.
+        mesh: surfaces instead of points; None: if they suit the scene.
+        originals: the pictures' files (``files`` of the job's result), to include with COLMAP and nerfstudio.
 
     Raises:
         InputError: no such scene, unknown kind, or no point left.

@@ -1,4 +1,4 @@
-"""The reconstruction job: pictures of a scene become cameras and a point cloud, if asked after self-calibration."""
+"""The reconstruction job: pictures of a scene become cameras and a point cloud, optionally after self-calibration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CALIBRATE = {"group": "Calibrate to this scene", "advanced": True}
 _OUTPUT = {"group": "Output", "advanced": True}
 
 ADAPTER = "adapter"
-"""Name of the adapter of a reconstruction that calibrates."""
+"""Name of the adapter of a calibrating reconstruction."""
 
 
 def _f(default: Any, group: dict[str, Any], description: str, **limits: Any) -> Any:
@@ -50,7 +50,7 @@ class ReconstructConfig(JobConfig):
     chunk: int = _f(8, _ALIGN, "Pairs decoded together; fewer need less memory.", ge=1, le=256)
 
     calibrate: bool = _f(False, _CALIBRATE, "First train an adapter on this scene (LoRA3D); three pictures or more.")
-    also: list[str] = _f([], _CALIBRATE, "Folders of further scenes that the same adapter learns from.")
+    also: list[str] = _f([], _CALIBRATE, "Folders of more scenes for the same adapter to learn from.")
     rank: int = _f(16, _CALIBRATE, "Rank of the adapter.", ge=1, le=1024)
     preset: Literal["paper-18mb", "all-attention"] = _f("paper-18mb", _CALIBRATE, "Which layers are adapted.")
     epochs: int = _f(10, _CALIBRATE, "Passes over all pairs.", ge=1, le=1000)
@@ -63,9 +63,7 @@ class ReconstructConfig(JobConfig):
     seed: int = _f(0, _CALIBRATE, "Seed of the adapter.", ge=0)
 
     confidence: float = _f(1.0, _OUTPUT, "Minimum confidence of a point (the network's scale, 1 and up).", ge=0)
-    percentile: float = _f(
-        20.0, _OUTPUT, "Percentage of the least confident points to leave out.", ge=0, lt=100
-    )
-    mesh: bool | None = _f(None, _OUTPUT, "Surfaces instead of points; left out, where they suit the scene.")
+    percentile: float = _f(20.0, _OUTPUT, "Percentage of the least confident points to leave out.", ge=0, lt=100)
+    mesh: bool | None = _f(None, _OUTPUT, "Surfaces instead of points; default: if they suit the scene.")
     cameras: bool = _f(True, _OUTPUT, "Show the cameras.")
     max_points: int = _f(500_000, _OUTPUT, "Maximum number of points in a file.", ge=1)

@@ -27,7 +27,7 @@ def train_image(
 
     Args:
         config: the whole configuration; or leave it out and give ``values``.
-        folder: where the run lives.
+        folder: the run's folder.
 
     Raises:
         InputError: both ``config`` and ``values``, or a value that cannot be used.
@@ -56,12 +56,12 @@ def distill(
     resume: bool = False,
     **values: Any,
 ) -> dict[str, Any]:
-    """Distil guidance, or most of the steps, into a LoRA; the result is that of
+    """Distil guidance, or sampling in few steps, into a LoRA; the result is that of
     :func:`studio.training.tasks.distillation.run`.
 
     Args:
         config: the whole configuration; or leave it out and give ``values``.
-        folder: where the run lives.
+        folder: the run's folder.
 
     Raises:
         InputError: both ``config`` and ``values``, or a value that cannot be used.

@@ -1,4 +1,4 @@
-"""Loading the base model for training: a plain diffusers pipeline in the right precision, on the right device."""
+"""Loads the base model for training: a plain diffusers pipeline in the right precision, on the right device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_base(config: TrainImageConfig, dtype: torch.dtype, device: torch.device
     """The base model's diffusers pipeline, frozen, on ``device``.
 
     Raises:
-        InputError: there is no such base, it is damaged, or it is of another family than the configuration says.
+        InputError: there is no such base, it is damaged, or its family is not the configuration's.
     """
     from pipelines.diffusion.loading import open_pipeline
     from studio import library

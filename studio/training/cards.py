@@ -1,7 +1,7 @@
-"""What every card of an adapter has: the front matter that a model hub reads, and lines that load it as printed.
+"""Shared parts of adapter cards: the front matter that a model hub reads, and code that loads the adapter.
 
-The hub takes for a base only its own ids ("owner/name"), and nobody else has the folders of this machine: a base
-without an id is named in words, and its snippet asks the library for it.
+As a base the hub accepts only its own ids ("owner/name"), and nobody else has the folders of this machine: a base
+without an id is named in words, and its code asks the library for it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from studio.library import Record
 
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""What the hub calls the bases that we have under a name of our own."""
+"""Hub ids of bases that have another name here."""
 
 
 def hub_id(base: str) -> str:
-    """The hub's id of a base, empty where it has none."""
+    """The hub id of a base, empty if it has none."""
     if base in HUB_NAMES:
         return HUB_NAMES[base]
     local = Path(base).expanduser().exists() or base.startswith((".", "~", "/"))
@@ -30,12 +30,12 @@ def hub_id(base: str) -> str:
 
 
 def base_name(base: str) -> str:
-    """What to call a base in a card; of a path the last part alone."""
+    """A base's name in a card: of a path only the last part."""
     return hub_id(base) or Path(base).name
 
 
 def front_matter(base: str, library: str, tags: Sequence[str], **more: Any) -> list[str]:
-    """The lines between ``---``: base_model, library_name, tags, license where the base's is known, and ``more``."""
+    """The lines between ``---``: base_model, library_name, tags, license if the base's is known, and ``more``."""
     values: dict[str, Any] = {"base_model": hub_id(base), "library_name": library, "tags": list(tags),
                               "license": _license(base), **more}  # fmt: skip
     text = yaml.safe_dump({key: value for key, value in values.items() if value}, allow_unicode=True, sort_keys=False,
@@ -44,7 +44,7 @@ def front_matter(base: str, library: str, tags: Sequence[str], **more: Any) -> l
 
 
 def base_lines(base: str) -> list[str]:
-    """Lines of Python after which ``base`` is what ``from_pretrained`` opens."""
+    """Lines of Python that set ``base`` to what ``from_pretrained`` opens."""
     if found := hub_id(base):
         return [f'base = "{found}"']
     if _of_library(base) is not None and "/" not in base:
@@ -53,7 +53,7 @@ def base_lines(base: str) -> list[str]:
 
 
 def _license(base: str) -> str:
-    """The license that the card of a base in the library states: what is derived from the base is under it too."""
+    """The license in the card of a base in the library; what is derived from the base is under it too."""
     known = _of_library(base)
     return str((known.notes if known else {}).get("license") or "")
 
@@ -65,5 +65,5 @@ def _of_library(base: str) -> Record | None:
 
 
 def card_words(recipe: Mapping[str, Any]) -> str:
-    """The trigger of a recipe, empty when there is none."""
+    """The trigger word of a recipe, empty if there is none."""
     return ", ".join(str(word) for word in recipe.get("triggers") or ())

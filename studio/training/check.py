@@ -1,4 +1,4 @@
-"""A look at the data before anything is loaded: what would be trained on, and what is wrong with it."""
+"""Checks the data before anything is loaded: what would be trained on, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from studio.training.supply import prompts
 
 
 def check_data(config: TrainImageConfig) -> dict[str, Any]:
-    """Report on the folder of ``config`` without refusing anything but a missing folder or unreadable captions.
+    """Report on the folder of ``config``; only a missing folder or unreadable captions are errors.
 
     Returns:
         ``pictures`` (how many are usable), ``broken`` (name -> reason), ``uncaptioned`` (names), ``smallest`` and
         ``largest`` (width, height; None without pictures), ``prompts`` (the first five as the model will see them),
-        ``remarks`` (what of the folder is not used, or not as it is).
+        ``remarks`` (what is not used, or not used as it is).
     """
     report = scan(Path(config.data).expanduser())
     by_area = sorted((picture.size for picture in report.pictures), key=lambda size: size[0] * size[1])

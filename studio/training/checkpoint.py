@@ -3,8 +3,8 @@
 ``checkpoints/step-N/`` holds ``adapter.safetensors`` (fp32, as PEFT names it), ``optimizer.pt``, ``ema.pt`` and
 ``scaler.pt`` where there are such, and ``state.json`` (step, configuration, data set, plugin state). Random numbers
 need no state: they are functions of the seed and the step (``studio.datasets.seeds``). ``trainer_state.json`` is there
-when transformers' Trainer turned the steps. Checkpoints of language runs from before this format, ``checkpoint-N/``
-with ``studio.json``, are read too.
+if transformers' Trainer ran the loop. Checkpoints of language runs from before this format, ``checkpoint-N/`` with
+``studio.json``, are read too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from studio.schema import JobConfig
 FREE_GROUPS = frozenset({"Samples and saving"})
 FREE_KEYS = frozenset({"preset", "workers", "memory", "cache_folder", "cache_latents", "cache_text"})
 BOUND_KEYS = frozenset({"name", "ema", "ema_decay", "validation_split"})
-"""Keys of a free group that still belong to the run ('name' is in no free group; it names the result)."""
+"""Keys of a free group that still belong to the run."""
 
 
 TRAINER = "trainer_state.json"
@@ -35,7 +35,7 @@ OLD_MARK = "studio.json"
 
 @dataclass
 class Checkpoint:
-    """What is saved: tensors by component, optimiser and other states, and plain values."""
+    """Everything saved: tensors by component, optimiser and other states, and plain values."""
 
     step: int
     adapter: dict[str, torch.Tensor]
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write ``folder/step-N`` whole, then delete all but the newest ``keep``."""
+    """Write ``folder/step-N`` completely, then delete all but the newest ``keep``."""
     target = folder / f"step-{checkpoint.step:06d}"
     with whole(target) as part:
         part.mkdir()
@@ -142,11 +142,11 @@ def take_parameters(own: Mapping[str, torch.nn.Parameter], saved: Mapping[str, t
     """Load saved values into the parameters of a run.
 
     Raises:
-        InputError: the names are not the same.
+        InputError: the names differ.
     """
     if strange := sorted(own.keys() ^ saved.keys()):
         raise InputError(
-            f"The checkpoint holds other parameters than this run trains ({len(strange)} differ, e.g. "
+            f"The checkpoint's parameters are not those this run trains ({len(strange)} differ, e.g. "
             f"'{strange[0]}'): start a new run."
         )
     with torch.no_grad():
@@ -158,7 +158,7 @@ def check_same_run(saved: Checkpoint, config: JobConfig, data: str, noun: str) -
     """Refuse to resume a run with another configuration or other data; output settings may change.
 
     Args:
-        noun: what the person calls the data (a plural).
+        noun: what users call the data (a plural).
 
     Raises:
         InputError: naming the keys that differ.

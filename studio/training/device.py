@@ -1,4 +1,4 @@
-"""The device of a run and accelerate's shared state, also when several runs follow each other in one process."""
+"""The device of a run and accelerate's shared state, also for several runs in one process."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def processes() -> int:
 
 
 def left_alone() -> bool:
-    """Whether ``accelerate launch`` was asked for several processes and started this one only, as it does on a CPU.
+    """Whether ``accelerate launch`` was asked for several processes but started only this one, as it does on a CPU.
 
-    It then still tells where the others would meet, but neither it nor MPI says how many there are.
+    It then still sets the address for the others to meet, but neither it nor MPI sets their number.
     """
     told = os.environ.keys()
     several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= told
@@ -34,19 +34,19 @@ def launched() -> bool:
 
 
 def main_process() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is the main process, which writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def own_device(device: str) -> str:
-    """``device`` (a resolved name), or under a launcher this process's own."""
+    """``device`` (a resolved name), or this process's own under a launcher."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if local is not None and device.startswith("cuda") else device
 
 
 @contextmanager
 def fresh_state(device: str) -> Iterator[None]:
-    """Forget what an earlier run left in accelerate's shared state; an accelerator made inside keeps to ``device``.
+    """Clear accelerate's shared state of an earlier run; an accelerator made inside uses ``device``.
 
     Under a launcher the launcher decides the devices.
     """
@@ -68,7 +68,7 @@ def fresh_state(device: str) -> Iterator[None]:
 
 
 def make_accelerator(config: TrainConfig, dtype: torch.dtype, device: str, folder: Path) -> Any:
-    """Accelerate's ``Accelerator`` for this run, on ``device`` unless a launcher decides the devices."""
+    """Accelerate's ``Accelerator`` for this run, on ``device`` unless a launcher decides."""
     from accelerate import Accelerator
 
     precision = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

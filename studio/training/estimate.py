@@ -1,6 +1,6 @@
-"""What a training of pictures or of a language model will need, before any weight is read: memory and time.
+"""Estimates the memory and time of an image or language training before any weight is read.
 
-The base is built on torch's "meta" device from its configuration files, the adapter is put into it, and one forward and
+The base is built on torch's "meta" device from its configuration files, the adapter is injected, and one forward and
 backward pass runs there: this counts parameters, the tensors kept for the backward pass and the floating-point
 operations exactly, without memory and in a moment. Only the speed of the device is measured, by a short multiplication.
 """
@@ -31,7 +31,7 @@ STATES = {"adamw": 8, "adamw8bit": 2, "adafactor": 4, "sgd": 4, "prodigy": 16, "
 """Bytes that an optimiser keeps per learnt number."""
 
 OVERHEAD = {"cpu": 2e-5, "cuda": 1e-5, "mps": 2e-5}
-"""Seconds that every operation costs at least, by kind of device; small models are limited by this."""
+"""Minimum seconds per operation, by kind of device; small models are limited by this."""
 
 EFFICIENCY = 0.5
 """Share of the speed of one large multiplication that a whole network reaches."""
@@ -39,15 +39,15 @@ EFFICIENCY = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """What one forward and backward pass over a batch consists of.
+    """The cost of one forward and backward pass over a batch.
 
     Attributes:
         parameters: frozen numbers of every part of the base.
         learnt: numbers of the adapter.
         kept: bytes that the forward pass keeps for the backward pass.
         flops: floating-point operations of both passes.
-        operations: how many operations of torch these are.
-        denoiser: name of the part that is never moved away.
+        operations: the number of torch operations.
+        denoiser: name of the part that is never offloaded.
     """
 
     parameters: Mapping[str, int]
@@ -60,7 +60,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by what they are for, and seconds of the training steps (loading, caching and samples come on top)."""
+    """Bytes by purpose, and seconds of the training steps (without loading, caching and samples)."""
 
     memory: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
@@ -71,7 +71,7 @@ class Estimate:
         return sum(self.memory.values())
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Plain values for ``--json``."""
         return {"memory": dict(self.memory), "memory_total": self.total, "seconds": self.seconds}
 
 
@@ -83,7 +83,7 @@ def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) 
         device: "cpu", "cuda" or "mps".
         speed: floating-point operations per second of a large multiplication (:func:`measured_speed`).
     """
-    # Encoders wait in the ordinary memory once their output is cached.
+    # Encoders are in main memory once their output is cached.
     resting = getattr(config, "memory", "none") != "none" and device != "cpu"
     frozen = {name: count for name, count in work.parameters.items() if name == work.denoiser or not resting}
     memory = {
@@ -117,7 +117,7 @@ def steps(config: Config, pictures: int | None = None) -> int:
 
 
 def look(config: TrainImageConfig, dtype: str) -> Work:
-    """Count what a step of ``config`` does.
+    """Count the cost of one step of ``config``.
 
     Raises:
         InputError: the base is a single file or a hub id, so its parts cannot be built from configurations alone.
@@ -144,7 +144,7 @@ def look(config: TrainImageConfig, dtype: str) -> Work:
             family.denoiser.enable_gradient_checkpointing()
             blocks = sum(bool(getattr(part, "gradient_checkpointing", False)) for part in family.denoiser.modules())
             between, operations, flops = count(trainee, inputs)
-            kept = between + kept // max(1, blocks)  # of one block all is there while its gradients are computed
+            kept = between + kept // max(1, blocks)  # one block is complete while its gradients are computed
     learnt = sum(p.numel() for model in models.values() for p in trainable(model))
     return Work(counts, learnt, kept, flops, operations, family.denoiser_name)
 
@@ -153,7 +153,7 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
     """As :func:`look`, for a language model: every sample of a batch is as long as ``max_length`` allows.
 
     Raises:
-        InputError: the base is a hub id, or no model for the task.
+        InputError: the base is a hub id, or not a model for the task.
     """
     import torch
     import transformers
@@ -163,7 +163,7 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
 
     source = Path(library.resolve_language(config.base))
     if not (source / "config.json").is_file():
-        raise InputError(f"What '{config.base}' needs is estimated for bases that are folders only.")
+        raise InputError(f"What '{config.base}' needs cannot be estimated: only bases that are folders can.")
     kinds = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
              "masked": "AutoModelForMaskedLM"}  # fmt: skip
     made: Any = transformers.AutoConfig.from_pretrained(source)
@@ -179,14 +179,14 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
         model = add_adapter(base, plain).train()
         size = (config.batch_size, config.max_length)
         ids = torch.zeros(size, dtype=torch.long)
-        mask = torch.zeros(size[0], 1, size[1], size[1], dtype=base.dtype)  # whole, so that nobody looks into it
+        mask = torch.zeros(size[0], 1, size[1], size[1], dtype=base.dtype)  # given, so that no library inspects it
         kept, operations, flops = count(_Logits(model), (ids, mask))
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Work(counts, learnt, kept, flops, operations, "model")
 
 
 def measured_speed(device: str, dtype: str) -> float:
-    """Floating-point operations per second of multiplying matrices of 1024 x 1024, the best of some tries."""
+    """Floating-point operations per second of multiplying 1024 x 1024 matrices, the best of several tries."""
     import torch
 
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -239,7 +239,7 @@ def estimated(config: Config) -> Estimate:
 
 
 def apart(config: Config) -> Estimate:
-    """:func:`estimated` in a process of its own, so that the caller does not load torch.
+    """:func:`estimated` in a separate process, so that the caller does not load torch.
 
     Raises:
         InputError: as :func:`estimated`.
@@ -272,13 +272,13 @@ def printed() -> None:
 
 
 def sentence(found: Estimate) -> str:
-    """The estimate for people."""
+    """The estimate as a sentence."""
     from studio.cli.output import duration, size
 
     parts = ", ".join(f"{name} {size(number)}" for name, number in found.memory.items())
     return (
         f"About {size(found.total)} of memory ({parts}) and {duration(found.seconds)} for the training steps; loading, "
-        "caching and samples come on top."
+        "caching and samples are extra."
     )
 
 
@@ -286,7 +286,7 @@ def sentence(found: Estimate) -> str:
 
 
 def _pipeline(config: TrainImageConfig, dtype: Any) -> Any:
-    """The base's pipeline with parts that have shapes but no numbers."""
+    """The base's pipeline with parts that have shapes but no values."""
     import diffusers
     import torch
 
@@ -295,7 +295,7 @@ def _pipeline(config: TrainImageConfig, dtype: Any) -> Any:
 
     source = Path(library.resolve_pipeline(config.base))
     if not (source / "model_index.json").is_file():
-        raise InputError(f"What '{config.base}' needs is estimated for bases that are folders of diffusers only.")
+        raise InputError(f"What '{config.base}' needs cannot be estimated: only bases that are diffusers folders can.")
     family = choose_family(config.family, source)
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     parts: dict[str, Any] = {}
@@ -313,7 +313,7 @@ def _pipeline(config: TrainImageConfig, dtype: Any) -> Any:
 
 
 def _part(place: Path, library: str, name: str, dtype: Any) -> Any:
-    """A model on the meta device, or a tokenizer or scheduler as it is."""
+    """A model on the meta device, or an ordinary tokenizer or scheduler."""
     import torch
 
     kind: Any = getattr(importlib.import_module(library), name)
@@ -355,8 +355,8 @@ def _inputs(family: Any, config: TrainImageConfig, text_learns: bool, dtype: Any
 
 
 def count(trainee: Any, inputs: tuple[Any, ...]) -> tuple[int, int, float]:
-    """(bytes kept for the backward pass, operations, floating-point operations) of one pass forward and back, on
-    whatever device ``trainee`` and its inputs are."""
+    """(bytes kept for the backward pass, operations, floating-point operations) of one forward and backward pass, on
+    the device of ``trainee`` and its inputs."""
     from unittest.mock import patch
 
     import torch
@@ -368,7 +368,7 @@ def count(trainee: Any, inputs: tuple[Any, ...]) -> tuple[int, int, float]:
     plain = torch.nn.functional.scaled_dot_product_attention
 
     def fused(*args: Any, **kwargs: Any) -> Any:
-        """Attention on the meta device as the fused kernels of real devices do it: its matrix is not kept."""
+        """Attention on the meta device as with the fused kernels of real devices: its matrix is not kept."""
         if not args or not args[0].is_meta:
             return plain(*args, **kwargs)
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -387,7 +387,7 @@ def count(trainee: Any, inputs: tuple[Any, ...]) -> tuple[int, int, float]:
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other gets its number
+            kept[storage._cdata] = storage  # held, so that no other gets its address
         return tensor
 
     counter: Any = Counter()

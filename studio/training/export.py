@@ -1,4 +1,4 @@
-"""From the trained layers to files: an ordinary LoRA with its recipe, and a card a person can read."""
+"""Writes the trained layers: an ordinary LoRA with its recipe, and a readable card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from studio.training.samples import Pair
 from studio.training.schemas.image import TrainImageConfig
 
 RECIPE_ENTRY = "adapter_studio_recipe"
-"""Name of the safetensors text entry that holds the recipe as JSON."""
+"""Name of the safetensors metadata entry that holds the recipe as JSON."""
 
 
 def make_recipe(
@@ -32,7 +32,7 @@ def make_recipe(
 ) -> dict[str, Any]:
     """Everything needed to make the adapter again, and to know what it is for.
 
-    Adapters are shared, so files have their names only; ``config.yaml`` in the job's folder says where they lie.
+    Adapters are shared, so files are given by name only; ``config.yaml`` in the job's folder has their paths.
     """
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     made: dict[str, Any] = privacy.names_only({
@@ -57,7 +57,7 @@ def write_adapter(
     recipe: Mapping[str, Any],
     notes: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Write the adapter in every format asked for, with further text entries ``notes``; returns format -> path.
+    """Write the adapter in every requested format, with ``notes`` as more metadata; returns format -> path.
 
     Raises:
         InputError: numbers that are not finite, or a disk that is full.
@@ -91,7 +91,7 @@ def write_model_adapter(
     options: Mapping[str, Any] | None = None,
     heads: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write the adapter of one model that is no diffusion pipeline, a PEFT directory, as ``target``; returns that.
+    """Write the adapter of a single model (not a diffusion pipeline) as the PEFT directory ``target``; returns it.
 
     Args:
         layers: module path -> layer.
@@ -127,7 +127,7 @@ def _of(layer: LoraLayer) -> list[torch.Tensor]:
 
 
 def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path], pairs: Sequence[Pair] = ()) -> Path:
-    """Write ``card.md``: what the adapter is, how it is called, how it was made."""
+    """Write ``card.md``: what the adapter is, its trigger words, how it was made."""
     config, training, data = recipe["config"], recipe["training"], recipe["data"]
     trigger = ", ".join(f"`{word}`" for word in recipe["triggers"]) or "none"
     base, name = str(recipe["base"]["name"]), str(recipe["name"])
@@ -174,7 +174,7 @@ def pair_lines(folder: Path, pairs: Sequence[Pair]) -> list[str]:
 
 
 def image_front_matter(recipe: Mapping[str, Any]) -> list[str]:
-    """What a hub reads at the top of an image adapter's card."""
+    """The front matter of an image adapter's card."""
     tags = ["lora", "text-to-image", "diffusers", "adapter-studio"]
     return front_matter(
         str(recipe["base"]["name"]), "diffusers", tags, instance_prompt=card_words(recipe), pipeline_tag="text-to-image"
@@ -190,7 +190,7 @@ def loading_lines(
     Args:
         size: pixels of a side; None = the base's own.
         guidance: guidance of the call; None = the pipeline's own.
-        scheduler: class of diffusers' scheduler in the place of the base's.
+        scheduler: class of the diffusers scheduler that replaces the base's.
     """
     options = f"num_inference_steps={steps}" + (f", height={size}, width={size}" if size else "")
     options += "" if guidance is None else f", guidance_scale={guidance}"

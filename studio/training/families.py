@@ -1,4 +1,4 @@
-"""A base as training sees it: a loaded diffusers pipeline, the description of its family, its noise process.
+"""A base for training: a loaded diffusers pipeline, the description of its family, its noise process.
 
 What differs between families is in :mod:`pipelines.diffusion.families`; this class binds it to one pipeline.
 Conditioning is a dictionary of tensors with the batch in front: the family's embeddings, "time_ids" for families that
@@ -28,7 +28,7 @@ class Family:
     Attributes:
         about: the family's description.
         process: noise levels, noisy latents and targets.
-        guidance: what the denoiser is told where it takes the guidance as a number (Flux).
+        guidance: value for denoisers that take the guidance as an input (Flux).
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -79,7 +79,7 @@ class Family:
 
     @property
     def smallest_multiple(self) -> int:
-        """No picture side can be anything but a multiple of this."""
+        """Sides of a picture must be multiples of this."""
         return latent_factor(self.pipe) * self.about.layout.patch
 
     # ------------------------------------------------------------------ pictures
@@ -118,7 +118,7 @@ class Family:
         return self.about.null_condition(self.pipe, text)
 
     def size_condition(self, original: Size, placement: Placement) -> Tensors:
-        """Conditioning of one picture's size and cut, without batch, where the denoiser takes it (SDXL)."""
+        """Conditioning on one picture's size and crop, without batch, if the denoiser takes it (SDXL)."""
         if not self.about.size_input:
             return {}
         numbers = [*reversed(original), placement.top, placement.left, *reversed(placement.size)]
@@ -131,7 +131,7 @@ class Family:
 
 
 def family_of(pipe: Any) -> Family:
-    """``pipe`` as training sees it.
+    """``pipe`` wrapped for training.
 
     Raises:
         InputError: a pipeline of no known family.

@@ -27,7 +27,7 @@ class Draws:
 
 
 def draw(batch: Batch, config: TrainImageConfig, seed: int) -> Draws:
-    """Random numbers of every sample from its own streams: what one option draws moves no other."""
+    """Random numbers of every sample from its own streams, so that one option's draws do not change another's."""
     shape = batch.moments.shape[2:]
 
     def stream(name: str, inner: Sequence[int]) -> torch.Tensor:
@@ -58,7 +58,7 @@ def training_loss(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, Outputs]:
-    """The loss of a batch (with gradients) and what plugins may want to see of it."""
+    """The loss of a batch (with gradients), and what plugins may want to see."""
     process = family.process
     sampling = process.default_sampling if config.timestep_sampling == "auto" else config.timestep_sampling
     u = levels(

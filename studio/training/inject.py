@@ -1,4 +1,4 @@
-"""Putting PEFT LoRA layers into a model: which layers, which rank, how they start."""
+"""Puts PEFT LoRA layers into a model: which layers, which rank, how they start."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def lora_config(
 
 
 def inject(model: Any, made: LoraConfig) -> None:
-    """Add the adapter; its weights are fp32 and the only ones that learn."""
+    """Add the adapter; its weights are fp32, and only they learn."""
     model.requires_grad_(False)
     model.add_adapter(made, adapter_name=ADAPTER)
     for parameter in trainable(model):
@@ -128,7 +128,7 @@ def _pointwise_projections(chosen: Mapping[str, nn.Module]) -> set[str]:
 
 
 def count_parameters(models: dict[str, nn.Module]) -> int:
-    """How many numbers learn."""
+    """The number of trainable parameters."""
     return sum(p.numel() for model in models.values() for p in trainable(model))
 
 
@@ -142,7 +142,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapter of ``model`` as it is now, an ordinary LoRA: module path -> a copy of its layer."""
+    """The current adapter of ``model``, an ordinary LoRA: module path -> a copy of its layer."""
     return read_layers(model, ADAPTER)
 
 
@@ -157,7 +157,7 @@ def start_from(models: Mapping[str, nn.Module], file: LoraFile) -> None:
         extra, missing = sorted(set(given) - set(layers)), sorted(set(layers) - set(given))
         if extra or (given and missing):
             raise InputError(
-                f"The adapter to continue from has other layers in its {component} "
+                f"The adapter to continue from has different layers in its {component} "
                 f"({len(extra)} too many, {len(missing)} missing, e.g. '{(extra or missing)[0]}'): "
                 "choose the targets it was trained with."
             )

@@ -25,7 +25,7 @@ def plugins_for(config: Any) -> list[Plugin]:
 
 
 def _plugin(choice: Choice, value: Any) -> str:
-    """``"module:class"`` of what a field's value asks for, empty for nothing."""
+    """``"module:class"`` of the plugin for a field's value, empty for none."""
     method = choice.chosen(value)
     if method is None or method.training is None:
         return ""

@@ -1,4 +1,4 @@
-"""What the denoiser is asked to predict: noise levels, noisy latents, targets and loss weights.
+"""What the denoiser learns to predict: noise levels, noisy latents, targets and loss weights.
 
 Two processes share one interface.
 
@@ -162,9 +162,9 @@ def per_sample(loss: torch.Tensor) -> torch.Tensor:
 
 
 def with_prior(losses: torch.Tensor, shown: int, weight: float) -> torch.Tensor:
-    """Prior preservation: mean over the shown pictures + weight * mean over the class pictures behind them.
+    """Prior preservation: mean over the shown pictures + weight * mean over the class pictures after them.
 
-    Each half has its own mean (Ruiz et al. 2022, arXiv 2208.12242), whatever their numbers.
+    Each half has its own mean (Ruiz et al. 2022, arXiv 2208.12242), whatever its size.
     """
     if shown == len(losses):
         return losses.mean()

@@ -20,7 +20,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Entry:
-    """One optimiser: how it is made, and the package and extra it needs beyond torch and transformers."""
+    """One optimiser: how to make it, and the package and extra it needs besides torch and transformers."""
 
     make: Callable[[Groups, AdapterTrainConfig], torch.optim.Optimizer]
     package: str = ""
@@ -101,7 +101,7 @@ def make_optimizer(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Op
     """The configured optimiser over ``groups``.
 
     Raises:
-        MissingDependencyError: its package is not installed; the message lists what is.
+        MissingDependencyError: its package is not installed; the message lists those that are.
         InputError: prodigy with several learning rates (it estimates one).
     """
     entry = check_installed(config.optimizer)
@@ -161,7 +161,7 @@ def lr_factor(step: int, total: int, config: AdapterTrainConfig) -> float:
 
 
 def running_average(parameters: Sequence[nn.Parameter], config: AdapterTrainConfig) -> Any:
-    """The running average that ``ema`` asks for (None without), which follows by ``step(parameters)``."""
+    """The running average for ``ema`` (None without), updated by ``step(parameters)``."""
     if not config.ema:
         return None
     from diffusers.training_utils import EMAModel
@@ -172,7 +172,7 @@ def running_average(parameters: Sequence[nn.Parameter], config: AdapterTrainConf
 @contextmanager
 def averaged(optimizer: Any, parameters: Sequence[nn.Parameter], average: Any = None) -> Iterator[None]:
     """Inside, the weights are those that are saved: averages of ``average`` (see :func:`running_average`) or of a
-    schedule-free optimiser, if there are any; outside, the training weights to the bit."""
+    schedule-free optimiser, if any; afterwards, the training weights to the bit."""
     if average is not None:
         average.store(parameters)
         average.copy_to(parameters)

@@ -1,4 +1,4 @@
-"""Starting points of a training: values by the name of a preset, for the kinds of training that have some.
+"""Presets: starting values of a training by name, for the kinds of training that have some.
 
 ``preset`` is a key of the training schemas (:class:`~studio.training.schemas.base.TrainConfig`): a preset fills fields
 below those that are given, wherever they are given (YAML, flag, form, Python).

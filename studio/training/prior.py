@@ -1,7 +1,7 @@
 """Class pictures for prior preservation, drawn by the untouched base model and kept for later runs.
 
 Ruiz et al. 2022, "DreamBooth" (arXiv 2208.12242): pictures of the class, as the base draws them, are shown beside the
-pictures of the concept, so that "a cat" stays any cat.
+pictures of the concept, so that "a cat" keeps meaning any cat.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def class_folder(root: Path, base_digest: str, prompt: str, size: Size) -> Path:
 
 
 def draw_class_pictures(pipe: Any, folder: Path, prompt: str, count: int, size: Size, monitor: Monitor) -> list[Path]:
-    """Draw the pictures that are still missing; picture i always has seed i. Returns the first ``count``."""
+    """Draw the missing pictures; picture i always has seed i. Returns the first ``count``."""
     files = [folder / f"{number:05d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     for start in range(0, len(missing), BATCH):

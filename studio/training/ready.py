@@ -1,7 +1,7 @@
-"""What can be known of a training before its job is made: one function for each kind, without torch and models.
+"""Checks of a training before its job is made: one function for each kind, without torch and models.
 
-Commands, pages and Python ask the same functions (through :meth:`studio.jobs.kinds.Kind.check`), so that a mistake is
-told at once and no job is recorded that could only fail.
+Commands, pages and Python call them (through :meth:`studio.jobs.kinds.Kind.check`), so that a mistake is reported at
+once and no job is recorded that can only fail.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAIN = ("adamw", "adafactor", "sgd")
 
 
 def image(config: TrainImageConfig) -> None:
-    """Base, pictures, class pictures, the adapter to continue from, and what the base's family does not have.
+    """Check base, pictures, class pictures, the adapter to continue from, and what the base's family lacks.
 
     Raises:
         InputError: the first thing that would make the training fail.
@@ -43,7 +43,7 @@ def image(config: TrainImageConfig) -> None:
 
 
 def language(config: TrainLanguageConfig) -> None:
-    """Base, rows with their columns, chat template and the adapter to continue from.
+    """Check base, rows with their columns, chat template and the adapter to continue from.
 
     Raises:
         InputError: the first thing that would make the training fail.
@@ -61,7 +61,7 @@ def language(config: TrainLanguageConfig) -> None:
 
 
 def distill(config: DistillConfig) -> None:
-    """Base, prompts or pictures, and the adapters below.
+    """Check base, prompts or pictures, and the adapters below.
 
     Raises:
         InputError: the first thing that would make the training fail.
@@ -80,7 +80,7 @@ def distill(config: DistillConfig) -> None:
 
 
 def scene(config: TrainSceneConfig) -> None:
-    """Pictures or a video of every scene, and the adapter to continue from.
+    """Check pictures or a video of every scene, and the adapter to continue from.
 
     Raises:
         InputError: the first thing that would make the training fail.
@@ -97,7 +97,7 @@ def read_scenes(config: TrainSceneConfig) -> list[list[str]]:
 
 
 def read_folder(config: TrainImageConfig) -> FolderReport:
-    """The pictures of the job, checked as its mode demands; raises :class:`InputError` for what cannot be used."""
+    """The pictures of the job, checked for its mode; raises :class:`InputError` for what cannot be used."""
     return usable_pictures(
         Path(config.data).expanduser(),
         skip_broken=config.skip_broken,
@@ -106,7 +106,7 @@ def read_folder(config: TrainImageConfig) -> FolderReport:
 
 
 def kept_out(count: int, share: float) -> int:
-    """How many of ``count`` pictures are kept out: a ``share`` of them, at least one if any.
+    """How many of ``count`` pictures are held out: a ``share`` of them, at least one if any.
 
     Raises:
         InputError: none would be left to learn from.
@@ -127,16 +127,16 @@ def check_family(config: TrainImageConfig, name: str) -> None:
 
 
 def writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written into; raises :class:`InputError`."""
+    """Refuse a folder that cannot be created or written to; raises :class:`InputError`."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise InputError(f"The folder '{folder}' cannot be made: '{there}' is a file.")
+        raise InputError(f"The folder '{folder}' cannot be created: '{there}' is a file.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"The folder '{folder}' cannot be written: choose another one.")
 
 
 def _picture_base(config: TrainImageConfig) -> None:
-    """There is such a base, and it offers what is asked of its family (a hub id is not known before it is loaded)."""
+    """Check that the base exists and its family offers what is asked (a hub id is unknown before it is loaded)."""
     place = Path(library.resolve_pipeline(config.base))
     family = config.family
     if family == "auto" and place.exists():

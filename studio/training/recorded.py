@@ -1,4 +1,4 @@
-"""Batches from recorded trajectories of the teacher, and their recording."""
+"""Records the teacher's trajectories, and makes batches from them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def record(
         autocast: makes the context of mixed precision.
 
     Raises:
-        Cancelled: asked to stop; whole parts are kept.
+        Cancelled: asked to stop; finished parts are kept.
     """
     low, high = facts.guidance
     for part in range(-(-count // PART)):
@@ -105,10 +105,10 @@ def record(
 
 
 def prepare_folder(folder: Path, facts: Facts, own: bool) -> None:
-    """See that what ``folder`` holds may be used.
+    """Check that the trajectories in ``folder`` can be used.
 
     Args:
-        own: it belongs to the run alone, so what does not fit is cleared away.
+        own: it belongs to the run alone, so trajectories that do not fit are deleted.
 
     Raises:
         InputError: trajectories of another base, guidance, size ...; names what differs.
@@ -153,7 +153,7 @@ class RecordedSupply:
 
     @property
     def epoch_length(self) -> float:
-        """Batches in which as many states are shown as there are."""
+        """A batch of states; all of them are shown."""
         return max(1.0, len(self.recording) / self._width)
 
     def stream(self, start: int, stop: int) -> Iterator[RecordedBatch]:
@@ -178,5 +178,5 @@ class RecordedSupply:
 
 
 def digest(facts: Facts, count: int) -> str:
-    """What a run's checkpoint remembers of its trajectories."""
+    """The identity of a run's trajectories, stored in its checkpoints."""
     return key_of(sorted(asdict(facts).items()), count)

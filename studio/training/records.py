@@ -19,7 +19,7 @@ class LossCurve:
     """Rows of ``loss.csv``, one per step.
 
     Args:
-        file: where; rows after ``start`` (steps a resumed run repeats) are dropped.
+        file: its path; rows after ``start`` (steps a resumed run repeats) are dropped.
     """
 
     def __init__(self, file: Path, start: int) -> None:
@@ -52,7 +52,7 @@ def due(step: int, every: int | None, total: int = 0) -> bool:
 
 
 def recent(losses: Sequence[float]) -> float:
-    """Mean of the last tenth: what a run has come to."""
+    """Mean of the last tenth: where a run has arrived."""
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / max(1, len(last))
 

@@ -1,4 +1,4 @@
-"""Pictures drawn during training, always from the same seeds, without leaving a trace in the training."""
+"""Draws pictures during training, always from the same seeds, without affecting the training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One training run, whatever is trained and whoever turns the steps.
+"""One training run, whatever is trained and whichever driver runs the steps.
 
-The session prepares a task (methods, injection), holds what a run is (step, losses, adapter tensors, running average),
-writes and takes up checkpoints, follows every step, and exports the adapter with its card. A driver makes the
+The session prepares a task (methods, injection), holds the run's state (step, losses, adapter tensors, running
+average), writes and loads checkpoints, follows every step, and exports the adapter with its card. A driver makes the
 optimiser and calls :meth:`TrainSession.follow` after each of its steps. Only the main process writes.
 """
 
@@ -35,7 +35,7 @@ from studio.training.task import Measures, Task
 SILENT = Silent()
 
 DEAD_STEPS = 5
-"""So many steps without a gradient, at more than twice the first loss, and a run is over."""
+"""A run ends after so many steps without a gradient at more than twice the first loss."""
 
 
 @dataclass
@@ -44,10 +44,10 @@ class TrainSession:
 
     Attributes:
         plugins: the training methods, those of the configuration first.
-        device, dtype, accelerator: where it runs, set by the driver before :meth:`prepare`.
+        device, dtype, accelerator: set by the driver before :meth:`prepare`.
         models: component -> model with its adapter, after :meth:`prepare`.
         parameters: everything that learns, after :meth:`begin`; so is ``optimizer`` (unwrapped).
-        step, losses, seconds, validation: how far it is; ``validation`` holds the measures by step.
+        step, losses, seconds, validation: its progress; ``validation`` holds the measures by step.
     """
 
     task: Task
@@ -71,7 +71,7 @@ class TrainSession:
 
     @classmethod
     def of(cls, task: Task, folder: Path, monitor: Monitor, plugins: Sequence[Plugin] = ()) -> TrainSession:
-        """The session of a task whose data is read first, before anything large is loaded."""
+        """The session of a task; its data is read first, before anything large is loaded."""
         check_tracker(task.config.tracker)
         task.rows()
         monitor.report(Progress("loading", message=f"Loading the base model {task.config.base}"))
@@ -88,7 +88,7 @@ class TrainSession:
 
     # ---------------------------------------------------------------- preparation
     def prepare(self) -> None:
-        """Base, data and adapters; the methods see the models before."""
+        """Prepare base, data and adapters; methods see the models before the injection."""
         task = self.task
         task.open(self)
         self.plugins.configure(self.config)
@@ -104,16 +104,16 @@ class TrainSession:
             start_from(models, earlier)
 
     def handles(self, **more: Any) -> Handles:
-        """What the plugins get."""
+        """The context for plugins."""
         return Handles(self.models, steps=self.total, seed=self.config.seed, **more)
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimiser exists, and with it everything that learns."""
+        """Called when the optimiser exists, and with it everything that learns."""
         self.optimizer = optimizer
         self.parameters = [parameter for model in self.models.values() for parameter in trainable(model)]
 
     def start_average(self, state: dict[str, Any] | None = None) -> None:
-        """Make the running average, if one is asked for, and give it the ``state`` of a checkpoint."""
+        """Make the running average, if configured, and load the ``state`` of a checkpoint into it."""
         self.average = running_average(self.parameters, self.config)
         if self.average is not None and state is not None:
             self.average.load_state_dict(state)
@@ -121,11 +121,11 @@ class TrainSession:
 
     # ---------------------------------------------------------------- start and resume
     def found(self, resume: bool, keep: bool | int = False) -> Checkpoint | None:
-        """The newest checkpoint of this run, if it is to go on and there is one.
+        """The newest checkpoint of this run, if it is to be resumed and there is one.
 
         Raises:
-            InputError: it is damaged, or of another configuration or other data; there is none to ``keep`` (True: the
-                newest; a number: the one of that step).
+            InputError: it is damaged, has another configuration or other data, or there is none to ``keep`` (True: the
+                newest; a number: that step's).
         """
         places = checkpoints.existing(self.folder / "checkpoints") if resume or keep else []
         if keep and keep is not True:
@@ -133,8 +133,8 @@ class TrainSession:
             if keep not in steps:
                 shown = ", ".join(map(str, steps)) or "none"
                 raise InputError(
-                    f"There is no checkpoint of step {keep} in '{self.folder}' (there are: {shown}); adapters of other "
-                    "steps may lie in its folder 'saved'."
+                    f"There is no checkpoint of step {keep} in '{self.folder}' (there are: {shown}); its folder "
+                    "'saved' may have adapters of other steps."
                 )
             places = [steps[keep]]
         saved = checkpoints.load(places[-1]) if places else None
@@ -148,7 +148,7 @@ class TrainSession:
         return saved
 
     def open_records(self) -> None:
-        """Clear what an earlier run left behind, unless this one goes on; write down what was asked for."""
+        """Clear the files of an earlier run unless this one resumes it; write the configuration."""
         if not main_process():
             return
         if self.step == 0:
@@ -171,7 +171,7 @@ class TrainSession:
         """Load the methods' states and the adapter tensors of a checkpoint.
 
         Raises:
-            InputError: it holds other parameters than this run trains.
+            InputError: its parameters are not those this run trains.
         """
         self.plugins.load_state_dict(saved.plugins)
         checkpoints.take_parameters(dict(self.named_parameters()), saved.adapter)
@@ -201,12 +201,12 @@ class TrainSession:
 
     # ---------------------------------------------------------------- after every step
     def step_average(self) -> None:
-        """The running average follows the optimiser's step."""
+        """Update the running average after an optimiser step."""
         if self.average is not None:
             self.average.step(self.parameters)
 
     def follow(self, loss: float, norm: float, rate: float, took: float, logs: dict[str, float]) -> dict[str, float]:
-        """Count a step (``loss`` is the mean over the processes), measure, sample and save when due.
+        """Record a step (``loss`` is the mean over the processes); measure, sample and save when due.
 
         Returns:
             What a tracker logs besides the loss.
@@ -238,7 +238,7 @@ class TrainSession:
             raise InputError(f"The training has diverged: {self._rise()}, and no gradient is left. {self._advice()}")
 
     def diverged(self) -> str:
-        """A sentence when the loss ended far above where it began, else empty."""
+        """A sentence if the loss ended far above its start, else empty."""
         if len(self.losses) >= 20 and self.task.rose(self.losses[0], recent(self.losses)):
             return f"The training has probably diverged: {self._rise()}. {self._advice()}"
         return ""
@@ -254,7 +254,7 @@ class TrainSession:
         return due(self.step, self.config.checkpoint_every) and self.step < self.total
 
     def stop_asked(self) -> bool:
-        """Whether somebody asked any of the processes to stop; all of them must ask."""
+        """Whether any process was asked to stop; all of them must call this."""
         asked = torch.tensor(float(self.monitor.cancelled()), device=self.device)
         return bool(self.accelerator.reduce(asked, "sum"))
 
@@ -269,7 +269,7 @@ class TrainSession:
         return averaged(self.optimizer, self.parameters, self.average)
 
     def measure(self) -> Measures:
-        """Measures on the data kept out, with the weights that would be saved."""
+        """Measures on held-out data, with the weights that would be saved."""
         with self.best_weights():
             found = self.task.measure()
         self.validation.append({"step": self.step, **found})
@@ -284,7 +284,7 @@ class TrainSession:
 
     # ---------------------------------------------------------------- saving
     def layers(self) -> Layers:
-        """The adapter as it is saved: component -> module path -> layer."""
+        """The adapter in the form to save: component -> module path -> layer."""
         with self.best_weights():
             layers = {name: lora_layers(model) for name, model in self.models.items()}
         return self.plugins.finalize(layers)

@@ -1,4 +1,4 @@
-"""From pictures and captions on disk to the tensors of a training step."""
+"""Turns pictures and captions on disk into the tensors of a training step."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def cut_away(pictures: PictureSet) -> list[str]:
 
 
 def prompts(pictures: Sequence[Picture], config: TrainImageConfig) -> tuple[str, ...]:
-    """The words that the model sees with each of ``pictures``."""
+    """The prompt of each of ``pictures``."""
     return tuple(
         compose_caption(
             picture.caption,
@@ -111,7 +111,7 @@ def class_set(report: FolderReport, rule: BucketRule, prompt: str) -> PictureSet
 
 
 def split(pictures: PictureSet, share: float, seed: int) -> tuple[PictureSet, PictureSet | None]:
-    """(to learn from, to validate with): ``share`` of the pictures is kept out, at least one if any."""
+    """(to learn from, to validate with): ``share`` of the pictures is held out, at least one if any."""
     held = kept_out(len(pictures), share)
     if not held:
         return pictures, None
@@ -136,7 +136,7 @@ class Supply:
 
     Args:
         live_text: the text encoders learn, so batches carry tokens for the trainee to encode.
-        cache_folder: where disk caches live.
+        cache_folder: folder of the disk caches.
     """
 
     def __init__(self, family: Family, plan: Plan, config: TrainImageConfig, cache_folder: Path) -> None:
@@ -149,7 +149,7 @@ class Supply:
         self._text_key = "".join(map(fingerprint, family.encoder_parts.values())) if text == "disk" else ""
 
     def warm(self, monitor: Monitor, picks: Sequence[Pick] = ()) -> None:
-        """Fill the caches for the plan (and further ``picks``), reporting as it goes."""
+        """Fill the caches for the plan (and more ``picks``), reporting progress."""
         if self._latents is not None:
             wanted = [*self.plan.every_variant(), *picks]
             for done, pick in enumerate(wanted):
@@ -229,7 +229,7 @@ class Supply:
 
 
 def validation_picks(pictures: PictureSet) -> list[Pick]:
-    """Every picture once, cut in the middle, with its own caption."""
+    """Every picture once, cropped in the middle, with its own caption."""
     return [
         Pick(picture, place(picture.size, bucket), False, caption, number)
         for number, (picture, caption, bucket) in enumerate(

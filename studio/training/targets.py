@@ -1,4 +1,4 @@
-"""The adapter of a training as PEFT wants it, and checks of the layers that get it, for any kind of model."""
+"""PEFT's configuration of a training's adapter, and checks of its layers, for any kind of model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def peft_config(config: Any, targets: Sequence[str], **other: Any) -> LoraConfig
     Args:
         config: an :class:`~studio.training.schemas.base.AdapterTrainConfig` with methods.
         targets: names of the layers.
-        other: further or other values.
+        other: values to add or override.
     """
     values = {
         "r": config.rank, "lora_alpha": config.alpha or config.rank, "lora_dropout": config.dropout,
@@ -31,11 +31,11 @@ def peft_config(config: Any, targets: Sequence[str], **other: Any) -> LoraConfig
 
 
 def check_ranks(sizes: Mapping[str, tuple[int, int]], made: LoraConfig) -> None:
-    """Refuse ranks that a layer has no room for.
+    """Refuse ranks too large for a layer.
 
     Args:
         sizes: layer -> (outputs, inputs) of its weight as a matrix.
-        made: with the rank and the ranks by pattern.
+        made: the configuration with the rank and the ranks by pattern.
 
     Raises:
         InputError: a rank above the smaller side, or an odd one for the orthogonal start.
@@ -54,7 +54,7 @@ def check_ranks(sizes: Mapping[str, tuple[int, int]], made: LoraConfig) -> None:
 
 
 def no_match(model: str, pattern: str, config: Any, names: Sequence[str]) -> InputError:
-    """That no layer of ``model`` matches ``pattern``, with the names that come near."""
+    """The error that no layer of ``model`` matches ``pattern``, with the nearest names."""
     tried = f"target_regex '{config.target_regex}'" if config.target_regex else f"targets '{config.targets}'"
     plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", pattern).strip(".")
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names[:3]

@@ -1,7 +1,7 @@
 """What is trained: one Task per kind of training, under either driver.
 
 A task knows its base, its data, its loss and its files; the session keeps the run (methods, checkpoints, records,
-saving) and a driver turns the steps. A new kind is one module in :mod:`studio.training.tasks`.
+saving) and a driver runs the steps. A new kind is one module in :mod:`studio.training.tasks`.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 Measures = dict[str, float]
 
 RISE = 10.0
-"""A loss that ends so many times above where it began is told."""
+"""A loss that ends this many times above its start is reported."""
 
 
 class Task:
     """Base of the tasks. Order of calls: rows, open, check, encode, components, inject, trainee; then steps.
 
     Args:
-        asked: the configuration as the person gave it: what is recorded, and compared when a run is resumed.
+        asked: the configuration as given, which is recorded, and compared when a run is resumed.
 
     Attributes:
-        config: what the session and the driver read (rank, steps, optimiser, saving).
+        config: the configuration the session and the driver read (rank, steps, optimiser, saving).
         session: the run, from :meth:`open` on.
-        learner: what :meth:`trainee` gave, as the driver prepared it.
+        learner: the module from :meth:`trainee`, prepared by the driver.
         total: optimiser steps of the whole run, after :meth:`encode`.
-        data_digest: what a checkpoint remembers of the data, after :meth:`encode`.
+        data_digest: identity of the data, stored in checkpoints, after :meth:`encode`.
     """
 
     data_noun: ClassVar[str] = "data"
-    """What the person calls the data, a plural, for messages."""
+    """What users call the data, a plural, for messages."""
     measures_at_end: ClassVar[bool] = False
-    """Whether the finished adapter is measured whenever there is data for it."""
+    """Whether the finished adapter is measured if there is data for it."""
     leftovers: ClassVar[tuple[str, ...]] = ("checkpoints",)
-    """What an earlier run leaves in the folder, cleared when a run starts anew."""
+    """Files of an earlier run in the folder, deleted when a run starts afresh."""
 
     config: Any
     session: TrainSession
@@ -78,7 +78,7 @@ class Task:
         raise NotImplementedError
 
     def encode(self) -> None:
-        """Make the data ready; sets ``total`` and ``data_digest``."""
+        """Prepare the data; sets ``total`` and ``data_digest``."""
         raise NotImplementedError
 
     def components(self) -> dict[str, Any]:
@@ -86,11 +86,11 @@ class Task:
         raise NotImplementedError
 
     def earlier(self, models: Mapping[str, Any]) -> LoraFile | None:
-        """The adapter to continue from, fitted to the models as they are before the injection."""
+        """The adapter to continue from, fitted to the models before the injection."""
         return None
 
     def inject(self, models: dict[str, Any]) -> dict[str, Any]:
-        """Add the adapters; returns the models that hold them (the same, or wrapped)."""
+        """Add the adapters; returns the models with them (the same objects, or wrapped)."""
         raise NotImplementedError
 
     def trainee(self) -> nn.Module:
@@ -103,23 +103,23 @@ class Task:
         raise NotImplementedError
 
     def loss(self, batch: Any) -> tuple[torch.Tensor, Outputs | Answers]:
-        """The loss of one batch, with gradients, and what plugins may see of it."""
+        """The loss of one batch, with gradients, and what plugins may see."""
         raise NotImplementedError
 
     def after_step(self) -> None:
-        """The forward and backward passes of an optimiser step are done, or failed."""
+        """Called when the forward and backward passes of an optimiser step are done, or failed."""
 
     def rose(self, first: float, last: float) -> bool:
-        """Whether a loss that began at ``first`` and ends at ``last`` tells of a run that has diverged."""
+        """Whether a loss that began at ``first`` and ends at ``last`` means that the run diverged."""
         return last > RISE * first > 0
 
     @property
     def measurable(self) -> bool:
-        """Whether there is data kept out to measure with."""
+        """Whether there is held-out data to measure on."""
         return False
 
     def measure(self) -> Measures:
-        """Measures on the data kept out, with the weights the models hold now."""
+        """Measures on held-out data, with the current weights."""
         raise NotImplementedError
 
     def epoch(self, step: int) -> float:
@@ -133,19 +133,19 @@ class Task:
         return False
 
     def sample(self, step: int) -> None:
-        """Answer or draw the sample prompts with the weights the models hold now; write and report them."""
+        """Answer or draw the sample prompts with the current weights; write and report the results."""
 
     def sample_without(self) -> None:
         """Draw the sample prompts without the adapter, to be seen beside those with it."""
 
     def rewind(self, step: int) -> None:
-        """A resumed run goes on after ``step``: drop from the task's own files what it will write again."""
+        """Called when a run resumes after ``step``: drop from the task's files what it will write again."""
 
     def before_first(self) -> None:
-        """A fresh run is about to take its first step."""
+        """Called before the first step of a fresh run."""
 
     def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the recipe says of the base (besides its digest) and of the data."""
+        """The recipe's entries on the base (besides its digest) and the data."""
         raise NotImplementedError
 
     def export(self, layers: Layers, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:
@@ -153,7 +153,7 @@ class Task:
         raise NotImplementedError
 
     def trained(self) -> dict[str, Any]:
-        """What the recipe says of the training besides what every kind has."""
+        """The recipe's entries on the training, besides those of every kind."""
         return {}
 
     def card(self, recipe: dict[str, Any]) -> Path:
@@ -161,8 +161,8 @@ class Task:
         raise NotImplementedError
 
     def result(self, paths: Mapping[str, str]) -> dict[str, Any]:
-        """What the result says besides what every kind has."""
+        """Entries of the result, besides those of every kind."""
         return {}
 
     def close(self) -> None:
-        """Undo what was done to the loaded models."""
+        """Undo changes to the loaded models."""

@@ -1,4 +1,4 @@
-"""The guided teacher: the base (with the styles it is to include), asked twice, the student's adapter off."""
+"""The guided teacher: the base (with its styles) in two passes, with the student's adapter off."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def path_of(family: Family, knots: int) -> Path:
     """The family's sampling path with ``knots`` knots.
 
     Raises:
-        InputError: knots the noise schedule has not, or an epsilon model with no signal left at its last level.
+        InputError: more knots than the noise schedule has, or an epsilon model with no signal left at its last level.
     """
     process: Any = family.process
     if isinstance(process, FlowMatching):
@@ -35,13 +35,13 @@ def path_of(family: Family, knots: int) -> Path:
 
 
 class Teacher:
-    """What the student is to answer.
+    """The student's targets.
 
     Args:
         family: of the base; its denoiser is shared with the student.
         config: guidance, rescale and interval.
         null: conditioning (batch 1) of the null prompt.
-        student: the switch of the adapter, once there is one.
+        student: the adapter's switch, once there is one.
     """
 
     def __init__(self, family: Family, config: DistillConfig, null: Tensors, student: Student | None = None) -> None:
@@ -58,7 +58,7 @@ class Teacher:
             w: guidance (batch,).
 
         Raises:
-            InputError: numbers that are not finite; names the level.
+            InputError: values that are not finite; names the level.
         """
         config = self.config
         null = {name: value.to(noisy.device).expand(len(noisy), *value.shape[1:]) for name, value in self.null.items()}

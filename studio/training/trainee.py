@@ -16,7 +16,7 @@ class Trainee(nn.Module):
 
     Args:
         family: how they are called.
-        encoders: learning text encoders by name (empty: conditioning comes ready made).
+        encoders: learning text encoders by name (empty: conditioning is already encoded).
     """
 
     def __init__(self, family: Family, encoders: Mapping[str, nn.Module]) -> None:

@@ -3,9 +3,9 @@
     class Mine(StudioTrainerMixin, SFTTrainer): ...
     Mine(model=peft_model, args=..., plugins=[...], seed_plugins=0).train()
 
-Callbacks alone are not enough: they come after clipping and cannot change the loss. So the mixin stands before the
-trainer in the order of inheritance and overrides the training step (a step begins; gradients are ready), the loss, the
-optimiser and what a checkpoint holds. The model must have its adapter already (``peft.get_peft_model``).
+Callbacks are not enough: they come after clipping and cannot change the loss. So the mixin comes before the trainer in
+the order of inheritance and overrides the training step (a step begins; gradients are ready), the loss, the optimiser
+and the contents of a checkpoint. The model must already have its adapter (``peft.get_peft_model``).
 
 Plugin losses follow the Trainer's rule of normalisation: where it divides by ``num_items_in_batch``, the plugins get
 the share of this forward pass; where it divides by the accumulation steps, the share is 1.
@@ -37,12 +37,12 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class StudioTrainerMixin:
-    """Put before a trainer class; takes over the plugin protocol of :mod:`adapters.plugin`.
+    """Brings the plugin protocol of :mod:`adapters.plugin` to a trainer class; put it before that class.
 
     Args:
         plugins: the training methods, already configured.
-        optimizer_of: makes the optimiser for a model; without it the trainer's own.
-        first_rate: learning rate of the first step, which some starts want to know.
+        optimizer_of: makes the optimiser for a model; default: the trainer's own.
+        first_rate: learning rate of the first step, which some starts need.
         adapter: name of the adapter in the PEFT model.
     """
 
@@ -75,7 +75,7 @@ class StudioTrainerMixin:
 
     # ---------------------------------------------------------------- before the first step
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
-        """As the trainer's; the plugins set how the adapter starts first."""
+        """As the trainer's, after the plugins have initialised the adapter."""
         calibration = None
         if "calibration" in self.plugins.needs() and not resume_from_checkpoint:
             calibration = Calibration(self._calibration_losses, self.first_rate)
@@ -99,7 +99,7 @@ class StudioTrainerMixin:
         self.accelerator.free_memory()
 
     def calibration_batch(self, batch: Any, number: int) -> Any:
-        """A batch as the loss sees it; for trainers that still change it."""
+        """A batch in the form for the loss; for trainers that change it."""
         return batch
 
     def _closure(self, batch: Any) -> Closure:
@@ -150,7 +150,7 @@ class StudioTrainerMixin:
         return loss
 
     def mean_loss(self) -> float:
-        """The loss of the step that just ended, averaged over the processes; all of them must ask."""
+        """The loss of the step that just ended, averaged over the processes; all of them must call this."""
         if self.accelerator.num_processes == 1:
             return self.step_loss
         found = self.accelerator.reduce(torch.tensor(self.step_loss, device=self.accelerator.device), "mean")
@@ -209,7 +209,7 @@ class StudioTrainerMixin:
 
     # ---------------------------------------------------------------- checkpoints
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The trainer's files, and beside them every learning parameter and what the plugins keep."""
+        """Write the trainer's files, and beside them every learning parameter and the plugins' state."""
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         place = Path(output_dir or self.args.output_dir)
         state = {"parameters": self._learning(), "plugins": self.plugins.state_dict()}
@@ -218,9 +218,7 @@ class StudioTrainerMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         place = Path(resume_from_checkpoint) / STATE
         if not place.is_file():
-            raise InputError(
-                f"The checkpoint '{resume_from_checkpoint}' has no {STATE}: it is not one of this trainer."
-            )
+            raise InputError(f"The checkpoint '{resume_from_checkpoint}' has no {STATE}: it is not this trainer's.")
         try:
             self._resumed = torch.load(place, map_location="cpu", weights_only=True)
         except Exception as error:

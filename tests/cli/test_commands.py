@@ -44,7 +44,7 @@ def ask(capsys):
         ),
         (["compose", "--steps", "0"], "steps: Input should be greater than or equal to 1, got 0"),
         (["compose", "--scheduler", "ddmi"], "scheduler: Input should be 'default', 'ddim'"),
-        (["compose", "--lora", "a@1-0"], "must lie between 0 and 1"),
+        (["compose", "--lora", "a@1-0"], "must rise and be between 0 and 1"),
         (["compose", "--lora", "x=a", "--lora", "x=b"], "adapter names must differ, given twice: x"),
         (["compose", "nothing.yaml"], "Configuration file 'nothing.yaml' does not exist."),
         (["compose", "--from", "nothing.png"], "'nothing.png' does not exist."),
@@ -54,16 +54,16 @@ def ask(capsys):
         (["compose", "--detach", "--out", "x.png"], "--out and --detach exclude each other"),
         (["compose", "--prompt", "x", "--out", "x.gif"], "pictures are written as .png"),
         (["train", "image"], "train image: data: Field required"),
-        (["train", "image", "--data", "x", "--resume"], "--resume goes with --folder"),
+        (["train", "image", "--data", "x", "--resume"], "--resume needs --folder"),
         (["train", "image", "--preset", "concpt"], "did you mean 'concept'?"),
         (["methods", "--stage", "compos"], "There is no stage 'compos' (did you mean 'compose'?)"),
-        (["compose"], "There is nothing to draw: say what with --prompt"),
-        (["compose", "--lora", "fox", "--detach"], "There is nothing to draw: say what with --prompt"),
+        (["compose"], "There is nothing to draw: add --prompt"),
+        (["compose", "--lora", "fox", "--detach"], "There is nothing to draw: add --prompt"),
         *(
             (["compose", "--prompt", "x", "--lora", f"fox:{bad}"], f"--lora 'fox:{bad}': the weight after ':' must be")
             for bad in ("nan", "inf", "-inf", "NaN")
         ),
-        (["compose", "a fox"], "the words of a picture go behind --prompt"),
+        (["compose", "a fox"], "give the words of a picture with --prompt"),
         (["compose", "--prompt", "x", "--base", "smollm2"], "'smollm2' is a language model"),
         (["compose", "--prompt", "x", "--method", "swich"], "did you mean 'switch'?"),
         (
@@ -293,7 +293,7 @@ class TestWithAModel:
         copy.write_bytes((model / "dog.safetensors").read_bytes())
         code, _, err = ask("compose", "--from", tmp_path / "p.png")
         assert code == 2
-        assert "is another file" in err
+        assert "is a different file" in err
         assert ask("compose", "--from", tmp_path / "p.png", "--set", "adapters.0.weight=2")[0] == 2
         assert ask("compose", "--from", tmp_path / "p.png", "--lora", copy, "--out", tmp_path / "q.png")[0] == 0
 

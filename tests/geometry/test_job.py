@@ -70,7 +70,7 @@ def test_a_cancelled_job_leaves_no_half_written_file(tmp_path: Path) -> None:
         ({"adapter": "nowhere"}, "contains no PEFT adapter"),
         ({"graph": "star"}, "Unknown pair graph"),
         ({"graph": "swin-9"}, "allow windows up to 'swin-3'"),
-        ({"also": ["x"]}, "they go with --calibrate"),
+        ({"also": ["x"]}, "only for training the adapter: add --calibrate"),
         ({"calibrate": True, "also": ["nowhere"]}, "no folder 'nowhere'"),
         ({"calibrate": True, "images": [PICTURES[0]] * 3}, "at least three different pictures"),
     ],
@@ -181,8 +181,8 @@ def test_scenes_that_cannot_be_told_apart_or_are_empty(home: Path, folders: list
         ([empty], "neither pictures nor a video in"),
         ([folders[0] / "nowhere"], "There is no picture"),
         ([folders[0], "--one-adapter", "--calibrate"], "the folders of two scenes or more"),
-        ([*folders, "--one-adapter"], "--one-adapter goes with --calibrate"),
-        ([*folders, "--detach", "--out", "x.glb"], "--detach goes with neither"),
+        ([*folders, "--one-adapter"], "--one-adapter needs --calibrate"),
+        ([*folders, "--detach", "--out", "x.glb"], "--detach excludes --out"),
     ):
         code, _, said = ask(capsys, *given)
         assert code != 0

@@ -287,14 +287,14 @@ def test_every_language_task_is_what_its_file_declares():
 
 
 def test_too_few_rows_and_labels(tmp_path, bases, chats):
-    with pytest.raises(InputError, match="too few to keep"):
+    with pytest.raises(InputError, match="too few to hold"):
         split(list(range(1)), 0.5, 0)  # type: ignore[arg-type]
     one = write_rows(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}] * 3)
-    with pytest.raises(InputError, match="has one label only"):
+    with pytest.raises(InputError, match="has only one label"):
         samples_of(settings(bases("bert"), one, task="classification"), None)
     learn = write_rows(tmp_path / "learn.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     other = write_rows(tmp_path / "other.jsonl", [{"text": "a", "label": "z"}])
-    with pytest.raises(InputError, match="The label 'z' is in the rows to measure with"):
+    with pytest.raises(InputError, match="The label 'z' is in the validation rows"):
         samples_of(settings(bases("bert"), learn, task="classification", validation_data=str(other)), None)
     config = settings(bases("llama"), chats, max_length=600)
     with pytest.raises(InputError, match="more than the 512 tokens"):

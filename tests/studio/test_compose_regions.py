@@ -99,11 +99,11 @@ def test_the_command_from_flags_to_the_same_picture(model, tmp_path, capsys, mon
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--region", "fox"], "--region wants PLACE=ADAPTER"),
+        (["--region", "fox"], "--region needs PLACE=ADAPTER"),
         (["--region", "0,0,1=fox"], "a box is four numbers"),
         (["--region", "0,0,2,1=fox"], "regions.0.box: a box is x0, y0, x1, y1 between 0 and 1"),
         (["--region", "nowhere.png=fox"], "is not a mask picture, a box"),
-        (["--region", "left=fox@0.9-0.1"], "must lie between 0 and 1 and go upwards"),
+        (["--region", "left=fox@0.9-0.1"], "must rise and be between 0 and 1"),
         (["--region", "left=fox", "--regions", "auto"], "not both"),
         (["--region", "left=fox", "--method", "merge"], "'merge' has no regions"),
         (["--method", "cross"], "'cross' needs regions"),

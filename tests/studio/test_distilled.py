@@ -105,7 +105,7 @@ def test_a_job_with_guidance_of_its_own_is_refused(values, model, tmp_path):
     [
         ([], "trajectories need prompts"),
         (["--prompts", "x", "--guidance", "1"], "nothing to distil"),
-        (["--prompts", "x", "--resume"], "--resume goes with --folder"),
+        (["--prompts", "x", "--resume"], "--resume needs --folder"),
         (["--prompts", "x", "--objektive", "y"], "No such option"),
     ],
 )

@@ -162,14 +162,14 @@ def test_a_moved_base_is_found_in_the_library(recipe, base):
 
 def test_a_changed_adapter_is_refused(recipe, adapter):
     diffusers_lora(adapter, seed=2)
-    with pytest.raises(InputError, match=r"The adapter 'cat' at .*cat.safetensors is another file \(\w{12}\)"):
+    with pytest.raises(InputError, match=r"The adapter 'cat' at .*cat.safetensors is a different file \(\w{12}\)"):
         recipes.replay(recipe)
     assert recipes.replay(recipe, {"adapters": []}).adapters == []
 
 
 def test_a_missing_adapter_is_refused(recipe, adapter):
     adapter.unlink()
-    with pytest.raises(InputError, match="is neither at its place nor in the library: put the original back"):
+    with pytest.raises(InputError, match="is neither at its old place nor in the library: put the original back"):
         recipes.replay(recipe)
 
 
@@ -181,7 +181,7 @@ def test_the_same_file_under_another_name_will_do(recipe, adapter):
 
 def test_another_base_is_refused(recipe, base):
     (base / "unet.txt").write_text("new")
-    with pytest.raises(InputError, match=r"The base model '.*' is another one than the recipe's"):
+    with pytest.raises(InputError, match=r"The base model '.*' is not the recipe's"):
         recipes.replay(recipe)
     assert recipes.replay(recipe, {"base": "other"}).base == "other"
 
@@ -189,7 +189,7 @@ def test_another_base_is_refused(recipe, base):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [({"job": "train-image"}, "recipe of a 'train-image' job"), ({"version": 99}, "newer Adapter Studio"),
-     ({"adapters": []}, "does not say which files")],
+     ({"adapters": []}, "does not identify its adapters' files")],
 )  # fmt: skip
 def test_other_recipes_are_refused(recipe, change, sentence):
     with pytest.raises(InputError, match=sentence):

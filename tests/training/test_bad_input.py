@@ -54,7 +54,7 @@ CONCEPT = {"data": "x", "trigger": "zxq"}
         ({**CONCEPT, "target_regex": "("}, "not a regular expression"),
         ({**CONCEPT, "name": "../up"}, "starts with a letter"),
         ({**CONCEPT, "instance_prompt": "a {thing}"}, "found {thing}"),
-        ({**CONCEPT, "text_encoder_stop": 3}, "is for train_text_encoder"),
+        ({**CONCEPT, "text_encoder_stop": 3}, "needs train_text_encoder"),
     ],
 )
 def test_refused_by_the_schema(values, sentence):

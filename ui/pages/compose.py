@@ -1,4 +1,4 @@
-"""Compose: one prompt, several adapters, one method; the pictures with their recipes."""
+"""Compose: one prompt, several adapters, one method; pictures with their recipes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ADVANCED = ("scheduler", "te_mode", "adapter_batch", "fold", "allow_double_guida
             "device", "family")  # fmt: skip
 SECONDS = 0.7
 EARLIER = 12
-"""Pictures made earlier that are offered beside the form."""
+"""How many earlier pictures are offered beside the form."""
 
 Form = dict[str, Any]
 """Widgets by field name."""
@@ -61,11 +61,11 @@ class Page:
     view: list[Any]
     """Components that :func:`follow` fills."""
     suited: gr.State
-    """Which distilled adapter the settings suit."""
+    """The distilled adapter that the settings suit."""
 
     @property
     def kept(self) -> list[Any]:
-        """What a reload brings back, see :func:`restore`."""
+        """What survives a reload, see :func:`restore`."""
         return [*(self.form[name] for name in NAMES), *self.start.inputs, self.rack, self.new_seed, self.compare.on,
                 self.compare.methods, *self.where.inputs]  # fmt: skip
 
@@ -84,10 +84,10 @@ class Compare:
     on: gr.Checkbox
     methods: gr.CheckboxGroup
     one: gr.Column
-    """What is asked of a single method."""
+    """The settings of a single method."""
 
     sweep: gr.Textbox
-    """What is varied, one setting per line."""
+    """What to vary, one setting per line."""
 
     @property
     def outputs(self) -> list[Any]:
@@ -176,7 +176,7 @@ def _method_settings(form: Form) -> Compare:
 
 
 def _wire_where(page: Page) -> None:
-    """Which methods are offered follows where adapters act; the doctor may change both."""
+    """The methods on offer depend on where adapters act; the doctor may change both."""
     where, method, many = page.where, page.form["method"], page.compare.methods
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -293,7 +293,7 @@ def _wire_rack(page: Page) -> None:
 def suit(rows: list[Row], before: str) -> Any:
     """Settings that suit the distilled adapter in the rack; the usual ones when it has gone.
 
-    Only a change of which one it is changes settings: what the person then chooses stays.
+    Settings change only with the distilled adapter: what the user then chooses stays.
     """
     found = rack.suit(rows)
     now = repr(found) if found else ""
@@ -329,13 +329,13 @@ def config_of(
     sweep: str = "",
     begin: Sequence[Any] = (None, start.USUAL),
 ) -> ComposeConfig:
-    """The job that a filled form asks for; raises :class:`InputError` for what cannot work.
+    """The job of a filled form; raises :class:`InputError` for what cannot work.
 
     Args:
         values: of the fields, in the order of :data:`NAMES`.
         rows: the adapters.
         where: values of :attr:`Where.inputs`.
-        compare: methods to make side by side instead of the form's one.
+        compare: methods to compare side by side instead of using the form's.
         sweep: what to vary, one setting per line as in ``studio compose --sweep``.
         begin: values of :attr:`Start.inputs`.
     """
@@ -348,7 +348,7 @@ def config_of(
         parsed: ComposeConfig = CompareConfig.parse({**config, "methods": compare}, source="the form")
     elif axes := [parse_axis(line) for line in sweep.splitlines() if line.strip()]:
         parsed = SweepConfig.parse({**config, "axes": axes}, source="the sweep")
-        deque(parsed.combinations(), 0)  # tells now what cannot be made
+        deque(parsed.combinations(), 0)  # reports now what cannot be made
     else:
         parsed = ComposeConfig.parse(config, source="the form")
     if not parsed.prompt.strip():
@@ -399,7 +399,7 @@ class _Result:
                           elem_id="mix") as mix:  # fmt: skip
             mix_name = gr.Textbox(
                 "my mix", label="Name in the library", max_lines=1, elem_id="mix-name",
-                info="The adapters at these weights in one file, exactly: it draws the same at weight 1.",
+                info="The adapters at these weights in one file, exactly: at weight 1 it draws the same.",
             )  # fmt: skip
             save = gr.Button("Save to the library", size="md", elem_id="save-mix")
         earlier = pick_list(elem_id="compose-earlier")
@@ -462,7 +462,7 @@ _TO_RESULT = """() => { if (window.innerWidth < 760)
 
 
 def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
-    """What the right side shows of a job; nothing changes while ``shown`` is still true."""
+    """The right side for a job; nothing changes while ``shown`` is up to date."""
     if not job_id:
         return gr.skip()
     job = jobs.get(job_id)
@@ -487,7 +487,7 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
 
 
 def earlier() -> str:
-    """The pictures made last, to pick from."""
+    """The latest pictures, to pick from."""
     found = gallery.pictures(limit=EARLIER)
     if not found:
         return ""
@@ -506,13 +506,13 @@ def left_out(job: Job) -> str:
 
 
 def said(job: Job) -> str:
-    """What a composition says of its picture: what was scaled, cut, or cannot be honoured fully."""
+    """A composition's remarks on its picture: what was scaled, cropped, or only partly used."""
     told = (job.result or {}).get("remarks") or []
     return "".join(markup.notice(remark, "info") for remark in told)
 
 
 def preview(job: Job) -> str | None:
-    """The latest look at the picture that is being made; none between pictures."""
+    """The latest preview of the current picture; none between pictures."""
     if not job.active:
         return None
     for report in reversed(jobs.history(job.id)):
@@ -572,7 +572,7 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     @errors_shown
     def save(path: str, name: str) -> Any:
         made = save_mix.save_apart(recipes.replay(recipe_png.read_recipe(path)), name, preview=Path(path))
-        gr.Info(f"'{made}' is in the library now: one LoRA, to be used at weight 1.", title="Saved")
+        gr.Info(f"'{made}' is in the library now: one LoRA, for use at weight 1.", title="Saved")
         return gr.update(choices=adapter_choices())
 
     @errors_shown
@@ -603,12 +603,12 @@ _TO_START = """() => document.getElementById('start')?.scrollIntoView({behavior:
 
 
 def begin_with(path: str | Path) -> list[Any]:
-    """Updates of the accordion and the picture that make a picture of the studio the start."""
+    """Updates of the accordion and the picture that start from a picture of the studio."""
     return start.shown(start.of_picture(Path(path)))[:2]
 
 
 def restore(kept: Any) -> Any:
-    """Values of :attr:`Page.outputs` as the browser kept them; adapters that are not here any more are left out."""
+    """Values of :attr:`Page.outputs` kept by the browser; adapters that no longer exist are left out."""
     values = remembered.values(kept, len(NAMES) + 2 + 4 + 2 + len(compose_regions.OPTIONS))
     if values is None:
         return gr.skip()
@@ -630,7 +630,7 @@ def restore(kept: Any) -> Any:
 
 
 def fill(recipe: Mapping[str, Any]) -> list[Any]:
-    """Values of :attr:`Page.outputs` from a recipe; says what of it is not here any more."""
+    """Values of :attr:`Page.outputs` from a recipe; reports what no longer exists."""
     values, rows, missing = form_values(recipe)
     try:
         values[NAMES.index("base")] = recipes.replay(dict(recipe)).base
@@ -652,7 +652,7 @@ def form_values(recipe: Mapping[str, Any]) -> tuple[list[Any], list[Row], list[s
     """A recipe as (values in the order of :data:`NAMES`, rows of the rack, names of missing adapters).
 
     Raises:
-        InputError: it is no composition, or its settings are not valid.
+        InputError: it is not a composition, or its settings are not valid.
     """
     if recipe.get("job") != "compose":
         raise InputError(f"This is the recipe of a '{recipe.get('job')}' job, not of a picture.")

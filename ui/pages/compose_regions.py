@@ -1,4 +1,4 @@
-"""Compose, where adapters act: everywhere, in regions drawn on the picture's frame, or where they are found."""
+"""Where adapters act on the Compose page: everywhere, in drawn regions, or in regions found automatically."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ui.errors import errors_shown
 
 KNOWN = schema_form.fields(RegionFields)
 OPTIONS = tuple(name for name in KNOWN if name != "regions")
-"""How regions are used, in the order of the form."""
+"""Options for regions, in the order of the form."""
 
 EVERYWHERE, DRAWN, AUTO = "everywhere", "drawn", "auto"
 MODES = [("Everywhere", EVERYWHERE), ("In regions I draw", DRAWN), ("Found automatically", AUTO)]
 HELP = {
     EVERYWHERE: "Every adapter acts on the whole picture.",
-    DRAWN: "Each region has adapters and a prompt of its own. Keep the seed to see what moving a region changes.",
+    DRAWN: "Each region has its own adapters and prompt. Keep the seed to see what moving a region changes.",
     AUTO: "Every adapter gets the place where the first steps draw its subject.",
 }
 SWITCH = [("as the method says", ""), ("on", "on"), ("off", "off")]
@@ -68,7 +68,7 @@ def draw() -> Where:
 
 
 def read(mode: str, drawn: Sequence[Mapping[str, Any]] | None, *options: Any) -> dict[str, Any]:
-    """The fields of a composition; raises :class:`InputError` for regions that are not finished."""
+    """The fields of a composition; raises :class:`InputError` for unfinished regions."""
     if mode not in (DRAWN, AUTO):
         return {}
     values = {name: _read(KNOWN[name], value) for name, value in zip(OPTIONS, options, strict=True)}
@@ -102,7 +102,7 @@ def offered(mode: str) -> list[tuple[str, str]]:
 
 
 def suitable(mode: str, method: str) -> str:
-    """``method`` where the mode has it, else the mode's usual one."""
+    """``method`` if the mode has it, else the mode's default."""
     names = [name for _, name in offered(mode)]
     usual = DEFAULT_METHOD if mode in (DRAWN, AUTO) else str(ComposeConfig.model_fields["method"].default)
     return method if method in names else usual
@@ -140,12 +140,12 @@ def wire(where: Where, form: Mapping[str, Any], begun: gr.HTML) -> None:
 def wide(
     columns: int, base: str, width: Any, height: Any, begun: Mapping[str, Any] | None = None
 ) -> tuple[int, int] | None:
-    """Width and height for regions side by side; None where the person, or the start picture, chose a size already."""
+    """Width and height for regions side by side; None if the user or the start picture has set a size."""
     return None if width or height or begun else canvas_size.wide(base, columns)
 
 
 def result(job: Job | None, picture: str) -> Any:
-    """The canvas with a picture behind its regions, and where automatic ones were found."""
+    """Update the canvas: a picture behind its regions, and places that were found automatically."""
     places = job.result.get("regions") if job and job.result and _first(job, picture) else []
     if isinstance(places, dict):
         places = places.get(Path(picture).parent.name, [])
@@ -202,7 +202,7 @@ def _told(mode: str) -> str:
 
 
 def _widget(item: Field) -> gr.components.Component:
-    """The widget of an option; one that may also be left to the method is a choice of three."""
+    """The widget of an option; if it may be left to the method, a choice of three."""
     if item.kind == "flag" and item.optional:
         return gr.Dropdown(SWITCH, value="", label=item.label, info=item.help, interactive=True)
     if item.kind == "choice" and item.optional:

@@ -1,4 +1,4 @@
-"""Jobs: what waits, runs and has ended; look closer, stop, go on, do again, delete."""
+"""Jobs: waiting, running and ended ones; inspect, cancel, resume, run again, delete."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class _Detail:
 
 
 def show(chosen: str, which: str, shown: tuple[Any, ...]) -> Any:
-    """The list and the details; what is as ``shown`` says is left alone, so that nothing flickers."""
+    """The list and the details; parts that equal ``shown`` are left alone, so that nothing flickers."""
     listed = _listed(which)
     job = next((job for job in listed if job.id == chosen), None)
     drawn = "".join(row(item, item.id == chosen) for item in listed)
@@ -134,7 +134,7 @@ def row(job: Job, chosen: bool) -> str:
 
 
 def how(job: Job) -> list[str]:
-    """Method and seed of a job that makes pictures, in words."""
+    """Method and seed of a job that makes pictures, as text."""
     if job.kind not in gallery.KINDS:
         return []
     methods = job.config.get("methods") or [job.config.get("method", "")]
@@ -142,7 +142,7 @@ def how(job: Job) -> list[str]:
 
 
 def _face(job: Job) -> str:
-    """A small picture of what the job made, or an empty place."""
+    """A thumbnail of the job's result, or an empty space."""
     file = _first(job)
     if file is None:
         return '<span class="face" aria-hidden="true"></span>'

@@ -27,10 +27,10 @@ NAMES = tuple(KNOWN)
 
 MAIN = ("name", "trigger", "instance_prompt", "base", "steps", "rank", "learning_rate", "batch_size", "resolution",
         "sample_prompts", "sample_every")  # fmt: skip
-"""Fields shown at once; ``mode`` and ``data`` are the cards on top, the rest stands in groups below."""
+"""Fields shown at once; ``mode`` and ``data`` are the cards on top, the rest are in groups below."""
 
 METHOD = "Method"
-"""The group of the schema that says how an adapter starts and learns."""
+"""The schema's group for how an adapter starts and learns."""
 
 KINDS = [("A concept", "concept"), ("A style", "style"), ("A captioned set", "captioned")]
 LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
@@ -38,7 +38,7 @@ FIRST_PRESET = "concept-normal"
 JOB = TrainImageConfig.kind
 
 WAYS = [("Learn pictures", "pictures"), ("Distil the model", "distill")]
-"""What a training can be for; each has a form of its own."""
+"""Purposes of a training; each has its own form."""
 
 Form = dict[str, Any]
 
@@ -61,7 +61,7 @@ class Page:
 
     @property
     def kept(self) -> list[Any]:
-        """What a reload brings back, see :func:`restore`."""
+        """What survives a reload, see :func:`restore`."""
         return [self.captions, *(self.form[name] for name in NAMES)]
 
     @property
@@ -95,13 +95,13 @@ def build() -> Page:
 
 
 def restore(kept: Any) -> Any:
-    """The pictures and the form as the browser kept them; pictures that are not here any more are left out."""
+    """The pictures and the form kept by the browser; pictures that no longer exist are left out."""
     values = remembered.values(kept, 1 + len(NAMES))
     return [pictures.still_here(values[0]), *values[1:]] if values else gr.skip()
 
 
 def show_way(way: str) -> list[Any]:
-    """The form of a way to train, and not the others."""
+    """Show the form of a way to train, and hide the others."""
     return [way, gr.update(visible=way == "pictures"), gr.update(visible=way == "distill")]
 
 
@@ -110,7 +110,7 @@ def show_way(way: str) -> list[Any]:
 
 def _picture_card() -> tuple[gr.File, gr.HTML]:
     with gr.Group(elem_classes="as-card"):
-        hint = "Five to twenty work well. Captions may come along as .txt or .caption files."
+        hint = "Five to twenty work well. You can drop captions too, as .txt or .caption files."
         gr.HTML(markup.heading("Pictures", hint), apply_default_css=False)
         drop = gr.File(
             label="Drop pictures here", file_count="multiple", height=120,
@@ -169,7 +169,7 @@ def _settings() -> Form:
 
 
 def _widget(name: str, **options: Any) -> gr.components.Component:
-    """The widget of a field, at the value of the preset that is chosen first."""
+    """The widget of a field, with the value of the initial preset."""
     options["value"] = preset_fields.values(JOB, KNOWN, [name], FIRST_PRESET, str(KNOWN["base"].default))[0]
     if KNOWN[name].group == METHOD:
         return method_help.widget(KNOWN[name], "train", **options)
@@ -177,7 +177,7 @@ def _widget(name: str, **options: Any) -> gr.components.Component:
 
 
 def groups(shown: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The fields not in ``shown`` by the group of the schema, those that are needed often first."""
+    """The fields not in ``shown``, by the schema's groups, the often needed first."""
     found: dict[str, list[str]] = {}
     for item in sorted(KNOWN.values(), key=lambda item: item.advanced):
         if item.name not in shown:
@@ -213,7 +213,7 @@ def _wire_pictures(drop: gr.File, captions: gr.HTML) -> None:
 
 
 _EMPTY = markup.empty(
-    "The training shows itself here",
+    "Your training appears here",
     "Drop pictures, give the adapter a name and a trigger word, and start. Loss and samples appear while it learns.",
 )
 
@@ -229,7 +229,7 @@ def _begin(items: list[Item], *values: Any) -> str:
 
 
 def needed(items: Sequence[Item], *values: Any) -> str:
-    """What the form's training would need, as a line of HTML."""
+    """Memory and time of the form's training, as a line of HTML."""
     from studio.training import estimate
 
     config = schema_form.read_all(KNOWN, NAMES, values)
@@ -242,7 +242,7 @@ def needed(items: Sequence[Item], *values: Any) -> str:
 
 
 def config_of(items: Sequence[Item], values: Sequence[Any]) -> TrainImageConfig:
-    """The job that a filled form asks for; dropped pictures go before a folder.
+    """The job of a filled form; dropped pictures take precedence over a folder.
 
     Raises:
         InputError: no pictures, or a value that cannot work.

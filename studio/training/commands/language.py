@@ -61,10 +61,10 @@ def _show(config: TrainLanguageConfig, output: Output) -> None:
     found = check_data(config)
     lengths = found["tokens"]
     text = (
-        f"{found['rows']} rows, {found['held_out']} kept out; {found['samples']} samples of {lengths['shortest']} to "
+        f"{found['rows']} rows, {found['held_out']} held out; {found['samples']} samples of {lengths['shortest']} to "
         f"{lengths['longest']} tokens (mean {lengths['mean']:.0f}); learnt tokens: {found['learnt']:.0%}\n"
         + (f"{found['remark']}\n" if found["remark"] else "")
         + (f"labels: {', '.join(found['labels'])}\n" if found["labels"] else "")
-        + f"\nThe first sample, what is learnt in [[ ]]:\n{found['example']}"
+        + f"\nThe first sample, with learnt parts in [[ ]]:\n{found['example']}"
     )
     output.result(found, text)

@@ -1,4 +1,4 @@
-"""Doing a job from a command: here, with its progress in the terminal, or handed to the worker."""
+"""Runs a job from a command: here, with its progress in the terminal, or in the worker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def detach(kind: str, config: Any, output: Output) -> None:
 
 
 def here(start: Callable[[Terminal], Job], output: Output) -> Job:
-    """Run ``start`` with a progress display; a job that is stopped, also by SIGTERM or SIGUSR1, says how it goes on.
+    """Run ``start`` with a progress display; a stopped job (also by SIGTERM or SIGUSR1) says how to resume it.
 
     Raises:
         adapters.errors.StudioError: the job failed, or was stopped.

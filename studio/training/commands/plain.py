@@ -1,4 +1,4 @@
-"""``studio train NAME`` of the kinds that need no more than their schema's options, and where the run lives."""
+"""``studio train NAME`` for kinds that need only their schema's options and the run's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting a training from a command: as a job here, in the worker, or in a folder for ``accelerate launch``."""
+"""Starts a training from a command: as a job here, in the worker, or in a folder for ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ C = TypeVar("C", bound=JobConfig)
 
 Folder = Annotated[
     Path | None,
-    typer.Option("--folder", help="Where the run is kept instead of a job's folder (for accelerate launch).",
+    typer.Option("--folder", help="Folder of the run instead of a job's (for accelerate launch).",
                  rich_help_panel="Output"),
 ]  # fmt: skip
 Resume = Annotated[
@@ -27,7 +27,7 @@ Resume = Annotated[
 ]
 
 Estimate = Annotated[
-    bool, typer.Option("--estimate", help="Only show what memory and time it would need.", rich_help_panel="Output")
+    bool, typer.Option("--estimate", help="Only estimate memory and time.", rich_help_panel="Output")
 ]
 
 Step = Annotated[
@@ -38,7 +38,7 @@ Step = Annotated[
 
 Keep = Annotated[
     bool,
-    typer.Option("--keep", help="Take no step: save the last checkpoint in --folder as the adapter.",
+    typer.Option("--keep", help="Do not train: save the last checkpoint in --folder as the adapter.",
                  rich_help_panel="Output"),
 ]  # fmt: skip
 
@@ -51,20 +51,20 @@ def read(
     resume: bool,
     keep: bool = False,
 ) -> C:
-    """What is to be trained: the file's values, changed by the flags.
+    """The configuration: the file's values, overridden by the flags.
 
     Raises:
         InputError: values that cannot be trained, or a folder that is missing where one is needed.
     """
     silence.library_warnings()
     if folder is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("Several processes train together: give them one place with --folder.")
+        raise InputError("Several processes train together: give them one folder with --folder.")
     if resume and folder is None:
-        raise InputError("--resume goes with --folder; a job goes on with  studio jobs resume ID.")
+        raise InputError("--resume needs --folder; resume a job with  studio jobs resume ID.")
     if keep and folder is None:
         raise InputError(
-            "--keep goes with --folder, the folder of the run whose checkpoint becomes the adapter; of a job, "
-            "studio jobs keep ID  does it."
+            "--keep needs --folder, the folder of the run whose checkpoint becomes the adapter; for a job use  "
+            "studio jobs keep ID."
         )
     values = {**(read_yaml(config) if config else {}), **fields}
     return schema.parse(values, source=str(config or schema.kind.replace("-", " ")))
@@ -85,25 +85,25 @@ def check(config: JobConfig) -> None:
 
 
 def estimate(config: estimates.Config, output: Output) -> None:
-    """Print what memory and time the training would need, without doing it."""
+    """Print an estimate of memory and time, without training."""
     check(config)
     found = estimates.estimated(config)
     output.result(found.as_json(), estimates.sentence(found))
 
 
 def announce(config: estimates.Config, output: Output) -> None:
-    """Say before a real model is loaded what it will need."""
+    """Print an estimate before a real model is loaded."""
     check(config)
     try:
         output.note(estimates.sentence(estimates.estimated(config)))
-    except InputError as error:  # the run itself may well be possible
+    except InputError as error:  # the run itself may still be possible
         output.note(str(error))
 
 
 def begin(
     config: JobConfig, folder: Path | None, resume: bool, detach: bool, output: Output, keep: bool | int = False
 ) -> None:
-    """Train as ``config`` says and print the result."""
+    """Train ``config`` and print the result."""
     if not detach:
         silence.loading_bars()
         _tell_alone(output)
@@ -117,13 +117,13 @@ def begin(
 
 
 def _tell_alone(output: Output) -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing."""
+    """Warn that ``accelerate launch --cpu --num_processes 2`` silently starts one process."""
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
         from studio.training.device import left_alone
 
         if left_alone():
             output.note(
-                "Several processes were asked for, but accelerate launch started this one only (on CPUs it needs MPI), "
+                "Several processes were requested, but accelerate launch started only this one (on CPUs it needs MPI), "
                 "which trains alone. Start several with  torchrun --nproc_per_node=2 -m studio train ... --folder run"
             )
 
@@ -154,5 +154,5 @@ def _in_folder(config: JobConfig, folder: Path, resume: bool, keep: bool | int, 
 
 
 def lines(result: dict[str, Any]) -> str:
-    """The result's plain values, one a line."""
+    """The result's plain values, one per line."""
     return "\n".join(f"{name}: {value}" for name, value in result.items() if isinstance(value, (str, int, float)))

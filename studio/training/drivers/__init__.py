@@ -1,1 +1,1 @@
-"""Who turns the steps of a session: an accelerate loop of our own, or transformers' Trainer."""
+"""The loops that run a session's steps: our own on accelerate, or transformers' Trainer."""

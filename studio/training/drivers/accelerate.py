@@ -1,7 +1,7 @@
 """The first driver: a loop on accelerate.
 
-Order of one optimiser step: for each forward pass the task's loss and backward; then gradients of all processes are in
-place, plugins see them, they are clipped, the optimiser steps, and the session follows.
+Order of one optimiser step: the task's loss and backward for each forward pass; then, with the gradients of all
+processes reduced, plugins see them, they are clipped, the optimiser steps, and the session follows.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Loop:
             self.accelerator.scaler.load_state_dict(saved.scaler)
 
     def _calibration_losses(self, count: int) -> Iterator[Closure]:
-        """A look at the first batches, for the plugins that need one."""
+        """Show the first batches to plugins that need them."""
         for batch in self.task.collate(0, count):
             yield partial(self._calibration_loss, batch)
 
@@ -105,7 +105,7 @@ class Loop:
             return self.task.loss(batch)[0]
 
     def run(self) -> dict[str, Any]:
-        """All steps that are left."""
+        """Run the remaining steps."""
         session, config = self.session, self.config
         if hasattr(session.optimizer, "train"):  # schedule-free optimisers have two modes
             session.optimizer.train()
@@ -129,7 +129,7 @@ class Loop:
         return session.finish()
 
     def batches(self) -> Iterator[Any]:
-        """The batches that are left."""
+        """The remaining batches."""
         parts = self.config.gradient_accumulation
         return self.task.collate(self.session.step * parts, self._total * parts)
 
@@ -193,7 +193,7 @@ class Loop:
         self.session.save_checkpoint(self.optimizer.state_dict(), scaler.state_dict() if scaler is not None else None)
 
     def close(self) -> None:
-        """End trackers; let the task undo what it did."""
+        """Close trackers; let the task undo its changes."""
         if self._tracks and main_process():
             self.accelerator.end_training()
         self.task.close()

@@ -1,8 +1,8 @@
 """The second driver: transformers' Trainer, for models that give their own loss.
 
-The Trainer turns the steps with :class:`~studio.training.trainer_mixin.StudioTrainerMixin`; the session follows them,
-and writes and takes up the checkpoints. Random numbers and the order of samples are functions of seed and step, so a
-resumed run is the uninterrupted one.
+The Trainer runs the steps with :class:`~studio.training.trainer_mixin.StudioTrainerMixin`; the session follows them,
+and writes and loads the checkpoints. Random numbers and the order of samples are functions of seed and step, so a
+resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class TrainerTask(Task):
 
     Attributes:
         samples: what is trained on, by number; set by :meth:`encode`.
-        collator: puts samples together to a batch; set by :meth:`encode`.
+        collator: makes a batch of samples; set by :meth:`encode`.
     """
 
     samples: Sequence[Sample]
     collator: Callable[[Sequence[Sample]], Batch]
 
     def change(self, batch: Batch, stream: str, number: int) -> Batch:
-        """Batch ``number`` as the model gets it; random numbers come from ``stream``."""
+        """Batch ``number`` in the model's form; random numbers come from ``stream``."""
         return batch
 
     @property
@@ -69,7 +69,7 @@ class SampleSet(Dataset[Sample]):
 
 
 class RunSampler(Sampler[int]):
-    """The whole run as one pass: permutation after permutation of the samples, each a function of seed and number."""
+    """The whole run as one pass: permutations of the samples, each a function of seed and number."""
 
     def __init__(self, samples: int, total: int, seed: int) -> None:
         self.samples, self.total, self.seed = samples, total, seed
@@ -112,7 +112,7 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
     """Transformers' trainer, with the session's methods, optimiser, order of samples and checkpoints.
 
     Attributes:
-        stopped: somebody asked to stop, and the checkpoint is written.
+        stopped: a stop was requested, and the checkpoint is written.
     """
 
     def __init__(self, session: TrainSession, saved: Checkpoint | None) -> None:
@@ -138,7 +138,7 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
         return make_optimizer(parameter_groups({COMPONENT: model}, COMPONENT, config), config)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimiser; with it everything that learns exists, and a checkpoint is loaded."""
+        """The optimiser; now everything that learns exists, and a checkpoint is loaded."""
         made = super().create_optimizer(model)
         session, saved = self.session, self.saved
         session.begin(made)
@@ -182,7 +182,7 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: :meth:`create_optimizer` loads it when all parameters exist."""
+        """Does nothing: :meth:`create_optimizer` loads it when all parameters exist."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.saved is None:
@@ -204,11 +204,11 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
             self.accelerator.scaler.load_state_dict(self.saved.scaler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: random numbers are functions of the seed and the step."""
+        """Does nothing: random numbers are functions of the seed and the step."""
 
 
 class _Follow(TrainerCallback):
-    """Hands every optimiser step over to the session, and asks the trainer to save or stop."""
+    """Reports every optimiser step to the session, and asks the trainer to save or stop."""
 
     def __init__(self, trainer: SessionTrainer) -> None:
         self.trainer, self.session = trainer, trainer.session
@@ -238,7 +238,7 @@ class _Follow(TrainerCallback):
 
 
 def arguments(session: TrainSession) -> TrainingArguments:
-    """The configuration in the Trainer's words; saving, logging and measuring are the session's."""
+    """The configuration as the Trainer's arguments; saving, logging and measuring are the session's."""
     config = session.config
     options: dict[str, Any] = {"tf32": config.tf32} if session.device.type == "cuda" else {}
     if config.gradient_checkpointing:

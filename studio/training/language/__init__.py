@@ -1,1 +1,1 @@
-"""What the language tasks are made of: rows and tokens, layers, measures, the card, a look at the data."""
+"""Parts of the language tasks: rows and tokens, layers, measures, the card, a check of the data."""

@@ -1,4 +1,4 @@
-"""Which language tasks there are: what ``LANGUAGE = About(...)`` is in each module of :mod:`studio.training.tasks`.
+"""The language tasks: each declares ``LANGUAGE = About(...)`` in its module of :mod:`studio.training.tasks`.
 
 It is read from the source text, so that the schema, the command and the page know the tasks without importing torch.
 """
@@ -16,7 +16,7 @@ class About:
     """A language task.
 
     Attributes:
-        name: what the configuration calls it.
+        name: its name in the configuration.
         summary: what is learnt, in a few words.
         entry: ``"module:class"`` of its :class:`~studio.training.tasks.language.LanguageTask`.
         rows: ``"module:function"`` that reads the rows of a configuration without importing torch.

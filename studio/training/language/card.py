@@ -23,7 +23,11 @@ def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: 
     said = f"A {config['task']} adapter trained on {data['rows']} rows of {data['source']}."
     lines = [
         *front_matter(
-            base["name"], "peft", ["lora", "peft", "adapter-studio"], pipeline_tag=pipeline_tag, description=said,
+            base["name"],
+            "peft",
+            ["lora", "peft", "adapter-studio"],
+            pipeline_tag=pipeline_tag,
+            description=said,
         ),
         f"# {recipe['name']}",
         "",
@@ -33,7 +37,7 @@ def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: 
         f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}, start: {config['init']}",
         f"- {training['steps']} steps of {training['batch']} samples on {data['rows']} rows, {config['optimizer']} at "
         f"{config['learning_rate']:g}, final loss {training['loss']:.4f}",
-        *([f"- On {data['held_out']} rows kept out: {measured}"] if measured else []),
+        *([f"- On {data['held_out']} held-out rows: {measured}"] if measured else []),
         f"- Digest of the base weights: `{base['digest']}`",
         f"- Data digest: `{data['digest']}`",
         "",
@@ -43,8 +47,7 @@ def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: 
         *base_lines(base["name"]),
         "",
         "tokenizer = AutoTokenizer.from_pretrained(base)",
-        f"model = {auto_class}.from_pretrained(base"
-        + (f", num_labels={len(data['labels'])})" if labels else ")"),
+        f"model = {auto_class}.from_pretrained(base" + (f", num_labels={len(data['labels'])})" if labels else ")"),
         'model = PeftModel.from_pretrained(model, ".")',
         *asking,
         "```",

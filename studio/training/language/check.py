@@ -1,4 +1,4 @@
-"""A look at the rows of a language training before any model is loaded: only the tokenizer is."""
+"""Checks the rows of a language training with only the tokenizer loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_data(config: TrainLanguageConfig) -> dict[str, Any]:
 
     Returns:
         ``rows``, ``held_out``, ``samples``, ``tokens`` (shortest, mean, longest), ``learnt`` (share of tokens),
-        ``labels``, ``columns``, ``remark`` (what is cut or left out), ``example`` (the first sample, what is learnt in
+        ``labels``, ``columns``, ``remark`` (what is cut or left out), ``example`` (the first sample, learnt parts in
         double brackets).
 
     Raises:

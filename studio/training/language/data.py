@@ -1,4 +1,4 @@
-"""From rows to batches of a language training, as far as all tasks do it alike."""
+"""Turns rows into batches of a language training: the parts shared by all tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def spoken(rows: Rows, tokenizer: Any) -> dict[str, str]:
-    """How the conversations were written, for whoever talks to the adapter later; {} for plain texts."""
+    """How the conversations were written, for later chats with the adapter; {} for plain texts."""
     if not any(isinstance(item, Conversation) for item in rows.shown):
         return {}
     template = tokenizer.chat_template
@@ -66,7 +66,7 @@ def _texts(
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a batch, padded on the right to the longest.
+    """A batch of samples, padded on the right to the longest.
 
     Packed rows get no attention mask: their positions tell the model which tokens belong together, and padding is a
     sequence of its own.

@@ -18,7 +18,7 @@ ATTENTION = (
     r"attn\.c_proj|attention\.dense|attn\.dense|self_attn\.dense|attention\.output\.dense|attn\.Wo)"
 )
 HEADS = r"(.*\.)?(lm_head|embed_out|score|classifier|pre_classifier|pooler|cls|qa_outputs|vocab_\w+)(\..*)?"
-"""Output layers, which 'linear' leaves alone as other trainers do."""
+"""Output layers, which 'linear' leaves out as other trainers do."""
 
 
 def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
@@ -45,7 +45,7 @@ def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
 def layer_config(
     model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
 ) -> LoraConfig:
-    """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole, ``task_type`` is PEFT's word."""
+    """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole, ``task_type`` is PEFT's."""
     targets = [name for name in find_targets(model, config) if name not in fresh]
     conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
     made = peft_config(
@@ -58,7 +58,7 @@ def layer_config(
 def add_adapter(
     model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
 ) -> PeftModel:
-    """``model`` with a new adapter in fp32; nothing else learns but the ``fresh`` modules (a new head)."""
+    """``model`` with a new adapter in fp32; besides it only the ``fresh`` modules (a new head) learn."""
     made = layer_config(model, config, fresh, task_type)
     if config.quantization != "none":
         import peft

@@ -1,4 +1,4 @@
-"""Measuring a language model on rows it does not learn from: loss, accuracy, perplexity."""
+"""Measures a language model on held-out rows: loss, accuracy, perplexity."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def measure(
 
     Args:
         shifted: logit t belongs to label t + 1 (causal language models).
-        keep: collect the guesses.
+        keep: collect the predictions.
 
     Returns:
-        ``validation_loss`` and ``accuracy`` (share of labels whose likeliest answer is right), and (guess, truth)
-        pairs, if they are kept.
+        ``validation_loss`` and ``accuracy`` (share of labels whose likeliest answer is right), and (prediction, truth)
+        pairs if ``keep``.
     """
     loss, right, count = 0.0, 0, 0
     pairs: Pairs = []
@@ -55,7 +55,7 @@ def measure(
 
 @contextmanager
 def resting(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; outside, every part is as before."""
+    """Inside, the model is in evaluation mode; afterwards every part is as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -66,5 +66,5 @@ def resting(model: nn.Module) -> Iterator[None]:
 
 
 def with_perplexity(found: Measures) -> Measures:
-    """With ``perplexity`` = exp(loss) for texts."""
+    """The measures with ``perplexity`` = exp(loss) for texts."""
     return {**found, "perplexity": math.exp(min(found["validation_loss"], 700.0))}

@@ -1,4 +1,4 @@
-"""Rows of a language training as they are read and understood, before any model is loaded (and without torch)."""
+"""Reads the rows of a language training before any model is loaded (and without torch)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Rows:
     """The job's rows, read and understood, before any model is loaded.
 
     Attributes:
-        shown: what is trained on; ``held_out`` is only measured with.
+        shown: rows to train on; ``held_out`` rows are only for measuring.
         labels: classification: names of the classes, sorted.
         digest: identity of the data.
-        remarks: what of the rows is not used.
+        remarks: what is not used.
     """
 
     shown: Items
@@ -60,14 +60,14 @@ def read_rows(config: TrainLanguageConfig, understand: Callable[[TextReport, Col
 
 
 def split(items: Items, share: float, seed: int) -> tuple[Items, Items]:
-    """(shown, kept out): a share of the rows, drawn once for a seed.
+    """(shown, held out): a share of the rows is held out, drawn once for a seed.
 
     Raises:
-        InputError: too few rows to keep some out.
+        InputError: too few rows to hold some out.
     """
     count = max(1, round(len(items) * share))
     if count >= len(items):
-        raise InputError(f"{len(items)} rows are too few to keep {share:.0%} of them out: lower validation_split.")
+        raise InputError(f"{len(items)} rows are too few to hold {share:.0%} of them out: lower validation_split.")
     order = list(range(len(items)))
     rng(seed, "validation").shuffle(order)
     chosen = set(order[:count])
@@ -94,7 +94,7 @@ def texts(config: TrainLanguageConfig) -> Rows:
 
 
 def talks(config: TrainLanguageConfig) -> Rows:
-    """Conversations, prompts with completions, or texts to go on with."""
+    """Conversations, prompts with completions, or texts to continue."""
     return read_rows(
         config, lambda report, columns: conversations(report, columns, config.system_prompt, config.skip_broken)
     )
@@ -111,14 +111,14 @@ def labels_of(rows: Rows, source: str) -> list[str]:
     """The classes, sorted.
 
     Raises:
-        InputError: only one, or rows held out with another label.
+        InputError: there is only one, or held-out rows have another label.
     """
     labels = sorted({str(item.label) for item in rows.shown if isinstance(item, Text)})
     if len(labels) < 2:
-        raise InputError(f"'{source}' has one label only ('{labels[0]}'): classification needs at least two.")
+        raise InputError(f"'{source}' has only one label ('{labels[0]}'): classification needs at least two.")
     strange = sorted({str(item.label) for item in rows.held_out if isinstance(item, Text)} - set(labels))
     if strange:
-        raise InputError(f"The label '{strange[0]}' is in the rows to measure with, but in none to learn from.")
+        raise InputError(f"The label '{strange[0]}' is in the validation rows, but not in the rows to learn from.")
     return labels
 
 

@@ -1,7 +1,7 @@
-"""What every training job has: its adapter, optimiser, schedule and saving.
+"""Fields of every training job: adapter, optimiser, schedule and saving.
 
 The fields are flat on purpose: one field is one YAML key, one command line flag and one widget. ``group`` names the
-section of the form, ``advanced`` hides a field until it is asked for.
+section of the form, ``advanced`` moves a field behind the common ones.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ GROUPS = (
     "Memory and speed",
     "Samples and saving",
 )
-"""Sections of a form in their order; fields without a group are about the base model."""
+"""Sections of a form, in order; fields without a group are about the base model."""
 
 
 def option(group: str, advanced: bool = False) -> dict[str, Any]:
-    """What the form knows of a field."""
+    """A field's settings for forms."""
     return {"group": group, "advanced": advanced}
 
 
 def changed(schema: type[BaseModel], name: str, **changes: Any) -> Any:
-    """A field of ``schema`` for another one, with what ``changes`` says otherwise (default, description ...)."""
+    """A field of ``schema`` for another schema, with ``changes`` (default, description ...)."""
     field = copy.copy(schema.model_fields[name])
     for key, value in changes.items():
         setattr(field, key, value)
@@ -77,12 +77,12 @@ def _place(field: Any) -> int:
 def preset_field(kind: str) -> Any:
     """The field ``preset`` of a kind of training, with the names there are."""
     known = ", ".join(presets.names(kind))
-    text = f"Starting point ({known}); every key that is given besides wins."
+    text = f"Starting values ({known}); other keys override them."
     return Field("", description=text, json_schema_extra=_DATA)
 
 
 class TrainConfig(JobConfig):
-    """Base of the training schemas: what every kind has."""
+    """Base of the training schemas, with the fields of every kind."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -91,10 +91,8 @@ class TrainConfig(JobConfig):
         cls.__pydantic_fields__ = dict(sorted(cls.__pydantic_fields__.items(), key=lambda item: _place(item[1])))
         cls.model_rebuild(force=True)
 
-    preset: str = Field(
-        "", description="Starting point; every key that is given besides wins.", json_schema_extra=_DATA
-    )
-    name: str = Field("adapter", description="Name of the adapter that is made.", json_schema_extra=_DATA)
+    preset: str = Field("", description="Starting values; other keys override them.", json_schema_extra=_DATA)
+    name: str = Field("adapter", description="Name of the new adapter.", json_schema_extra=_DATA)
     rank: int = Field(16, ge=1, description="Rank of the linear layers.", json_schema_extra=_ADAPTER)
     alpha: float | None = Field(
         None,
@@ -112,7 +110,7 @@ class TrainConfig(JobConfig):
     )
     continue_from: str = Field(
         "",
-        description="Start from this adapter (library name or file) instead of from zero.",
+        description="Start from this adapter (library name or file) instead of a new one.",
         json_schema_extra=_ADAPTER_MORE,
     )
     optimizer: Optimizer = Field("adamw", description="Optimiser.", json_schema_extra=_OPTIMISER)
@@ -154,7 +152,7 @@ class TrainConfig(JobConfig):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Recompute instead of remembering: less memory, about a third more time.",
+        description="Recompute activations instead of storing them: less memory, about a third more time.",
         json_schema_extra=_MEMORY,
     )
     tf32: bool = Field(True, description="Fast fp32 products on Nvidia GPUs.", json_schema_extra=_MEMORY_MORE)
@@ -182,7 +180,7 @@ class TrainConfig(JobConfig):
         json_schema_extra=_OUTPUT,
     )
     keep_last: int = Field(
-        3, ge=1, description="How many of those intermediate adapters are kept.", json_schema_extra=_OUTPUT_MORE
+        3, ge=1, description="How many of the adapters from save_every to keep.", json_schema_extra=_OUTPUT_MORE
     )
     checkpoint_every: int = Field(
         250,
@@ -190,7 +188,7 @@ class TrainConfig(JobConfig):
         description="Steps between checkpoints a run can be resumed from; 0 = only when cancelled.",
         json_schema_extra=_OUTPUT,
     )
-    keep_checkpoints: int = Field(1, ge=1, description="How many checkpoints are kept.", json_schema_extra=_OUTPUT_MORE)
+    keep_checkpoints: int = Field(1, ge=1, description="How many checkpoints to keep.", json_schema_extra=_OUTPUT_MORE)
     save_dtype: Literal["fp32", "fp16", "bf16"] = Field(
         "fp32", description="Precision of the saved adapter.", json_schema_extra=_OUTPUT_MORE
     )
@@ -213,7 +211,7 @@ class TrainConfig(JobConfig):
 
 
 class AdapterTrainConfig(TrainConfig):
-    """What jobs that learn from a data set have besides."""
+    """Additional fields of jobs that learn from a data set."""
 
     skip_broken: bool = Field(
         False, description="Leave out empty and unreadable pictures instead of stopping.", json_schema_extra=_DATA_MORE

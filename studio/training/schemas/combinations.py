@@ -1,8 +1,8 @@
-"""Which training methods go together: each method (and each place for methods) says in its declaration what it refuses
-and what may surprise.
+"""Which training methods go together: each method (and each slot for methods) declares what it refuses and what it
+warns of.
 
-Schemas refuse with :func:`refusal`; pages and commands show :func:`warnings`. A rule reads a configuration's fields; a
-field that a schema does not have counts as switched off.
+Schemas refuse with :func:`refusal`; pages and commands show :func:`warnings`. A rule reads a configuration's fields;
+missing ones count as switched off.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GENERAL = (
         "schedule-free AdamW already averages the weights: switch ema off or choose another optimizer",
     ),
 )
-"""Refused whatever the method."""
+"""Refused with every method."""
 
 _OFF: dict[str, Any] = {
     "optimizer": "adamw", "rank_pattern": {}, "alpha_pattern": {}, "dropout": 0.0, "beta1": 0.9, "loraplus_ratio": 1.0,
@@ -42,13 +42,13 @@ def refuse(config: Any) -> None:
 
 
 def warnings(config: Any) -> list[str]:
-    """Sentences on combinations that work but may surprise."""
+    """Warnings about combinations that work but may surprise."""
     return list(_sentences(config, "warned"))
 
 
 @cache
 def looked_at() -> tuple[str, ...]:
-    """The fields that any rule looks at, and those that choose methods, in alphabetical order."""
+    """The fields that any rule reads, and those that choose methods, in alphabetical order."""
     rules = [*GENERAL, *(rule for choice in choices() for method in choice.methods
                          for kind in ("refused", "warned") for rule in _rules(choice, method, kind))]  # fmt: skip
     fields = {name for rule in rules for name in conditions.names(rule.when)} - set(_OWN)
@@ -56,7 +56,7 @@ def looked_at() -> tuple[str, ...]:
 
 
 _OWN = ("sets", "looks_at")
-"""Names in a condition that are the method's own facts."""
+"""Names in a condition that stand for the method's own facts."""
 
 
 def _sentences(config: Any, kind: Literal["refused", "warned"]) -> Iterator[str]:
@@ -68,13 +68,13 @@ def _sentences(config: Any, kind: Literal["refused", "warned"]) -> Iterator[str]
 
 
 def _rules(choice: Choice, method: Method, kind: str) -> tuple[Rule, ...]:
-    """The rules of a place (for all but its usual value) and of one method in it."""
+    """The rules of a slot (unless it has its usual value) and of the method in it."""
     place = getattr(choice.slot, kind) if choice.slot is not None and method.name != choice.slot.off else ()
     return (*place, *getattr(method.training, kind))
 
 
 class _Values:
-    """A configuration's fields by name; missing ones are off, options have their default."""
+    """A configuration's fields by name; missing ones are off, missing options have their default."""
 
     def __init__(self, config: Any, method: Method | None = None) -> None:
         self._config, self._method = config, method

@@ -1,7 +1,7 @@
-"""The distillation job: guidance, or most of the steps, become part of a LoRA on the same frozen base.
+"""The distillation job: builds guidance, or sampling in few steps, into a LoRA on the same frozen base.
 
-What is trained and how (rank, optimiser, schedule, saving) are the image trainer's own fields, taken over with their
-help and limits; only defaults differ.
+What is trained and how (rank, optimiser, schedule, saving) are the image trainer's fields with their help and limits;
+only defaults differ.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
     guidance: float = Field(
         7.5,
         description="Guidance w to build in, as pipelines count it (1 = none). "
-        "guidance_mode strength: what weight 1 will mean.",
+        "guidance_mode strength: the guidance at weight 1.",
         json_schema_extra=_GUIDANCE,
     )
     guidance_mode: GuidanceMode = Field(
@@ -81,22 +81,22 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
     )
     null_prompt: str = Field(
         "",
-        description="What stands for 'no prompt' (a usual negative prompt can be built in here).",
+        description="The prompt for 'no prompt' (your usual negative prompt can be built in here).",
         json_schema_extra=_GUIDANCE_MORE,
     )
     styles: list[str] = Field(
         default_factory=list,
-        description="Adapters that teacher and student both have, as name or name:weight: the result goes on top.",
+        description="Adapters of both teacher and student, as name or name:weight; use the result on top of them.",
         json_schema_extra=_GUIDANCE,
     )
     force: bool = Field(
-        False, description="Also distil a base that is distilled already.", json_schema_extra=_GUIDANCE_MORE
+        False, description="Distil even a base that is already distilled.", json_schema_extra=_GUIDANCE_MORE
     )
 
     # ---------------------------------------------------------------- What it trains on
     states: Literal["data", "trajectories"] = Field(
         "trajectories",
-        description="trajectories: states the guided teacher passes while it draws prompts (no pictures needed); "
+        description="trajectories: states the guided teacher passes through as it draws prompts (no pictures needed); "
         "data: noisy pictures of a captioned folder.",
         json_schema_extra=_STATES,
     )
@@ -107,11 +107,11 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
         json_schema_extra=_STATES,
     )
     trajectory_count: int = Field(
-        128, ge=1, description="trajectories: how many are recorded.", json_schema_extra=_STATES
+        128, ge=1, description="trajectories: how many to record.", json_schema_extra=_STATES
     )
     trajectories: str = Field(
         "",
-        description="trajectories: folder they are recorded to, or were; empty = in the run's own folder.",
+        description="trajectories: folder to record them to or reuse them from; empty = in the run's folder.",
         json_schema_extra=_STATES_MORE,
     )
     resolution: int | None = _in_group("resolution", _STATES_MORE)
@@ -128,7 +128,7 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
         json_schema_extra=_STEPS_MORE,
     )
     inference_steps: int = Field(
-        4, ge=1, le=50, description="consistency: steps the samples are drawn in and the card recommends.",
+        4, ge=1, le=50, description="consistency: steps for the samples, and the number the card recommends.",
         json_schema_extra=_STEPS,
     )  # fmt: skip
     distance: Literal["l2", "huber"] = Field(
@@ -157,7 +157,7 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
         return self.guidance_min, self.guidance_max or round(1.6 * self.guidance, 6)
 
     def training(self) -> TrainImageConfig:
-        """The same run as the image trainer's parts (targets, optimiser, data, saving) understand it."""
+        """The same run as a configuration for the image trainer's parts (targets, optimiser, data, saving)."""
         shared = {name: getattr(self, name) for name in type(self).model_fields if name in _SHARED}
         return TrainImageConfig.model_validate({**shared, "mode": "captioned"})
 

@@ -1,7 +1,6 @@
 """The image training job: pictures in, one ordinary LoRA out.
 
-The fields are flat on purpose: one field is one YAML key, one command line flag and one widget. ``group`` names the
-section of the form, ``advanced`` hides a field until it is asked for.
+See :mod:`studio.training.schemas.base` for how fields become flags and widgets.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _OUTPUT_MORE = option("Samples and saving", advanced=True)
 
 
 class PictureFields(BaseModel):
-    """What jobs that learn from and draw pictures share."""
+    """Fields shared by jobs that learn from and draw pictures."""
 
     resolution: int | None = Field(
         None,
@@ -122,7 +121,7 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
         json_schema_extra=_DATA_MORE,
     )
     repeats: int = Field(
-        1, ge=1, description="How often every picture is shown per epoch.", json_schema_extra=_DATA_MORE
+        1, ge=1, description="How many times every picture is shown per epoch.", json_schema_extra=_DATA_MORE
     )
     bucket_min: int | None = Field(
         None, ge=8, description="Shortest side of a bucket; empty = half the resolution.", json_schema_extra=_DATA_MORE
@@ -150,7 +149,7 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
         json_schema_extra=_DATA,
     )
     class_prompt: str = Field(
-        "", description="What the base calls such things, e.g. 'a picture of a cat'.", json_schema_extra=_DATA
+        "", description="The base's prompt for the class, e.g. 'a picture of a cat'.", json_schema_extra=_DATA
     )
     class_data: str = Field(
         "", description="Folder of class pictures; empty = the base model draws them.", json_schema_extra=_DATA_MORE
@@ -214,7 +213,10 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
         None, gt=0, description="Min-SNR loss weights (5 is usual); empty = off.", json_schema_extra=_LOSS
     )
     noise_offset: float = Field(
-        0.0, ge=0, description="Shared noise per channel; helps very dark and bright pictures.", json_schema_extra=_LOSS
+        0.0,
+        ge=0,
+        description="Noise shared by a channel; helps with very dark or bright pictures.",
+        json_schema_extra=_LOSS,
     )
     noise_offset_random: bool = Field(
         False, description="Draw a new offset strength for each picture.", json_schema_extra=_LOSS_MORE
@@ -327,6 +329,6 @@ _REFUSED: list[rules.Refusal] = [
     ),
     (
         lambda c: c.text_encoder_stop is not None and not c.train_text_encoder,
-        "text_encoder_stop is for train_text_encoder: switch that on or leave the stop empty",
+        "text_encoder_stop needs train_text_encoder: switch that on or leave the stop empty",
     ),
 ]

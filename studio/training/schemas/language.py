@@ -189,7 +189,9 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
         "sample_every",
         description="Answer them every N steps; empty = four times over the run; 0 = only at the end.",
     )
-    sample_at_start: bool = changed(AdapterTrainConfig, "sample_at_start", description="Also before the first step.")
+    sample_at_start: bool = changed(
+        AdapterTrainConfig, "sample_at_start", description="Also answer before the first step."
+    )
     sample_tokens: int = Field(48, ge=1, description="Longest sample answer (tokens).", json_schema_extra=_OUTPUT_MORE)
     validation_every: int = changed(
         AdapterTrainConfig, "validation_every", description="Measure every N steps, if rows are held out."

@@ -28,7 +28,7 @@ def option_field(option: Option) -> tuple[Any, Any]:
 
 
 def _slot_field(choice: Choice) -> tuple[Any, Any]:
-    """The field that names a slot's method: its usual value first, the others by name."""
+    """The field that chooses a slot's method: the usual value first, the others by name."""
     assert choice.slot is not None
     values = dict.fromkeys((choice.slot.off, *(method.name for method in choice.methods)))
     extra: dict[str, Any] = {"group": GROUP, "advanced": False}
@@ -36,7 +36,7 @@ def _slot_field(choice: Choice) -> tuple[Any, Any]:
 
 
 def _fields(logits: bool) -> dict[str, Any]:
-    """The fields of all methods that are, or are not, for models with logits only."""
+    """The fields of all methods that need logits, or of all that do not."""
     found: dict[str, Any] = {}
     for choice in choices():
         if (choice.slot is not None and choice.slot.logits) == logits:
@@ -47,7 +47,7 @@ def _fields(logits: bool) -> dict[str, Any]:
 
 
 class _Declared(BaseModel):
-    """Base of generated fields: no schema may have another field of the same name."""
+    """Base of generated fields; a schema may not redefine one."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -75,8 +75,8 @@ else:
 
 
 class MethodFields(_Method):
-    """Initialisation, gradient rule, what is frozen, perturbation, what is counted on the way."""
+    """Initialisation, frozen parts, gradient rule, perturbation, measures during training."""
 
 
 class RegulariserFields(_Regulariser):
-    """Terms on the logits, for language and classification models. Empty numbers take the paper's value of the task."""
+    """Terms on the logits, for language and classification models. Empty numbers take the paper's values."""

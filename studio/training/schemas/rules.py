@@ -1,4 +1,4 @@
-"""Checks of values that several job schemas make."""
+"""Checks of values shared by several job schemas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Refusal = tuple[Callable[[Any], Any], str]
-"""What is wrong with a configuration (true when it is), and the sentence that says so."""
+"""Whether a configuration is wrong, and the sentence that says so."""
 
 
 Strength = tuple[float, float]
@@ -16,21 +16,21 @@ Strength = tuple[float, float]
 
 
 def file_name(value: str) -> str:
-    """A name that can be a file's on every system."""
+    """Check that the name can be a file name on every system."""
     if not re.fullmatch(r"[\w][\w .+-]*", value):
         raise ValueError("a name has letters, digits, spaces and . _ + - only, and starts with a letter or digit")
     return value
 
 
 def learning_rate(value: float | None) -> float | None:
-    """Finite and above 0; None stands for "as another one"."""
+    """Check that it is finite and above 0; None stands for "as another rate"."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise ValueError("a learning rate must be a finite number above 0")
     return value
 
 
 def keyframes(value: Sequence[Strength]) -> Sequence[Strength]:
-    """Keyframes of a schedule: in order, in [0, 1], finite."""
+    """Check that keyframes are in order, in [0, 1] and finite."""
     progress = [point[0] for point in value]
     if progress != sorted(progress) or any(not 0 <= p <= 1 for p in progress):
         raise ValueError("schedule keyframes must be sorted and lie in [0, 1]")
@@ -40,7 +40,7 @@ def keyframes(value: Sequence[Strength]) -> Sequence[Strength]:
 
 
 def regular_expression(value: str) -> str:
-    """One that compiles."""
+    """Check that the regular expression compiles."""
     try:
         re.compile(value)
     except re.error as error:

@@ -1,7 +1,7 @@
-"""The scene training job: photos of one scene or several in, one ordinary PEFT adapter of a pointmap network out.
+"""The scene training job: photos of one or several scenes in, one ordinary PEFT adapter of a pointmap network out.
 
-LoRA3D (arXiv 2412.07746) as its paper has it: rank 16 on q, k and v, 10 epochs, 2 pairs at a time, AdamW whose rate
-falls from 1e-3 to 1e-5, no clipping. What a reconstruction asks for too has its help and default from there.
+LoRA3D (arXiv 2412.07746) as in its paper: rank 16 on q, k and v, 10 epochs, 2 pairs at a time, AdamW with a rate that
+falls from 1e-3 to 1e-5, no clipping. Fields shared with a reconstruction take their help and default from there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TrainSceneConfig(MethodFields, AdapterTrainConfig):
     # ---------------------------------------------------------------- Data
     data: list[str] = Field(
         default_factory=list,
-        description="Folder of a scene's pictures, or its video; the adapter learns from all that are given.",
+        description="Folder of a scene's pictures, or its video; repeatable: the adapter learns from all.",
         json_schema_extra=_DATA,
     )
     seconds_per_frame: float = _same("seconds_per_frame", _DATA_MORE)
@@ -97,7 +97,7 @@ class TrainSceneConfig(MethodFields, AdapterTrainConfig):
 
     @classmethod
     def of(cls, config: ReconstructConfig) -> TrainSceneConfig:
-        """The training of a reconstruction that calibrates."""
+        """The training for a calibrating reconstruction."""
         same = {name: getattr(config, name) for name in cls.model_fields.keys() & type(config).model_fields.keys()}
         return cls(**{
             **same, "name": ADAPTER, "base": config.model, "targets": config.preset, "align_steps": config.steps,

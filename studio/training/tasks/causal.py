@@ -1,4 +1,4 @@
-"""Causal language modelling: a model learns to answer, or to go on as its texts do."""
+"""Causal language modelling: a model learns to answer, or to continue texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LANGUAGE = About(
 
 
 class CausalTask(LanguageTask):
-    """The loss is that of the next token; only answers count, unless ``loss_on`` says otherwise."""
+    """The loss is the next token's; only answers count, unless ``loss_on`` says otherwise."""
 
     opens = "causal"
     peft_type = "CAUSAL_LM"

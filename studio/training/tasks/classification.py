@@ -1,4 +1,4 @@
-"""Classification: a model learns to tell labels apart; its new head is saved with the adapter."""
+"""Classification: a model learns to predict labels; its new head is saved with the adapter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ClassificationTask(LanguageTask):
 
 
 def macro_f1(pairs: Iterable[tuple[int, int]]) -> float:
-    """Mean over the true classes of F1 = 2 TP / (2 TP + FP + FN), from (guess, truth) pairs."""
+    """Mean over the true classes of F1 = 2 TP / (2 TP + FP + FN), from (prediction, truth) pairs."""
     known = list(pairs)
     scores = []
     for label in sorted({truth for _, truth in known}):

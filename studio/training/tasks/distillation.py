@@ -1,8 +1,8 @@
-"""Distillation: guidance, or most of the steps, become part of a LoRA on the same base.
+"""Distillation: builds guidance, or sampling in few steps, into a LoRA on the same base.
 
 LoRA-Enhanced Distillation on Guided Diffusion Models (arXiv 2312.06899) and LCM-LoRA (arXiv 2311.05556): one frozen
-base is the teacher (adapter off, guided, asked twice) and, with the adapter on, the student (asked once). The
-mathematics stands in :mod:`pipelines.diffusion.distillation`; base, pictures and files are the image task's.
+base is the teacher (adapter off, guided, two passes) and, with the adapter on, the student (one pass). The mathematics
+is in :mod:`pipelines.diffusion.distillation`; base, pictures and files are the image task's.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def run(
     plugins: Sequence[Plugin] = (),
     keep: bool | int = False,
 ) -> dict[str, Any]:
-    """Distil as ``config`` says, in ``folder``.
+    """Distil ``config`` in ``folder``.
 
     Returns:
-        As :func:`studio.training.tasks.image.run`, with ``distilled`` (the text entries of the file) and
+        As :func:`studio.training.tasks.image.run`, with ``distilled`` (the metadata of the file) and
         ``teacher_samples`` (paths).
 
     Raises:
@@ -103,7 +103,7 @@ class GuidanceInput(Plugin):
 
 
 class DistillationTask(Task):
-    """The teacher's guided answers, learnt by the same base with an adapter."""
+    """The same base with an adapter learns the teacher's guided predictions."""
 
     data_noun = "pictures, captions or prompts"
     leftovers = ImageTask.leftovers
@@ -163,8 +163,8 @@ class DistillationTask(Task):
         taken = [key for key in ("guidance_embeds", "time_cond_proj_dim") if denoiser.config.get(key)]
         if taken and not wanted.force:
             raise InputError(
-                f"The base '{wanted.base}' takes guidance as an input already ({taken[0]}), so it is distilled: choose "
-                "its undistilled sibling, or set force if it really is guided by a second pass."
+                f"The base '{wanted.base}' already takes guidance as an input ({taken[0]}), so it is distilled: choose "
+                "its undistilled version, or set force if it is guided by a second pass after all."
             )
         if wanted.guidance_mode == "embedding" and self.family.denoiser_name != "unet":
             raise InputError(
@@ -173,7 +173,7 @@ class DistillationTask(Task):
             )
 
     def _attach_styles(self) -> None:
-        """Let the styles act on the base: always, in the teacher as in the student."""
+        """Let the styles act on the base, in teacher and student alike."""
         names = self.asked.styles
         if not names:
             return
@@ -263,7 +263,7 @@ class DistillationTask(Task):
         return self.pictures.collate(start, stop)
 
     def rose(self, first: float, last: float) -> bool:
-        return False  # a student that is its teacher agrees with it from the start: the loss rises from nothing
+        return False  # an untrained student equals its teacher, so its loss starts near zero and rises
 
     def after_step(self) -> None:
         self.student.set_strength(None)
@@ -309,7 +309,7 @@ class DistillationTask(Task):
         return _State(noisy, times, given, w, target)
 
     def _ask(self, noisy: torch.Tensor, times: torch.Tensor, given: Tensors, w: torch.Tensor) -> torch.Tensor:
-        """The student's one pass, which knows w as the mode says."""
+        """The student's one pass, with w given as the mode requires."""
         mode = self.asked.guidance_mode
         if mode == "strength":
             share = strength(w, self.asked.guidance)
@@ -387,7 +387,7 @@ class DistillationTask(Task):
                 picture.save(part, format="PNG")
 
     def mark(self) -> Mark:
-        """What the file says of itself."""
+        """The file's metadata on the distillation."""
         wanted = self.asked
         few = wanted.objective == "consistency"
         return Mark(
@@ -445,7 +445,7 @@ class DistillationTask(Task):
 
 @dataclass(frozen=True)
 class _State:
-    """Where the student is asked: states, levels, conditioning, guidance and the teacher's answer."""
+    """The student's inputs (states, levels, conditioning, guidance) and the teacher's prediction."""
 
     noisy: torch.Tensor
     times: torch.Tensor

@@ -71,7 +71,7 @@ def run(
         folder: gets ``NAME.safetensors``, ``card.md``, ``config.yaml``, ``loss.csv``, ``samples/``, ``checkpoints/``.
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
-        keep: take no step: save the newest checkpoint, or that of a step, as the adapter.
+        keep: do not train: save the newest checkpoint, or a given step's, as the adapter.
 
     Returns:
         ``adapter`` (path), ``exports`` (format -> path), ``card``, ``loss`` (mean of the last tenth), ``steps``,
@@ -86,7 +86,7 @@ def run(
 
 
 class ImageTask(Task):
-    """A folder of pictures, noise on their latents, and a denoiser that learns to take it off."""
+    """A folder of pictures, noise on their latents, and a denoiser that learns to remove it."""
 
     data_noun = "pictures or captions"
     leftovers = ("checkpoints", "samples", "saved")
@@ -179,7 +179,7 @@ class ImageTask(Task):
         return Path(self.config.cache_folder).expanduser() if self.config.cache_folder else settings.folder("cache")
 
     def rest(self) -> None:
-        """Move parts whose output is cached off the accelerator, if memory is to be saved."""
+        """Move parts whose output is cached off the accelerator, if the memory preset says so."""
         if self.config.memory == "none":
             return
         if not self.supply.needs_vae:

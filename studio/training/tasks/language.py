@@ -1,4 +1,4 @@
-"""What the language tasks share: a base with one adapter, rows as tokens, an ordinary PEFT directory.
+"""Shared by the language tasks: a base with one adapter, rows as tokens, an ordinary PEFT directory.
 
 A task is one module beside this one: it declares itself (``LANGUAGE = About(...)``) and says how its rows are read
 and become tokens, what its model is called in other programs, how it is measured and how it answers.
@@ -69,7 +69,7 @@ def run(
             ``checkpoints/``.
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
-        keep: take no step: save the newest checkpoint, or that of a step, as the adapter.
+        keep: do not train: save the newest checkpoint, or a given step's, as the adapter.
 
     Returns:
         ``adapter`` (path), ``card``, ``loss`` (mean of the last tenth), ``first_loss``, ``steps``, ``validation``
@@ -95,7 +95,7 @@ class LanguageTask(TrainerTask):
 
     Attributes:
         opens: the kind of model, as :func:`pipelines.language.loading.open_model` calls it.
-        peft_type: what PEFT calls it, if it has a name for it.
+        peft_type: PEFT's name for it, if there is one.
         auto_class: the class of transformers that loads such a model.
         pipeline_tag: what a hub calls the task.
         asking: lines of the card that use the loaded model once.
@@ -125,11 +125,11 @@ class LanguageTask(TrainerTask):
         return whole_texts(self.read, tokenizer, self.config)
 
     def learnt(self, samples: Sequence[Encoded]) -> float:
-        """Share of the tokens that is learnt, for the look before training."""
+        """Share of the tokens that are learnt, for the check before training."""
         return 0.0
 
     def example(self, sample: Encoded, tokenizer: Any) -> str:
-        """A sample as a person reads it."""
+        """A sample as readable text."""
         return str(tokenizer.decode(sample["input_ids"]))
 
     def answer(self, prompts: Sequence[str]) -> Iterable[str]:
@@ -181,7 +181,7 @@ class LanguageTask(TrainerTask):
     def _summary(self) -> str:
         lengths = sorted(len(sample["input_ids"]) for sample in self.samples)
         shown = f"{len(self.read.shown)} rows as {len(lengths)} samples of {lengths[0]} to {lengths[-1]} tokens"
-        kept = f"{len(self.read.held_out)} rows kept out" if self.read.held_out else ""
+        kept = f"{len(self.read.held_out)} rows held out" if self.read.held_out else ""
         return "; ".join(filter(None, [shown, kept, self.data.remark]))
 
     def components(self) -> dict[str, Any]:
@@ -228,7 +228,7 @@ class LanguageTask(TrainerTask):
         return bool(self.data.held_out)
 
     def held_out(self) -> Iterator[Batch]:
-        """Batches of the rows kept out."""
+        """Batches of the held-out rows."""
         loader = DataLoader(SampleSet(self.data.held_out), self.config.batch_size, collate_fn=self.collator)
         for number, batch in enumerate(loader):
             yield self.change(batch, "mask-validation", number)
@@ -308,7 +308,7 @@ class LanguageTask(TrainerTask):
 
 
 def _heads(model: Any) -> dict[str, torch.Tensor]:
-    """Whole modules that learnt besides the LoRA (a classification head), as PEFT names their tensors."""
+    """Whole modules trained besides the LoRA (a classification head), tensors by PEFT's names."""
     from peft import get_peft_model_state_dict
 
     if not model.peft_config["default"].modules_to_save:

@@ -1,4 +1,4 @@
-"""Masked language modelling: a model of the BERT family learns to fill gaps (arXiv 1810.04805)."""
+"""Masked language modelling: a BERT-like model learns to predict masked tokens (arXiv 1810.04805)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LANGUAGE = About("masked", "predict hidden words (BERT)", "studio.training.tasks
 
 
 class MaskedTask(LanguageTask):
-    """The loss is that of the tokens behind the gaps, which are new in every pass over the data."""
+    """The loss is the masked tokens'; masks are new in every pass over the data."""
 
     opens = "masked"
     auto_class = "AutoModelForMaskedLM"
@@ -53,8 +53,8 @@ class MaskedTask(LanguageTask):
 
 
 def masked(batch: Batch, tokenizer: Any, share: float, seed: int, stream: str, number: int) -> Batch:
-    """A batch of whole texts with gaps to fill, as BERT learns (arXiv 1810.04805): of the chosen tokens 80 % become
-    the mask, 10 % a random token, 10 % stay. At least one token of every text is chosen."""
+    """A batch of whole texts with masked tokens, as for BERT (arXiv 1810.04805): of the chosen tokens 80 % become the
+    mask, 10 % a random token, 10 % stay. At least one token of every text is chosen."""
     generator = torch.Generator().manual_seed(derive(seed, stream, number))
     ids = batch["input_ids"].cpu().clone()
     special = torch.tensor(

@@ -1,6 +1,6 @@
 """LoRA3D (arXiv 2412.07746): a pointmap network learns a scene, or several, from its own aligned predictions.
 
-The mathematics stands in :mod:`pipelines.geometry.calibration`. Labels are made once and kept in the run's folder until
+The mathematics is in :mod:`pipelines.geometry.calibration`. Labels are made once and kept in the run's folder until
 the last step, so that a resumed run learns from the same ones to the bit, whatever device made them.
 """
 
@@ -64,14 +64,14 @@ def run(
     plugins: Sequence[Plugin] = (),
     keep: bool | int = False,
 ) -> dict[str, Any]:
-    """Calibrate as ``config`` says, in ``folder``.
+    """Calibrate with ``config`` in ``folder``.
 
     Args:
         folder: gets ``NAME/`` (a PEFT directory with ``scene.json``), ``card.md``, ``config.yaml``, ``loss.csv``,
             ``checkpoints/``.
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
-        keep: take no step: save the newest checkpoint, or that of a step, as the adapter.
+        keep: do not train: save the newest checkpoint, or a given step's, as the adapter.
 
     Returns:
         ``adapter`` (path), ``card``, ``loss`` (mean of the last tenth), ``first_loss``, ``steps``, ``validation``
@@ -85,7 +85,7 @@ def run(
 
 
 def trainer(config: ReconstructConfig, base: Mapping[str, str], folder: Path, resume: bool = False) -> Train:
-    """What a reconstruction gives its pipeline to train the adapter with: a session in ``folder``, which exports it
+    """The function with which a reconstruction's pipeline trains the adapter: a session in ``folder``, which exports it
     there as ``adapter/``.
 
     Args:
@@ -107,7 +107,7 @@ def trainer(config: ReconstructConfig, base: Mapping[str, str], folder: Path, re
 
 @dataclass(frozen=True)
 class Scenes:
-    """What is learnt: the network, name, sha256 and licence of its weights, and photos and labels of every scene."""
+    """The network, name, sha256 and licence of its weights, and photos and labels of every scene."""
 
     network: Any
     base: Mapping[str, str]
@@ -116,7 +116,7 @@ class Scenes:
 
 
 class Pairs(nn.Module):
-    """The network as a driver takes it: a batch of labelled pairs in, points and confidence of both views out."""
+    """The network for a driver: a batch of labelled pairs in, points and confidence of both views out."""
 
     def __init__(self, model: nn.Module, scenes: Scenes) -> None:
         super().__init__()
@@ -130,8 +130,8 @@ class SceneTask(Task):
     """Photos of scenes, and a pointmap network that learns what its predictions agree on.
 
     Args:
-        asked: the training, or the reconstruction that it is a part of.
-        scenes: what is learnt; None: it is read, opened and labelled here.
+        asked: the training, or the reconstruction it is part of.
+        scenes: what to learn; None: read, opened and labelled here.
     """
 
     data_noun = "pictures"
@@ -189,7 +189,7 @@ class SceneTask(Task):
         return int(self.config.gradient_accumulation * self.session.accelerator.num_processes)
 
     def _labelled(self) -> Scenes:
-        """The scenes with labels: kept ones of the same pictures, base and settings, else new ones, which are kept."""
+        """The scenes with labels: kept ones for the same pictures, base and settings, else new ones, then kept."""
         config, scenes = self.config, self.scenes
         label_settings = (config.graph, config.mu, config.cutoff, config.share, config.verify, config.align_steps)
         self.data_digest = key_of(
@@ -225,7 +225,7 @@ class SceneTask(Task):
     def _summary(self) -> str:
         pictures = sum(map(len, self.scenes.photos))
         said = [f"{len(self.samples)} labelled pairs of {pictures} pictures"]
-        said += [f"{len(self.held_out)} pairs kept out"] if self.held_out else []
+        said += [f"{len(self.held_out)} pairs held out"] if self.held_out else []
         return "; ".join([*said, *(text for kept in self.scenes.labels for text in kept.warnings)])
 
     def components(self) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def card(recipe: Mapping[str, Any], config: TrainSceneConfig) -> str:
         f"- Rank {config.rank}, layers: {config.target_regex or config.targets}, start: {config.init}",
         f"- {training['steps']} steps of {training['batch']} pairs, {config.optimizer} at {config.learning_rate:g}, "
         f"final loss {training['loss']:.4f}",
-        *([f"- On pairs kept out: {measured}"] if measured else []),
+        *([f"- On held-out pairs: {measured}"] if measured else []),
         f"- Licence of the base: {base['licence']}",
         f"- SHA-256 of the base: `{base['digest']}`",
         f"- Data digest: `{data['digest']}`",
