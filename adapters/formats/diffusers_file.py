@@ -60,7 +60,7 @@ class Diffusers(TensorFormat):
             configs |= {f"{component}.{option}": value for option, value in config_of(layers).items()}
             for module, layer in layers.items():
                 tensors |= _tensors(f"{component}.{module}", layer)
-        text = _own_text(file.metadata) | dict(metadata) | {CONFIG_ENTRY: json.dumps(configs, sort_keys=True)}
+        text = file.own_metadata() | dict(metadata) | {CONFIG_ENTRY: json.dumps(configs, sort_keys=True)}
         return write_tensors(path, tensors, write_beside(file, path, text))
 
 
@@ -136,10 +136,6 @@ def _with_component(
     if not guess:
         raise InputError(f"{source}: '{loose[0]}' belongs to no known part of a model; the format is unknown.")
     return {(component or guess, module): parts for (component, module), parts in groups.items()}
-
-
-def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key not in (CONFIG_ENTRY, "format")}
 
 
 FORMAT = Diffusers()

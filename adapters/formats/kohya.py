@@ -56,9 +56,7 @@ class Kohya(TensorFormat):
             tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank)
             if layer.magnitude is not None:
                 tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.A.ndim - 1))
-        text = {"ss_network_module": "networks.lora"} | {
-            key: value for key, value in file.metadata.items() if key not in ("lora_adapter_metadata", "format")
-        }
+        text = {"ss_network_module": "networks.lora"} | file.own_metadata()
         return write_tensors(path, tensors, write_beside(replace(file, words={}), path, text | dict(metadata)))
 
 

@@ -22,6 +22,9 @@ COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
 MODEL = "model"
 """The only component of an adapter for a single model (language, speech) instead of a diffusion pipeline."""
 
+FORMAT_ENTRIES = ("lora_adapter_metadata", "format")
+"""Metadata entries that formats write themselves."""
+
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
@@ -129,6 +132,10 @@ class LoraFile:
     def tables(self) -> tuple[str, ...]:
         """ "component.module" of each adapted embedding table."""
         return tuple(f"{component}.{module}" for component, module, layer in self.layers() if layer.embedding)
+
+    def own_metadata(self) -> dict[str, str]:
+        """The metadata without the entries that formats write themselves."""
+        return {key: value for key, value in self.metadata.items() if key not in FORMAT_ENTRIES}
 
     def refusal_of_tables(self, format: str) -> str:
         """Why a format without embedding tables cannot hold this adapter; empty if it can."""

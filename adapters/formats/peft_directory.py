@@ -65,17 +65,13 @@ class Peft(Format):
         """One PEFT directory, or one per component if there are several."""
         for component, layers in file.parts.items():
             place = path if len(file.parts) == 1 else path / component
-            write_directory(place, layers, _own_text(file.metadata) | dict(metadata))
+            write_directory(place, layers, file.own_metadata() | dict(metadata))
         return path
 
 
 def is_peft_directory(path: Path) -> bool:
     """Whether it is a PEFT directory, or a directory with one per component."""
     return (path / CONFIG).is_file() or any((path / component / CONFIG).is_file() for component in COMPONENTS)
-
-
-def _own_text(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key not in ("lora_adapter_metadata", "format")}
 
 
 def _read_one(path: Path) -> LoraFile:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
+from adapters.layers.products import identity_pair
 from adapters.layers.variant import base_weight, effective
 from adapters.low_rank import compact_svd, top_singular
 from adapters.merging.concatenate import cut, join
@@ -443,16 +444,9 @@ def between(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module], least
                 )
             difference = other.float() - W0.float()
             if min(W0.shape) >= least and bool(difference.any()):
-                rows, columns = difference.shape
-                if rows <= columns:
-                    pair = difference, torch.eye(rows)
-                else:
-                    pair = torch.eye(columns), difference
+                B, A = identity_pair(difference)
                 layers[component, name] = LoraLayer(
-                    pair[0].contiguous(),
-                    pair[1].contiguous(),
-                    float(min(rows, columns)),
-                    embedding=isinstance(module, nn.Embedding),
+                    A.contiguous(), B.contiguous(), float(A.shape[0]), embedding=isinstance(module, nn.Embedding)
                 )
     if not layers:
         raise InputError("The two models have the same weights: there is nothing to inspect.")
