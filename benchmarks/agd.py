@@ -1,13 +1,13 @@
-"""The rival of guidance LoRAs: small adapters beside attention, after AGD (arXiv 2503.07274), against a LoRA.
+"""The rival of guidance LoRAs: small adapters beside attention, after AGD (arXiv 2503.07274).
 
-AGD keeps the base frozen too, but adds modules of its own: beside every attention layer a small cross-attention whose
-keys and values come from the guidance w and the time t, with an output that starts at zero,
+AGD keeps the base frozen too, but adds new modules: beside every attention layer a small cross-attention whose keys and
+values come from the guidance w and the time t, with an output that starts at zero,
 
     h' = Attn(x) + O softmax(Q x K(w, t)^T) V(w, t)
 
 trained on the states of guided sampling. It takes w as an input, and cannot become part of the weights or be loaded by
-other programs. Restated here in a plain form (the paper tries several); both rivals see the same states,
-batch and number of steps, each with AdamW at one rate that was not tuned.
+other programs. Restated here in a plain form (the paper tries several); both rivals get the same states, batch and
+number of steps, each with AdamW at one untuned rate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RATES = {"agd": 5e-3, "lora": 2e-3}
 
 
 class Adapter(nn.Module):
-    """x (batch, length, channels) -> what is added to the attention's output, from w and t of :attr:`condition`."""
+    """x (batch, length, channels) -> addition to the attention's output, from w and t of :attr:`condition`."""
 
     def __init__(self, channels: int, condition: dict[str, Tensor]) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.app_memory [--openings 500] [--write]
 
-An opening is what a browser does: the page, its configuration, the connection that says it is open, every event that
-runs when the page loads, to its end; then the connection is closed. RSS of the server is read after a pause.
+An opening does what a browser does: it loads the page and its configuration, opens the heartbeat connection and runs
+every load event to its end; then it closes the connection. RSS of the server is read after a pause.
 """
 
 from __future__ import annotations

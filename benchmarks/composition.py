@@ -1,4 +1,4 @@
-"""Composition against the way it is done elsewhere: how long one picture's denoising takes.
+"""Composition against other programs' ways: how long one picture's denoising takes.
 
     python -m benchmarks.composition [--models tinymoji,random9m] [--rounds 9] [--write]
 
@@ -11,10 +11,10 @@ switch      ours against the official program's callback: ``pipe.set_adapters`` 
 merge       ours against ``pipe.set_adapters(all, weights)`` in diffusers.
 change      writing new gates, per step.
 
-With N adapters in use and 22 loaded (the number of the paper's test set) or only N loaded, at two latent sizes: what we
-save is the walk over all modules and adapters and the small kernels, so the ratio falls as the arithmetic of the base
-model grows ("floor" is the base model alone on the same batch: no composition can be faster). Times are medians of CPU
-time of one process with the programs taking turns, so that another load on the machine meets all of them.
+With N adapters in use and 22 loaded (the number of the paper's test set) or only N loaded, at two latent sizes: we save
+the walk over all modules and adapters and the small kernels, so the ratio falls as the arithmetic of the base model
+grows ("floor" is the base model alone on the same batch: no composition can be faster). Times are medians of CPU time
+of one process with the programs taking turns, so that other load on the machine affects all alike.
 """
 
 from __future__ import annotations

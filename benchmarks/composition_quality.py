@@ -2,25 +2,25 @@
 
     python -m benchmarks.composition_quality [--seeds 16] [--sets concepts|styles|all] [--minutes 60] [--write]
 
-On the embedded base with the shipped concept adapters, sets of two and three side by side in pictures twice as wide as
-high, one seed of its own for every picture of a set. Then the same pairs, from the same seeds, with a style adapter
-that acts everywhere. Regional methods are told the same sentence as the others in every
-region ("a flat icon of a fox left of a robot"); only the adapters differ by region. LoRA-Composer works in all layers
-that have places, not in cross-attention alone: most of these adapters' weights are there. Every method draws the same
-sets from the same seeds. The judge network (trained on renders only) looks at each region's part of every picture:
+On the embedded base with the shipped concept adapters: sets of two and three side by side in pictures twice as wide as
+high, each picture of a set with its own seed. Then the same pairs, from the same seeds, with a style adapter that acts
+everywhere. Regional methods get the same sentence as the others in every region ("a flat icon of a fox left of a
+robot"); only the adapters differ by region. LoRA-Composer works in all layers that have places, not only in
+cross-attention: most of these adapters' weights are there. Every method draws the same sets from the same seeds. The
+judge network (trained on renders only) looks at each region's part of every picture:
 
 right       the concept is the judge's first answer in its own region.
 all right   that holds for every concept of the picture.
-bleed       a concept is the first answer in a region that is not its own.
+bleed       a concept is the first answer in another's region.
 likeness    cosine of EfficientNet-Lite0 features between a region and the pictures its adapter was trained on, less
             the same against the pictures of the other adapters of the set (0: no more like its own).
 style       (sets with a style adapter) the style is the judge's first answer in the region; the judge answers for
             style apart from the subject.
 
 Shares come with 95 % Wilson intervals. Pictures and answers are kept in the build folder as they are made, so the same
-command goes on where it stopped; answers made with other files of base or adapters are not used again. ``--write``
-replaces the rows for which more pictures are there now than the row has, or that other files made. Last, the doctor's
-prediction of interference is compared with the bleed of "merge" over the pairs (``benchmarks.interference``).
+command continues where it stopped; answers made with other files of base or adapters are not reused. ``--write``
+replaces rows that now have more pictures, or that other files made. Last, the doctor's prediction of interference is
+compared with the bleed of "merge" over the pairs (``benchmarks.interference``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bed T: a tiny language model that speaks three dialects and has to learn a fourth.
+"""Test bed T: a tiny language model that speaks three dialects and has to learn a fourth.
 
 32 tokens, sequences of 14. Dialect d has four permutations P_0..P_3 of the tokens; x_0 = d mod 4, and
 x_t = P_{x_{t-2} mod 4}[x_{t-1}] with probability 0.9, else a token drawn from 4..31. The model is a Llama of two

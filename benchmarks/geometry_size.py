@@ -1,9 +1,9 @@
 """What a pointmap network of the public size costs here.  ``python -m benchmarks.geometry_size --write``
 
 A ViT-L encoder with two base decoders and linear heads (532 million random weights: nothing is fetched) looks at one
-ordered pair of 512 x 384 pixels, with the trunk in fp32 and in bf16 (the heads stay in fp32). Besides: the alignment's
-memory and time per pixel, on a rendered room. Every row is a process of its own, so that its peak memory is its own.
-The estimate that users are shown before a run stands beside.
+ordered pair of 512 x 384 pixels, with the trunk in fp32 and in bf16 (the heads stay in fp32). Also: the alignment's
+memory and time per pixel, on a rendered room. Every row is a separate process, so that its peak memory is its own.
+The estimate that users see before a run is beside it.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m benchmarks.interference BLEED.json [--json]
 
-``BLEED.json`` holds what another benchmark measured, ``{"fox + robot": 0.31, ...}`` (share of pictures in which a
-concept turns up where it should not). Printed are both numbers of every pair and their rank correlation (Spearman's
-rho) with an interval: pairs are drawn again with replacement, 2000 times, and the middle 95 % of the rhos is given;
-the p-value is that of a permutation test, exact for few pairs.
+``BLEED.json`` holds another benchmark's measurements, ``{"fox + robot": 0.31, ...}`` (share of pictures in which a
+concept turns up where it should not). Prints both numbers of every pair and their rank correlation (Spearman's rho)
+with a 95 % bootstrap interval (2000 resamplings of the pairs) and the p-value of a permutation test, exact for few
+pairs.
 
 Other programs call :func:`validate` with their measurements.
 """

@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct answers in sentences. The adapter learns to answer "capita
 in one or two words, from 345 questions about 115 countries; 60 questions about 20 other countries are never trained
 on. An answer counts when greedy decoding gives exactly the words of the data (and then stops). The same LoRA (rank 8,
 rank-stabilised, all linear layers) starts and learns in several ways, everything else equal but one rate. As the base
-alone answers in sentences, its answers are also counted when they contain the wanted words.
+alone answers in sentences, its answers also count when they contain the wanted words.
 
     pip install --no-deps countryinfo==1.0.1            # MIT; the facts (not shipped here)
     python -m benchmarks.language_adapters               # about 15 minutes of one CPU core

@@ -1,4 +1,4 @@
-"""Small measures that several benchmarks take."""
+"""Small measures shared by several benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training methods in the smallest loop that drives them: a model, a data function, one optimiser."""
+"""The smallest loop that drives the training methods: a model, a data function, one optimiser."""
 
 from __future__ import annotations
 

@@ -2,19 +2,19 @@
 
     python -m benchmarks.regions [--models tinymoji,random9m,random80m] [--rounds 5] [--write]
 
-All on the same base, sampler, steps, guidance and size, each region a quarter of the picture with a LoRA (rank 8, all
-attention layers) and a prompt of its own:
+All with the same base, sampler, steps, guidance and size, each region a quarter of the picture with its own LoRA (rank
+8, all attention layers) and prompt:
 
 plain        one LoRA, no region: the reference
 activation   four regions in one pass, adapters masked in every layer
 cross        four regions in cross-attention
 composer     cross, with isolation and re-initialisation, no refinement
-refined      the same with refinement (trust region) in the first half of the steps: what it costs is stated apart
+refined      the same with refinement (trust region) in the first half of the steps: its cost is stated separately
 output       our blend of five predictions in one batch
-passes       the same one prediction after the other: N + 1 passes per step, as other tools make regions
+passes       the same one prediction after another: N + 1 passes per step, as other tools do regions
 
-Times are medians of CPU time of one process, the programs taking turns, so that another load on the machine meets all
-of them; a call holds everything but loading and the autoencoder (text encoding, keys and values, the search for
+Times are medians of CPU time of one process, the programs taking turns, so that other load on the machine affects all
+alike; a call includes everything but loading and the autoencoder (text encoding, keys and values, the search for
 windows). Memory is the growth of the process' peak from one to four regions, in processes of their own, beside the
 adapters' size.
 """

@@ -1,9 +1,9 @@
 """A classification bed: a tiny BERT that knows four topics, and rows that teach it the same topics badly.
 
 Every topic draws its 12 words from a distribution of its own over 28 words (tokens 4 to 31). The model (two layers,
-width 64) is trained until it tells clean, balanced rows of the first wording apart, in a few seconds and always the
-same way. What an adapter then learns from is a new wording (half the old distribution, half a new one), imbalanced 10
-to 1, with every fifth label wrong.
+width 64) is trained until it classifies clean, balanced rows of the first wording, in a few seconds and always the same
+way. An adapter then learns from a new wording (half the old distribution, half a new one), imbalanced 10 to 1, with
+every fifth label wrong.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ pictures and captions are kept) and with both caches off. Same base, pictures, b
 
     python -m benchmarks.training --rounds 15            # prints and writes benchmarks/results/training.{json,md}
 
-Steps of the three alternate within one process and medians are compared, so that a busy machine slows all alike;
-peak memory is that of a process of its own per variant.
+Steps of the three alternate within one process and medians are compared, so that a busy machine slows all alike; peak
+memory is measured in a separate process per variant.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m benchmarks.training_methods starts --seeds 1    # some of them
 
 Each experiment replaces its part of ``benchmarks/results/training_methods.json``; the tables (``.md``) and plots
-(``.png``, with matplotlib) are made from that. A threshold is written down with what came out, passed or not.
+(``.png``, with matplotlib) are made from it. Every threshold is listed with its result, passed or not.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class JobConfig(BaseModel):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Every key that need not be given, with its value as in the file."""
+        """The default of every optional key, in the form of the YAML file."""
         found = {
             name: field.get_default(call_default_factory=True)
             for name, field in cls.model_fields.items()
@@ -58,7 +58,7 @@ class JobConfig(BaseModel):
 
 
 def _plain(value: Any) -> Any:
-    """A default as YAML holds it."""
+    """A default in YAML's form."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -163,13 +163,16 @@ def resume(
 def keep(
     job: Id,
     step: Annotated[
-        int | None, typer.Option("--step", min=1, metavar="N", help="The step it was saved at (default: the last).")
+        int | None, typer.Option("--step", min=1, metavar="N", help="Step at which it was saved (default: the last).")
     ] = None,
     name: Annotated[str, typer.Option("--name", help="Name in the library.")] = "",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Put what a training has learnt so far into the library, from any step at which it was saved."""
+    """Add a training's adapter to the library, from any step at which it was saved.
+
+    Example:  studio jobs keep last --step 200
+    """
     from studio import jobs
     from studio.training import saved
 
@@ -177,7 +180,7 @@ def keep(
     record = saved.keep(found, step, name)
     steps, output = list(saved.steps(found)), Output(json, quiet)
     output.result({"library": record.name, "steps": steps}, f"It is in the library as '{record.name}'.")
-    output.note(f"Job {found.id} has saved the steps {', '.join(map(str, steps))}.")
+    output.note(f"Job {found.id} has adapters of the steps {', '.join(map(str, steps))}.")
 
 
 @group.command()

@@ -25,7 +25,7 @@ HERE = "here"
 
 
 def submit(kind: str, config: JobConfig | Mapping[str, Any]) -> str:
-    """Put a job in its queue and return its id; raises :class:`InputError` when it is known that it cannot be done.
+    """Put a job in its queue and return its id; raises :class:`InputError` if it is known to fail.
 
     Nothing works on it until a worker runs (:func:`ensure_worker`).
     """
@@ -246,7 +246,7 @@ def trouble() -> Sequence[str]:
 
 
 def _ready(kind: str, config: JobConfig | Mapping[str, Any]) -> JobConfig:
-    """The configuration, when nothing is known that would make the job fail."""
+    """The configuration, unless the job is known to fail."""
     found = kinds.find(kind)
     parsed = found.parse(config)
     found.check(parsed)

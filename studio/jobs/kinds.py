@@ -64,7 +64,7 @@ class Kind:
         return self.model().parse(values, source=f"the {self.name} job")
 
     def check(self, config: JobConfig) -> None:
-        """Refuse what cannot be done, as far as that can be known beforehand; raises :class:`InputError`."""
+        """Refuse what is known to fail; raises :class:`InputError`."""
         if self.ready:
             _load(self.ready)(config)
 

@@ -62,7 +62,7 @@ class Job:
     pid: int | None = None
     resuming: bool = False
     earlier: float = 0.0
-    """Seconds that it ran before it was resumed."""
+    """Seconds it ran before it was resumed."""
     cwd: Path = Path()
     """The folder from which it was submitted: relative paths in its configuration start there."""
 

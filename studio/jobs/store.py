@@ -91,7 +91,7 @@ def change(job_id: str, expected: Iterable[Status], **values: Any) -> bool:
 
 
 def add_earlier(job_id: str, seconds: float) -> None:
-    """Note how long a job has run when it is about to go on."""
+    """Record how long a job has run, before it is resumed."""
     connection().execute("insert or replace into earlier (job, seconds) values (?, ?)", (job_id, seconds))
 
 

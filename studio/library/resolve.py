@@ -83,7 +83,7 @@ def resolve_pipeline(name_or_path: str | Path) -> str:
 
 
 def resolve_language(name_or_path: str | Path) -> str:
-    """As :func:`resolve_base`, for a base that reads and writes text.
+    """As :func:`resolve_base`, for a language model.
 
     Raises:
         InputError: there is nothing of this name, or it draws pictures.

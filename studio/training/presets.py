@@ -72,8 +72,8 @@ MEASURED: dict[str, dict[str, Values]] = {
                     "ema_decay": 0.98},
     },
 }  # fmt: skip
-"""Base -> kind of job -> what every preset of the kind says otherwise there: a base much smaller than those that people
-train LoRAs of needs larger steps. What the presets reach there is in benchmarks/results/presets.md."""
+"""Base -> kind of job -> values that replace those of every preset of the kind: a base much smaller than usual needs
+larger steps. What the presets reach there is in benchmarks/results/presets.md."""
 
 
 def fields(kind: str) -> set[str]:

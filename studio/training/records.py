@@ -40,11 +40,11 @@ class LossCurve:
 
 
 PARTS = 4
-"""How often what happens at parts of a run does, its end included."""
+"""How many times a run samples and saves by default, its end included."""
 
 
 def due(step: int, every: int | None, total: int = 0) -> bool:
-    """Whether something that happens every so many steps (0 = never) happens after this one; None: at each quarter of
+    """Whether something done every ``every`` steps (0 = never) is due after this one; None: at each quarter of
     ``total`` steps."""
     if every is None:
         return PARTS * step // total > PARTS * (step - 1) // total

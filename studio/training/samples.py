@@ -80,7 +80,7 @@ def save_samples(pictures: Sequence[Image.Image], folder: Path, name: str) -> li
 
 
 def sample_prompts(config: TrainImageConfig, captions: Sequence[str]) -> list[str]:
-    """The configured prompts; without any the data's first caption, unless samples are for the end only."""
+    """The configured prompts; if there are none, the data's first caption, unless samples are only for the end."""
     if config.sample_prompts:
         return [prompt.replace("{trigger}", config.trigger) for prompt in config.sample_prompts]
     return list(captions[:1]) if config.sample_every != 0 or config.sample_at_start else []

@@ -1,4 +1,4 @@
-"""Adapters that a training has saved on its way and at its end, and how one of them becomes part of the library."""
+"""Adapters that a training saved during and at the end of a run, and how to add one to the library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def steps(job: Job) -> dict[int, Path]:
 
 
 def keep(job: Job, step: int | None = None, name: str = "") -> library.Record:
-    """Put the adapter of a step (the latest by default) into the library, with the sample drawn then as its picture.
+    """Add the adapter of a step (by default the latest) to the library, with that step's sample as its preview.
 
     An adapter that the library has already stays as it is.
 

@@ -259,7 +259,7 @@ class TrainSession:
         return bool(self.accelerator.reduce(asked, "sum"))
 
     def stopped(self) -> Cancelled:
-        """Keep what is learnt so far as an adapter; returns what ends the run."""
+        """Save the adapter learnt so far; returns the exception that ends the run."""
         if self.step:
             self._save_intermediate()
         return Cancelled(f"Stopped at step {self.step} of {self.total}; the run can be resumed.")
@@ -319,8 +319,8 @@ class TrainSession:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def finish(self) -> dict[str, Any]:
-        """Save the adapter, sample once more, also without it, and write the card; returns the result, empty but in the
-        main process."""
+        """Save the adapter, sample with and without it, write the card; returns the result (empty in other
+        processes)."""
         self.accelerator.wait_for_everyone()
         task = self.task
         measured = bool(self.validation) and self.validation[-1]["step"] == self.step

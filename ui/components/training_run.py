@@ -118,13 +118,13 @@ class Run:
 
 
 def chosen_file(job_id: str, step: Any) -> Any:
-    """What is downloaded when a step is chosen."""
+    """The file to download for a chosen step."""
     place = saved.steps(jobs.get(job_id)).get(int(step or 0)) if job_id else None
     return gr.update(value=str(place)) if place and place.is_file() else gr.skip()
 
 
 def step_of_sample(job_id: str, event: gr.SelectData) -> Any:
-    """The saved step of a sample that was clicked; nothing where none was saved then."""
+    """The saved step of a clicked sample; nothing if none was saved then."""
     words = event.value.get("caption") if isinstance(event.value, dict) else ""
     number = (words or "").removeprefix("step ")
     if not number.isdigit() or int(number) not in saved.steps(jobs.get(job_id)):
@@ -166,7 +166,7 @@ def follow(job_id: str, shown: tuple[Any, ...]) -> Any:
 
 
 def _choices(steps: Mapping[int, Path]) -> Any:
-    """The saved steps to choose from, the latest chosen; not shown when there is only one."""
+    """The saved steps to choose from, the latest selected; hidden if there is only one."""
     listed = [(f"step {step}", step) for step in reversed(steps)]
     return gr.update(choices=listed, value=listed[0][1] if listed else None, visible=len(listed) > 1)
 

@@ -182,7 +182,7 @@ def pictures_of(job: Job) -> list[Any]:
 
 
 def describe(job: Job) -> str:
-    """Title, state, picture, facts, and what of the settings is not as usual."""
+    """Title, state, picture, facts, and settings that differ from the defaults."""
     pairs = [
         ("Kind", kinds.title(job.kind)), ("Method", method(job)), ("Seed", job.config.get("seed", "")),
         ("Created", markup.ago(job.created)), ("Took", markup.duration(job.seconds)), ("Device", job.device),
@@ -203,7 +203,7 @@ def _picture(file: Path) -> str:
 
 
 def method(job: Job) -> str:
-    """How a job does what it does: the methods of a composition, or how a training's adapter starts and learns."""
+    """A job's methods: those of a composition, or how a training's adapter starts and learns."""
     if job.kind in gallery.KINDS:
         return how(job)[0]
     chosen = [
@@ -216,7 +216,7 @@ def method(job: Job) -> str:
 
 
 def _changed(job: Job) -> str:
-    """What of the settings differs from the defaults, as a table."""
+    """The settings that differ from the defaults, as a table."""
     usual = kinds.find(job.kind).model().defaults()
     rows = "".join(
         f"<tr><th scope=row>{markup.text(name.replace('_', ' '))}</th><td>{markup.text(_plain(value))}</td>"
@@ -230,7 +230,7 @@ def _changed(job: Job) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value on one line, cut where it is long."""
+    """A value on one line, cut if it is long."""
     if value is None or value == "" or value == [] or value == {}:
         return "–"
     written = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
@@ -239,7 +239,7 @@ def _plain(value: Any) -> str:
 
 
 def _configuration(job: Job) -> str:
-    """The whole configuration: to read, and as the file that repeats the job."""
+    """The whole configuration, to read or download as the file that repeats the job."""
     settings = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)
     link = markup.text(markup.file_url(job.folder / "config.yaml"))
     return (

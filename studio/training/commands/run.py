@@ -26,9 +26,7 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Resume from the last checkpoint in --folder.", rich_help_panel="Output")
 ]
 
-Estimate = Annotated[
-    bool, typer.Option("--estimate", help="Only estimate memory and time.", rich_help_panel="Output")
-]
+Estimate = Annotated[bool, typer.Option("--estimate", help="Only estimate memory and time.", rich_help_panel="Output")]
 
 Step = Annotated[
     int | None,

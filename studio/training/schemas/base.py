@@ -27,10 +27,10 @@ GROUPS = (
     "Guidance",
     "What it trains on",
     "Few steps",
-    "Method",
     "Data",
     "Labels",
     "Adapter",
+    "Method",
     "Optimiser",
     "Schedule",
     "Noise and loss",
@@ -176,7 +176,7 @@ class TrainConfig(JobConfig):
         None,
         ge=0,
         description="Also save the adapter every N steps; empty = at each quarter of the run; 0 = only at the end. "
-        "A run that is stopped always saves what it has learnt.",
+        "A stopped run always saves what it has learnt.",
         json_schema_extra=_OUTPUT,
     )
     keep_last: int = Field(

@@ -106,9 +106,7 @@ class DistillConfig(PictureFields, ModelChoice, TrainConfig):
         description="trajectories: text file with one prompt per line; empty = the captions of the folder in data.",
         json_schema_extra=_STATES,
     )
-    trajectory_count: int = Field(
-        128, ge=1, description="trajectories: how many to record.", json_schema_extra=_STATES
-    )
+    trajectory_count: int = Field(128, ge=1, description="trajectories: how many to record.", json_schema_extra=_STATES)
     trajectories: str = Field(
         "",
         description="trajectories: folder to record them to or reuse them from; empty = in the run's folder.",
@@ -183,8 +181,8 @@ def style(text: str) -> tuple[str, float]:
 
 
 _SHARED = frozenset(TrainImageConfig.model_fields) - {"guidance", "preset"}
-"""Fields with the image trainer's meaning; its ``guidance`` is another one (the value Flux takes as an input), and the
-presets are its own."""
+"""Fields shared with the image trainer; its ``guidance`` means something else (Flux's input value), and its presets
+are its own."""
 
 _REFUSED: list[rules.Refusal] = [
     (
