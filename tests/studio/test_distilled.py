@@ -30,7 +30,7 @@ def values(model, tmp_path) -> dict[str, object]:
     return {
         "base": str(model), "prompts": str(tmp_path / "prompts.txt"), "name": "swift", "knots": 3, "rank": 2,
         "trajectory_count": 2, "steps": 4, "batch_size": 2, "resolution": 32, "device": "cpu", "guidance": 4.0,
-        "checkpoint_every": 2,
+        "checkpoint_every": 2, "sample_every": 0,
     }  # fmt: skip
 
 

@@ -100,7 +100,8 @@ class TrainSceneConfig(MethodFields, AdapterTrainConfig):
         """The training for a calibrating reconstruction."""
         same = {name: getattr(config, name) for name in cls.model_fields.keys() & type(config).model_fields.keys()}
         return cls(**{
-            **same, "name": ADAPTER, "base": config.model, "targets": config.preset, "align_steps": config.steps,
+            **same, "preset": "", "name": ADAPTER, "base": config.model, "targets": config.preset,
+            "align_steps": config.steps,
             "steps": cls.model_fields["steps"].default, "learning_rate": config.lr,
             "min_lr_ratio": min(1.0, FINAL_RATE / config.lr), "save_every": 0,
         })  # fmt: skip
