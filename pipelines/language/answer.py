@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adapters.errors import InputError
+from pipelines.language.loading import longest_input
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int
 
 
 def _check_room(model: Any, length: int, sampling: Sampling) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and length + sampling.max_tokens > longest:
+    longest = longest_input(model.config)
+    if longest is not None and length + sampling.max_tokens > longest:
         raise InputError(
             f"The conversation has {length} tokens; with {sampling.max_tokens} new ones that is more than the "
             f"{longest} this model can read: clear the conversation, or ask for fewer tokens."

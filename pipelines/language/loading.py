@@ -49,13 +49,17 @@ class LanguageModel:
     @property
     def longest(self) -> int | None:
         """Largest number of tokens the model can read; None if its configuration does not say."""
-        for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-            found = getattr(self.model.config, name, None)
-            if isinstance(found, int) and found > 0:
-                # RoBERTa's positions start after the padding index
-                offset = 2 if self.architecture in ("roberta", "xlm-roberta", "camembert") else 0
-                return found - offset
-        return None
+        return longest_input(self.model.config)
+
+
+def longest_input(config: Any) -> int | None:
+    """Largest number of tokens that a model with this transformers configuration can read; None if it does not say."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        found = getattr(config, name, None)
+        if isinstance(found, int) and found > 0:
+            # RoBERTa's positions start after the padding index
+            return found - (2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
+    return None
 
 
 def open_model(

@@ -237,11 +237,12 @@ def _text_loss(base: Base, path: Path, length: int = 128, most: int = 64) -> Cal
     import torch
 
     from adapters.formats.lora import MODEL
+    from pipelines.language.loading import longest_input
     from studio.datasets.encoding import IGNORED
     from studio.training.tasks.masked import masked
 
     ids = base.tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    length = min(length, getattr(base.models[MODEL].config, "max_position_embeddings", length))
+    length = min(length, longest_input(base.models[MODEL].config) or length)
     pieces = [piece for piece in ids.split(length)[:most] if len(piece) > 1]
     if not pieces:
         raise InputError(f"'{path}' holds too little text to measure a loss on.")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, RobertaForCausalLM
 
 from adapters.errors import FamilyError, InputError, MissingDependencyError
 from adapters.progress import Silent
@@ -26,6 +26,7 @@ from studio.conversation.templates import Spoken, differs, spoken
 from studio.datasets.encoding import CHATML
 from studio.library import scan, smollm2
 from studio.training.tasks.language import run
+from tests.language import tiny
 from tests.language.conftest import settings, write_rows
 
 ASKED = [{"role": "user", "content": "hello"}]
@@ -86,6 +87,21 @@ def test_the_stream_is_what_generate_gives(bases):
     state = torch.random.get_rng_state()
     list(stream(base.model, base.tokenizer, ASKED, lively))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_room_of_a_model_whose_positions_start_after_the_padding_index():
+    """RoBERTa keeps two of its 40 positions for the padding index: the 39th token has none."""
+    spelling = tiny.tokenizer(template=False)
+    model = RobertaForCausalLM(
+        RobertaConfig(vocab_size=len(spelling), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                      num_attention_heads=4, max_position_embeddings=40, pad_token_id=1, is_decoder=True)
+    ).eval()  # fmt: skip
+    asked = prompt(spelling, ASKED, "cpu")["input_ids"].shape[1]
+    with pytest.raises(InputError, match="more than the 38 this model can read"):
+        list(stream(model, spelling, ASKED, Sampling(max_tokens=39 - asked)))
+    model(torch.full((1, 38), 5))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        model(torch.full((1, 39), 5))
 
 
 def test_questions_that_cannot_be_answered(bases, adapters):
