@@ -206,7 +206,7 @@ def _write(file: LoraFile, out: Path, to: str) -> Path:
     if ending and out.suffix != ending:
         raise InputError(f"--out: the file must end in {ending}, got '{out.name}'.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return formats.write(file, out, to, dict(file.metadata))
+    return formats.write(file, out, to)
 
 
 def _strongest(file: LoraFile, number: int = 3) -> list[dict[str, Any]]:

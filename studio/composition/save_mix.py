@@ -61,7 +61,7 @@ def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Pat
     record = {"job": "mix", "triggers": triggers, "config": {"base": config.base}}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "mix.safetensors"
-        formats.write_diffusers(merged, file, {**merged.metadata, "adapter-studio": json.dumps(record)})
+        formats.write_diffusers(merged, file, {"adapter-studio": json.dumps(record)})
         made = edit.import_adapter(file, adopt.free_name(name.strip() or "mix"))
     if preview is not None:
         edit.set_preview(made, preview)

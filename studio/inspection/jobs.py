@@ -72,4 +72,4 @@ def _write(file: LoraFile, place: Path) -> Path:
 
     if set(file.parts) == {MODEL}:
         return write_peft(file, place)
-    return write_diffusers(file, place.with_name(f"{place.name}.safetensors"), dict(file.metadata))
+    return write_diffusers(file, place.with_name(f"{place.name}.safetensors"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from adapters.formats.header import read_header
 from studio import jobs, library
 from studio.cli.app import run
 from tests.studio.files import diffusers_lora, peft_lora
@@ -315,6 +316,11 @@ class TestWithAModel:
         report = json.loads(ask("lora", "inspect", cat, "--json")[1])
         assert (report["ranks"], report["format"]) == ([2], "diffusers")
         assert ask("lora", "convert", cat, "--to", "kohya", "--out", tmp_path / "k.safetensors")[0] == 0
+        # diffusers refuses a kohya file that has the PEFT configuration of a diffusers file as well
+        old, new = (read_header(place).metadata for place in (cat, tmp_path / "k.safetensors"))
+        assert "lora_adapter_metadata" in old
+        assert "lora_adapter_metadata" not in new
+        assert old.keys() - {"lora_adapter_metadata"} <= new.keys()
         code, _, err = ask("lora", "convert", tmp_path / "k.safetensors", "--out", tmp_path / "d.safetensors")
         assert code == 2
         assert "--base" in err
