@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
-from adapters.formats.lora import LoraFile, LoraLayer, group_dict
+from adapters.formats.lora import LoraFile, LoraLayer, group_dict, relative_error
 from adapters.merging.concatenate import Merged, join, summands
 
 METHOD = Method(
@@ -84,9 +84,7 @@ def lego(
     for (component, module), parts in gathered.items():
         name = f"{component}.{module}"
         merged, report[name] = merge_layer(parts, rank, seed, features, parameter_norm, output_reweight, balance)
-        exact = join(parts).delta()
-        size = torch.linalg.vector_norm(exact)
-        errors[name] = float(torch.linalg.vector_norm(merged.delta() - exact) / size) if size > 0 else 0.0
+        errors[name] = relative_error(merged.delta(), join(parts).delta())
         layers[component, module] = merged
     return Merged(LoraFile(group_dict(layers)), errors, report)
 

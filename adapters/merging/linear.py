@@ -13,7 +13,7 @@ import torch
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
-from adapters.formats.lora import LoraFile, LoraLayer, group_dict
+from adapters.formats.lora import LoraFile, LoraLayer, group_dict, relative_error
 from adapters.merging.concatenate import Merged, concatenate, cut, join, summands
 
 METHODS = (
@@ -68,8 +68,6 @@ def linear(
         merged = LoraLayer(A, B, alpha=float(A.shape[0]), embedding=parts[0][0].embedding)
         if rank is not None and rank < merged.rank:
             merged, _ = cut(merged, rank)
-        exact = join(parts).delta()
-        size = torch.linalg.vector_norm(exact)
-        errors[name] = float(torch.linalg.vector_norm(merged.delta() - exact) / size) if size > 0 else 0.0
+        errors[name] = relative_error(merged.delta(), join(parts).delta())
         layers[component, module] = merged
     return Merged(LoraFile(group_dict(layers)), errors)
