@@ -63,8 +63,7 @@ def concatenate(
     Raises:
         InputError: nothing to merge, a DoRA adapter (not a sum), different base models, or a rank below 1.
     """
-    if rank is not None and rank < 1:
-        raise InputError(f"The rank of a merged LoRA must be at least 1, got {rank}.")
+    check_rank(rank)
     scaled = summands(files, weights, factors)
     layers: dict[tuple[str, str], LoraLayer] = {}
     errors: dict[str, float] = {}
@@ -75,6 +74,12 @@ def concatenate(
         else:
             layers[component, module], errors[f"{component}.{module}"] = cut(exact, rank)
     return Merged(LoraFile(group_dict(layers)), errors)
+
+
+def check_rank(rank: int | None) -> None:
+    """Raise :class:`InputError` for a rank of a merge below 1."""
+    if rank is not None and rank < 1:
+        raise InputError(f"The rank of a merged LoRA must be at least 1, got {rank}.")
 
 
 def summands(

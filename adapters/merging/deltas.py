@@ -14,7 +14,7 @@ from torch import Tensor
 from adapters.errors import InputError
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
 from adapters.low_rank import truncated_svd
-from adapters.merging.concatenate import Merged, summands
+from adapters.merging.concatenate import Merged, check_rank, summands
 
 Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(updates without their weights (N, out, in), weights (N,), random generator) -> merged update (out, in)."""
@@ -41,8 +41,7 @@ def merge_updates(
     Raises:
         InputError: nothing to merge, or a rank below 1.
     """
-    if rank is not None and rank < 1:
-        raise InputError(f"The rank of a merged LoRA must be at least 1, got {rank}.")
+    check_rank(rank)
     layers: dict[tuple[str, str], LoraLayer] = {}
     errors: dict[str, float] = {}
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ import torch
 from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict, relative_error
-from adapters.merging.concatenate import Merged, concatenate, cut, join, summands
+from adapters.merging.concatenate import Merged, check_rank, concatenate, cut, join, summands
 
 METHODS = (
     Method(
@@ -43,7 +43,8 @@ def svd(files: Sequence[LoraFile], weights: Sequence[Mapping[str, float] | float
     """The exact sum truncated to ``rank`` (None = the largest rank of the adapters); raises :class:`InputError`."""
     if not files:
         raise InputError("There is no adapter to merge.")
-    return concatenate(files, weights, rank=rank or max(rank for file in files for rank in file.ranks()))
+    largest = max(one for file in files for one in file.ranks())
+    return concatenate(files, weights, rank=largest if rank is None else rank)
 
 
 def linear(
@@ -52,8 +53,10 @@ def linear(
     """The sum of the A and of the B, separately; ``errors`` is the relative distance to the exact sum.
 
     Raises:
-        InputError: nothing to merge, different ranks in one layer, or a negative weight (it has no square root).
+        InputError: nothing to merge, different ranks in one layer, a rank below 1, or a negative weight (it has no
+            square root).
     """
+    check_rank(rank)
     layers: dict[tuple[str, str], LoraLayer] = {}
     errors: dict[str, float] = {}
     for (component, module), parts in summands(files, weights).items():

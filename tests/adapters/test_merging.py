@@ -192,7 +192,7 @@ def test_bad_options():
         (lambda: lego([one], [1], parameter_norm="l1"), "'inf', 'l2'"),
         (lambda: ties([one], [1], density=0), "density"),
         (lambda: dare([one], [1], then="x"), "'sum' or 'ties'"),
-        (lambda: magnitude([one], [1], rank=0), "at least 1"),
+        *((lambda method=method: method([one], [1], rank=0), "at least 1") for method in (magnitude, linear, svd)),
         (lambda: linear([one, file(layer(3))], [1, 1]), "equal ranks"),
         (lambda: linear([one], [-1]), "negative"),
     ):
