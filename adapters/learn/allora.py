@@ -14,7 +14,7 @@ for SGD; :class:`ScaledSteps` (our extension) scales the optimiser's update by a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
-from adapters.layers.variant import attach, offset_of, pair
+from adapters.layers.variant import attach, effective, offset_of, pair
 from adapters.low_rank import row_norms_squared
 from adapters.options import Option, Rule, Training
 from adapters.plugin import Handles, Plugin, check_whole, matrices_of, no_decay
@@ -183,25 +183,19 @@ class ScaledSteps:
     def before(self) -> None:
         """Remember A, B and a."""
         self._before = []
-        for A, B, offset in self._tensors():
-            left, right = B.flatten(1), A.flatten(1)
-            if offset is not None:
-                right = torch.cat([right, offset[0].flatten(1)])
-                left = torch.cat([left, -offset[1].flatten(1)], dim=1)
-            self._before.append((A.clone(), B.clone(), row_factors(left, right, self.eta)))
+        for layer in self.layers:
+            A, B = pair(layer, self.adapter)
+            a = row_factors(*effective(layer, self.adapter), self.eta)
+            self._before.append((A.clone(), B.clone(), a))
 
     @torch.no_grad()
     def after(self) -> None:
         """Scale the change that the optimiser made."""
-        for (A, B, _), (old_A, old_B, a) in zip(self._tensors(), self._before, strict=True):
+        for layer, (old_A, old_B, a) in zip(self.layers, self._before, strict=True):
+            A, B = pair(layer, self.adapter)
             B.copy_(old_B + a.view(-1, *[1] * (B.ndim - 1)).to(B) * (B - old_B))
             if A.requires_grad:
                 A.copy_(old_A + a.mean().to(A) * (A - old_A))
-
-    def _tensors(self) -> Iterable[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
-        for layer in self.layers:
-            A, B = pair(layer, self.adapter)
-            yield A, B, offset_of(layer, self.adapter)
 
 
 class AlloraPlugin(Plugin):
