@@ -319,11 +319,12 @@ def test_the_library_tells_language_models_apart(bases, tmp_path):
         library.resolve_base(str(bare))
 
 
-def test_a_job_that_cannot_be_trained_fails_with_a_sentence(bases, tmp_path):
+def test_a_training_that_must_fail_is_refused_before_it_is_a_job(bases, tmp_path):
     data = write_rows(tmp_path / "r.jsonl", [{"nothing": "here"}])
+    before = [job.id for job in jobs.list()]
     with pytest.raises(InputError, match="needs 'messages'"):
         jobs.run_here("train-language", settings(bases("llama"), data), Silent())
-    assert jobs.get("last").status == "failed"
+    assert [job.id for job in jobs.list()] == before
 
 
 def test_the_embedded_models_file_is_checked(tmp_path, monkeypatch):
