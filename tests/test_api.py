@@ -72,7 +72,7 @@ def test_wrong_values_are_one_sentence(tmp_path: Path) -> None:
         studio.compose("a fox", ["nobody-has-this"], steps=1)
     with pytest.raises(InputError, match=r"no training of kind 'imagee' \(did you mean 'image'"):
         studio.train("imagee", folder=tmp_path)
-    with pytest.raises(InputError, match="There is no preset 'concept': known are quick"):
+    with pytest.raises(InputError, match="There is no preset 'concept': choose quick"):
         studio.train("language", folder=tmp_path, preset="concept", data="rows.jsonl")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be created"):

@@ -27,7 +27,7 @@ def methods(
     found = declared()
     stages = sorted({method.stage for method in found})
     if stage is not None and stage not in stages:
-        raise InputError(f"There is no stage '{stage}'{nearest(stage, stages)}: known are {', '.join(stages)}.")
+        raise InputError(f"There is no stage '{stage}'{nearest(stage, stages)}: choose {', '.join(stages)}.")
     chosen = [method for method in found if stage in (None, method.stage)]
     Output(json, quiet).result(
         [asdict(method) for method in chosen],

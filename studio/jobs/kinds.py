@@ -93,7 +93,7 @@ def find(name: str) -> Kind:
     if name not in _KINDS:
         _import_plugins(tuple(settings.load().plugins))
     if name not in _KINDS:
-        raise InputError(f"Unknown kind of job '{name}'{nearest(name, _KINDS)}: known are {', '.join(_KINDS)}.")
+        raise InputError(f"Unknown kind of job '{name}'{nearest(name, _KINDS)}: choose {', '.join(_KINDS)}.")
     return _KINDS[name]
 
 

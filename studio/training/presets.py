@@ -97,6 +97,6 @@ def preset(kind: str, name: str, base: str) -> Values:
         return {}
     known = PRESETS.get(kind, {})
     if name not in known:
-        there = f"known are {', '.join(known)}" if known else f"there are none for {kind}; leave it empty"
+        there = f"choose {', '.join(known)}" if known else f"there are none for {kind}; leave it empty"
         raise InputError(f"There is no preset '{name}'{nearest(name, known)}: {there}.")
     return {**known[name], **MEASURED.get(base, {}).get(kind, {})}

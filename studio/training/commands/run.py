@@ -71,7 +71,7 @@ def read(
 def kept(keep: bool, step: int | None) -> bool | int:
     """What to keep: nothing, the last checkpoint (True) or that of a step; raises :class:`InputError`."""
     if step and not keep:
-        raise InputError("--step goes with --keep: it names the checkpoint that becomes the adapter.")
+        raise InputError("--step needs --keep: it names the checkpoint that becomes the adapter.")
     return step or keep
 
 
