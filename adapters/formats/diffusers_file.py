@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import InputError
 from adapters.formats.format import TensorFormat
 from adapters.formats.keys import (
+    group_tensors,
     guess_component,
     layer_of,
-    refuse_unknown,
     split_component,
-    split_role,
     written_alpha,
 )
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
@@ -70,19 +69,7 @@ def parse_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
     Raises:
         InputError: keys that are not an adapter's, of no known component, or tensors that do not fit together.
     """
-    groups: dict[tuple[str, str], dict[str, Tensor]] = {}
-    strange: list[str] = []
-    for key, tensor in tensors.items():
-        found = split_role(key)
-        if found is None:
-            strange.append(key)
-            continue
-        parts = groups.setdefault(split_component(found[0]), {})
-        if found[1] in parts:
-            raise InputError(f"{source}: '{found[0]}' has two tensors for one role (one is '{key}').")
-        parts[found[1]] = tensor
-    refuse_unknown(strange, source)
-    groups = _with_component(groups, source)
+    groups = _with_component(group_tensors(tensors, split_component, source), source)
     configs = component_configs(metadata, source)
     layers = {}
     for (component, module), parts in groups.items():

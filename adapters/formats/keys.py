@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
@@ -101,6 +101,29 @@ def refuse_unknown(keys: list[str], source: str) -> None:
             f"{source}: {len(keys)} keys are not understood ({shown}{', ...' if len(keys) > 3 else ''}); "
             f"{_WHAT_IS_READ}."
         )
+
+
+def group_tensors(
+    tensors: Mapping[str, Tensor], place: Callable[[str], tuple[str, str]], source: str
+) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """(component, module) -> the tensors of that layer by role; ``place`` finds both in a key without its role.
+
+    Raises:
+        InputError: keys that are not an adapter's, or two tensors for one role.
+    """
+    groups: dict[tuple[str, str], dict[str, Tensor]] = {}
+    strange: list[str] = []
+    for key, tensor in tensors.items():
+        found = split_role(key)
+        if found is None:
+            strange.append(key)
+            continue
+        parts = groups.setdefault(place(found[0]), {})
+        if found[1] in parts:
+            raise InputError(f"{source}: '{found[0]}' has two tensors for one role (one is '{key}').")
+        parts[found[1]] = tensor
+    refuse_unknown(strange, source)
+    return groups
 
 
 def written_alpha(parts: Mapping[str, Tensor], name: str, source: str) -> float | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
 from adapters.formats import original_names
-from adapters.formats.keys import layer_of, modern_name, refuse_unknown, split_role, written_alpha
+from adapters.formats.keys import group_tensors, layer_of, modern_name, written_alpha
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
 from adapters.formats.words import BUNDLED
 
@@ -61,23 +61,10 @@ def parse_prefixed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
     Raises:
         InputError: keys that are not an adapter's, or tensors that do not fit together.
     """
-    groups: dict[tuple[str, str], dict[str, Tensor]] = {}
-    strange: list[str] = []
-    for key, tensor in tensors.items():
-        if key.endswith(".diff_b") and not bool(tensor.any()):
-            continue  # an untrained bias, which some programs write with every difference
-        found = split_role(key)
-        if found is None:
-            strange.append(key)
-            continue
-        component, module = _place(found[0])
-        role = found[1]
-        if role in groups.setdefault((component, module), {}):
-            raise InputError(f"{source}: '{module}' has two tensors for one role (one is '{key}').")
-        groups[component, module][role] = tensor
-    refuse_unknown(strange, source)
+    # some programs write an untrained bias with every difference
+    used = {key: tensor for key, tensor in tensors.items() if not key.endswith(".diff_b") or bool(tensor.any())}
     layers = {}
-    for (component, module), parts in groups.items():
+    for (component, module), parts in group_tensors(used, _place, source).items():
         name = f"{component}.{module}"
         layers[component, module] = layer_of(parts, written_alpha(parts, name, source), False, name, source)
     return _named(LoraFile(group_dict(layers), flat=True, metadata=dict(metadata)), source)
