@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +60,3 @@ class Blending(Denoising):
         if predictions.ndim == 3:  # packed tokens (batch, cells, channels)
             return (rows * shares[:, None, :, None]).sum(0)
         return (rows * shares.view(len(self.used), 1, 1, *self.grid)).sum(0)
-
-
-def latent_grid(family: Any, pipe: Any, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a prediction for a picture of this size: latents, or Flux's packed tokens."""
-    grid: tuple[int, int] = family.grid(pipe, height, width)
-    return grid

@@ -19,7 +19,7 @@ from pipelines.diffusion.families import Encoding
 from pipelines.diffusion.methods.step import Step, TextAdapters
 from pipelines.diffusion.regions import masks
 from pipelines.diffusion.regions.automatic import assigned
-from pipelines.diffusion.regions.blend import Blending, latent_grid
+from pipelines.diffusion.regions.blend import Blending
 from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
 from pipelines.diffusion.regions.context import RegionContext
 from pipelines.diffusion.regions.joint import RegionalTransformer, TextAttention, joined
@@ -55,7 +55,7 @@ class RegionalCall:
     ) -> None:
         self.context, self.plan, self.regions, self.options, self.request = context, plan, regions, options, request
         self.size = request.size
-        self.grid = latent_grid(context.family, context.pipe, *request.size)
+        self.grid = context.family.grid(context.pipe, *request.size)
         texts = [(request.prompt, request.negative)]
         texts += [
             (region.prompt or request.prompt, request.negative if region.negative is None else region.negative)
@@ -249,7 +249,7 @@ class Attending:
         size: tuple[int, int],
     ) -> None:
         self.pipe, self.run, self.options, self.tokens = context.pipe, run, options, tokens
-        grid = latent_grid(context.family, context.pipe, *size)
+        grid = context.family.grid(context.pipe, *size)
         self.factor = capture_factor(run.unet, grid, options.capture)
         self.layers = [name for name, factor in factors(run.unet).items() if factor == self.factor]
         step = context.pipe.vae_scale_factor * self.factor
