@@ -113,7 +113,7 @@ def test_trigger_words_are_added_once(prompt: str, expected: str) -> None:
 
 def test_every_field_of_a_training_is_on_the_page() -> None:
     shown = {"preset", "mode", "data", *train.MAIN}
-    grouped = [name for names in train.groups(dict.fromkeys(shown)).values() for name in names]
+    grouped = [name for names in schema_form.groups(train.KNOWN, shown).values() for name in names]
     assert sorted([*shown, *grouped]) == sorted(TrainImageConfig.model_fields)
 
 
@@ -222,7 +222,7 @@ def marked(folder: Path, **entries: str) -> Record:
 
 
 def test_every_field_of_a_distillation_is_on_the_page() -> None:
-    grouped = [name for names in distill.groups().values() for name in names]
+    grouped = [name for names in schema_form.groups(distill.KNOWN, distill.MAIN).values() for name in names]
     assert sorted([*distill.MAIN, *grouped]) == sorted(DistillConfig.model_fields)
 
 

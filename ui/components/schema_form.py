@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -65,6 +65,16 @@ class Field:
 def fields(model: type[BaseModel]) -> dict[str, Field]:
     """Every field of ``model`` by name, in its order."""
     return {name: _field(name, info) for name, info in model.model_fields.items()}
+
+
+def groups(known: Mapping[str, Field], shown: Container[str]) -> dict[str, list[str]]:
+    """Names of the fields not in ``shown`` by the schema's groups, the base's last; the often needed fields first."""
+    found: dict[str, list[str]] = {}
+    for item in sorted(known.values(), key=lambda item: item.advanced):
+        if item.name not in shown:
+            found.setdefault(item.group, []).append(item.name)
+    order = sorted(dict.fromkeys(item.group for item in known.values()), key=lambda group: group == "Base model")
+    return {"Model and device" if group == "Base model" else group: found[group] for group in order if group in found}
 
 
 def widget(item: Field, **changes: Any) -> gr.components.Component:

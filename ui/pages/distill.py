@@ -105,7 +105,7 @@ def _settings() -> Form:
                     form[name] = _widget(name, min_width=150, visible=name != "inference_steps")
         form["sample_prompts"] = schema_form.widget(KNOWN["sample_prompts"], elem_id="distill-samples")
         form["sample_every"] = schema_form.widget(KNOWN["sample_every"])
-    for group, names in groups().items():
+    for group, names in schema_form.groups(KNOWN, MAIN).items():
         with gr.Accordion(group, open=False, elem_classes="as-more"):
             for name in names:
                 form[name] = _widget(name)
@@ -146,16 +146,6 @@ def _choice(name: str, choices: list[tuple[str, str]], words: dict[str, str], la
 
 def _sentence(text: str) -> str:
     return f"<p>{markup.text(text)}</p>"
-
-
-def groups() -> dict[str, list[str]]:
-    """The fields that are not in :data:`MAIN`, by the schema's groups, the often needed first."""
-    found: dict[str, list[str]] = {}
-    for item in sorted(KNOWN.values(), key=lambda item: item.advanced):
-        if item.name not in MAIN:
-            found.setdefault(item.group, []).append(item.name)
-    order = [*dict.fromkeys(item.group for item in KNOWN.values() if item.group != "Base model"), "Base model"]
-    return {"Model and device" if group == "Base model" else group: found[group] for group in order if group in found}
 
 
 def config_of(values: Sequence[Any]) -> DistillConfig:

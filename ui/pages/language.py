@@ -282,7 +282,7 @@ def _train_settings(base: gr.Dropdown) -> tuple[Form, gr.File, gr.State, gr.HTML
                     )
         for name in ("system_prompt", "sample_prompts", "packing"):
             form[name] = schema_form.widget(KNOWN[name], elem_id=f"language-{name.replace('_', '-')}")
-    for group, names in groups([*form, "base", "data"]).items():
+    for group, names in schema_form.groups(KNOWN, [*form, "base", "data"]).items():
         with gr.Accordion(group, open=False, elem_classes="as-more"):
             place = gr.Column() if group == "Method" else None
             for name in names:
@@ -303,16 +303,6 @@ def _train_settings(base: gr.Dropdown) -> tuple[Form, gr.File, gr.State, gr.HTML
 def preset_values(preset: str) -> list[Any]:
     """Widget values of :data:`PRESET_FIELDS` for a preset."""
     return preset_fields.values(TrainLanguageConfig.kind, KNOWN, PRESET_FIELDS, preset, EMBEDDED)
-
-
-def groups(shown: Sequence[str]) -> dict[str, list[str]]:
-    """The fields not in ``shown``, by the schema's groups, the often needed first."""
-    found: dict[str, list[str]] = {}
-    for item in sorted(KNOWN.values(), key=lambda item: item.advanced):
-        if item.name not in shown:
-            found.setdefault(item.group, []).append(item.name)
-    order = dict.fromkeys(item.group for item in KNOWN.values())
-    return {group: found[group] for group in order if group in found}
 
 
 def keep(file: str | Path) -> Path:

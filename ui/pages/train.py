@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,9 @@ def _settings() -> Form:
         form["data"] = schema_form.widget(KNOWN["data"], value="", elem_id="train-data")
     with gr.Accordion(METHOD, open=False, elem_classes="as-more", elem_id="train-method"):
         place = gr.Column()
-        for name in groups(form)[METHOD]:
+        for name in schema_form.groups(KNOWN, form)[METHOD]:
             form[name] = _widget(name)
-    for group, names in groups(form).items():
+    for group, names in schema_form.groups(KNOWN, form).items():
         with gr.Accordion(group, open=False, elem_classes="as-more"):
             for name in names:
                 form[name] = _widget(name)
@@ -174,17 +174,6 @@ def _widget(name: str, **options: Any) -> gr.components.Component:
     if KNOWN[name].group == METHOD:
         return method_help.widget(KNOWN[name], "train", **options)
     return schema_form.widget(KNOWN[name], **options)
-
-
-def groups(shown: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The fields not in ``shown``, by the schema's groups, the often needed first."""
-    found: dict[str, list[str]] = {}
-    for item in sorted(KNOWN.values(), key=lambda item: item.advanced):
-        if item.name not in shown:
-            found.setdefault(item.group, []).append(item.name)
-    order = list(dict.fromkeys(item.group for item in KNOWN.values() if item.group != "Base model"))
-    found = {group: found[group] for group in [*order, "Base model"] if group in found}
-    return {"Model and device" if group == "Base model" else group: names for group, names in found.items()}
 
 
 PRESET_FIELDS = tuple(sorted({"preset", *presets.fields(JOB)} - {"mode"}))
