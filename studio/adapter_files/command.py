@@ -84,7 +84,7 @@ def convert(
 
     path = library.resolve_adapter(adapter)
     file = _named([_read(path)], base, to)[0]
-    written = _write(file, out, to)
+    written = write(file, out, to)
     Output(json, quiet).result({"path": str(written), "format": to}, f"Written to {written}")
 
 
@@ -121,7 +121,7 @@ def merge(
     files = _named([_read(library.resolve_adapter(use["path"])) for use in uses], base, to)
     weights = [float(use.get("weight", 1.0)) for use in uses]
     merged = merging.merge(method, files, weights, rank, dict(pair("--set", text) for text in set_ or []))
-    written = _write(merged.file, out, to)
+    written = write(merged.file, out, to)
     worst = max(merged.errors.items(), key=lambda item: item[1], default=("", 0.0))
     values = {
         "path": str(written), "format": to, "method": method, "ranks": list(merged.file.ranks()),
@@ -163,7 +163,7 @@ def extract(
     find(to)
     with Terminal(quiet) as terminal:
         made = difference(models(base)[0], models(tuned)[0], rank, energy, terminal)
-    written = _write(made.file, out, to)
+    written = write(made.file, out, to)
     place, worst = made.worst
     values = {
         "path": str(written), "format": to, "layers": made.file.counts(), "ranks": list(made.file.ranks()),
@@ -199,7 +199,8 @@ def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
     return fitted(files, base)
 
 
-def _write(file: LoraFile, out: Path, to: str) -> Path:
+def write(file: LoraFile, out: Path, to: str) -> Path:
+    """Write to ``out`` in the format ``to``; raises :class:`InputError` for the suffix of another format."""
     from adapters import formats
 
     ending = find(to).suffix

@@ -89,7 +89,7 @@ def soften(
     Example:  studio inspect soften fox --base tinymoji --out soft.safetensors --control control.safetensors
     """
     from studio import silence
-    from studio.adapter_files.command import _write
+    from studio.adapter_files.command import write
     from studio.inspection import intruders
 
     output = Output(json, quiet)
@@ -101,7 +101,7 @@ def soften(
         output.note("A lambda above 1 amplifies intruders: the model forgets more.")
     for file, place in ((made, out), (shrunk, control)):
         if place is not None:
-            _write(file, place, "diffusers" if place.suffix == ".safetensors" else "peft")
+            write(file, place, "diffusers" if place.suffix == ".safetensors" else "peft")
     output.result({"path": str(out), **found}, lambda: facts({"path": str(out), **found}.items()))
 
 
