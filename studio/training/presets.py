@@ -73,7 +73,8 @@ MEASURED: dict[str, dict[str, Values]] = {
     },
 }  # fmt: skip
 """Base -> kind of job -> values that replace those of every preset of the kind: a base much smaller than usual needs
-larger steps. What the presets reach there is in benchmarks/results/presets.md."""
+larger steps. What the presets for pictures reach there is in benchmarks/results/presets.md; the values for distilling
+are those of the shipped adapter ``guided`` (assets/build/configs)."""
 
 
 def fields(kind: str) -> set[str]:
