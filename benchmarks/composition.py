@@ -1,20 +1,26 @@
 """Composition against other programs' ways: how long one picture's denoising takes.
 
-    python -m benchmarks.composition [--models tinymoji,random9m] [--rounds 9] [--write]
+    python -m benchmarks.composition [--models tinymoji,random9m] [--rounds 5] [--write]
+    python -m benchmarks.composition --even [--write]
 
-Compared, on the same base, adapters, prompt, seed, sampler and guidance:
+Compared, on the same base, adapters, prompt, seed, sampler and guidance, 25 steps (what a call does by itself):
 
-composite   ours (one adapter-major batch through the gated engine) against the official program's loop
-            (maszhongming/Multi-LoRA-Composition): per step and adapter ``pipe.set_adapters``, then the denoiser
-            with ``cross_attention_kwargs={"scale": ...}``; N passes, predictions averaged.
-switch      ours against the official program's callback: ``pipe.set_adapters`` when the turn changes.
-merge       ours against ``pipe.set_adapters(all, weights)`` in diffusers.
+bare        diffusers' pipeline without adapters, in the same passes: for composite, N pictures at once.
+ours        our pipeline: adapters in the weights where that pays (``fold``).
+beside      ours with ``fold=False``: adapters beside the weights.
+theirs      composite: the official program's loop (maszhongming/Multi-LoRA-Composition): per step and adapter
+            ``pipe.set_adapters``, then the denoiser with ``cross_attention_kwargs={"scale": ...}``; N passes,
+            predictions averaged. switch: its callback, ``pipe.set_adapters`` when the turn changes.
+            merge: ``pipe.set_adapters(all, weights)`` in diffusers.
+fused       merge: the same after diffusers' ``fuse_lora`` and ``unload_lora_weights``, not counted in the time.
 change      writing new gates, per step.
 
-With N adapters in use and 22 loaded (the number of the paper's test set) or only N loaded, at two latent sizes: we save
-the walk over all modules and adapters and the small kernels, so the ratio falls as the arithmetic of the base model
-grows ("floor" is the base model alone on the same batch: no composition can be faster). Times are medians of CPU time
-of one process with the programs taking turns, so that other load on the machine affects all alike.
+With N adapters in use and N or 22 loaded (22 is the number of the paper's test set), at two latent sizes. Times are CPU
+times of one process with the programs taking turns, so that other load on the machine affects all alike: medians, and
+for what ours, beside and fused take over bare, the median of the ratios of single rounds (theirs runs in every third).
+
+``--even`` measures after how many calls of the denoiser folding has paid: the time of making the weights over what a
+call then saves.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +40,7 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = 3
+STEPS = 25
 SIZES = (8, 16)
 """Sides of the latents."""
 RANK = 8
@@ -152,6 +159,7 @@ class Ours:
         from adapters.formats.diffusers_file import parse_diffusers
         from pipelines.diffusion import MultiLoRAPipeline
 
+        self.fold = True
         self.merged = MultiLoRAPipeline(pipe)
         self.alone = MultiLoRAPipeline(pipe)
         self.size = 0
@@ -159,6 +167,15 @@ class Ours:
             file = parse_diffusers(state, {}, "benchmark")
             self.merged.load_lora(file, f"a{k}", weight=0.8)
             self.alone.load_lora(file, f"a{k}")
+
+    def beside(self, method: str, count: int) -> Tensor:
+        """With adapters beside the weights."""
+        self.fold = False
+        try:
+            made: Tensor = getattr(self, method)(count)
+        finally:
+            self.fold = True
+        return made
 
     def composite(self, count: int) -> Tensor:
         return self._picture(self.alone, "composite", count)
@@ -171,8 +188,9 @@ class Ours:
 
     def _picture(self, composer: Any, method: str, count: int) -> Tensor:
         names = tuple(f"a{k}" for k in range(count))
-        if (composer.composition.method, composer.composition.adapters) != (method, names):
-            composer.compose(method, names)
+        now = composer.composition
+        if (now.method, now.adapters, now.fold) != (method, names, self.fold):
+            composer.compose(method, names, fold=self.fold)
         result: Tensor = composer(
             PROMPT,
             steps=STEPS,
@@ -194,33 +212,55 @@ def pixels(pipe: Any, size: int) -> dict[str, int]:
     return {"width": size * pipe.vae_scale_factor, "height": size * pipe.vae_scale_factor}
 
 
-def floor(pipe: Any, size: int, samples: int) -> Callable[[], Tensor]:
-    """The base model's denoiser alone on a batch, once per step."""
-    latents, time_step = torch.randn(samples, 4, size, size), torch.tensor(500)
-    text = torch.randn(samples, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+def bare(pipe: Any, size: int, pictures: int) -> Tensor:
+    """The pipeline without adapters."""
+    result: Tensor = pipe(
+        PROMPT,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=[torch.Generator().manual_seed(0) for _ in range(pictures)],
+        num_images_per_prompt=pictures,
+        output_type="latent",
+        **pixels(pipe, size),
+    ).images
+    return result
 
-    @torch.no_grad()
-    def run() -> Tensor:
-        for _ in range(STEPS):
-            result: Tensor = pipe.unet(latents, time_step, encoder_hidden_states=text, return_dict=False)[0]
-        return result
 
-    return run
+def fused(make: Callable[[], Any], states: list[dict[str, Tensor]], count: int) -> Any:
+    """diffusers' pipeline with the merge in its weights."""
+    pipe = make()
+    for k, state in enumerate(states[:count]):
+        pipe.load_lora_weights(dict(state), adapter_name=f"a{k}")
+    pipe.set_adapters([f"a{k}" for k in range(count)], [0.8] * count)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    return pipe
 
 
-def interleaved(programs: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[dict[str, float], float]:
-    """Median CPU seconds of each program, and the largest difference of their results."""
-    results = {name: program() for name, program in programs.items() if name != "floor"}
-    programs.get("floor", lambda: None)()  # warm, like the others
+RARE = {"theirs": 3}
+"""Programs that run in every so many rounds only."""
+
+
+def interleaved(programs: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[dict[str, list[float]], float]:
+    """CPU seconds of each program, and the largest difference of the results but bare's."""
+    results = {name: program() for name, program in programs.items()}
     times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, program in programs.items():
+    for k in range(rounds):
+        order = list(programs) if k % 2 == 0 else list(programs)[::-1]
+        for name in order:
+            if k % RARE.get(name, 1):
+                continue
             before = time.process_time()
-            program()
+            programs[name]()
             times[name].append(time.process_time() - before)
-    first, *others = results.values()
-    difference = max(float((first - other).abs().max()) for other in others)
-    return {name: statistics.median(values) for name, values in times.items()}, difference
+    first = results["ours"]
+    difference = max(float((first - other).abs().max()) for name, other in results.items() if name != "bare")
+    return times, difference
+
+
+def over(times: dict[str, list[float]], name: str) -> float:
+    """Median ratio of a program's time to the bare one's of the same round."""
+    return round(statistics.median(own / free for own, free in zip(times[name], times["bare"], strict=True)), 3)
 
 
 def gate_change(ours: Ours, count: int) -> float:
@@ -239,19 +279,25 @@ def gate_change(ours: Ours, count: int) -> float:
 def measure(model: str, rounds: int) -> list[dict[str, Any]]:
     """All rows of one model."""
     rows = []
-    for count, loaded in ((2, 2), (2, 22), (5, 22)):
+    for count, loaded in ((2, 2), (5, 22)):
         theirs_pipe, our_pipe, plain = MODELS[model](), MODELS[model](), MODELS[model]()
         states = adapters(our_pipe, loaded)
         theirs, ours = Official(theirs_pipe, states), Ours(our_pipe, states)
+        in_weights = fused(MODELS[model], states, count)
         for size in SIZES:
             theirs.size = ours.size = size
-            for method in ("composite", "switch", "merge"):
-                programs = {
-                    "theirs": lambda program=getattr(theirs, method), n=count: program(n),
-                    "ours": lambda program=getattr(ours, method), n=count: program(n),
-                    "floor": floor(plain, size, 2 * count if method == "composite" else 2),
+            for method in ("merge", "switch", "composite"):
+                pictures = count if method == "composite" else 1
+                programs: dict[str, Callable[[], Tensor]] = {
+                    "ours": partial(getattr(ours, method), count),
+                    "bare": partial(bare, plain, size, pictures),
+                    "beside": partial(ours.beside, method, count),
+                    "theirs": partial(getattr(theirs, method), count),
                 }
+                if method == "merge":
+                    programs["fused"] = partial(bare, in_weights, size, 1)
                 times, difference = interleaved(programs, rounds)
+                medians = {name: statistics.median(values) for name, values in times.items()}
                 row = {
                     "model": model,
                     "parameters": sum(p.numel() for p in our_pipe.unet.parameters()),
@@ -259,8 +305,9 @@ def measure(model: str, rounds: int) -> list[dict[str, Any]]:
                     "method": method,
                     "adapters": count,
                     "loaded": loaded,
-                    **{f"{name}_ms_per_step": round(1000 * seconds / STEPS, 1) for name, seconds in times.items()},
-                    "ratio": round(times["theirs"] / times["ours"], 2),
+                    **{f"{name}_ms_per_step": round(1000 * value / STEPS, 1) for name, value in medians.items()},
+                    **{f"{name}_over_bare": over(times, name) for name in programs if name not in ("bare", "theirs")},
+                    "ratio": round(medians["theirs"] / medians["ours"], 2),
                     "largest_difference": difference,
                     "gate_change_ms": round(gate_change(ours, count), 4),
                 }
@@ -269,41 +316,111 @@ def measure(model: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def even(model: str, rounds: int) -> list[dict[str, Any]]:
+    """After how many calls of the denoiser folding two adapters has paid."""
+    from adapters.formats.diffusers_file import parse_diffusers
+    from adapters.layers.gated import Adapter, GatedAdapters, alone
+
+    pipe = MODELS[model]()
+    files = [parse_diffusers(state, {}, "benchmark") for state in adapters(pipe, 2)]
+    engine = GatedAdapters(
+        pipe.unet, [Adapter(file.parts["unet"]) for file in files], torch.device("cpu"), torch.float32
+    )
+    rows = []
+    for size in SIZES:
+        for method, blocks in (("merge", ((1.0, 0.8),)), ("composite", alone([0, 1], [1.0, 0.8], 2))):
+            samples = 2 * len(blocks)
+            latents, moment = torch.randn(samples, 4, size, size), torch.tensor(500)
+            text = torch.randn(samples, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+
+            def call(latents: Tensor = latents, text: Tensor = text, moment: Tensor = moment) -> float:
+                before = time.process_time()
+                pipe.unet(latents, moment, encoder_hidden_states=text, return_dict=False)
+                return 1000 * (time.process_time() - before)
+
+            times: dict[str, list[float]] = {"bare": [], "beside": [], "first": [], "inside": []}
+            with torch.no_grad():
+                for _ in range(rounds):
+                    times["bare"].append(call())
+                    for fold in ([], [blocks]):
+                        with engine.attached(fold=fold) as gates:
+                            if method == "merge":
+                                gates.joint(blocks[0])
+                            else:
+                                gates.grouped([0, 1], [1.0, 0.8])
+                            first, second = call(), call()
+                        if fold:
+                            times["first"].append(first)
+                            times["inside"].append(second)
+                        else:
+                            times["beside"].append(second)
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            saved = medians["beside"] - medians["inside"]
+            row = {
+                "model": model, "latents": size, "method": method,
+                **{f"{name}_ms": round(value, 1) for name, value in medians.items()},
+                "even_after_calls": round((medians["first"] - medians["inside"]) / saved, 1) if saved > 0 else None,
+            }  # fmt: skip
+            rows.append(row)
+            print(even_text(row), flush=True)
+    return rows
+
+
+COLUMNS = ("bare", "ours", "beside", "fused", "theirs")
+
 HEAD = (
-    "| model | latents | method | N | loaded | theirs, ms/step | ours, ms/step | floor, ms/step | ratio | difference "
-    "| gate change, ms |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    f"| model | latents | method | N | loaded | {', '.join(COLUMNS)}: ms/step | ours / bare | beside / bare "
+    "| fused / bare | theirs / ours | difference | gate change, ms |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+EVEN_HEAD = (
+    "| model | latents | method | bare, ms/call | beside | first call | inside | even after calls |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
 def row_text(row: dict[str, Any]) -> str:
     """One line of the table."""
-    times = " | ".join(str(row[f"{name}_ms_per_step"]) for name in ("theirs", "ours", "floor"))
+    times = " / ".join(str(row.get(f"{name}_ms_per_step", "-")) for name in COLUMNS)
     return (
         f"| {row['model']} ({row['parameters'] / 1e6:.1f} M) | {row['latents']} x {row['latents']} | {row['method']} "
-        f"| {row['adapters']} | {row['loaded']} | {times} | **{row['ratio']}** | {row['largest_difference']:.1e} "
+        f"| {row['adapters']} | {row['loaded']} | {times} | **{row['ours_over_bare']}** | {row['beside_over_bare']} "
+        f"| {row.get('fused_over_bare', '-')} | {row['ratio']} | {row['largest_difference']:.1e} "
         f"| {row['gate_change_ms']} |"
+    )
+
+
+def even_text(row: dict[str, Any]) -> str:
+    """One line of the table of ``--even``."""
+    times = " | ".join(str(row[f"{name}_ms"]) for name in ("bare", "beside", "first", "inside"))
+    return (
+        f"| {row['model']} | {row['latents']} x {row['latents']} | {row['method']} | {times} "
+        f"| {row['even_after_calls'] or 'never'} |"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="tinymoji,random9m")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--even", action="store_true", help="measure when folding pays (3 times as many rounds)")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/composition.json and .md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(HEAD)
-    rows = [row for model in options.models.split(",") for row in measure(model, options.rounds)]
-    if options.write:
-        write(rows, options.rounds)
+    print(EVEN_HEAD if options.even else HEAD)
+    for model in options.models.split(","):
+        rows = even(model, 3 * options.rounds) if options.even else measure(model, options.rounds)
+        if options.write:
+            write("even" if options.even else "rows", rows, options.rounds)
 
 
-def write(rows: list[dict[str, Any]], rounds: int) -> None:
-    """Write the results; rows of models that were not measured this time are kept."""
+def write(part: str, rows: list[dict[str, Any]], rounds: int) -> None:
+    """Write the results; those of other models, and the other ``part``, are kept."""
     target = RESULTS / "composition.json"
+    kept = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     measured = {row["model"] for row in rows}
-    before = json.loads(target.read_text(encoding="utf-8"))["rows"] if target.is_file() else []
-    rows = sorted([*rows, *(row for row in before if row["model"] not in measured)], key=lambda row: row["model"])
+    rows = sorted([*rows, *(row for row in kept.get(part, ()) if row["model"] not in measured)],
+                  key=lambda row: row["model"])  # fmt: skip
     conditions = {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
@@ -314,11 +431,15 @@ def write(rows: list[dict[str, Any]], rounds: int) -> None:
         "rank": RANK,
         "rounds": rounds,
     }
+    made = {"rows": [], "even": [], **kept, "conditions": conditions, part: rows}
     RESULTS.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    target.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     shown = ", ".join(f"{key} {value}" for key, value in conditions.items())
     lines = ["# Composition", "", f"`python -m benchmarks.composition --write`; {shown}.", "", HEAD]
-    lines += [row_text(row) for row in rows]
+    lines += [row_text(row) for row in made["rows"]]
+    if made["even"]:
+        lines += ["", "When folding pays: `python -m benchmarks.composition --even --write`.", "", EVEN_HEAD]
+        lines += [even_text(row) for row in made["even"]]
     (RESULTS / "composition.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

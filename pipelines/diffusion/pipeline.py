@@ -479,7 +479,9 @@ class MultiLoRAPipeline:
             return Folds()
         engine = self.joined().denoiser
         calls = known_calls(methods.runner(plan.method), plan.steps, plan.adapter_batch)
-        return folds(calls, engine.foldable_bytes(), free(engine.gates.strengths.device))
+        device = engine.gates.strengths.device
+        to_come = sum(weight.nbytes for weight in self.rack.denoiser.parameters() if weight.device != device)
+        return folds(calls, engine.foldable_bytes(), free(device) - to_come)
 
     def _everywhere(self, plan: Plan, texts: Texts, request: Request) -> Any:
         """A call without regions; returns the diffusers pipeline's result."""
