@@ -348,18 +348,19 @@ def even(model: str, rounds: int) -> list[dict[str, Any]]:
                                 gates.joint(blocks[0])
                             else:
                                 gates.grouped([0, 1], [1.0, 0.8])
-                            first, second = call(), call()
+                            first = call()
+                            later = statistics.mean(call() for _ in range(4))
+                        times["inside" if fold else "beside"].append(later)
                         if fold:
                             times["first"].append(first)
-                            times["inside"].append(second)
-                        else:
-                            times["beside"].append(second)
-            medians = {name: statistics.median(values) for name, values in times.items()}
-            saved = medians["beside"] - medians["inside"]
+            saved, cost = (
+                statistics.median(one - other for one, other in zip(times[name], times["inside"], strict=True))
+                for name in ("beside", "first")
+            )
             row = {
                 "model": model, "latents": size, "method": method,
-                **{f"{name}_ms": round(value, 1) for name, value in medians.items()},
-                "even_after_calls": round((medians["first"] - medians["inside"]) / saved, 1) if saved > 0 else None,
+                **{f"{name}_ms": round(statistics.median(values), 1) for name, values in times.items()},
+                "even_after_calls": round(cost / saved, 1) if saved > 0 else None,
             }  # fmt: skip
             rows.append(row)
             print(even_text(row), flush=True)
@@ -435,7 +436,8 @@ def write(part: str, rows: list[dict[str, Any]], rounds: int) -> None:
     RESULTS.mkdir(exist_ok=True)
     target.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     shown = ", ".join(f"{key} {value}" for key, value in conditions.items())
-    lines = ["# Composition", "", f"`python -m benchmarks.composition --write`; {shown}.", "", HEAD]
+    command = "`python -m benchmarks.composition --models MODEL --write` for each model"
+    lines = ["# Composition", "", f"{command}; {shown}.", "", HEAD]
     lines += [row_text(row) for row in made["rows"]]
     if made["even"]:
         lines += ["", "When folding pays: `python -m benchmarks.composition --even --write`.", "", EVEN_HEAD]
