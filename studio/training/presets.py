@@ -72,9 +72,9 @@ MEASURED: dict[str, dict[str, Values]] = {
                     "ema_decay": 0.98},
     },
 }  # fmt: skip
-"""Base -> kind of job -> values that replace those of every preset of the kind: a base much smaller than usual needs
-larger steps. What the presets for pictures reach there is in benchmarks/results/presets.md; the values for distilling
-are those of the shipped adapter ``guided`` (assets/build/configs)."""
+"""Base -> kind of job -> values that replace the defaults, and those of every preset: a base much smaller than usual
+needs larger steps. What the presets for pictures reach there is in benchmarks/results/presets.md; the values for
+distilling are those of the shipped adapter ``guided`` (assets/build/configs)."""
 
 
 def fields(kind: str) -> set[str]:
@@ -89,15 +89,13 @@ def names(kind: str) -> tuple[str, ...]:
 
 
 def preset(kind: str, name: str, base: str) -> Values:
-    """The values of the preset ``name`` on a base; none for the empty name.
+    """The values of the preset ``name`` on a base; for the empty name those that the base needs in place of defaults.
 
     Raises:
         InputError: there is no such preset.
     """
-    if not name:
-        return {}
     known = PRESETS.get(kind, {})
-    if name not in known:
+    if name and name not in known:
         there = f"choose {', '.join(known)}" if known else f"there are none for {kind}; leave it empty"
         raise InputError(f"There is no preset '{name}'{nearest(name, known)}: {there}.")
-    return {**known[name], **MEASURED.get(base, {}).get(kind, {})}
+    return {**known.get(name, {}), **MEASURED.get(base, {}).get(kind, {})}
