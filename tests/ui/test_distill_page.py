@@ -32,6 +32,6 @@ def test_distil_two_steps_and_compose_with_it(tab: Tab) -> None:
     page.wait_for_selector("#distill-panel .as-tag:is(.good, .bad)", timeout=3 * LONG)  # records paths, too
     assert page.inner_text("#distill-panel .as-tag") == "done", page.inner_text("#distill-panel")
     page.click("#distill-try-it")
-    page.wait_for_selector(".as-rack-row:has-text('swift') .as-rack-built-in:has-text('guidance 7.5 built in')")
+    page.wait_for_selector(".as-rack-row:has-text('swift') .as-rack-built-in:has-text('guidance 4 built in')")
     page.wait_for_function("document.querySelector('#guidance-scale input').disabled")
     assert page.input_value("#guidance-scale input") == "1"

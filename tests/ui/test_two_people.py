@@ -35,7 +35,7 @@ def test_each_sees_their_own_run_and_nobody_is_offered_another_ones(tab: Tab, na
     ann.wait_for_selector("#train-panel .as-tag:has-text('cancelled')")
     ann.wait_for_selector("#train-resume:visible")
     ben = narrow_tab.open("train")
-    ben.wait_for_selector("#train-panel:has-text('The training shows itself here')")
+    ben.wait_for_selector("#train-panel:has-text('Your training appears here')")
     ben.wait_for_timeout(1000)
     assert not ben.locator("#train-resume").is_visible()
     assert not ben.locator("#train-panel .as-tag").count()
