@@ -14,7 +14,7 @@ from tests import tiny
 
 
 def config(**values):
-    return TrainImageConfig.parse({"data": "x", "trigger": "zxq", **values})
+    return TrainImageConfig.parse({"base": "any", "data": "x", "trigger": "zxq", **values})
 
 
 def test_warm_up_then_schedule():

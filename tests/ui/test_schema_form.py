@@ -21,10 +21,11 @@ def test_every_field_of_the_training_schema_has_a_widget_with_help() -> None:
 
 
 def test_the_default_form_is_the_default_configuration() -> None:
-    names = [name for name in KNOWN if name not in ("data", "trigger")]
+    names = [name for name in KNOWN if name not in ("base", "data", "trigger")]
+    given = {"base": "any", "data": "pictures", "trigger": "zxq"}
     shown = [schema_form.show(KNOWN[name], KNOWN[name].default) for name in names]
-    config = TrainImageConfig.parse({**schema_form.read_all(KNOWN, names, shown), "data": "pictures", "trigger": "zxq"})
-    assert config == TrainImageConfig(data="pictures", trigger="zxq")
+    config = TrainImageConfig.parse({**schema_form.read_all(KNOWN, names, shown), **given})
+    assert config == TrainImageConfig(**given)
 
 
 @pytest.mark.parametrize(
