@@ -1,7 +1,7 @@
 """The pictures of the app in docs/images, taken from a real run:  python -m tests.ui.screenshots
 
 Uses the shipped base and adapters (small made-up ones where none are shipped) in a home folder that is thrown away.
-Library and Jobs are left out: their pages show where files lie on the machine.
+Other pages are left out: some show where files lie on the machine, and pictures weigh on every clone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from studio import library
 from tests.ui.conftest import CHROMIUM, ROOT, SWITCHES, lora, serve
 
 IMAGES = ROOT / "docs" / "images"
-SIZES = {1280: 980, 390: 844}
+WIDTH, HEIGHT = 1280, 980
 PAIR = ("alien", "cactus")
 DRAWS_3D = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
 PATIENCE = 300_000
@@ -34,18 +34,15 @@ def main() -> None:
             for number, name in enumerate(PAIR):
                 lora(home / "library" / "adapters" / f"{name}.safetensors", name, number)
         with contextmanager(serve)(home) as server, chromium() as browser:
-            page = sheet(browser, 1280)
+            page = sheet(browser)
             page.goto(server.url)
             page.wait_for_selector("#generate")
-            page.set_viewport_size({"width": 1280, "height": 1640})  # regions are drawn below the adapters
+            page.set_viewport_size({"width": WIDTH, "height": 1640})  # regions are drawn below the adapters
             compose(page)
             shoot(page, "compose", top=True)
-            page.set_viewport_size({"width": 1280, "height": SIZES[1280]})
+            page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
             reconstruct(page)
             shoot(page, "reconstruct", top=True)
-            train(page, sorted(home.glob("jobs/*/picture-*.png")), "apple")
-            shoot(page, "train", top=True)
-            phone(browser, server.url)
 
 
 @contextmanager
@@ -59,8 +56,8 @@ def chromium() -> Any:
         browser.close()
 
 
-def sheet(browser: Any, width: int) -> Any:
-    page = browser.new_context(viewport={"width": width, "height": SIZES[width]}).new_page()
+def sheet(browser: Any) -> Any:
+    page = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}).new_page()
     page.set_default_timeout(PATIENCE)
     return page
 
@@ -106,40 +103,9 @@ def reconstruct(page: Any) -> None:
     page.wait_for_timeout(15_000)
 
 
-def train(page: Any, pictures: list[Path], name: str) -> None:
-    go(page, "train")
-    page.set_input_files("#train-drop input[type=file]", [str(picture) for picture in pictures])
-    page.wait_for_selector(".as-caption >> nth=2")
-    page.fill("#train-name textarea, #train-name input", name)
-    page.fill("#train-trigger textarea, #train-trigger input", "zxq")
-    page.fill("#train-samples textarea", "a flat icon of zxq")
-    page.fill("#train-steps input", "24")
-    page.fill("#train-sample-every input", "6")
-    page.click("#train-start")
-    page.wait_for_selector("#train-samples-drawn img >> nth=1")
-    page.wait_for_timeout(3000)
-
-
 def go(page: Any, view: str) -> None:
-    if not page.is_visible(f"#nav a[data-page={view}]"):
-        page.click(".as-nav-open")
     page.click(f"#nav a[data-page={view}]")
     page.wait_for_timeout(1500)
-
-
-def phone(browser: Any, url: str) -> None:
-    """The same pages, 390 pixels wide."""
-    page = sheet(browser, 390)
-    page.goto(url)
-    page.wait_for_selector("#compose-gallery img")
-    page.wait_for_timeout(2000)
-    for name in PAIR:
-        choose(page, name)
-    page.evaluate("document.querySelector('#rack').scrollIntoView({block: 'center'})")
-    shoot(page, "compose")
-    go(page, "train")
-    page.evaluate("document.querySelector('#train-result').scrollIntoView()")
-    shoot(page, "train")
 
 
 def shoot(page: Any, name: str, top: bool = False) -> None:
