@@ -239,13 +239,9 @@ def _plain(value: Any) -> str:
 
 
 def _configuration(job: Job) -> str:
-    """The whole configuration, to read or download as the file that repeats the job."""
+    """The whole configuration, to read. As a file it stays in the job's folder: it names places on this disk."""
     settings = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)
-    link = markup.text(markup.file_url(job.folder / "config.yaml"))
-    return (
-        f'<details><summary>Configuration</summary><p><a href="{link}" download="{markup.text(job.id)}.yaml">'
-        f"Download as YAML</a></p><pre tabindex=0>{markup.text(settings)}</pre></details>"
-    )
+    return f"<details><summary>Configuration</summary><pre tabindex=0>{markup.text(settings)}</pre></details>"
 
 
 def _log(log: str) -> str:
