@@ -117,7 +117,7 @@ def test_forgetting_is_measured_and_softened_copies_are_kept(tab: Tab, tmp_path)
     page.set_default_timeout(240_000)
     chosen_adapter(page, "robot")
     page.click("#soften-measure")
-    page.wait_for_selector("text=Drop something that the base knew before")
+    page.wait_for_selector("text=Drop something the base knew before")
     picture = tmp_path / "apple.png"
     Image.new("RGB", (64, 64), (200, 40, 40)).save(picture)
     page.set_input_files("#soften-old input[type=file]", [str(picture)])
