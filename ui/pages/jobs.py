@@ -239,9 +239,12 @@ def _plain(value: Any) -> str:
 
 
 def _configuration(job: Job) -> str:
-    """The whole configuration, to read. As a file it stays in the job's folder: it names places on this disk."""
+    """The whole configuration, to read, and where its file is; no download, because it names places on this disk."""
     settings = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)
-    return f"<details><summary>Configuration</summary><pre tabindex=0>{markup.text(settings)}</pre></details>"
+    return (
+        "<details><summary>Configuration</summary><p>To repeat the job, use config.yaml in its folder.</p>"
+        f"<pre tabindex=0>{markup.text(settings)}</pre></details>"
+    )
 
 
 def _log(log: str) -> str:
