@@ -6,7 +6,6 @@ A job keeps copies in its folder, a recipe holds them as they were used, so that
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +109,8 @@ def copied(config: ComposeConfig, folder: Path) -> dict[str, str]:
         source = getattr(config, name)
         if pictures.is_uri(source):
             target = folder / f"{name}.png"
-            files.write(target, partial(_write, pictures.content_of(source)), sync=False)
+            with files.whole(target, sync=False) as part:
+                part.write_bytes(pictures.content_of(source))
         elif source and Path(source).expanduser().is_file():
             target = folder / f"{name}{Path(source).suffix.lower()}"
             shutil.copyfile(Path(source).expanduser(), target)
@@ -118,10 +118,6 @@ def copied(config: ComposeConfig, folder: Path) -> dict[str, str]:
             continue
         changes[name] = str(target)
     return changes
-
-
-def _write(content: bytes, part: Path) -> None:
-    part.write_bytes(content)
 
 
 def _opened(name: str, source: str, said: list[str]) -> Image.Image:

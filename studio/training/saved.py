@@ -39,10 +39,8 @@ def keep(job: Job, step: int | None = None, name: str = "") -> library.Record:
     chosen = max(known) if step is None else step
     if chosen not in known:
         raise InputError(f"Job {job.id} has saved no adapter at step {chosen}: there are {', '.join(map(str, known))}.")
-    digest = library.sha256(known[chosen])
-    for record in library.adapters():
-        if not (record.problem or name) and record.source == "library" and library.sha256(record.path) == digest:
-            return record
+    if not name and (record := _in_library(known[chosen])):
+        return record
     finished = str(known[chosen]) == str((job.result or {}).get("adapter"))
     own = str(job.config.get("name") or "adapter")
     record = library.import_adapter(known[chosen], name or adopt.free_name(own if finished else f"{own}-step-{chosen}"))
@@ -50,6 +48,18 @@ def keep(job: Job, step: int | None = None, name: str = "") -> library.Record:
     if drawn:
         edit.set_preview(record, drawn[-1])
     return library.find(record.name)
+
+
+def _in_library(place: Path) -> library.Record | None:
+    """The library's adapter with the same content; files of another size are not read."""
+    digest = library.sha256(place)
+    for record in library.adapters():
+        other = not place.is_dir() and record.size != place.stat().st_size
+        if record.problem or record.source != "library" or other:
+            continue
+        if library.sha256(record.path) == digest:
+            return record
+    return None
 
 
 def step_of(file: Path) -> int:
