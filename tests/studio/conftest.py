@@ -30,6 +30,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         _end_workers()
 
 
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """No pipeline is loaded before and after the test."""
+    from studio.composition import pipeline_cache
+
+    pipeline_cache.release()
+    yield
+    pipeline_cache.release()
+
+
 def _end_workers() -> None:
     """End the workers of this home, and those that this process started and that have not come to work yet."""
     found = [child for child in psutil.Process().children() if _is_worker(child)]

@@ -19,6 +19,8 @@ from tests import tiny
 from tests.studio.files import diffusers_lora
 from tests.studio.waiting import ended
 
+pytestmark = pytest.mark.usefixtures("nothing_kept")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
@@ -38,13 +40,6 @@ def config(model) -> ComposeConfig:
         adapters=[{"path": str(model / "cat.safetensors"), "weight": 0.8},
                   {"path": str(model / "dog.safetensors"), "schedule": [(0, 1), (0.5, 1), (0.5, 0), (1, 0)]}],
     )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    pipeline_cache.release()
-    yield
-    pipeline_cache.release()
 
 
 class Listener(Silent):

@@ -16,6 +16,8 @@ from studio.composition import pipeline_cache, recipe_png, recipes, region_optio
 from studio.composition.schema import ComposeConfig
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("nothing_kept")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,13 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask.paste(255, (32, 0, 64, 64))
     mask.save(folder / "right.png")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    pipeline_cache.release()
-    yield
-    pipeline_cache.release()
 
 
 def config(model: Path, **changes: object) -> ComposeConfig:

@@ -11,11 +11,13 @@ from adapters.errors import Cancelled, InputError
 from adapters.progress import Progress, Silent
 from studio import jobs, library, settings
 from studio.cli.app import run
-from studio.composition import distilled_adapters, pipeline_cache
+from studio.composition import distilled_adapters
 from studio.composition import job as compose
 from studio.composition.schema import ComposeConfig
 from tests import tiny
 from tests.studio.files import diffusers_lora
+
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +34,6 @@ def values(model, tmp_path) -> dict[str, object]:
         "trajectory_count": 2, "steps": 4, "batch_size": 2, "resolution": 32, "device": "cpu", "guidance": 4.0,
         "checkpoint_every": 2, "sample_every": 0,
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    pipeline_cache.release()
-    yield
-    pipeline_cache.release()
 
 
 class _StopAt(Silent):

@@ -25,6 +25,8 @@ from tests import tiny
 from tests.pipelines.conftest import PROMPT
 from tests.pipelines.test_other_pipelines import controlnet, theirs
 
+pytestmark = pytest.mark.usefixtures("nothing_kept")
+
 SIDE = 32
 
 
@@ -44,13 +46,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ImageDraw.Draw(mask).rectangle((4, 8, 19, 23), fill=255)
     mask.save(folder / "mask.png")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    pipeline_cache.release()
-    yield
-    pipeline_cache.release()
 
 
 def config(model: Path, **changes: Any) -> ComposeConfig:
