@@ -64,8 +64,8 @@ def test_chat_train_from_a_file_and_compare(tab: Tab, tmp_path: Path) -> None:
     page.fill("#language-rank input", "2")
     page.fill("#language-sample-prompts textarea", "3?")
     page.click("#language-start")
-    page.wait_for_selector("#language-panel .as-tag.bad", timeout=LONG)
-    assert "line 13: not JSON" in page.inner_text("#language-panel")
+    page.wait_for_selector("text=line 13: not JSON", timeout=LONG)
+    assert page.locator("#language-panel .as-tag").count() == 0, "no job is made of it"
     rows.write_text("\n".join(rows.read_text().splitlines()[:-1]) + "\n")
     page.click("#language-drop button[aria-label*='Clear'], #language-drop button[aria-label*='Remove']")
     page.wait_for_selector("#language-preview:has-text('rows')", state="detached")
