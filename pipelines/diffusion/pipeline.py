@@ -273,9 +273,7 @@ class MultiLoRAPipeline:
         loaded = self._chosen()
         scheduled = [item.report.name for item in loaded if item.report.schedule]
         if scheduled:
-            raise InputError(
-                f"A LoRA cannot hold a schedule ({', '.join(scheduled)}): remove it to export."
-            )
+            raise InputError(f"A LoRA cannot hold a schedule ({', '.join(scheduled)}): remove it to export.")
         weights = [
             {
                 component: item.report.weight if component == self.family.denoiser else item.report.te_weight

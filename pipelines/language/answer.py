@@ -177,7 +177,12 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _generate(
-    model: Any, inputs: dict[str, Any], tokenizer: Any, options: dict[str, Any], seed: int, pieces: Queue[Any],
+    model: Any,
+    inputs: dict[str, Any],
+    tokenizer: Any,
+    options: dict[str, Any],
+    seed: int,
+    pieces: Queue[Any],
     stop: threading.Event,
 ) -> None:
     """Generate in this thread; put pieces of text, an error if there is one, and finally None into ``pieces``."""

@@ -8,7 +8,8 @@ the batch first. All other code for composition, training and distillation is sh
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +37,10 @@ TARGETS = {
 """Choice of layers -> regular expression that matches full module names of most denoisers in diffusers."""
 
 
+TEXT_LAYERS = r"(^|\.)(add_[qkv]_proj|to_add_out|context_embedder|context_refiner|ff_context|norm1_context)(\.|$)"
+"""Modules on the text's side of most joint transformers in diffusers."""
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """A denoising network: its attribute in the pipeline, and its range of noise levels (0 clean, 1 noise)."""
@@ -54,11 +59,17 @@ class Layout:
             has only "image".
         patch: latent cells along each side of one image token.
         packed: the pipeline passes tokens (batch, tokens, channels) instead of latents (batch, channels, h, w).
+        multiple: text and image tokens are padded to a multiple of this number.
+        text_layers: regular expression to find in the names of modules on the text's side.
+        across: regular expression to find in the names of modules with attention from the image to the text.
     """
 
     sequence: tuple[str, ...] = ("image",)
     patch: int = 1
     packed: bool = False
+    multiple: int = 1
+    text_layers: str = TEXT_LAYERS
+    across: str = ""
 
     @property
     def text_first(self) -> bool:
@@ -143,6 +154,8 @@ class Family:
         guidance_input: the denoiser takes the guidance as an input; true guidance is a second pass.
         zeros_field: field of the pipeline's configuration that replaces an empty negative prompt by zeros.
         size_input: the denoiser takes the picture's size and crop as an input.
+        text_tensors: names in the encoding of tensors (batch, tokens, ...) with an entry per token of the text.
+        positive_first: of the two halves of a batch with guidance, the positive one comes first.
         usual_size: pixels per side, if the model itself is not loaded.
         signature: how files are recognised.
     """
@@ -171,6 +184,8 @@ class Family:
     guidance_input: ClassVar[bool] = False
     zeros_field: ClassVar[str] = ""
     size_input: ClassVar[bool] = False
+    text_tensors: ClassVar[tuple[str, ...]] = ("embeds",)
+    positive_first: ClassVar[bool] = False
     usual_size: ClassVar[int] = 1024
     signature: ClassVar[Signature]
 
@@ -183,6 +198,11 @@ class Family:
     def flow(self) -> bool:
         """Whether it is trained by flow matching, which has its own samplers."""
         return self.predictions == ("flow",)
+
+    @property
+    def unet(self) -> bool:
+        """Whether the denoiser is a UNet."""
+        return self.denoiser == "unet"
 
     # ------------------------------------------------------------------ sizes
     def pixel_step(self, pipe: Any) -> int:
@@ -253,6 +273,28 @@ class Family:
     def encode_tokenized(self, pipe: Any, tokens: Mapping[str, Tokenized]) -> Tensors:
         """Embeddings (batch 1) of a prompt tokenised for every reader (``tokens``: text encoder -> tokens)."""
         raise NotImplementedError
+
+    def joined(self, encodings: Sequence[Encoding]) -> tuple[Encoding, list[int]]:
+        """One encoding with all texts one after another (the rest is the first one's), and each text's length."""
+        import torch
+
+        def cat(halves: Sequence[Mapping[str, Tensor]]) -> Tensors:
+            return {**halves[0], **{name: torch.cat([half[name] for half in halves], 1) for name in self.text_tensors}}
+
+        negatives = [encoding.negative for encoding in encodings if encoding.negative is not None]
+        positive = cat([encoding.positive for encoding in encodings])
+        lengths = [int(encoding.positive[self.text_tensors[0]].shape[1]) for encoding in encodings]
+        return self.encoding(positive, cat(negatives) if negatives else {}, bool(negatives)), lengths
+
+    @contextmanager
+    def alone(self, pipe: Any, texts: Sequence[int], cells: int) -> Iterator[None]:
+        """Inside, each of the texts of :meth:`joined` has the positions that it would have alone.
+
+        Args:
+            texts: number of tokens of each.
+            cells: number of picture tokens.
+        """
+        yield
 
     # ------------------------------------------------------------------ denoiser
     def predict(

@@ -1,4 +1,4 @@
-"""Regions inside SD3 and Flux: one pass over picture cells and the concatenated texts of all regions.
+"""Regions inside transformers: one pass over picture cells and the concatenated texts of all regions.
 
 The text sequence is  [background | region 1 | region 2 | ...];  the picture's cells come after it (Flux) or before it
 (SD3). With token gates an adapter acts on its segment of the text with its row's strengths and on picture cells with
@@ -8,44 +8,36 @@ the regions' shares. Attention:
     picture cell  -> text segment i      if the cell is in region i (background: in no region)
     text segment  -> itself, and the picture cells of its region
 
-The pooled text vector, and layers that only read it or the time, have no place: the vector is the background prompt's,
-and adapters act there at their mean share.
+Tokens of reference pictures and padding belong to the background and see all cells. The pooled text vector, and layers
+that only read it or the time, have no place: the vector is the background prompt's, and adapters act there at their
+mean share.
+
+The mask is added to torch's ``scaled_dot_product_attention`` while an attention module runs, so it does not depend on
+the processors of a family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from adapters.errors import InputError
 from adapters.layers.gated import GatedAdapters
-from pipelines.diffusion.families import Encoding
+from pipelines.diffusion.families.base import Layout
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.regions.masks import Level, Place, level
 
-TEXT_LAYERS = (
-    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "context_embedder", "ff_context", "norm1_context",
-)  # fmt: skip
-"""Module names on the text side of a joint block."""
-
-
-def joined(encodings: Sequence[Encoding]) -> Encoding:
-    """One encoding with the texts of all rows concatenated; pooled vectors are the first one's."""
-
-    def cat(half: str) -> dict[str, Tensor] | None:
-        parts = [getattr(encoding, half) for encoding in encodings]
-        if parts[0] is None:
-            return None
-        return {**parts[0], "embeds": torch.cat([part["embeds"] for part in parts], 1)}
-
-    positive = cat("positive")
-    assert positive is not None
-    return Encoding(positive, cat("negative"))
+TEXT, CELL, OTHER = range(3)
+"""Kinds of tokens: of a row's text, of the picture, and of neither."""
 
 
 class TextAttention:
@@ -55,18 +47,19 @@ class TextAttention:
 
     Args:
         every: passes of the transformer per step, of which the first is used.
+        sample: the sample of the batch that is used.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every, self.reading = every, True
+    def __init__(self, every: int, sample: int = -1) -> None:
+        self.every, self.sample, self.reading = every, sample, True
         self._total: Tensor | None = None
         self._count = 0
 
     def add(self, query: Tensor, key: Tensor) -> None:
-        """Add queries of the cells and keys of the text (batch, heads, tokens, width), of the batch's last sample."""
+        """Add queries of the cells and keys of the text (batch, heads, tokens, width)."""
         if not self.reading:
             return
-        scores = query[-1].float() @ key[-1].float().transpose(-1, -2) / query.shape[-1] ** 0.5
+        scores = query[self.sample].float() @ key[self.sample].float().transpose(-1, -2) / query.shape[-1] ** 0.5
         found = scores.softmax(-1).mean(0)
         self._total = found if self._total is None else self._total + found
         self._count += 1
@@ -77,16 +70,90 @@ class TextAttention:
         return self._total / self._count
 
 
-class RegionalTransformer:
-    """One run with regions inside a joint transformer.
+class Tokens:
+    """The sequences of tokens inside a transformer, the rows they belong to, and who may attend to whom.
 
     Args:
-        denoiser: SD3's or Flux's transformer.
+        layout: the order of tokens.
+        cells: the regions on the grid of picture tokens, with soft borders.
+        hard: the same with hard borders.
+        texts: number of tokens of each row's text.
+        references: number of tokens of reference pictures.
+        self_mask: regions do not attend to each other.
+
+    Attributes:
+        kinds: sequence -> kind of each token. Sequences are "text", "image" (with references) and "joint".
+        shares: sequence -> share of each token in each row (tokens, rows).
+    """
+
+    def __init__(
+        self, layout: Layout, cells: Level, hard: Level, texts: Sequence[int], references: int, self_mask: bool
+    ) -> None:
+        rows, device = len(cells.shares), cells.shares.device
+        self.among = hard.allowed if self_mask else None
+        self.cells = slice(0, cells.tokens)
+
+        def padded(shares: Tensor, kind: int, more: int) -> tuple[Tensor, Tensor]:
+            """Shares (tokens, rows) and kinds with ``more`` tokens of the background, and padding, at the end."""
+            rest = more + -(len(shares) + more) % layout.multiple
+            background = torch.zeros(rest, rows, device=device)
+            background[:, 0] = 1
+            kinds = torch.tensor([kind] * len(shares) + [OTHER] * rest, device=device)
+            return torch.cat([shares, background]), kinds
+
+        of_text = torch.arange(rows, device=device).repeat_interleave(torch.tensor(texts, device=device))
+        text, text_kinds = padded(F.one_hot(of_text, rows).float(), TEXT, 0)
+        image, image_kinds = padded(cells.shares.T, CELL, references)
+        members, _ = padded((hard.shares.T > 0).float(), CELL, references)
+        order = ("text", "image") if layout.text_first else ("image", "text")
+        self.kinds = {"text": text_kinds, "image": image_kinds}
+        self.shares = {"text": text, "image": image}
+        self._members = {"text": text, "image": members}
+        for table in (self.kinds, self.shares, self._members):
+            table["joint"] = torch.cat([table[part] for part in order])
+        self.lengths = {name: len(kinds) for name, kinds in self.kinds.items()}
+        self._allowed: dict[tuple[str, str], Tensor | None] = {}
+
+    def sequence(self, tokens: int, of_text: bool) -> str | None:
+        """The sequence of so many tokens; ``of_text`` decides between a text and a picture of equal length."""
+        names = [name for name, length in self.lengths.items() if length == tokens]
+        if of_text and "text" in names:
+            return "text"
+        return next((name for name in ("image", "text", "joint") if name in names), None)
+
+    def allowed(self, queries: str, keys: str) -> Tensor | None:
+        """Which token of one sequence may attend to which of another (queries, keys); None if all may."""
+        if (queries, keys) not in self._allowed:
+            self._allowed[queries, keys] = self._made(queries, keys)
+        return self._allowed[queries, keys]
+
+    def part(self, name: str, kind: int) -> Tensor:
+        """Positions of the tokens of a kind in a sequence."""
+        return (self.kinds[name] == kind).nonzero().flatten()
+
+    def _made(self, queries: str, keys: str) -> Tensor | None:
+        asking, asked = self.kinds[queries][:, None], self.kinds[keys][None, :]
+        together = (self._members[queries] @ self._members[keys].T) > 0
+        restricted = (asked == TEXT) | ((asking == TEXT) & (asked == CELL))
+        allowed = together | ~restricted
+        if self.among is not None:
+            here, there = self.part(queries, CELL), self.part(keys, CELL)
+            if len(here) and len(there):
+                allowed[here[:, None], there[None, :]] = self.among
+        return None if bool(allowed.all()) else allowed
+
+
+class RegionalTransformer:
+    """One run with regions inside a transformer.
+
+    Args:
+        denoiser: the transformer.
         engine: the adapters joined for it.
         steps: the rows of strengths at every step.
         places: the regions' places.
         grid: height and width of the grid of picture tokens.
-        segment: number of tokens of one row's text.
+        texts: number of tokens of each row's text.
+        layout: the order of tokens.
         self_mask: regions do not attend to each other.
     """
 
@@ -97,60 +164,80 @@ class RegionalTransformer:
         steps: Sequence[Step],
         places: Sequence[Place],
         grid: tuple[int, int],
-        segment: int,
+        texts: Sequence[int],
+        layout: Layout,
         self_mask: bool,
     ) -> None:
-        self.engine, self.steps, self.segment, self.self_mask = engine, steps, segment, self_mask
-        self.flux = type(denoiser).__name__.startswith("Flux")
+        self.engine, self.steps, self.texts, self.layout, self.self_mask = engine, steps, texts, layout, self_mask
         self.device = next(denoiser.parameters()).device
         self.level = level(places, *grid, hard=False, device=self.device)
         self.hard = level(places, *grid, hard=True, device=self.device)
-        self.allowed = attention_mask(self.hard, segment, self_mask, text_first=self.flux)
         self.capture: TextAttention | None = None
         self.step = 0
         self.calls = 0
+        self.masked = 0
+        self._reading: set[str] = set()
+        self._tokens: Tokens | None = None
         self._set: tuple[tuple[float, ...], ...] | None = None
-        self._gates: dict[tuple[str, int], Tensor] = {}
+        self._gates: dict[str | None, Tensor] = {}
+
+    @property
+    def tokens(self) -> Tokens:
+        """The sequences of tokens, known from the first pass on."""
+        assert self._tokens is not None
+        return self._tokens
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Iterator[RegionalTransformer]:
-        """Inside, regions act on ``denoiser``; its processors and hooks are restored on exit."""
+        """Inside, regions act on ``denoiser``; its hooks and attention backend are restored on exit."""
         with ExitStack() as stack:
             stack.enter_context(self.engine.attached())
+            stack.enter_context(attention_backend("native"))  # others take no mask, or ignore it
             self.device = next(denoiser.parameters()).device
-            for module in denoiser.modules():
-                if hasattr(module, "processor") and hasattr(module, "set_processor"):
-                    attention: Any = module
-                    own = attention.processor
-                    stack.callback(attention.set_processor, own)
-                    attention.set_processor(_masked(own, self))
+            modules = {name: module for name, module in denoiser.named_modules() if hasattr(module, "processor")}
+            two_streams = {name for name, module in modules.items() if getattr(module, "add_k_proj", None) is not None}
+            self._reading = two_streams or set(modules)
+            for name, module in modules.items():
+                stack.enter_context(native(module))
+                stack.enter_context(entering(module, lambda name=name: _Masking(self, name)))  # type: ignore[misc]
             before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
             stack.callback(before.remove)
+            after = denoiser.register_forward_hook(self._after)
+            stack.callback(after.remove)
             yield self
 
     def gates_of(self, name: str, tokens: int) -> Tensor:
-        """The engine's token gates (L, N), or (1, N) for layers without a place."""
-        cells, texts = self.level.tokens, self.segment * len(self.level.shares)
-        if tokens == 0:
-            kind = "none"
-        elif any(part in TEXT_LAYERS for part in name.split(".")):
-            kind = "text"
-        elif tokens == cells + texts and name.startswith("single_transformer_blocks."):
-            kind = "both"
-        else:
-            kind = "cells"
-        if (kind, tokens) not in self._gates:
-            self._gates[kind, tokens] = self._made(kind)
-        return self._gates[kind, tokens]
+        """The engine's token gates (tokens, N), or (1, N) for layers without a place."""
+        sequence = self.tokens.sequence(tokens, self.of_text(name)) if tokens else None
+        if sequence not in self._gates:
+            shares = self.level.shares.mean(1)[None] if sequence is None else self.tokens.shares[sequence]
+            self._gates[sequence] = shares @ self.rows
+        return self._gates[sequence]
 
-    def _made(self, kind: str) -> Tensor:
-        if kind == "none":
-            return self.level.shares.mean(1)[None] @ self.rows
-        cells = self.level.shares.T @ self.rows
-        text = self.rows.repeat_interleave(self.segment, 0)
-        return {"cells": cells, "text": text, "both": torch.cat([text, cells])}[kind]
+    def of_text(self, name: str) -> bool:
+        """Whether a module is on the text's side, by its name."""
+        return re.search(self.layout.text_layers, name) is not None
+
+    def attend(self, name: str, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of an attention module called with query and key (batch, heads, tokens, width)."""
+        tokens, of_text = self.tokens, self.of_text(name)
+        queries, keys = (tokens.sequence(states.shape[-2], of_text) for states in (query, key))
+        if self.layout.across and queries == "image" and key.shape[-2] == tokens.lengths["text"]:
+            keys = "text" if re.search(self.layout.across, name) else keys
+        if queries is None or keys is None:
+            return mask
+        self.masked += 1
+        if self.capture is not None and name in self._reading and queries != "text" and keys != "image":
+            self.capture.add(query[..., tokens.part(queries, CELL), :], key[..., tokens.part(keys, TEXT), :])
+        allowed = tokens.allowed(queries, keys)
+        if allowed is None or mask is None:
+            return mask if allowed is None else allowed[None, None]
+        return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._tokens is None:
+            references = _references(args, kwargs, self.level.tokens) if self.layout.packed else 0
+            self._tokens = Tokens(self.layout, self.level, self.hard, self.texts, references, self.self_mask)
         if self.capture is not None:
             self.capture.reading = self.calls % self.capture.every == 0
         self.calls += 1
@@ -163,92 +250,75 @@ class RegionalTransformer:
         gates.joint([1.0 if any(row[i] for row in rows) else 0.0 for i in range(len(rows[0]))])
         gates.tokens_to(self.gates_of)
 
-
-def attention_mask(here: Level, segment: int, self_mask: bool, text_first: bool) -> Tensor:
-    """Which token may attend to which (tokens, tokens), in the order of the sequence."""
-    shares = here.shares > 0
-    rows, cells = shares.shape
-    texts = torch.arange(rows, device=shares.device).repeat_interleave(segment)
-    text_text = texts[:, None] == texts[None, :]
-    cell_text = shares.T[:, texts]
-    among = here.allowed if self_mask else None
-    cell_cell = torch.ones(cells, cells, dtype=torch.bool, device=shares.device) if among is None else among
-    if text_first:
-        return torch.cat([torch.cat([text_text, cell_text.T], 1), torch.cat([cell_text, cell_cell], 1)])
-    return torch.cat([torch.cat([cell_cell, cell_text], 1), torch.cat([cell_text.T, text_text], 1)])
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.masked:
+            raise InputError(
+                f"Regions have no effect inside a {type(module).__name__} with this attention: use method 'output'."
+            )
 
 
-def _masked(own: Any, run: RegionalTransformer) -> Any:
-    return FluxMasked(own, run) if run.flux else JointMasked(run)
+class _Masking(TorchFunctionMode):
+    """Inside, torch's attention is called with the mask of a run, for the attention module ``name``."""
+
+    def __init__(self, run: RegionalTransformer, name: str) -> None:
+        super().__init__()
+        self.run, self.name = run, name
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        given = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **given)
+        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | given
+        named["attn_mask"] = self.run.attend(self.name, named["query"], named["key"], named.get("attn_mask"))
+        return func(**named)
 
 
-class FluxMasked:
-    """Flux's own processor with the mask."""
+@contextmanager
+def entering(module: nn.Module, made: Callable[[], Any]) -> Iterator[None]:
+    """Inside, every call of ``module`` runs in a context that ``made`` returns."""
+    running: list[Any] = []
 
-    def __init__(self, own: Any, run: RegionalTransformer) -> None:
-        self.own, self.run = own, run
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(made())
+        running[-1].__enter__()
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-        **ignored: Any,
-    ) -> Any:
-        if self.run.capture is not None and encoder_hidden_states is not None:
-            self.run.capture.add(*self._looking(attn, hidden_states, encoder_hidden_states, image_rotary_emb))
-        return self.own(attn, hidden_states, encoder_hidden_states, self.run.allowed[None, None], image_rotary_emb)
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop().__exit__(None, None, None)
 
-    @staticmethod
-    def _looking(attn: Any, cells: Tensor, text: Tensor, rotations: Any) -> tuple[Tensor, Tensor]:
-        """Queries of the cells and keys of the text (batch, heads, tokens, width), as in the attention."""
-        made = []
-        length = text.shape[1]
-        sides = (
-            (attn.to_q, attn.norm_q, cells, slice(length, None)),
-            (attn.add_k_proj, attn.norm_added_k, text, slice(length)),
-        )
-        for layer, norm, states, part in sides:
-            tensor = norm(layer(states).unflatten(-1, (-1, attn.head_dim)))
-            turned: Any = apply_rotary_emb(tensor, tuple(table[part] for table in rotations), sequence_dim=1)
-            made.append(turned.transpose(1, 2))
-        return made[0], made[1]
+    handles = [
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while running:
+            running.pop().__exit__(None, None, None)
 
 
-class JointMasked:
-    """SD3's joint attention with a mask (its own processor takes none)."""
+@contextmanager
+def native(module: Any) -> Iterator[None]:
+    """Inside, an attention module uses torch's own attention."""
+    own = module.processor
+    backend = getattr(own, "_attention_backend", None)
+    kind = type(own).__name__
+    try:
+        if backend is not None:
+            own._attention_backend = None
+        if kind.startswith("XFormers"):
+            plain: Any = JointAttnProcessor2_0 if "Joint" in kind else AttnProcessor2_0
+            module.set_processor(plain())
+        yield
+    finally:
+        if backend is not None:
+            own._attention_backend = backend
+        if kind.startswith("XFormers"):
+            module.set_processor(own)
 
-    def __init__(self, run: RegionalTransformer) -> None:
-        self.run = run
 
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **ignored: Any
-    ) -> Any:
-        cells = hidden_states.shape[1]
-        parts = [self._projected(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))]
-        allowed: Tensor | None = self.run.allowed
-        if encoder_hidden_states is None:  # SD3.5's second attention: picture cells alone
-            allowed = self.run.allowed[:cells, :cells] if self.run.self_mask else None
-        else:
-            names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            parts.append(self._projected(attn, encoder_hidden_states, *names))
-            if self.run.capture is not None:
-                self.run.capture.add(parts[0][0], parts[1][1])
-        query, key, value = (torch.cat(tensors, 2) for tensors in zip(*parts, strict=True))
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        found = found.transpose(1, 2).flatten(2).to(query.dtype)
-        picture = attn.to_out[1](attn.to_out[0](found[:, :cells]))
-        if encoder_hidden_states is None:
-            return picture
-        text = found[:, cells:]
-        return picture, text if attn.context_pre_only else attn.to_add_out(text)
-
-    def _projected(self, attn: Any, states: Tensor, names: tuple[str, ...], norms: tuple[str, str]) -> list[Tensor]:
-        """Query, key and value (batch, heads, tokens, width)."""
-        made = [getattr(attn, name)(states).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in names]
-        for k, norm in enumerate(norms):
-            if getattr(attn, norm, None) is not None:
-                made[k] = getattr(attn, norm)(made[k])
-        return made
+def _references(args: tuple[Any, ...], kwargs: Mapping[str, Any], cells: int) -> int:
+    """Tokens of reference pictures that follow the picture's cells in a packed sequence."""
+    states = args[0] if args else kwargs["hidden_states"]
+    return max(0, int(states.shape[1]) - cells)

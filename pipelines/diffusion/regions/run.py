@@ -22,7 +22,7 @@ from pipelines.diffusion.regions.automatic import assigned
 from pipelines.diffusion.regions.blend import Blending
 from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
 from pipelines.diffusion.regions.context import RegionContext
-from pipelines.diffusion.regions.joint import RegionalTransformer, TextAttention, joined
+from pipelines.diffusion.regions.joint import RegionalTransformer, TextAttention
 from pipelines.diffusion.regions.masks import Place
 from pipelines.diffusion.regions.refine import Refinement, loss
 from pipelines.diffusion.regions.region import PlacedRegion, Region, RegionOptions
@@ -142,10 +142,11 @@ class RegionalCall:
         the grid of the cells."""
         context, options = self.context, self.options
         denoiser, engine = context.denoiser, context.adapters
-        if context.family.flow:
+        if not context.family.unet:
             joint = self._joint(steps, [encoding], [])
             twice = context.family.guidance_input and self.request.guided  # true guidance: one pass per half
-            joint.capture = attention = TextAttention(every=2 if twice else 1)
+            sample = self.request.images - 1 if context.family.positive_first else -1
+            joint.capture = attention = TextAttention(2 if twice else 1, sample)
             return joint, attention.maps, (joint.level.height, joint.level.width)
         run = RegionalUNet(
             denoiser, engine, steps, [row_text(encoding)], [], hard=True, self_mask=False, guided=self.request.guided
@@ -159,12 +160,14 @@ class RegionalCall:
     def _joint(
         self, steps: Sequence[Step], encodings: Sequence[Encoding], places: Sequence[Place]
     ) -> RegionalTransformer:
-        """A run with regions inside SD3 or Flux."""
-        context, factor = self.context, self.context.pipe.vae_scale_factor * 2
-        grid = self.size[0] // factor, self.size[1] // factor
-        segment = encodings[0].positive["embeds"].shape[1]
-        engine = context.adapters
-        return RegionalTransformer(context.denoiser, engine, steps, places, grid, segment, bool(self.options.self_mask))
+        """A run with regions inside a transformer."""
+        context, step = self.context, self.context.family.pixel_step(self.context.pipe)
+        grid = self.size[0] // step, self.size[1] // step
+        texts = context.family.joined(encodings)[1]
+        return RegionalTransformer(
+            context.denoiser, context.adapters, steps, places, grid, texts, context.family.layout,
+            bool(self.options.self_mask),
+        )  # fmt: skip
 
     @property
     def hard(self) -> bool:
@@ -174,7 +177,7 @@ class RegionalCall:
     def arguments(self) -> dict[str, Any]:
         """The encoded prompt as arguments of the diffusers pipeline."""
         if isinstance(self.run, RegionalTransformer):
-            return joined(self.encodings).call_arguments()
+            return self.context.family.joined(self.encodings)[0].call_arguments()
         return self.encodings[0].call_arguments()
 
     @contextmanager
@@ -185,6 +188,9 @@ class RegionalCall:
             if isinstance(self.run, Blending):
                 stack.enter_context(self.context.adapters.attached())
             stack.enter_context(self.run.attached(denoiser))
+            if isinstance(self.run, RegionalTransformer):
+                cells = self.run.level.tokens
+                stack.enter_context(self.context.family.alone(self.context.pipe, self.run.texts, cells))
             controlnet = getattr(self.context.pipe, "controlnet", None)
             if isinstance(self.run, RegionalTransformer) and controlnet is not None:
                 handle = controlnet.register_forward_pre_hook(self._main_text, with_kwargs=True)
@@ -216,7 +222,7 @@ class RegionalCall:
             named: dict[TextAdapters, Encoding] = {(row,): encoding for row, encoding in enumerate(encodings)}
             batch = self.plan.adapter_batch
             return Blending(context.family, engine.gates, steps, named, places, self.grid, batch)
-        if context.family.flow:
+        if not context.family.unet:
             return self._joint(steps, encodings, places)
         texts = [row_text(encoding) for encoding in encodings]
         return RegionalUNet(
