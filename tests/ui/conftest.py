@@ -150,11 +150,19 @@ class Tab:
 
     def open(self, view: str = "compose") -> Any:
         """Show a page of the app and wait until it is ready."""
-        self.leave()
-        self.page.goto(f"{self.server.url}{view}")
+        self.visit(f"{self.server.url}{view}")
         self.page.wait_for_selector("#generate", state="attached")
         self.page.wait_for_selector(f"#nav a[data-page={view}][aria-current]", state="attached")
         return self.page
+
+    def visit(self, address: str) -> None:
+        """Load an address, as typed by hand."""
+        self.leave()
+        self.page.goto(address)
+
+    def reload(self) -> None:
+        """Load the same address again."""
+        self.visit(self.page.url)
 
     def leave(self) -> None:
         """Go to an empty page; that requests under way are cut off by that is no error of the app."""

@@ -105,7 +105,7 @@ def test_compose_with_two_adapters_and_reuse_the_recipe(tab: Tab, tmp_path: Path
     page.click("#reuse")
     expect_form(page, config)
 
-    page.reload()
+    tab.reload()
     page.wait_for_selector("#generate")
     page.click("text=Settings from a picture file")
     page.set_input_files("#recipe-drop input[type=file]", str(picture))
@@ -235,7 +235,7 @@ def test_every_page_has_an_address_and_the_browser_goes_back(tab: Tab) -> None:
     page.go_back()
     page.wait_for_selector("#nav a[data-page=train][aria-current]")
     assert page.url.endswith("/train")
-    page.goto(f"{tab.server.url}3d")
+    tab.visit(f"{tab.server.url}3d")
     page.wait_for_selector("#nav a[data-page=reconstruct][aria-current]")
 
 
