@@ -109,8 +109,10 @@ class Prompts:
     def remarks(self, texts: Sequence[str]) -> list[str]:
         """Remarks on long texts: encoded in chunks, or truncated (with the words that are lost)."""
         remarks: list[str] = []
-        readers = self.family.readers(self.pipe) or [_guessed(self.pipe)]
+        readers = self.family.readers(self.pipe)
         for text in dict.fromkeys(texts):
+            if not readers and self.family.too_long(self.pipe, self._spelled(text).words):
+                remarks.append("The prompt is longer than this model can read: its end is lost.")
             with self._knowing({}):
                 prompt = self._spelled(text)
                 lost, chunks = "", 1

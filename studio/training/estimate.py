@@ -337,13 +337,12 @@ def _inputs(family: Any, config: TrainImageConfig, text_learns: bool, dtype: Any
     """(noisy latents, times, conditioning) of one batch of the largest size."""
     import torch
 
-    from pipelines.diffusion.families.base import latent_factor
     from studio.datasets.buckets import place
     from studio.training.supply import bucket_rule
 
     size = bucket_rule(config, family).square
     batch = config.batch_size * (2 if config.prior_preservation else 1)
-    factor = latent_factor(family.pipe)
+    factor = family.latent_factor
     channels = int(family.pipe.vae.config.latent_channels)
     noisy = torch.empty(batch, channels, size[1] // factor, size[0] // factor, dtype=dtype)
     texts = [config.trigger] * batch

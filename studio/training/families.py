@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from pipelines.diffusion import families
-from pipelines.diffusion.families.base import latent_factor
 from pipelines.diffusion.families.configuration import check_trainable
-from pipelines.diffusion.latents import scaled
 from studio.datasets.buckets import Placement, Size
 from studio.training.objective import Diffusion, FlowMatching, Process
 
@@ -80,19 +78,23 @@ class Family:
     @property
     def smallest_multiple(self) -> int:
         """Sides of a picture must be multiples of this."""
-        return latent_factor(self.pipe) * self.about.layout.patch
+        return self.latent_factor * self.about.layout.patch
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per side of a latent cell."""
+        return self.about.latent_factor(self.pipe)
 
     # ------------------------------------------------------------------ pictures
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """Mean and deviation of latents ``(batch, 2, channels, h, w)`` of pictures ``(batch, 3, H, W)`` in [-1, 1]."""
         vae = self.pipe.vae
         with torch.no_grad():
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return torch.stack([posterior.mean, posterior.std], dim=1).float()
+            return self.about.moments(self.pipe, pixels.to(vae.device, vae.dtype)).float()
 
     def latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Scaled latents ``(batch, channels, h, w)`` drawn from ``moments (batch, 2, channels, h, w)``."""
-        return scaled(moments[:, 0] + moments[:, 1] * noise, self.pipe.vae.config)
+        return self.about.scaled(self.pipe, moments[:, 0] + moments[:, 1] * noise)
 
     # ------------------------------------------------------------------ prompts
     def tokens(self, texts: Sequence[str]) -> Tensors:
@@ -101,9 +103,7 @@ class Family:
 
     def cut_short(self, texts: Sequence[str]) -> list[str]:
         """The prompts that are longer than the first text encoder reads."""
-        tokenizer = self.pipe.tokenizer
-        limit = tokenizer.model_max_length
-        return [text for text in texts if len(tokenizer(text, verbose=False).input_ids) > limit]
+        return [text for text in texts if self.about.too_long(self.pipe, text)]
 
     def encode(self, tokens: Mapping[str, torch.Tensor], encoders: Mapping[str, Any]) -> Tensors:
         """Conditioning from ``tokens``; gradients flow into ``encoders``."""

@@ -227,7 +227,43 @@ class Family:
 
     def multiple(self, pipe: Any) -> int:
         """Pixels that the sides of training pictures should be multiples of."""
-        return latent_factor(pipe) * self.layout.patch
+        return self.latent_factor(pipe) * self.layout.patch
+
+    def latent_factor(self, pipe: Any) -> int:
+        """Pixels per side of a latent cell."""
+        return latent_factor(pipe)
+
+    # ------------------------------------------------------------------ latents
+    def moments(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """Mean and deviation of the autoencoder's output (batch, 2, channels, h, w) for pictures (batch, 3, H, W) in
+        [-1, 1]."""
+        import torch
+
+        posterior = pipe.vae.encode(pixels).latent_dist
+        return torch.stack([posterior.mean, posterior.std], dim=1)
+
+    def scaled(self, pipe: Any, encoded: Tensor) -> Tensor:
+        """The denoiser's latents (batch, channels, h, w) from the autoencoder's output."""
+        from pipelines.diffusion import latents
+
+        return latents.scaled(encoded, pipe.vae.config)
+
+    def unscaled(self, pipe: Any, latents: Tensor) -> Tensor:
+        """The autoencoder's input for decoding: the inverse of :meth:`scaled`."""
+        from pipelines.diffusion import latents as plain
+
+        return plain.unscaled(latents, pipe.vae.config)
+
+    def unpacked(self, pipe: Any, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Latents (batch, channels, h, w) of a picture of this size in pixels, from the pipeline's tokens (batch,
+        tokens, channels)."""
+        unpacked: Tensor = pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
+        return unpacked
+
+    def decoded(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Pictures (batch, 3, H, W) in [-1, 1] of the denoiser's latents (batch, channels, h, w)."""
+        pixels: Tensor = pipe.vae.decode(self.unscaled(pipe, latents).to(pipe.vae.dtype), return_dict=False)[0]
+        return pixels
 
     # ------------------------------------------------------------------ prompts
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
@@ -264,6 +300,12 @@ class Family:
     def null_condition(self, pipe: Any, text: str = "") -> Tensors:
         """Embeddings (batch 1) that the pipeline uses as the null prompt in guidance."""
         return self.condition(pipe, [text])
+
+    def too_long(self, pipe: Any, text: str) -> bool:
+        """Whether the first text encoder cannot read all of ``text``."""
+        tokenizer = pipe.tokenizer
+        found: bool = len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
+        return found
 
     def readers(self, pipe: Any) -> list[Reader]:
         """The text encoders, in the order of their parts in the denoiser's text sequence (those that share a part or

@@ -30,7 +30,6 @@ from pipelines.diffusion.distillation.consistency import pseudo_huber
 from pipelines.diffusion.distillation.guidance import strength
 from pipelines.diffusion.distillation.mark import Mark, config_hash
 from pipelines.diffusion.distillation.student import Student
-from pipelines.diffusion.families.base import latent_factor
 from pipelines.diffusion.samplers import sampler
 from studio.datasets.cache import key_of
 from studio.datasets.pictures import FolderReport
@@ -197,7 +196,7 @@ class DistillationTask(Task):
         size = self.pictures.rule.square
         captions = [picture.caption or "" for picture in report.pictures] if report else []
         prompts = list(self.listed) or captions
-        factor = latent_factor(family.pipe)
+        factor = family.latent_factor
         facts = trajectories.Facts(
             base=self.session.base_digest,
             prediction_type=self._prediction,
