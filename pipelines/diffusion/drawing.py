@@ -12,7 +12,7 @@ import torch
 
 from adapters.progress import Monitor, Progress, check
 from pipelines.diffusion.preview import preview
-from pipelines.diffusion.samplers import sampler
+from pipelines.diffusion.samplers import check_noise, sampler
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Request:
         preview_every: steps between previews; 0 = none.
         given: generators to use instead of the seed's.
         callback, callback_tensors: the caller's own callback_on_step_end and the names of its tensors.
+        noise: the noise levels that the plan was made with; empty if none was needed.
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class Request:
     given: Any = None
     callback: Any = None
     callback_tensors: tuple[str, ...] = ()
+    noise: tuple[float, ...] = ()
 
     def generators(self) -> Any:
         """One generator per picture, so that a picture does not depend on the number of pictures; or those given."""
@@ -118,6 +120,8 @@ def _reporter(run: Any, request: Request, before_step: BeforeStep | None) -> Any
 
     def on_step_end(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         run.step = index + 1
+        if index == 0 and request.noise:
+            check_noise(pipe.scheduler, request.noise)
         picture = None
         if every and (index + 1) % every == 0 and index + 1 < total:
             picture = preview(pipe, tensors["latents"], *request.size)

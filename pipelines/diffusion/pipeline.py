@@ -50,8 +50,8 @@ from pipelines.diffusion.prompts import Prompts
 from pipelines.diffusion.rack import Joined, Loaded, Rack
 from pipelines.diffusion.regions.region import PlacedRegion, Region, check_options, check_regions
 from pipelines.diffusion.report import LoraReport, Plan
-from pipelines.diffusion.samplers import count_part, count_steps
-from pipelines.diffusion.schedule import Keyframes
+from pipelines.diffusion.samplers import count_part, count_steps, noise_levels
+from pipelines.diffusion.schedule import By, Keyframes, Positions
 from pipelines.diffusion.text import resolve_mode
 from pipelines.diffusion.wildcards import lines_of
 
@@ -146,6 +146,7 @@ class MultiLoRAPipeline:
         triggers: Sequence[str] = (),
         blocks: Mapping[str, float] | None = None,
         schedule: Keyframes | None = None,
+        schedule_by: By = "step",
         region: Region | Mapping[str, Any] | None = None,
     ) -> LoraReport:
         """Load an adapter and fit it to this model; it is refused if any of its layers has no module.
@@ -157,7 +158,8 @@ class MultiLoRAPipeline:
             te_weight: strength in the text encoders (default: ``weight``).
             triggers: its trigger words.
             blocks: extra factor per block, by module prefix ("down_blocks.1": 0.5).
-            schedule: keyframes (progress, factor).
+            schedule: keyframes (position, factor), see :mod:`pipelines.diffusion.schedule`.
+            schedule_by: "step" (progress from 0 to 1) or "sigma" (the sampler's noise level).
             region: its own region, without ``adapters``; regional methods use it unless ``compose`` is given regions.
 
         Raises:
@@ -165,7 +167,7 @@ class MultiLoRAPipeline:
                 invalid region.
             FamilyError: it was made for another model; the message names the layer and both shapes.
         """
-        return self.rack.load(path, name, weight, te_weight, triggers, blocks, schedule, region)
+        return self.rack.load(path, name, weight, te_weight, triggers, blocks, schedule, schedule_by, region)
 
     def unload_lora(self, name: str) -> None:
         """Unload an adapter.
@@ -250,9 +252,9 @@ class MultiLoRAPipeline:
                 is left.
         """
         with sampling(self.pipe, scheduler, self.family.flow) as fresh:
-            count = self._count(fresh, steps, others)
+            positions = self._positions(fresh, steps, others, self._pixels(None, None, others))
         guidance, mark = check_use(self._active_marks(), self.composition.method, guidance_scale, True)
-        plan, _ = self._planned(count, guidance > 1 and not (mark and mark.mode == "embedding"), prompt)
+        plan, _ = self._planned(positions, guidance > 1 and not (mark and mark.mode == "embedding"), prompt)
         return plan
 
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:
@@ -408,8 +410,9 @@ class MultiLoRAPipeline:
             call.preview_every, call.generators, call.callback, call.callback_tensors,
         )  # fmt: skip
         with torch.no_grad(), sampling(self.pipe, call.scheduler, self.family.flow) as fresh:
-            count = self._count(fresh, call.steps, call.more)
-            plan, texts = self._planned(count, guided, call.prompt, call.negative_prompt)
+            positions = self._positions(fresh, call.steps, call.more, size)
+            request = replace(request, noise=tuple(positions.sigma))
+            plan, texts = self._planned(positions, guided, call.prompt, call.negative_prompt)
             try:
                 if self.composition.properties.regional:
                     result, places = self._regional(plan, request)
@@ -444,6 +447,25 @@ class MultiLoRAPipeline:
             raise InputError(f"Of {steps} steps none is left at this strength: use more steps, or a larger strength.")
         return count
 
+    def _positions(self, fresh: Any, steps: int, more: Mapping[str, Any], size: tuple[int, int]) -> Positions:
+        """The positions of the denoiser calls; noise levels only if a schedule needs them.
+
+        Args:
+            fresh: the call's sampler, already set in the pipeline.
+            size: height and width in pixels.
+
+        Raises:
+            InputError: no step is left.
+        """
+        count = self._count(fresh, steps, more)
+        loaded = self._chosen()
+        placed = placed_regions(self.composition, loaded) if self.composition.properties.regional else ()
+        by = [*(item.report.schedule_by for item in loaded), *(region.schedule_by for region in placed)]
+        progress = [k / count for k in range(count)]
+        if "sigma" not in by:
+            return Positions(progress)
+        return Positions(progress, noise_levels(self.pipe, self.family, steps, more, size)[-count:])
+
     def joined(self) -> Joined:
         """The joined adapters of the composition, for the denoiser and for each text encoder."""
         return self.rack.joined(self.composition.adapters, self.composition.cross_only(self._chosen()))
@@ -457,11 +479,13 @@ class MultiLoRAPipeline:
             {name: report.triggers for name, report in self.adapters.items()}, self.settings.memory == "low",
         )  # fmt: skip
 
-    def _planned(self, count: int, guided: bool, prompt: str | None = None, negative: str = "") -> tuple[Plan, Texts]:
+    def _planned(
+        self, positions: Positions, guided: bool, prompt: str | None = None, negative: str = ""
+    ) -> tuple[Plan, Texts]:
         prompts, memory = self._prompts(), self.joined().denoiser.nbytes()
         words = None if prompt is None else prompts.read(prompt).words
         plan, texts = make_plan(
-            self.composition, self._chosen(), self.family, count, guided, memory, words, prompts.mean
+            self.composition, self._chosen(), self.family, positions, guided, memory, words, prompts.mean
         )
         plan = replace(plan, folds=self._folds(plan))
         if prompt is None:

@@ -18,7 +18,7 @@ from pipelines.diffusion.rack import Loaded
 from pipelines.diffusion.regions.region import Region, RegionOptions, check_regions
 from pipelines.diffusion.regions.scope import check_scope
 from pipelines.diffusion.report import Plan, report_region
-from pipelines.diffusion.schedule import factor_at
+from pipelines.diffusion.schedule import Positions
 from pipelines.diffusion.text import resolve_mode, text_adapters
 
 Places = tuple[Region, ...] | Literal["auto", "own"]
@@ -60,19 +60,19 @@ def make_plan(
     composition: Composition,
     loaded: Sequence[Loaded],
     family: Family,
-    count: int,
+    positions: Positions,
     guided: bool,
     memory: int,
     prompt: str | None,
     embed: Callable[[str], Tensor],
 ) -> tuple[Plan, Texts]:
-    """The plan of ``count`` steps, and the encoding of each prediction.
+    """The plan of a call, and the encoding of each prediction.
 
     Args:
         composition: the chosen composition.
         loaded: its adapters, in order.
         family: of the base model.
-        count: number of denoiser calls.
+        positions: of the denoiser calls.
         guided: every prediction has two halves.
         memory: bytes of the adapters' joined matrices.
         prompt: None while only planning.
@@ -89,7 +89,7 @@ def make_plan(
             f"'{with_words[0]}' has a word with an embedding per layer, which only regions inside the network support: "
             f"choose {', '.join(methods.names(lambda other: other.layer_text))}."
         )
-    rows = strengths(loaded, count)
+    rows = strengths(loaded, positions)
     regions = placed_regions(composition, loaded)
     numbers = {item.report.name: i for i, item in enumerate(loaded)}
     steps = methods.plan_steps(
@@ -97,7 +97,7 @@ def make_plan(
         rows,
         tau=composition.tau,
         members=[tuple(numbers[name] for name in region.adapters) for region in regions],
-        factors=region_factors(loaded, regions, count),
+        factors=region_factors(loaded, regions, positions),
         context=MethodContext(
             names=tuple(numbers),
             layers=tuple(item.file.parts.get(family.denoiser, {}) for item in loaded),
@@ -150,17 +150,18 @@ def placed_regions(composition: Composition, loaded: Sequence[Loaded]) -> tuple[
     return composition.regions
 
 
-def strengths(loaded: Sequence[Loaded], count: int) -> methods.Strengths:
+def strengths(loaded: Sequence[Loaded], positions: Positions) -> methods.Strengths:
     """Weight times schedule of every adapter at every step (for a DoRA adapter only the schedule, 0 or 1).
 
     Raises:
         InputError: the schedule of a DoRA adapter has a factor other than 0 and 1.
     """
+    factors = [positions.factors(item.report.schedule, item.report.schedule_by) for item in loaded]
     rows = []
-    for k in range(count):
+    for k in range(len(positions.step)):
         row = []
-        for item in loaded:
-            factor = factor_at(item.report.schedule, k / count)
+        for i, item in enumerate(loaded):
+            factor = factors[i][k]
             if item.report.dora and factor not in (0, 1):
                 raise InputError(
                     f"'{item.report.name}' is a DoRA adapter: its schedule can switch it on and off (1 and 0) but not "
@@ -175,13 +176,15 @@ def strengths(loaded: Sequence[Loaded], count: int) -> methods.Strengths:
     return tuple(rows)
 
 
-def region_factors(loaded: Sequence[Loaded], regions: Sequence[Region], count: int) -> list[list[float]]:
+def region_factors(loaded: Sequence[Loaded], regions: Sequence[Region], positions: Positions) -> list[list[float]]:
     """Scale times schedule of every region at every step.
 
     Raises:
         InputError: a region of a DoRA adapter has a factor other than 0 and 1.
     """
-    rows = [[region.scale * factor_at(region.schedule, k / count) for region in regions] for k in range(count)]
+    factors = [positions.factors(region.schedule, region.schedule_by) for region in regions]
+    rows = [[region.scale * own[k] for region, own in zip(regions, factors, strict=True)]
+            for k in range(len(positions.step))]  # fmt: skip
     dora = {item.report.name for item in loaded if item.report.dora}
     for i, region in enumerate(regions):
         faded = next((row[i] for row in rows if row[i] not in (0, 1)), None)

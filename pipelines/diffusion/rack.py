@@ -21,7 +21,7 @@ from pipelines.diffusion.families import Family
 from pipelines.diffusion.loading import DTYPES, Settings, modern_blocks
 from pipelines.diffusion.regions.region import CROSS_LAYERS, Region, check_own_region
 from pipelines.diffusion.report import LoraReport
-from pipelines.diffusion.schedule import Keyframes, check_keyframes
+from pipelines.diffusion.schedule import By, Keyframes, check_keyframes
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Rack:
         triggers: Sequence[str],
         blocks: Mapping[str, float] | None,
         schedule: Keyframes | None,
+        schedule_by: By,
         region: Region | Mapping[str, Any] | None,
     ) -> LoraReport:
         """See :meth:`pipelines.diffusion.pipeline.MultiLoRAPipeline.load_lora`."""
@@ -92,7 +93,7 @@ class Rack:
             raise InputError(f"An adapter named '{chosen}' is already loaded: give this one another name.")
         weight = check_weight(weight, f"The weight of '{chosen}'")
         te_weight = weight if te_weight is None else check_weight(te_weight, f"The te_weight of '{chosen}'")
-        keyframes = check_keyframes(schedule or (), chosen)
+        keyframes = check_keyframes(schedule or (), chosen, schedule_by)
         place = None if region is None else check_own_region(region, chosen)
         modern = modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None))
         fitted = fit(modern, self._models(), f"the base model ({self.family.title})", tables=False)
@@ -113,6 +114,7 @@ class Rack:
             triggers=tuple(triggers) or (*file.words, *file.embeddings),
             blocks=factors,
             schedule=keyframes,
+            schedule_by=schedule_by,
             distilled=special.mark if special else None,
             region=place,
         )

@@ -10,6 +10,7 @@ from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.folding import Folds
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.regions.region import Region
+from pipelines.diffusion.schedule import By
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class LoraReport:
         weight, te_weight: strength in the denoiser and in the text encoders.
         triggers: trigger words.
         blocks: factor per block prefix.
-        schedule: keyframes (progress, factor).
+        schedule, schedule_by: keyframes (position, factor), by "step" or "sigma".
         distilled: what is built into it, if it is distilled.
         region: its own region, if it was loaded with one.
     """
@@ -44,6 +45,7 @@ class LoraReport:
     triggers: tuple[str, ...] = ()
     blocks: Mapping[str, float] = field(default_factory=dict)
     schedule: tuple[tuple[float, float], ...] = ()
+    schedule_by: By = "step"
     distilled: Mark | None = None
     region: Region | None = None
 
@@ -71,13 +73,14 @@ class RegionReport:
     negative: str | None
     scale: float
     schedule: tuple[tuple[float, float], ...]
+    schedule_by: By = "step"
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{edge:.3g}" for edge in self.box) if self.box else ""
         place = f"box {numbers}" if self.box else "mask" if self.masked else "found automatically"
         text = f"'{self.prompt}'" if self.prompt else "the whole prompt"
         faded = f" x {self.scale:g}" if self.scale != 1 else ""
-        times = " by schedule" if self.schedule else ""
+        times = f" by {'noise level' if self.schedule_by == 'sigma' else 'schedule'}" if self.schedule else ""
         return f"region {self.name}: {place}; {', '.join(self.adapters)}{faded}{times}; {text}"
 
 
@@ -85,7 +88,7 @@ def report_region(region: Region) -> RegionReport:
     """The report on a region."""
     return RegionReport(
         region.title, region.box, region.mask is not None, region.adapters, region.prompt, region.negative,
-        region.scale, tuple(region.schedule),
+        region.scale, tuple(region.schedule), region.schedule_by,
     )  # fmt: skip
 
 

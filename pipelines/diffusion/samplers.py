@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
 from pipelines.diffusion.families.configuration import is_edm
+
+if TYPE_CHECKING:
+    from pipelines.diffusion.families import Family
 
 NOISE = {
     "ddim": "DDIMScheduler",
@@ -18,6 +21,9 @@ NOISE = {
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
 }
+NOISE_ERROR = 1e-3
+"""Largest relative difference between planned and real noise levels."""
+
 FLOW = {"euler": "FlowMatchEulerDiscreteScheduler", "lcm": "FlowMatchLCMScheduler"}
 
 
@@ -69,6 +75,43 @@ def count_part(pipe: Any, steps: int, more: Mapping[str, Any], flow: bool) -> in
         return whole
     last = round(own.config.num_train_timesteps * (1 - end))
     return sum(1 for time in times if time >= last)
+
+
+def noise_levels(pipe: Any, family: Family, steps: int, more: Mapping[str, Any], size: tuple[int, int]) -> list[float]:
+    """The noise level before each denoiser call of a whole run, see :mod:`pipelines.diffusion.schedule`.
+
+    Args:
+        more: arguments of the call, which may list ``timesteps`` or ``sigmas``.
+        size: height and width of the picture in pixels.
+    """
+    probe = copy.deepcopy(pipe.scheduler)
+    listed = {name: more[name] for name in ("timesteps", "sigmas") if more.get(name) is not None}
+    usual = family.timetable(pipe, steps, size)
+    if listed:
+        usual = {name: value for name, value in usual.items() if name not in ("num_inference_steps", "sigmas")} | listed
+    probe.set_timesteps(**usual)
+    return levels_of(probe)
+
+
+def levels_of(scheduler: Any) -> list[float]:
+    """The noise level before each denoiser call of a scheduler whose timesteps are set."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None:
+        return [float(sigma) for sigma in sigmas[: len(scheduler.timesteps)]]
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()]
+    return [float(level) for level in ((1 - alphas) / alphas) ** 0.5]
+
+
+def check_noise(scheduler: Any, planned: Sequence[float]) -> None:
+    """Compare the noise levels that a plan was made with to those of the running scheduler.
+
+    Raises:
+        InputError: they differ, so a schedule by sigma would act at other steps.
+    """
+    real = levels_of(scheduler)[-len(planned) :]
+    pairs = zip(real, planned, strict=False)
+    if len(real) < len(planned) or any(abs(a - b) > NOISE_ERROR * max(1.0, a) for a, b in pairs):
+        raise InputError("The noise levels of this pipeline cannot be known beforehand: use schedules by step.")
 
 
 def count_steps(scheduler: Any, steps: int, flow: bool) -> int:

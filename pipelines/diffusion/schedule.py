@@ -1,32 +1,56 @@
 """Strength over the steps: piecewise-linear keyframes.
 
-A schedule is a list of (progress, factor), with progress = k / T for step k of T, ascending from 0 to 1. Between two
-keyframes the factor is interpolated; before the first and after the last it is constant. Two keyframes with the same
-progress are a jump, from which the later one applies, so [0, 0.5) and [0.5, 1) share no step.
+A schedule is a list of (position, factor), ascending. By "step" the position is the progress k / T of step k of T, from
+0 to 1. By "sigma" it is the sampler's noise level before the step, which falls over the steps: in flow matching from 1
+(noise) to 0 (picture), in diffusion sqrt((1 - a) / a) of the cumulative alpha a, from about 14.6 to 0 for Stable
+Diffusion; so a schedule by sigma means the same with any number of steps and any shift.
+
+Between two keyframes the factor is interpolated; before the first and after the last it is constant. Two keyframes at
+the same position are a jump, from which the later one applies, so [0, 0.5) and [0.5, 1) share no step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from adapters.errors import InputError
 
 Keyframes = Sequence[tuple[float, float]]
 
+By = Literal["step", "sigma"]
 
-def check_keyframes(keyframes: Keyframes, name: str) -> tuple[tuple[float, float], ...]:
+
+@dataclass(frozen=True)
+class Positions:
+    """Where each denoiser call of a run stands: its progress, and its noise level if a schedule needs it."""
+
+    step: Sequence[float]
+    sigma: Sequence[float] = ()
+
+    def factors(self, keyframes: Keyframes, by: By) -> list[float]:
+        """The factor at each call."""
+        return [factor_at(keyframes, position) for position in (self.sigma if by == "sigma" else self.step)]
+
+
+def check_keyframes(keyframes: Keyframes, name: str, by: str = "step") -> tuple[tuple[float, float], ...]:
     """The keyframes as floats; ``name`` is that of the adapter or region in errors.
 
     Raises:
-        InputError: the keyframes are unsorted, outside [0, 1], or not finite.
+        InputError: the keyframes are unsorted, negative, above 1 by step, or not finite; or ``by`` is unknown.
     """
+    if by not in get_args(By):
+        raise InputError(f"The schedule of '{name}' is by '{by}': use step or sigma.")
     made = tuple((float(progress), float(factor)) for progress, factor in keyframes)
     progress = [point[0] for point in made]
     if any(not math.isfinite(value) for point in made for value in point):
         raise InputError(f"The schedule of '{name}' has a value that is not finite.")
-    if any(not 0 <= value <= 1 for value in progress):
+    if by == "step" and any(not 0 <= value <= 1 for value in progress):
         raise InputError(f"The schedule of '{name}' has keyframes outside [0, 1]: {progress}.")
+    if any(value < 0 for value in progress):
+        raise InputError(f"The schedule of '{name}' has a negative noise level: {progress}.")
     if progress != sorted(progress):
         raise InputError(f"The schedule of '{name}' is not in order ({progress}): sort its keyframes.")
     return made

@@ -37,8 +37,8 @@ def compose(
         list[str] | None,
         typer.Option(
             "--lora", "-l", metavar=f"{lora_option.FORM}[#PLACE]",
-            help="An adapter with its strength, its part of the steps and its place (as for --region); "
-            "repeatable.",
+            help="An adapter with its strength, its part of the steps (@0-0.4, or of the noise levels: @sigma=0.6-1) "
+            "and its place (as for --region); repeatable.",
             rich_help_panel="Adapters",
         ),
     ] = None,

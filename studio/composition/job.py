@@ -145,7 +145,7 @@ def _prepare(pipe: Any, config: ComposeConfig) -> None:
         file = formats.read(library.resolve_adapter(use.path), recipes.known_hash)
         pipe.load_lora(
             file, name=use.name, weight=use.weight, te_weight=use.te_weight, triggers=tuple(use.triggers),
-            blocks=use.blocks or None, schedule=list(use.schedule) or None,
+            blocks=use.blocks or None, schedule=list(use.schedule) or None, schedule_by=use.schedule_by,
         )  # fmt: skip
     pipe.compose(
         config.method, adapters=[use.name for use in config.adapters], tau=config.tau, te_mode=config.te_mode,

@@ -25,9 +25,8 @@ PLACES = {
 }
 """Named boxes."""
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-_RANGE = re.compile(rf"(.*)@({_NUMBER})-({_NUMBER})")
-_SCALE = re.compile(rf"(.*)\*({_NUMBER})")
+_RANGE = re.compile(lora_option.TIMES)
+_SCALE = re.compile(rf"(.*)\*({lora_option.NUMBER})")
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def parse(text: str) -> dict[str, Any]:
     adapters = adapters.strip()
     if match := _RANGE.fullmatch(adapters):
         adapters = match.group(1)
-        region["schedule"] = lora_option.window("--region", text, float(match.group(2)), float(match.group(3)))
+        region |= lora_option.window("--region", text, *match.groups()[1:])
     if match := _SCALE.fullmatch(adapters):
         adapters = match.group(1)
         region["scale"] = float(match.group(2))
@@ -131,7 +130,7 @@ def _place(place: str, said: str) -> dict[str, Any]:
     if place in PLACES:
         return {"box": list(PLACES[place])}
     parts = place.split(",")
-    if re.fullmatch(_NUMBER, parts[0].strip()):
+    if re.fullmatch(lora_option.NUMBER, parts[0].strip()):
         try:
             box = [float(part) for part in parts]
         except ValueError:

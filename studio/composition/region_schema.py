@@ -7,7 +7,7 @@ others: one field is one YAML key, one flag and one widget, in the group "Region
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -42,7 +42,10 @@ class Region(JobConfig):
     negative: str | None = Field(None, description="What to avoid here; empty = the whole negative prompt.")
     scale: float = Field(1.0, description="Factor on the adapters' weights in this region.")
     schedule: list[Strength] = Field(
-        default_factory=list, description="Keyframes (progress, factor) of this region; empty = always 1."
+        default_factory=list, description="Keyframes (position, factor) of this region; empty = always 1."
+    )
+    schedule_by: Literal["step", "sigma"] = Field(
+        "step", description="Positions of the schedule: step = progress, sigma = the sampler's noise level."
     )
     words: list[str] = Field(
         default_factory=list,
@@ -77,7 +80,10 @@ class Region(JobConfig):
             raise ValueError("a scale must be a finite number")
         return value
 
-    _keyframes = field_validator("schedule")(rules.keyframes)
+    @model_validator(mode="after")
+    def _keyframes(self) -> Self:
+        rules.keyframes(self.schedule, self.schedule_by)
+        return self
 
     @model_validator(mode="after")
     def _one_place(self) -> Region:

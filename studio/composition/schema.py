@@ -31,7 +31,12 @@ class AdapterUse(JobConfig):
     )
     schedule: list[Strength] = Field(
         default_factory=list,
-        description="Keyframes (progress, strength), interpolated between; empty = always at full strength.",
+        description="Keyframes (position, strength), interpolated between; empty = always at full strength.",
+    )
+    schedule_by: Literal["step", "sigma"] = Field(
+        "step",
+        description="Positions of the schedule: step = progress from 0 to 1; sigma = the sampler's noise level (1 to 0 "
+        "in flow matching, about 14.6 to 0 in Stable Diffusion).",
     )
 
     @field_validator("weight", "te_weight")
@@ -41,7 +46,10 @@ class AdapterUse(JobConfig):
             raise ValueError("a weight must be a finite number")
         return value
 
-    _keyframes = field_validator("schedule")(rules.keyframes)
+    @model_validator(mode="after")
+    def _keyframes(self) -> Self:
+        rules.keyframes(self.schedule, self.schedule_by)
+        return self
 
     def plus(self, other: AdapterUse) -> AdapterUse:
         """This adapter with the sum of both strengths."""

@@ -99,6 +99,10 @@ def test_help_comes_from_the_schema():
         ("dir/a=b.safetensors", {"path": "dir/a=b.safetensors"}),
         ("owner/repo", {"path": "owner/repo"}),
         ("cat@0-1", {"path": "cat", "schedule": [[0, 1], [1, 1]]}),
+        (
+            "cat@sigma=0.6-14",
+            {"path": "cat", "schedule_by": "sigma", "schedule": [[0.6, 0], [0.6, 1], [14, 1], [14, 0]]},
+        ),
         ("cat:2@0-0.4", {"path": "cat", "weight": 2.0, "schedule": [[0, 1], [0.4, 1], [0.4, 0], [1, 0]]}),
         ("cat@0.5-1", {"path": "cat", "schedule": [[0, 0], [0.5, 0], [0.5, 1], [1, 1]]}),
     ],

@@ -33,7 +33,8 @@ def new_row(record: Record) -> Row:
     """The row of an adapter just chosen."""
     return {
         "name": record.name, "facts": short_facts(record), "preview": markup.file_url(record.preview, record.modified),
-        "triggers": list(record.triggers), "weight": 1.0, "start": 0.0, "end": 1.0, "schedule": [], "te_weight": None,
+        "triggers": list(record.triggers), "weight": 1.0, "start": 0.0, "end": 1.0, "schedule": [],
+        "schedule_by": "step", "te_weight": None,
         "blocks": {}, "distilled": _distilled(record),
     }  # fmt: skip
 
@@ -81,6 +82,7 @@ def _use(row: Mapping[str, Any], known: Mapping[str, Record]) -> dict[str, Any]:
         "name": name, "path": name, "weight": _number(row, "weight", 1.0),
         "te_weight": None if row.get("te_weight") is None else _number(row, "te_weight", 1.0),
         "triggers": list(known[name].triggers), "blocks": blocks(row), "schedule": schedule,
+        "schedule_by": row.get("schedule_by", "step") if row.get("schedule") else "step",
     }  # fmt: skip
 
 
@@ -119,11 +121,12 @@ def rows_of(
         if record is None:
             missing.append(str(use.get("name") or use.get("path")))
             continue
-        span = active_span(use.get("schedule") or [])
+        by = use.get("schedule_by", "step")
+        span = active_span(use.get("schedule") or []) if by == "step" else None
         found.append({
             **new_row(record), "weight": use.get("weight", 1.0), "te_weight": use.get("te_weight"),
             "blocks": use.get("blocks") or {}, "start": span[0] if span else 0.0, "end": span[1] if span else 1.0,
-            "schedule": [] if span else use.get("schedule"),
+            "schedule": [] if span else use.get("schedule"), "schedule_by": by,
         })  # fmt: skip
     return found, missing
 

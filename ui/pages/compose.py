@@ -689,6 +689,6 @@ def _begun(config: Mapping[str, Any]) -> str:
 
 
 def _used(use: Mapping[str, Any]) -> str:
-    span = rack.active_span(use.get("schedule") or [])
+    span = rack.active_span(use.get("schedule") or []) if use.get("schedule_by") != "sigma" else None
     when = "" if span == (0.0, 1.0) else f", {span[0]:.0%} to {span[1]:.0%} of the steps" if span else ", own schedule"
     return f"<li>{markup.tag(str(use.get('name') or use.get('path')))} <span>× {use.get('weight')}{when}</span></li>"

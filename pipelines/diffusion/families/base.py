@@ -265,6 +265,18 @@ class Family:
         pixels: Tensor = pipe.vae.decode(self.unscaled(pipe, latents).to(pipe.vae.dtype), return_dict=False)[0]
         return pixels
 
+    def timetable(self, pipe: Any, steps: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Arguments with which the pipeline calls its scheduler's ``set_timesteps``.
+
+        Args:
+            size: height and width of the picture in pixels.
+        """
+        usual: dict[str, Any] = {"num_inference_steps": steps}
+        if pipe.scheduler.config.get("use_dynamic_shifting"):
+            step = self.pixel_step(pipe)
+            usual["mu"] = shift(pipe.scheduler, (size[0] // step) * (size[1] // step))
+        return usual
+
     # ------------------------------------------------------------------ prompts
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         """The prompt encoded by the pipeline, ``images`` times; with the negative prompt if ``guided``."""
@@ -376,6 +388,23 @@ def repeat(value: Any, count: int, batch: int) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(repeat(item, count, batch) for item in value)
     return value
+
+
+def shift(scheduler: Any, tokens: int) -> float:
+    """The shift mu of a flow-matching scheduler, linear in the number of picture tokens.
+
+    Its purpose is in Esser et al. 2024, section 5.3.2; the line is that of diffusers' pipelines.
+    """
+    config = scheduler.config
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (many - few)
+    return float(tokens * slope + low - slope * few)
+
+
+def even_sigmas(steps: int) -> list[float]:
+    """Noise levels from 1 to 1 / steps in equal steps, which many pipelines give to their scheduler to be shifted."""
+    return [1 - k / steps for k in range(steps)]
 
 
 def latent_factor(pipe: Any) -> int:

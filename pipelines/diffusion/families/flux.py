@@ -15,6 +15,7 @@ from pipelines.diffusion.families.base import (
     Layout,
     Signature,
     Tensors,
+    even_sigmas,
     latent_factor,
     t5_length,
 )
@@ -72,6 +73,13 @@ class Flux(Family):
 
     def resolution(self, pipe: Any) -> int:
         return int(pipe.default_sample_size) * latent_factor(pipe)
+
+    def timetable(self, pipe: Any, steps: int, size: tuple[int, int]) -> dict[str, Any]:
+        usual = super().timetable(pipe, steps, size)
+        if not pipe.scheduler.config.get("use_flow_sigmas"):
+            del usual["num_inference_steps"]
+            usual["sigmas"] = even_sigmas(steps)
+        return usual
 
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         positive, pooled, _ = pipe.encode_prompt(prompt, None, pipe._execution_device, images)

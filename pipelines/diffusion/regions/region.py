@@ -11,7 +11,7 @@ from typing import Any, Literal
 from adapters.errors import InputError, nearest
 from pipelines.diffusion import methods
 from pipelines.diffusion.checks import check_weight
-from pipelines.diffusion.schedule import Keyframes, check_keyframes
+from pipelines.diffusion.schedule import By, Keyframes, check_keyframes
 
 Box = tuple[float, float, float, float]
 Scope = Literal["cross", "spatial"]
@@ -33,7 +33,7 @@ class Region:
         mask: instead of a box: file, ``data:`` URI, PIL image or tensor (height, width) in [0, 1], 1 inside.
         prompt, negative: prompts of this region ("" and None = those of the call).
         scale: factor on the weights of its adapters.
-        schedule: keyframes (progress, factor).
+        schedule, schedule_by: keyframes (position, factor), by "step" or "sigma".
         words: words of the prompt that name the subject (default: its adapters' trigger words).
         name: its name (default: its adapters' names).
     """
@@ -45,6 +45,7 @@ class Region:
     negative: str | None = None
     scale: float = 1.0
     schedule: Keyframes = ()
+    schedule_by: By = "step"
     words: tuple[str, ...] = ()
     name: str = ""
 
@@ -226,7 +227,7 @@ def _checked(given: Region | Mapping[str, Any], number: int, known: Sequence[str
         box=box,
         mask=mask,
         scale=check_weight(given.scale, f"The scale of region {number}"),
-        schedule=check_keyframes(given.schedule or (), f"region {number}"),
+        schedule=check_keyframes(given.schedule or (), f"region {number}", given.schedule_by),
         words=words,
     )
 

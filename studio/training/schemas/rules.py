@@ -29,13 +29,15 @@ def learning_rate(value: float | None) -> float | None:
     return value
 
 
-def keyframes(value: Sequence[Strength]) -> Sequence[Strength]:
-    """Check that keyframes are in order, in [0, 1] and finite."""
-    progress = [point[0] for point in value]
-    if progress != sorted(progress) or any(not 0 <= p <= 1 for p in progress):
+def keyframes(value: Sequence[Strength], by: str = "step") -> Sequence[Strength]:
+    """Check that keyframes are in order and finite; in [0, 1] by step, from 0 by sigma."""
+    positions = [point[0] for point in value]
+    if any(not math.isfinite(number) for point in value for number in point):
+        raise ValueError("schedule positions and strengths must be finite numbers")
+    if by == "step" and (positions != sorted(positions) or any(not 0 <= p <= 1 for p in positions)):
         raise ValueError("schedule keyframes must be sorted and lie in [0, 1]")
-    if any(not math.isfinite(point[1]) for point in value):
-        raise ValueError("schedule strengths must be finite numbers")
+    if positions != sorted(positions) or any(p < 0 for p in positions):
+        raise ValueError("schedule keyframes by sigma must be sorted, from the lowest noise level (0 or more) up")
     return value
 
 
