@@ -124,6 +124,22 @@ class Encoding:
         return arguments
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The texts of several encodings one after another (all else is the first one's).
+
+    Attributes:
+        encoding: with the joined texts.
+        texts: number of tokens of each text, the larger one of its positive and negative half.
+        own: tokens of each text that are not masked by the denoiser itself: one list for the positive and one for the
+            negative half; empty if all are.
+    """
+
+    encoding: Encoding
+    texts: tuple[int, ...]
+    own: tuple[tuple[int, ...], ...] = ()
+
+
 CALL_NAMES: Mapping[str, str] = {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
 
 
@@ -328,25 +344,35 @@ class Family:
         """Embeddings (batch 1) of a prompt tokenised for every reader (``tokens``: text encoder -> tokens)."""
         raise NotImplementedError
 
-    def joined(self, encodings: Sequence[Encoding]) -> tuple[Encoding, list[int]]:
-        """One encoding with all texts one after another (the rest is the first one's), and each text's length."""
+    def joined(self, encodings: Sequence[Encoding]) -> Joined:
+        """The texts of several encodings one after another."""
         import torch
 
-        def cat(halves: Sequence[Mapping[str, Tensor]]) -> Tensors:
-            return {**halves[0], **{name: torch.cat([half[name] for half in halves], 1) for name in self.text_tensors}}
+        halves = [encoding.positive for encoding in encodings], [encoding.negative for encoding in encodings]
+        given = [[half for half in side if half is not None] for side in halves]
+        lengths = [[int(half[self.text_tensors[0]].shape[1]) for half in side] for side in given]
+        common = [max(lengths_of) for lengths_of in zip(*(side for side in lengths if side), strict=True)]
 
-        negatives = [encoding.negative for encoding in encodings if encoding.negative is not None]
-        positive = cat([encoding.positive for encoding in encodings])
-        lengths = [int(encoding.positive[self.text_tensors[0]].shape[1]) for encoding in encodings]
-        return self.encoding(positive, cat(negatives) if negatives else {}, bool(negatives)), lengths
+        def padded(tensor: Tensor, length: int) -> Tensor:
+            more = tensor.new_zeros(tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
+            return torch.cat([tensor, more], 1) if more.shape[1] else tensor
+
+        def cat(side: Sequence[Mapping[str, Tensor]]) -> Tensors:
+            texts = {
+                name: torch.cat([padded(half[name], length) for half, length in zip(side, common, strict=True)], 1)
+                for name in self.text_tensors
+            }
+            return {**side[0], **texts}
+
+        positive, negative = given
+        return Joined(self.encoding(cat(positive), cat(negative) if negative else {}, bool(negative)), tuple(common))
 
     @contextmanager
-    def alone(self, pipe: Any, texts: Sequence[int], cells: int) -> Iterator[None]:
-        """Inside, each of the texts of :meth:`joined` has the positions that it would have alone.
+    def alone(self, pipe: Any, joined: Joined, images: int) -> Iterator[None]:
+        """Inside, each text of ``joined`` has the positions that it would have alone.
 
         Args:
-            texts: number of tokens of each.
-            cells: number of picture tokens.
+            images: number of pictures.
         """
         yield
 

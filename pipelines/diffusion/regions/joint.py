@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from adapters.errors import InputError
 from adapters.layers.gated import GatedAdapters
-from pipelines.diffusion.families.base import Layout
+from pipelines.diffusion.families.base import Joined, Layout
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.regions.masks import Level, Place, level
 
@@ -155,6 +155,7 @@ class RegionalTransformer:
         texts: number of tokens of each row's text.
         layout: the order of tokens.
         self_mask: regions do not attend to each other.
+        hidden: text tokens that exist only in the other half of a batch with guidance: (samples, tokens); or None.
     """
 
     def __init__(
@@ -167,8 +168,10 @@ class RegionalTransformer:
         texts: Sequence[int],
         layout: Layout,
         self_mask: bool,
+        hidden: Tensor | None = None,
     ) -> None:
         self.engine, self.steps, self.texts, self.layout, self.self_mask = engine, steps, texts, layout, self_mask
+        self.hidden = hidden
         self.device = next(denoiser.parameters()).device
         self.level = level(places, *grid, hard=False, device=self.device)
         self.hard = level(places, *grid, hard=True, device=self.device)
@@ -230,9 +233,25 @@ class RegionalTransformer:
         if self.capture is not None and name in self._reading and queries != "text" and keys != "image":
             self.capture.add(query[..., tokens.part(queries, CELL), :], key[..., tokens.part(keys, TEXT), :])
         allowed = tokens.allowed(queries, keys)
-        if allowed is None or mask is None:
-            return mask if allowed is None else allowed[None, None]
+        if self.hidden is not None and keys != "image":
+            allowed = self._visible(query.shape[0], queries, keys, allowed)
+        if allowed is None:
+            return mask
+        if mask is None:
+            return allowed if allowed.ndim == 4 else allowed[None, None]
         return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))
+
+    def _visible(self, batch: int, queries: str, keys: str, allowed: Tensor | None) -> Tensor:
+        """The mask (batch, 1, queries, keys) without hidden tokens, which only see themselves."""
+        assert self.hidden is not None
+        tokens, hidden = self.tokens, self.hidden[:batch].to(self.device)
+        seen = torch.ones(batch, tokens.lengths[keys], dtype=torch.bool, device=self.device)
+        seen[:, tokens.part(keys, TEXT)] = ~hidden
+        made = seen[:, None, None, :]
+        made = made if allowed is None else made & allowed
+        if queries != keys:
+            return made
+        return made | torch.eye(tokens.lengths[keys], dtype=torch.bool, device=self.device)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._tokens is None:
@@ -255,6 +274,18 @@ class RegionalTransformer:
             raise InputError(
                 f"Regions have no effect inside a {type(module).__name__} with this attention: use method 'output'."
             )
+
+
+def hidden_texts(joined: Joined, images: int, positive_first: bool) -> Tensor | None:
+    """Which text tokens (samples, tokens) each sample of a batch does not have; None if all have all."""
+    if not joined.own:
+        return None
+    rows = []
+    for own in joined.own if positive_first else reversed(joined.own):
+        tokens = [k >= length for length, most in zip(own, joined.texts, strict=True) for k in range(most)]
+        rows += [tokens] * images
+    hidden = torch.tensor(rows)
+    return hidden if bool(hidden.any()) else None
 
 
 class _Masking(TorchFunctionMode):

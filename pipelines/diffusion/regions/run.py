@@ -22,7 +22,7 @@ from pipelines.diffusion.regions.automatic import assigned
 from pipelines.diffusion.regions.blend import Blending
 from pipelines.diffusion.regions.capture import Capture, Captured, capture_factor, factors, maps
 from pipelines.diffusion.regions.context import RegionContext
-from pipelines.diffusion.regions.joint import RegionalTransformer, TextAttention
+from pipelines.diffusion.regions.joint import RegionalTransformer, TextAttention, hidden_texts
 from pipelines.diffusion.regions.masks import Place
 from pipelines.diffusion.regions.refine import Refinement, loss
 from pipelines.diffusion.regions.region import PlacedRegion, Region, RegionOptions
@@ -163,10 +163,11 @@ class RegionalCall:
         """A run with regions inside a transformer."""
         context, step = self.context, self.context.family.pixel_step(self.context.pipe)
         grid = self.size[0] // step, self.size[1] // step
-        texts = context.family.joined(encodings)[1]
+        joined = context.family.joined(encodings)
+        hidden = hidden_texts(joined, self.request.images, context.family.positive_first)
         return RegionalTransformer(
-            context.denoiser, context.adapters, steps, places, grid, texts, context.family.layout,
-            bool(self.options.self_mask),
+            context.denoiser, context.adapters, steps, places, grid, joined.texts, context.family.layout,
+            bool(self.options.self_mask), hidden,
         )  # fmt: skip
 
     @property
@@ -177,7 +178,7 @@ class RegionalCall:
     def arguments(self) -> dict[str, Any]:
         """The encoded prompt as arguments of the diffusers pipeline."""
         if isinstance(self.run, RegionalTransformer):
-            return self.context.family.joined(self.encodings)[0].call_arguments()
+            return self.context.family.joined(self.encodings).encoding.call_arguments()
         return self.encodings[0].call_arguments()
 
     @contextmanager
@@ -189,8 +190,8 @@ class RegionalCall:
                 stack.enter_context(self.context.adapters.attached())
             stack.enter_context(self.run.attached(denoiser))
             if isinstance(self.run, RegionalTransformer):
-                cells = self.run.level.tokens
-                stack.enter_context(self.context.family.alone(self.context.pipe, self.run.texts, cells))
+                joined = self.context.family.joined(self.encodings)
+                stack.enter_context(self.context.family.alone(self.context.pipe, joined, self.request.images))
             controlnet = getattr(self.context.pipe, "controlnet", None)
             if isinstance(self.run, RegionalTransformer) and controlnet is not None:
                 handle = controlnet.register_forward_pre_hook(self._main_text, with_kwargs=True)
