@@ -20,8 +20,17 @@ from adapters.errors import InputError, nearest
 from adapters.options import SLOTS, Option, Rule, Slot, Training
 
 Stage = Literal[
-    "initialise", "learn", "layers", "compression", "merging", "compose", "federated", "generation", "serving",
-    "inspection", "task",
+    "initialise",
+    "learn",
+    "layers",
+    "compression",
+    "merging",
+    "compose",
+    "federated",
+    "generation",
+    "serving",
+    "inspection",
+    "task",
 ]
 
 Properties = TypeVar("Properties")

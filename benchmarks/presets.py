@@ -105,6 +105,7 @@ def measure(preset: str, pictures: Path, judge: Judge) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The results for people."""
+
     def share(row: dict[str, Any], name: str) -> str:
         return f"{row[name]:.0%}" if name in row else ""
 

@@ -512,9 +512,7 @@ class _Acting:
                 forwards[layer.module] = partial(self._first, forwards, layer, blocks)
         return self.made[blocks]
 
-    def _first(
-        self, forwards: dict[nn.Module, folded.Forward], layer: GatedLayer, blocks: Blocks, x: Tensor
-    ) -> Tensor:
+    def _first(self, forwards: dict[nn.Module, folded.Forward], layer: GatedLayer, blocks: Blocks, x: Tensor) -> Tensor:
         forward = layer.inside(blocks, x)
         forwards[layer.module] = vars(layer.module)["forward"] = forward
         return forward(x)

@@ -57,7 +57,7 @@ class Denoising:
         self.step = 0
         self.calls = 0
         self._pending: tuple[Arguments, list[list[int]]] | None = None
-        self._roles: dict[tuple[int, tuple[int, ...]], str] = {}
+        self._roles: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
     @contextmanager
     def attached(self, denoiser: nn.Module) -> Any:
@@ -88,6 +88,7 @@ class Denoising:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Set the gates of this step and repeat the batch if adapters predict separately."""
         self.calls += 1
+        args, kwargs = named(args, kwargs, self.family.positional)
         step = self.steps[min(self.step, len(self.steps) - 1)]
         predictions = self.predictions(step)
         if not predictions:
@@ -115,7 +116,7 @@ class Denoising:
         """Gates and arguments for some of the step's predictions."""
         # lists are copied because a UNet pops T2I-Adapter's residuals
         kwargs = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
-        self.set_gates(step, predictions, _batch(args, kwargs))
+        self.set_gates(step, predictions, self._batch(args, kwargs))
         return self._with_text(args, kwargs, predictions, len(predictions))
 
     def _with_text(
@@ -126,30 +127,41 @@ class Denoising:
         own_text = any(active != self.given for active in texts)
         if count == 1 and not own_text:
             return args, kwargs
-        batch = _batch(args, kwargs)
+        batch = self._batch(args, kwargs)
         wide = tuple(repeat(value, count, batch) for value in args)
-        named = {name: self.family.repeat(name, value, count, batch) for name, value in kwargs.items()}
+        more = {name: self.family.repeat(name, value, count, batch) for name, value in kwargs.items()}
         if own_text:
+            given = {kind: _at(kwargs, path) for path, kind in self.family.text_arguments.items()}
+            role = self._role(given)
             for path, kind in self.family.text_arguments.items():
-                given = _at(kwargs, path)
-                role = self._role(given, kind)
-                tensors = [_of_role(self.encodings[active], kind, role).to(given) for active in texts]
-                named = _put(named, path, torch.cat(tensors))
-        return wide, named
+                texts_of = [_of_role(self.encodings[active], kind, role) for active in texts]
+                more = _put(more, path, _joined([_like(text, given[kind]) for text in texts_of]))
+        return wide, more
 
-    def _role(self, given: Tensor, kind: str) -> str:
-        """Whether the pipeline passed the positive, the negative or both embeddings (compared once per tensor)."""
-        key = given.data_ptr(), tuple(given.shape)
+    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Number of samples of a call of the denoiser."""
+        known = ("sample", *self.family.batch_arguments, *self.family.list_arguments)
+        return len(args[0] if args else next(kwargs[name] for name in known if name in kwargs))
+
+    def _role(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which halves of the encoding the pipeline passed, in order (compared once per tensor).
+
+        Args:
+            given: name in the encoding -> what was passed.
+        """
+        key = tuple((part.data_ptr(), tuple(part.shape)) for value in given.values() for part in _parts(value))
         if key not in self._roles:
             encoding = self.encodings[self.given]
-            roles = ["positive"] if encoding.negative is None else ["both", "positive", "negative"]
+            roles: list[tuple[str, ...]] = [("positive",)]
+            if encoding.negative is not None:
+                both = ("positive", "negative") if self.family.positive_first else ("negative", "positive")
+                roles = [both, *roles, ("negative",)]
             for role in roles:
-                tensor = _of_role(encoding, kind, role)
-                if tensor.shape == given.shape and torch.equal(tensor.to(given), given):
+                if all(_same(_of_role(encoding, kind, role), value) for kind, value in given.items()):
                     self._roles[key] = role
                     break
             else:
-                raise RuntimeError(f"the pipeline passed {kind} that are not the encoded prompt: {tuple(given.shape)}")
+                raise RuntimeError(f"the pipeline passed {', '.join(given)} that are not the encoded prompt")
         return self._roles[key]
 
 
@@ -180,19 +192,37 @@ def known_calls(kind: type[Denoising], steps: Sequence[Step], adapter_batch: int
     return [blocks(step, chunk) for step in steps for chunk in chunked(separate(step), adapter_batch) or [[]]]
 
 
-def _of_role(encoding: Encoding, kind: str, role: str) -> Tensor:
-    if role == "positive":
-        return encoding.positive[kind]
-    assert encoding.negative is not None
-    if role == "negative":
-        return encoding.negative[kind]
-    return torch.cat([encoding.negative[kind], encoding.positive[kind]])
+def named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]) -> Arguments:
+    """Arguments by position and name, the first of them with these ``names`` instead of positions."""
+    return args[len(names) :], {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-    size: int = latents.shape[0]
-    return size
+def _of_role(encoding: Encoding, kind: str, role: Sequence[str]) -> Any:
+    halves = [getattr(encoding, half)[kind] for half in role]
+    return halves[0] if len(halves) == 1 else _joined(halves)
+
+
+def _parts(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    pairs = list(zip(_parts(ours), _parts(theirs), strict=False))
+    return len(_parts(ours)) == len(_parts(theirs)) and all(
+        one.shape == other.shape and torch.equal(one.to(other), other) for one, other in pairs
+    )
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Tensors or lists of several samples as one batch."""
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    return [part for value in values for part in value]
+
+
+def _like(value: Any, given: Any) -> Any:
+    """``value`` in the dtype and on the device of ``given``."""
+    return value.to(given) if isinstance(value, Tensor) else [part.to(given[0]) for part in value]
 
 
 def _at(values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -208,12 +238,14 @@ def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str,
 
 
 def _tensor(output: Any) -> Tensor:
-    tensor: Tensor = output[0]
-    return tensor
+    """The prediction with the batch in front; some denoisers return a list with one entry per sample."""
+    found: Any = output[0]
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def _replaced(output: Any, tensor: Tensor) -> Any:
+    made: Any = list(tensor.unbind()) if isinstance(output[0], list) else tensor
     if isinstance(output, tuple):
-        return (tensor, *output[1:])
-    output["sample"] = tensor
+        return (made, *output[1:])
+    output["sample"] = made
     return output

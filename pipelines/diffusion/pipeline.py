@@ -253,8 +253,9 @@ class MultiLoRAPipeline:
         """
         with sampling(self.pipe, scheduler, self.family.flow) as fresh:
             positions = self._positions(fresh, steps, others, self._pixels(None, None, others))
-        guidance, mark = check_use(self._active_marks(), self.composition.method, guidance_scale, True)
-        plan, _ = self._planned(positions, guidance > 1 and not (mark and mark.mode == "embedding"), prompt)
+        none = self.family.no_guidance
+        guidance, mark = check_use(self._active_marks(), self.composition.method, guidance_scale, True, none)
+        plan, _ = self._planned(positions, guidance > none and not (mark and mark.mode == "embedding"), prompt)
         return plan
 
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:
@@ -324,8 +325,9 @@ class MultiLoRAPipeline:
                 :mod:`pipelines.diffusion.prompt_syntax`: ``(word:1.3)``; ``<lora:name:0.8>`` sets the strength of a
                 loaded adapter for this call; the seed of each picture makes the choices in ``{a|b}``, ``__colour__``.
             steps: denoising steps (default: 25).
-            guidance_scale: classifier-free guidance (1 = off); for Flux its distilled guidance. The default is 5, and
-                with a distilled adapter 1 (or what it was made for, if it takes the guidance as an input).
+            guidance_scale: classifier-free guidance as the diffusers pipeline takes it (1 = off; Z-Image: 0 = off);
+                for Flux its distilled guidance. The default is 5, and with a distilled adapter none (or what it was
+                made for, if it takes the guidance as an input).
             seed: of the first picture.
             images: number of pictures (default: 1).
             width, height: in pixels (default: the base model's own size).
@@ -386,14 +388,18 @@ class MultiLoRAPipeline:
         """The pictures of a call whose prompt names no adapters."""
         flow_flux = self.family.guidance_input
         wanted = call.true_cfg_scale if flow_flux else call.guidance_scale
-        guidance, mark = check_use(self._active_marks(), self.composition.method, wanted, call.allow_double_guidance)
+        none = self.family.no_guidance
+        guidance, mark = check_use(
+            self._active_marks(), self.composition.method, wanted, call.allow_double_guidance, none
+        )
         scale = (5.0 if call.guidance_scale is None else call.guidance_scale) if flow_flux else guidance
         width, height = call.width, call.height
         check_call(self.family, self.pipe, call.steps, scale, call.images, (width, height), call.seed)
         check_pristine(self.pipe, self.rack.components)
-        guided = guidance > 1 and not (mark and mark.mode == "embedding")
+        guided = guidance > none and not (mark and mark.mode == "embedding")
         size = self._pixels(width, height, call.more)
-        if width or height or call.more.get("image") is not None:  # diffusers silently ignores one without the other
+        # diffusers silently ignores one without the other; without a size of its own it takes a fixed one
+        if width or height or call.more.get("image") is not None or self._own_size() is None:
             height, width = size
         sized = "width" in inspect.signature(type(self.pipe).__call__).parameters
         self._check_more(call, size, sized)
@@ -612,10 +618,14 @@ class MultiLoRAPipeline:
         if image is not None and not (width or height):
             first = image[0] if isinstance(image, list | tuple) else image
             return (first.height, first.width) if hasattr(first, "width") else tuple(first.shape[-2:])
-        own = getattr(self.pipe, "default_sample_size", None) or self.rack.denoiser.config.sample_size
-        own = own if isinstance(own, int) else own[0]
-        default = own * self.pipe.vae_scale_factor
+        own = self._own_size()
+        default = self.family.resolution(self.pipe) if own is None else own * self.pipe.vae_scale_factor
         return height or default, width or default
+
+    def _own_size(self) -> int | None:
+        """Latent cells per side of the base model's own size, if its configuration has one."""
+        own = getattr(self.pipe, "default_sample_size", None) or self.rack.denoiser.config.get("sample_size")
+        return own if own is None or isinstance(own, int) else int(own[0])
 
     def _found_settings(self) -> Settings:
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -41,7 +41,11 @@ class Bed:
 
 def make_bed(family: str, folder: Path) -> Bed:
     pipe = tiny.FAMILIES[family]()
-    convs = {"sd": ("conv1", "to_q", "proj_in", "time_emb_proj"), "sdxl": ("conv2", "to_k", "ff.net.2")}
+    others = {
+        "sd": ("conv1", "to_q", "proj_in", "time_emb_proj"),
+        "sdxl": ("conv2", "to_k", "ff.net.2"),
+        "z-image": ("to_q", "feed_forward.w2", "layers.1.adaLN_modulation.0", "cap_embedder.1"),
+    }
     return Bed(
         family,
         folder,
@@ -54,7 +58,7 @@ def make_bed(family: str, folder: Path) -> Bed:
                 seed=3,
                 rank=2,
                 alpha=2.0,
-                targets=convs.get(family, ("to_q", "proj_out")),
+                targets=others.get(family, ("to_q", "proj_out")),
                 text_targets=(),
             ),
         },

@@ -14,7 +14,8 @@ from pipelines.diffusion.families import FAMILIES, detect, family_of
 from tests import tiny
 from tests.pipelines.conftest import PROMPT, Bed, close, latents, peft_latents
 
-OTHERS = ("sdxl", "sd3", "flux")
+OTHERS = tuple(name for name in FAMILIES if name != "sd")
+"""Stable Diffusion is compared in test_composition.py."""
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -60,6 +61,8 @@ class Averaged:
         for name, text in zip(self.names, self.texts, strict=True):
             self.pipe.set_adapters([name])
             outputs.append(self.model(*args, **self._with_text(kwargs, text))[0])
+        if isinstance(outputs[0], list):
+            return ([torch.stack(sample).mean(0) for sample in zip(*outputs, strict=True)],)
         return (torch.stack(outputs).mean(0),)
 
     def _with_text(self, kwargs: dict[str, Any], text: dict[str, Tensor]) -> dict[str, Any]:
@@ -78,6 +81,8 @@ class Averaged:
 
 def roles(encoding: Any) -> dict[str, Tensor]:
     """Everything a pipeline may hand to its denoiser: positive, negative and both halves of each embedding."""
+    if any(isinstance(part, list) for part in encoding.positive.values()):
+        return {}  # no text encoder of these families takes adapters, so all encodings are the same
     found = {f"positive {kind}": tensor for kind, tensor in encoding.positive.items()}
     for kind, tensor in (encoding.negative or {}).items():
         found[f"negative {kind}"] = tensor
@@ -94,6 +99,9 @@ def roles(encoding: Any) -> dict[str, Tensor]:
         ("sd3", {"guidance_scale": 1.0}),
         ("flux", {}),
         ("flux", {"true_cfg_scale": 3.0, "negative_prompt": "dull"}),
+        ("z-image", {}),
+        ("z-image", {"guidance_scale": 0.0}),
+        ("z-image", {"negative_prompt": "dull and long"}),
     ],
 )
 @pytest.mark.parametrize("adapter_batch", [None, 1])
@@ -102,7 +110,8 @@ def test_composite_equals_separate_passes(
     beds: Callable[[str], Bed], family: str, options: dict[str, Any], adapter_batch: int | None
 ) -> None:
     bed = beds(family)
-    guided = options.get("true_cfg_scale", options.get("guidance_scale", 5.0) if family != "flux" else 1.0) > 1
+    scale = options.get("true_cfg_scale", options.get("guidance_scale", 5.0) if family != "flux" else 1.0)
+    guided = scale > FAMILIES[family].no_guidance
     negative = options.get("negative_prompt")
     pipe = bed.pipe()
     texts = []
@@ -271,6 +280,7 @@ def test_descriptions_are_whole(family: Any) -> None:
     assert all(getattr(pipe, name) is not None for name in (*family.components, family.denoiser))
     assert set(family.text_encoders) <= set(family.components)
     assert set(family.targets) == {"attention", "attention-mlp", "linear", "all"}
-    given = family.condition(pipe, ["a", "b c"])
-    assert set(given) <= set(family.call_names)
-    assert all(len(tensor) == 2 for tensor in given.values())
+    encoding = family.encode(pipe, "a", "b c", 3, True)
+    assert set(encoding.positive) == set(encoding.negative) <= set(family.call_names)
+    assert all(len(part) == 3 for half in (encoding.positive, encoding.negative) for part in half.values())
+    assert all(len(tensor) == 2 for tensor in family.condition(pipe, ["a", "b c"]).values())

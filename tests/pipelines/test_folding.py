@@ -18,6 +18,9 @@ from tests import tiny
 from tests.pipelines.conftest import PROMPT, Bed, latents
 from tests.pipelines.test_composition import Watcher, state
 
+SINGLE = ("z-image",)
+"""Families whose pipeline keeps latents in single precision."""
+
 STEPS = 2 * ENOUGH
 """So that each of two adapters in turns acts in enough of them."""
 
@@ -70,8 +73,8 @@ def test_in_double_precision_nothing_is_left_of_the_difference(
         if isinstance(part, torch.nn.Module):
             part.double()
     folded, unfolded = (latents(composer, method, steps=ENOUGH, fold=fold) for fold in (True, False))
-    assert folded.dtype == torch.float64
-    assert float((folded - unfolded).abs().max() / unfolded.abs().max()) <= 1e-9
+    assert folded.dtype == (torch.float32 if family in SINGLE else torch.float64)
+    assert float((folded - unfolded).abs().max() / unfolded.abs().max()) <= (1e-5 if family in SINGLE else 1e-9)
     assert composer.plan(ENOUGH).folds.memory == 0  # of the last call, which was asked not to
 
 

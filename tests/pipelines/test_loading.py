@@ -69,7 +69,7 @@ def test_auto_dtype_by_device_and_family() -> None:
     assert choose_dtype("auto", gpu, FAMILIES["sd3"]) == "bf16"
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_memory_presets(family: str, beds: Callable[[str], Bed], tmp_path: Path) -> None:
     """A preset that keeps the precision keeps the latents, bit for bit; the other one says that it does not.
 
@@ -150,6 +150,7 @@ def test_single_file_gives_the_same_pictures(folder: Path, sd: Bed, tmp_path: Pa
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "sd3"),
         ("double_blocks.0.img_attn.qkv.weight", "flux"),
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "flux"),
+        ("model.diffusion_model.layers.0.adaLN_modulation.0.weight", "z-image"),
     ],
 )
 def test_single_files_are_told_apart_by_their_keys(key: str, family: str, tmp_path: Path) -> None:

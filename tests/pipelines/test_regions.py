@@ -17,6 +17,8 @@ from tests.pipelines.conftest import CALL, PROMPT, Bed, close, latents
 ALL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 UNETS = ("sd", "sdxl")
+INSIDE = (*UNETS, "sd3", "flux")
+"""Families in which regions act inside the network."""
 
 
 def regional(composer: MultiLoRAPipeline, method: str, *regions: Region, **options: Any) -> torch.Tensor:
@@ -31,11 +33,16 @@ def regional(composer: MultiLoRAPipeline, method: str, *regions: Region, **optio
     return result
 
 
+FAMILIES_AND_METHODS = [
+    *((family, "output") for family in tiny.FAMILIES),
+    *((family, "activation") for family in INSIDE),
+]
+
+
 # One region, no region
 
 
-@pytest.mark.parametrize("method", ["output", "activation"])
-@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+@pytest.mark.parametrize(("family", "method"), FAMILIES_AND_METHODS)
 def test_a_region_of_the_whole_picture_is_plain_lora(beds: Any, family: str, method: str) -> None:
     bed: Bed = beds(family)
     # the pooled text of SD3 and Flux stays the background's, so there no text encoder layers
@@ -62,12 +69,9 @@ def test_cross_on_the_whole_picture_is_the_lora_restricted_to_cross_attention(be
     close(regional(composer, "lora-composer", Region(("a",), box=ALL), reinit=False, refine=False), wanted)
 
 
-@pytest.mark.parametrize("method", ["output", "activation", "cross"])
-@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+@pytest.mark.parametrize(("family", "method"), [*FAMILIES_AND_METHODS, *((family, "cross") for family in UNETS)])
 def test_scale_zero_with_the_same_prompt_is_the_base_model(beds: Any, family: str, method: str) -> None:
     bed: Bed = beds(family)
-    if method == "cross" and family not in UNETS:
-        pytest.skip("no cross-attention")
     composer = bed.composer("a", "b") if family in UNETS or method == "output" else bed.composer("a")
     base = latents(bed.composer(), "merge")
     # SD3 and Flux: a region sees its own copy of the prompt, so the whole picture must be one region
@@ -119,8 +123,7 @@ def test_a_prediction_is_each_regions_own(sd: Bed) -> None:
     close(found, torch.cat([left[..., :8], middle[..., 8:12], rest[..., 12:]], -1))
 
 
-@pytest.mark.parametrize("method", ["activation", "output"])
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize(("family", "method"), [pair for pair in FAMILIES_AND_METHODS if pair[0] not in UNETS])
 def test_regions_differ_in_joint_transformers(beds: Any, family: str, method: str) -> None:
     composer = beds(family).composer("a", "b")
     one, two = Region(("a",), box=LEFT, prompt="a cat"), Region(("b",), box=RIGHT, prompt="a dog")
@@ -285,6 +288,26 @@ def test_bad_input_is_a_sentence(sd: Bed, method: str, regions: Any, options: An
     composer = sd.composer("a", "b", "c")
     with pytest.raises(InputError, match=sentence):
         composer.compose(method, regions=regions, **options)(PROMPT, **CALL)
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in INSIDE])
+def test_regions_inside_other_networks_are_refused(beds: Any, family: str) -> None:
+    with pytest.raises(InputError, match="not possible yet: use method 'output'"):
+        regional(beds(family).composer("a"), "activation", Region(("a",), box=LEFT))
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in UNETS])
+def test_a_prediction_of_a_transformer_is_each_regions_own(beds: Any, family: str) -> None:
+    """``output`` with one step and texts of different lengths, against plain runs, cut at the border."""
+    bed: Bed = beds(family)
+    regions = Region(("a", "c"), box=LEFT, prompt="a large cat", negative="red"), Region(("b",), box=RIGHT)
+    found = regional(bed.composer("a", "b", "c"), "output", *regions, steps=1)
+    left = latents(bed.composer("a", "c"), "merge", prompt="a large cat", steps=1, negative_prompt="red")
+    right = latents(bed.composer("b"), "merge", steps=1)
+    if found.ndim == 3:  # packed tokens of 8 x 8
+        found, left, right = (part.unflatten(1, (8, 8)).movedim(3, 1) for part in (found, left, right))
+    half = found.shape[-1] // 2
+    close(found, torch.cat([left[..., :half], right[..., half:]], -1), 1e-4)
 
 
 @pytest.mark.parametrize("method", ["cross", "lora-composer"])

@@ -17,6 +17,7 @@ from studio.training import train_image
 from studio.training.check import check_data
 from studio.training.records import read_curve
 from studio.training.tasks.image import run
+from tests import tiny
 from tests.training import bed
 from tests.training.conftest import Watcher, settings
 
@@ -56,7 +57,16 @@ def test_overfits_a_new_shape(shapes_base, pictures, tmp_path):
     assert len(read_curve(tmp_path / "loss.csv")) == 120
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in ("sd", "sdxl")])
+def test_learns_one_picture(family, bases, tmp_path):
+    one = bed.crosses(tmp_path / "one", count=1)
+    config = settings(bases(family), one, steps=30, rank=4, batch_size=4, learning_rate=2e-2, targets="linear")
+    run(config, tmp_path / "run")
+    losses = [float(row["loss"]) for row in read_curve(tmp_path / "run/loss.csv")]
+    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_file_gives_the_trained_picture_in_diffusers(family, bases, pictures, tmp_path):
     text = family in ("sd", "sdxl")
     config = settings(
@@ -264,9 +274,7 @@ def test_intermediate_adapters_and_checkpoints_are_limited(bases, pictures, tmp_
                       name=name, export=["diffusers", "kohya", "peft"])  # fmt: skip
     run(config, tmp_path)
     assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == [
-        f"{name}-{step:06d}{ending}"
-        for step in (4, 5)
-        for ending in ("-kohya.safetensors", "-peft", ".safetensors")
+        f"{name}-{step:06d}{ending}" for step in (4, 5) for ending in ("-kohya.safetensors", "-peft", ".safetensors")
     ]
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 

@@ -59,7 +59,11 @@ def distilled(file: LoraFile, name: str, pipe: Any, denoiser: str) -> Distilled 
 
 
 def check_use(
-    active: Mapping[str, tuple[Mark, float]], method: str, guidance: float | None, allow_double: bool
+    active: Mapping[str, tuple[Mark, float]],
+    method: str,
+    guidance: float | None,
+    allow_double: bool,
+    none: float = 1.0,
 ) -> tuple[float, Mark | None]:
     """The guidance of a call, and the mark of the distilled adapter it uses (None without one).
 
@@ -68,6 +72,7 @@ def check_use(
         method: composition method.
         guidance: as requested; None = a suitable default.
         allow_double: allow guidance on top of built-in guidance.
+        none: the guidance scale up to which the pipeline does not guide.
 
     Raises:
         InputError: guidance on top of built-in guidance, two distilled adapters, or a method that does not use the
@@ -87,14 +92,14 @@ def check_use(
         chosen = mark.guidance if guidance is None else guidance
         _warn_outside(name, mark, chosen)
         return chosen, mark
-    if guidance is not None and guidance > 1 and not allow_double:
+    if guidance is not None and guidance > none and not allow_double:
         raise InputError(
             f"'{name}' has guidance {mark.guidance_at(weight):g} built in, and guidance_scale {guidance:g} would guide "
-            "again: set guidance_scale to 1 (or allow_double_guidance if you want both)."
+            f"again: set guidance_scale to {none:g} (or allow_double_guidance if you want both)."
         )
     if mark.mode == "strength":
         _warn_outside(name, mark, mark.guidance_at(weight))
-    return 1.0 if guidance is None else guidance, mark
+    return none if guidance is None else guidance, mark
 
 
 def merged_mark(marks: Sequence[tuple[Mark, float]]) -> dict[str, str]:

@@ -109,14 +109,15 @@ class Encoding:
     """An encoded prompt: the positive and the negative embeddings (None without guidance).
 
     ``positive`` and ``negative`` map the family's names ("embeds" (batch, tokens, width), "pooled" (batch, width), a
-    mask ...) to tensors; ``names`` maps them to the arguments of the diffusers pipeline.
+    mask ...) to tensors with the batch in front, or to lists with one tensor per sample (if the denoiser takes lists);
+    ``names`` maps them to the arguments of the diffusers pipeline.
     """
 
     positive: Mapping[str, Tensor]
     negative: Mapping[str, Tensor] | None
     names: Mapping[str, str] = field(default_factory=lambda: CALL_NAMES)
 
-    def call_arguments(self) -> dict[str, Tensor]:
+    def call_arguments(self) -> dict[str, Any]:
         """The embeddings as arguments of a diffusers pipeline."""
         arguments = {self.names[key]: tensor for key, tensor in self.positive.items()}
         if self.negative is not None:
@@ -160,6 +161,11 @@ class Family:
         learning_encoders: those of them that can be trained here.
         batch_arguments: keyword arguments of the denoiser whose first dimension is the batch.
         list_arguments: those that are lists with one entry per sample.
+        positional: names of the denoiser's arguments that the pipeline passes by position, in order; needed if one of
+            them is a list or an encoding.
+        no_guidance: guidance_scale up to which the pipeline makes no second pass.
+        flat_layers: regular expression of whole names of layers whose input has the tokens of all samples in one
+            dimension, so that samples cannot have strengths of their own there.
         text_arguments: path of keys in the denoiser's arguments -> name in the encoding.
         call_names: name in the encoding -> argument of the pipeline.
         targets: choice of layers -> regular expression that matches full module names of the denoiser.
@@ -190,6 +196,9 @@ class Family:
     learning_encoders: ClassVar[tuple[str, ...]] = ()
     batch_arguments: ClassVar[tuple[str, ...]]
     list_arguments: ClassVar[tuple[str, ...]] = ()
+    positional: ClassVar[tuple[str, ...]] = ()
+    no_guidance: ClassVar[float] = 1.0
+    flat_layers: ClassVar[str] = ""
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]]
     call_names: ClassVar[Mapping[str, str]] = CALL_NAMES
     targets: ClassVar[Mapping[str, str]] = TARGETS

@@ -109,6 +109,39 @@ def t5() -> Any:
     return make("T5EncoderModel", config)
 
 
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Qwen's template of a conversation, without tools and thoughts."""
+
+
+def qwen_tokenizer() -> Any:
+    """A Qwen tokenizer with one token per letter and a chat template."""
+    symbols = [*LETTERS, *".,<>!", "Ġ", "Ċ"]
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocab = {symbol: index for index, symbol in enumerate([*symbols, *special])}
+    tokenizer = make("Qwen2Tokenizer", vocab=vocab, merges=[], extra_special_tokens=list(special[1:]))
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def qwen3(width: int = 32) -> Any:
+    """A three-layer Qwen3 language model without head, for :func:`qwen_tokenizer`."""
+    config = make(
+        "Qwen3Config",
+        vocab_size=len(qwen_tokenizer()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=width // 2,
+        max_position_embeddings=1024,
+    )
+    return make("Qwen3Model", config)
+
+
 def quiet(pipe: Any) -> Any:
     """``pipe`` without its progress bar."""
     pipe.set_progress_bar_config(disable=True)

@@ -59,4 +59,4 @@ class Blending(Denoising):
         shares = self.shares[self.used].to(predictions)
         if predictions.ndim == 3:  # packed tokens (batch, cells, channels)
             return (rows * shares[:, None, :, None]).sum(0)
-        return (rows * shares.view(len(self.used), 1, 1, *self.grid)).sum(0)
+        return (rows * shares.view(len(self.used), *[1] * (rows.ndim - 3), *self.grid)).sum(0)

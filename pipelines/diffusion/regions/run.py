@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -221,7 +222,9 @@ class RegionalCall:
         denoiser, engine = context.denoiser, context.adapters
         if methods.properties(self.plan.method).regions == "predictions":
             named: dict[TextAdapters, Encoding] = {(row,): encoding for row, encoding in enumerate(encodings)}
-            batch = self.plan.adapter_batch
+            flat = context.family.flat_layers  # samples of one call share their strengths there
+            alone = flat and any(re.fullmatch(flat, layer.name) for layer in engine.layers)
+            batch = 1 if alone else self.plan.adapter_batch
             return Blending(context.family, engine.gates, steps, named, places, self.grid, batch)
         if not context.family.unet:
             return self._joint(steps, encodings, places)
