@@ -11,6 +11,7 @@ import pytest
 
 from adapters import catalogue
 from adapters.errors import InputError
+from tests import update_families_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +29,14 @@ def test_the_table_lists_the_catalogue() -> None:
     shown = text.split("<!-- methods -->")[1].split("<!-- /methods -->")[0].strip()
     assert shown == catalogue.markdown_table(catalogue.methods()), (
         "docs/methods.md is out of date: run  python -m tests.update_methods_table"
+    )
+
+
+def test_the_table_lists_the_families() -> None:
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    shown = text.split(update_families_table.START)[1].split(update_families_table.END)[0]
+    assert shown == update_families_table.table(), (
+        "docs/families.md is out of date: run  python -m tests.update_families_table"
     )
 
 

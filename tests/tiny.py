@@ -54,14 +54,14 @@ def lora_file(
 ) -> Path:
     """Save a random LoRA for ``pipe`` as a trainer does: PEFT layers, written by diffusers' own saver.
 
-    ``targets`` are module name endings in the denoiser, ``text_targets`` in ``text_encoder`` (empty = none; families
-    whose text encoders take no adapters get none). The
-    pipeline is not changed (the layers are made on copies). Returns the written ``.safetensors`` file.
+    ``targets`` are module name endings in the denoiser, ``text_targets`` in ``text_encoder`` (empty = none, as for a
+    family whose files have no text encoder layers in diffusers). The pipeline is not changed (the layers are made on
+    copies). Returns the written ``.safetensors`` file.
     """
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, Any] = {}
     models: dict[str, Any] = {}
-    of_text = text_targets if "text_encoder" in families.family_of(pipe).text_encoders else ()
+    of_text = text_targets if "text_encoder" in pipe._lora_loadable_modules else ()
     for name, wanted in {denoiser_name(pipe): targets, "text_encoder": of_text}.items():
         if not wanted:
             continue

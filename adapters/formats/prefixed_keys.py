@@ -47,6 +47,11 @@ FLAT = tuple(prefix for prefix in PREFIXES if prefix.endswith("_"))
 """Prefixes of names that have lost their dots."""
 
 
+_UNET = re.compile(r"(^|[._])(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)[._]")
+_BLOCK = re.compile(r"(^|[._])(blocks|layers)[._]\d")
+"""Numbered blocks, of a transformer if the file has none of a UNet's."""
+
+
 def is_prefixed(names: Iterable[str]) -> bool:
     """True if every name has one of these prefixes or is that of a block of SD3 or Flux."""
     keys = [name for name in names if not name.startswith(BUNDLED)]
@@ -94,6 +99,8 @@ def _named(file: LoraFile, source: str) -> LoraFile:
         parts["transformer"] = original_names.renamed(parts.pop("unet"), source)
         if len(parts) == 1:
             return file.with_parts(parts)  # no name is flat any more, so the file converts without a model
+    elif denoiser and not any(_UNET.search(name) for name in denoiser) and any(map(_BLOCK.search, denoiser)):
+        parts["transformer"] = {**parts.pop("unet"), **parts.get("transformer", {})}
     flat: dict[str, dict[str, LoraLayer]] = {}
     for component, layers in parts.items():
         flat[component] = {name.replace(".", "_"): layer for name, layer in layers.items()}

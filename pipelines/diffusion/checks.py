@@ -105,6 +105,8 @@ def check_call(
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}.")
+    if steps == 1 and pipe.scheduler.config.get("shift_terminal"):
+        raise InputError("The sampler of this base needs at least 2 steps, got 1.")
     if images < 1:
         raise InputError(f"images must be at least 1, got {images}.")
     if check_weight(guidance, "guidance_scale") < 0:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adapters.layers.folded import Blocks
 from adapters.layers.gated import Gates, alone
 from pipelines.diffusion.families import Encoding, Family
-from pipelines.diffusion.families.base import repeat
+from pipelines.diffusion.families.base import joined, repeat
 from pipelines.diffusion.methods.composite import reduce
 from pipelines.diffusion.methods.step import Step, TextAdapters
 
@@ -56,6 +56,7 @@ class Denoising:
         self.adapter_batch = adapter_batch
         self.step = 0
         self.calls = 0
+        self._in_step = (-1, 0)  # the step, and which of its calls of the denoiser this is
         self._pending: tuple[Arguments, list[list[int]]] | None = None
         self._roles: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
@@ -89,6 +90,7 @@ class Denoising:
         """Set the gates of this step and repeat the batch if adapters predict separately."""
         self.calls += 1
         args, kwargs = named(args, kwargs, self.family.positional)
+        self._in_step = (self.step, self._in_step[1] + 1 if self._in_step[0] == self.step else 0)
         step = self.steps[min(self.step, len(self.steps) - 1)]
         predictions = self.predictions(step)
         if not predictions:
@@ -132,10 +134,14 @@ class Denoising:
         more = {name: self.family.repeat(name, value, count, batch) for name, value in kwargs.items()}
         if own_text:
             given = {kind: _at(kwargs, path) for path, kind in self.family.text_arguments.items()}
-            role = self._role(given)
+            present = {kind: value for kind, value in given.items() if value is not None}
+            role = self._role(present)
             for path, kind in self.family.text_arguments.items():
                 texts_of = [_of_role(self.encodings[active], kind, role) for active in texts]
-                more = _put(more, path, _joined([_like(text, given[kind]) for text in texts_of]))
+                if kind in present:
+                    more = _put(more, path, _joined([_like(text, given[kind]) for text in texts_of]))
+                elif not bool((mask := _joined(texts_of)).all()):  # pipelines leave out a mask that hides nothing
+                    more = _put(more, path, mask.to(next(iter(present.values())).device))
         return wide, more
 
     def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -146,23 +152,27 @@ class Denoising:
     def _role(self, given: Mapping[str, Any]) -> tuple[str, ...]:
         """Which halves of the encoding the pipeline passed, in order (compared once per tensor).
 
+        If prompt and negative prompt are equal, the first pass of a step is the positive one, as in diffusers.
+
         Args:
             given: name in the encoding -> what was passed.
         """
         key = tuple((part.data_ptr(), tuple(part.shape)) for value in given.values() for part in _parts(value))
-        if key not in self._roles:
-            encoding = self.encodings[self.given]
-            roles: list[tuple[str, ...]] = [("positive",)]
-            if encoding.negative is not None:
-                both = ("positive", "negative") if self.family.positive_first else ("negative", "positive")
-                roles = [both, *roles, ("negative",)]
-            for role in roles:
-                if all(_same(_of_role(encoding, kind, role), value) for kind, value in given.items()):
-                    self._roles[key] = role
-                    break
-            else:
-                raise RuntimeError(f"the pipeline passed {', '.join(given)} that are not the encoded prompt")
-        return self._roles[key]
+        if key in self._roles:
+            return self._roles[key]
+        encoding = self.encodings[self.given]
+        roles: list[tuple[str, ...]] = [("positive",)]
+        if encoding.negative is not None:
+            both = ("positive", "negative") if self.family.positive_first else ("negative", "positive")
+            roles = [both, *roles, ("negative",)]
+        fitting = [
+            role for role in roles if all(_same(_of_role(encoding, kind, role), value) for kind, value in given.items())
+        ]
+        if not fitting:
+            raise RuntimeError(f"the pipeline passed {', '.join(given)} that are not the encoded prompt")
+        if len(fitting) == 1:
+            self._roles[key] = fitting[0]
+        return fitting[min(self._in_step[1], len(fitting) - 1)]
 
 
 def separate(step: Step) -> list[int]:
@@ -216,7 +226,7 @@ def _same(ours: Any, theirs: Any) -> bool:
 def _joined(values: Sequence[Any]) -> Any:
     """Tensors or lists of several samples as one batch."""
     if isinstance(values[0], Tensor):
-        return torch.cat(list(values))
+        return joined(list(values))
     return [part for value in values for part in value]
 
 

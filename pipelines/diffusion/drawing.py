@@ -28,6 +28,7 @@ class Request:
         given: generators to use instead of the seed's.
         callback, callback_tensors: the caller's own callback_on_step_end and the names of its tensors.
         noise: the noise levels that the plan was made with; empty if none was needed.
+        image: the picture that the call starts from, or edits.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Request:
     callback: Any = None
     callback_tensors: tuple[str, ...] = ()
     noise: tuple[float, ...] = ()
+    image: Any = None
 
     def generators(self) -> Any:
         """One generator per picture, so that a picture does not depend on the number of pictures; or those given."""

@@ -10,7 +10,7 @@ import torch
 
 from adapters.errors import InputError, MissingDependencyError
 from adapters.formats.lora import LoraFile
-from pipelines.diffusion.families import Family, detect, find
+from pipelines.diffusion.families import Family, detect, find, opened_as
 from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.memory import PRESETS, apply_preset
 
@@ -67,7 +67,12 @@ def open_pipeline(
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device, chosen_family)
     chosen_attention = choose_attention(attention)
-    kind = getattr(diffusers, chosen_family.pipeline)
+    kind = getattr(diffusers, opened_as(chosen_family, source))
+    if Path(source).is_file() and not chosen_family.single_file:
+        raise InputError(
+            f"diffusers opens {chosen_family.title} from a directory or hub id only: a single file such as "
+            f"'{Path(source).name}' has no text encoder."
+        )
     try:
         if Path(source).is_file():
             pipe = kind.from_single_file(str(source), dtype=DTYPES[chosen_dtype], **options)

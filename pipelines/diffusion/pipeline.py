@@ -108,11 +108,13 @@ class MultiLoRAPipeline:
         """
         import diffusers
 
-        names = self.family.other_pipelines
+        names = self.family.tasks(self.pipe)
         if task not in names:
             raise InputError(
                 f"{self.family.title} has no pipeline for '{task}': it has {', '.join(names) or 'no others'}."
             )
+        if names[task] == type(self.pipe).__name__ and not parts:
+            return self
         network = parts.get("controlnet")
         if isinstance(network, str | Path):
             parts["controlnet"] = open_controlnet(network, self.pipe, self.family, self.settings.dtype)
@@ -253,9 +255,8 @@ class MultiLoRAPipeline:
         """
         with sampling(self.pipe, scheduler, self.family.flow) as fresh:
             positions = self._positions(fresh, steps, others, self._pixels(None, None, others))
-        none = self.family.no_guidance
-        guidance, mark = check_use(self._active_marks(), self.composition.method, guidance_scale, True, none)
-        plan, _ = self._planned(positions, guidance > none and not (mark and mark.mode == "embedding"), prompt)
+        guidance, mark = self._check_use(guidance_scale, True)
+        plan, _ = self._planned(positions, self._guided(guidance, mark), prompt)
         return plan
 
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:
@@ -387,16 +388,13 @@ class MultiLoRAPipeline:
     def _draw(self, call: Call) -> Output:
         """The pictures of a call whose prompt names no adapters."""
         flow_flux = self.family.guidance_input
-        wanted = call.true_cfg_scale if flow_flux else call.guidance_scale
-        none = self.family.no_guidance
-        guidance, mark = check_use(
-            self._active_marks(), self.composition.method, wanted, call.allow_double_guidance, none
-        )
+        wanted = call.true_cfg_scale if flow_flux else self._wanted_guidance(call)
+        guidance, mark = self._check_use(wanted, call.allow_double_guidance)
         scale = (5.0 if call.guidance_scale is None else call.guidance_scale) if flow_flux else guidance
         width, height = call.width, call.height
         check_call(self.family, self.pipe, call.steps, scale, call.images, (width, height), call.seed)
         check_pristine(self.pipe, self.rack.components)
-        guided = guidance > none and not (mark and mark.mode == "embedding")
+        guided = self._guided(guidance, mark)
         size = self._pixels(width, height, call.more)
         # diffusers silently ignores one without the other; without a size of its own it takes a fixed one
         if width or height or call.more.get("image") is not None or self._own_size() is None:
@@ -408,12 +406,13 @@ class MultiLoRAPipeline:
             raise InputError(f"A {type(self.pipe).__name__} takes no true_cfg_scale: leave it at 1.")
         arguments: dict[str, Any] = {
             **call.more, **({"width": width, "height": height} if sized else {}),
-            "num_inference_steps": call.steps, "guidance_scale": scale,
+            "num_inference_steps": call.steps, self.family.guidance_argument: scale,
             "output_type": call.output_type, **({"true_cfg_scale": call.true_cfg_scale} if real_guidance else {}),
         }  # fmt: skip
         request = Request(
             call.prompt, call.negative_prompt, call.images, guided, call.seed, size, arguments, call.monitor,
             call.preview_every, call.generators, call.callback, call.callback_tensors,
+            image=call.more.get("image"),
         )  # fmt: skip
         with torch.no_grad(), sampling(self.pipe, call.scheduler, self.family.flow) as fresh:
             positions = self._positions(fresh, call.steps, call.more, size)
@@ -438,6 +437,27 @@ class MultiLoRAPipeline:
         self.composition = Composition()
 
     # Parts of a call
+
+    def _wanted_guidance(self, call: Call) -> float | None:
+        """The guidance by a second pass that a call asks for; None = not said."""
+        if self.family.guidance_argument == "guidance_scale" or call.true_cfg_scale == 1:
+            return call.guidance_scale
+        if call.guidance_scale not in (None, call.true_cfg_scale):
+            raise InputError(
+                f"guidance_scale and true_cfg_scale mean the same for {self.family.title}, and differ: leave one out."
+            )
+        return call.true_cfg_scale
+
+    def _check_use(self, guidance: float | None, allow_double: bool) -> tuple[float, Mark | None]:
+        """The guidance of a call, and the mark of the distilled adapter in use."""
+        family = self.family
+        off = 1.0 if family.guidance_input else family.no_guidance
+        usual = family.usual_guidance
+        return check_use(self._active_marks(), self.composition.method, guidance, allow_double, usual, off)
+
+    def _guided(self, guidance: float, mark: Mark | None) -> bool:
+        """Whether every prediction has two halves."""
+        return guidance > self.family.no_guidance and not (mark and mark.mode == "embedding")
 
     def _count(self, fresh: Any, steps: int, more: Mapping[str, Any]) -> int:
         """Number of denoiser calls; raises :class:`InputError` if no step is left.
@@ -476,12 +496,15 @@ class MultiLoRAPipeline:
         """The joined adapters of the composition, for the denoiser and for each text encoder."""
         return self.rack.joined(self.composition.adapters, self.composition.cross_only(self._chosen()))
 
-    def region_context(self) -> Any:
-        """The :class:`pipelines.diffusion.regions.context.RegionContext` of this pipeline, for calls with regions."""
+    def region_context(self, image: Any = None) -> Any:
+        """The :class:`pipelines.diffusion.regions.context.RegionContext` of this pipeline, for calls with regions.
+
+        ``image`` is the picture of a base that edits pictures.
+        """
         from pipelines.diffusion.regions.context import RegionContext
 
         return RegionContext(
-            self.pipe, self.family, self.rack.denoiser, self.joined().denoiser, self._prompts(),
+            self.pipe, self.family, self.rack.denoiser, self.joined().denoiser, self._prompts(image),
             {name: report.triggers for name, report in self.adapters.items()}, self.settings.memory == "low",
         )  # fmt: skip
 
@@ -493,6 +516,9 @@ class MultiLoRAPipeline:
         plan, texts = make_plan(
             self.composition, self._chosen(), self.family, positions, guided, memory, words, prompts.mean
         )
+        most = self.family.most_together(self.pipe)
+        if most is not None:
+            plan = replace(plan, adapter_batch=min(most, plan.adapter_batch or most))
         plan = replace(plan, folds=self._folds(plan))
         if prompt is None:
             return plan, texts
@@ -513,7 +539,7 @@ class MultiLoRAPipeline:
 
     def _everywhere(self, plan: Plan, texts: Texts, request: Request) -> Any:
         """A call without regions; returns the diffusers pipeline's result."""
-        encodings = self._prompts().by_adapters(
+        encodings = self._prompts(request.image).by_adapters(
             [active for row in texts for active in row],
             request.prompt, request.negative, request.images, request.guided,
         )  # fmt: skip
@@ -537,15 +563,15 @@ class MultiLoRAPipeline:
             places = tuple(region for _, placed in made for region in placed)
             return one_after_the_other([result for result, _ in made]), places
         regions = placed_regions(self.composition, self._chosen())
-        call = RegionalCall(self.region_context(), plan, regions, self.composition.options, request)
+        call = RegionalCall(self.region_context(request.image), plan, regions, self.composition.options, request)
         with call.attached() as run:
             generators = request.generators()
             arguments = call.arguments() | call.start(generators)
             result = draw(self.pipe, run, request, arguments, generators, call.between)
         return result, call.placed()
 
-    def _prompts(self) -> Prompts:
-        return Prompts(self.pipe, self.family, self._chosen(), self.joined().text)
+    def _prompts(self, image: Any = None) -> Prompts:
+        return Prompts(self.pipe, self.family, self._chosen(), self.joined().text, image)
 
     def _chosen(self) -> list[Loaded]:
         return self.rack.chosen(self.composition.adapters)
@@ -594,6 +620,8 @@ class MultiLoRAPipeline:
     def _check_more(self, call: Call, size: tuple[int, int], sized: bool) -> None:
         """Raise :class:`InputError` for arguments that do not go together."""
         step = self.family.pixel_step(self.pipe)
+        if self.family.edits(self.pipe) and call.more.get("image") is None:
+            raise InputError("This base edits pictures: give one to edit (image).")
         if not sized and (call.width or call.height) and size != self._pixels(None, None, call.more):
             raise InputError("The picture has the size of the image: leave width and height out, or resize the image.")
         if size[0] % step or size[1] % step:
@@ -616,8 +644,7 @@ class MultiLoRAPipeline:
         """Height and width of the pictures of a call: as requested, of the given image, or the base model's own."""
         image = more.get("image", more.get("control_image"))
         if image is not None and not (width or height):
-            first = image[0] if isinstance(image, list | tuple) else image
-            return (first.height, first.width) if hasattr(first, "width") else tuple(first.shape[-2:])
+            return self.family.size_from(self.pipe, image)
         own = self._own_size()
         default = self.family.resolution(self.pipe) if own is None else own * self.pipe.vae_scale_factor
         return height or default, width or default

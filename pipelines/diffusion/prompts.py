@@ -21,7 +21,7 @@ from pipelines.diffusion.prompt_syntax import Prompt, literal
 from pipelines.diffusion.rack import Loaded
 from pipelines.diffusion.regions.concepts import expanded, in_layer, knowing, layer_tokens, spelled, word_tokens
 from pipelines.diffusion.regions.region import Region
-from pipelines.diffusion.regions.words import positions, spanned
+from pipelines.diffusion.regions.words import positions
 
 Counts = dict[str, int]
 """Kind of reader -> number of chunks."""
@@ -35,12 +35,19 @@ class Prompts:
         family: its family.
         loaded: the adapters of the composition.
         encoders: their matrices joined for each text encoder.
+        image: the picture that is edited, which is read together with the prompt.
     """
 
     def __init__(
-        self, pipe: Any, family: Family, loaded: Sequence[Loaded], encoders: Mapping[str, GatedAdapters]
+        self,
+        pipe: Any,
+        family: Family,
+        loaded: Sequence[Loaded],
+        encoders: Mapping[str, GatedAdapters],
+        image: Any = None,
     ) -> None:
         self.pipe, self.family, self.loaded, self.encoders = pipe, family, loaded, encoders
+        self.image = image if family.edits(pipe) else None
 
     @property
     def vocabulary(self) -> Words:
@@ -92,7 +99,10 @@ class Prompts:
             given, avoided = self._spelled(prompt), self._spelled(negative)
             own_way = all(count == 1 for count in counts.values())
             if own_way and given.plain and (avoided.plain or not guided):
-                return self.family.encode(self.pipe, given.words, avoided.words or None, images, guided)
+                texts = given.words, avoided.words or None, images, guided
+                if self.image is not None:
+                    return self.family.encode_seen(self.pipe, *texts, self.image)
+                return self.family.encode(self.pipe, *texts)
             positive = self._encode(given, counts)
             zeros = self.family.zeros_field and getattr(self.pipe.config, self.family.zeros_field, False)
             if guided and zeros and not avoided.words:
@@ -137,14 +147,11 @@ class Prompts:
             InputError: as :func:`pipelines.diffusion.regions.words.positions`.
         """
         own = self.layer_words(region)
-        if not self.family.readers(self.pipe):
-            prompt = self.read(text)
-            return spanned(self.family.text_spans(self.pipe, prompt.words), words, prompt.words, title)
         found: list[int] = []
         start, kinds = 0, set()
         with self._knowing(own):
             prompt = self._spelled(text)
-            for reader in self.family.readers(self.pipe):
+            for reader in self.family.readers(self.pipe) or [_guessed(self.pipe, self.family)]:
                 if not reader.places or reader.kind in kinds:
                     continue
                 kinds.add(reader.kind)
@@ -262,3 +269,10 @@ def _rows(tensors: Tensors, images: int) -> Tensors:
 
 def _depth(words: Mapping[str, torch.Tensor]) -> int:
     return len(next(iter(words.values())))
+
+
+def _guessed(pipe: Any, family: Family) -> Reader:
+    """A reader for the first text encoder of a family that describes none."""
+    marked = pipe.tokenizer.bos_token_id is not None and not family.prompt_tokens
+    length = family.prompt_tokens or pipe.tokenizer.model_max_length
+    return Reader("text_encoder", "clip" if marked else "t5", length, 1)

@@ -70,7 +70,8 @@ def check_family(config: ComposeConfig) -> None:
 
 def decided(pipe: Any, config: ComposeConfig) -> dict[str, Any]:
     """The default strength of diffusers' pipeline."""
-    return {"strength": pipe.own_arguments["strength"]} if config.image and config.strength is None else {}
+    own = pipe.own_arguments.get("strength")  # a base that edits pictures has none
+    return {"strength": own} if config.image and config.strength is None and own is not None else {}
 
 
 def arguments(pipe: Any, config: ComposeConfig) -> dict[str, Any]:

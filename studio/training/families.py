@@ -34,7 +34,9 @@ class Family:
         self.about = families.family_of(pipe)
         check_trainable(pipe, self.about)
         config = pipe.scheduler.config
-        self.process: Process = FlowMatching(config) if self.about.flow else Diffusion(config)
+        self.process: Process = (
+            FlowMatching(config, self.about.training_shift) if self.about.flow else Diffusion(config)
+        )
         self.guidance = 1.0
 
     @property
@@ -88,9 +90,8 @@ class Family:
     # ------------------------------------------------------------------ pictures
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """Mean and deviation of latents ``(batch, 2, channels, h, w)`` of pictures ``(batch, 3, H, W)`` in [-1, 1]."""
-        vae = self.pipe.vae
         with torch.no_grad():
-            return self.about.moments(self.pipe, pixels.to(vae.device, vae.dtype)).float()
+            return self.about.moments(self.pipe, pixels).float()
 
     def latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Scaled latents ``(batch, channels, h, w)`` drawn from ``moments (batch, 2, channels, h, w)``."""

@@ -107,13 +107,15 @@ class FlowMatching:
 
     Args:
         scheduler_config: configuration of a ``FlowMatchEulerDiscreteScheduler`` (its shift is the default one).
+        shift: another default shift.
     """
 
     default_sampling = "logit-normal"
 
-    def __init__(self, scheduler_config: Any) -> None:
+    def __init__(self, scheduler_config: Any, shift: float | None = None) -> None:
         dynamic = scheduler_config.get("use_dynamic_shifting", False)
-        self.default_shift = 1.0 if dynamic else float(scheduler_config.get("shift", 1.0))
+        own = 1.0 if dynamic else float(scheduler_config.get("shift", 1.0))
+        self.default_shift = own if shift is None else shift
 
     def times(self, u: torch.Tensor) -> torch.Tensor:
         return u.clamp(min=1e-5, max=1.0)

@@ -13,6 +13,7 @@ import torch
 
 from adapters.files import whole
 from adapters.progress import Monitor, Progress, check
+from pipelines.diffusion.families import family_of
 from studio.datasets.buckets import Size
 from studio.datasets.cache import key_of
 from studio.datasets.seeds import generator
@@ -38,7 +39,7 @@ def draw_class_pictures(pipe: Any, folder: Path, prompt: str, count: int, size: 
             pictures = pipe(
                 prompt=[prompt] * len(numbers),
                 num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
+                **family_of(pipe).guidance_arguments(GUIDANCE),
                 width=size[0],
                 height=size[1],
                 generator=[generator(0, "class-picture", number) for number in numbers],

@@ -15,6 +15,7 @@ from adapters.progress import Monitor, Progress, check
 from pipelines.diffusion.distillation import trajectories
 from pipelines.diffusion.distillation.consistency import Path as SamplingPath
 from pipelines.diffusion.distillation.trajectories import PART, Facts, Recording
+from pipelines.diffusion.families.base import stacked
 from studio.datasets.buckets import Size, place
 from studio.datasets.cache import Tensors, key_of
 from studio.datasets.seeds import normal, rng, uniform
@@ -57,7 +58,7 @@ class Conditions:
                 encoded = self.family.condition([prompt])
                 self._known[prompt] = {name: value[0].detach().cpu() for name, value in encoded.items()} | self._size
         found = [self._known[prompt] for prompt in prompts]
-        return {name: torch.stack([value[name] for value in found]) for name in found[0]}
+        return {name: stacked([value[name] for value in found]) for name in found[0]}
 
 
 def record(

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from adapters.files import whole
+from pipelines.diffusion.families import family_of
 from studio.datasets.buckets import Size
 from studio.datasets.seeds import global_seed
 from studio.training.schemas.image import TrainImageConfig
@@ -46,11 +47,10 @@ def draw_samples(
     pictures = []
     with torch.no_grad(), evaluation(pipe, device), global_seed(config.sample_seed, "samples"):
         for number, prompt in enumerate(prompts):
-            options: dict[str, Any] = {"negative_prompt": config.sample_negative} if config.sample_negative else {}
+            options = family_of(pipe).guidance_arguments(config.sample_guidance, config.sample_negative)
             pictures += pipe(
                 prompt=prompt,
                 num_inference_steps=config.sample_steps,
-                guidance_scale=config.sample_guidance,
                 width=size[0],
                 height=size[1],
                 generator=torch.Generator().manual_seed(config.sample_seed + number),

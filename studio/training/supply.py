@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check
+from pipelines.diffusion.families.base import stacked
 from studio.datasets.buckets import BucketRule, place
 from studio.datasets.cache import TensorCache, Tensors, fingerprint, key_of
 from studio.datasets.captions import compose_caption
@@ -192,7 +193,7 @@ class Supply:
             given |= self.family.condition(texts)
         else:
             found = [self._condition_of(text) for text in texts]
-            given |= {name: torch.stack([value[name] for value in found]) for name in found[0]}
+            given |= {name: stacked([value[name] for value in found]) for name in found[0]}
         return Batch(moments, given, [pick.number for pick in picks], shown)
 
     @property

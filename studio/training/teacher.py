@@ -11,6 +11,7 @@ from adapters.errors import InputError
 from pipelines.diffusion.distillation.consistency import DiffusionPath, FlowPath, Path
 from pipelines.diffusion.distillation.guidance import guided, within
 from pipelines.diffusion.distillation.student import Student, first_not_finite
+from pipelines.diffusion.families.base import joined
 from studio.training.families import Family, Tensors
 from studio.training.objective import Diffusion, FlowMatching
 from studio.training.schemas.distill import DistillConfig
@@ -63,7 +64,7 @@ class Teacher:
         config = self.config
         null = {name: value.to(noisy.device).expand(len(noisy), *value.shape[1:]) for name, value in self.null.items()}
         both = {
-            name: torch.cat([null.get(name, value).to(value), value])
+            name: joined([null.get(name, value).to(value), value])
             for name, value in given.items()
             if name != "guidance"
         }

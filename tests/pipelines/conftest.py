@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipelines.diffusion import MultiLoRAPipeline
+from pipelines.diffusion.families import family_of
 from tests import tiny
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -45,6 +46,7 @@ def make_bed(family: str, folder: Path) -> Bed:
         "sd": ("conv1", "to_q", "proj_in", "time_emb_proj"),
         "sdxl": ("conv2", "to_k", "ff.net.2"),
         "z-image": ("to_q", "feed_forward.w2", "layers.1.adaLN_modulation.0", "cap_embedder.1"),
+        "qwen": ("to_q", "add_v_proj", "txt_mlp.net.2", "img_mod.1", "txt_in"),
     }
     return Bed(
         family,
@@ -96,12 +98,15 @@ def latents(composer: MultiLoRAPipeline, method: str = "", **options: Any) -> to
     return result
 
 
-def peft_latents(pipe: Any, guidance: float = 5.0, seeds: tuple[int, ...] = (3,), **options: Any) -> torch.Tensor:
+def peft_latents(
+    pipe: Any, guidance: float | None = None, seeds: tuple[int, ...] = (3,), **options: Any
+) -> torch.Tensor:
     """The same run by diffusers alone."""
+    family = family_of(pipe)
     result: torch.Tensor = pipe(
         PROMPT,
         num_inference_steps=4,
-        guidance_scale=guidance,
+        **family.guidance_arguments(family.usual_guidance if guidance is None else guidance),
         width=32,
         height=32,
         num_images_per_prompt=len(seeds),

@@ -86,7 +86,8 @@ def roles(encoding: Any) -> dict[str, Tensor]:
     found = {f"positive {kind}": tensor for kind, tensor in encoding.positive.items()}
     for kind, tensor in (encoding.negative or {}).items():
         found[f"negative {kind}"] = tensor
-        found[f"both {kind}"] = torch.cat([tensor, encoding.positive[kind]])
+        if tensor.shape == encoding.positive[kind].shape:  # else the pipeline passes them one after the other
+            found[f"both {kind}"] = torch.cat([tensor, encoding.positive[kind]])
     return found
 
 
@@ -102,6 +103,8 @@ def roles(encoding: Any) -> dict[str, Tensor]:
         ("z-image", {}),
         ("z-image", {"guidance_scale": 0.0}),
         ("z-image", {"negative_prompt": "dull and long"}),
+        ("qwen", {"negative_prompt": "dull"}),
+        ("qwen", {"guidance_scale": 1.0}),
     ],
 )
 @pytest.mark.parametrize("adapter_batch", [None, 1])
@@ -134,9 +137,9 @@ def test_composite_equals_separate_passes(
 
     model.forward = once
     extra = {"true_cfg_scale": options["true_cfg_scale"]} if "true_cfg_scale" in options else {}
+    extra |= {FAMILIES[family].guidance_argument: options.get("guidance_scale", FAMILIES[family].usual_guidance)}
     wanted = pipe(
         num_inference_steps=4,
-        guidance_scale=options.get("guidance_scale", 5.0),
         width=32,
         height=32,
         generator=[torch.Generator().manual_seed(3)],

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adapters.errors import Cancelled, InputError
+from pipelines.diffusion import families
 from studio.training import train_image
 from studio.training.check import check_data
 from studio.training.records import read_curve
@@ -77,7 +78,12 @@ def test_file_gives_the_trained_picture_in_diffusers(family, bases, pictures, tm
     drawn = np.asarray(diffusers.utils.load_image(result["samples"][0]))
     pipe = diffusers.DiffusionPipeline.from_pretrained(bases(family))
     pipe.set_progress_bar_config(disable=True)
-    arguments = {"num_inference_steps": 2, "guidance_scale": 2.0, "width": 32, "height": 32}
+    arguments = {
+        "num_inference_steps": 2,
+        "width": 32,
+        "height": 32,
+        **families.family_of(pipe).guidance_arguments(2.0),
+    }
 
     def draw():
         return np.asarray(pipe("a cross", generator=torch.Generator().manual_seed(0), **arguments).images[0])

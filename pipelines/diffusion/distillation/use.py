@@ -16,9 +16,6 @@ from pipelines.diffusion import methods
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark, config_hash, read_mark
 
-GUIDANCE = 5.0
-"""Default guidance without a distilled adapter."""
-
 
 @dataclass(frozen=True)
 class Distilled:
@@ -63,6 +60,7 @@ def check_use(
     method: str,
     guidance: float | None,
     allow_double: bool,
+    usual: float = 5.0,
     none: float = 1.0,
 ) -> tuple[float, Mark | None]:
     """The guidance of a call, and the mark of the distilled adapter it uses (None without one).
@@ -72,6 +70,7 @@ def check_use(
         method: composition method.
         guidance: as requested; None = a suitable default.
         allow_double: allow guidance on top of built-in guidance.
+        usual: the default without a distilled adapter.
         none: the guidance scale up to which the pipeline does not guide.
 
     Raises:
@@ -79,7 +78,7 @@ def check_use(
             adapter in every prediction.
     """
     if not active:
-        return GUIDANCE if guidance is None else guidance, None
+        return usual if guidance is None else guidance, None
     if len(active) > 1:
         raise InputError(f"Two distilled adapters would guide twice ({', '.join(active)}): keep one of them.")
     name, (mark, weight) = next(iter(active.items()))

@@ -110,6 +110,22 @@ def detect(source: str | Path) -> Family:
     return by_pipeline(_class_name(index), f"'{source}'")
 
 
+def opened_as(family: Family, source: str | Path) -> str:
+    """diffusers' class for a base of ``family``: the one it was published for, or else the text-to-image class."""
+    place = Path(source)
+    index = place / "model_index.json"
+    if family.bases and not place.exists():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            index = Path(hf_hub_download(str(source), "model_index.json"))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            return family.pipeline  # opening it will say why
+    name = _class_name(index) if index.is_file() else ""
+    return name if name in family.bases else family.pipeline
+
+
 def _detect_file(file: Path) -> Family:
     from safetensors import SafetensorError, safe_open
 
@@ -153,4 +169,5 @@ __all__ = [
     "find",
     "of_adapter",
     "of_checkpoint",
+    "opened_as",
 ]

@@ -132,8 +132,8 @@ class Joined:
     Attributes:
         encoding: with the joined texts.
         texts: number of tokens of each text, the larger one of its positive and negative half.
-        own: tokens of each text without padding: of the positive and of the negative half. Empty if the denoiser itself
-            masks what is padded.
+        own: tokens of each text that are not masked by the denoiser itself: one list for the positive and one for the
+            negative half; empty if all are.
     """
 
     encoding: Encoding
@@ -154,6 +154,9 @@ class Family:
         licence: of the public checkpoints.
         pipeline: diffusers' text-to-image class.
         other_pipelines: other task with the same networks -> diffusers' class.
+        bases: those of these classes that bases of their own are published for (such a base is opened as its class).
+        single_file: diffusers opens a base from a single file too.
+        checked: what the family was checked on.
         controlnet: diffusers' class of the family's ControlNets.
         components: attributes of the pipeline that hold models.
         denoisers: the denoising networks; most families have one.
@@ -174,10 +177,14 @@ class Family:
         vae_fields: latent statistics in the VAE's configuration that the pipeline uses.
         denoiser_inputs: field of the denoiser's configuration that requires an input -> supported values.
         guidance_input: the denoiser takes the guidance as an input; true guidance is a second pass.
+        guidance_argument: the pipeline's argument for guidance by a second pass.
+        usual_guidance: its value if none is given.
         zeros_field: field of the pipeline's configuration that replaces an empty negative prompt by zeros.
         size_input: the denoiser takes the picture's size and crop as an input.
         text_tensors: names in the encoding of tensors (batch, tokens, ...) with an entry per token of the text.
         positive_first: of the two halves of a batch with guidance, the positive one comes first.
+        prompt_tokens: most tokens of a prompt, for families without readers; None = what the tokenizer says.
+        training_shift: shift of the noise levels in training; None = that of the base's scheduler.
         usual_size: pixels per side, if the model itself is not loaded.
         signature: how files are recognised.
     """
@@ -189,6 +196,9 @@ class Family:
     licence: ClassVar[str] = ""
     pipeline: ClassVar[str]
     other_pipelines: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    bases: ClassVar[tuple[str, ...]] = ()
+    single_file: ClassVar[bool] = True
+    checked: ClassVar[str] = "tiny random models"
     controlnet: ClassVar[str] = ""
     components: ClassVar[tuple[str, ...]]
     denoisers: ClassVar[tuple[Denoiser, ...]]
@@ -207,10 +217,14 @@ class Family:
     vae_fields: ClassVar[tuple[str, ...]] = ()
     denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
     guidance_input: ClassVar[bool] = False
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    usual_guidance: ClassVar[float] = 5.0
     zeros_field: ClassVar[str] = ""
     size_input: ClassVar[bool] = False
     text_tensors: ClassVar[tuple[str, ...]] = ("embeds",)
     positive_first: ClassVar[bool] = False
+    prompt_tokens: ClassVar[int | None] = None
+    training_shift: ClassVar[float | None] = None
     usual_size: ClassVar[int] = 1024
     signature: ClassVar[Signature]
 
@@ -229,6 +243,19 @@ class Family:
         """Whether the denoiser is a UNet."""
         return self.denoiser == "unet"
 
+    # ------------------------------------------------------------------ pipelines
+    def tasks(self, pipe: Any) -> Mapping[str, str]:
+        """Task -> diffusers' class, with the networks of ``pipe``."""
+        return self.other_pipelines
+
+    def edits(self, pipe: Any) -> bool:
+        """Whether the base edits pictures: its prompts are read together with the argument ``image``."""
+        return False
+
+    def guidance_arguments(self, scale: float, negative: str = "") -> dict[str, Any]:
+        """Arguments of a call of the pipeline alone, for guidance by a second pass."""
+        return {self.guidance_argument: scale, **({"negative_prompt": negative} if negative else {})}
+
     # ------------------------------------------------------------------ sizes
     def pixel_step(self, pipe: Any) -> int:
         """Pixels that width and height must be multiples of."""
@@ -242,13 +269,19 @@ class Family:
 
     def input_channels(self, pipe: Any) -> int:
         """Channels of the denoiser's input."""
-        channels: int = pipe.vae.config.latent_channels
+        config = pipe.vae.config
+        channels: int = config.get("latent_channels") or config["z_dim"]
         return channels * self.layout.patch**2 if self.layout.packed else channels
 
     def resolution(self, pipe: Any) -> int:
         """Pixels per side that the base was trained for."""
         size = getattr(pipe, self.denoiser).config.sample_size
         return int(size if isinstance(size, int) else size[0]) * latent_factor(pipe)
+
+    def size_from(self, pipe: Any, image: Any) -> tuple[int, int]:
+        """Height and width in pixels of a picture made from ``image`` (one or a list) if no size is asked for."""
+        first = image[0] if isinstance(image, list | tuple) else image
+        return (first.height, first.width) if hasattr(first, "width") else tuple(first.shape[-2:])
 
     def multiple(self, pipe: Any) -> int:
         """Pixels that the sides of training pictures should be multiples of."""
@@ -262,10 +295,9 @@ class Family:
     def moments(self, pipe: Any, pixels: Tensor) -> Tensor:
         """Mean and deviation of the autoencoder's output (batch, 2, channels, h, w) for pictures (batch, 3, H, W) in
         [-1, 1]."""
-        import torch
+        from pipelines.diffusion import latents
 
-        posterior = pipe.vae.encode(pixels).latent_dist
-        return torch.stack([posterior.mean, posterior.std], dim=1)
+        return latents.moments(pipe.vae, pixels)
 
     def scaled(self, pipe: Any, encoded: Tensor) -> Tensor:
         """The denoiser's latents (batch, channels, h, w) from the autoencoder's output."""
@@ -287,8 +319,9 @@ class Family:
 
     def decoded(self, pipe: Any, latents: Tensor) -> Tensor:
         """Pictures (batch, 3, H, W) in [-1, 1] of the denoiser's latents (batch, channels, h, w)."""
-        pixels: Tensor = pipe.vae.decode(self.unscaled(pipe, latents).to(pipe.vae.dtype), return_dict=False)[0]
-        return pixels
+        from pipelines.diffusion import latents as plain
+
+        return plain.decoded(pipe.vae, self.unscaled(pipe, latents))
 
     def timetable(self, pipe: Any, steps: int, size: tuple[int, int]) -> dict[str, Any]:
         """Arguments with which the pipeline calls its scheduler's ``set_timesteps``.
@@ -305,6 +338,12 @@ class Family:
     # ------------------------------------------------------------------ prompts
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         """The prompt encoded by the pipeline, ``images`` times; with the negative prompt if ``guided``."""
+        raise NotImplementedError
+
+    def encode_seen(
+        self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool, image: Any
+    ) -> Encoding:
+        """The same for a base that :meth:`edits`: the prompt read together with ``image``."""
         raise NotImplementedError
 
     def encoding(self, positive: Mapping[str, Any], negative: Mapping[str, Any], guided: bool) -> Encoding:
@@ -341,7 +380,8 @@ class Family:
     def too_long(self, pipe: Any, text: str) -> bool:
         """Whether the first text encoder cannot read all of ``text``."""
         tokenizer = pipe.tokenizer
-        found: bool = len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
+        most = self.prompt_tokens or tokenizer.model_max_length
+        found: bool = len(tokenizer(text, verbose=False).input_ids) > most
         return found
 
     def readers(self, pipe: Any) -> list[Reader]:
@@ -352,15 +392,6 @@ class Family:
     def encode_tokenized(self, pipe: Any, tokens: Mapping[str, Tokenized]) -> Tensors:
         """Embeddings (batch 1) of a prompt tokenised for every reader (``tokens``: text encoder -> tokens)."""
         raise NotImplementedError
-
-    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
-        """The characters (from, to) of ``text`` that each token of the denoiser's text stands for; (0, 0) for tokens
-        that belong to a template. Needed where a family has no readers.
-
-        Raises:
-            InputError: not known for this family.
-        """
-        raise InputError(f"Where a word of the prompt stands is not known for {self.title}: give every region a place.")
 
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
         """The texts of several encodings one after another."""
@@ -413,24 +444,14 @@ class Family:
             return list(value) * count
         return repeat(value, count, batch) if name in self.batch_arguments else value
 
+    def most_together(self, pipe: Any) -> int | None:
+        """Most predictions in one call of the denoiser; None = any number (the batch stays in front everywhere)."""
+        return None
+
     # ------------------------------------------------------------------ tests
     def tiny(self, seed: int = 0, **changes: Any) -> Any:
         """A miniature random pipeline of this family, created from configurations; ``changes`` are the denoiser's."""
         raise NotImplementedError
-
-
-def spans_in(tokenizer: Any, written: str, text: str, length: int, dropped: int = 0) -> list[tuple[int, int]]:
-    """The characters of ``text`` that each token of ``written`` stands for, which holds it once; see
-    :meth:`Family.text_spans`.
-
-    Args:
-        length: tokens that the encoder reads.
-        dropped: of them, those at the beginning that the denoiser does not get.
-    """
-    begin = written.rindex(text)
-    found = tokenizer(written, truncation=True, max_length=length, return_offsets_mapping=True).offset_mapping
-    inside = [(max(first - begin, 0), min(last - begin, len(text))) for first, last in found[dropped:]]
-    return [(first, last) if first < last else (0, 0) for first, last in inside]
 
 
 def repeat(value: Any, count: int, batch: int) -> Any:
@@ -463,12 +484,40 @@ def shift(scheduler: Any, tokens: int) -> float:
 def even_sigmas(steps: int) -> list[float]:
     """Noise levels from 1 to 1 / steps in equal steps, which many pipelines give to their scheduler to be shifted."""
     return [1 - k / steps for k in range(steps)]
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` (batch, tokens, ...) as one batch; shorter ones are filled with zeros, which masks leave out."""
+    import torch
+
+    longest = max(part.shape[1] for part in parts) if parts[0].ndim > 1 else 0
+    return torch.cat([filled(part, longest, 1) for part in parts])
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` (tokens, ...) without batch as one batch, filled as by :func:`joined`."""
+    import torch
+
+    longest = max(part.shape[0] for part in parts) if parts[0].ndim else 0
+    return torch.stack([filled(part, longest, 0) for part in parts])
+
+
+def filled(tensor: Tensor, length: int, axis: int) -> Tensor:
+    """``tensor`` with zeros (False) at the end of ``axis`` up to ``length``."""
+    import torch
+
+    if tensor.ndim <= axis or tensor.shape[axis] >= length:
+        return tensor
+    shape = [*tensor.shape]
+    shape[axis] = length - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], axis)
 
 
 def latent_factor(pipe: Any) -> int:
     """Pixels per side of a latent cell."""
-    levels: int = len(pipe.vae.config.block_out_channels)
-    return 1 << (levels - 1)
+    sizes = pipe.vae.config.get("block_out_channels")
+    if not sizes:  # a video autoencoder
+        factor: int = pipe.vae_scale_factor
+        return factor
+    return 1 << (len(sizes) - 1)
 
 
 def tokenizer_of(pipe: Any, encoder: str) -> Any:

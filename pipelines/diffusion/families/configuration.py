@@ -84,6 +84,11 @@ def check_trainable(pipe: Any, family: Family) -> None:
             default.
     """
     check_base(pipe, family)
+    if family.edits(pipe):
+        raise InputError(
+            f"This base of {family.title} edits pictures, which training from pictures and captions does not teach: "
+            f"use the family's text-to-image base ({family.pipeline})."
+        )
     scheduler = pipe.scheduler
     kind = type(scheduler).__name__
     if is_edm(scheduler):

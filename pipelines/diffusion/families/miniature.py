@@ -109,6 +109,30 @@ def t5() -> Any:
     return make("T5EncoderModel", config)
 
 
+def video_vae(z_dim: int = 4) -> Any:
+    """Qwen-Image's autoencoder, which takes pictures as single frames, with factor 2."""
+    return make(
+        "AutoencoderKLQwenImage",
+        base_dim=8,
+        z_dim=z_dim,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.75, 0.25, 0.1, -0.2][:z_dim],
+        latents_std=[2.8, 1.5, 0.8, 1.2][:z_dim],
+    )
+
+
+QWEN_WORDS = (
+    "system Describe the image by detailing color shape size texture quantity text spatial relationships of objects "
+    "and background user assistant key features input then explain how should alter or modify Generate a new that "
+    "meets requirements while maintaining consistency with original where appropriate instruction"
+)
+"""Words of the templates in which pipelines put a prompt for Qwen; each is one token, as in the real vocabulary."""
+
+QWEN_MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -117,11 +141,14 @@ CHAT = (
 
 
 def qwen_tokenizer() -> Any:
-    """A Qwen tokenizer with one token per letter and a chat template."""
-    symbols = [*LETTERS, *".,<>!", "Ġ", "Ċ"]
-    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    vocab = {symbol: index for index, symbol in enumerate([*symbols, *special])}
-    tokenizer = make("Qwen2Tokenizer", vocab=vocab, merges=[], extra_special_tokens=list(special[1:]))
+    """A Qwen tokenizer with a token per letter and per word of the templates."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    vocab = {piece: number for number, piece in enumerate([*sorted(ByteLevel.alphabet()), "<|endoftext|>"])}
+    tokenizer = make("Qwen2Tokenizer", vocab=vocab, merges=[], model_max_length=2048)
+    words = QWEN_WORDS.split()
+    tokenizer.add_tokens([*(f" {word}" for word in words), "system", "Describe", "user", "assistant", "'s"])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_MARKS)})
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -140,6 +167,61 @@ def qwen3(width: int = 32) -> Any:
         max_position_embeddings=1024,
     )
     return make("Qwen3Model", config)
+
+
+def qwen_vl(width: int = 32, **changes: Any) -> Any:
+    """A two-layer Qwen2.5-VL, which reads text and pictures, for :func:`qwen_tokenizer`."""
+    tokenizer = qwen_tokenizer()
+    ids = dict(zip(QWEN_MARKS, tokenizer.convert_tokens_to_ids(list(QWEN_MARKS)), strict=True))
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "fullatt_block_indexes": [0],
+    }
+    config = make(
+        "Qwen2_5_VLConfig",
+        text_config=text | changes,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    return make("Qwen2_5_VLForConditionalGeneration", config)
+
+
+class QwenReader:
+    """Prepares pictures and text for :func:`qwen_vl` as transformers' Qwen2VLProcessor, which needs torchvision."""
+
+    def __init__(self) -> None:
+        self.tokenizer = qwen_tokenizer()
+        size = {"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28}
+        self.pictures = make("Qwen2VLImageProcessorPil", size=size)
+
+    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> Any:
+        """Token ids and patches; every mark for a picture becomes one per four patches."""
+        found = self.pictures(images=images, return_tensors=return_tensors)
+        counts = [int(grid.prod()) // 4 for grid in found["image_grid_thw"]]
+        pad = QWEN_MARKS[4]
+        parts = [line.split(pad) for line in text]
+        filled = ["".join(a + pad * n for a, n in zip(line, [*counts, 0], strict=True)) for line in parts]
+        found.update(self.tokenizer(filled, padding=padding, return_tensors=return_tensors))
+        return found
 
 
 def quiet(pipe: Any) -> Any:

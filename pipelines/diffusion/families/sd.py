@@ -42,6 +42,7 @@ class StableDiffusion(Family):
     short = "SD 1.5/2"
     order = 10
     licence = "CreativeML Open RAIL-M (1.x) and Open RAIL++-M (2.x)"
+    checked = "the embedded base, tiny random models"
     pipeline = "StableDiffusionPipeline"
     other_pipelines: ClassVar[Mapping[str, str]] = {
         "image": "StableDiffusionImg2ImgPipeline",

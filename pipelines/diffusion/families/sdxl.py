@@ -24,6 +24,7 @@ class StableDiffusionXL(StableDiffusion):
     short = "SDXL"
     order = 20
     licence = "Open RAIL++-M; derivatives have their own"
+    checked = "tiny random models"
     pipeline = "StableDiffusionXLPipeline"
     other_pipelines: ClassVar[Mapping[str, str]] = {
         "image": "StableDiffusionXLImg2ImgPipeline",

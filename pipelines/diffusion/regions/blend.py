@@ -57,6 +57,8 @@ class Blending(Denoising):
         """Blend a row-major batch: (rows * batch, ...) -> (batch, ...)."""
         rows = predictions.view(len(self.used), -1, *predictions.shape[1:])
         shares = self.shares[self.used].to(predictions)
-        if predictions.ndim == 3:  # packed tokens (batch, cells, channels)
-            return (rows * shares[:, None, :, None]).sum(0)
+        if predictions.ndim == 3:  # packed tokens (batch, cells, channels), then those of pictures that are edited
+            cells = shares.shape[1]
+            blended = (rows[:, :, :cells] * shares[:, None, :, None]).sum(0)
+            return torch.cat([blended, rows[0, :, cells:]], 1) if rows.shape[2] > cells else blended
         return (rows * shares.view(len(self.used), *[1] * (rows.ndim - 3), *self.grid)).sum(0)
