@@ -21,7 +21,7 @@ from pipelines.diffusion.prompt_syntax import Prompt, literal
 from pipelines.diffusion.rack import Loaded
 from pipelines.diffusion.regions.concepts import expanded, in_layer, knowing, layer_tokens, spelled, word_tokens
 from pipelines.diffusion.regions.region import Region
-from pipelines.diffusion.regions.words import positions
+from pipelines.diffusion.regions.words import positions, spanned
 
 Counts = dict[str, int]
 """Kind of reader -> number of chunks."""
@@ -147,11 +147,14 @@ class Prompts:
             InputError: as :func:`pipelines.diffusion.regions.words.positions`.
         """
         own = self.layer_words(region)
+        if not self.family.readers(self.pipe):
+            prompt = self.read(text)
+            return spanned(self.family.text_spans(self.pipe, prompt.words), words, prompt.words, title)
         found: list[int] = []
         start, kinds = 0, set()
         with self._knowing(own):
             prompt = self._spelled(text)
-            for reader in self.family.readers(self.pipe) or [_guessed(self.pipe, self.family)]:
+            for reader in self.family.readers(self.pipe):
                 if not reader.places or reader.kind in kinds:
                     continue
                 kinds.add(reader.kind)
@@ -269,10 +272,3 @@ def _rows(tensors: Tensors, images: int) -> Tensors:
 
 def _depth(words: Mapping[str, torch.Tensor]) -> int:
     return len(next(iter(words.values())))
-
-
-def _guessed(pipe: Any, family: Family) -> Reader:
-    """A reader for the first text encoder of a family that describes none."""
-    marked = pipe.tokenizer.bos_token_id is not None and not family.prompt_tokens
-    length = family.prompt_tokens or pipe.tokenizer.model_max_length
-    return Reader("text_encoder", "clip" if marked else "t5", length, 1)

@@ -17,7 +17,7 @@ from tests.pipelines.conftest import CALL, PROMPT, Bed, close, latents
 ALL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 UNETS = ("sd", "sdxl")
-INSIDE = (*UNETS, "sd3", "flux", "qwen")
+INSIDE = (*UNETS, "sd3", "flux", "qwen", "z-image")
 """Families in which regions act inside the network."""
 
 
@@ -53,6 +53,21 @@ def test_a_region_of_the_whole_picture_is_plain_lora(beds: Any, family: str, met
     plain = latents(composer, "merge")
     close(regional(composer, method, Region(("a", "c"), box=ALL)), plain)
     assert bool((plain - latents(bed.composer(), "merge")).abs().max() > 1e-3)
+
+
+@pytest.mark.parametrize("family", [family for family in INSIDE if family not in (*UNETS, "sd3", "flux")])
+@pytest.mark.parametrize(("prompt", "negative", "guidance"), [
+    ("a cat", "a dog " * 30, 4.0), ("a cat " * 30, None, 4.0), ("dogs " * 40, "", 0.0),
+])  # fmt: skip
+def test_the_text_of_a_region_of_the_whole_picture_stands_where_it_would_alone(
+    beds: Any, family: str, prompt: str, negative: str | None, guidance: float
+) -> None:
+    composer = beds(family).composer("a")
+    call = {**CALL, "guidance_scale": guidance, "images": 2}
+    composer.compose("activation", regions=[Region(("a",), box=ALL, prompt=prompt, negative=negative)])
+    found = composer(PROMPT, negative_prompt="dull", **call).images
+    composer.compose("merge")
+    close(found, composer(prompt, negative_prompt="dull" if negative is None else negative, **call).images)
 
 
 @pytest.mark.parametrize("family", UNETS)
@@ -290,12 +305,6 @@ def test_bad_input_is_a_sentence(sd: Bed, method: str, regions: Any, options: An
         composer.compose(method, regions=regions, **options)(PROMPT, **CALL)
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in INSIDE])
-def test_regions_inside_other_networks_are_refused(beds: Any, family: str) -> None:
-    with pytest.raises(InputError, match="not possible yet: use method 'output'"):
-        regional(beds(family).composer("a"), "activation", Region(("a",), box=LEFT))
-
-
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in UNETS])
 def test_a_prediction_of_a_transformer_is_each_regions_own(beds: Any, family: str) -> None:
     """``output`` with one step and texts of different lengths, against plain runs, cut at the border."""
@@ -340,3 +349,33 @@ def test_a_size_that_attention_maps_do_not_divide(sd: Bed) -> None:
     composer.compose("lora-composer", regions=[Region(("a",), box=ALL, words=("apple",))], capture=2)
     with pytest.raises(InputError, match="multiples of 4"):
         composer(PROMPT, **(CALL | {"width": 34}))
+
+
+@pytest.mark.parametrize("family", ["qwen", "z-image"])
+def test_words_of_a_chat_template_are_found_by_their_letters(beds: Any, family: str) -> None:
+    composer = beds(family).composer("a")
+    pipe, text = composer.pipe, "two cats and a doghouse, one dog"
+    spans = composer.family.text_spans(pipe, text)
+    whole = composer.family.encode(pipe, text, None, 1, False).positive["embeds"]
+    assert len(spans) == len(whole[0])
+    for word, place in (("cats", 4), ("dog", text.rindex("dog"))):
+        found = composer._prompts().positions(text, [word], "x", None, {})
+        letters = "".join(text[slice(*spans[k])] for k in found)
+        assert letters.strip() == word
+        assert min(spans[k][0] for k in found) in (place, place - 1)  # a token may begin with the space before
+    with pytest.raises(InputError, match="does not contain the word 'cat'"):
+        composer._prompts().positions(text, ["cat"], "x", None, {})
+
+
+@pytest.mark.parametrize("family", [family for family in INSIDE if family not in UNETS])
+def test_transformers_find_places_for_automatic_regions(beds: Any, family: str) -> None:
+    bed: Bed = beds(family)
+    composer = MultiLoRAPipeline(bed.pipe())
+    for name, word in (("a", "cat"), ("b", "dog")):
+        composer.load_lora(bed.files[name], name, triggers=(word,))
+    composer.compose("activation", regions="auto")
+    out = composer("a cat a dog", **CALL)
+    assert [region.name for region in out.regions] == ["a", "b"]
+    masks = [torch.tensor(list(region.mask.getdata())) > 0 for region in out.regions]
+    assert all(bool(mask.any()) for mask in masks)
+    assert not bool((masks[0] & masks[1]).any())

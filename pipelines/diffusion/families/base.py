@@ -132,8 +132,8 @@ class Joined:
     Attributes:
         encoding: with the joined texts.
         texts: number of tokens of each text, the larger one of its positive and negative half.
-        own: tokens of each text that are not masked by the denoiser itself: one list for the positive and one for the
-            negative half; empty if all are.
+        own: tokens of each text without padding: of the positive and of the negative half. Empty if the denoiser itself
+            masks what is padded.
     """
 
     encoding: Encoding
@@ -393,6 +393,15 @@ class Family:
         """Embeddings (batch 1) of a prompt tokenised for every reader (``tokens``: text encoder -> tokens)."""
         raise NotImplementedError
 
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        """The characters (from, to) of ``text`` that each token of the denoiser's text stands for; (0, 0) for tokens
+        that belong to a template. Needed where a family has no readers.
+
+        Raises:
+            InputError: not known for this family.
+        """
+        raise InputError(f"Where a word of the prompt stands is not known for {self.title}: give every region a place.")
+
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
         """The texts of several encodings one after another."""
         import torch
@@ -452,6 +461,20 @@ class Family:
     def tiny(self, seed: int = 0, **changes: Any) -> Any:
         """A miniature random pipeline of this family, created from configurations; ``changes`` are the denoiser's."""
         raise NotImplementedError
+
+
+def spans_in(tokenizer: Any, written: str, text: str, length: int, dropped: int = 0) -> list[tuple[int, int]]:
+    """The characters of ``text`` that each token of ``written`` stands for, which holds it once; see
+    :meth:`Family.text_spans`.
+
+    Args:
+        length: tokens that the encoder reads.
+        dropped: of them, those at the beginning that the denoiser does not get.
+    """
+    begin = written.rindex(text)
+    found = tokenizer(written, truncation=True, max_length=length, return_offsets_mapping=True).offset_mapping
+    inside = [(max(first - begin, 0), min(last - begin, len(text))) for first, last in found[dropped:]]
+    return [(first, last) if first < last else (0, 0) for first, last in inside]
 
 
 def repeat(value: Any, count: int, batch: int) -> Any:

@@ -21,6 +21,7 @@ from pipelines.diffusion.families.base import (
     Tensors,
     even_sigmas,
     latent_factor,
+    spans_in,
 )
 from pipelines.diffusion.families.flux import unpack
 
@@ -171,6 +172,13 @@ class QwenImage(Family):
 
     def null_condition(self, pipe: Any, text: str = "") -> Tensors:
         return self.condition(pipe, [text or NOTHING])
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        if self.edits(pipe):  # the picture's tokens stand before the text
+            return super().text_spans(pipe, text)
+        dropped = pipe.prompt_template_encode_start_idx
+        written = pipe.prompt_template_encode.format(text)
+        return spans_in(pipe.tokenizer, written, text, TOKENS + dropped, dropped)
 
     @contextmanager
     def alone(self, pipe: Any, joined: Joined, images: int) -> Iterator[None]:

@@ -7,10 +7,10 @@ its time t runs from 0 (noise) to 1 (clean), and it predicts x0 - noise, so the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapters.errors import InputError
 from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
@@ -20,6 +20,7 @@ from pipelines.diffusion.families.base import (
     Signature,
     Tensors,
     even_sigmas,
+    spans_in,
 )
 
 if TYPE_CHECKING:
@@ -96,13 +97,65 @@ class ZImage(Family):
         return {"embeds": embeds, "mask": torch.arange(TOKENS, device=embeds.device) < lengths[:, None]}
 
     def too_long(self, pipe: Any, text: str) -> bool:
-        template = pipe.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return len(pipe.tokenizer(template, verbose=False).input_ids) > TOKENS
+        return len(pipe.tokenizer(_written(pipe, text), verbose=False).input_ids) > TOKENS
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        return spans_in(pipe.tokenizer, _written(pipe, text), text, TOKENS)
 
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        raise InputError(f"Regions inside {self.title} are not possible yet: use method 'output', with boxes or masks.")
+        import torch
+        from torch.nn.functional import pad
+
+        positive: list[Any] = [one.positive["embeds"] for one in encodings]
+        negative: list[Any] = [one.negative["embeds"] for one in encodings if one.negative is not None]
+        own = [tuple(len(text[0]) for text in texts) for texts in (positive, negative) if texts]
+        common = tuple(self._padded(max(lengths)) for lengths in zip(*own, strict=True))
+
+        def cat(texts: Sequence[list[Tensor]]) -> list[Tensor]:
+            filled = [
+                [pad(sample, (0, 0, 0, length - len(sample))) for sample in text]
+                for text, length in zip(texts, common, strict=True)
+            ]
+            return [torch.cat(parts) for parts in zip(*filled, strict=True)]
+
+        whole = self.encoding({"embeds": cat(positive)}, {"embeds": cat(negative) if negative else []}, bool(negative))
+        return Joined(whole, common, tuple(own))
+
+    @contextmanager
+    def alone(self, pipe: Any, joined: Joined, images: int) -> Iterator[None]:
+        """Each text ends, with its padding, one position before the image, as it does alone."""
+        model = pipe.transformer
+        own = model.patchify_and_embed
+
+        def separated(images_: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
+            made = own(images_, *more)
+            image_ids, text_ids, padding = made[3], made[4], made[6]
+            for sample in range(len(images_)):
+                lengths = joined.own[min(sample // images, len(joined.own) - 1)]
+                begin = 1 + max(map(self._padded, lengths))
+                tokens = [
+                    (length, k)
+                    for length, common in zip(lengths, joined.texts, strict=True)
+                    for k in range(common)
+                ]
+                text_ids[sample] = text_ids[sample].new_tensor(
+                    [(begin - self._padded(length) + k, 0, 0) for length, k in tokens]
+                )
+                padding[sample] = padding[sample].new_tensor([k >= length for length, k in tokens])
+                ids = image_ids[sample].clone()
+                ids[ids[:, 0] > 0, 0] = begin
+                image_ids[sample] = ids
+            return made  # type: ignore[no-any-return]
+
+        model.patchify_and_embed = separated
+        try:
+            yield
+        finally:
+            del model.patchify_and_embed
+
+    def _padded(self, tokens: int) -> int:
+        """Tokens of a text with its padding."""
+        return tokens + -tokens % self.layout.multiple
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float
@@ -145,6 +198,14 @@ class ZImage(Family):
             transformer=transformer,
         )
         return miniature.quiet(pipe)
+
+
+def _written(pipe: Any, text: str) -> str:
+    """A prompt in the chat template."""
+    written: str = pipe.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    return written
 
 
 FAMILY = ZImage()

@@ -276,13 +276,18 @@ class RegionalTransformer:
             )
 
 
-def hidden_texts(joined: Joined, images: int, positive_first: bool) -> Tensor | None:
-    """Which text tokens (samples, tokens) each sample of a batch does not have; None if all have all."""
+def hidden_texts(joined: Joined, images: int, positive_first: bool, multiple: int) -> Tensor | None:
+    """Which text tokens (samples, tokens) only the other half of a batch has; None if there are none.
+
+    Args:
+        multiple: texts are padded to a multiple of so many tokens, which the denoiser sees.
+    """
     if not joined.own:
         return None
     rows = []
     for own in joined.own if positive_first else reversed(joined.own):
-        tokens = [k >= length for length, most in zip(own, joined.texts, strict=True) for k in range(most)]
+        padded = [length + -length % multiple for length in own]
+        tokens = [k >= length for length, most in zip(padded, joined.texts, strict=True) for k in range(most)]
         rows += [tokens] * images
     hidden = torch.tensor(rows)
     return hidden if bool(hidden.any()) else None

@@ -165,7 +165,9 @@ class RegionalCall:
         context, step = self.context, self.context.family.pixel_step(self.context.pipe)
         grid = self.size[0] // step, self.size[1] // step
         joined = context.family.joined(encodings)
-        hidden = hidden_texts(joined, self.request.images, context.family.positive_first)
+        hidden = hidden_texts(
+            joined, self.request.images, context.family.positive_first, context.family.layout.multiple
+        )
         return RegionalTransformer(
             context.denoiser, context.adapters, steps, places, grid, joined.texts, context.family.layout,
             bool(self.options.self_mask), hidden,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from adapters.errors import InputError
@@ -37,6 +38,31 @@ def positions(tokens: Tokenized, words: Mapping[str, Sequence[int]], prompt: str
         if start is None:
             raise InputError(f"Region '{title}': its prompt '{prompt}' does not contain the word '{word}'.")
         found.update(tokens.places[start : start + len(pieces)])
+    return sorted(found)
+
+
+def spanned(spans: Sequence[tuple[int, int]], words: Sequence[str], prompt: str, title: str) -> list[int]:
+    """Positions of all tokens of the words' first occurrences, ascending.
+
+    Args:
+        spans: the characters of the prompt that each token stands for.
+        prompt, title: of the region, for errors.
+
+    Raises:
+        InputError: a word is not in the prompt, or beyond the last token that the model reads.
+    """
+    found: set[int] = set()
+    for word in words:
+        match = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt)
+        if match is None:
+            raise InputError(f"Region '{title}': its prompt '{prompt}' does not contain the word '{word}'.")
+        places = {k for k, (first, last) in enumerate(spans) if first < match.end() and last > match.start()}
+        if not places:
+            raise InputError(
+                f"Region '{title}': the word '{word}' is beyond the {len(spans)} tokens that the model reads: "
+                "move it towards the beginning of the prompt."
+            )
+        found |= places
     return sorted(found)
 
 
