@@ -86,10 +86,23 @@ class Addresses:
         if scope["type"] != "http" or scope.get("method") not in ("GET", "HEAD"):
             await self.app(scope, receive, send)
             return
-        if scope["path"].strip("/").lower() in ADDRESSES:
+        word = scope["path"].strip("/")
+        if scope["path"] != f"/{word}" and word.lower() in (*ADDRESSES, ""):  # //train: links in it would go astray
+            await _moved(scope, word, send)
+            return
+        if word.lower() in ADDRESSES:
             await self.app({**scope, "path": "/", "raw_path": b"/"}, receive, send)
             return
         await self.app(scope, receive, _explaining(scope, send) if _wants_page(scope) else send)
+
+
+async def _moved(scope: Scope, word: str, send: Send) -> None:
+    """Send the browser to the page's own address."""
+    query = b"?" + scope["query_string"] if scope.get("query_string") else b""
+    place = f"{scope.get('root_path', '')}/{word}".encode() + query
+    headers = [(b"location", place), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": 307, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _wants_page(scope: Scope) -> bool:

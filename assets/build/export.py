@@ -34,6 +34,8 @@ def export(model: base.Model, target: Path) -> Path:
     fresh.chmod(0o755)
     pipeline = base.make_pipeline(model).to(torch.float16)
     pipeline.save_pretrained(fresh, safe_serialization=True)
+    for config in fresh.rglob("config.json"):  # diffusers notes where each part was loaded from on this machine
+        write_json(config, {key: value for key, value in cards.read_json(config).items() if key != "_name_or_path"})
     base.text.save_tokenizer(pipeline.tokenizer, fresh / "tokenizer")
     for kept in ("README.md", "scores.json", "learning-curve.json", "curve.png", "samples.png", "training.json"):
         if (target / kept).is_file():

@@ -13,6 +13,7 @@ from pipelines.diffusion.drawing import joined
 from pipelines.diffusion.prompt_syntax import Adapter, Lines, chosen, without_adapters
 from pipelines.diffusion.regions.region import PlacedRegion, Region
 from pipelines.diffusion.report import Plan
+from pipelines.diffusion.varied import Strengths
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Call:
     generators: Any = None
     callback: Any = None
     callback_tensors: tuple[str, ...] = ()
+    strengths: tuple[Strengths, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def each(self) -> list[Call]:
@@ -45,7 +47,7 @@ class Call:
         return [
             replace(
                 self, images=1, seed=self.seed + k, monitor=part(self.monitor, k, self.images),
-                generators=generators[k],
+                generators=generators[k], strengths=self.strengths[k : k + 1],
                 more=self.more if latents is None else {**self.more, "latents": latents[k : k + 1]},
             )
             for k in range(self.images)

@@ -139,8 +139,8 @@ class Denoising:
             for path, kind in self.family.text_arguments.items():
                 texts_of = [_of_role(self.encodings[active], kind, role) for active in texts]
                 if kind in present:
-                    more = _put(more, path, _joined([_like(text, given[kind]) for text in texts_of]))
-                elif not bool((mask := _joined(texts_of)).all()):  # pipelines leave out a mask that hides nothing
+                    more = _put(more, path, as_batch([_like(text, given[kind]) for text in texts_of]))
+                elif not bool((mask := as_batch(texts_of)).all()):  # pipelines leave out a mask that hides nothing
                     more = _put(more, path, mask.to(next(iter(present.values())).device))
         return wide, more
 
@@ -209,7 +209,7 @@ def named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]) -
 
 def _of_role(encoding: Encoding, kind: str, role: Sequence[str]) -> Any:
     halves = [getattr(encoding, half)[kind] for half in role]
-    return halves[0] if len(halves) == 1 else _joined(halves)
+    return halves[0] if len(halves) == 1 else as_batch(halves)
 
 
 def _parts(value: Any) -> list[Tensor]:
@@ -223,7 +223,7 @@ def _same(ours: Any, theirs: Any) -> bool:
     )
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def as_batch(values: Sequence[Any]) -> Any:
     """Tensors or lists of several samples as one batch."""
     if isinstance(values[0], Tensor):
         return joined(list(values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,12 @@ class Request:
         """One generator per picture, so that a picture does not depend on the number of pictures; or those given."""
         if self.given is not None:
             return self.given
-        return [torch.Generator().manual_seed(self.seed + k) for k in range(self.images)]
+        return generators(range(self.seed, self.seed + self.images))
+
+
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """A random generator for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 BeforeStep = Callable[[int, torch.Tensor], dict[str, Any]]
@@ -99,7 +104,22 @@ def draw(
             report(pipe, index, timestep, {"latents": latents})
 
         callback = {"callback": observe, "callback_steps": 1}
-    return pipe(**request.call, **arguments, generator=generators, **callback)
+    with own_randomness(pipe, generators):
+        return pipe(**request.call, **arguments, generator=generators, **callback)
+
+
+@contextmanager
+def own_randomness(pipe: Any, generators: Any) -> Iterator[None]:
+    """Inside, torch's own generator begins at the seed too; restored on exit.
+
+    diffusers' ControlNet pipeline of SD3 samples the latents of the control picture from it, so that no picture would
+    repeat.
+    """
+    device = pipe._execution_device
+    first = generators[0] if isinstance(generators, list) else generators
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(first.initial_seed())
+        yield
 
 
 def joined(images: Sequence[Any]) -> Any:

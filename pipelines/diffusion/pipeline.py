@@ -53,6 +53,7 @@ from pipelines.diffusion.report import LoraReport, Plan
 from pipelines.diffusion.samplers import count_part, count_steps, noise_levels
 from pipelines.diffusion.schedule import By, Keyframes, Positions
 from pipelines.diffusion.text import resolve_mode
+from pipelines.diffusion.varied import Strengths, Variant, Varied, check_varied
 from pipelines.diffusion.wildcards import lines_of
 
 
@@ -317,6 +318,7 @@ class MultiLoRAPipeline:
         output_type: str = "pil",
         allow_double_guidance: bool = False,
         wildcards: str | Path | None = None,
+        strengths: Sequence[Strengths] = (),
         **others: Any,
     ) -> Output:
         """Generate pictures; picture k uses the seed ``seed + k`` for any number of pictures.
@@ -339,6 +341,8 @@ class MultiLoRAPipeline:
             output_type: "pil", or "latent" for the denoised latents.
             allow_double_guidance: allow guidance on top of that built into a distilled adapter.
             wildcards: folder with a file colour.txt for the wildcard ``__colour__``.
+            strengths: for each picture, adapter -> (weight, te_weight) instead of those it was loaded with; they are
+                still one batch (only text to image with merge).
             others: diffusers' own names: ``num_inference_steps`` (steps), ``num_images_per_prompt`` (images),
                 ``generator`` (one, or one per picture; instead of the seed), ``callback_on_step_end`` with
                 ``callback_on_step_end_tensor_inputs``, ``latents``; and other arguments of the wrapped pipeline
@@ -356,8 +360,11 @@ class MultiLoRAPipeline:
             prompt, negative_prompt, ours.get("steps", 25), guidance_scale, seed, ours.get("images", 1), width, height,
             scheduler, monitor or Silent(), preview_every, true_cfg_scale, output_type, allow_double_guidance,
             ours.get("generator"), ours.get("callback_on_step_end"),
-            tuple(ours.get("callback_on_step_end_tensor_inputs", ())), ours["more"],
+            tuple(ours.get("callback_on_step_end_tensor_inputs", ())), tuple(strengths), ours["more"],
         )  # fmt: skip
+        if call.strengths:
+            loaded = {item.report.name: item for item in self._chosen()}
+            check_varied(call.strengths, call.images, self.composition.method, self._ordinary, loaded)
         lines = lines_of(None if wildcards is None else Path(wildcards))
         regions = placed_regions(self.composition, self._chosen())
         texts = [text or "" for region in regions for text in (region.prompt, region.negative)]
@@ -381,8 +388,8 @@ class MultiLoRAPipeline:
         regions = placed_regions(self.composition, self._chosen())
         others = [text or "" for region in regions for text in (region.prompt, region.negative)]
         check_named(adapters, [call.negative_prompt, *others], [item.report.name for item in self._chosen()])
-        strengths = {adapter.name: adapter.strengths for adapter in adapters}
-        with self.rack.at(strengths):
+        named = {adapter.name: adapter.strengths for adapter in adapters}
+        with self.rack.at(named):
             return self._draw(replace(call, prompt=prompt))
 
     def _draw(self, call: Call) -> Output:
@@ -419,7 +426,10 @@ class MultiLoRAPipeline:
             request = replace(request, noise=tuple(positions.sigma))
             plan, texts = self._planned(positions, guided, call.prompt, call.negative_prompt)
             try:
-                if self.composition.properties.regional:
+                if call.strengths:
+                    plan, result = self._varied(positions, request, call.strengths)
+                    places: tuple[PlacedRegion, ...] = ()
+                elif self.composition.properties.regional:
                     result, places = self._regional(plan, request)
                 else:
                     result, places = self._everywhere(plan, texts, request), ()
@@ -549,6 +559,22 @@ class MultiLoRAPipeline:
             run = kind(self.family, gates, plan.steps, texts, encodings, given, plan.adapter_batch)
             with run.attached(self.rack.denoiser):
                 return draw(self.pipe, run, request, encodings[given].call_arguments(), request.generators())
+
+    def _varied(self, positions: Positions, request: Request, strengths: Sequence[Strengths]) -> tuple[Plan, Any]:
+        """A call in which every picture has its own strengths; the plan of the first, and diffusers' result."""
+        variants, plans = [], []
+        for one in strengths:
+            with self.rack.at(one):
+                plan, texts = self._planned(positions, request.guided, request.prompt, request.negative)
+                active = texts[0][0]
+                known = self._prompts().by_adapters([active], request.prompt, request.negative, 1, request.guided)
+                variants.append(Variant(plan.steps, known[active]))
+                plans.append(replace(plan, folds=Folds()))
+        with self.joined().denoiser.attached() as gates:
+            run = Varied(self.family, gates, variants)
+            with run.attached(self.rack.denoiser):
+                arguments = run.encodings[run.given].call_arguments()
+                return plans[0], draw(self.pipe, run, request, arguments, request.generators())
 
     def _regional(self, plan: Plan, request: Request) -> tuple[Any, tuple[PlacedRegion, ...]]:
         """A call with regions; returns the diffusers pipeline's result, and the regions' places."""

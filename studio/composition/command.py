@@ -67,6 +67,14 @@ def compose(
             rich_help_panel="Output",
         ),
     ] = None,
+    sweep_batch: Annotated[
+        int,
+        typer.Option(
+            "--sweep-batch", metavar="N", min=1, max=64, rich_help_panel="Output",
+            help="Pictures of a sweep made in one pass, where they differ in seeds (or, with merge, weights): faster, "
+            "but made alone each is the same only up to rounding. 1 = to the bit.",
+        ),
+    ] = 1,
     from_: Annotated[
         Path | None,
         typer.Option("--from", help="Repeat a picture (or recipe.json), with the other options changed."),
@@ -102,7 +110,9 @@ def compose(
     if sweep and plan:
         raise InputError("--plan shows how one picture is made: leave --sweep out.")
     if sweep:
-        chosen = _swept(chosen, sweep)
+        chosen = _swept(chosen, sweep, sweep_batch)
+    elif sweep_batch > 1:
+        raise InputError("--sweep-batch is for sweeps: say what to vary with --sweep, as in --sweep seed=1,2,3.")
     if plan:
         _show_plan(chosen, output)
     elif detach:
@@ -202,10 +212,10 @@ def _checked(config: ComposeConfig) -> ComposeConfig:
     return settled.model_copy(update=given)  # the job reads the pictures, and reports what it does to them
 
 
-def _swept(config: ComposeConfig, texts: Sequence[str]) -> SweepConfig:
+def _swept(config: ComposeConfig, texts: Sequence[str], batch: int) -> SweepConfig:
     """The sweep of a composition; its last axis runs from left to right."""
     axes = [parse_axis(text) for text in texts]
-    swept = SweepConfig.parse({**config.model_dump(mode="json"), "axes": axes}, source="--sweep")
+    swept = SweepConfig.parse({**config.model_dump(mode="json"), "axes": axes, "batch": batch}, source="--sweep")
     for _, one in swept.combinations():  # wrong values are reported before there is a job
         _checked(one)
     return swept

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapters import files, formats
+from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check, part
 from studio import catalogue, library
-from studio.composition import canvas_size, pipeline_cache, prompts, recipe_png, recipes, start_picture
+from studio.composition import canvas_size, methods, pipeline_cache, prompts, recipe_png, recipes, start_picture
 from studio.composition.region_schema import Region, RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.library import scan
@@ -55,17 +57,57 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
             recipe["config"]["fold"] = False
             files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
     remarks += [remark for picture in made for remark in picture.remarks]
-    return {
-        "images": [str(picture.path) for picture in made],
-        "regions": made[0].regions,
-        "recipe": str(folder / "recipe.json"),
-        "adapters": [use.name for use in first.adapters],
-        "base": config.base,
-        "method": config.method,
-        "made_on": recipe["made_on"],
-        "remarks": list(dict.fromkeys(remarks)),
-        "seconds": round(time.monotonic() - begun, 3),
-    }
+    return _result(config, recipe, folder, made, remarks, round(time.monotonic() - begun, 3))
+
+
+def run_together(configs: Sequence[ComposeConfig], folders: Sequence[Path], monitor: Monitor) -> list[dict[str, Any]]:
+    """Make one picture of each of ``configs`` in one batch; they differ only in seeds and strengths.
+
+    Each is the picture that :func:`run` makes up to rounding, and its recipe says how large the batch was. Results are
+    those of :func:`run`.
+
+    Raises:
+        adapters.errors.InputError: as :func:`run`; or they cannot share a batch.
+        adapters.errors.Cancelled: ``monitor`` asked to stop.
+    """
+    begun = time.monotonic()
+    monitor.report(Progress("loading", message=f"base {configs[0].base}"))
+    known = [worded(settled(config), 0) for config in configs]
+    ones = [one for one, _ in known]
+    if any(shared(one) != shared(ones[0]) for one in ones) or ones[0].task or ones[0].regions:
+        raise InputError("Only pictures without regions that differ in seed and strengths can be made in one batch.")
+    strengths = [{use.name: use.strengths for use in one.adapters} for one in ones]
+    varied = any(one != strengths[0] for one in strengths)
+    from pipelines.diffusion.drawing import generators
+
+    with pipeline_cache.pipeline(ones[0]) as pipe:
+        _prepare(pipe, ones[0])
+        check(monitor)
+        out = pipe(
+            ones[0].prompt, **_arguments(ones[0]), images=len(ones), monitor=monitor,
+            generator=generators([one.seed for one in ones]), strengths=strengths if varied else (),
+        )  # fmt: skip
+        made_on = {**_made_on(pipe), "batch": len(ones)}
+    seconds = round((time.monotonic() - begun) / len(ones), 3)
+    results = []
+    for k, (config, (one, remarks), folder) in enumerate(zip(configs, known, folders, strict=True)):
+        if varied or out.plan.folds.missing:
+            one = one.model_copy(update={"fold": False})
+        recipe = {**recipes.build(one, made_on), **prompts.told(config, one)}
+        files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
+        path = recipe_png.save_png(out.images[k], folder / f"picture-{one.seed}.png", recipe)
+        monitor.report(Progress("saved", k + 1, len(ones), preview=path, message=f"picture {path.name}"))
+        made = Made(one, path, [], (*remarks, *out.plan.warnings))
+        results.append(_result(config, recipe, folder, [made], made.remarks, seconds))
+    return results
+
+
+def shared(config: ComposeConfig) -> dict[str, Any]:
+    """The values that pictures of one batch share; strengths of adapters only where the method is a constant sum."""
+    values = config.model_dump(exclude={"seed"})
+    if methods.known(config.method).constant:
+        values["adapters"] = [{**use, "weight": None, "te_weight": None} for use in values["adapters"]]
+    return values
 
 
 @dataclass(frozen=True)
@@ -76,6 +118,28 @@ class Made:
     path: Path
     regions: list[dict[str, Any]]
     remarks: tuple[str, ...]
+
+
+def _result(
+    config: ComposeConfig,
+    recipe: dict[str, Any],
+    folder: Path,
+    made: Sequence[Made],
+    remarks: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """The job's result."""
+    return {
+        "images": [str(picture.path) for picture in made],
+        "regions": made[0].regions,
+        "recipe": str(folder / "recipe.json"),
+        "adapters": [use.name for use in made[0].config.adapters],
+        "base": config.base,
+        "method": config.method,
+        "made_on": recipe["made_on"],
+        "remarks": list(dict.fromkeys(remarks)),
+        "seconds": seconds,
+    }
 
 
 def plan(config: ComposeConfig) -> Any:
@@ -167,10 +231,7 @@ def _picture(
     """Make picture ``number`` of the series ``whole``; ``config`` is for this picture."""
     check(monitor)
     out = pipe(
-        config.prompt, negative_prompt=config.negative_prompt, steps=config.steps,
-        guidance_scale=config.guidance_scale, seed=config.seed, images=1, width=config.width, height=config.height,
-        scheduler=config.scheduler, monitor=part(monitor, number, whole.images),
-        preview_every=max(1, config.steps // PREVIEWS), allow_double_guidance=config.allow_double_guidance,
+        config.prompt, **_arguments(config), seed=config.seed, images=1, monitor=part(monitor, number, whole.images),
         **start_picture.arguments(pipe, config),
     )  # fmt: skip
     if out.plan.folds.missing:  # there was no room for it, and may be where the recipe is repeated
@@ -180,6 +241,15 @@ def _picture(
     places = [_place(region, folder, config.seed, i) for i, region in enumerate(out.regions, 1)]
     monitor.report(Progress("saved", number + 1, whole.images, preview=path, message=f"picture {path.name}"))
     return Made(config, path, places, out.plan.warnings)
+
+
+def _arguments(config: ComposeConfig) -> dict[str, Any]:
+    """Arguments of a call that pictures of a batch share, besides the prompt."""
+    return {
+        "negative_prompt": config.negative_prompt, "steps": config.steps, "guidance_scale": config.guidance_scale,
+        "width": config.width, "height": config.height, "scheduler": config.scheduler,
+        "preview_every": max(1, config.steps // PREVIEWS), "allow_double_guidance": config.allow_double_guidance,
+    }  # fmt: skip
 
 
 def _place(region: Any, folder: Path, seed: int, number: int) -> dict[str, Any]:

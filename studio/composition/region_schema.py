@@ -26,7 +26,7 @@ DEFAULT_METHOD = methods.usual(regional=True)
 """The method when regions are given and no method is."""
 
 _REGIONS: dict[str, Any] = {"group": "Regions", "advanced": False}
-_REGIONS_MORE: dict[str, Any] = {"group": "Regions", "advanced": True}
+_REGIONS_MORE: dict[str, Any] = {"group": "Regions in detail", "advanced": True}
 
 
 class Region(JobConfig):
@@ -112,24 +112,24 @@ class RegionFields(BaseModel):
         None,
         description="lora-composer: cross uses an adapter's cross-attention layers only (the paper's way), spatial all "
         "of its layers inside the region. Empty = cross.",
-        json_schema_extra=_REGIONS,
+        json_schema_extra=_REGIONS_MORE,
     )
     self_mask: bool | None = Field(
         None,
         description="Regions do not attend to each other in self-attention. Empty = as the method says "
         "(lora-composer: on, others: off).",
-        json_schema_extra=_REGIONS,
+        json_schema_extra=_REGIONS_MORE,
     )
     reinit: bool | None = Field(
         None,
         description="Start each region from the noise that suits its subject best. Empty = as the method says.",
-        json_schema_extra=_REGIONS,
+        json_schema_extra=_REGIONS_MORE,
     )
     refine: bool | None = Field(
         None,
         description="Correct the picture in the first half of the steps so that every subject appears in its region: "
         "costs a pass with gradients per step. Empty = lora-composer on models of Stable Diffusion 1.5's size.",
-        json_schema_extra=_REGIONS,
+        json_schema_extra=_REGIONS_MORE,
     )
     gaussian: bool = Field(
         True, description="refine: pull subjects towards the centre of their region.", json_schema_extra=_REGIONS_MORE

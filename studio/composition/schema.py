@@ -51,12 +51,17 @@ class AdapterUse(JobConfig):
         rules.keyframes(self.schedule, self.schedule_by)
         return self
 
+    @property
+    def strengths(self) -> tuple[float, float]:
+        """Its strength in the denoiser and in the text encoders."""
+        return self.weight, self.weight if self.te_weight is None else self.te_weight
+
     def plus(self, other: AdapterUse) -> AdapterUse:
         """This adapter with the sum of both strengths."""
         both = (self, other)
         text = None
         if any(use.te_weight is not None for use in both):
-            text = sum(use.weight if use.te_weight is None else use.te_weight for use in both)
+            text = sum(use.strengths[1] for use in both)
         return self.model_copy(update={"weight": self.weight + other.weight, "te_weight": text})
 
 

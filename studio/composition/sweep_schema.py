@@ -39,6 +39,10 @@ class SweepConfig(ComposeConfig):
     kind: ClassVar[str] = "sweep"
 
     axes: list[Axis] = Field(description="What to vary; the last one runs from left to right in the grid.")
+    batch: int = Field(
+        1, ge=1, le=64, description="Pictures made in one pass, where they differ in seeds (or, with merge, weights): "
+        "faster, but made alone each is the same only up to rounding. 1 = to the bit.",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _fits(self) -> SweepConfig:
@@ -67,7 +71,7 @@ class SweepConfig(ComposeConfig):
 
     def combinations(self) -> Iterator[tuple[tuple[str, ...], ComposeConfig]]:
         """Labels (one per axis) and the composition of every picture; the last axis varies fastest."""
-        whole = self.model_dump(mode="json", exclude={"axes"})
+        whole = self.model_dump(mode="json", exclude={"axes", "batch"})
         for values in itertools.product(*(axis.values for axis in self.axes)):
             config: dict[str, Any] = {**whole, "images": 1}
             for axis, value in zip(self.axes, values, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,8 +73,7 @@ def scan(folder: Path) -> FolderReport:
     for file in files:
         name = tree.name(file)
         try:
-            content = file.read_bytes()
-            reading = read(content, file.name)
+            size, digest, remarks = _looked_at(file, _stamp(file))
         except PictureError as error:
             report.broken[name] = error.reason
             continue
@@ -83,11 +83,31 @@ def scan(folder: Path) -> FolderReport:
         caption = captions.texts.get(file)
         if caption is None:
             report.uncaptioned.append(name)
-        report.remarks += [f"{name}: {remark}" for remark in reading.remarks]
-        report.pictures.append(Picture(file, reading.image.size, caption, hashlib.sha256(content).hexdigest()))
+        report.remarks += [f"{name}: {remark}" for remark in remarks]
+        report.pictures.append(Picture(file, size, caption, digest))
     unused = [file for file in tree.files if not is_picture(file) and file not in captions.files]
     report.remarks += _unused(unused, tree)
     return report
+
+
+@lru_cache(maxsize=100_000)
+def _looked_at(file: Path, stamp: tuple[int, ...]) -> tuple[Size, str, tuple[str, ...]]:
+    """Size, SHA-256 and remarks of a picture; remembered, because data is checked before a job and by the job itself.
+
+    Args:
+        stamp: changes with the file.
+
+    Raises:
+        PictureError: it cannot be read as a picture.
+    """
+    content = file.read_bytes()
+    reading = read(content, file.name)
+    return reading.image.size, hashlib.sha256(content).hexdigest(), tuple(reading.remarks)
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def _unused(files: Sequence[Path], tree: Tree) -> list[str]:

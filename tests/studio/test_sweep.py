@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from adapters.errors import InputError
 from adapters.progress import Silent
-from studio.composition import recipe_png, sweep
+from studio.composition import job, recipe_png, sweep
 from studio.composition.schema import ComposeConfig
 from studio.composition.sweep_schema import SweepConfig, parse_axis
+from tests import tiny
 
 
 def config(*axes: str, **values: Any) -> SweepConfig:
@@ -66,6 +68,51 @@ def test_every_combination_has_its_values() -> None:
     ]
     (_, other), *_ = config("checkpoint=step-100").combinations()
     assert (other.adapters[0].path, other.adapters[0].name) == ("step-100", "fox")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> dict[str, Any]:
+    """A tiny base and an adapter for it."""
+    path = tmp_path / "fox.safetensors"
+    tiny.lora_file(tiny.sd(), tmp_path, seed=1).rename(path)
+    adapters = [{"name": "fox", "path": str(path)}]
+    return {"base": str(tiny.saved("sd", tmp_path)), "steps": 3, "device": "cpu", "adapters": adapters}
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize(("method", "passes"), [("merge", [3]), ("composite", [2, 2])])
+def test_a_batch_makes_the_pictures_that_are_made_alone(
+    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, passes: list[int]
+) -> None:
+    sizes = []
+    together = job.run_together
+
+    def counted(configs: Any, *rest: Any) -> Any:
+        sizes.append(len(configs))
+        return together(configs, *rest)
+
+    monkeypatch.setattr(job, "run_together", counted)
+    whole = config("fox=0,1.3", "seed=1,2", batch=3, method=method, **model)
+    found = sweep.run(whole, tmp_path / "batch", Silent())
+    assert sizes == passes
+    alone = sweep.run(whole.model_copy(update={"batch": 1}), tmp_path / "alone", Silent())
+    assert found["labels"] == alone["labels"]
+    for here, there in zip(found["images"], alone["images"], strict=True):
+        with Image.open(here) as one, Image.open(there) as other:
+            assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+        recipe, other = recipe_png.read_recipe(Path(here)), recipe_png.read_recipe(Path(there))
+        assert recipe["made_on"].pop("batch", 1) in (1, *passes)
+        recipe["config"]["fold"] = other["config"]["fold"]
+        assert recipe == other
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_what_cannot_be_made_in_a_batch_is_made_alone(model: dict[str, Any], tmp_path: Path) -> None:
+    values = {**model, "prompt": "a {red|blue|green|grey} cat"}
+    found = sweep.run(config("seed=1,2", batch=2, **values), tmp_path, Silent())
+    recipes = [recipe_png.read_recipe(Path(path)) for path in found["images"]]
+    assert len({recipe["config"]["prompt"] for recipe in recipes}) == 2
+    assert not any("batch" in recipe["made_on"] for recipe in recipes)
 
 
 def test_the_grid_has_every_picture_at_its_place_and_names_what_is_left_out(

@@ -32,6 +32,7 @@ from ui.pages import compose_regions
 from ui.pages.compose_regions import Where
 
 KNOWN = schema_form.fields(ComposeConfig)
+SWEPT = schema_form.fields(SweepConfig)
 _ELSEWHERE = {"adapters", *RegionFields.model_fields, *PictureFields.model_fields}
 NAMES = tuple(name for name in KNOWN if name not in _ELSEWHERE)
 """Fields with a widget of their own, in the order of the form; the adapters are the rack."""
@@ -88,6 +89,9 @@ class Compare:
 
     sweep: gr.Textbox
     """What to vary, one setting per line."""
+
+    batch: gr.components.Component
+    """Pictures of a sweep made at once."""
 
     @property
     def outputs(self) -> list[Any]:
@@ -172,7 +176,8 @@ def _method_settings(form: Form) -> Compare:
             info="One picture for each combination, in a labelled grid. One setting per line: an adapter's weight "
             "(seven values from 0 to 1.2 above), seed, steps, guidance, method or checkpoint. Empty = no sweep.",
         )  # fmt: skip
-    return Compare(on, many, one, sweep)
+        batch = schema_form.widget(SWEPT["batch"], label="Pictures at once", elem_id="sweep-batch")
+    return Compare(on, many, one, sweep, batch)
 
 
 def _wire_where(page: Page) -> None:
@@ -326,7 +331,7 @@ def config_of(
     rows: Sequence[Row] | None,
     where: Sequence[Any] = (compose_regions.EVERYWHERE, []),
     compare: Sequence[str] = (),
-    sweep: str = "",
+    sweep: Sequence[Any] = ("", 1),
     begin: Sequence[Any] = (None, start.USUAL),
 ) -> ComposeConfig:
     """The job of a filled form; raises :class:`InputError` for what cannot work.
@@ -336,7 +341,7 @@ def config_of(
         rows: the adapters.
         where: values of :attr:`Where.inputs`.
         compare: methods to compare side by side instead of using the form's.
-        sweep: what to vary, one setting per line as in ``studio compose --sweep``.
+        sweep: what to vary, one setting per line as in ``studio compose --sweep``; and pictures at once.
         begin: values of :attr:`Start.inputs`.
     """
     config = schema_form.read_all(KNOWN, NAMES, values)
@@ -346,8 +351,9 @@ def config_of(
     if compare:
         config["method"] = compare[0]
         parsed: ComposeConfig = CompareConfig.parse({**config, "methods": compare}, source="the form")
-    elif axes := [parse_axis(line) for line in sweep.splitlines() if line.strip()]:
-        parsed = SweepConfig.parse({**config, "axes": axes}, source="the sweep")
+    elif axes := [parse_axis(line) for line in sweep[0].splitlines() if line.strip()]:
+        batch = schema_form.read(SWEPT["batch"], sweep[1])
+        parsed = SweepConfig.parse({**config, "axes": axes, "batch": batch}, source="the sweep")
         deque(parsed.combinations(), 0)  # reports now what cannot be made
     else:
         parsed = ComposeConfig.parse(config, source="the form")
@@ -425,13 +431,15 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
     view = page.view
 
     @errors_shown
-    def start(new_seed: bool, rows: list[Row], many: bool, compared: list[str], sweep: str, *values: Any) -> Any:
+    def start(
+        new_seed: bool, rows: list[Row], many: bool, compared: list[str], sweep: str, batch: Any, *values: Any
+    ) -> Any:
         if many and sweep.strip():
             raise InputError("Compare methods or sweep, not both: 'method=merge,switch' in the sweep compares methods.")
         if many and not compared:
             raise InputError("Choose at least one method to compare, or make a picture with one method.")
         fields, begin, where = values[: len(NAMES)], values[len(NAMES) :][:2], values[len(NAMES) + 2 :]
-        config = config_of(fields, rows, where, compared if many else (), sweep, begin)
+        config = config_of(fields, rows, where, compared if many else (), (sweep, batch), begin)
         if new_seed:
             config.seed = secrets.randbelow(2**31)
         job_id = jobs.submit(config.kind, config)
@@ -449,8 +457,8 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     fields = [page.form[name] for name in NAMES]
     for begin in (generate.click, page.form["prompt"].submit):
-        begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, page.compare.sweep, *fields,
-                      *page.start.inputs, *page.where.inputs],
+        begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, page.compare.sweep,
+                      page.compare.batch, *fields, *page.start.inputs, *page.where.inputs],
               [page.form["seed"], *view], **private)  # fmt: skip
         begin(None, None, None, js=_TO_RESULT)
     result.timer.tick(look, [result.job, result.shown], view, **private)
