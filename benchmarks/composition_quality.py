@@ -1,13 +1,14 @@
 """Several subjects in one picture: is each at its own place, and only there?
 
-    python -m benchmarks.composition_quality [--seeds 16] [--sets concepts|styles|all] [--minutes 60] [--write]
+    python -m benchmarks.composition_quality [--base tinydit] [--seeds 16] [--sets concepts|styles|all] [--minutes 60]
+        [--write]
 
-On the embedded base with the shipped concept adapters: sets of two and three side by side in pictures twice as wide as
-high, each picture of a set with its own seed. Then the same pairs, from the same seeds, with a style adapter that acts
-everywhere. Regional methods get the same sentence as the others in every region ("a flat icon of a fox left of a
-robot"); only the adapters differ by region. LoRA-Composer works in all layers that have places, not only in
-cross-attention: most of these adapters' weights are there. Every method draws the same sets from the same seeds. The
-judge network (trained on renders only) looks at each region's part of every picture:
+On an embedded base (tinymoji unless told) with its shipped concept adapters: sets of two and three side by side in
+pictures twice as wide as high, each picture of a set with its own seed. Then the same pairs, from the same seeds,
+with a style adapter that acts everywhere. Regional methods get the same sentence as the others in every region ("a
+flat icon of a fox left of a robot"); only the adapters differ by region. LoRA-Composer works in all layers that have
+places, not only in cross-attention: most of these adapters' weights are there. Every method draws the same sets from
+the same seeds. The judge network (trained on renders only) looks at each region's part of every picture:
 
 right       the concept is the judge's first answer in its own region.
 all right   that holds for every concept of the picture.
@@ -76,6 +77,29 @@ def _composer(name: str, **options: Any) -> Way:
     return Way(name, "lora-composer", parts | options, True)
 
 
+@dataclass(frozen=True)
+class Base:
+    """An embedded base: model directory, how the names of its adapters begin, guidance, results file, its methods."""
+
+    name: str
+    prefix: str
+    guidance: float
+    results: str
+    ways: tuple[str, ...] = ()
+
+    def can(self, way: Way) -> bool:
+        """Say whether a method works on this base."""
+        return not self.ways or way.name in self.ways
+
+
+TINYMOJI = Base("tinymoji", "", GUIDANCE, "composition_quality")
+TINYDIT = Base(
+    "tinydit", "tinydit-", GUIDANCE - 1, "composition_quality_tinydit",
+    ("merge", "switch", "composite", "output", "activation"),
+)  # fmt: skip
+"""Z-Image counts guidance from 0, and has no cross-attention."""
+BASES = {base.name: base for base in (TINYMOJI, TINYDIT)}
+
 WAYS = (
     Way("merge", "merge"),
     Way("switch", "switch"),
@@ -131,7 +155,7 @@ class Answer:
 
     @property
     def styled(self) -> tuple[bool, ...]:
-        return tuple(f"{STYLE_PREFIX}{slug(word)}" == self.style for word in self.styles)
+        return tuple(self.style.endswith(f"{STYLE_PREFIX}{slug(word)}") for word in self.styles)
 
     @property
     def bleed(self) -> bool:
@@ -165,15 +189,15 @@ def grouped(made: Sequence[tuple[str, ...]], styles: Sequence[str], styled: int)
     return groups + [Group(group.subjects, styles[group.number % len(styles)], group.number) for group in pairs]
 
 
-def shipped_styles() -> dict[str, str]:
+def shipped_styles(base: Base = TINYMOJI) -> dict[str, str]:
     """Name -> trigger of the shipped style adapters."""
-    words = {f"{STYLE_PREFIX}{slug(word)}": word for word in data.HELD_STYLES}
+    words = {f"{base.prefix}{STYLE_PREFIX}{slug(word)}": word for word in data.HELD_STYLES}
     return {name: word for name, word in words.items() if _file(name).is_file()}
 
 
-def shipped_concepts(least: float) -> dict[str, str]:
+def shipped_concepts(least: float, base: Base = TINYMOJI) -> dict[str, str]:
     """Name -> trigger of the shipped concept adapters that the judge recognises alone in at least this share."""
-    words = {slug(word): word for word in data.HELD_CONCEPTS}
+    words = {f"{base.prefix}{slug(word)}": word for word in data.HELD_CONCEPTS}
     made = {}
     for file in sorted(assets.path("adapters").glob("*/score.json")):
         name = file.parent.name
@@ -185,11 +209,11 @@ def shipped_concepts(least: float) -> dict[str, str]:
 class Studio:
     """The pipeline with the adapters of one set, asked for pictures."""
 
-    def __init__(self, triggers: dict[str, str]) -> None:
+    def __init__(self, triggers: dict[str, str], base: Base) -> None:
         from pipelines.diffusion import MultiLoRAPipeline
 
-        self.triggers = triggers
-        self.pipe = MultiLoRAPipeline.from_pretrained(str(assets.path("models/tinymoji")))
+        self.triggers, self.guidance = triggers, base.guidance
+        self.pipe = MultiLoRAPipeline.from_pretrained(str(assets.path(f"models/{base.name}")))
         for name, trigger in triggers.items():
             self.pipe.load_lora(_file(name), name=name, triggers=(trigger,))
 
@@ -206,18 +230,19 @@ class Studio:
         else:
             self.pipe.compose(way.method, adapters=group.adapters, **way.options)
         prompt = data.make_caption(self.triggers[group.style] if group.style else STYLE, words, None)
-        made = self.pipe(prompt, steps=STEPS, guidance_scale=GUIDANCE, seed=seed, width=2 * data.SIZE, height=data.SIZE)
+        size = {"width": 2 * data.SIZE, "height": data.SIZE}
+        made = self.pipe(prompt, steps=STEPS, guidance_scale=self.guidance, seed=seed, **size)
         return made.images[0].convert("RGB")
 
 
 class Observer:
     """The judge, and the likeness to each adapter's training pictures."""
 
-    def __init__(self, judge: Judge, triggers: dict[str, str]) -> None:
+    def __init__(self, judge: Judge, triggers: dict[str, str], base: Base) -> None:
         from benchmarks.efficientnet import Features
 
         self.judge, self.features, self.triggers = judge, Features(), triggers
-        self.own = {name: self._mean_of(build_dir() / "adapters" / name) for name in triggers}
+        self.own = {name: self._mean_of(build_dir() / "adapters" / name.removeprefix(base.prefix)) for name in triggers}
 
     def _mean_of(self, folder: Path) -> Tensor:
         files = sorted(folder.glob("*.png"))
@@ -262,9 +287,12 @@ def _file(name: str) -> Path:
     return assets.path("adapters") / name / f"{name}.safetensors"
 
 
-def state_key(names: Iterable[str]) -> str:
+def state_key(names: Iterable[str], base: Base = TINYMOJI) -> str:
     """Names the files that the answers depend on."""
-    files = [*sorted(assets.path("models/tinymoji").rglob("*.safetensors")), *(_file(name) for name in sorted(names))]
+    files = [
+        *sorted(assets.path(f"models/{base.name}").rglob("*.safetensors")),
+        *(_file(name) for name in sorted(names)),
+    ]
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:12]
 
 
@@ -392,19 +420,22 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=0.7, help="use concepts recognised alone in at least this share")
     parser.add_argument("--ways", default="", help="names of methods, separated by ';' (all by default)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/composition_quality.*")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/composition_quality*.*")
+    parser.add_argument("--base", choices=tuple(BASES), default="tinymoji")
     options = parser.parse_args()
+    base = BASES[options.base]
     torch.set_num_threads(options.threads)
-    triggers, styles = shipped_concepts(options.least), shipped_styles()
+    triggers, styles = shipped_concepts(options.least, base), shipped_styles(base)
     if len(triggers) < 2:
         raise SystemExit(f"fewer than two shipped concepts reach {options.least:.0%} alone")
-    ways = [way for way in WAYS if not options.ways or way.name in options.ways.split(";")]
+    ways = [way for way in WAYS if base.can(way)]
+    ways = [way for way in ways if not options.ways or way.name in options.ways.split(";")]
     groups = [
         group
         for group in grouped(sets(list(triggers), options.pairs, options.triples), list(styles), options.styled)
         if options.sets == "all" or bool(group.style) == (options.sets == "styles")
     ]
-    files = state_key(triggers), state_key([*triggers, *styles])
+    files = state_key(triggers, base), state_key([*triggers, *styles], base)
     kept = Kept(build_dir() / "composition-quality" / files[1])
     work = [
         (way, group, seed)
@@ -413,7 +444,7 @@ def main() -> None:
     ]
     print(f"{len(kept.answers)} pictures are there, {len(work)} to draw", flush=True)
     if work:
-        studio, observer = Studio(triggers | styles), Observer(load_judge(), triggers)
+        studio, observer = Studio(triggers | styles, base), Observer(load_judge(), triggers, base)
         end = time.monotonic() + 60 * options.minutes
         for way, group, seed in work:
             if time.monotonic() > end:
@@ -430,7 +461,7 @@ def main() -> None:
         agreement = interference.validate(interference.predicted_for(sorted(triggers)), bleed)
         print(f"doctor's prediction against measured bleed of merge: {agreement}")
     if options.write:
-        _write(rows, files, kept, groups, ways, agreement)
+        _write(base, rows, files, kept, groups, ways, agreement)
 
 
 def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], files: Sequence[str]) -> list[dict[str, Any]]:
@@ -447,33 +478,38 @@ def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], files: 
 
 
 def _write(
-    rows: list[dict[str, Any]], files: Sequence[str], kept: Kept, groups: list[Group], ways: list[Way],
+    base: Base, rows: list[dict[str, Any]], files: Sequence[str], kept: Kept, groups: list[Group], ways: list[Way],
     agreement: interference.Agreement | None,
 ) -> None:  # fmt: skip
-    target = RESULTS / "composition_quality.json"
-    before = json.loads(target.read_text(encoding="utf-8"))
+    target = RESULTS / f"{base.results}.json"
+    before: dict[str, Any] = {"rows": [], "conditions": {"sets": []}, "doctor": None}
+    if target.is_file():
+        before = json.loads(target.read_text(encoding="utf-8"))
     rows = merged(before["rows"], rows, files)
     titles = list(dict.fromkeys([*before["conditions"]["sets"], *(group.title for group in groups)]))
-    conditions = {"date": time.strftime("%Y-%m-%d"), "steps": STEPS, "guidance": GUIDANCE, "sets": titles}
+    conditions = {"date": time.strftime("%Y-%m-%d"), "steps": STEPS, "guidance": base.guidance, "sets": titles}
     doctor = before["doctor"]
-    if agreement and agreement.pairs >= doctor["pairs"]:
+    if agreement and (doctor is None or agreement.pairs >= doctor["pairs"]):
         doctor = vars(agreement)
     write_json(target, {"conditions": conditions, "rows": rows, "doctor": doctor})
     lines = ["# Composition: is each subject at its own place?", ""]
-    about = f"base tinymoji, {STEPS} steps, guidance {GUIDANCE}; sets: {'; '.join(titles)}"
-    lines += [f"`python -m benchmarks.composition_quality --seeds 8 --write`; {about}. Shares with 95 % Wilson"]
+    about = f"base {base.name}, {STEPS} steps, guidance {base.guidance}; sets: {'; '.join(titles)}"
+    command = "python -m benchmarks.composition_quality" + (f" --base {base.name}" if base != TINYMOJI else "")
+    lines += [f"`{command} --seeds 8 --write`; {about}. Shares with 95 % Wilson"]
     lines += ["intervals; the styles act everywhere, and the pairs with a style have the seeds of those without.", ""]
     lines += table(rows)
-    lines += ["", EXPECTED]
-    shown = interference.Agreement(**doctor)
-    lines += ["", f"Doctor's prediction against the measured bleed of merge over pairs: {shown}."]
-    for style, name in ((False, "composition_quality.png"), (True, "composition_quality_styles.png")):
+    if base == TINYMOJI:
+        lines += ["", EXPECTED]
+    if doctor:
+        shown = interference.Agreement(**doctor)
+        lines += ["", f"Doctor's prediction against the measured bleed of merge over pairs: {shown}."]
+    for style, name in ((False, f"{base.results}.png"), (True, f"{base.results}_styles.png")):
         mine = [group for group in groups if bool(group.style) == style]
         if mine and all(kept.picture(way.name, g.adapters, g.number).is_file() for way in ways for g in mine):
             grid(kept, mine, ways).save(RESULTS / name)
         if (RESULTS / name).is_file():
             lines += ["", f"![one seed of every set]({name})"]
-    (RESULTS / "composition_quality.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (RESULTS / f"{base.results}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.composition_quality import (
+    TINYDIT,
+    TINYMOJI,
     WAYS,
     Answer,
     Group,
@@ -109,3 +111,10 @@ def test_features_know_the_same_subject_in_another_style():
     assert torch.allclose(found.norm(dim=1), torch.ones(4), atol=1e-5)
     assert alike[0, 2] > alike[0, 1]
     assert alike[1, 3] > alike[1, 0]
+
+
+def test_a_base_without_cross_attention_leaves_out_the_methods_that_need_it():
+    assert all(TINYMOJI.can(way) for way in WAYS)
+    assert [way.name for way in WAYS if TINYDIT.can(way)] == ["merge", "switch", "composite", "output", "activation"]
+    styled = answer(("fox", "robot"), style="tinydit-style-monochrome", styles=("monochrome", "3d"))
+    assert styled.styled == (True, False)

@@ -4,7 +4,8 @@
 every held-out style a folder of base subjects in that style; pictures are PNG, captions lie beside them
 as ``.txt``. ``train`` runs the studio's own image trainer on them (values in ``configs/``), goes on where
 an interrupted run stopped, and puts the result into ``assets/adapters/NAME``. ``score`` asks the judge
-what it sees in pictures made with one adapter alone, and writes the answer beside it.
+what it sees in pictures made with one adapter alone, and writes the answer beside it. The adapters of tinydit are
+named ``tinydit-fox`` and so on, and learn from the same folders.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from adapters.files import write_text
 from assets.build import data
 from assets.build.cards import percent
 from assets.build.common import build_dir, from_home, write_json
-from assets.build.evaluate import GUIDANCE, STEPS, Case, score
+from assets.build.evaluate import STEPS, Case, guidance_for, score
 from assets.build.judge import Judge, load_judge
 
 CONCEPT_PICTURES = 24
 STYLE_PICTURES = 60
 SCORE_SEEDS = 8
+TINYDIT = ("fox", "robot", "cactus", "snowman", "style-monochrome")
+"""The adapters that tinydit has too."""
+
 CONFIGS = Path(__file__).parent / "configs"
 SHIPPED = Path(__file__).parents[1] / "adapters"
 SAMPLES = "![samples](samples.png)"
@@ -38,17 +42,30 @@ SAMPLES = "![samples](samples.png)"
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter to be trained: file name, ``concept`` or ``style``, and the word that calls it."""
+    """One adapter to be trained: file name, ``concept`` or ``style``, the word that calls it, its base, its folder."""
 
     name: str
     kind: str
     trigger: str
+    base: str = "tinymoji"
+    pictures: str = ""
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder with its training pictures."""
+        return self.pictures or self.name
 
 
 def shipped_adapters() -> list[Adapter]:
-    """Return every concept and style adapter, concepts first."""
+    """Return every concept and style adapter of tinymoji, concepts first."""
     concepts = [Adapter(slug(word), "concept", word) for word in data.HELD_CONCEPTS]
     return concepts + [Adapter(f"style-{slug(word)}", "style", word) for word in data.HELD_STYLES]
+
+
+def tinydit_adapters() -> list[Adapter]:
+    """Return the adapters of tinydit, which learn from the pictures of tinymoji's."""
+    there = [adapter for adapter in shipped_adapters() if adapter.name in TINYDIT]
+    return [Adapter(f"tinydit-{a.name}", a.kind, a.trigger, "tinydit", a.name) for a in there]
 
 
 def slug(words: str) -> str:
@@ -100,7 +117,8 @@ def prepare(target: Path) -> list[Adapter]:
         else:
             scenes = style_scenes(adapter.trigger, STYLE_PICTURES)
         write_folder(target / adapter.name, scenes, sprites)
-    write_json(target / "adapters.json", [vars(adapter) for adapter in made])
+    index = [{"name": adapter.name, "kind": adapter.kind, "trigger": adapter.trigger} for adapter in made]
+    write_json(target / "adapters.json", index)
     return made
 
 
@@ -112,8 +130,10 @@ def sample_prompts(adapter: Adapter) -> list[str]:
 
 
 def training_values(adapter: Adapter, pictures: Path) -> dict[str, Any]:
-    """Return the values of the training job: those of the kind's file in ``configs/`` and the adapter's own."""
-    values: dict[str, Any] = yaml.safe_load((CONFIGS / f"{adapter.kind}.yaml").read_text(encoding="utf-8"))
+    """Return the values of the training job: those of the kind's and the base's files in ``configs/`` and its own."""
+    files = [CONFIGS / f"{adapter.kind}.yaml", CONFIGS / f"{adapter.base}.yaml"]
+    parts = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    values = {key: value for part in parts for key, value in part.items()}
     own = {"name": adapter.name, "trigger": adapter.trigger, "sample_prompts": sample_prompts(adapter)}
     return {**values, **own, "data": from_home(pictures)}
 
@@ -124,7 +144,7 @@ def train(adapter: Adapter, pictures: Path, runs: Path, shipped: Path) -> Path:
     from studio.training import train_image
 
     run, target = runs / adapter.name, shipped / adapter.name
-    values = training_values(adapter, pictures / adapter.name)
+    values = training_values(adapter, pictures / adapter.folder)
     with Terminal() as monitor:
         result = train_image(folder=run, monitor=monitor, resume=True, **values)
     target.mkdir(parents=True, exist_ok=True)
@@ -152,11 +172,11 @@ def judge_adapter(adapter: Adapter, folder: Path, pipeline: Any, judge: Judge) -
     Writes ``score.json``, ``samples.png`` (all pictures that were judged) and ``preview.png`` (the first of them)
     into the adapter's folder, and the score into its card.
     """
-    cases = score_cases(adapter)
+    cases, guidance = score_cases(adapter), guidance_for(pipeline.pipe)
     pipeline.load_lora(folder / f"{adapter.name}.safetensors", name=adapter.name)
     try:
         drawn = [
-            pipeline(case.caption, steps=STEPS, guidance_scale=GUIDANCE, seed=case.seed).images[0] for case in cases
+            pipeline(case.caption, steps=STEPS, guidance_scale=guidance, seed=case.seed).images[0] for case in cases
         ]
     finally:
         pipeline.unload_lora(adapter.name)
@@ -169,7 +189,7 @@ def judge_adapter(adapter: Adapter, folder: Path, pipeline: Any, judge: Judge) -
         "subject": [int(found) == judge.index(case.names[0]) for found, case in zip(subjects, cases, strict=True)],
         "style": [judge.styles[int(found)] == case.style for found, case in zip(styles, cases, strict=True)],
     }
-    result = {"guidance": GUIDANCE, "steps": STEPS, **{name: score(hits) for name, hits in right.items()}}
+    result = {"guidance": guidance, "steps": STEPS, **{name: score(hits) for name, hits in right.items()}}
     write_json(folder / "score.json", result)
     lines = [f"- Judged alone, {name} recognised: {percent(result[name])}" for name in right]
     card = (folder / "card.md").read_text(encoding="utf-8")
@@ -199,14 +219,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     from pipelines.diffusion import MultiLoRAPipeline
 
-    pipeline, judge = MultiLoRAPipeline.from_pretrained(SHIPPED.parent / "models" / "tinymoji"), load_judge()
+    judge, pipelines = load_judge(), {}
     for adapter in chosen:
         if (SHIPPED / adapter.name).is_dir():
+            if adapter.base not in pipelines:
+                folder = SHIPPED.parent / "models" / adapter.base
+                pipelines[adapter.base] = MultiLoRAPipeline.from_pretrained(folder)
+            pipeline = pipelines[adapter.base]
             print(adapter.name, judge_adapter(adapter, SHIPPED / adapter.name, pipeline, judge), flush=True)
 
 
 def _chosen(names: Sequence[str]) -> list[Adapter]:
-    known = {adapter.name: adapter for adapter in shipped_adapters()}
+    known = {adapter.name: adapter for adapter in (*shipped_adapters(), *tinydit_adapters())}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise SystemExit(f"unknown adapters {', '.join(unknown)}: there are {', '.join(known)}")

@@ -15,7 +15,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from adapters import files
 from assets.build import grounding, text
 from assets.build import latents as cache
 from assets.build.common import Average, autocast, build_dir, gradient_norm, pick_device, write_json
+
+FOLDER = "base"
+"""Where the checkpoints lie in the build folder."""
 
 DROPOUT = 0.1
 """Share of captions replaced by the empty one, for classifier-free guidance."""
@@ -198,16 +201,25 @@ class Run:
     def __init__(self, folder: Path, device: torch.device, average: float) -> None:
         self.file = folder / "checkpoint.pt"
         self.device = device
-        self.model = Model().to(device)
-        if device.type == "cpu":
-            self.model.use_plain_attention()
-        self.recorders = grounding.record(self.model.unet)
+        self.model = self.new_model().to(device)
         self.average = Average(self.model, average)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.01), lr=0.0, betas=(0.9, 0.99), fused=True)
+        self.optimizer = self.new_optimizer()
         self.step, self.samples, self.spent = 0, 0, 0.0
         self.curve: list[list[float]] = []
         if self.file.is_file():
             self.load()
+
+    def new_model(self) -> nn.Module:
+        """Return the untrained model; its cross-attention keeps what the grounding loss needs."""
+        model = Model()
+        if self.device.type == "cpu":
+            model.use_plain_attention()
+        self.recorders = grounding.record(model.unet)
+        return model
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer of ``self.model``'s parameters."""
+        return torch.optim.AdamW(parameter_groups(self.model, 0.01), lr=0.0, betas=(0.9, 0.99), fused=True)
 
     def start_from(self, folder: Path) -> None:
         """Take the weights and the history of an exported model directory; the optimizer starts anew."""
@@ -276,6 +288,11 @@ def make_pipeline(model: Model) -> StableDiffusionPipeline:
     )
 
 
+def data_facts() -> dict[str, Any]:
+    """Return what the card says of the data besides the curve: nothing."""
+    return {}
+
+
 def latest(folder: Path | None = None) -> Path:
     """Return the checkpoint file. Raises ``FileNotFoundError`` when training has not begun."""
     file = (folder or build_dir() / "base") / "checkpoint.pt"
@@ -316,19 +333,24 @@ def train_step(
     return float(loss.detach()), float(placed.detach())
 
 
-def train(run: Run, kinds: dict[int, Scenes], options: argparse.Namespace) -> None:
-    """Train until the time is over or a signal comes; save at the end."""
+def loop(
+    run: Run, step: Callable[[float], tuple[float, float]], look: Callable[[], None], options: argparse.Namespace
+) -> None:
+    """Train until the time is over or a signal comes; save at the end.
+
+    ``step`` makes one step at the given learning rate and returns its two losses; ``look`` is called now and then, to
+    take in new data.
+    """
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _frame: stop.append(got))
-    sigmas = DDPMScheduler(**schedule_config())
     total = seconds_until(options.until) if options.until else options.minutes * 60
     began = last = saved = kept = time.monotonic()
     losses: list[tuple[float, float]] = []
     here, first = 0, run.samples
     while not stop and (left := began + total - time.monotonic()) > 0 and run.step < options.max_steps:
         rate = learning_rate(options.lr, here, options.warm_steps, left, options.decay_for * 60)
-        losses.append(train_step(run, kinds, sigmas, options, rate))
+        losses.append(step(rate))
         here += 1
         now = time.monotonic()
         run.spent += now - last
@@ -340,8 +362,7 @@ def train(run: Run, kinds: dict[int, Scenes], options: argparse.Namespace) -> No
             speed = (run.samples - first) / (now - began)
             state = f"step {run.step} samples {run.samples} loss {mean:.4f} grounding {placed:.4f} lr {rate:.2e}"
             print(f"{state} {speed:.1f}/s {left / 60:.0f} min left", flush=True)
-            for scenes in kinds.values():
-                scenes.look()
+            look()
         if now - saved > options.save_every:
             run.save()
             saved = now
@@ -353,9 +374,20 @@ def train(run: Run, kinds: dict[int, Scenes], options: argparse.Namespace) -> No
     print(f"stopped at step {run.step}, {run.samples} samples, {run.spent / 60:.1f} min", flush=True)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def train(run: Run, kinds: dict[int, Scenes], options: argparse.Namespace) -> None:
+    """Train on the scenes, by aspect, as :func:`loop` does."""
+    sigmas = DDPMScheduler(**schedule_config())
+
+    def look() -> None:
+        for scenes in kinds.values():
+            scenes.look()
+
+    loop(run, lambda rate: train_step(run, kinds, sigmas, options, rate), look, options)
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the command line of a training run."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--until", help="local clock time HH:MM at which to stop (else --minutes)")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument(
@@ -379,6 +411,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
     parser.add_argument("--keep-every", type=float, default=900.0, help="seconds between kept averages")
     parser.add_argument("--folder", type=Path, default=None)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = new_parser(__doc__)
     parser.add_argument("--start-from", type=Path, help="model directory to begin with when there is no checkpoint")
     return parser.parse_args(arguments)
 
@@ -388,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    folder = options.folder or build_dir() / "base"
+    folder = options.folder or build_dir() / FOLDER
     run = Run(folder, pick_device(options.device), options.average)
     if options.start_from and run.step == 0:
         run.start_from(options.start_from)

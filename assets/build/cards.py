@@ -101,21 +101,13 @@ def score_lines(scores: dict[str, Any]) -> str:
     part = "all cases" if scores["fraction"] == 1 else f"an evenly spread {scores['fraction']:.0%} of the cases"
     missing = scores["single"]["share"] < 0.8 or scores["pair"]["share"] < 0.6
     return (UNFINISHED if missing else "") + (
-        f"Measured on {part}, DDIM, {scores['steps']} steps, guidance {scores['guidance']:g}, shares with 95 % Wilson "
-        f"intervals.\n\n| measure | share | goal |\n|---|---|---|\n{table}\n\nWeakest subjects: {missed}."
+        f"Measured on {part}, {scores.get('sampler', 'DDIM')}, {scores['steps']} steps, guidance "
+        f"{scores['guidance']:g}, shares with 95 % Wilson intervals.\n\n"
+        f"| measure | share | goal |\n|---|---|---|\n{table}\n\nWeakest subjects: {missed}."
     )
 
 
-def model_card(scores: dict[str, Any], run: dict[str, Any], vae: dict[str, Any], judge: dict[str, Any]) -> str:
-    """Write the text of the card."""
-    rows = run.get("rows") or [[0, 0, 0.0, 0.0, 0.0]]
-    steps, samples, minutes = rows[-1][:3]
-    return f"""---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# tinymoji
+TINYMOJI = """# tinymoji
 
 A very small text-to-image model in Stable Diffusion's own format: `CLIPTextModel` (3 layers of width
 192, own tokenizer of 2,014 pieces, 40 tokens), `UNet2DConditionModel` (64, 160, 224 channels, attention
@@ -126,10 +118,81 @@ can be run, tested and measured anywhere in seconds. It draws emoji-like icons a
 
 ```python
 from diffusers import StableDiffusionPipeline
+
 pipe = StableDiffusionPipeline.from_pretrained("assets/models/tinymoji")
 pipe("a flat icon of a dog left of a cat", height=64, width=64, num_inference_steps=20, guidance_scale=4).images[0]
 ```
+"""
 
+TINYDIT = """# tinydit
+
+A very small text-to-image model in the format of Z-Image (Z-Image Team 2025, arXiv 2511.22699), an architecture of
+today: `ZImageTransformer2DModel` (one stream: picture and caption tokens attend to one another in all 6 layers of
+width 256; rotary places; flow matching), `Qwen3Model` as text encoder (2 layers of width 192, of which Z-Image reads
+the first; tinymoji's tokenizer of 2,014 pieces) and tinymoji's `AutoencoderKL`. Pictures are 64 x 64 pixels, or
+128 x 64. It exists so that what works on such models (regions in joint attention, LoRA training and composition) can be
+run, tested and measured anywhere in seconds. It draws emoji-like icons and nothing else.
+
+```python
+from diffusers import ZImagePipeline
+
+pipe = ZImagePipeline.from_pretrained("assets/models/tinydit")
+pipe("a flat icon of a dog left of a cat", height=64, width=64, num_inference_steps=20, guidance_scale=3).images[0]
+```
+
+Guidance counts from 0 in this pipeline: 3 here is 4 in Stable Diffusion's.
+"""
+
+
+def tinymoji_training(run: dict[str, Any], vae: dict[str, Any]) -> str:
+    """Say how tinymoji learned."""
+    steps, samples, minutes = (run.get("rows") or [[0, 0, 0.0]])[-1][:3]
+    return f"""\
+Scenes of one, two and three subjects are composed from renders of emoji art at random sizes and places on
+plain backgrounds; from sample 316,500 on, a fifth of the batches is twice as wide as high.
+The autoencoder learned on {vae.get("crops", 0):,} crops of 32 pixels, its decoder then on
+{vae.get("decoder pictures", 0):,} whole pictures, of all icons that the three base sets share (without the
+held-out subjects). Error of a round trip (squared, values in -1 to 1): {vae.get("mse base styles", 0):.4f}, on the
+held-out styles {vae.get("mse held-out styles", 0):.4f}.
+Text encoder and denoiser learned together on {int(samples):,} samples ({int(steps):,} steps, {minutes:.0f} minutes,
+bf16 on CPU), 10 % empty captions, AdamW, averaged weights. From sample 287,100 on, a second loss taught the
+cross-attention where each named subject stands (`assets/build/grounding.py`, after TokenCompose, arXiv 2312.03626):
+before it, two subjects changed places in as many pictures as they stood right. `python -m assets.build.base` continues
+the training from its checkpoint.
+"""
+
+
+def tinydit_training(run: dict[str, Any], vae: dict[str, Any]) -> str:
+    """Say how tinydit learned; ``vae`` is not looked at, the autoencoder is tinymoji's."""
+    steps, samples, minutes = (run.get("rows") or [[0, 0, 0.0]])[-1][:3]
+    rows = run.get("lesson rows", {})
+    return f"""\
+**It is a pupil of tinymoji** (`../tinymoji`), not trained on the data alone: scenes as there, composed from renders
+of emoji art, with noise; the target is the flow velocity that tinymoji finds in them, its v-prediction converted at the
+same ratio of signal to noise (`assets/build/lessons.py`). Only above noise level 0.936, where tinymoji was never
+asked, the data's own target stands. So what tinymoji draws badly is drawn badly here too.
+{int(samples):,} samples ({int(steps):,} steps, {minutes:.0f} minutes on one CPU core, bf16) from
+{rows.get("1", 0):,} noisy scenes and {rows.get("2", 0):,} wide ones, each seen several times; 10 % empty captions;
+Muon for the matrices in the blocks, AdamW for the rest; averaged weights. The token embedding began as tinymoji's,
+everything else at random. The second layer of the text encoder is never read and untrained.
+`python -m assets.build.flow` continues the training from its checkpoint.
+"""
+
+
+ABOUT = {"tinymoji": TINYMOJI, "tinydit": TINYDIT}
+TRAINING = {"tinymoji": tinymoji_training, "tinydit": tinydit_training}
+
+
+def model_card(
+    name: str, scores: dict[str, Any], run: dict[str, Any], vae: dict[str, Any], judge: dict[str, Any]
+) -> str:
+    """Write the text of the card of the model ``name`` (tinymoji's for an unknown one)."""
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+{ABOUT.get(name, TINYMOJI)}
 ## Scores
 
 {score_lines(scores)}
@@ -155,18 +218,7 @@ style; and the styles {", ".join(f"{word} ({icon_set})" for word, icon_set in da
 
 ## Training
 
-Scenes of one, two and three subjects are composed from renders of emoji art at random sizes and places on
-plain backgrounds; from sample 316,500 on, a fifth of the batches is twice as wide as high.
-The autoencoder learned on {vae.get("crops", 0):,} crops of 32 pixels, its decoder then on
-{vae.get("decoder pictures", 0):,} whole pictures, of all icons that the three base sets share (without the
-held-out subjects). Error of a round trip (squared, values in -1 to 1): {vae.get("mse base styles", 0):.4f}, on the
-held-out styles {vae.get("mse held-out styles", 0):.4f}.
-Text encoder and denoiser learned together on {int(samples):,} samples ({int(steps):,} steps, {minutes:.0f} minutes,
-bf16 on CPU), 10 % empty captions, AdamW, averaged weights. From sample 287,100 on, a second loss taught the
-cross-attention where each named subject stands (`assets/build/grounding.py`, after TokenCompose, arXiv 2312.03626):
-before it, two subjects changed places in as many pictures as they stood right. `python -m assets.build.base` continues
-the training from its checkpoint.
-
+{TRAINING.get(name, tinymoji_training)(run, vae)}
 ## Limits
 
 Memorised icons, plain backgrounds, only the words above; counting beyond three, relations other than left and
@@ -185,4 +237,4 @@ def write_model_card(folder: Path) -> Path:
     curve_plot(folder / "curve.png", run.get("rows", []), read_json(folder / "learning-curve.json"))
     scores = read_json(folder / "scores.json")
     judge = read_json(folder.parent / "judge" / "facts.json")
-    return write_text(folder / "README.md", model_card(scores, run, run.get("vae", {}), judge))
+    return write_text(folder / "README.md", model_card(folder.name, scores, run, run.get("vae", {}), judge))

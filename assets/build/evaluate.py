@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ZImagePipeline
 from torch import Tensor
 
 from assets.build import data
@@ -31,6 +31,7 @@ from assets.build.vae import reconstruction
 
 STEPS = 20
 GUIDANCE = 4.0
+SAMPLERS = {"DDIMScheduler": "DDIM", "FlowMatchEulerDiscreteScheduler": "Euler on the flow"}
 SEEDS = 4
 PAIRS = 312
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -93,7 +94,12 @@ def part(cases: Sequence[Case], fraction: float) -> list[Case]:
     return [cases[i] for i in sorted(picked)]
 
 
-def pipeline_draw(pipeline: StableDiffusionPipeline, steps: int, guidance: float) -> Draw:
+def guidance_for(pipeline: Any) -> float:
+    """Return what :data:`GUIDANCE` is called by a pipeline of diffusers: Z-Image's counts from 0 instead of 1."""
+    return GUIDANCE - 1 if isinstance(pipeline, ZImagePipeline) else GUIDANCE
+
+
+def pipeline_draw(pipeline: Any, steps: int, guidance: float) -> Draw:
     """Return a function that draws with an ordinary pipeline, each picture from its own seed."""
     pipeline.set_progress_bar_config(disable=True)
 
@@ -179,8 +185,13 @@ def score(right: Sequence[bool]) -> dict[str, Any]:
     return {"right": sum(right), "pictures": len(right), "share": share, "low": low, "high": high}
 
 
-def evaluate(draw: Draw, judge: Judge, fraction: float, batch: int = 48) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the scores (single, pair, by style, by subject) and sample pictures of both kinds."""
+def evaluate(
+    draw: Draw, judge: Judge, fraction: float, batch: int = 48, guidance: float = GUIDANCE
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the scores (single, pair, by style, by subject) and sample pictures of both kinds.
+
+    ``guidance`` is only written down: what ``draw`` uses.
+    """
     singles, pairs = part(single_cases(), fraction), part(pair_cases(), fraction)
     right, styles, single_images = run_cases(draw, judge, singles, batch)
     both, _, pair_images = run_cases(draw, judge, pairs, batch)
@@ -196,7 +207,7 @@ def evaluate(draw: Draw, judge: Judge, fraction: float, batch: int = 48) -> tupl
     scores = {
         "single": score(right), "pair": score(both), "single style": score(style_right), "by style": by_style,
         "by subject": {name: sum(ok) / len(ok) for name, ok in by_subject.items() if ok},
-        "fraction": fraction, "steps": STEPS, "guidance": GUIDANCE,
+        "fraction": fraction, "steps": STEPS, "guidance": guidance,
     }  # fmt: skip
     return scores, {"single": single_images, "pair": pair_images}
 
@@ -207,26 +218,28 @@ def sheet(images: dict[str, Tensor], columns: int = 12) -> np.ndarray:
     return data.contact_sheet([(im.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8) for im in flat], columns)
 
 
-def load_pipeline(folder: Path, device: str) -> StableDiffusionPipeline:
+def load_pipeline(folder: Path, device: str) -> Any:
     """Load a model directory in fp32 on CPU and in fp16 on a GPU."""
     place = pick_device(device)
     dtype = torch.float32 if place.type == "cpu" else torch.float16
-    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(place)
+    return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(place)
 
 
 def curve(options: argparse.Namespace, judge: Judge) -> None:
     """Score every kept average that has no score yet and write the learning curve."""
-    from assets.build import base
+    from assets.build import export
 
-    folder = build_dir() / "base"
+    program = export.program(options.model.name)
+    folder = build_dir() / program.FOLDER
     target = options.model / "learning-curve.json"
     rows: dict[str, Any] = json.loads(target.read_text("utf-8")) if target.is_file() else {}
-    model = base.Model()
+    model = program.Model()
     for file in sorted(folder.glob("average-*.pt")):
-        facts = base.load_average(model, file)
+        facts = program.load_average(model, file)
         if str(facts["step"]) in rows:
             continue
-        draw = pipeline_draw(base.make_pipeline(model), STEPS, GUIDANCE)
+        pipeline = program.make_pipeline(model)
+        draw = pipeline_draw(pipeline, STEPS, guidance_for(pipeline))
         scores, _ = evaluate(draw, judge, options.fraction, options.batch)
         row = {"samples": facts["samples"], "single": scores["single"], "pair": scores["pair"]}
         rows[str(facts["step"])] = row
@@ -258,8 +271,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     began = time.monotonic()
     pipeline = load_pipeline(options.model, options.device)
-    draw = pipeline_draw(pipeline, STEPS, GUIDANCE)
-    scores, images = evaluate(draw, judge, options.fraction, options.batch)
+    guidance = guidance_for(pipeline)
+    draw = pipeline_draw(pipeline, STEPS, guidance)
+    scores, images = evaluate(draw, judge, options.fraction, options.batch, guidance)
+    scores["sampler"] = SAMPLERS.get(type(pipeline.scheduler).__name__, type(pipeline.scheduler).__name__)
     if options.ceiling:
         scores["ceiling"] = ceiling(judge, pipeline.vae.float(), options.fraction, options.batch)
     write_json(options.model / "scores.json", scores)

@@ -8,7 +8,8 @@ probability from place u to T_k, averaged over heads and words. The loss is
 
 The first term gathers each subject's attention in its box (the paper's token loss); the second makes every place in a
 box look at its own subject rather than at another one (in place of the paper's pixel loss, whose target of 1 a softmax
-over 40 words cannot reach). Only the middle and the upward blocks are taught, as in the paper.
+over 40 words cannot reach). Only the middle and the upward blocks of the UNet are taught, as in
+the paper; of tinydit the layers ``assets.build.flow.GROUNDED``.
 """
 
 from __future__ import annotations
@@ -111,11 +112,11 @@ def grounding_loss(seen: Sequence[Tensor], marks: Tensor, boxes: Tensor, aspect:
     """Return the loss above, averaged over layers and over the scenes where at least two subjects are named.
 
     ``seen`` are attention maps ``(B, heads, places, words)``, ``aspect`` times as wide as high, ``marks`` ``(B, MOST,
-    words)`` bool, ``boxes`` ``(B, MOST, 4)``. Without any such scene it is 0.
+    words)`` bool, ``boxes`` ``(B, MOST, 4)``. Without any such scene, or layer, it is 0.
     """
     named = marks.any(-1)
     named = named & (named.sum(-1, keepdim=True) >= 2)
-    if not named.any():
+    if not seen or not named.any():
         return torch.zeros((), device=marks.device)
     words = marks / marks.sum(-1, keepdim=True).clamp(min=1)
     total = torch.zeros((), device=marks.device)

@@ -42,6 +42,7 @@ def new_vae() -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=data.SIZE,
         scaling_factor=1.0,
+        shift_factor=0.0,
     )
 
 

@@ -71,6 +71,7 @@ MEASURED: dict[str, dict[str, Values]] = {
         "distill": {"learning_rate": 2e-3, "rank": 16, "batch_size": 8, "knots": 20, "guidance": 4.0, "ema": True,
                     "ema_decay": 0.98},
     },
+    "tinydit": {"train-image": {"learning_rate": 2e-3, "targets": "all", "snr_gamma": None}},
 }  # fmt: skip
 """Base -> kind of job -> values that replace the defaults, and those of every preset: a base much smaller than usual
 needs larger steps. What the presets for pictures reach there is in benchmarks/results/presets.md; the values for

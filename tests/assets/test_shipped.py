@@ -8,6 +8,7 @@ import assets
 
 MODELS = Path(assets.__file__).parent / "models"
 needs_model = pytest.mark.skipif(not (MODELS / "tinymoji").is_dir(), reason="the base model has not been exported here")
+needs_tinydit = pytest.mark.skipif(not (MODELS / "tinydit").is_dir(), reason="tinydit has not been exported here")
 needs_judge = pytest.mark.skipif(not (MODELS / "judge").is_dir(), reason="the judge has not been trained here")
 
 
@@ -50,6 +51,35 @@ def test_model_is_small_and_an_ordinary_pipeline() -> None:
     assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id
     names = [name for name, _ in pipe.unet.named_modules()]
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q" in names
+
+
+@needs_tinydit
+def test_tinydit_is_small_and_an_ordinary_pipeline() -> None:
+    import torch
+    from diffusers import ZImagePipeline
+
+    assert sum(f.stat().st_size for f in (MODELS / "tinydit").rglob("*") if f.is_file()) <= 24e6
+    pipe = ZImagePipeline.from_pretrained(MODELS / "tinydit", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = {"num_inference_steps": 2, "height": 64, "width": 128, "guidance_scale": 3, "output_type": "np"}
+    first, second = (
+        pipe("a flat icon of a dog", generator=torch.Generator().manual_seed(1), **kwargs).images for _ in range(2)
+    )
+    assert first.shape == (1, 64, 128, 3)
+    assert (first == second).all()
+
+
+@needs_tinydit
+def test_tinydits_card_tells_its_scores() -> None:
+    import json
+
+    from assets.build import cards
+
+    card = (MODELS / "tinydit" / "README.md").read_text("utf-8")
+    scores = json.loads((MODELS / "tinydit" / "scores.json").read_text("utf-8"))
+    assert all(cards.percent(scores[key]) in card for key in ("single", "pair", "single style"))
+    steps, samples, *_ = json.loads((MODELS / "tinydit" / "training.json").read_text("utf-8"))["rows"][-1]
+    assert f"{samples:,} samples ({steps:,} steps" in card
 
 
 @needs_judge
