@@ -16,9 +16,7 @@ def table() -> str:
     for family in FAMILIES.values():
         opened = "hub id, directory" + (", single file" if family.single_file else "")
         others = ", ".join(family.other_pipelines) or "none"
-        rows.append(
-            f"| {family.title} | `{family.name}` | {opened} | {others} | {family.licence} | {family.checked} |"
-        )
+        rows.append(f"| {family.title} | `{family.name}` | {opened} | {others} | {family.licence} | {family.checked} |")
     return "\n".join(rows)
 
 

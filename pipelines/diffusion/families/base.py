@@ -507,6 +507,8 @@ def shift(scheduler: Any, tokens: int) -> float:
 def even_sigmas(steps: int) -> list[float]:
     """Noise levels from 1 to 1 / steps in equal steps, which many pipelines give to their scheduler to be shifted."""
     return [1 - k / steps for k in range(steps)]
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """``parts`` (batch, tokens, ...) as one batch; shorter ones are filled with zeros, which masks leave out."""
     import torch

@@ -134,9 +134,7 @@ class ZImage(Family):
                 lengths = joined.own[min(sample // images, len(joined.own) - 1)]
                 begin = 1 + max(map(self._padded, lengths))
                 tokens = [
-                    (length, k)
-                    for length, common in zip(lengths, joined.texts, strict=True)
-                    for k in range(common)
+                    (length, k) for length, common in zip(lengths, joined.texts, strict=True) for k in range(common)
                 ]
                 text_ids[sample] = text_ids[sample].new_tensor(
                     [(begin - self._padded(length) + k, 0, 0) for length, k in tokens]
