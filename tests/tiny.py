@@ -31,6 +31,9 @@ from pipelines.diffusion.families.miniature import (
 FAMILIES: Mapping[str, Callable[..., Any]] = {name: family.tiny for name, family in families.FAMILIES.items()}
 """Family name -> builder."""
 
+PICTURES = {name: build for name, build in FAMILIES.items() if families.FAMILIES[name].video is None}
+"""Those that make pictures; the others make videos."""
+
 sd, sdxl, sd3, flux = (FAMILIES[name] for name in ("sd", "sdxl", "sd3", "flux"))
 
 
@@ -82,6 +85,6 @@ def denoiser_name(pipe: Any) -> str:
 
 
 __all__ = [
-    "END", "FAMILIES", "LETTERS", "START", "clip_config", "clip_tokenizer", "ddim", "denoiser_name", "flux",
+    "END", "FAMILIES", "LETTERS", "PICTURES", "START", "clip_config", "clip_tokenizer", "ddim", "denoiser_name", "flux",
     "lora_file", "saved", "sd", "sd3", "sdxl", "t5_tokenizer", "unet", "vae",
 ]  # fmt: skip

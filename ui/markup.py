@@ -23,6 +23,16 @@ def file_url(path: str | Path | None, version: object = "") -> str:
     return f"gradio_api/file={quote(str(Path(path).absolute()))}{suffix}"
 
 
+def shown(picture: str | Path, video: str | Path | None, words: str, look: str) -> str:
+    """A picture described by ``words``, or its video with controls, with the class ``look``."""
+    if video is None:
+        return f'<img class="{look}" alt="{text(words)}" src="{text(file_url(picture))}">'
+    return (
+        f'<video class="{look}" controls loop playsinline aria-label="{text(words)}" '
+        f'poster="{text(file_url(picture))}" src="{text(file_url(video))}"></video>'
+    )
+
+
 def tag(word: str, tone: str = "") -> str:
     """A small rounded label."""
     return f'<span class="as-tag {tone}">{text(word)}</span>'

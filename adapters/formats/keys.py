@@ -78,7 +78,7 @@ def guess_component(modules: Iterable[str]) -> str:
     names = " ".join(modules)
     if re.search(r"\b(down_blocks|mid_block|up_blocks)\.", names):
         return "unet"
-    if re.search(r"\b(single_)?transformer_blocks\.", names):
+    if re.search(r"\b(single_)?transformer_blocks\.|(^| )blocks\.\d+\.(attn[12]|self_attn|cross_attn|ffn)\.", names):
         return "transformer"
     if re.search(r"\bencoder\.layers\.", names):
         return "text_encoder"

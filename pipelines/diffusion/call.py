@@ -14,6 +14,7 @@ from pipelines.diffusion.prompt_syntax import Adapter, Lines, chosen, without_ad
 from pipelines.diffusion.regions.region import PlacedRegion, Region
 from pipelines.diffusion.report import Plan
 from pipelines.diffusion.varied import Strengths
+from pipelines.videos import Sound
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Call:
     callback_tensors: tuple[str, ...] = ()
     strengths: tuple[Strengths, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
+    frames: int | None = None
 
     def each(self) -> list[Call]:
         """One call for each picture."""
@@ -64,19 +66,26 @@ class Output:
     """Result of a call.
 
     Attributes:
-        images: list of PIL images, or the latents with ``output_type="latent"``.
+        images: list of PIL images (for videos: a list of frames each), or the latents with ``output_type="latent"``.
         plan: what was done.
         flagged: per picture, whether a safety checker flagged it; empty without one.
         regions: where the regions were; automatic ones for each picture in turn.
+        sound: of each video, if the model makes it.
     """
 
     images: Any
     plan: Plan
     flagged: tuple[bool, ...] = ()
     regions: tuple[PlacedRegion, ...] = ()
+    sound: tuple[Sound, ...] = ()
 
 
-ALIASES = {"num_inference_steps": "steps", "num_images_per_prompt": "images"}
+ALIASES = {
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "images",
+    "num_videos_per_prompt": "images",
+    "num_frames": "frames",
+}
 """diffusers' names of our arguments."""
 
 REFUSED = {
@@ -146,6 +155,7 @@ def together(outputs: Sequence[Output]) -> Output:
         outputs[0].plan,
         tuple(flag for output in outputs for flag in output.flagged),
         tuple(region for output in outputs for region in output.regions),
+        tuple(one for output in outputs for one in output.sound),
     )
 
 

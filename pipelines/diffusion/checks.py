@@ -95,6 +95,20 @@ def check_prompt(prompt: Any, what: str) -> None:
         )
 
 
+def check_frames(family: Any, frames: int | None) -> int | None:
+    """The number of frames of each video of a family; None for a family of pictures.
+
+    Raises:
+        InputError: the family makes no videos, or cannot make so many frames.
+    """
+    if family.video is None:
+        if frames is not None:
+            raise InputError(f"{family.title} makes pictures: leave frames out, or choose a base that makes videos.")
+        return None
+    checked: int = family.video.check(family.video.frames if frames is None else frames)
+    return checked
+
+
 def check_call(
     family: Any, pipe: Any, steps: int, guidance: float, images: int, size: tuple[int | None, int | None], seed: int
 ) -> None:

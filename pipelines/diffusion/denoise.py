@@ -61,13 +61,14 @@ class Denoising:
         self._roles: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
     @contextmanager
-    def attached(self, denoiser: nn.Module) -> Any:
-        """Attach the hooks to ``denoiser``; removed on exit."""
+    def attached(self, *denoisers: nn.Module) -> Any:
+        """Attach the hooks to the denoisers, of which the pipeline calls one at each step; removed on exit."""
         with ExitStack() as stack:
-            before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
-            stack.callback(before.remove)
-            after = denoiser.register_forward_hook(self._after, with_kwargs=True)
-            stack.callback(after.remove)
+            for denoiser in denoisers:
+                before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
+                stack.callback(before.remove)
+                after = denoiser.register_forward_hook(self._after, with_kwargs=True)
+                stack.callback(after.remove)
             yield self
 
     def predictions(self, step: Step) -> list[int]:

@@ -122,6 +122,16 @@ def own_randomness(pipe: Any, generators: Any) -> Iterator[None]:
         yield
 
 
+def pictures(result: Any) -> Any:
+    """The pictures in a diffusers pipeline's result, or its videos."""
+    return result.images if hasattr(result, "images") else result.frames
+
+
+def stills(result: Any) -> list[Any]:
+    """The pictures in a diffusers pipeline's result, or the first frame of each of its videos."""
+    return list(result.images) if hasattr(result, "images") else [frames[0] for frames in result.frames]
+
+
 def joined(images: Sequence[Any]) -> Any:
     """The pictures of several calls (tensors or lists) as those of one."""
     return torch.cat(list(images)) if isinstance(images[0], torch.Tensor) else [one for part in images for one in part]
@@ -130,7 +140,7 @@ def joined(images: Sequence[Any]) -> Any:
 def one_after_the_other(results: Sequence[Any]) -> Any:
     """The results of several calls of a diffusers pipeline as one result."""
     made = results[0]
-    made.images = joined([result.images for result in results])
+    setattr(made, "images" if hasattr(made, "images") else "frames", joined([pictures(result) for result in results]))
     if getattr(made, "nsfw_content_detected", None):
         made.nsfw_content_detected = [flag for result in results for flag in result.nsfw_content_detected]
     return made

@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 def scaled(encoded: Tensor, config: Any) -> Tensor:
-    """Latents (batch, channels, h, w) from the autoencoder's output ``encoded``; ``config`` is the VAE's."""
+    """Latents (batch, channels, h, w) from the autoencoder's output ``encoded``; ``config`` is the VAE's.
+
+    Those of videos have their frames before the height.
+    """
     shift: float = getattr(config, "shift_factor", None) or 0.0
     statistics = _statistics(config, encoded)
     scale: float = config.get("scaling_factor", 1.0)
@@ -59,4 +62,4 @@ def _statistics(config: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
     mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if not mean or not deviation:  # the pipeline takes both or neither
         return None
-    return tuple(torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (mean, deviation))  # type: ignore[return-value]
+    return tuple(torch.tensor(values).view(1, -1, *[1] * (like.ndim - 2)).to(like) for values in (mean, deviation))  # type: ignore[return-value]

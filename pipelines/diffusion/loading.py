@@ -84,7 +84,8 @@ def open_pipeline(
     check_base(pipe, chosen_family)
     if chosen_attention == "xformers":
         pipe.enable_xformers_memory_efficient_attention()
-    notes = apply_preset(pipe, memory, chosen_family.denoiser, chosen_device, DTYPES[chosen_dtype])
+    denoisers = [one.name for one in chosen_family.present(pipe)]
+    notes = apply_preset(pipe, memory, denoisers, chosen_device, DTYPES[chosen_dtype])
     settings = Settings(
         str(source), chosen_family.name, chosen_dtype, str(chosen_device), chosen_attention, memory, tuple(notes)
     )

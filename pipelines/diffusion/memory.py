@@ -11,6 +11,7 @@ Without an accelerator nothing moves; the rest works the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from adapters.errors import InputError
 PRESETS = ("none", "balanced", "low")
 
 
-def apply_preset(pipe: Any, preset: str, denoiser: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+def apply_preset(
+    pipe: Any, preset: str, denoisers: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> list[str]:
     """Apply a preset to ``pipe`` and place it on ``device``; returns what was done, as short phrases.
 
     Args:
-        denoiser: attribute of the denoiser in ``pipe``.
+        denoisers: attributes of the denoisers in ``pipe``.
         dtype: compute precision.
 
     Raises:
@@ -49,7 +52,8 @@ def apply_preset(pipe: Any, preset: str, denoiser: str, device: torch.device, dt
             pipe.to(device)
         return done
     pipe.vae.enable_tiling()
-    getattr(pipe, denoiser).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    for denoiser in denoisers:
+        getattr(pipe, denoiser).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     done += ["large pictures decoded in tiles", "denoiser stored in 8 bits (changes pictures slightly)"]
     if accelerator:
         pipe.enable_group_offload(

@@ -32,12 +32,12 @@ from adapters.merging.concatenate import Merged, concatenate
 from adapters.progress import Monitor, Silent, part
 from pipelines.diffusion import methods
 from pipelines.diffusion.call import Call, Output, check_named, decided, diffusers_arguments, together
-from pipelines.diffusion.checks import block_factor, check_call, check_pristine, check_prompt
+from pipelines.diffusion.checks import block_factor, check_call, check_frames, check_pristine, check_prompt
 from pipelines.diffusion.denoise import known_calls
 from pipelines.diffusion.distillation import embedding
 from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.distillation.use import check_use, merged_mark
-from pipelines.diffusion.drawing import Request, draw, one_after_the_other, sampling
+from pipelines.diffusion.drawing import Request, draw, one_after_the_other, pictures, sampling
 from pipelines.diffusion.families import Family, family_of
 from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.folding import Folds, folds
@@ -151,8 +151,11 @@ class MultiLoRAPipeline:
         schedule: Keyframes | None = None,
         schedule_by: By = "step",
         region: Region | Mapping[str, Any] | None = None,
+        denoiser: str = "",
     ) -> LoraReport:
         """Load an adapter and fit it to this model; it is refused if any of its layers has no module.
+
+        With several denoisers (Wan 2.2), its layers are bound as :mod:`pipelines.diffusion.halves` says.
 
         Args:
             path: file, PEFT directory, or an adapter in memory.
@@ -164,13 +167,16 @@ class MultiLoRAPipeline:
             schedule: keyframes (position, factor), see :mod:`pipelines.diffusion.schedule`.
             schedule_by: "step" (progress from 0 to 1) or "sigma" (the sampler's noise level).
             region: its own region, without ``adapters``; regional methods use it unless ``compose`` is given regions.
+            denoiser: attribute of the one denoiser to bind it to ("transformer_2"), instead of what the file says.
 
         Raises:
-            InputError: an unreadable file, an unknown format, a name used twice, a value that is not finite, or an
-                invalid region.
+            InputError: an unreadable file, an unknown format, a name used twice, a value that is not finite, an
+                invalid region, or a file whose other half is missing.
             FamilyError: it was made for another model; the message names the layer and both shapes.
         """
-        return self.rack.load(path, name, weight, te_weight, triggers, blocks, schedule, schedule_by, region)
+        return self.rack.load(
+            path, name, weight, te_weight, triggers, blocks, schedule, schedule_by, region, denoiser
+        )
 
     def unload_lora(self, name: str) -> None:
         """Unload an adapter.
@@ -229,6 +235,12 @@ class MultiLoRAPipeline:
             raise InputError(
                 f"With regions every prompt is encoded with its own region's adapters: leave out te_mode '{te_mode}'."
             )
+        if self.family.video and (kind.regions == "network" or regions == "auto"):
+            able = methods.names(lambda known: known.regions == "predictions")
+            raise InputError(
+                f"Regions of a video blend predictions: with {self.family.short} use {', '.join(able)}, and give each "
+                "region its place."
+            )
         names = tuple(self.rack.loaded) if chosen is None else chosen
         own = regions is None and kind.regional and any(self.rack.loaded[name].report.region for name in names)
         found: Places = "own" if own else check_regions(method, regions, names)
@@ -281,7 +293,7 @@ class MultiLoRAPipeline:
             raise InputError(f"A LoRA cannot hold a schedule ({', '.join(scheduled)}): remove it to export.")
         weights = [
             {
-                component: item.report.weight if component == self.family.denoiser else item.report.te_weight
+                component: item.report.weight if component in self.rack.denoisers else item.report.te_weight
                 for component in item.file.parts
             }
             for item in loaded
@@ -319,6 +331,7 @@ class MultiLoRAPipeline:
         allow_double_guidance: bool = False,
         wildcards: str | Path | None = None,
         strengths: Sequence[Strengths] = (),
+        frames: int | None = None,
         **others: Any,
     ) -> Output:
         """Generate pictures; picture k uses the seed ``seed + k`` for any number of pictures.
@@ -343,11 +356,12 @@ class MultiLoRAPipeline:
             wildcards: folder with a file colour.txt for the wildcard ``__colour__``.
             strengths: for each picture, adapter -> (weight, te_weight) instead of those it was loaded with; they are
                 still one batch (only text to image with merge).
-            others: diffusers' own names: ``num_inference_steps`` (steps), ``num_images_per_prompt`` (images),
-                ``generator`` (one, or one per picture; instead of the seed), ``callback_on_step_end`` with
-                ``callback_on_step_end_tensor_inputs``, ``latents``; and other arguments of the wrapped pipeline
-                (``eta``, ``image``, ``mask_image``, ``strength``, ``ip_adapter_image`` ...). A ControlNet gets the
-                encoding of the first prediction.
+            frames: of each video (default: the family's own number).
+            others: diffusers' own names: ``num_inference_steps`` (steps), ``num_images_per_prompt`` or
+                ``num_videos_per_prompt`` (images), ``num_frames`` (frames), ``generator`` (one, or one per picture;
+                instead of the seed), ``callback_on_step_end`` with ``callback_on_step_end_tensor_inputs``,
+                ``latents``; and other arguments of the wrapped pipeline (``eta``, ``image``, ``mask_image``,
+                ``strength``, ``ip_adapter_image`` ...). A ControlNet gets the encoding of the first prediction.
 
         Raises:
             InputError: an argument or composition that is not possible, or out of memory (with what to do).
@@ -355,12 +369,13 @@ class MultiLoRAPipeline:
         """
         check_prompt(prompt, "The prompt")
         check_prompt(negative_prompt, "The negative prompt")
-        ours = diffusers_arguments(self.pipe, others, {"steps": steps, "images": images})
+        ours = diffusers_arguments(self.pipe, others, {"steps": steps, "images": images, "frames": frames})
         call = Call(
             prompt, negative_prompt, ours.get("steps", 25), guidance_scale, seed, ours.get("images", 1), width, height,
             scheduler, monitor or Silent(), preview_every, true_cfg_scale, output_type, allow_double_guidance,
             ours.get("generator"), ours.get("callback_on_step_end"),
             tuple(ours.get("callback_on_step_end_tensor_inputs", ())), tuple(strengths), ours["more"],
+            check_frames(self.family, ours.get("frames")),
         )  # fmt: skip
         if call.strengths:
             loaded = {item.report.name: item for item in self._chosen()}
@@ -404,7 +419,7 @@ class MultiLoRAPipeline:
         guided = self._guided(guidance, mark)
         size = self._pixels(width, height, call.more)
         # diffusers silently ignores one without the other; without a size of its own it takes a fixed one
-        if width or height or call.more.get("image") is not None or self._own_size() is None:
+        if width or height or call.more.get("image") is not None or self.family.own_cells(self.pipe) is None:
             height, width = size
         sized = "width" in inspect.signature(type(self.pipe).__call__).parameters
         self._check_more(call, size, sized)
@@ -414,7 +429,8 @@ class MultiLoRAPipeline:
         arguments: dict[str, Any] = {
             **call.more, **({"width": width, "height": height} if sized else {}),
             "num_inference_steps": call.steps, self.family.guidance_argument: scale,
-            "output_type": call.output_type, **({"true_cfg_scale": call.true_cfg_scale} if real_guidance else {}),
+            "output_type": call.output_type, **({"num_frames": call.frames} if call.frames else {}),
+            **({"true_cfg_scale": call.true_cfg_scale} if real_guidance else {}),
         }  # fmt: skip
         request = Request(
             call.prompt, call.negative_prompt, call.images, guided, call.seed, size, arguments, call.monitor,
@@ -436,7 +452,8 @@ class MultiLoRAPipeline:
             except torch.OutOfMemoryError as error:
                 raise InputError(_memory_advice(plan)) from error
         flagged = getattr(result, "nsfw_content_detected", None) or ()
-        return Output(result.images, plan, tuple(bool(flag) for flag in flagged), places)
+        sound = self.family.sound(self.pipe, result)
+        return Output(pictures(result), plan, tuple(bool(flag) for flag in flagged), places, sound)
 
     def __enter__(self) -> MultiLoRAPipeline:
         return self
@@ -514,7 +531,7 @@ class MultiLoRAPipeline:
         from pipelines.diffusion.regions.context import RegionContext
 
         return RegionContext(
-            self.pipe, self.family, self.rack.denoiser, self.joined().denoiser, self._prompts(image),
+            self.pipe, self.family, tuple(self.rack.denoisers.values()), self.joined().denoiser, self._prompts(image),
             {name: report.triggers for name, report in self.adapters.items()}, self.settings.memory == "low",
         )  # fmt: skip
 
@@ -524,8 +541,9 @@ class MultiLoRAPipeline:
         prompts, memory = self._prompts(), self.joined().denoiser.nbytes()
         words = None if prompt is None else prompts.read(prompt).words
         plan, texts = make_plan(
-            self.composition, self._chosen(), self.family, positions, guided, memory, words, prompts.mean
-        )
+            self.composition, self._chosen(), self.family, positions, guided, memory, words, prompts.mean,
+            tuple(self.rack.denoisers),
+        )  # fmt: skip
         most = self.family.most_together(self.pipe)
         if most is not None:
             plan = replace(plan, adapter_batch=min(most, plan.adapter_batch or most))
@@ -544,7 +562,8 @@ class MultiLoRAPipeline:
         engine = self.joined().denoiser
         calls = known_calls(methods.runner(plan.method), plan.steps, plan.adapter_batch)
         device = engine.gates.strengths.device
-        to_come = sum(weight.nbytes for weight in self.rack.denoiser.parameters() if weight.device != device)
+        own = [weight for model in self.rack.denoisers.values() for weight in model.parameters()]
+        to_come = sum(weight.nbytes for weight in own if weight.device != device)
         return folds(calls, engine.foldable_bytes(), free(device) - to_come)
 
     def _everywhere(self, plan: Plan, texts: Texts, request: Request) -> Any:
@@ -557,7 +576,7 @@ class MultiLoRAPipeline:
         kind = methods.runner(plan.method)
         with self._guidance_input(), self.joined().denoiser.attached(fold=plan.folds.settings) as gates:
             run = kind(self.family, gates, plan.steps, texts, encodings, given, plan.adapter_batch)
-            with run.attached(self.rack.denoiser):
+            with run.attached(*self.rack.denoisers.values()):
                 return draw(self.pipe, run, request, encodings[given].call_arguments(), request.generators())
 
     def _varied(self, positions: Positions, request: Request, strengths: Sequence[Strengths]) -> tuple[Plan, Any]:
@@ -572,7 +591,7 @@ class MultiLoRAPipeline:
                 plans.append(replace(plan, folds=Folds()))
         with self.joined().denoiser.attached() as gates:
             run = Varied(self.family, gates, variants)
-            with run.attached(self.rack.denoiser):
+            with run.attached(*self.rack.denoisers.values()):
                 arguments = run.encodings[run.given].call_arguments()
                 return plans[0], draw(self.pipe, run, request, arguments, request.generators())
 
@@ -671,14 +690,8 @@ class MultiLoRAPipeline:
         image = more.get("image", more.get("control_image"))
         if image is not None and not (width or height):
             return self.family.size_from(self.pipe, image)
-        own = self._own_size()
-        default = self.family.resolution(self.pipe) if own is None else own * self.pipe.vae_scale_factor
-        return height or default, width or default
-
-    def _own_size(self) -> int | None:
-        """Latent cells per side of the base model's own size, if its configuration has one."""
-        own = getattr(self.pipe, "default_sample_size", None) or self.rack.denoiser.config.get("sample_size")
-        return own if own is None or isinstance(own, int) else int(own[0])
+        own = self.family.size(self.pipe)
+        return height or own[0], width or own[1]
 
     def _found_settings(self) -> Settings:
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

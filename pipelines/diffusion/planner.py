@@ -14,7 +14,7 @@ from pipelines.diffusion.families import Family
 from pipelines.diffusion.methods.context import MethodContext
 from pipelines.diffusion.methods.properties import Properties
 from pipelines.diffusion.methods.step import TextAdapters
-from pipelines.diffusion.rack import Loaded
+from pipelines.diffusion.rack import Loaded, joined_layers
 from pipelines.diffusion.regions.region import Region, RegionOptions, check_regions
 from pipelines.diffusion.regions.scope import check_scope
 from pipelines.diffusion.report import Plan, report_region
@@ -65,6 +65,7 @@ def make_plan(
     memory: int,
     prompt: str | None,
     embed: Callable[[str], Tensor],
+    denoisers: Sequence[str],
 ) -> tuple[Plan, Texts]:
     """The plan of a call, and the encoding of each prediction.
 
@@ -77,6 +78,7 @@ def make_plan(
         memory: bytes of the adapters' joined matrices.
         prompt: None while only planning.
         embed: text -> its mean-pooled embedding, for methods that weight adapters by the prompt.
+        denoisers: attributes of the base's denoising networks.
 
     Raises:
         InputError: the composition is not possible.
@@ -100,7 +102,7 @@ def make_plan(
         factors=region_factors(loaded, regions, positions),
         context=MethodContext(
             names=tuple(numbers),
-            layers=tuple(item.file.parts.get(family.denoiser, {}) for item in loaded),
+            layers=tuple(joined_layers(item.file, denoisers) for item in loaded),
             triggers=tuple(item.report.triggers for item in loaded),
             prompt=prompt,
             embed=embed,
@@ -109,7 +111,7 @@ def make_plan(
     in_text = {
         i: item.report.te_weight
         for i, item in enumerate(loaded)
-        if item.report.te_weight != 0 and any(part != family.denoiser for part in item.file.parts)
+        if item.report.te_weight != 0 and any(part not in denoisers for part in item.file.parts)
     }
     texts = [text_adapters(step, mode, method, in_text) for step in steps]
     plan = Plan(

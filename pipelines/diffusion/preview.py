@@ -16,11 +16,14 @@ LARGEST = 64
 
 @torch.no_grad()
 def preview(pipe: Any, latents: Tensor, height: int, width: int) -> Any:
-    """The first picture of ``latents`` decoded at a small size, as a PIL image."""
+    """The first picture (of a video its first frame) of ``latents`` decoded at a small size, as a PIL image."""
     family, latents = family_of(pipe), latents[:1]
+    if latents.ndim == 5:  # (batch, channels, frames, h, w)
+        latents = latents[:, :, 0]
     if latents.ndim == 3:  # tokens, each of several cells
         latents = family.unpacked(pipe, latents, height, width)
     largest = max(latents.shape[-2:])
     if largest > LARGEST:
         latents = F.interpolate(latents.float(), scale_factor=LARGEST / largest, mode="area").to(latents.dtype)
-    return pipe.image_processor.postprocess(family.decoded(pipe, latents).float(), output_type="pil")[0]
+    processor = pipe.video_processor if family.video else pipe.image_processor
+    return processor.postprocess(family.decoded(pipe, latents).float(), output_type="pil")[0]

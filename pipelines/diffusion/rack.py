@@ -14,7 +14,9 @@ from torch import nn
 from adapters.errors import FamilyError, InputError, nearest
 from adapters.formats import LoraFile, read
 from adapters.formats.fit import fit
+from adapters.formats.lora import LoraLayer
 from adapters.layers.gated import Adapter, GatedAdapters
+from pipelines.diffusion import halves
 from pipelines.diffusion.checks import block_factor, check_blocks, check_weight
 from pipelines.diffusion.distillation.use import Distilled, distilled
 from pipelines.diffusion.families import Family
@@ -67,12 +69,18 @@ class Rack:
 
     @property
     def denoiser(self) -> Any:
+        """The first denoising network."""
         return getattr(self.pipe, self.family.denoiser)
+
+    @property
+    def denoisers(self) -> dict[str, Any]:
+        """Attribute -> denoising network, for all that this base has."""
+        return {one.name: getattr(self.pipe, one.name) for one in self.family.present(self.pipe)}
 
     @property
     def components(self) -> tuple[str, ...]:
         """The parts of the pipeline that an adapter may change."""
-        return (self.family.denoiser, *self.family.text_encoders)
+        return (*self.denoisers, *self.family.text_encoders)
 
     def load(
         self,
@@ -85,9 +93,11 @@ class Rack:
         schedule: Keyframes | None,
         schedule_by: By,
         region: Region | Mapping[str, Any] | None,
+        denoiser: str = "",
     ) -> LoraReport:
         """See :meth:`pipelines.diffusion.pipeline.MultiLoRAPipeline.load_lora`."""
-        file = path if isinstance(path, LoraFile) else read(path)
+        parts = self.family.present(self.pipe)
+        file = path if isinstance(path, LoraFile) else read(halves.pair_in(Path(path), parts) or path)
         chosen = name or (file.path.stem if file.path else "adapter")
         if chosen in self.loaded:
             raise InputError(f"An adapter named '{chosen}' is already loaded: give this one another name.")
@@ -96,7 +106,8 @@ class Rack:
         keyframes = check_keyframes(schedule or (), chosen, schedule_by)
         place = None if region is None else check_own_region(region, chosen)
         modern = modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None))
-        fitted = fit(modern, self._models(), f"the base model ({self.family.title})", tables=False)
+        file = halves.whole(self.family.named(modern, self.pipe), parts, denoiser, self._named)
+        fitted = fit(file, self._models(), f"the base model ({self.family.title})", tables=False)
         factors = check_blocks(blocks or {}, fitted.parts, self.family.denoiser)
         self._check_words(file, chosen)
         special = distilled(file, chosen, self.pipe, self.family.denoiser)
@@ -121,6 +132,9 @@ class Rack:
         self.loaded[chosen] = Loaded(report, fitted, special)
         self._joined = None
         return report
+
+    def _named(self, file: LoraFile) -> LoraFile:
+        return self.family.named(file, self.pipe)
 
     def unload(self, name: str) -> None:
         """Unload an adapter; raises :class:`InputError` if there is none of that name."""
@@ -170,30 +184,38 @@ class Rack:
         loaded = self.chosen(names)
         key = (tuple(sorted(cross_only)), *((item.report.name, item.report.sha256) for item in loaded))
         if self._joined is None or self._joined.key != key:
-            made = Joined(key, self._join(self.family.denoiser, loaded, cross_only))
+            made = Joined(key, self._join(tuple(self.denoisers), "weight", loaded, cross_only))
             for component in self.family.text_encoders:
                 if any(component in item.file.parts for item in loaded):
-                    made.text[component] = self._join(component, loaded)
+                    made.text[component] = self._join((component,), "te_weight", loaded)
             self._joined = made
         return self._joined
 
-    def _join(self, component: str, loaded: Sequence[Loaded], cross_only: Collection[str] = ()) -> GatedAdapters:
-        model = getattr(self.pipe, component)
-        strength = "weight" if component == self.family.denoiser else "te_weight"
+    def layers(self, item: Loaded) -> Mapping[str, LoraLayer]:
+        """An adapter's layers in the denoiser by module path; with several denoisers, each behind its name."""
+        return joined_layers(item.file, tuple(self.denoisers))
+
+    def _join(
+        self, components: tuple[str, ...], strength: str, loaded: Sequence[Loaded], cross_only: Collection[str] = ()
+    ) -> GatedAdapters:
+        """The matrices for one model, or for several that share their gates (named as by :func:`joined_layers`)."""
+        models = {component: getattr(self.pipe, component) for component in components}
+        model = models[components[0]] if len(models) == 1 else nn.ModuleDict(models)
+        prefix = f"{components[0]}." if len(models) == 1 else ""
         parts = [
             Adapter(
                 layers := {
                     name: layer
-                    for name, layer in item.file.parts.get(component, {}).items()
+                    for name, layer in joined_layers(item.file, components).items()
                     if item.report.name not in cross_only or name.endswith(CROSS_LAYERS)
                 },
-                {name: block_factor(f"{component}.{name}", item.report.blocks) for name in layers},
+                {name: block_factor(f"{prefix}{name}", item.report.blocks) for name in layers},
                 getattr(item.report, strength) if item.report.dora else 1.0,
             )
             for item in loaded
         ]
         keep = torch.device("cpu") if self.settings.memory == "low" else self.pipe._execution_device
-        return GatedAdapters(model, parts, keep, _compute_dtype(model, self.settings))
+        return GatedAdapters(model, parts, keep, _compute_dtype(models[components[0]], self.settings))
 
     def _models(self) -> dict[str, nn.Module]:
         """Component -> model, for the parts that an adapter may change."""
@@ -218,6 +240,13 @@ class Rack:
             layers, width = len(ordered_blocks(self.denoiser)), self.pipe.text_encoder.config.hidden_size
             check_layer_words(file.embeddings, layers, width, name)
             check_taken(file.embeddings, known | set(self.pipe.tokenizer.get_vocab()), name)
+
+
+def joined_layers(file: LoraFile, components: Sequence[str]) -> Mapping[str, LoraLayer]:
+    """The layers of one component by module path; of several, each behind its component's name."""
+    if len(components) == 1:
+        return file.parts.get(components[0], {})
+    return {f"{part}.{name}": layer for part in components for name, layer in file.parts.get(part, {}).items()}
 
 
 def _compute_dtype(model: Any, settings: Settings) -> torch.dtype:

@@ -44,7 +44,8 @@ def sampler(name: str, own: Any, flow: bool) -> Any:
     if is_edm(own):
         raise InputError(f"This base has EDM's noise, which the sampler '{name}' does not support: choose default.")
     kind_of_scheduler = getattr(diffusers, known[name])
-    return kind_of_scheduler.from_config(own.config)
+    shift = own.config.get("flow_shift")  # UniPC's word for it
+    return kind_of_scheduler.from_config(own.config, **({"shift": shift} if flow and shift is not None else {}))
 
 
 def count_part(pipe: Any, steps: int, more: Mapping[str, Any], flow: bool) -> int:

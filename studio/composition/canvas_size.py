@@ -18,11 +18,21 @@ if TYPE_CHECKING:
 
 
 def size(base: str, width: int | None = None, height: int | None = None) -> tuple[int, int]:
-    """Width and height in pixels; a missing one is the base model's own side."""
+    """Width and height in pixels; a missing one is the base model's own."""
     if width and height:
         return width, height
-    own = side(base)
-    return width or own, height or own
+    own = _own(base)
+    return width or own[0], height or own[1]
+
+
+def _own(base: str) -> tuple[int, int]:
+    """Width and height of what a base model makes by itself."""
+    try:
+        name = family(base)
+    except InputError:
+        name = ""
+    video = FAMILIES[name].video if name in FAMILIES else None
+    return (video.size[1], video.size[0]) if video else (side(base), side(base))
 
 
 def following(picture: tuple[int, int], base: str, width: int | None, height: int | None) -> tuple[int, int]:
@@ -98,7 +108,10 @@ def side(base: str) -> int:
 
 def _cell(folder: Path) -> int:
     """Pixels along one cell of a base's latents; 0 if its files do not say."""
-    blocks = _config(folder / "vae").get("block_out_channels")
+    config = _config(folder / "vae")
+    if isinstance(told := config.get("scale_factor_spatial"), int):  # of a VAE for videos
+        return told
+    blocks = config.get("block_out_channels")
     return int(2 ** (len(blocks) - 1)) if isinstance(blocks, list) and blocks else 0
 
 
@@ -128,8 +141,8 @@ def check_fits(config: ComposeConfig) -> None:
 
 def side_text(base: str) -> str:
     """The base model's own size in words."""
-    own = side(base)
-    return f"{own} x {own}"
+    width, height = _own(base)
+    return f"{width} x {height}"
 
 
 def _bytes_per_pixel(config: ComposeConfig) -> int:

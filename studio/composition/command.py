@@ -84,7 +84,7 @@ def compose(
         typer.Option("--set", metavar="KEY=VALUE", help="Change any value by its place: adapters.0.weight=0.5."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where the pictures go: a .png file or a folder.",
+        Path | None, typer.Option("--out", "-o", help="Where the pictures go: a .png (video: .mp4) file or a folder.",
                                   rich_help_panel="Output"),
     ] = None,
     plan: Annotated[
@@ -241,8 +241,13 @@ def _make(config: ComposeConfig, threads: int | None, out: Path | None, output: 
     result = dict(job.result or {})
     if out is not None:
         made = [result["grid"]] if "grid" in result else result["images"]
-        result["images"] = _copied([Path(path) for path in made], out)
-    output.result({"job": job.id, **result}, "\n".join(result["images"]))
+        if out.suffix.lower() == ".mp4" and "videos" not in result:
+            raise InputError("--out: this base makes pictures, not videos: name a .png file or a folder.")
+        if out.suffix.lower() != ".mp4":
+            result["images"] = _copied([Path(path) for path in made], out)
+        if "videos" in result and out.suffix.lower() != ".png":
+            result["videos"] = _copied([Path(path) for path in result["videos"]], out)
+    output.result({"job": job.id, **result}, "\n".join(result.get("videos", result["images"])))
     for remark in result["remarks"]:
         output.note(f"Note: {remark}")
     output.note(f"{len(result['images'])} picture(s) in {duration(result['seconds'])}")
@@ -255,8 +260,10 @@ def _check_place(out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out: the folder '{folder}' cannot be created ({error.strerror}).") from None
-    if out.suffix and out.suffix.lower() != ".png":
-        raise InputError(f"--out: pictures are written as .png (they carry the recipe), got '{out.suffix}'.")
+    if out.suffix and out.suffix.lower() not in (".png", ".mp4"):
+        raise InputError(
+            f"--out: pictures are written as .png (they carry the recipe) and videos as .mp4, got '{out.suffix}'."
+        )
 
 
 def _copied(pictures: list[Path], out: Path) -> list[str]:
@@ -265,7 +272,7 @@ def _copied(pictures: list[Path], out: Path) -> list[str]:
     elif len(pictures) == 1:
         targets = [out]
     else:
-        targets = [out.with_name(f"{out.stem}-{picture.stem.split('-')[-1]}.png") for picture in pictures]
+        targets = [out.with_name(f"{out.stem}-{picture.stem.split('-')[-1]}{out.suffix}") for picture in pictures]
     for picture, target in zip(pictures, targets, strict=True):
         shutil.copyfile(picture, target)
     return [str(target) for target in targets]

@@ -15,7 +15,7 @@ from pathlib import Path
 from adapters import files
 from adapters.errors import InputError
 from studio import jobs
-from studio.composition import recipe_png
+from studio.composition import moving, recipe_png
 from studio.jobs import Job
 
 KINDS = ("compose", "compare", "sweep")
@@ -42,6 +42,11 @@ class Picture:
     base: str
     seed: int
     starred: bool
+
+    @property
+    def video(self) -> Path | None:
+        """The video whose picture this is."""
+        return moving.video_of(self.path)
 
 
 def pictures(
@@ -85,6 +90,8 @@ def delete(key: str) -> None:
     picture = find(key)
     if picture.starred:
         star(key, False)
+    if video := picture.video:
+        video.unlink()
     picture.path.unlink()
 
 

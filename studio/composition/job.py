@@ -13,7 +13,15 @@ from adapters import files, formats
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check, part
 from studio import catalogue, library
-from studio.composition import canvas_size, methods, pipeline_cache, prompts, recipe_png, recipes, start_picture
+from studio.composition import (
+    canvas_size,
+    methods,
+    moving,
+    pipeline_cache,
+    prompts,
+    recipes,
+    start_picture,
+)  # fmt: skip
 from studio.composition.region_schema import Region, RegionFields
 from studio.composition.schema import ComposeConfig
 from studio.library import scan
@@ -24,6 +32,8 @@ PREVIEWS = 5
 
 def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | None = None) -> dict[str, Any]:
     """Make the pictures of ``config`` in ``folder``: ``picture-<seed>.png`` and ``recipe.json``.
+
+    A video is ``video-<seed>.mp4``, and its picture is its middle frame.
 
     Pictures are made one by one, so that each can be repeated alone and finished ones survive a stop.
 
@@ -43,6 +53,7 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
     _set_threads(threads)
     made: list[Made] = []
     with pipeline_cache.pipeline(config, config.task, config.controlnet) as pipe:
+        moving.check(pipe, config)
         config, first = (one.model_copy(update=start_picture.decided(pipe, one)) for one in (config, first))
         whole = config if prompts.open_choices(config) else first.model_copy(update={"images": config.images})
         recipe = {**recipes.build(whole, _made_on(pipe)), **prompts.told(config, whole)}
@@ -83,11 +94,12 @@ def run_together(configs: Sequence[ComposeConfig], folders: Sequence[Path], moni
     with pipeline_cache.pipeline(ones[0]) as pipe:
         _prepare(pipe, ones[0])
         check(monitor)
+        moving.check(pipe, ones[0])
         out = pipe(
-            ones[0].prompt, **_arguments(ones[0]), images=len(ones), monitor=monitor,
+            ones[0].prompt, **_arguments(ones[0]), **moving.arguments(pipe, ones[0]), images=len(ones), monitor=monitor,
             generator=generators([one.seed for one in ones]), strengths=strengths if varied else (),
         )  # fmt: skip
-        made_on = {**_made_on(pipe), "batch": len(ones)}
+        made_on, rate = {**_made_on(pipe), "batch": len(ones)}, moving.rate(pipe, ones[0])
     seconds = round((time.monotonic() - begun) / len(ones), 3)
     results = []
     for k, (config, (one, remarks), folder) in enumerate(zip(configs, known, folders, strict=True)):
@@ -95,9 +107,9 @@ def run_together(configs: Sequence[ComposeConfig], folders: Sequence[Path], moni
             one = one.model_copy(update={"fold": False})
         recipe = {**recipes.build(one, made_on), **prompts.told(config, one)}
         files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
-        path = recipe_png.save_png(out.images[k], folder / f"picture-{one.seed}.png", recipe)
+        path, video, said = moving.save(out, k, folder / f"picture-{one.seed}.png", rate, recipe)
         monitor.report(Progress("saved", k + 1, len(ones), preview=path, message=f"picture {path.name}"))
-        made = Made(one, path, [], (*remarks, *out.plan.warnings))
+        made = Made(one, path, [], (*remarks, *out.plan.warnings, *said), video)
         results.append(_result(config, recipe, folder, [made], made.remarks, seconds))
     return results
 
@@ -112,12 +124,13 @@ def shared(config: ComposeConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Made:
-    """A picture: its configuration, file, regions' places and remarks."""
+    """A picture: its configuration, file, regions' places and remarks; of a video, its file too."""
 
     config: ComposeConfig
     path: Path
     regions: list[dict[str, Any]]
     remarks: tuple[str, ...]
+    video: Path | None = None
 
 
 def _result(
@@ -131,6 +144,7 @@ def _result(
     """The job's result."""
     return {
         "images": [str(picture.path) for picture in made],
+        **({"videos": [str(picture.video) for picture in made]} if made[0].video else {}),
         "regions": made[0].regions,
         "recipe": str(folder / "recipe.json"),
         "adapters": [use.name for use in made[0].config.adapters],
@@ -148,6 +162,7 @@ def plan(config: ComposeConfig) -> Any:
     config, said = worded(settled(config), 0)
     remarks += said
     with pipeline_cache.pipeline(config, config.task, config.controlnet) as pipe:
+        moving.check(pipe, config)
         _prepare(pipe, config)
         part = {"strength": config.strength} if config.strength is not None else start_picture.decided(pipe, config)
         made = pipe.plan(config.steps, config.guidance_scale, config.scheduler, config.prompt, **part)
@@ -232,15 +247,18 @@ def _picture(
     check(monitor)
     out = pipe(
         config.prompt, **_arguments(config), seed=config.seed, images=1, monitor=part(monitor, number, whole.images),
-        **start_picture.arguments(pipe, config),
+        **moving.arguments(pipe, config), **start_picture.arguments(pipe, config),
     )  # fmt: skip
     if out.plan.folds.missing:  # there was no room for it, and may be where the recipe is repeated
         config = config.model_copy(update={"fold": False})
     recipe = {**recipes.build(config, _made_on(pipe)), **prompts.told(whole, config)}
-    path = recipe_png.save_png(start_picture.kept(config, out.images[0]), folder / f"picture-{config.seed}.png", recipe)
+    if config.mask:
+        out.images[0] = start_picture.kept(config, out.images[0])
+    picture = folder / f"picture-{config.seed}.png"
+    path, video, said = moving.save(out, 0, picture, moving.rate(pipe, config), recipe)
     places = [_place(region, folder, config.seed, i) for i, region in enumerate(out.regions, 1)]
     monitor.report(Progress("saved", number + 1, whole.images, preview=path, message=f"picture {path.name}"))
-    return Made(config, path, places, out.plan.warnings)
+    return Made(config, path, places, (*out.plan.warnings, *said), video)
 
 
 def _arguments(config: ComposeConfig) -> dict[str, Any]:
@@ -249,6 +267,7 @@ def _arguments(config: ComposeConfig) -> dict[str, Any]:
         "negative_prompt": config.negative_prompt, "steps": config.steps, "guidance_scale": config.guidance_scale,
         "width": config.width, "height": config.height, "scheduler": config.scheduler,
         "preview_every": max(1, config.steps // PREVIEWS), "allow_double_guidance": config.allow_double_guidance,
+        "frames": config.frames,
     }  # fmt: skip
 
 

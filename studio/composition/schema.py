@@ -15,6 +15,7 @@ from studio.schema import JobConfig
 from studio.training.schemas import rules
 from studio.training.schemas.rules import Strength
 
+_VIDEO: dict[str, Any] = {"group": "Video", "advanced": True}
 _RARE: dict[str, Any] = {"group": "Rarely needed", "advanced": True}
 
 
@@ -122,6 +123,14 @@ class ComposeConfig(RegionFields, PictureFields, ModelChoice):
     height: int | None = Field(None, ge=8, description="Pixels; empty = the base model's own size.")
     seed: int = Field(0, ge=0, description="Seed of the first picture; picture k uses seed + k.")
     images: int = Field(1, ge=1, le=64, description="How many pictures.")
+    frames: int | None = Field(
+        None, ge=1, description="Of a base that makes videos: frames of each; empty = the model's own number.",
+        json_schema_extra=_VIDEO,
+    )  # fmt: skip
+    fps: float | None = Field(
+        None, gt=0, le=240, allow_inf_nan=False, json_schema_extra=_VIDEO,
+        description="Of a base that makes videos: frames shown per second; empty = the model's own rate.",
+    )  # fmt: skip
 
     _added_up = field_validator("adapters")(added_up)
 

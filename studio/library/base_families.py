@@ -21,6 +21,11 @@ def written(name: str) -> str:
     return FAMILIES[name].short if name in FAMILIES else {"language": "language"}.get(name, "unknown family")
 
 
+def moving(name: str) -> bool:
+    """Whether the family makes videos."""
+    return name in FAMILIES and FAMILIES[name].video is not None
+
+
 def usual_size(name: str) -> int:
     """The usual side of a family's pictures in pixels (512 if the family is unknown)."""
     return FAMILIES[name].usual_size if name in FAMILIES else 512

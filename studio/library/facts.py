@@ -136,7 +136,7 @@ def base(path: Path) -> dict[str, Any]:
     if path.is_dir():
         index = _json(path / "model_index.json")
         name = str(index.get("_class_name", ""))
-        family = next((family.name for family in FAMILIES.values() if family.pipeline == name), None)
+        family = next((family.name for family in FAMILIES.values() if name in (family.pipeline, *family.bases)), None)
         if family is None:
             known = ", ".join(family.pipeline for family in FAMILIES.values())
             raise InputError(f"its pipeline class '{name}' is none of {known}")

@@ -343,7 +343,8 @@ def _inputs(family: Any, config: TrainImageConfig, text_learns: bool, dtype: Any
     size = bucket_rule(config, family).square
     batch = config.batch_size * (2 if config.prior_preservation else 1)
     factor = family.latent_factor
-    channels = int(family.pipe.vae.config.latent_channels)
+    config_of_vae = family.pipe.vae.config
+    channels = int(config_of_vae.get("latent_channels") or config_of_vae["z_dim"])
     noisy = torch.empty(batch, channels, size[1] // factor, size[0] // factor, dtype=dtype)
     texts = [config.trigger] * batch
     given = family.tokens(texts) if text_learns else family.condition(texts)

@@ -106,7 +106,8 @@ class FlowMatching:
     """Rectified flow: straight lines between picture and noise.
 
     Args:
-        scheduler_config: configuration of a ``FlowMatchEulerDiscreteScheduler`` (its shift is the default one).
+        scheduler_config: configuration of a ``FlowMatchEulerDiscreteScheduler`` (its ``shift`` is the default one), or
+            of another sampler of flows, which calls it ``flow_shift``.
         shift: another default shift.
     """
 
@@ -114,7 +115,8 @@ class FlowMatching:
 
     def __init__(self, scheduler_config: Any, shift: float | None = None) -> None:
         dynamic = scheduler_config.get("use_dynamic_shifting", False)
-        own = 1.0 if dynamic else float(scheduler_config.get("shift", 1.0))
+        told = scheduler_config.get("shift", scheduler_config.get("flow_shift")) or 1.0
+        own = 1.0 if dynamic else float(told)
         self.default_shift = own if shift is None else shift
 
     def times(self, u: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from adapters.files import whole
 from adapters.progress import Monitor, Progress, check
+from pipelines.diffusion.drawing import stills
 from pipelines.diffusion.families import family_of
 from studio.datasets.buckets import Size
 from studio.datasets.cache import key_of
@@ -36,14 +37,16 @@ def draw_class_pictures(pipe: Any, folder: Path, prompt: str, count: int, size: 
         check(monitor)
         numbers = missing[start : start + BATCH]
         with torch.no_grad():
-            pictures = pipe(
+            made = pipe(
                 prompt=[prompt] * len(numbers),
                 num_inference_steps=STEPS,
                 **family_of(pipe).guidance_arguments(GUIDANCE),
+                **family_of(pipe).picture_arguments(),
                 width=size[0],
                 height=size[1],
                 generator=[generator(0, "class-picture", number) for number in numbers],
-            ).images
+            )
+        pictures = stills(made)
         for number, picture in zip(numbers, pictures, strict=True):
             with whole(files[number]) as part:
                 picture.save(part, format="PNG")

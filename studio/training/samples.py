@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from adapters.files import whole
+from pipelines.diffusion.drawing import stills
 from pipelines.diffusion.families import family_of
 from studio.datasets.buckets import Size
 from studio.datasets.seeds import global_seed
@@ -47,15 +48,18 @@ def draw_samples(
     pictures = []
     with torch.no_grad(), evaluation(pipe, device), global_seed(config.sample_seed, "samples"):
         for number, prompt in enumerate(prompts):
-            options = family_of(pipe).guidance_arguments(config.sample_guidance, config.sample_negative)
-            pictures += pipe(
+            family = family_of(pipe)
+            options = family.guidance_arguments(config.sample_guidance, config.sample_negative)
+            options |= family.picture_arguments()
+            made = pipe(
                 prompt=prompt,
                 num_inference_steps=config.sample_steps,
                 width=size[0],
                 height=size[1],
                 generator=torch.Generator().manual_seed(config.sample_seed + number),
                 **options,
-            ).images
+            )
+            pictures += stills(made)
     return pictures
 
 

@@ -14,7 +14,7 @@ from pipelines.diffusion.families import FAMILIES, detect, family_of
 from tests import tiny
 from tests.pipelines.conftest import PROMPT, Bed, close, latents, peft_latents
 
-OTHERS = tuple(name for name in FAMILIES if name != "sd")
+OTHERS = tuple(name for name in tiny.PICTURES if name != "sd")
 """Stable Diffusion is compared in test_composition.py."""
 
 

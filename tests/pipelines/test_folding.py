@@ -38,7 +38,7 @@ def same(first: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.PICTURES)
 @pytest.mark.parametrize("method", ["merge", "switch", "composite"])
 def test_folded_pictures_are_the_others_up_to_rounding(beds: Callable[[str], Bed], family: str, method: str) -> None:
     composer = beds(family).composer("a", "b", "c", b=0.6, c=-0.4)
@@ -63,7 +63,7 @@ def test_folded_pictures_are_the_others_up_to_rounding(beds: Callable[[str], Bed
     assert composer.compose(method, fold=True, **chosen).plan(STEPS).folds.memory > 0
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.PICTURES)
 @pytest.mark.parametrize("method", ["merge", "composite"])
 def test_in_double_precision_nothing_is_left_of_the_difference(
     beds: Callable[[str], Bed], family: str, method: str

@@ -69,7 +69,7 @@ def test_auto_dtype_by_device_and_family() -> None:
     assert choose_dtype("auto", gpu, FAMILIES["sd3"]) == "bf16"
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.PICTURES)
 def test_memory_presets(family: str, beds: Callable[[str], Bed], tmp_path: Path) -> None:
     """A preset that keeps the precision keeps the latents, bit for bit; the other one says that it does not.
 
@@ -108,7 +108,7 @@ class Recorder:
 def test_presets_on_an_accelerator_offload() -> None:
     for preset, call in (("none", "to"), ("balanced", "enable_model_cpu_offload"), ("low", "enable_group_offload")):
         recorder = Recorder()
-        apply_preset(recorder, preset, "unet", torch.device("cuda"), torch.float16)
+        apply_preset(recorder, preset, ["unet"], torch.device("cuda"), torch.float16)
         assert call in recorder.asked
         assert ("enable_vae_tiling" in recorder.asked or "enable_tiling" in recorder.asked) == (preset == "low")
 

@@ -41,7 +41,7 @@ def by_sigma(bed: Bed, low: float, high: float) -> MultiLoRAPipeline:
     return composer
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.PICTURES)
 def test_an_adapter_acts_at_the_noise_levels_of_its_schedule(beds: Any, family: str) -> None:
     bed: Bed = beds(family)
     middle = 0.6 if tiny.families.FAMILIES[family].flow else 3.0

@@ -34,7 +34,7 @@ def regional(composer: MultiLoRAPipeline, method: str, *regions: Region, **optio
 
 
 FAMILIES_AND_METHODS = [
-    *((family, "output") for family in tiny.FAMILIES),
+    *((family, "output") for family in tiny.PICTURES),
     *((family, "activation") for family in INSIDE),
 ]
 
@@ -305,7 +305,7 @@ def test_bad_input_is_a_sentence(sd: Bed, method: str, regions: Any, options: An
         composer.compose(method, regions=regions, **options)(PROMPT, **CALL)
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in UNETS])
+@pytest.mark.parametrize("family", [family for family in tiny.PICTURES if family not in UNETS])
 def test_a_prediction_of_a_transformer_is_each_regions_own(beds: Any, family: str) -> None:
     """``output`` with one step and texts of different lengths, against plain runs, cut at the border."""
     bed: Bed = beds(family)

@@ -40,7 +40,7 @@ def context(prompt: str | None = "one two", *triggers: str) -> MethodContext:
 
 
 @pytest.mark.parametrize("method", ["w-switch", "w-composite", "cmlora"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.PICTURES)
 def test_one_adapter_is_plain_lora(method: str, family: str, beds: Callable[[str], Bed]) -> None:
     bed = beds(family)
     close(latents(composer(bed, "a", a=0.7), method), latents(composer(bed, "a", a=0.7), "merge"))
@@ -209,7 +209,7 @@ def _alone(bed: Bed, only: str) -> torch.Tensor:
     return latents(made, "merge")
 
 
-@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "sd"])
+@pytest.mark.parametrize("family", [name for name in tiny.PICTURES if name != "sd"])
 def test_k_lora_draws_with_every_family(family: str, beds: Callable[[str], Bed]) -> None:
     bed = beds(family)
     found = latents(composer(bed, "a", "b"), "k-lora")

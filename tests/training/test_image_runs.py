@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from adapters.errors import Cancelled, InputError
 from pipelines.diffusion import families
+from pipelines.diffusion.drawing import stills
 from studio.training import train_image
 from studio.training.check import check_data
 from studio.training.records import read_curve
@@ -83,10 +84,11 @@ def test_file_gives_the_trained_picture_in_diffusers(family, bases, pictures, tm
         "width": 32,
         "height": 32,
         **families.family_of(pipe).guidance_arguments(2.0),
+        **families.family_of(pipe).picture_arguments(),
     }
 
     def draw():
-        return np.asarray(pipe("a cross", generator=torch.Generator().manual_seed(0), **arguments).images[0])
+        return np.asarray(stills(pipe("a cross", generator=torch.Generator().manual_seed(0), **arguments))[0])
 
     plain = draw()
     pipe.load_lora_weights(result["adapter"])

@@ -13,7 +13,7 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import catalogue, jobs, library
-from studio.composition import base_settings, gallery, methods, recipe_png, recipes, save_mix
+from studio.composition import base_settings, gallery, methods, moving, recipe_png, recipes, save_mix
 from studio.composition.comparison_schema import CompareConfig
 from studio.composition.picture_schema import PictureFields
 from studio.composition.region_schema import RegionFields
@@ -246,6 +246,11 @@ def _picture_settings(form: Form) -> gr.Checkbox:
     with gr.Row():
         for name in ("width", "height"):
             form[name] = schema_form.widget(KNOWN[name], info=None, elem_id=name, min_width=90)
+    with gr.Row(visible=False) as video:
+        for name in ("frames", "fps"):
+            form[name] = schema_form.widget(
+                KNOWN[name], label=_LABELS[name], info="empty = the model's own", elem_id=name, min_width=90
+            )
     with gr.Row(elem_classes="as-seed"):
         form["seed"] = gr.Number(label="Seed", precision=0, value=KNOWN["seed"].default, minimum=0, elem_id="seed",
                                  min_width=150)  # fmt: skip
@@ -253,11 +258,20 @@ def _picture_settings(form: Form) -> gr.Checkbox:
         again = gr.Checkbox(True, label="New seed each time", elem_id="new-seed", min_width=150, container=False)
     form["base"].input(lambda base: base_settings.guidance(str(base)), form["base"], form["guidance_scale"],
                        show_progress="hidden", api_visibility="private")  # fmt: skip
+    form["base"].change(lambda base: gr.update(visible=_moves(str(base))), form["base"], video,
+                        show_progress="hidden", api_visibility="private")  # fmt: skip
     dice.click(None, None, form["seed"], js=_RANDOM, show_progress="hidden")
     return again
 
 
-_LABELS = {"steps": "Steps", "guidance_scale": "Guidance (CFG)", "images": "Pictures"}
+def _moves(base: str) -> bool:
+    """Whether the base makes videos; of one outside the library that is not known, and it may."""
+    known = {record.name: record.family for record in library.bases()}
+    return base_families.moving(known[base]) if base in known else True
+
+
+_LABELS = {"steps": "Steps", "guidance_scale": "Guidance (CFG)", "images": "Pictures", "frames": "Frames",
+           "fps": "Frames per second"}  # fmt: skip
 _RANDOM = "() => Math.floor(Math.random() * 2147483647)"
 
 
@@ -538,13 +552,19 @@ def made(job: Job) -> list[Path]:
 
 
 def captioned(job: Job, pictures: Sequence[Path]) -> list[Any]:
-    """Pictures for a gallery; those of a comparison carry their method's name, those of a sweep their values."""
+    """Pictures, or their videos, for a gallery; those of a comparison carry their method's name, those of a sweep their
+    values."""
     labels = (job.result or {}).get("labels") or {}
     if job.kind == "sweep":
-        return [(str(path), labels.get(path.parent.name, "")) for path in pictures]
+        return [(playable(path), labels.get(path.parent.name, "")) for path in pictures]
     if job.kind != "compare":
-        return [str(path) for path in pictures]
-    return [(str(path), _method_title(path.parent.name)) for path in pictures]
+        return [playable(path) for path in pictures]
+    return [(playable(path), _method_title(path.parent.name)) for path in pictures]
+
+
+def playable(picture: Path) -> str:
+    """The file that shows it: its video if it has one, else the picture."""
+    return str(moving.video_of(picture) or picture)
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -563,7 +583,8 @@ def _wire_recipes(page: Page, result: _Result) -> None:
         behind = compose_regions.result(jobs.get(job_id) if job_id else None, path)
         recipe = recipe_png.read_recipe(path)
         mixed = recipe["config"].get("method") == save_mix.METHOD and len(recipe["config"].get("adapters") or ()) > 1
-        return recipe_panel(recipe), gr.update(visible=True), gr.update(value=path), gr.update(visible=mixed), behind
+        file = gr.update(value=playable(Path(path)))
+        return recipe_panel(recipe), gr.update(visible=True), file, gr.update(visible=mixed), behind
 
     @errors_shown
     def reuse(path: str) -> Any:
@@ -590,7 +611,7 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     @errors_shown
     def again(event: gr.EventData) -> Any:
         picture = gallery.find(picked(event))
-        shown = gr.update(value=[str(picture.path)], visible=True, columns=1)
+        shown = gr.update(value=[playable(picture.path)], visible=True, columns=1)
         return [picture.job, gr.Timer(active=False), "", shown, str(picture.path)]
 
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -678,7 +699,7 @@ def recipe_panel(recipe: Mapping[str, Any]) -> str:
     pairs = [
         ("Method", _method_title(str(config.get("method")))), ("Base", config.get("base")),
         ("Seed", str(config.get("seed"))), ("Steps", config.get("steps")),
-        ("Guidance", config.get("guidance_scale")), ("Size", size),
+        ("Guidance", config.get("guidance_scale")), ("Size", size), ("Frames", config.get("frames")),
         ("Start picture", _begun(config)), ("ControlNet", config.get("controlnet")),
         ("Scheduler", config.get("scheduler") if config.get("scheduler") != "default" else ""),
         ("Avoided", config.get("negative_prompt")),

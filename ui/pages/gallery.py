@@ -143,7 +143,7 @@ def _detail(one: Picture | None, two: Picture | None, comparing: bool) -> list[A
     word = "Stop comparing" if comparing else "Compare"
     star = "Unstar" if one.starred else "Star"
     return [slider, _panel(one, two, comparing), gr.update(visible=True), gr.update(value=star), gr.update(value=word),
-            gr.update(value=str(one.path))]  # fmt: skip
+            gr.update(value=str(one.video or one.path))]  # fmt: skip
 
 
 def _panel(one: Picture, two: Picture | None, comparing: bool) -> str:
@@ -154,7 +154,7 @@ def _panel(one: Picture, two: Picture | None, comparing: bool) -> str:
         )
         return f'<div class="as-two">{sides}</div>'
     hint = markup.notice("Now choose the picture to compare it with.", "info") if comparing else ""
-    picture = f'<img class="as-large" alt="{markup.text(one.prompt)}" src="{markup.text(markup.file_url(one.path))}">'
+    picture = markup.shown(one.path, one.video, one.prompt, "as-large")
     return f"{hint}{picture}{compose.recipe_panel(recipe_png.read_recipe(one.path))}"
 
 

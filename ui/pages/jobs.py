@@ -10,7 +10,7 @@ import gradio as gr
 import yaml
 
 from studio import catalogue, jobs
-from studio.composition import comparison, gallery
+from studio.composition import comparison, gallery, moving
 from studio.jobs import Job, kinds
 from ui import markup, pictures
 from ui.components import job_panel, training_run
@@ -199,7 +199,7 @@ def describe(job: Job) -> str:
 
 
 def _picture(file: Path) -> str:
-    return f'<img class="as-preview" alt="The latest picture" src="{markup.text(markup.file_url(file))}">'
+    return markup.shown(file, moving.video_of(file), "The latest picture", "as-preview")
 
 
 def method(job: Job) -> str:

@@ -44,7 +44,7 @@ def by_pipeline(name: str, source: str) -> Family:
         InputError: no such family.
     """
     for family in FAMILIES.values():
-        if name in (family.pipeline, *family.other_pipelines.values()):
+        if name in (family.pipeline, *family.bases, *family.other_pipelines.values()):
             return family
     possible = ", ".join(family.pipeline for family in FAMILIES.values())
     raise InputError(f"{source} is made for '{name or 'an unnamed pipeline'}'; composition works with {possible}.")
@@ -90,24 +90,29 @@ def detect(source: str | Path) -> Family:
         InputError: the source does not exist or cannot be fetched, or its family is unknown.
     """
     place = Path(source)
+    if place.is_file():
+        return _detect_file(place)
+    return by_pipeline(_class_name(_index(source)), f"'{source}'")
+
+
+def _index(source: str | Path) -> Path:
+    """The model_index.json of a pipeline directory or a hub id."""
+    place = Path(source)
     if place.is_dir():
         index = place / "model_index.json"
         if not index.is_file():
             raise InputError(f"'{place}' is not a diffusers pipeline directory: it has no model_index.json.")
-        return by_pipeline(_class_name(index), f"'{place}'")
-    if place.is_file():
-        return _detect_file(place)
+        return index
     if place.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
         raise InputError(f"Base model '{source}' is neither a directory, a file nor a hub id ('owner/name').")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        index = Path(hf_hub_download(str(source), "model_index.json"))
+        return Path(hf_hub_download(str(source), "model_index.json"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"Base model '{source}' could not be fetched from the hub: {reason}") from None
-    return by_pipeline(_class_name(index), f"'{source}'")
 
 
 def opened_as(family: Family, source: str | Path) -> str:

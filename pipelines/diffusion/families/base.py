@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from adapters.formats.lora import LoraFile
+    from pipelines.videos import Sound
+
 Tensors = dict[str, "Tensor"]
 
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
@@ -43,11 +46,52 @@ TEXT_LAYERS = r"(^|\.)(add_[qkv]_proj|to_add_out|context_embedder|context_refine
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A denoising network: its attribute in the pipeline, and its range of noise levels (0 clean, 1 noise)."""
+    """A denoising network: its attribute in the pipeline, and its range of noise levels (0 clean, 1 noise).
+
+    Attributes:
+        word: where a family has several, the word in the names of adapter files for this one alone ("high").
+    """
 
     name: str
     low: float = 0.0
     high: float = 1.0
+    word: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        return f"{self.word} noise" if self.word else self.name
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a family of videos makes by itself: ``frames`` pictures, of which ``rate`` are shown per second.
+
+    Attributes:
+        step: the number of frames is a multiple of this, plus one.
+        size: height and width in pixels.
+        argument: the pipeline's argument for the rate, if the model is told it.
+    """
+
+    frames: int
+    rate: float
+    step: int
+    size: tuple[int, int]
+    argument: str = ""
+
+    def check(self, frames: int) -> int:
+        """``frames``, if the family can make so many.
+
+        Raises:
+            InputError: it cannot; names the nearest numbers that it can.
+        """
+        if frames >= 1 and (frames - 1) % self.step == 0:
+            return frames
+        below = max(1, (frames - 1) // self.step * self.step + 1)
+        near = f"{below} or {below + self.step}" if frames > 1 else "1"
+        raise InputError(
+            f"The number of frames must be a multiple of {self.step} plus 1 for this model, got {frames}: take {near}."
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +203,8 @@ class Family:
         checked: what the family was checked on.
         controlnet: diffusers' class of the family's ControlNets.
         components: attributes of the pipeline that hold models.
-        denoisers: the denoising networks; most families have one.
+        denoisers: the denoising networks; most families have one, and a base may lack all but the first.
+        video: what is made if the family makes videos; each is a list of frames.
         text_encoders: attributes of the text encoders that adapters may change.
         learning_encoders: those of them that can be trained here.
         batch_arguments: keyword arguments of the denoiser whose first dimension is the batch.
@@ -174,7 +219,8 @@ class Family:
         targets: choice of layers -> regular expression that matches full module names of the denoiser.
         layout: the order of tokens inside the denoiser.
         predictions: what the denoiser may predict: "epsilon", "v_prediction", "sample" or "flow".
-        vae_fields: latent statistics in the VAE's configuration that the pipeline uses.
+        vae_fields: latent statistics in the VAE's configuration that the pipeline uses, and fields that only its kind
+            of VAE has.
         denoiser_inputs: field of the denoiser's configuration that requires an input -> supported values.
         guidance_input: the denoiser takes the guidance as an input; true guidance is a second pass.
         guidance_argument: the pipeline's argument for guidance by a second pass.
@@ -202,6 +248,7 @@ class Family:
     controlnet: ClassVar[str] = ""
     components: ClassVar[tuple[str, ...]]
     denoisers: ClassVar[tuple[Denoiser, ...]]
+    video: ClassVar[Video | None] = None
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     learning_encoders: ClassVar[tuple[str, ...]] = ()
     batch_arguments: ClassVar[tuple[str, ...]]
@@ -232,6 +279,10 @@ class Family:
     def denoiser(self) -> str:
         """Attribute of the first denoising network."""
         return self.denoisers[0].name
+
+    def present(self, pipe: Any) -> tuple[Denoiser, ...]:
+        """The denoisers that this base has."""
+        return tuple(one for one in self.denoisers if getattr(pipe, one.name, None) is not None)
 
     @property
     def flow(self) -> bool:
@@ -266,6 +317,17 @@ class Family:
         """Rows and columns of a prediction (in tokens if packed, else latents) for a picture of this size in pixels."""
         factor = pipe.vae_scale_factor * (self.layout.patch if self.layout.packed else 1)
         return height // factor, width // factor
+
+    def size(self, pipe: Any) -> tuple[int, int]:
+        """Height and width in pixels of the pictures that the base makes by itself."""
+        own = self.own_cells(pipe)
+        side = self.resolution(pipe) if own is None else own * pipe.vae_scale_factor
+        return side, side
+
+    def own_cells(self, pipe: Any) -> int | None:
+        """Latent cells per side of those pictures, if the configuration says so."""
+        own = getattr(pipe, "default_sample_size", None) or getattr(pipe, self.denoiser).config.get("sample_size")
+        return own if own is None or isinstance(own, int) else int(own[0])
 
     def input_channels(self, pipe: Any) -> int:
         """Channels of the denoiser's input."""
@@ -334,6 +396,23 @@ class Family:
             step = self.pixel_step(pipe)
             usual["mu"] = shift(pipe.scheduler, (size[0] // step) * (size[1] // step))
         return usual
+
+    def picture_arguments(self) -> dict[str, Any]:
+        """Arguments with which a call of the pipeline alone makes pictures (of videos: one frame)."""
+        return {"num_frames": 1, "output_type": "pil"} if self.video else {}
+
+    def sound(self, pipe: Any, result: Any) -> tuple[Sound, ...]:
+        """The sound of each video in the pipeline's result; empty if the model makes none."""
+        return ()
+
+    # ------------------------------------------------------------------ files
+    def named(self, file: LoraFile, pipe: Any) -> LoraFile:
+        """``file`` with diffusers' module names, if it has other programs' names for this family's modules.
+
+        Raises:
+            InputError: a name that the family does not have.
+        """
+        return file
 
     # ------------------------------------------------------------------ prompts
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:

@@ -21,9 +21,9 @@ NOISE = {
 
 FLOW = {
     "num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len",
-    "max_image_seq_len", "shift_terminal", "time_shift_type",
+    "max_image_seq_len", "shift_terminal", "time_shift_type", "flow_shift", "use_flow_sigmas", "prediction_type",
 }  # fmt: skip
-"""The same for flow matching; training uses only ``shift``, unless it depends on the picture's size."""
+"""The same for flow matching; training uses only the shift, unless it depends on the picture's size."""
 
 SAMPLING = {
     "algorithm_type", "clip_sample", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio",

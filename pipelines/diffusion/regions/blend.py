@@ -61,4 +61,5 @@ class Blending(Denoising):
             cells = shares.shape[1]
             blended = (rows[:, :, :cells] * shares[:, None, :, None]).sum(0)
             return torch.cat([blended, rows[0, :, cells:]], 1) if rows.shape[2] > cells else blended
+        # between the rows and the cells: batch, channels and, of videos, frames
         return (rows * shares.view(len(self.used), *[1] * (rows.ndim - 3), *self.grid)).sum(0)

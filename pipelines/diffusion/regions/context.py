@@ -18,7 +18,7 @@ class RegionContext:
     """What a call with regions needs from the pipeline.
 
     Attributes:
-        pipe, family, denoiser: the diffusers pipeline, its family and its denoising network.
+        pipe, family, denoisers: the diffusers pipeline, its family and its denoising networks.
         adapters: the composition's adapters joined for the denoiser (with the scope already applied).
         prompts: encodes the regions' texts.
         triggers: adapter -> its trigger words.
@@ -27,8 +27,13 @@ class RegionContext:
 
     pipe: Any
     family: Family
-    denoiser: nn.Module
+    denoisers: tuple[nn.Module, ...]
     adapters: GatedAdapters
     prompts: Prompts
     triggers: Mapping[str, tuple[str, ...]]
     offloaded: bool
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoising network (the first, if there are several)."""
+        return self.denoisers[0]

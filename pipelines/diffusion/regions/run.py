@@ -187,11 +187,12 @@ class RegionalCall:
     @contextmanager
     def attached(self) -> Iterator[Run]:
         """Inside, the regions act on the denoiser; undone on exit."""
-        denoiser = self.context.denoiser
         with ExitStack() as stack:
             if isinstance(self.run, Blending):
                 stack.enter_context(self.context.adapters.attached())
-            stack.enter_context(self.run.attached(denoiser))
+                stack.enter_context(self.run.attached(*self.context.denoisers))
+            else:
+                stack.enter_context(self.run.attached(self.context.denoiser))
             if isinstance(self.run, RegionalTransformer):
                 joined = self.context.family.joined(self.encodings)
                 stack.enter_context(self.context.family.alone(self.context.pipe, joined, self.request.images))
