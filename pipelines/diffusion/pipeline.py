@@ -426,8 +426,9 @@ class MultiLoRAPipeline:
         real_guidance = flow_flux and "true_cfg_scale" in self.own_arguments
         if flow_flux and call.true_cfg_scale != 1 and not real_guidance:
             raise InputError(f"A {type(self.pipe).__name__} takes no true_cfg_scale: leave it at 1.")
+        always = {name: value for name, value in self.family.always.items() if name in self.own_arguments}
         arguments: dict[str, Any] = {
-            **call.more, **({"width": width, "height": height} if sized else {}),
+            **always, **call.more, **({"width": width, "height": height} if sized else {}),
             "num_inference_steps": call.steps, self.family.guidance_argument: scale,
             "output_type": call.output_type, **({"num_frames": call.frames} if call.frames else {}),
             **({"true_cfg_scale": call.true_cfg_scale} if real_guidance else {}),

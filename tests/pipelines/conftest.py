@@ -45,6 +45,8 @@ def make_bed(family: str, folder: Path) -> Bed:
     others = {
         "sd": ("conv1", "to_q", "proj_in", "time_emb_proj"),
         "sdxl": ("conv2", "to_k", "ff.net.2"),
+        "lumina2": ("to_k", "feed_forward.linear_1", "layers.1.norm1.linear"),
+        "auraflow": ("to_q", "ff.linear_1", "ff_context.out_projection", "add_k_proj", "context_embedder"),
         "z-image": ("to_q", "feed_forward.w2", "layers.1.adaLN_modulation.0", "cap_embedder.1"),
         "qwen": ("to_q", "add_v_proj", "txt_mlp.net.2", "img_mod.1", "txt_in"),
     }

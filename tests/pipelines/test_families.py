@@ -100,6 +100,8 @@ def roles(encoding: Any) -> dict[str, Tensor]:
         ("sd3", {"guidance_scale": 1.0}),
         ("flux", {}),
         ("flux", {"true_cfg_scale": 3.0, "negative_prompt": "dull"}),
+        ("lumina2", {"negative_prompt": "dull and long"}),
+        ("auraflow", {}),
         ("z-image", {}),
         ("z-image", {"guidance_scale": 0.0}),
         ("z-image", {"negative_prompt": "dull and long"}),

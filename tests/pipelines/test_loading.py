@@ -150,6 +150,8 @@ def test_single_file_gives_the_same_pictures(folder: Path, sd: Bed, tmp_path: Pa
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "sd3"),
         ("double_blocks.0.img_attn.qkv.weight", "flux"),
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "flux"),
+        ("model.diffusion_model.cap_embedder.0.weight", "lumina2"),
+        ("model.double_layers.0.attn.w1q.weight", "auraflow"),
         ("model.diffusion_model.layers.0.adaLN_modulation.0.weight", "z-image"),
     ],
 )

@@ -10,27 +10,27 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 MODULE = '''
-"""AuraFlow: joint and single blocks over T5's tokens, whose encoding has a mask; flow matching."""
+"""PixArt Sigma: cross-attention to T5's tokens, whose encoding has a mask."""
 from pipelines.diffusion.families import miniature
 from pipelines.diffusion.families.base import Denoiser, Family, Layout, Signature
 
 
-class AuraFlow(Family):
-    name, title, short, order, licence = "auraflow", "AuraFlow", "AuraFlow", 50, "Apache 2.0"
-    pipeline = "AuraFlowPipeline"
+class PixArt(Family):
+    name, title, short, order, licence = "pixart", "PixArt Sigma", "PixArt", 990, "OpenRAIL++"
+    pipeline = "PixArtSigmaPipeline"
     components = ("vae", "transformer", "text_encoder")
     denoisers = (Denoiser("transformer"),)
     text_encoders = ()
-    batch_arguments = ("hidden_states", "encoder_hidden_states", "timestep")
-    text_arguments = {("encoder_hidden_states",): "embeds"}
+    batch_arguments = ("encoder_hidden_states", "encoder_attention_mask", "timestep")
+    text_arguments = {("encoder_hidden_states",): "embeds", ("encoder_attention_mask",): "mask"}
     call_names = {"embeds": "prompt_embeds", "mask": "prompt_attention_mask"}
-    targets = {name: r".*(to_[qkv]|linear_[12])" for name in ("attention", "attention-mlp", "linear", "all")}
-    layout = Layout(("text", "image"), patch=2)
-    predictions = ("flow",)
-    signature = Signature(adapter="joint_transformer_blocks", checkpoint="double_layers", precedence=5)
+    always = {"use_resolution_binning": False, "negative_prompt": None}
+    layout = Layout(patch=2)
+    predictions = ("epsilon",)
+    signature = Signature(adapter="caption_projection", checkpoint="adaln_single", precedence=99)
 
     def encode(self, pipe, prompt, negative, images, guided):
-        embeds, mask, other, other_mask = pipe.encode_prompt(prompt, negative, guided, images, pipe._execution_device)
+        embeds, mask, other, other_mask = pipe.encode_prompt(prompt, guided, negative or "", images)
         return self.encoding({"embeds": embeds, "mask": mask}, {"embeds": other, "mask": other_mask}, guided)
 
     def condition(self, pipe, texts):
@@ -38,22 +38,22 @@ class AuraFlow(Family):
         return {"embeds": embeds, "mask": mask}
 
     def predict(self, pipe, denoiser, noisy, times, given, guidance):
-        return denoiser(noisy, given["embeds"].to(noisy.dtype), times, return_dict=False)[0]
+        return denoiser(noisy, given["embeds"].to(noisy.dtype), times, {"resolution": None, "aspect_ratio": None},
+                        encoder_attention_mask=given["mask"], return_dict=False)[0]
 
     def tiny(self, seed=0, **changes):
         import torch
 
         torch.manual_seed(seed)
         transformer = miniature.make(
-            "AuraFlowTransformer2DModel", sample_size=16, patch_size=2, in_channels=4, out_channels=4,
-            num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=32, caption_projection_dim=16, pos_embed_max_size=64, **changes)
+            "PixArtTransformer2DModel", sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+            attention_head_dim=8, num_attention_heads=2, cross_attention_dim=16, caption_channels=32, **changes)
         return miniature.quiet(miniature.make(
-            "AuraFlowPipeline", tokenizer=miniature.t5_tokenizer(), text_encoder=miniature.t5(), vae=miniature.vae(),
-            transformer=transformer, scheduler=miniature.make("FlowMatchEulerDiscreteScheduler")))
+            "PixArtSigmaPipeline", tokenizer=miniature.t5_tokenizer(), text_encoder=miniature.t5(),
+            vae=miniature.vae(), transformer=transformer, scheduler=miniature.ddim()))
 
 
-FAMILY = AuraFlow()
+FAMILY = PixArt()
 '''
 
 USE = """
@@ -63,11 +63,11 @@ from pathlib import Path
 from pipelines.diffusion.families import FAMILIES, detect, family_of
 from studio import library
 from studio.library import base_families, facts
-assert "auraflow" in FAMILIES and base_families.written("auraflow") == "AuraFlow"
-pipe = FAMILIES["auraflow"].tiny()
+assert list(FAMILIES)[-1] == "pixart" and base_families.written("pixart") == "PixArt"
+pipe = FAMILIES["pixart"].tiny()
 folder = Path(sys.argv[1])
 pipe.save_pretrained(folder / "base")
-assert detect(folder / "base").name == facts.base(folder / "base")["family"] == "auraflow"
+assert detect(folder / "base").name == facts.base(folder / "base")["family"] == "pixart"
 
 from adapters.formats import LoraFile
 import re
@@ -80,10 +80,10 @@ for name in ("a", "b"):
         layers[f"transformer.{module}.lora_A.weight"] = torch.randn(2, into) * 0.3
         layers[f"transformer.{module}.lora_B.weight"] = torch.randn(out, 2) * 0.3
     save_file(layers, folder / f"{name}.safetensors")
-assert facts.adapter(folder / "a.safetensors")["family"] == "auraflow"
+assert facts.adapter(folder / "a.safetensors")["family"] == "pixart"
 
 from studio.composition.schema import ModelChoice
-assert ModelChoice.parse({"family": "auraflow"}, source="x").family == "auraflow"
+assert ModelChoice.parse({"family": "pixart"}, source="x").family == "pixart"
 
 from pipelines.diffusion import MultiLoRAPipeline
 composer = MultiLoRAPipeline(pipe)
@@ -101,18 +101,18 @@ noisy, given = torch.randn(2, 4, 16, 16), base.condition(["a", "b"])
 assert base.predict(base.denoiser, noisy, torch.tensor([0.1, 0.7]), given).shape == noisy.shape
 from studio.training.inject import find_targets
 from studio.training.schemas.image import TrainImageConfig
-chosen = TrainImageConfig.parse({"data": str(folder), "trigger": "x", "family": "auraflow"})
-assert any("attn.to_q" in name for name in find_targets(base.denoiser, chosen, False, base.about.targets).all)
+chosen = TrainImageConfig.parse({"data": str(folder), "trigger": "x", "family": "pixart"})
+assert any("attn1.to_q" in name for name in find_targets(base.denoiser, chosen, False, base.about.targets).all)
 print("ok")
 """
 
 
 def test_a_family_is_one_file(tmp_path: Path) -> None:
-    (tmp_path / "auraflow_family.py").write_text(MODULE, encoding="utf-8")
-    info = tmp_path / "auraflow_family-1.dist-info"
+    (tmp_path / "pixart_family.py").write_text(MODULE, encoding="utf-8")
+    info = tmp_path / "pixart_family-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: auraflow-family\nVersion: 1\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("[adapter_studio.families]\nauraflow = auraflow_family\n", encoding="utf-8")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pixart-family\nVersion: 1\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[adapter_studio.families]\npixart = pixart_family\n", encoding="utf-8")
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     result = subprocess.run(
         [sys.executable, "-c", USE, str(tmp_path)],

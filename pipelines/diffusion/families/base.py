@@ -212,8 +212,8 @@ class Family:
         positional: names of the denoiser's arguments that the pipeline passes by position, in order; needed if one of
             them is a list or an encoding.
         no_guidance: guidance_scale up to which the pipeline makes no second pass.
-        flat_layers: regular expression of whole names of layers whose input has the tokens of all samples in one
-            dimension, so that samples cannot have strengths of their own there.
+        flat_layers: regular expression of whole names of layers whose input does not have the batch in front (but, for
+            example, the tokens of all samples in one dimension), so that samples cannot have strengths of their own.
         text_arguments: path of keys in the denoiser's arguments -> name in the encoding.
         call_names: name in the encoding -> argument of the pipeline.
         targets: choice of layers -> regular expression that matches full module names of the denoiser.
@@ -231,6 +231,7 @@ class Family:
         positive_first: of the two halves of a batch with guidance, the positive one comes first.
         prompt_tokens: most tokens of a prompt, for families without readers; None = what the tokenizer says.
         training_shift: shift of the noise levels in training; None = that of the base's scheduler.
+        always: arguments of every call of the pipeline, unless the caller gives others.
         usual_size: pixels per side, if the model itself is not loaded.
         signature: how files are recognised.
     """
@@ -272,6 +273,7 @@ class Family:
     positive_first: ClassVar[bool] = False
     prompt_tokens: ClassVar[int | None] = None
     training_shift: ClassVar[float | None] = None
+    always: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     usual_size: ClassVar[int] = 1024
     signature: ClassVar[Signature]
 
@@ -613,6 +615,11 @@ def filled(tensor: Tensor, length: int, axis: int) -> Tensor:
     shape = [*tensor.shape]
     shape[axis] = length - shape[axis]
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
+
+
+def no_inner_regions(title: str) -> InputError:
+    """What to say where regions cannot act inside a family's denoiser."""
+    return InputError(f"Regions inside {title} are not possible yet: use method 'output', with boxes or masks.")
 
 
 def latent_factor(pipe: Any) -> int:

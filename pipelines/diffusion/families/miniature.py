@@ -57,15 +57,15 @@ def clip_config(width: int = 16, **changes: Any) -> Any:
     return make("CLIPTextConfig", **(values | changes))
 
 
-def vae(latent_channels: int = 4, **changes: Any) -> Any:
-    """An autoencoder with factor 2: a 32-pixel picture has 16 x 16 latents."""
+def vae(latent_channels: int = 4, levels: int = 2, **changes: Any) -> Any:
+    """An autoencoder with factor 2: a 32-pixel picture has 16 x 16 latents (a quarter with each level more)."""
     return make(
         "AutoencoderKL",
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * (levels - 1) + (16,),
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=4,
@@ -153,20 +153,44 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def qwen3(width: int = 32) -> Any:
-    """A three-layer Qwen3 language model without head, for :func:`qwen_tokenizer`."""
+def marked_tokenizer(*marks: str, side: str = "right", longest: int = 1024) -> Any:
+    """A tokenizer of a language model with one token per letter, which puts ``marks`` before every text and pads on
+    this ``side``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    vocab = {symbol: index for index, symbol in enumerate(["<pad>", *marks, "<unk>", "▁", *LETTERS, *".,<>!"])}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.post_processor = processors.TemplateProcessing(
+        single=" ".join([*marks, "$A"]), special_tokens=[(mark, vocab[mark]) for mark in marks]
+    )
+    return make(
+        "PreTrainedTokenizerFast", tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token=marks[-1],
+        padding_side=side, model_max_length=longest,
+    )  # fmt: skip
+
+
+def language_model(kind: str, tokenizer: Any, width: int = 32, **changes: Any) -> Any:
+    """A three-layer language model without head: ``kind`` is "Gemma2", "Glm" ..."""
     config = make(
-        "Qwen3Config",
-        vocab_size=len(qwen_tokenizer()),
+        f"{kind}Config",
+        vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=width // 2,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
+        **changes,
     )
-    return make("Qwen3Model", config)
+    return make(f"{kind}Model", config)
+
+
+def umt5() -> Any:
+    """A two-layer UMT5 encoder for :func:`t5_tokenizer`."""
+    config = make("UMT5Config", vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return make("UMT5EncoderModel", config)
 
 
 def qwen_vl(width: int = 32, **changes: Any) -> Any:

@@ -106,11 +106,14 @@ def tokenize(tokenizer: Any, reader: Reader, prompt: Prompt, count: int = 1) -> 
     )
 
 
-def states(pipe: Any, encoder: str, tokens: Tokenized, layer: int | None = None) -> tuple[Tensor, Tensor | None]:
+def states(
+    pipe: Any, encoder: str, tokens: Tokenized, layer: int | None = None, masked: bool | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Hidden states (1, chunks * tokens, width) of an encoder and its pooled embedding (1, width), if it has one.
 
     Args:
         layer: index of the hidden states; None = the encoder's output.
+        masked: hide the padding from the encoder; None = as its configuration says.
     """
     import torch
 
@@ -119,7 +122,8 @@ def states(pipe: Any, encoder: str, tokens: Tokenized, layer: int | None = None)
     rows, mask = tokens.ids, tokens.mask
     if emphasised:
         rows, mask = torch.cat([rows, tokens.empty]), torch.cat([mask, mask[:1]])
-    more = {"attention_mask": mask.to(device)} if getattr(model.config, "use_attention_mask", False) else {}
+    masked = getattr(model.config, "use_attention_mask", False) if masked is None else masked
+    more = {"attention_mask": mask.to(device)} if masked else {}
     with torch.no_grad():
         output = model(rows.to(device), output_hidden_states=layer is not None, **more)
     found = output.last_hidden_state if layer is None else output.hidden_states[layer]

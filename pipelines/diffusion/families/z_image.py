@@ -191,7 +191,7 @@ class ZImage(Family):
             "ZImagePipeline",
             scheduler=miniature.make("FlowMatchEulerDiscreteScheduler", shift=3.0),
             vae=miniature.vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-            text_encoder=miniature.qwen3(),
+            text_encoder=miniature.language_model("Qwen3", miniature.qwen_tokenizer()),
             tokenizer=miniature.qwen_tokenizer(),
             transformer=transformer,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -225,9 +224,8 @@ class RegionalCall:
         denoiser, engine = context.denoiser, context.adapters
         if methods.properties(self.plan.method).regions == "predictions":
             named: dict[TextAdapters, Encoding] = {(row,): encoding for row, encoding in enumerate(encodings)}
-            flat = context.family.flat_layers  # samples of one call share their strengths there
-            alone = flat and any(re.fullmatch(flat, layer.name) for layer in engine.layers)
-            batch = 1 if alone else self.plan.adapter_batch
+            masked = "mask" in context.family.text_arguments.values()
+            batch = self.plan.adapter_batch if masked or equally_long(encodings) else 1
             return Blending(context.family, engine.gates, steps, named, places, self.grid, batch)
         if not context.family.unet:
             return self._joint(steps, encodings, places)
@@ -235,6 +233,13 @@ class RegionalCall:
         return RegionalUNet(
             denoiser, engine, steps, texts, places, self.hard, bool(options.self_mask), self.request.guided
         )
+
+
+def equally_long(encodings: Sequence[Encoding]) -> bool:
+    """Whether the texts can be in one batch of the denoiser."""
+    halves = [(encoding.positive, encoding.negative or {}) for encoding in encodings]
+    tensors = [[part for half in both for part in half.values() if isinstance(part, Tensor)] for both in halves]
+    return all([part.shape for part in row] == [part.shape for part in tensors[0]] for row in tensors)
 
 
 class Attending:
