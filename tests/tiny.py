@@ -34,6 +34,9 @@ FAMILIES: Mapping[str, Callable[..., Any]] = {name: family.tiny for name, family
 PICTURES = {name: build for name, build in FAMILIES.items() if families.FAMILIES[name].video is None}
 """Those that make pictures; the others make videos."""
 
+DRAWN_SMALL = tuple(name for name in PICTURES if name != "hidream")
+"""Families that draw small pictures also when loaded from a file; HiDream has 128 x 128 cells at least."""
+
 sd, sdxl, sd3, flux = (FAMILIES[name] for name in ("sd", "sdxl", "sd3", "flux"))
 
 
@@ -85,6 +88,6 @@ def denoiser_name(pipe: Any) -> str:
 
 
 __all__ = [
-    "END", "FAMILIES", "LETTERS", "PICTURES", "START", "clip_config", "clip_tokenizer", "ddim", "denoiser_name", "flux",
-    "lora_file", "saved", "sd", "sd3", "sdxl", "t5_tokenizer", "unet", "vae",
+    "DRAWN_SMALL", "END", "FAMILIES", "LETTERS", "PICTURES", "START", "clip_config", "clip_tokenizer", "ddim",
+    "denoiser_name", "flux", "lora_file", "saved", "sd", "sd3", "sdxl", "t5_tokenizer", "unet", "vae",
 ]  # fmt: skip

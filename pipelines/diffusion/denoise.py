@@ -134,13 +134,16 @@ class Denoising:
         wide = tuple(repeat(value, count, batch) for value in args)
         more = {name: self.family.repeat(name, value, count, batch) for name, value in kwargs.items()}
         if own_text:
-            given = {kind: _at(kwargs, path) for path, kind in self.family.text_arguments.items()}
+            axes = self.family.batch_axes
+            passed = {kind: _at(kwargs, path) for path, kind in self.family.text_arguments.items()}
+            given = {kind: _moved(value, axes.get(kind, 0), 0) for kind, value in passed.items()}
             present = {kind: value for kind, value in given.items() if value is not None}
             role = self._role(present)
             for path, kind in self.family.text_arguments.items():
                 texts_of = [_of_role(self.encodings[active], kind, role) for active in texts]
                 if kind in present:
-                    more = _put(more, path, as_batch([_like(text, given[kind]) for text in texts_of]))
+                    made = as_batch([_like(text, given[kind]) for text in texts_of])
+                    more = _put(more, path, _moved(made, 0, axes.get(kind, 0)))
                 elif not bool((mask := as_batch(texts_of)).all()):  # pipelines leave out a mask that hides nothing
                     more = _put(more, path, mask.to(next(iter(present.values())).device))
         return wide, more
@@ -229,6 +232,11 @@ def as_batch(values: Sequence[Any]) -> Any:
     if isinstance(values[0], Tensor):
         return joined(list(values))
     return [part for value in values for part in value]
+
+
+def _moved(value: Any, source: int, target: int) -> Any:
+    """``value`` with the axis ``source`` at ``target``."""
+    return value if source == target else value.movedim(source, target)
 
 
 def _like(value: Any, given: Any) -> Any:

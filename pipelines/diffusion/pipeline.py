@@ -421,6 +421,7 @@ class MultiLoRAPipeline:
         # diffusers silently ignores one without the other; without a size of its own it takes a fixed one
         if width or height or call.more.get("image") is not None or self.family.own_cells(self.pipe) is None:
             height, width = size
+        size = self.family.drawn_size(self.pipe, *size)
         sized = "width" in inspect.signature(type(self.pipe).__call__).parameters
         self._check_more(call, size, sized)
         real_guidance = flow_flux and "true_cfg_scale" in self.own_arguments

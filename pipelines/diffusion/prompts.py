@@ -114,7 +114,8 @@ class Prompts:
     def mean(self, text: str) -> torch.Tensor:
         """The mean-pooled embedding (width,) of a text taken literally, by the base model's text encoders."""
         with torch.no_grad():
-            return self.encode(literal(text), literal(""), 1, False).positive["embeds"][0].float().mean(0)
+            states = self.encode(literal(text), literal(""), 1, False).positive[self.family.text_tensors[0]]
+            return states[0].float().mean(0).flatten()
 
     def remarks(self, texts: Sequence[str]) -> list[str]:
         """Remarks on long texts: encoded in chunks, or truncated (with the words that are lost)."""

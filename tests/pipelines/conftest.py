@@ -48,6 +48,8 @@ def make_bed(family: str, folder: Path) -> Bed:
         "lumina2": ("to_k", "feed_forward.linear_1", "layers.1.norm1.linear"),
         "auraflow": ("to_q", "ff.linear_1", "ff_context.out_projection", "add_k_proj", "context_embedder"),
         "z-image": ("to_q", "feed_forward.w2", "layers.1.adaLN_modulation.0", "cap_embedder.1"),
+        "krea2": ("to_q", "to_gate", "ff.down", "projector", "txt_in.linear_1"),
+        "hidream": ("to_q", "to_out_t", "w1", "adaLN_modulation.1"),
         "qwen": ("to_q", "add_v_proj", "txt_mlp.net.2", "img_mod.1", "txt_in"),
     }
     return Bed(

@@ -105,6 +105,10 @@ def roles(encoding: Any) -> dict[str, Tensor]:
         ("z-image", {}),
         ("z-image", {"guidance_scale": 0.0}),
         ("z-image", {"negative_prompt": "dull and long"}),
+        ("krea2", {"negative_prompt": "dull"}),
+        ("krea2", {"guidance_scale": 0.0}),
+        ("hidream", {"negative_prompt": "dull"}),
+        ("hidream", {"guidance_scale": 1.0}),
         ("qwen", {"negative_prompt": "dull"}),
         ("qwen", {"guidance_scale": 1.0}),
     ],
@@ -177,8 +181,9 @@ def test_previews_and_pictures(beds: Callable[[str], Bed], family: str) -> None:
     watcher = Watcher()
     composer: MultiLoRAPipeline = beds(family).composer("a")
     picture = composer(PROMPT, steps=2, width=32, height=16, monitor=watcher, preview_every=1).images[0]
-    assert picture.size == (32, 16)
-    assert watcher.reports[0].preview.size == (32, 16)
+    size = composer.family.drawn_size(composer.pipe, 16, 32)[::-1]
+    assert size == ((44, 20) if family == "hidream" else (32, 16))  # it keeps the area of the base's own pictures
+    assert picture.size == watcher.reports[0].preview.size == size
 
 
 def test_flux_without_guidance_embedding() -> None:

@@ -69,7 +69,7 @@ def test_auto_dtype_by_device_and_family() -> None:
     assert choose_dtype("auto", gpu, FAMILIES["sd3"]) == "bf16"
 
 
-@pytest.mark.parametrize("family", tiny.PICTURES)
+@pytest.mark.parametrize("family", tiny.DRAWN_SMALL)
 def test_memory_presets(family: str, beds: Callable[[str], Bed], tmp_path: Path) -> None:
     """A preset that keeps the precision keeps the latents, bit for bit; the other one says that it does not.
 

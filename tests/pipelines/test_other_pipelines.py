@@ -12,10 +12,11 @@ import torch
 
 from adapters.errors import InputError
 from pipelines.diffusion import MultiLoRAPipeline
+from pipelines.diffusion.families import FAMILIES, family_of
 from tests import tiny
 from tests.pipelines.conftest import CALL, PROMPT, Bed, close, latents
 
-SHORT = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
+SHORT: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 MASK = torch.zeros(1, 1, 32, 32)
 MASK[..., 8:24, 4:20] = 1
@@ -38,6 +39,15 @@ def quiet_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
     return files
 
 
+@pytest.fixture(autouse=True)
+def _small_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines that edit pictures draw a million pixels; here they draw 32 x 32."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (32, 32, None))
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", lambda area, ratio: (32, 32))
+
+
 @cache
 def controlnet(family: str) -> Any:
     """A random ControlNet for a family's tiny pipeline."""
@@ -47,6 +57,10 @@ def controlnet(family: str) -> Any:
     torch.manual_seed(9)
     if hasattr(pipe, "unet"):
         made = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    elif type(pipe).__name__.startswith("Qwen"):
+        made = diffusers.QwenImageControlNetModel.from_transformer(
+            pipe.transformer, num_layers=1, attention_head_dim=16, num_attention_heads=2
+        )
     elif type(pipe).__name__.startswith("Flux"):
         made = diffusers.FluxControlNetModel.from_transformer(
             pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
@@ -74,6 +88,8 @@ WIDE = ("sd3", "inpaint")
 
 def task(family: str, name: str) -> tuple[MultiLoRAPipeline, dict[str, Any]]:
     """A pipeline of another kind, and its further arguments."""
+    if name.startswith("edit"):
+        return editing(name)
     pipe = tiny.FAMILIES[family](**({"in_channels": 16, "out_channels": 16} if (family, name) == WIDE else {}))
     if (family, name) == WIDE:
         pipe.register_modules(vae=tiny.vae(16, shift_factor=0.1))
@@ -92,6 +108,18 @@ def task(family: str, name: str) -> tuple[MultiLoRAPipeline, dict[str, Any]]:
     return made, {"image" if hasattr(pipe, "unet") else "control_image": IMAGE}
 
 
+def editing(name: str) -> tuple[MultiLoRAPipeline, dict[str, Any]]:
+    """A base of Qwen-Image that edits a picture, or two; the newest one takes references at noise level 0."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    family: Any = FAMILIES["qwen"]
+    pictures = VaeImageProcessor.numpy_to_pil(torch.cat([IMAGE, 1 - IMAGE]).permute(0, 2, 3, 1).numpy())
+    if name == "edit":
+        return MultiLoRAPipeline(family.tiny_edit("QwenImageEditPipeline")), {"image": pictures[0]}
+    pipe = family.tiny_edit("QwenImageEditPlusPipeline", zero_cond_t=name == "edit 2511")
+    return MultiLoRAPipeline(pipe), {"image": pictures}
+
+
 def theirs(pipe: Any, files: dict[str, Path], method: str, seed: int, **call: Any) -> torch.Tensor:
     """The same by diffusers alone: adapters set before every pass of the denoiser, predictions averaged."""
     loader = pipe if hasattr(pipe, "load_lora_weights") else tiny.sd()
@@ -101,8 +129,10 @@ def theirs(pipe: Any, files: dict[str, Path], method: str, seed: int, **call: An
         loader.load_lora_weights(path, adapter_name=name)
     if files:
         loader.set_adapters(list(files), [1.0] * len(files))
-    denoiser = getattr(pipe, tiny.denoiser_name(pipe))
-    own, done = denoiser.forward, [0]
+    denoiser, family = getattr(pipe, tiny.denoiser_name(pipe)), family_of(pipe)
+    own, done, passes = denoiser.forward, [0], 2 if family.name == "qwen" else 1
+    short = {key: value for key, value in SHORT.items() if key != "guidance_scale"}
+    short |= family.guidance_arguments(SHORT["guidance_scale"])
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         def once() -> Any:
@@ -110,7 +140,7 @@ def theirs(pipe: Any, files: dict[str, Path], method: str, seed: int, **call: An
             return own(*args, **fresh)[0]
 
         if method == "switch":
-            loader.set_adapters([list(files)[done[0] % len(files)]], [1.0])
+            loader.set_adapters([list(files)[done[0] // passes % len(files)]], [1.0])
             done[0] += 1
             return (once(),)
         outputs = []
@@ -124,7 +154,8 @@ def theirs(pipe: Any, files: dict[str, Path], method: str, seed: int, **call: An
     if method in ("switch", "composite"):
         denoiser.forward = forward
     try:
-        result: torch.Tensor = pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **{**SHORT, **call}).images
+        generator = torch.Generator().manual_seed(seed)
+        result: torch.Tensor = pipe(prompt=PROMPT, generator=generator, **{**short, **call}).images
     finally:
         denoiser.__dict__.pop("forward", None)
         loader.unload_lora_weights()
@@ -137,6 +168,7 @@ CASES = [
     *((family, "controlnet inpaint") for family in ("sd", "sdxl")),
     ("sd", "t2i-adapter"),
     *(("z-image", kind) for kind in ("image", "inpaint")),
+    *(("qwen", kind) for kind in ("image", "inpaint", "controlnet", "edit", "edit plus", "edit 2511")),
 ]
 
 
@@ -146,7 +178,8 @@ def test_methods_equal_separate_runs(family: str, kind: str, quiet_files: Callab
     files = quiet_files(family)
     for name, path in files.items():
         composer.load_lora(path, name)
-    inside = "activation" if family in ("sd", "sdxl", "sd3", "flux") else "output"
+    # inside the network, tokens of a reference picture belong to the background
+    inside = "activation" if family != "z-image" and not kind.startswith("edit") else "output"
     for method in ("merge", "switch", "composite", inside):
         options: dict[str, Any] = {"fold": False}  # as diffusers does it here; fused it differs by 1e-4 from itself
         if method == inside:
@@ -157,14 +190,14 @@ def test_methods_equal_separate_runs(family: str, kind: str, quiet_files: Callab
         )  # SD3's ControlNet pipeline draws the latents of the control image from the global generator
         found = composer(PROMPT, seed=4, **SHORT, **more).images
         other, again = task(family, kind)
-        if family == "flux":  # its pipelines have a size of their own, ours is the image's
+        if family in ("flux", "qwen"):  # its pipelines have a size of their own, ours is the image's
             again |= {"width": 32, "height": 32}
         torch.manual_seed(0)
         wanted = theirs(other.pipe, files, method, 4, **again)
         difference = float((found - wanted).abs().max() / wanted.abs().max())
         assert difference <= 1e-4, (method, difference)
     bare, again = task(family, kind)
-    again |= {"width": 32, "height": 32} if family == "flux" else {}
+    again |= {"width": 32, "height": 32} if family in ("flux", "qwen") else {}
     assert not torch.allclose(found, theirs(bare.pipe, {}, "", 4, **again), atol=1e-3)
 
 

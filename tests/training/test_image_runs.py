@@ -68,7 +68,7 @@ def test_learns_one_picture(family, bases, tmp_path):
     assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.DRAWN_SMALL)
 def test_file_gives_the_trained_picture_in_diffusers(family, bases, pictures, tmp_path):
     text = family in ("sd", "sdxl")
     config = settings(

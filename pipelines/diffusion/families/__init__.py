@@ -28,11 +28,29 @@ FAMILIES: Mapping[str, Family] = discovery.objects(_OURS, "FAMILY", Family, GROU
 """Every family by name, sorted by ``order``."""
 
 
+MODULAR = (
+    "diffusers has {title} only as a modular pipeline, which calls nothing back after a step, so composition by steps, "
+    "schedules, previews and cancelling cannot work"
+)
+
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "Flux3ModularPipeline": ("Flux 3", MODULAR),
+    "Flux3DistilledModularPipeline": ("Flux 3", MODULAR),
+    "AnimaModularPipeline": ("Anima", MODULAR),
+    "Ideogram4Pipeline": (
+        "Ideogram 4",
+        "its pipeline in diffusers takes no encoded prompts and is guided by a second network, which adapters for the "
+        "first one do not change",
+    ),
+}
+"""diffusers' class -> title and reason, for families that do not fit the way adapters are composed here."""
+
+
 def family_of(pipe: Any) -> Family:
     """The family of a diffusers pipeline object.
 
     Raises:
-        InputError: a class of no known family.
+        InputError: a class of no known family, or of one that is refused.
     """
     return by_pipeline(type(pipe).__name__, f"a {type(pipe).__name__}")
 
@@ -46,6 +64,9 @@ def by_pipeline(name: str, source: str) -> Family:
     for family in FAMILIES.values():
         if name in (family.pipeline, *family.bases, *family.other_pipelines.values()):
             return family
+    if name in REFUSED:
+        title, reason = REFUSED[name]
+        raise InputError(f"{source} is {title}, which is not supported: {reason.format(title=title)}.")
     possible = ", ".join(family.pipeline for family in FAMILIES.values())
     raise InputError(f"{source} is made for '{name or 'an unnamed pipeline'}'; composition works with {possible}.")
 
@@ -99,17 +120,32 @@ def _index(source: str | Path) -> Path:
     """The model_index.json of a pipeline directory or a hub id."""
     place = Path(source)
     if place.is_dir():
-        index = place / "model_index.json"
-        if not index.is_file():
+        names = (place / name for name in INDEXES)
+        index = next((file for file in names if file.is_file()), None)
+        if index is None:
             raise InputError(f"'{place}' is not a diffusers pipeline directory: it has no model_index.json.")
         return index
     if place.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
         raise InputError(f"Base model '{source}' is neither a directory, a file nor a hub id ('owner/name').")
+    return _fetched_index(str(source))
+
+
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""Files that name a pipeline's class."""
+
+
+def _fetched_index(source: str) -> Path:
+    """The index of a hub id; raises :class:`InputError` if there is none."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(source), "model_index.json"))
+        try:
+            return Path(hf_hub_download(source, INDEXES[0]))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            return Path(hf_hub_download(source, INDEXES[1]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"Base model '{source}' could not be fetched from the hub: {reason}") from None
@@ -117,15 +153,11 @@ def _index(source: str | Path) -> Path:
 
 def opened_as(family: Family, source: str | Path) -> str:
     """diffusers' class for a base of ``family``: the one it was published for, or else the text-to-image class."""
-    place = Path(source)
-    index = place / "model_index.json"
-    if family.bases and not place.exists():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    index = Path(source) / INDEXES[0]
+    if family.bases and not Path(source).exists():
         try:
-            index = Path(hf_hub_download(str(source), "model_index.json"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            index = _fetched_index(str(source))
+        except InputError:
             return family.pipeline  # opening it will say why
     name = _class_name(index) if index.is_file() else ""
     return name if name in family.bases else family.pipeline

@@ -154,18 +154,23 @@ class Encoding:
 
     ``positive`` and ``negative`` map the family's names ("embeds" (batch, tokens, width), "pooled" (batch, width), a
     mask ...) to tensors with the batch in front, or to lists with one tensor per sample (if the denoiser takes lists);
-    ``names`` maps them to the arguments of the diffusers pipeline.
+    ``names`` maps them to the arguments of the diffusers pipeline, where the batch of some is on one of ``axes``.
     """
 
     positive: Mapping[str, Tensor]
     negative: Mapping[str, Tensor] | None
     names: Mapping[str, str] = field(default_factory=lambda: CALL_NAMES)
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def call_arguments(self) -> dict[str, Any]:
         """The embeddings as arguments of a diffusers pipeline."""
-        arguments = {self.names[key]: tensor for key, tensor in self.positive.items()}
+
+        def placed(key: str, value: Any) -> Any:
+            return value.movedim(0, self.axes[key]) if key in self.axes else value
+
+        arguments = {self.names[key]: placed(key, value) for key, value in self.positive.items()}
         if self.negative is not None:
-            arguments |= {f"negative_{self.names[key]}": tensor for key, tensor in self.negative.items()}
+            arguments |= {f"negative_{self.names[key]}": placed(key, value) for key, value in self.negative.items()}
         return arguments
 
 
@@ -216,6 +221,7 @@ class Family:
             example, the tokens of all samples in one dimension), so that samples cannot have strengths of their own.
         text_arguments: path of keys in the denoiser's arguments -> name in the encoding.
         call_names: name in the encoding -> argument of the pipeline.
+        batch_axes: name in the encoding -> axis of the batch in pipeline and denoiser, where it is not the first.
         targets: choice of layers -> regular expression that matches full module names of the denoiser.
         layout: the order of tokens inside the denoiser.
         predictions: what the denoiser may predict: "epsilon", "v_prediction", "sample" or "flow".
@@ -259,6 +265,7 @@ class Family:
     flat_layers: ClassVar[str] = ""
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]]
     call_names: ClassVar[Mapping[str, str]] = CALL_NAMES
+    batch_axes: ClassVar[Mapping[str, int]] = MappingProxyType({})
     targets: ClassVar[Mapping[str, str]] = TARGETS
     layout: ClassVar[Layout] = Layout()
     predictions: ClassVar[tuple[str, ...]]
@@ -375,6 +382,10 @@ class Family:
 
         return plain.unscaled(latents, pipe.vae.config)
 
+    def drawn_size(self, pipe: Any, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of the picture that the pipeline draws if asked for this size."""
+        return height, width
+
     def unpacked(self, pipe: Any, tokens: Tensor, height: int, width: int) -> Tensor:
         """Latents (batch, channels, h, w) of a picture of this size in pixels, from the pipeline's tokens (batch,
         tokens, channels)."""
@@ -429,7 +440,7 @@ class Family:
 
     def encoding(self, positive: Mapping[str, Any], negative: Mapping[str, Any], guided: bool) -> Encoding:
         """An :class:`Encoding` with the family's names; the negative half only if ``guided``."""
-        return Encoding(positive, negative if guided else None, self.call_names)
+        return Encoding(positive, negative if guided else None, self.call_names, self.batch_axes)
 
     def tokens(self, pipe: Any, texts: Sequence[str]) -> Tensors:
         """Text encoder -> token ids (batch, tokens), for the text encoders that can be trained.

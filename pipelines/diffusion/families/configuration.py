@@ -97,6 +97,8 @@ def check_trainable(pipe: Any, family: Family) -> None:
             "only be used to compose pictures."
         )
     known = SAMPLING | (FLOW if family.flow else NOISE)
+    if family.flow and scheduler.config.get("use_flow_sigmas"):  # a sampler of noise schedules that makes flow's levels
+        known = known | NOISE | {"use_flow_sigmas", "flow_shift"}
     strange = unknown_fields(scheduler, known) + unknown_fields(pipe.vae, VAE | set(family.vae_fields))
     if strange:
         raise InputError(

@@ -229,6 +229,44 @@ def qwen_vl(width: int = 32, **changes: Any) -> Any:
     return make("Qwen2_5_VLForConditionalGeneration", config)
 
 
+def qwen3_vl(width: int = 32) -> Any:
+    """A two-layer Qwen3-VL without head, for :func:`qwen_tokenizer`."""
+    tokenizer = qwen_tokenizer()
+    ids = dict(zip(QWEN_MARKS, tokenizer.convert_tokens_to_ids(list(QWEN_MARKS)), strict=True))
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": width // 2,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    config = make(
+        "Qwen3VLConfig",
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    return make("Qwen3VLModel", config)
+
+
 class QwenReader:
     """Prepares pictures and text for :func:`qwen_vl` as transformers' Qwen2VLProcessor, which needs torchvision."""
 
@@ -246,6 +284,25 @@ class QwenReader:
         filled = ["".join(a + pad * n for a, n in zip(line, [*counts, 0], strict=True)) for line in parts]
         found.update(self.tokenizer(filled, padding=padding, return_tensors=return_tensors))
         return found
+
+
+def llama(width: int = 32) -> Any:
+    """A two-layer Llama for :func:`qwen_tokenizer`."""
+    tokenizer = qwen_tokenizer()
+    config = make(
+        "LlamaConfig",
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        attn_implementation="eager",  # the pipeline asks for attention maps
+    )
+    return make("LlamaForCausalLM", config)
 
 
 def quiet(pipe: Any) -> Any:

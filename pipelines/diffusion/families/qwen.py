@@ -45,6 +45,12 @@ TARGETS = {
     "all": rf"transformer_blocks\.\d+\.({ATTENTION}|{FEED_FORWARD}|{MODULATION})",
 }
 
+VAE_FIELDS = (
+    "latents_mean", "latents_std", "base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales",
+    "temperal_downsample", "dropout", "input_channels",
+)  # fmt: skip
+"""Fields of the video autoencoder's configuration."""
+
 EDIT, EDIT_PLUS = "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
 
 
@@ -92,10 +98,7 @@ class QwenImage(Family):
     )  # fmt: skip
     text_tensors = ("embeds", "mask")
     predictions = ("flow",)
-    vae_fields = (
-        "latents_mean", "latents_std", "base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales",
-        "temperal_downsample", "dropout", "input_channels",
-    )  # fmt: skip
+    vae_fields = VAE_FIELDS
     denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "guidance_embeds": (False, None),
         "use_additional_t_cond": (False, None),
