@@ -32,6 +32,8 @@ def load(
     device: Device = "auto",
     attention: Literal["auto", "sdpa", "xformers"] = "auto",
     memory: Literal["none", "balanced", "low"] = "none",
+    quantization: Literal["none", "8bit", "4bit", "int8", "int4"] = "none",
+    denoiser: str | os.PathLike[str] = "",
 ) -> MultiLoRAPipeline:
     """Open a text-to-image base model.
 
@@ -42,6 +44,8 @@ def load(
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         attention: attention backend.
         memory: "balanced" and "low" need less memory and more time (offloading, tiling).
+        quantization: store the denoiser's linear layers in few bits.
+        denoiser: a ``.gguf`` or ``.safetensors`` file whose denoiser replaces the base's.
 
     Returns:
         The pipeline: ``load_lora``, ``compose``, then a call makes pictures.
@@ -56,7 +60,9 @@ def load(
 
     silence.loading_bars()
     place = library.resolve_pipeline(os.fspath(base))
-    return MultiLoRAPipeline.from_pretrained(place, family, dtype, device, attention, memory)
+    return MultiLoRAPipeline.from_pretrained(
+        place, family, dtype, device, attention, memory, quantization, os.fspath(denoiser)
+    )
 
 
 def compose(

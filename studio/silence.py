@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,13 +12,18 @@ from typing import Any
 
 
 def library_warnings() -> None:
-    """Silence advice and deprecations (unless ``ADAPTER_STUDIO_DEBUG`` is set); call it before importing them."""
+    """Silence advice, deprecations and notes on optional kernels (unless ``ADAPTER_STUDIO_DEBUG`` is set).
+
+    Call it before importing the libraries.
+    """
     if os.environ.get("ADAPTER_STUDIO_DEBUG"):
         return
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def loading_bars() -> None:

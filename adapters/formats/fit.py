@@ -46,7 +46,7 @@ def fit(
                 f"(it has {', '.join(models)}): the adapter was made for another family."
             )
         names = {name: module for name, module in models[component].named_modules() if name}
-        lookup = _lookup(names, flat=file.flat, text=component in TEXT_ENCODERS)
+        lookup = module_names(names, flat=file.flat, text=component in TEXT_ENCODERS)
         fitted: dict[str, LoraLayer] = {}
         for written, layer in layers.items():
             module = lookup.get(written)
@@ -131,8 +131,14 @@ def check_copy(weight: Tensor, module: nn.Module | None, name: str, source: str,
     )
 
 
-def _lookup(names: Iterable[str], flat: bool, text: bool) -> dict[str, str]:
-    """Name that a file may use -> path of the module in the model."""
+def module_names(names: Iterable[str], flat: bool, text: bool) -> dict[str, str]:
+    """Name that a file may use -> path of the module in the model.
+
+    Args:
+        names: module paths.
+        flat: files may write "_" for ".".
+        text: it is a text encoder, whose level "text_model" files may have or not.
+    """
     table: dict[str, str] = {}
     for name in names:
         table.setdefault(name, name)

@@ -21,7 +21,8 @@ DoRA (arXiv 2402.09353), m / |W0 + sBA| (W0 + sBA) x, is for a fixed strength al
 with d_i (out,) computed once. Its gate can only be 0 or 1, because the norm would change with the strength.
 
 The modules of the model are never replaced: a forward hook adds to their output, and removing the hooks leaves the
-model exactly as it was. Changing gates writes a few numbers and visits no module. Gates that stay the same for several
+model exactly as it was. So the base's own product may be one with quantised weights; only DoRA's d_i reads a weight,
+once. Changing gates writes a few numbers and visits no module. Gates that stay the same for several
 calls can be folded into the weights instead (:mod:`adapters.layers.folded`).
 """
 
@@ -43,6 +44,7 @@ from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
 from adapters.layers import folded
 from adapters.layers.folded import Blocks
+from adapters.layers.quantized import plain_weight
 
 Pair = tuple[Tensor, Tensor]
 """A (r, in[, kh, kw]) and B (r, out), the scale folded into B."""
@@ -619,7 +621,8 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 
 def _weight(module: nn.Module, name: str) -> Tensor:
     """W0, outputs first."""
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.is_meta:
+    own = module.weight
+    if not isinstance(own, Tensor) or own.is_meta:
         raise InputError(f"A DoRA adapter needs the weight of '{name}', which is offloaded: compose before offloading.")
+    weight = plain_weight(module)
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight

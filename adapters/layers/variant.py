@@ -29,13 +29,13 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
+from adapters.layers.quantized import plain_weight
 
 OFFSET = "studio_offset"
 CORE = "lora_R"
@@ -218,11 +218,7 @@ def effective(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
 def base_weight(layer: Any) -> Tensor:
     """W0 (out, in * kernel) of a layer, dequantised, outputs first even where the layer stores the transpose."""
     base = layer.get_base_layer() if isinstance(layer, PeftLayer) else layer
-    weight: Any = base.weight
-    if type(weight).__name__ == "Int8Params":  # PEFT's other function leaves the layer without its scales
-        weight = dequantize_bnb_weight(weight, state=base.state)
-    else:
-        weight = dequantize_module_weight(base)
+    weight = plain_weight(base)
     if isinstance(base, Conv1D | nn.Embedding) or getattr(layer, "fan_in_fan_out", False):
         return weight.detach().T
     return weight.detach().flatten(1)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.formats.lora import MODEL, LoraFile, LoraLayer, group_dict
+
+if TYPE_CHECKING:
+    from adapters.merging.accuracy import Accuracy
 
 METHOD = Method(
     name="concatenate",
@@ -39,11 +42,13 @@ class Merged:
         file: the LoRA.
         errors: "component.module" -> relative error of the layer (Frobenius); empty if the merge is exact.
         report: "component.module" -> further facts by name, from methods that have any.
+        accuracy: of the file on disk, once it is written.
     """
 
     file: LoraFile
     errors: Mapping[str, float]
     report: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    accuracy: Accuracy | None = None
 
 
 def concatenate(

@@ -13,6 +13,7 @@ from adapters.formats.lora import LoraFile
 from pipelines.diffusion.families import Family, detect, find, opened_as
 from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.memory import PRESETS, apply_preset
+from pipelines.diffusion.quantization import check_quantization, open_denoiser, quantize
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTENTION = ("auto", "sdpa", "xformers")
@@ -29,9 +30,15 @@ class Settings:
     attention: str
     memory: str
     notes: tuple[str, ...] = ()
+    quantization: str = "none"
+    denoiser: str = ""
 
     def __str__(self) -> str:
         line = f"{self.source}: {self.family}, {self.dtype} on {self.device}, {self.attention}, memory {self.memory}"
+        if self.denoiser:
+            line += f", denoiser {Path(self.denoiser).name}"
+        if self.quantization != "none":
+            line += f", quantization {self.quantization}"
         return f"{line} ({'; '.join(self.notes)})" if self.notes else line
 
 
@@ -42,6 +49,8 @@ def open_pipeline(
     device: str = "auto",
     attention: str = "auto",
     memory: str = "none",
+    quantization: str = "none",
+    denoiser: str | Path = "",
     **options: Any,
 ) -> tuple[Any, Family, Settings]:
     """Load a diffusers pipeline; returns it with its family and settings.
@@ -53,16 +62,20 @@ def open_pipeline(
         device: "auto" or a torch device.
         attention: "auto", "sdpa" or "xformers".
         memory: preset, see :mod:`pipelines.diffusion.memory`.
+        quantization: how the denoiser's linear layers are stored, see :mod:`pipelines.diffusion.quantization`.
+        denoiser: file (GGUF or safetensors) whose denoiser replaces the base's; "" = the base's own.
         options: for diffusers' ``from_pretrained`` or ``from_single_file`` (``config=``, ``revision=``, ...).
 
     Raises:
         InputError: the base does not exist, cannot be loaded or is of another family, or a setting is not possible.
-        MissingDependencyError: xformers is chosen but not installed.
+        MissingDependencyError: xformers or a quantisation is chosen whose package is not installed.
     """
     import diffusers
 
     if memory not in PRESETS:
         raise InputError(f"Unknown memory preset '{memory}': use one of {', '.join(PRESETS)}.")
+    _check_together(memory, quantization, denoiser, source)
+    check_quantization(quantization)
     chosen_family = choose_family(family, source)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device, chosen_family)
@@ -73,6 +86,12 @@ def open_pipeline(
             f"diffusers opens {chosen_family.title} from a directory or hub id only: a single file such as "
             f"'{Path(source).name}' has no text encoder."
         )
+    if denoiser:
+        if len(chosen_family.denoisers) > 1:
+            count = len(chosen_family.denoisers)
+            raise InputError(f"{chosen_family.title} has {count} denoisers, which one file cannot replace.")
+        name = chosen_family.denoiser
+        options[name] = open_denoiser(denoiser, str(source), kind, name, DTYPES[chosen_dtype])
     try:
         if Path(source).is_file():
             pipe = kind.from_single_file(str(source), dtype=DTYPES[chosen_dtype], **options)
@@ -85,11 +104,29 @@ def open_pipeline(
     if chosen_attention == "xformers":
         pipe.enable_xformers_memory_efficient_attention()
     denoisers = [one.name for one in chosen_family.present(pipe)]
-    notes = apply_preset(pipe, memory, denoisers, chosen_device, DTYPES[chosen_dtype])
+    layers = sum(quantize(getattr(pipe, name), quantization, DTYPES[chosen_dtype]) for name in denoisers)
+    notes = [f"{layers} linear layers quantised"] if layers else []
+    notes += apply_preset(pipe, memory, denoisers, chosen_device, DTYPES[chosen_dtype])
     settings = Settings(
-        str(source), chosen_family.name, chosen_dtype, str(chosen_device), chosen_attention, memory, tuple(notes)
-    )
+        str(source), chosen_family.name, chosen_dtype, str(chosen_device), chosen_attention, memory, tuple(notes),
+        quantization, str(denoiser),
+    )  # fmt: skip
     return pipe, chosen_family, settings
+
+
+def _check_together(memory: str, quantization: str, denoiser: str | Path, source: str | Path) -> None:
+    """Refuse settings that exclude each other."""
+    quantised = str(denoiser).lower().endswith(".gguf")
+    if quantization != "none" and memory == "low":
+        raise InputError("The memory preset 'low' stores the denoiser in 8 bits by itself: use 'balanced' or 'none'.")
+    if not denoiser:
+        return
+    if memory == "low" and quantised:
+        raise InputError("The memory preset 'low' changes how the denoiser is stored: use 'balanced' or 'none'.")
+    if quantization != "none" and quantised:
+        raise InputError(f"The denoiser '{Path(denoiser).name}' is quantised already: leave quantization at 'none'.")
+    if Path(source).is_file():
+        raise InputError("A denoiser of its own needs a base that is a directory or hub id, not a single file.")
 
 
 FITTING = ("block_out_channels", "cross_attention_dim", "joint_attention_dim", "num_attention_heads")

@@ -28,7 +28,8 @@ from adapters.errors import InputError
 from adapters.formats import LoraFile
 from adapters.formats.format import find as find_format
 from adapters.formats.words import with_words_of
-from adapters.merging.concatenate import Merged, concatenate
+from adapters.merging.accuracy import write_checked
+from adapters.merging.concatenate import Merged, concatenate, summands
 from adapters.progress import Monitor, Silent, part
 from pipelines.diffusion import methods
 from pipelines.diffusion.call import Call, Output, check_named, decided, diffusers_arguments, together
@@ -86,13 +87,17 @@ class MultiLoRAPipeline:
         device: str = "auto",
         attention: str = "auto",
         memory: str = "none",
+        quantization: str = "none",
+        denoiser: str | Path = "",
         **options: Any,
     ) -> MultiLoRAPipeline:
         """Load a hub id, a pipeline directory or a single ``.safetensors`` file.
 
         Arguments and errors are those of :func:`pipelines.diffusion.loading.open_pipeline`.
         """
-        pipe, _, settings = open_pipeline(source, family, dtype, device, attention, memory, **options)
+        pipe, _, settings = open_pipeline(
+            source, family, dtype, device, attention, memory, quantization, denoiser, **options
+        )
         return cls(pipe, settings)
 
     def for_task(self, task: str, **parts: Any) -> MultiLoRAPipeline:
@@ -275,10 +280,12 @@ class MultiLoRAPipeline:
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:
         """Write the composition as one ordinary LoRA (only merge without schedules).
 
-        ``rank`` truncates every layer by SVD; the result has the relative error of each truncated layer.
+        ``rank`` truncates every layer by SVD; the result has the relative error of each truncated layer. The file is
+        read back and compared with the exact sum (:mod:`adapters.merging.accuracy`).
 
         Raises:
-            InputError: the composition is not a constant sum, or the format is unknown or cannot hold it.
+            InputError: the composition is not a constant sum, the format is unknown or cannot hold it, or the written
+                file does not contain the adapters.
         """
         chosen = self.composition
         writer = find_format(format)
@@ -308,8 +315,9 @@ class MultiLoRAPipeline:
         merged = concatenate([item.file for item in loaded], weights, factors, rank)
         file = with_words_of(merged.file, [item.file for item in loaded])
         merged = replace(merged, file=replace(file, metadata=self._merged_entries(loaded)))
-        writer.write(merged.file, Path(path))
-        return merged
+        sums = summands([item.file for item in loaded], weights, factors)
+        _, accuracy = write_checked(merged.file, Path(path), writer.name, sums, exact=not merged.errors)
+        return replace(merged, accuracy=accuracy)
 
     # Pictures
 

@@ -17,6 +17,7 @@ from studio.composition import lora_option
 
 if TYPE_CHECKING:
     from adapters.formats import LoraFile
+    from adapters.merging.accuracy import Accuracy, Sums
 
 FORMATS = writable()
 
@@ -76,16 +77,20 @@ def inspect(adapter: Adapter, json: Json = False, quiet: Quiet = False) -> None:
 def convert(
     adapter: Adapter, out: Out, to: Format = "diffusers", base: Base = None, json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Write an adapter in another format; the change it makes stays the same.
+    """Write an adapter in another format; the change it makes stays the same (the file is read back to check).
 
     Example:  studio lora convert fox --out fox-peft --to peft
     """
     from studio import library
 
     path = library.resolve_adapter(adapter)
+    from adapters.merging.accuracy import sums_of
+
     file = _named([_read(path)], base, to)[0]
-    written = write(file, out, to)
-    Output(json, quiet).result({"path": str(written), "format": to}, f"Written to {written}")
+    written, accuracy = write(file, out, to, sums_of(file))
+    Output(json, quiet).result(
+        {"path": str(written), "format": to, **_measured(accuracy)}, f"Written to {written} ({accuracy})"
+    )
 
 
 @group.command()
@@ -112,6 +117,7 @@ def merge(
 
     Example:  studio lora merge fox:0.8 robot:0.6 --out both.safetensors
     """
+    from adapters.merging.concatenate import summands
     from studio import library
     from studio.adapter_files import merging
 
@@ -121,21 +127,18 @@ def merge(
     files = _named([_read(library.resolve_adapter(use["path"])) for use in uses], base, to)
     weights = [float(use.get("weight", 1.0)) for use in uses]
     merged = merging.merge(method, files, weights, rank, dict(pair("--set", text) for text in set_ or []))
-    written = write(merged.file, out, to)
-    worst = max(merged.errors.items(), key=lambda item: item[1], default=("", 0.0))
+    written, accuracy = write(merged.file, out, to, summands(files, weights), exact=not merged.errors)
     values = {
-        "path": str(written), "format": to, "method": method, "ranks": list(merged.file.ranks()),
-        "largest_error": worst[1], "largest_error_at": worst[0],
+        "path": str(written), "format": to, "method": method, "ranks": list(merged.file.ranks()), **_measured(accuracy),
     }  # fmt: skip
-    note = f", largest relative error {worst[1]:.3g} at {worst[0]}" if merged.errors else ""
     output = Output(json, quiet)
-    if method == "lego" and worst[1] > 1:
+    if method == "lego" and accuracy.error > 1:
         output.note(
             "In some layers the result is farther from the adapters' sum than zero is: ranks that cancel each other "
             "(in adapters started by pissa, olora, corda or lora_ga) do not cluster. Cut each adapter first: "
             "studio lora merge ONE --method svd --rank R."
         )
-    output.result(values, f"Written to {written} (rank {max(merged.file.ranks())}{note})")
+    output.result(values, f"Written to {written} (rank {max(merged.file.ranks())}; {accuracy})")
 
 
 @group.command()
@@ -155,6 +158,7 @@ def extract(
 
     Example:  studio lora extract base.safetensors tuned.safetensors --out change.safetensors --rank 16
     """
+    from adapters.merging.accuracy import sums_of
     from adapters.merging.extract import extract as difference
     from studio.adapter_files.fit_to_base import models
 
@@ -163,7 +167,7 @@ def extract(
     find(to)
     with Terminal(quiet) as terminal:
         made = difference(models(base)[0], models(tuned)[0], rank, energy, terminal)
-    written = write(made.file, out, to)
+    written, _ = write(made.file, out, to, sums_of(made.file))
     place, worst = made.worst
     values = {
         "path": str(written), "format": to, "layers": made.file.counts(), "ranks": list(made.file.ranks()),
@@ -199,15 +203,23 @@ def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:
     return fitted(files, base)
 
 
-def write(file: LoraFile, out: Path, to: str) -> Path:
-    """Write to ``out`` in the format ``to``; raises :class:`InputError` for the suffix of another format."""
-    from adapters import formats
+def write(file: LoraFile, out: Path, to: str, sums: Sums, exact: bool = True) -> tuple[Path, Accuracy]:
+    """Write to ``out`` in the format ``to``, read it back and compare it with ``sums``.
+
+    Raises:
+        InputError: the suffix of another format, or the file does not contain the adapters.
+    """
+    from adapters.merging.accuracy import write_checked
 
     ending = find(to).suffix
     if ending and out.suffix != ending:
         raise InputError(f"--out: the file must end in {ending}, got '{out.name}'.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return formats.write(file, out, to)
+    return write_checked(file, out, to, sums, exact)
+
+
+def _measured(accuracy: Accuracy) -> dict[str, Any]:
+    return {"layers": accuracy.layers, "largest_error": accuracy.error, "largest_error_at": accuracy.at}
 
 
 def _strongest(file: LoraFile, number: int = 3) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from adapters.errors import InputError
 from studio.schema import JobConfig
 
 GROUPS = {"base": "Model", "family": "Model", "dtype": "Model", "device": "Model", "attention": "Model",
-          "memory": "Model"}  # fmt: skip
+          "memory": "Model", "quantization": "Model", "denoiser": "Model"}  # fmt: skip
 
 
 def with_options(schema: type[JobConfig], skip: Collection[str] = ()) -> Callable[[Callable[..., Any]], Any]:

@@ -60,7 +60,7 @@ def _load(choice: ModelChoice) -> Any:
     silence.loading_bars()
     return MultiLoRAPipeline.from_pretrained(
         library.resolve_pipeline(choice.base), family=choice.family, dtype=choice.dtype, device=choice.device,
-        attention=choice.attention, memory=choice.memory,
+        attention=choice.attention, memory=choice.memory, quantization=choice.quantization, denoiser=choice.denoiser,
     )  # fmt: skip
 
 
@@ -77,5 +77,6 @@ def _of_task(pipe: Any, known: dict[tuple[str, str], Any], task: str, controlnet
 def _key(choice: ModelChoice) -> tuple[str, ...]:
     """Identifies a loaded pipeline: the choice, and the state of the base's files."""
     place = library.resolve_pipeline(choice.base)
-    stamp = cache.stamp(Path(place)) if Path(place).exists() else ""
-    return (place, stamp, choice.family, choice.dtype, choice.device, choice.attention, choice.memory)
+    stamps = [cache.stamp(path) if path.exists() else "" for path in (Path(place), Path(choice.denoiser or place))]
+    chosen = (choice.family, choice.dtype, choice.device, choice.attention, choice.memory, choice.quantization)
+    return (place, choice.denoiser, *stamps, *chosen)

@@ -1,7 +1,7 @@
 """Recipes: how a picture was made, and how to make it again.
 
 A recipe is ``{"version", "job", "config", "adapters": [{name, size, sha256}], "base": {name, sha256}, "versions",
-"made_on"}``, and "controlnet" like "base" where there is one. ``config`` is a whole
+"made_on"}``, and "controlnet" and "denoiser" like "base" where there is one. ``config`` is a whole
 :class:`~studio.composition.schema.ComposeConfig` in which files have names only, because pictures are shared and a path
 reveals the user's disk. The hashes identify the files, wherever they are now; start picture, mask and control picture
 are included. Recipes of earlier versions hold a ``path`` too. If the texts were written with choices or adapters in
@@ -22,6 +22,9 @@ from studio.composition.schema import ComposeConfig
 
 VERSION = 1
 
+BESIDE = {"controlnet": "ControlNet", "denoiser": "denoiser"}
+"""Fields with a model beside the base -> its name in messages."""
+
 _PACKAGES = ("adapter-studio", "torch", "diffusers", "transformers", "peft", "numpy")
 
 
@@ -38,14 +41,15 @@ def build(config: ComposeConfig, made_on: dict[str, Any]) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     values["adapters"] = [{**use, "path": _shared(use["path"], "adapter")} for use in values["adapters"]]
     values["base"] = _shared(config.base, "base")
-    values["controlnet"] = _shared(config.controlnet, "base") if config.controlnet else ""
+    for name in BESIDE:
+        values[name] = _shared(values[name], "base") if values[name] else ""
     return {
         "version": VERSION,
         "job": "compose",
         "config": values,
         "adapters": [_adapter(use.name, library.resolve_adapter(use.path)) for use in config.adapters],
         "base": _base(config.base),
-        **({"controlnet": _controlnet(config.controlnet)} if config.controlnet else {}),
+        **{name: _beside(given) for name in BESIDE if (given := getattr(config, name))},
         "versions": versions(),
         "made_on": made_on,
     }
@@ -87,8 +91,9 @@ def replay(recipe: dict[str, Any], overrides: dict[str, Any] | None = None) -> C
         values["adapters"] = _present_adapters(values.get("adapters") or [], recipe.get("adapters") or [])
     if "base" not in overrides:
         values["base"] = _present_base(values.get("base"), recipe.get("base") or {})
-    if values.get("controlnet") and "controlnet" not in overrides:
-        values["controlnet"] = _present_controlnet(values["controlnet"], recipe.get("controlnet") or {})
+    for name, title in BESIDE.items():
+        if values.get(name) and name not in overrides:
+            values[name] = _present_beside(values[name], recipe.get(name) or {}, name, title)
     return ComposeConfig.parse({**values, **overrides}, source="the recipe")
 
 
@@ -165,8 +170,8 @@ def _present_base(given: Any, entry: dict[str, Any]) -> str:
     raise InputError(f"The base model '{name}' is not the recipe's ({expected[:12]}): {what_to_do}")
 
 
-def _present_controlnet(given: str, entry: dict[str, Any]) -> str:
-    """Where the recipe's exact ControlNet is; one named by its hub id is used as it is today."""
+def _present_beside(given: str, entry: dict[str, Any], name: str, title: str) -> str:
+    """Where the recipe's exact model of :data:`BESIDE` is; one named by its hub id is used as it is today."""
     expected = entry.get("sha256")
     if not expected:
         return given
@@ -175,12 +180,12 @@ def _present_controlnet(given: str, entry: dict[str, Any]) -> str:
         if place.exists() and library.sha256(place.absolute(), "base") == expected:
             return text
     raise InputError(
-        f"The ControlNet '{given}' ({_short(entry)}) of the recipe is not here: put the original back, or choose one "
-        "yourself with --controlnet."
+        f"The {title} '{given}' ({_short(entry)}) of the recipe is not here: put the original back, or choose one "
+        f"yourself with --{name}."
     )
 
 
-def _controlnet(given: str) -> dict[str, Any]:
+def _beside(given: str) -> dict[str, Any]:
     path = Path(given).expanduser().absolute()
     return {"name": path.name, "sha256": library.sha256(path, "base")} if path.exists() else {"name": given}
 

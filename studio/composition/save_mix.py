@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from adapters.errors import InputError
 from studio.composition.schema import AdapterUse, ComposeConfig
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from adapters.formats import LoraFile
 
 METHOD = "merge"
+
+
+class Saved(NamedTuple):
+    """A saved mix: its name in the library, and a sentence on how exactly it holds the sum."""
+
+    name: str
+    accuracy: str
 
 
 def check(config: ComposeConfig) -> None:
@@ -33,8 +40,8 @@ def check(config: ComposeConfig) -> None:
             )
 
 
-def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Path | None = None) -> str:
-    """Write the mix into the library; returns its name there.
+def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Path | None = None) -> Saved:
+    """Write the mix into the library, and compare the file with the exact sum.
 
     Args:
         config: a composition by ``merge``, with this machine's paths.
@@ -43,9 +50,12 @@ def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Pat
         preview: its preview picture.
 
     Raises:
-        InputError: it is not a sum (see :func:`check`; DoRA adapters are not either), or an adapter is missing.
+        InputError: it is not a sum (see :func:`check`; DoRA adapters are not either), an adapter is missing, or the
+            written file does not contain them.
     """
     from adapters import formats
+    from adapters.merging.accuracy import write_checked
+    from adapters.merging.concatenate import summands
     from studio import library
     from studio.adapter_files import merging
     from studio.adapter_files.fit_to_base import fitted
@@ -56,19 +66,21 @@ def save(config: ComposeConfig, name: str, rank: int | None = None, preview: Pat
     files = fitted(read, config.base)
     weights = [_weights(use, file) for use, file in zip(config.adapters, files, strict=True)]
     factors = [_factors(use, file) for use, file in zip(config.adapters, files, strict=True)]
-    merged = merging.merge(merging.DEFAULT, files, weights, rank, factors=factors).file
+    merged = merging.merge(merging.DEFAULT, files, weights, rank, factors=factors)
     triggers = list(dict.fromkeys(word for use in config.adapters if use.weight for word in use.triggers))
     record = {"job": "mix", "triggers": triggers, "config": {"base": config.base}}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "mix.safetensors"
-        formats.write_diffusers(merged, file, {"adapter-studio": json.dumps(record)})
+        entries = {"adapter-studio": json.dumps(record)}
+        sums = summands(files, weights, factors)
+        _, accuracy = write_checked(merged.file, file, "diffusers", sums, not merged.errors, entries)
         made = edit.import_adapter(file, adopt.free_name(name.strip() or "mix"))
     if preview is not None:
         edit.set_preview(made, preview)
-    return made.name
+    return Saved(made.name, str(accuracy))
 
 
-def save_apart(config: ComposeConfig, name: str, rank: int | None = None, preview: Path | None = None) -> str:
+def save_apart(config: ComposeConfig, name: str, rank: int | None = None, preview: Path | None = None) -> Saved:
     """:func:`save` in a separate process, so that the web app never loads torch."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context

@@ -86,6 +86,13 @@ class ModelChoice(JobConfig):
     memory: Literal["none", "balanced", "low"] = Field(
         "none", description="Memory preset: less memory for more time (offloading, tiling)."
     )
+    quantization: Literal["none", "8bit", "4bit", "int8", "int4"] = Field(
+        "none", description="Store the denoiser's linear layers in few bits: 8bit, 4bit (bitsandbytes), int8, int4 "
+        "(torchao).",
+    )  # fmt: skip
+    denoiser: str = Field(
+        "", description="A .gguf or .safetensors file whose denoiser replaces the base's; empty = the base's own."
+    )
 
 
 class ComposeConfig(RegionFields, PictureFields, ModelChoice):

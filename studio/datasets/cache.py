@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adapters import files
+from adapters.layers.quantized import plain_tensor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -29,7 +31,8 @@ def fingerprint(module: torch.nn.Module) -> str:
     total = hashlib.blake2b(digest_size=20)
     for name, value in sorted(module.state_dict().items()):
         total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        codes: Any = plain_tensor(value).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        total.update(codes)
     return total.hexdigest()
 
 

@@ -88,6 +88,7 @@ def soften(
 
     Example:  studio inspect soften fox --base tinymoji --out soft.safetensors --control control.safetensors
     """
+    from adapters.merging.accuracy import sums_of
     from studio import silence
     from studio.adapter_files.command import write
     from studio.inspection import intruders
@@ -101,7 +102,7 @@ def soften(
         output.note("A lambda above 1 amplifies intruders: the model forgets more.")
     for file, place in ((made, out), (shrunk, control)):
         if place is not None:
-            write(file, place, "diffusers" if place.suffix == ".safetensors" else "peft")
+            write(file, place, "diffusers" if place.suffix == ".safetensors" else "peft", sums_of(file))
     output.result({"path": str(out), **found}, lambda: facts({"path": str(out), **found}.items()))
 
 

@@ -27,6 +27,8 @@ _LONGEST = 2000  # letters of a fact
 _LARGEST_TEXT = 2**20  # bytes of a card or configuration
 _LONGEST_CARD = 2**16  # letters of its YAML
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, fast on malformed input too
+ACCURACY = "adapter_studio_accuracy"
+"""Metadata entry of a merged or converted file (:mod:`adapters.merging.accuracy`)."""
 RECIPE_KEYS = ("adapter_studio_recipe", "adapter-studio")
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 
@@ -53,6 +55,7 @@ def adapter(path: Path) -> dict[str, Any]:
         "layers": sum(counts.values()),
         "ranks": dict(sorted(counts.items())[:_MOST]) if len(counts) > 1 else {},
         **_from_recipe(recipe or {}),
+        "accuracy": _accuracy(_table(head.json(ACCURACY))),
         **{key: text for key in ("description", "license", "base_model") if (text := _line(card.get(key)))},
     }
     return {
@@ -76,6 +79,14 @@ def _header(weights: Path) -> Header:
             return found
     ending = f"the ending '{weights.suffix}'" if weights.suffix else "no ending"
     raise InputError(f"it has {ending}; adapters are PEFT folders and files ending in .safetensors")
+
+
+def _accuracy(entry: dict[str, Any]) -> str:
+    """How far a merged or converted file is from the exact sum, as the file says."""
+    error, place = entry.get("error"), _line(entry.get("at"))
+    if isinstance(error, bool) or not isinstance(error, int | float):
+        return ""
+    return f"largest relative error {error:.2g}" + (f" at {place}" if place and error else "")
 
 
 def _from_recipe(recipe: dict[str, Any]) -> dict[str, Any]:

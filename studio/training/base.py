@@ -33,5 +33,8 @@ def load_base(config: TrainImageConfig, dtype: torch.dtype, device: torch.device
     from studio import library
 
     source = library.resolve_pipeline(config.base)
-    pipe, _, _ = open_pipeline(source, config.family, NAMES[dtype], str(device), config.attention)
+    pipe, _, _ = open_pipeline(
+        source, config.family, NAMES[dtype], str(device), config.attention,
+        quantization=config.quantization, denoiser=config.denoiser,
+    )  # fmt: skip
     return settle(pipe)

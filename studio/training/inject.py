@@ -114,8 +114,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def layer_sizes(model: nn.Module, name: str) -> tuple[int, int]:
     """(outputs, inputs) of a layer seen as a matrix."""
-    weight = model.get_parameter(f"{name}.weight")
-    return weight.shape[0], weight[0].numel()
+    module: Any = model.get_submodule(name)
+    if isinstance(module, nn.Linear):  # a quantised weight has another shape
+        return module.out_features, module.in_features
+    return module.weight.shape[0], module.weight[0].numel()
 
 
 def _pointwise_projections(chosen: Mapping[str, nn.Module]) -> set[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from adapters.errors import InputError
 from pipelines.diffusion.families import FAMILIES
+from pipelines.diffusion.quantization import check_quantization
 from studio import library
 from studio.datasets import texts
 from studio.datasets.pictures import FolderReport, usable_pictures
@@ -54,9 +55,9 @@ def language(config: TrainLanguageConfig) -> None:
         rows.read(config)
     rows.template_of(config)
     if config.quantization != "none":
-        from pipelines.language.loading import check_quantization
+        from pipelines.language import loading
 
-        check_quantization(config.quantization)
+        loading.check_quantization(config.quantization)
     _common(config)
 
 
@@ -137,6 +138,7 @@ def writable(folder: Path) -> None:
 
 def _picture_base(config: TrainImageConfig) -> None:
     """Check that the base exists and its family offers what is asked (a hub id is unknown before it is loaded)."""
+    check_quantization(config.quantization)
     place = Path(library.resolve_pipeline(config.base))
     family = config.family
     if family == "auto" and place.exists():

@@ -38,15 +38,17 @@ def pixels(config: ComposeConfig, folder: Path) -> np.ndarray:
 
 def test_one_lora_draws_what_the_merge_drew(tmp_path: Path) -> None:
     drawn = pixels(composition(), tmp_path / "merge")
-    name = save_mix.save(composition(), "my mix", preview=tmp_path / "merge" / "picture-1.png")
+    name, accuracy = save_mix.save(composition(), "my mix", preview=tmp_path / "merge" / "picture-1.png")
     record = library.find(name)
+    assert "layers against the exact sum: " in accuracy
+    assert float(record.notes["accuracy"].removeprefix("largest relative error ").split()[0]) < 1e-6
     assert (record.name, set(record.triggers), record.problem) == ("my mix", {"fox", "robot"}, "")
     assert record.preview is not None
     again = pixels(composition(adapters=[{"path": "my mix"}]), tmp_path / "mix")
     base = pixels(composition(adapters=[]), tmp_path / "base")
     assert np.abs(drawn - again).max() <= 2
     assert np.abs(drawn - base).mean() > 3
-    assert save_mix.save(composition(), "my mix") == "my mix-2"
+    assert save_mix.save(composition(), "my mix").name == "my mix-2"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ NAMES = tuple(name for name in KNOWN if name not in _ELSEWHERE)
 """Fields with a widget of their own, in the order of the form; the adapters are the rack."""
 
 ADVANCED = ("scheduler", "te_mode", "adapter_batch", "fold", "allow_double_guidance", "memory", "dtype", "attention",
-            "device", "family")  # fmt: skip
+            "device", "family", "quantization", "denoiser")  # fmt: skip
 SECONDS = 0.7
 EARLIER = 12
 """How many earlier pictures are offered beside the form."""
@@ -601,7 +601,7 @@ def _wire_recipes(page: Page, result: _Result) -> None:
     @errors_shown
     def save(path: str, name: str) -> Any:
         made = save_mix.save_apart(recipes.replay(recipe_png.read_recipe(path)), name, preview=Path(path))
-        gr.Info(f"'{made}' is in the library now: one LoRA, for use at weight 1.", title="Saved")
+        gr.Info(f"'{made.name}' is in the library now: one LoRA, for use at weight 1 ({made.accuracy}).", title="Saved")
         return gr.update(choices=adapter_choices())
 
     @errors_shown

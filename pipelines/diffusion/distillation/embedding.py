@@ -39,8 +39,7 @@ def add_projection(unet: Any) -> None:
         InputError: the denoiser is not a UNet with a time embedding.
     """
     place = _time_embedding(unet)
-    weight = place.linear_1.weight if hasattr(place.linear_1, "weight") else place.linear_1.base_layer.weight
-    projection = nn.Linear(WIDTH, weight.shape[1], bias=False, device=weight.device, dtype=torch.float32)
+    projection = nn.Linear(WIDTH, place.linear_1.in_features, bias=False, device=unet.device, dtype=torch.float32)
     nn.init.zeros_(projection.weight)
     place.cond_proj = projection
     projection.requires_grad_(True)
@@ -66,14 +65,14 @@ def attached(unet: Any, weight: Tensor) -> Iterator[None]:
         FamilyError: the weight is for another model.
     """
     place = _time_embedding(unet)
-    like = place.linear_1.weight
-    if tuple(weight.shape) != (like.shape[1], WIDTH):
+    channels = place.linear_1.in_features
+    if tuple(weight.shape) != (channels, WIDTH):
         raise FamilyError(
-            f"The guidance embedding has shape {tuple(weight.shape)}, but this model needs {(like.shape[1], WIDTH)}: "
+            f"The guidance embedding has shape {tuple(weight.shape)}, but this model needs {(channels, WIDTH)}: "
             "it was made for another base model."
         )
     before = place.cond_proj
-    projection = nn.Linear(WIDTH, like.shape[1], bias=False, device=like.device, dtype=like.dtype)
+    projection = nn.Linear(WIDTH, channels, bias=False, device=unet.device, dtype=unet.dtype)
     with torch.no_grad():
         projection.weight.copy_(weight)
     place.cond_proj = projection.requires_grad_(False)
