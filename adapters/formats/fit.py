@@ -6,7 +6,7 @@ that names the layer and both shapes; an adapter is never loaded in part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,14 +48,15 @@ def fit(
         names = {name: module for name, module in models[component].named_modules() if name}
         lookup = module_names(names, flat=file.flat, text=component in TEXT_ENCODERS)
         fitted: dict[str, LoraLayer] = {}
+        if unmatched := [written for written in layers if written not in lookup]:
+            where = "" if component == MODEL else f" in its {component}"
+            others = f" ({len(unmatched)} of the {len(layers)} layers find none: {_listed(unmatched)})"
+            raise FamilyError(
+                f"{_source(file)}: {base} has no module '{unmatched[0]}'{where}{nearest(unmatched[0], lookup)}"
+                f"{others if len(unmatched) > 1 else ''}: the adapter was made for another model."
+            )
         for written, layer in layers.items():
-            module = lookup.get(written)
-            if module is None:
-                where = "" if component == MODEL else f" in its {component}"
-                raise FamilyError(
-                    f"{_source(file)}: {base} has no module '{written}'{where}{nearest(written, lookup)}: the adapter "
-                    "was made for another model."
-                )
+            module = lookup[written]
             if module in fitted:
                 raise InputError(f"{_source(file)}: two layers for the module '{_shown(component, module)}'.")
             shown = _shown(component, module)
@@ -153,6 +154,11 @@ def module_names(names: Iterable[str], flat: bool, text: bool) -> dict[str, str]
     for written, name in table.items():
         flattened.setdefault(written.replace(".", "_"), name)
     return flattened
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _shown(component: str, module: str) -> str:

@@ -275,7 +275,7 @@ class MultiLoRAPipeline:
             positions = self._positions(fresh, steps, others, self._pixels(None, None, others))
         guidance, mark = self._check_use(guidance_scale, True)
         plan, _ = self._planned(positions, self._guided(guidance, mark), prompt)
-        return plan
+        return replace(plan, reports=tuple(item.report for item in self._chosen()))
 
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:
         """Write the composition as one ordinary LoRA (only merge without schedules).

@@ -13,6 +13,7 @@ from torch import nn
 
 from adapters.errors import FamilyError, InputError, nearest
 from adapters.formats import LoraFile, read
+from adapters.formats.coverage import coverage
 from adapters.formats.fit import fit
 from adapters.formats.lora import LoraLayer
 from adapters.layers.gated import Adapter, GatedAdapters
@@ -128,6 +129,7 @@ class Rack:
             schedule_by=schedule_by,
             distilled=special.mark if special else None,
             region=place,
+            coverage={name: coverage(getattr(self.pipe, name), layers) for name, layers in fitted.parts.items()},
         )
         self.loaded[chosen] = Loaded(report, fitted, special)
         self._joined = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from adapters.formats.coverage import Coverage, told
 from pipelines.diffusion.distillation.mark import Mark
 from pipelines.diffusion.folding import Folds
 from pipelines.diffusion.methods.step import Step
@@ -21,6 +22,7 @@ class LoraReport:
         name: in this pipeline.
         path, sha256, format: the file it came from.
         layers: number of layers per component, all of them in use.
+        coverage: component -> which share of its linear layers that is.
         ranks: the different ranks, ascending.
         dora: it has DoRA layers (its schedule can only switch it on and off).
         parameters: number of parameters.
@@ -48,15 +50,16 @@ class LoraReport:
     schedule_by: By = "step"
     distilled: Mark | None = None
     region: Region | None = None
+    coverage: Mapping[str, Coverage] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        layers = ", ".join(f"{count} in {component}" for component, count in self.layers.items())
+        layers = told(self.coverage)
         ranks = "/".join(map(str, self.ranks))
         kind = "DoRA" if self.dora else "LoRA"
         built_in = f"; {self.distilled}" if self.distilled else ""
         place = f"; {report_region(self.region)}" if self.region else ""
         return (
-            f"{self.name}: {kind} of rank {ranks}, layers {layers}, weight {self.weight:g} ({self.format}){built_in}"
+            f"{self.name}: {kind} of rank {ranks} on {layers}, weight {self.weight:g} ({self.format}){built_in}"
             f"{place}"
         )
 
@@ -106,6 +109,7 @@ class Plan:
         regions, options: where adapters act and how (regional methods).
         warnings: what may surprise, one sentence each.
         folds: what is folded into the weights.
+        reports: on the adapters, in order.
     """
 
     method: str
@@ -120,6 +124,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     folds: Folds = field(default_factory=Folds)
+    reports: tuple[LoraReport, ...] = ()
 
     @property
     def gates(self) -> list[tuple[float, ...]]:
@@ -145,6 +150,7 @@ class Plan:
             "encodings": self.encodings,
             "memory": self.memory,
             "folded_memory": self.folds.memory,
+            "layers": {report.name: told(report.coverage) for report in self.reports},
             "regions": [asdict(region) for region in self.regions],
             "options": dict(self.options),
             "warnings": list(self.warnings),
@@ -157,6 +163,7 @@ class Plan:
             f"{self.method} of {', '.join(self.adapters) or 'no adapter'}; text encoders {self.te_mode}",
             f"{len(self.steps)} steps, {self.forwards} predictions per picture{halves}, "
             f"{self.encodings} prompt encodings, {self.memory / 2**20:.1f} MiB of adapters{self._folded()}",
+            *(f"  {report.name} changes {told(report.coverage)}" for report in self.reports),
             *(f"  {region}" for region in self.regions),
         ]
         if self.regions:

@@ -37,10 +37,15 @@ def register(app: typer.Typer) -> None:
 
 
 @group.command()
-def inspect(adapter: Adapter, json: Json = False, quiet: Quiet = False) -> None:
+def inspect(
+    adapter: Adapter,
+    base: Annotated[str | None, typer.Option("--base", help="Base model to count the share of layers of.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Read a whole file: layers, ranks, size of the change, whether every number is finite.
 
-    Example:  studio lora inspect fox
+    Example:  studio lora inspect fox --base tinymoji
     """
     from studio import library
     from studio.library import scan
@@ -53,6 +58,7 @@ def inspect(adapter: Adapter, json: Json = False, quiet: Quiet = False) -> None:
         "format": file.format,
         "family": record.family,
         "layers": file.counts(),
+        **({"changes": _changes(file, base)} if base else {}),
         "ranks": list(file.ranks()),
         "targets": list(file.targets()),
         "parameters": file.parameters(),
@@ -178,6 +184,13 @@ def extract(
     output.note(f"Written to {written}; largest relative error {worst:.3g} at {place}.")
     if made.left_out:
         output.note(f"{len(made.left_out)} parameters differ that a LoRA cannot hold (norms, biases, embeddings).")
+
+
+def _changes(file: LoraFile, base: str) -> dict[str, str]:
+    from studio.adapter_files.fit_to_base import changes
+
+    silence.library_warnings()
+    return changes(file, base)
 
 
 def _read(path: Path) -> LoraFile:

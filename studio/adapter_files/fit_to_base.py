@@ -22,6 +22,21 @@ def fitted(files: Sequence[LoraFile], base: str) -> list[LoraFile]:
     return [fit(modern_blocks(file, unet_config), parts, f"'{base}'") for file in files]
 
 
+def changes(file: LoraFile, base: str) -> dict[str, str]:
+    """Component of ``base`` -> which share of its layers the adapter changes, as text.
+
+    Raises:
+        adapters.errors.FamilyError: the file was made for another model.
+    """
+    from adapters.formats.coverage import coverage
+    from adapters.formats.fit import fit
+    from pipelines.diffusion.loading import modern_blocks
+
+    parts, unet_config = models(base)
+    made = fit(modern_blocks(file, unet_config), parts, f"'{base}'")
+    return {name: str(coverage(parts[name], layers)) for name, layers in made.parts.items()}
+
+
 def models(base: str) -> tuple[dict[str, Any], Any]:
     """The parts of a base model that adapters change, by component, and its UNet's configuration."""
     from adapters.formats.lora import COMPONENTS

@@ -52,6 +52,7 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
     remarks += said
     _set_threads(threads)
     made: list[Made] = []
+    layers: dict[str, str] = {}
     with pipeline_cache.pipeline(config, config.task, config.controlnet) as pipe:
         moving.check(pipe, config)
         config, first = (one.model_copy(update=start_picture.decided(pipe, one)) for one in (config, first))
@@ -63,12 +64,13 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
             remarks += said
             if not made or one.adapters != made[-1].config.adapters or one.regions != made[-1].config.regions:
                 _prepare(pipe, one)
+                layers |= _layers(pipe)
             made.append(_picture(pipe, config, one, folder, monitor, number))
         if config.fold and not all(picture.config.fold for picture in made):
             recipe["config"]["fold"] = False
             files.write_text(folder / "recipe.json", json.dumps(recipe, indent=1))
     remarks += [remark for picture in made for remark in picture.remarks]
-    return _result(config, recipe, folder, made, remarks, round(time.monotonic() - begun, 3))
+    return _result(config, recipe, folder, made, remarks, round(time.monotonic() - begun, 3), layers)
 
 
 def run_together(configs: Sequence[ComposeConfig], folders: Sequence[Path], monitor: Monitor) -> list[dict[str, Any]]:
@@ -93,6 +95,7 @@ def run_together(configs: Sequence[ComposeConfig], folders: Sequence[Path], moni
 
     with pipeline_cache.pipeline(ones[0]) as pipe:
         _prepare(pipe, ones[0])
+        layers = _layers(pipe)
         check(monitor)
         moving.check(pipe, ones[0])
         out = pipe(
@@ -110,7 +113,7 @@ def run_together(configs: Sequence[ComposeConfig], folders: Sequence[Path], moni
         path, video, said = moving.save(out, k, folder / f"picture-{one.seed}.png", rate, recipe)
         monitor.report(Progress("saved", k + 1, len(ones), preview=path, message=f"picture {path.name}"))
         made = Made(one, path, [], (*remarks, *out.plan.warnings, *said), video)
-        results.append(_result(config, recipe, folder, [made], made.remarks, seconds))
+        results.append(_result(config, recipe, folder, [made], made.remarks, seconds, layers))
     return results
 
 
@@ -140,14 +143,16 @@ def _result(
     made: Sequence[Made],
     remarks: Sequence[str],
     seconds: float,
+    layers: dict[str, str],
 ) -> dict[str, Any]:
-    """The job's result."""
+    """The job's result; ``layers`` says what every adapter changes."""
     return {
         "images": [str(picture.path) for picture in made],
         **({"videos": [str(picture.video) for picture in made]} if made[0].video else {}),
         "regions": made[0].regions,
         "recipe": str(folder / "recipe.json"),
         "adapters": [use.name for use in made[0].config.adapters],
+        "layers": layers,
         "base": config.base,
         "method": config.method,
         "made_on": recipe["made_on"],
@@ -269,6 +274,13 @@ def _arguments(config: ComposeConfig) -> dict[str, Any]:
         "preview_every": max(1, config.steps // PREVIEWS), "allow_double_guidance": config.allow_double_guidance,
         "frames": config.frames,
     }  # fmt: skip
+
+
+def _layers(pipe: Any) -> dict[str, str]:
+    """Adapter -> which share of the base's layers it changes."""
+    from adapters.formats.coverage import told
+
+    return {name: told(report.coverage) for name, report in pipe.adapters.items()}
 
 
 def _place(region: Any, folder: Path, seed: int, number: int) -> dict[str, Any]:

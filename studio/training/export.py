@@ -140,7 +140,8 @@ def write_card(folder: Path, recipe: Mapping[str, Any], samples: list[Path], pai
         f"- Trigger words: {trigger}",
         f"- Example prompt: `{data['example_prompt']}`",
         f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}"
-        + (", text encoder too" if config["train_text_encoder"] else ""),
+        + (", text encoder too" if config["train_text_encoder"] else "")
+        + "".join(f"; {part} {told}" for part, told in training.get("layers", {}).items()),
         f"- {training['steps']} steps of {training['batch']} pictures on {data['pictures']} pictures, "
         f"{config['optimizer']} at {config['learning_rate']:g}, final loss {training['loss']:.4f}",
         f"- Digest of the base weights: `{recipe['base']['digest']}`",

@@ -20,6 +20,7 @@ from torch import nn
 
 from adapters.errors import Cancelled, InputError
 from adapters.files import whole
+from adapters.formats.coverage import Coverage, told, trained
 from adapters.plugin import Handles, Layers, Plugin, Plugins
 from adapters.progress import Monitor, Progress, Silent
 from studio.datasets.seeds import global_seed
@@ -46,6 +47,7 @@ class TrainSession:
         plugins: the training methods, those of the configuration first.
         device, dtype, accelerator: set by the driver before :meth:`prepare`.
         models: component -> model with its adapter, after :meth:`prepare`.
+        reach: component -> which share of its layers has an adapter, after :meth:`prepare`.
         parameters: everything that learns, after :meth:`begin`; so is ``optimizer`` (unwrapped).
         step, losses, seconds, validation: its progress; ``validation`` holds the measures by step.
     """
@@ -59,6 +61,7 @@ class TrainSession:
     dtype: torch.dtype = torch.float32
     accelerator: Any = None
     models: dict[str, Any] = field(default_factory=dict)
+    reach: dict[str, Coverage] = field(default_factory=dict)
     parameters: list[nn.Parameter] = field(default_factory=list)
     optimizer: Any = None
     average: Any = None
@@ -100,6 +103,8 @@ class TrainSession:
         earlier = task.earlier(models)
         with global_seed(self.config.seed, "init"):
             self.models = task.inject(models)
+        self.reach = {name: trained(model) for name, model in self.models.items()}
+        self.monitor.report(Progress("data", message=f"The adapter changes {told(self.reach)}"))
         if earlier is not None:
             start_from(models, earlier)
 
@@ -298,6 +303,7 @@ class TrainSession:
             "batch": config.batch_size * config.gradient_accumulation * processes(),
             "loss": recent(self.losses),
             "seconds": round(self.seconds, 2),
+            "layers": {name: str(one) for name, one in self.reach.items()},
         }
         return make_recipe(
             self.task.asked, base={"name": config.base, **base, "digest": self.base_digest}, data=data,
@@ -348,6 +354,7 @@ class TrainSession:
             "steps_per_second": self.step / self.seconds if self.seconds else 0.0,
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "triggers": recipe["triggers"],
+            "layers": recipe["training"]["layers"],
             **task.result(paths),
             **({"warning": warning} if warning else {}),
         }

@@ -373,6 +373,19 @@ def test_plan_says_what_happens(sd: Bed) -> None:
     assert sd.composer("a", "b").compose("composite").plan(6).to_dict()["samples"] == 24
 
 
+def test_reports_say_which_layers_are_changed(sd: Bed) -> None:
+    composer = sd.composer("a", "c")
+    linear = [name for name, module in sd.pipe().unet.named_modules() if isinstance(module, torch.nn.Linear)]
+    wanted = sum(name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name in linear)
+    found = composer.adapters["a"].coverage
+    assert (found["unet"].linear, found["unet"].of, found["unet"].others) == (wanted, len(linear), 0)
+    assert composer.adapters["c"].coverage["unet"].others > 0
+    plan = composer.compose("merge").plan(4)
+    assert f"a changes unet {wanted} of {len(linear)} linear layers" in str(plan)
+    assert plan.to_dict()["layers"]["a"].startswith(f"unet {wanted} of {len(linear)} linear layers")
+    assert f"on unet {wanted} of {len(linear)}" in str(composer.adapters["a"])
+
+
 def test_plan_matches_the_run(sd: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     before = Denoising._before

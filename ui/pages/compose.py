@@ -584,7 +584,8 @@ def _wire_recipes(page: Page, result: _Result) -> None:
         recipe = recipe_png.read_recipe(path)
         mixed = recipe["config"].get("method") == save_mix.METHOD and len(recipe["config"].get("adapters") or ()) > 1
         file = gr.update(value=playable(Path(path)))
-        return recipe_panel(recipe), gr.update(visible=True), file, gr.update(visible=mixed), behind
+        layers = (jobs.get(job_id).result or {}).get("layers") if job_id else None
+        return recipe_panel(recipe, layers), gr.update(visible=True), file, gr.update(visible=mixed), behind
 
     @errors_shown
     def reuse(path: str) -> Any:
@@ -691,11 +692,11 @@ def form_values(recipe: Mapping[str, Any]) -> tuple[list[Any], list[Row], list[s
     return [schema_form.show(KNOWN[name], config[name]) for name in NAMES], rows, missing
 
 
-def recipe_panel(recipe: Mapping[str, Any]) -> str:
-    """The recipe of one picture, readable."""
+def recipe_panel(recipe: Mapping[str, Any], layers: Mapping[str, str] | None = None) -> str:
+    """The recipe of one picture, readable; ``layers`` says what an adapter changes, by its name."""
     config = recipe.get("config") or {}
     size = f"{config['width']} × {config['height']}" if config.get("width") and config.get("height") else ""
-    used = "".join(_used(use) for use in config.get("adapters") or ())
+    used = "".join(_used(use, (layers or {}).get(str(use.get("name")), "")) for use in config.get("adapters") or ())
     pairs = [
         ("Method", _method_title(str(config.get("method")))), ("Base", config.get("base")),
         ("Seed", str(config.get("seed"))), ("Steps", config.get("steps")),
@@ -717,7 +718,9 @@ def _begun(config: Mapping[str, Any]) -> str:
     return f"{part}redrawn at strength {config.get('strength')}" if config.get("image") else ""
 
 
-def _used(use: Mapping[str, Any]) -> str:
+def _used(use: Mapping[str, Any], layers: str) -> str:
     span = rack.active_span(use.get("schedule") or []) if use.get("schedule_by") != "sigma" else None
     when = "" if span == (0.0, 1.0) else f", {span[0]:.0%} to {span[1]:.0%} of the steps" if span else ", own schedule"
-    return f"<li>{markup.tag(str(use.get('name') or use.get('path')))} <span>× {use.get('weight')}{when}</span></li>"
+    told = f" <small>{markup.text(layers)}</small>" if layers else ""
+    name = markup.tag(str(use.get("name") or use.get("path")))
+    return f"<li>{name} <span>× {use.get('weight')}{when}</span>{told}</li>"
