@@ -20,7 +20,7 @@ from adapters.layers.gated import Adapter, GatedAdapters
 from pipelines.diffusion import halves
 from pipelines.diffusion.checks import block_factor, check_blocks, check_weight
 from pipelines.diffusion.distillation.use import Distilled, distilled
-from pipelines.diffusion.families import Family
+from pipelines.diffusion.families import Family, family_of_adapter
 from pipelines.diffusion.loading import DTYPES, Settings, modern_blocks
 from pipelines.diffusion.regions.region import CROSS_LAYERS, Region, check_own_region
 from pipelines.diffusion.report import LoraReport
@@ -108,7 +108,7 @@ class Rack:
         place = None if region is None else check_own_region(region, chosen)
         modern = modern_blocks(file, getattr(getattr(self.pipe, "unet", None), "config", None))
         file = halves.whole(self.family.named(modern, self.pipe), parts, denoiser, self._named)
-        fitted = fit(file, self._models(), f"the base model ({self.family.title})", tables=False)
+        fitted = self._fitted(file)
         factors = check_blocks(blocks or {}, fitted.parts, self.family.denoiser)
         self._check_words(file, chosen)
         special = distilled(file, chosen, self.pipe, self.family.denoiser)
@@ -134,6 +134,30 @@ class Rack:
         self.loaded[chosen] = Loaded(report, fitted, special)
         self._joined = None
         return report
+
+    def _fitted(self, file: LoraFile) -> LoraFile:
+        """``file`` with the layers of this base.
+
+        Raises:
+            FamilyError: it is for another base; the message names the family it is for, if that is known.
+            InputError: it adapts a text encoder without which this base was opened.
+        """
+        models, name = self._models(), file.path.name if file.path else "The adapter"
+        for component in file.parts:
+            if component in self.components and component not in models:
+                raise InputError(
+                    f"'{name}' changes the {component}, without which this base was opened: add that part to the base."
+                )
+        try:
+            return fit(file, models, f"the base model ({self.family.title})", tables=False)
+        except FamilyError as error:
+            meant = family_of_adapter(file)
+            if meant is None or meant.name == self.family.name:
+                raise
+            raise FamilyError(
+                f"'{name}' is an adapter for {meant.title}, but this base is {self.family.title}: use it with a "
+                f"base of its own family. ({error})"
+            ) from error
 
     def _named(self, file: LoraFile) -> LoraFile:
         return self.family.named(file, self.pipe)

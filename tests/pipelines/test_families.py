@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters.errors import FamilyError, InputError
+from adapters.formats import read
 from pipelines.diffusion import MultiLoRAPipeline
-from pipelines.diffusion.families import FAMILIES, detect, family_of
+from pipelines.diffusion.families import FAMILIES, detect, family_of, family_of_adapter
 from tests import tiny
 from tests.pipelines.conftest import PROMPT, Bed, close, latents, peft_latents
 
@@ -191,6 +193,25 @@ def test_flux_without_guidance_embedding() -> None:
     assert torch.isfinite(latents(composer)).all()
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("flux", "sd"), ("sd", "flux")])
+def test_family_of_a_foreign_adapter_is_named(beds: Callable[[str], Bed], theirs: str, ours: str) -> None:
+    composer = beds(ours).composer()
+    with pytest.raises(FamilyError) as found:
+        composer.load_lora(beds(theirs).files["a"], "a")
+    said = f"is an adapter for {FAMILIES[theirs].title}, but this base is {FAMILIES[ours].title}: use it with"
+    assert said in str(found.value)
+    assert not composer.adapters
+
+
+def test_text_encoder_that_the_base_lacks_is_named(sd: Bed) -> None:
+    pipe = sd.pipe()
+    pipe.text_encoder = None
+    composer = MultiLoRAPipeline(pipe)
+    with pytest.raises(InputError, match="changes the text_encoder, without which this base was opened"):
+        composer.load_lora(sd.files["a"], "a")
+    composer.load_lora(sd.files["c"], "c")
+
+
 def test_flow_models_have_flow_samplers(beds: Callable[[str], Bed]) -> None:
     from adapters.errors import InputError
 
@@ -294,3 +315,14 @@ def test_descriptions_are_whole(family: Any) -> None:
     assert set(encoding.positive) == set(encoding.negative) <= set(family.call_names)
     assert all(len(part) == 3 for half in (encoding.positive, encoding.negative) for part in half.values())
     assert all(len(tensor) == 2 for tensor in family.condition(pipe, ["a", "b c"]).values())
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_adapters_are_recognised_as_those_of_their_family(beds: Callable[[str], Bed], family: str) -> None:
+    found = family_of_adapter(read(beds(family).files["a"]))
+    assert found is not None
+    assert found.name == family
+
+
+def test_adapter_without_marks_is_of_no_known_family(beds: Callable[[str], Bed]) -> None:
+    assert family_of_adapter(read(beds("sd3").files["a"])) is None  # its text encoders are also SD's

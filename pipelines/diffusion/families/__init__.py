@@ -13,11 +13,14 @@ import pkgutil
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapters import discovery
 from adapters.errors import InputError
 from pipelines.diffusion.families.base import Encoding, Family
+
+if TYPE_CHECKING:
+    from adapters.formats import LoraFile
 
 GROUP = "adapter_studio.families"
 
@@ -96,6 +99,15 @@ def of_adapter(names: Iterable[str], width: int | None = None, hints: str = "") 
         if sign.fits_adapter(text, width) or (sign.hints and _hinted(sign.hints, hints)):
             return family
     return None
+
+
+def family_of_adapter(file: LoraFile) -> Family | None:
+    """The family of an adapter as read, from the names and sizes of its layers and its metadata; None = not known."""
+    names = [f"{component}.{module}.lora_A.weight" for component, module, _ in file.layers()]
+    keys = [layer.A.shape[1] for _, module, layer in file.layers() if re.search(r"attn2[._]to_[kv]$", module)]
+    hints = " ".join(file.metadata.get(key, "")[:1000] for key in ("modelspec.architecture", "ss_base_model_version"))
+    found = of_adapter(names, keys[0] if keys else None, hints)
+    return None if found and "transformer" in file.parts and found.unet else found
 
 
 def of_checkpoint(names: Iterable[str]) -> Family | None:

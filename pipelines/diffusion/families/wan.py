@@ -90,7 +90,7 @@ class Wan(Family):
     )  # fmt: skip
     usual_size = 480
     signature = Signature(
-        adapter=r"(^|[^a-z]|lora_(unet|transformer)_|lycoris_)blocks[._]\d+[._]"
+        adapter=r"(^|[^a-z_]|lora_(unet|transformer)_|lycoris_)blocks[._]\d+[._]"
         r"((self|cross)_attn[._][qkvo](_img)?\.|attn[12][._](processor[._])?(to_[qkv]|to_out|add_[kv]_proj)|ffn[._]net)",
         checkpoint=r"(^|\.)blocks\.\d+\.cross_attn\.norm_q\.weight$",
         hints=r"^wan",
