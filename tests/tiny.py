@@ -67,7 +67,8 @@ def lora_file(
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, Any] = {}
     models: dict[str, Any] = {}
-    of_text = text_targets if "text_encoder" in pipe._lora_loadable_modules else ()
+    known = families.family_of(pipe).text_encoders
+    of_text = text_targets if "text_encoder" in known and "text_encoder" in pipe._lora_loadable_modules else ()
     for name, wanted in {denoiser_name(pipe): targets, "text_encoder": of_text}.items():
         if not wanted:
             continue

@@ -1,14 +1,17 @@
-"""Modules of SD3 and Flux translated from their authors' names to diffusers'.
+"""Modules of SD3, Flux and Flux.2 translated from their authors' names to diffusers'.
 
 Kohya, ComfyUI, XLabs, fal and BFL write adapters for the original modules, which fuse layers that diffusers separates:
 
     qkv       (3 h, h)        rows of q, k and v             -> three layers
-    linear1   (3 h + m, h)    rows of q, k, v and the MLP    -> four layers
+    linear1   (3 h + m, h)    rows of q, k, v and the MLP    -> four layers (Flux.2: one)
     adaLN of the last layer   rows of shift, then scale      -> diffusers has scale first
 
 An update is split by rows: B is split, A is shared. Where a fused layer holds one LoRA per part (a block-diagonal B),
 zero columns are dropped, so each part gets its own rank back. Dots and underscores are treated alike, since kohya
 writes only underscores.
+
+Flux and Flux.2 have blocks of the same names, which are other modules in diffusers; they differ in the width of their
+feed-forward layers (m = 4 h and 6 h) and in modulations (one per block, or shared by all).
 """
 
 from __future__ import annotations
@@ -67,6 +70,20 @@ _INSIDE: dict[str, dict[str, tuple[str, ...]]] = {
         "context_block_mlp_fc2": ("ff_context.net.2",),
     },
 }
+_FLUX2: dict[str, tuple[str, ...]] = {
+    "img_attn_qkv": _SELF,
+    "img_attn_proj": ("attn.to_out.0",),
+    "img_mlp_0": ("ff.linear_in",),
+    "img_mlp_2": ("ff.linear_out",),
+    "txt_attn_qkv": _ADDED,
+    "txt_attn_proj": ("attn.to_add_out",),
+    "txt_mlp_0": ("ff_context.linear_in",),
+    "txt_mlp_2": ("ff_context.linear_out",),
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+}
+"""Inside the double and single blocks of Flux.2."""
+
 _BLOCKS = {
     "double_blocks": "transformer_blocks",
     "single_blocks": "single_transformer_blocks",
@@ -90,15 +107,43 @@ _OUTSIDE = {
     "final_layer_linear": "proj_out",
     "final_layer_adaLN_modulation_1": "norm_out.linear",
 }
+_OUTSIDE_FLUX2 = {
+    name: module.replace("time_text_embed", "time_guidance_embed")
+    for name, module in _OUTSIDE.items()
+    if not name.startswith(("vector_in", "y_embedder", "t_embedder", "x_embedder", "context_embedder"))
+} | {
+    "single_stream_modulation_lin": "single_stream_modulation.linear",
+    "double_stream_modulation_img_lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt_lin": "double_stream_modulation_txt.linear",
+}
+
+
+_SHARED = re.compile(r"(single|double)_stream_modulation_")
+"""Modulations that all blocks of Flux.2 share."""
 
 
 def is_original(module: str) -> bool:
-    """True for a block of SD3 or Flux in its authors' names (dotted or flat)."""
-    return bool(_START.match(module.replace(".", "_")))
+    """True for a block of SD3, Flux or Flux.2 in its authors' names (dotted or flat)."""
+    flat = module.replace(".", "_")
+    return bool(_START.match(flat) or (_SHARED.match(flat) and "_lin" in flat))
+
+
+def is_flux2(shapes: Mapping[str, tuple[int, int]]) -> bool:
+    """True if modules of these names and shapes (outputs, inputs) are Flux.2's and not Flux's; False if undecided
+    (then the names mean the same in both)."""
+    for written, (outputs, inputs) in shapes.items():
+        flat = written.replace(".", "_")
+        if _SHARED.search(flat):
+            return True
+        if re.search(r"_blocks_\d+_((img|txt)_mlp_0|linear1)$", flat):
+            return outputs == (9 if flat.endswith("linear1") else 6) * inputs
+        if re.search(r"_blocks_\d+_((img|txt)_mlp_2|linear2)$", flat):
+            return inputs == (4 if flat.endswith("linear2") else 3) * outputs
+    return False
 
 
 def is_flux(modules: Mapping[str, LoraLayer]) -> bool:
-    """True if these modules are Flux's."""
+    """True if these modules are Flux's or Flux.2's."""
     return any(name.replace(".", "_").startswith(("double_blocks_", "single_blocks_")) for name in modules)
 
 
@@ -109,24 +154,26 @@ def renamed(layers: Mapping[str, LoraLayer], source: str) -> dict[str, LoraLayer
         InputError: a module that neither SD3 nor Flux has, rows that cannot be split, or two layers for one module.
     """
     made: dict[str, LoraLayer] = {}
+    flux2 = is_flux2({name: (layer.B.shape[0], layer.A.shape[1]) for name, layer in layers.items()})
     for written, layer in layers.items():
-        for name, part in _parts(written, layer, source).items():
+        for name, part in _parts(written, layer, source, flux2).items():
             if name in made:
                 raise InputError(f"{source}: two layers for the module '{name}'.")
             made[name] = part
     return made
 
 
-def _parts(written: str, layer: LoraLayer, source: str) -> dict[str, LoraLayer]:
-    flat = written.replace(".", "_")
-    if flat in _OUTSIDE:
-        name = _OUTSIDE[flat]
+def _parts(written: str, layer: LoraLayer, source: str, flux2: bool) -> dict[str, LoraLayer]:
+    flat, outside = written.replace(".", "_"), _OUTSIDE_FLUX2 if flux2 else _OUTSIDE
+    if flat in outside:
+        name = outside[flat]
         return {name: _swapped(layer) if name == "norm_out.linear" else layer}
     kind, _, rest = flat.partition("_blocks_")
     number, _, inner = rest.partition("_")
-    targets = _INSIDE.get(f"{kind}_blocks", {}).get(inner)
+    targets = _FLUX2.get(inner) if flux2 else _INSIDE.get(f"{kind}_blocks", {}).get(inner)
     if targets is None or not number.isdigit():
-        raise InputError(f"{source}: neither SD3 nor Flux has a module '{written}' that can be adapted.")
+        family = "Flux.2 has no" if flux2 else "neither SD3 nor Flux has a"
+        raise InputError(f"{source}: {family} module '{written}' that can be adapted.")
     block = f"{_BLOCKS[f'{kind}_blocks']}.{int(number)}"
     if targets == ("norm1_context.linear",) and layer.B.shape[0] == 2 * layer.A.shape[1]:
         layer = _swapped(layer)  # SD3's last block only shifts and scales its text

@@ -82,7 +82,7 @@ def parse_prefixed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
 def _place(key: str) -> tuple[str, str]:
     """Component and module of a key, with or without its role."""
     prefix = max((prefix for prefix in PREFIXES if key.startswith(prefix)), key=len, default="")
-    module = modern_name(key.removeprefix(prefix))
+    module = modern_name(re.sub(r"^sformer_blocks", "transformer_blocks", key.removeprefix(prefix)))  # some cut names
     if prefix in FLAT:  # diffusers' DoRA script flattens the names of A and B but not those of the magnitudes
         module = module.replace(".", "_")
     component = PREFIXES.get(prefix, "unet")

@@ -179,9 +179,7 @@ class MultiLoRAPipeline:
                 invalid region, or a file whose other half is missing.
             FamilyError: it was made for another model; the message names the layer and both shapes.
         """
-        return self.rack.load(
-            path, name, weight, te_weight, triggers, blocks, schedule, schedule_by, region, denoiser
-        )
+        return self.rack.load(path, name, weight, te_weight, triggers, blocks, schedule, schedule_by, region, denoiser)
 
     def unload_lora(self, name: str) -> None:
         """Unload an adapter.
@@ -257,7 +255,7 @@ class MultiLoRAPipeline:
 
     def plan(
         self,
-        steps: int = 25,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         scheduler: str = "default",
         prompt: str | None = None,
@@ -272,7 +270,8 @@ class MultiLoRAPipeline:
                 is left.
         """
         with sampling(self.pipe, scheduler, self.family.flow) as fresh:
-            positions = self._positions(fresh, steps, others, self._pixels(None, None, others))
+            count = self.family.usual(self.pipe)[0] if steps is None else steps
+            positions = self._positions(fresh, count, others, self._pixels(None, None, others))
         guidance, mark = self._check_use(guidance_scale, True)
         plan, _ = self._planned(positions, self._guided(guidance, mark), prompt)
         return replace(plan, reports=tuple(item.report for item in self._chosen()))
@@ -348,10 +347,10 @@ class MultiLoRAPipeline:
             prompt, negative_prompt: what to draw and what to avoid, with the syntax of
                 :mod:`pipelines.diffusion.prompt_syntax`: ``(word:1.3)``; ``<lora:name:0.8>`` sets the strength of a
                 loaded adapter for this call; the seed of each picture makes the choices in ``{a|b}``, ``__colour__``.
-            steps: denoising steps (default: 25).
+            steps: denoising steps (default: the base's usual number, 25 for most).
             guidance_scale: classifier-free guidance as the diffusers pipeline takes it (1 = off; Z-Image: 0 = off);
-                for Flux its distilled guidance. The default is 5, and with a distilled adapter none (or what it was
-                made for, if it takes the guidance as an input).
+                for Flux its distilled guidance. The default is the base's usual one (5 for most), and with a distilled
+                adapter none (or what it was made for, if it takes the guidance as an input).
             seed: of the first picture.
             images: number of pictures (default: 1).
             width, height: in pixels (default: the base model's own size).
@@ -379,9 +378,9 @@ class MultiLoRAPipeline:
         check_prompt(negative_prompt, "The negative prompt")
         ours = diffusers_arguments(self.pipe, others, {"steps": steps, "images": images, "frames": frames})
         call = Call(
-            prompt, negative_prompt, ours.get("steps", 25), guidance_scale, seed, ours.get("images", 1), width, height,
-            scheduler, monitor or Silent(), preview_every, true_cfg_scale, output_type, allow_double_guidance,
-            ours.get("generator"), ours.get("callback_on_step_end"),
+            prompt, negative_prompt, ours.get("steps", self.family.usual(self.pipe)[0]), guidance_scale, seed,
+            ours.get("images", 1), width, height, scheduler, monitor or Silent(), preview_every, true_cfg_scale,
+            output_type, allow_double_guidance, ours.get("generator"), ours.get("callback_on_step_end"),
             tuple(ours.get("callback_on_step_end_tensor_inputs", ())), tuple(strengths), ours["more"],
             check_frames(self.family, ours.get("frames")),
         )  # fmt: skip
@@ -418,9 +417,12 @@ class MultiLoRAPipeline:
     def _draw(self, call: Call) -> Output:
         """The pictures of a call whose prompt names no adapters."""
         flow_flux = self.family.guidance_input
+        if not self.family.takes_guidance(self.pipe) and (call.guidance_scale or 1) > 1:
+            raise InputError("This base is distilled and takes no guidance: leave guidance_scale out, or set it to 1.")
         wanted = call.true_cfg_scale if flow_flux else self._wanted_guidance(call)
         guidance, mark = self._check_use(wanted, call.allow_double_guidance)
-        scale = (5.0 if call.guidance_scale is None else call.guidance_scale) if flow_flux else guidance
+        usual = self.family.usual(self.pipe)[1]
+        scale = (usual if call.guidance_scale is None else call.guidance_scale) if flow_flux else guidance
         width, height = call.width, call.height
         check_call(self.family, self.pipe, call.steps, scale, call.images, (width, height), call.seed)
         check_pristine(self.pipe, self.rack.components)
@@ -489,7 +491,7 @@ class MultiLoRAPipeline:
         """The guidance of a call, and the mark of the distilled adapter in use."""
         family = self.family
         off = 1.0 if family.guidance_input else family.no_guidance
-        usual = family.usual_guidance
+        usual = 5.0 if family.guidance_input else family.usual(self.pipe)[1]
         return check_use(self._active_marks(), self.composition.method, guidance, allow_double, usual, off)
 
     def _guided(self, guidance: float, mark: Mark | None) -> bool:

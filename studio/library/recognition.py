@@ -18,7 +18,7 @@ def adapter_family(head: Header) -> str:
     if _LANGUAGE.search(names):
         return "language"
     hints = " ".join(head.metadata.get(key, "")[:1000] for key in ("modelspec.architecture", "ss_base_model_version"))
-    family = of_adapter(head.shapes, _context_width(head), hints)
+    family = of_adapter(head.shapes, _inputs(head, _CONTEXT), hints, _inputs(head, _INNER))
     return family.name if family else "unknown"
 
 
@@ -30,13 +30,17 @@ _LANGUAGE = re.compile(
 """PEFT's keys of decoders and of BERT-like models; speech models have encoder.layers and decoder.layers instead."""
 
 _CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv]$")
+"""Projections of the text embeddings in cross-attention."""
+
+_INNER = re.compile(r"blocks[._]\d+[._](attn[._](to_[qkv]|to_qkv_mlp_proj)|(img|txt)_attn[._]qkv|linear1)$")
+"""Projections of the states in a transformer's blocks."""
 
 
-def _context_width(head: Header) -> int | None:
-    """Width of the text embeddings, from a cross-attention key projection."""
+def _inputs(head: Header, wanted: re.Pattern[str]) -> int | None:
+    """Number of inputs of a layer whose name ends so."""
     for module, parts in head.layers.items():
         shape = parts.get("A", ())
-        if len(shape) == 2 and _CONTEXT.search(module[-_END:]):
+        if len(shape) == 2 and wanted.search(module[-_END:]):
             return shape[1]
     return None
 

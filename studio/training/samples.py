@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,19 +49,24 @@ def draw_samples(
     pictures = []
     with torch.no_grad(), evaluation(pipe, device), global_seed(config.sample_seed, "samples"):
         for number, prompt in enumerate(prompts):
-            family = family_of(pipe)
-            options = family.guidance_arguments(config.sample_guidance, config.sample_negative)
-            options |= family.picture_arguments()
             made = pipe(
-                prompt=prompt,
+                **_arguments(pipe, prompt, config),
                 num_inference_steps=config.sample_steps,
                 width=size[0],
                 height=size[1],
                 generator=torch.Generator().manual_seed(config.sample_seed + number),
-                **options,
             )
             pictures += stills(made)
     return pictures
+
+
+def _arguments(pipe: Any, prompt: str, config: TrainImageConfig) -> dict[str, Any]:
+    """Prompts and guidance as arguments of the pipeline; encoded, if it takes a negative prompt in no other way."""
+    family, scale, negative = family_of(pipe), config.sample_guidance, config.sample_negative
+    if not negative or "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
+        return {"prompt": prompt, **family.guidance_arguments(scale, negative), **family.picture_arguments()}
+    encoding = family.encode(pipe, prompt, negative, 1, scale > family.no_guidance)
+    return {**encoding.call_arguments(), **family.guidance_arguments(scale), **family.picture_arguments()}
 
 
 class Pair(NamedTuple):

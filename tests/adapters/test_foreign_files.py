@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import Flux2Pipeline
 from diffusers.loaders import lora_conversion_utils as converters
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -337,6 +341,126 @@ def test_flux_files_fit_the_model_with_their_text_encoders(names: str, tmp_path:
         tensors = {f"{name}.lora_down.weight": rand(2, 16), f"{name}.lora_up.weight": rand(16, 2)}
         counts = {"transformer": 1}
     assert loaded(tensors, tmp_path, models).counts() == counts
+
+
+# Flux.2
+
+
+def flux2_original(hidden: int = 16) -> dict[str, tuple[int, int]]:
+    """Modules in the original names that fit the tiny model, and their shapes."""
+    shapes = {
+        "img_in": (hidden, 16),
+        "txt_in": (hidden, 24),
+        "time_in.in_layer": (hidden, 16),
+        "guidance_in.out_layer": (hidden, hidden),
+        "double_stream_modulation_img.lin": (6 * hidden, hidden),
+        "single_stream_modulation.lin": (3 * hidden, hidden),
+        "single_blocks.1.linear1": (9 * hidden, hidden),
+        "single_blocks.1.linear2": (hidden, 4 * hidden),
+        "final_layer.linear": (16, hidden),
+        "final_layer.adaLN_modulation.1": (2 * hidden, hidden),
+    }
+    for side in ("img", "txt"):
+        shapes |= {
+            f"double_blocks.0.{side}_attn.qkv": (3 * hidden, hidden),
+            f"double_blocks.0.{side}_attn.proj": (hidden, hidden),
+            f"double_blocks.0.{side}_mlp.0": (6 * hidden, hidden),
+            f"double_blocks.0.{side}_mlp.2": (hidden, 3 * hidden),
+        }
+    return shapes
+
+
+FLUX2_SPELLINGS = {
+    "kohya": ("lora_unet_", "lora_down", "lora_up"),
+    "ai-toolkit": ("diffusion_model.", "lora_A", "lora_B"),
+    "ComfyUI": ("diffusion_model.", "lora_down", "lora_up"),
+    "PEFT": ("base_model.model.", "lora_A", "lora_B"),
+}
+
+
+@pytest.mark.parametrize("names", FLUX2_SPELLINGS)
+def test_flux2_against_diffusers_converter_of_whole_models(names: str, tmp_path: Path) -> None:
+    """Every module; diffusers' own converter of adapters knows most of them, and is compared below."""
+    prefix, down, up = FLUX2_SPELLINGS[names]
+    tensors: Tensors = {}
+    checkpoint: Tensors = {}
+    for number, (module, (out, inside)) in enumerate(flux2_original().items()):
+        A, B = rand(2, inside, seed=number), rand(out, 2, seed=number)
+        name = prefix + (module.replace(".", "_") if names == "kohya" else module)
+        tensors |= {f"{name}.{down}.weight": A, f"{name}.{up}.weight": B}
+        if names == "kohya":
+            tensors[f"{name}.alpha"] = torch.tensor(1.0)
+        checkpoint[f"{module}.weight"] = (0.5 if names == "kohya" else 1.0) * B @ A
+    reference = convert_flux2_transformer_checkpoint_to_diffusers(checkpoint)
+    made = loaded(tensors, tmp_path, {"transformer": tiny.FAMILIES["flux2"]().transformer}).parts["transformer"]
+    assert {f"{name}.weight" for name in made} == set(reference)
+    for name, layer in made.items():
+        torch.testing.assert_close(layer.delta(), reference[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("names", FLUX2_SPELLINGS)
+def test_flux2_against_diffusers_converter_of_adapters(names: str, tmp_path: Path) -> None:
+    """What that converter knows, except the last modulation, whose halves it does not exchange; ComfyUI's names with
+    down and up it drops altogether."""
+    prefix, down, up = FLUX2_SPELLINGS[names]
+    tensors: Tensors = {}
+    for number, (module, (out, inside)) in enumerate(flux2_original().items()):
+        if "adaLN" in module or (names == "kohya" and ("modulation" in module or "guidance" in module)):
+            continue
+        name = prefix + (module.replace(".", "_") if names == "kohya" else module)
+        tensors |= {
+            f"{name}.{down}.weight": rand(2, inside, seed=number),
+            f"{name}.{up}.weight": rand(out, 2, seed=number),
+        }
+    pipe: Any = Flux2Pipeline
+    reference = pipe.lora_state_dict(dict(tensors))
+    if names == "ComfyUI":
+        assert not reference
+        return
+    same_as_diffusers(read_only(tensors, tmp_path), reference)
+
+
+@pytest.mark.parametrize("names", ["diffusion_model.", "lycoris_"])
+def test_lokr_of_flux2(names: str, tmp_path: Path) -> None:
+    """ai-toolkit's LoKr on joined q, k and v is cut into three layers, which diffusers joins instead; LyCORIS has
+    diffusers' own modules."""
+    model = tiny.FAMILIES["flux2"]().transformer
+    original = flux2_original() if names == "diffusion_model." else {
+        name: tuple(module.weight.shape) for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "blocks" in name
+    }  # fmt: skip
+    tensors: Tensors = {}
+    whole: Tensors = {}
+    for number, (module, (out, inside)) in enumerate(original.items()):
+        name = names + (module if names == "diffusion_model." else module.replace(".", "_"))
+        w1, a, b = rand(4, 4, seed=number), rand(out // 4, 2, seed=number), rand(2, inside // 4, seed=number)
+        tensors |= {f"{name}.lokr_w1": w1, f"{name}.lokr_w2_a": a, f"{name}.lokr_w2_b": b}
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+        whole[f"{module}.weight"] = 0.5 * torch.kron(w1, a @ b)
+    reference = convert_flux2_transformer_checkpoint_to_diffusers(whole) if names == "diffusion_model." else whole
+    made = loaded(tensors, tmp_path, {"transformer": model}).parts["transformer"]
+    assert {f"{name}.weight" for name in made} == set(reference)
+    for name, layer in made.items():
+        torch.testing.assert_close(layer.delta(), reference[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("names", ["transformer_blocks", "sformer_blocks"])
+def test_diffusers_modules_behind_comfyuis_prefix(names: str, tmp_path: Path) -> None:
+    name = f"diffusion_model.{names}.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": rand(2, 16), f"{name}.lora_B.weight": rand(16, 2)}
+    file = loaded(tensors, tmp_path, {"transformer": tiny.FAMILIES["flux2"]().transformer})
+    assert list(file.parts["transformer"]) == ["transformer_blocks.0.attn.to_q"]
+
+
+@pytest.mark.parametrize("module", ["double_blocks.0.img_mod.lin", "vector_in.in_layer"])
+def test_modules_that_flux2_does_not_have(module: str, tmp_path: Path) -> None:
+    known = {"single_blocks.1.linear1": (9 * 16, 16), module: (96, 16)}
+    tensors: Tensors = {}
+    for name, (out, inside) in known.items():
+        tensors |= {f"diffusion_model.{name}.lora_A.weight": rand(2, inside),
+                    f"diffusion_model.{name}.lora_B.weight": rand(out, 2)}  # fmt: skip
+    with pytest.raises(InputError, match=r"Flux\.2 has no module"):
+        read_only(tensors, tmp_path)
 
 
 # SD3

@@ -51,6 +51,8 @@ def make_bed(family: str, folder: Path) -> Bed:
         "krea2": ("to_q", "to_gate", "ff.down", "projector", "txt_in.linear_1"),
         "hidream": ("to_q", "to_out_t", "w1", "adaLN_modulation.1"),
         "qwen": ("to_q", "add_v_proj", "txt_mlp.net.2", "img_mod.1", "txt_in"),
+        "flux2": ("add_k_proj", "to_qkv_mlp_proj", "linear_out", "single_transformer_blocks.0.attn.to_out"),
+        "flux2-klein": ("add_k_proj", "to_qkv_mlp_proj", "linear_out", "single_transformer_blocks.0.attn.to_out"),
     }
     return Bed(
         family,
@@ -105,12 +107,12 @@ def latents(composer: MultiLoRAPipeline, method: str = "", **options: Any) -> to
 def peft_latents(
     pipe: Any, guidance: float | None = None, seeds: tuple[int, ...] = (3,), **options: Any
 ) -> torch.Tensor:
-    """The same run by diffusers alone."""
+    """The same run by diffusers alone; the guidance is the family's usual one."""
     family = family_of(pipe)
     result: torch.Tensor = pipe(
-        PROMPT,
+        prompt=PROMPT,
         num_inference_steps=4,
-        **family.guidance_arguments(family.usual_guidance if guidance is None else guidance),
+        **family.guidance_arguments(family.usual(pipe)[1] if guidance is None else guidance),
         width=32,
         height=32,
         num_images_per_prompt=len(seeds),

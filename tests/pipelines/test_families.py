@@ -113,6 +113,9 @@ def roles(encoding: Any) -> dict[str, Tensor]:
         ("hidream", {"guidance_scale": 1.0}),
         ("qwen", {"negative_prompt": "dull"}),
         ("qwen", {"guidance_scale": 1.0}),
+        ("flux2", {}),
+        ("flux2-klein", {}),
+        ("flux2-klein", {"guidance_scale": 3.0, "negative_prompt": "dull"}),
     ],
 )
 @pytest.mark.parametrize("adapter_batch", [None, 1])
@@ -121,8 +124,8 @@ def test_composite_equals_separate_passes(
     beds: Callable[[str], Bed], family: str, options: dict[str, Any], adapter_batch: int | None
 ) -> None:
     bed = beds(family)
-    scale = options.get("true_cfg_scale", options.get("guidance_scale", 5.0) if family != "flux" else 1.0)
-    guided = scale > FAMILIES[family].no_guidance
+    asked = 1.0 if FAMILIES[family].guidance_input else options.get("guidance_scale", FAMILIES[family].usual_guidance)
+    guided = options.get("true_cfg_scale", asked) > FAMILIES[family].no_guidance
     negative = options.get("negative_prompt")
     pipe = bed.pipe()
     texts = []
@@ -312,8 +315,9 @@ def test_descriptions_are_whole(family: Any) -> None:
     assert set(family.text_encoders) <= set(family.components)
     assert set(family.targets) == {"attention", "attention-mlp", "linear", "all"}
     encoding = family.encode(pipe, "a", "b c", 3, True)
-    assert set(encoding.positive) == set(encoding.negative) <= set(family.call_names)
-    assert all(len(part) == 3 for half in (encoding.positive, encoding.negative) for part in half.values())
+    halves = [half for half in (encoding.positive, encoding.negative) if half is not None]
+    assert all(set(half) == set(encoding.positive) <= set(family.call_names) for half in halves)
+    assert all(len(part) == 3 for half in halves for part in half.values())
     assert all(len(tensor) == 2 for tensor in family.condition(pipe, ["a", "b c"]).values())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from adapters.errors import InputError
 from pipelines.diffusion import MultiLoRAPipeline
@@ -20,6 +21,7 @@ SHORT: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "outpu
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 MASK = torch.zeros(1, 1, 32, 32)
 MASK[..., 8:24, 4:20] = 1
+PICTURE = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(IMAGE))[0].resize((64, 64))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,8 @@ def task(family: str, name: str) -> tuple[MultiLoRAPipeline, dict[str, Any]]:
     composer = MultiLoRAPipeline(pipe)
     if name == "image":
         return composer.for_task(name), {"image": IMAGE, "strength": 0.5}
+    if name == "edit":
+        return composer.for_task(name), {"image": PICTURE}
     if name == "inpaint":
         return composer.for_task(name), {"image": IMAGE, "mask_image": MASK, "strength": 0.75}
     if name == "t2i-adapter":
@@ -130,7 +134,7 @@ def theirs(pipe: Any, files: dict[str, Path], method: str, seed: int, **call: An
     if files:
         loader.set_adapters(list(files), [1.0] * len(files))
     denoiser, family = getattr(pipe, tiny.denoiser_name(pipe)), family_of(pipe)
-    own, done, passes = denoiser.forward, [0], 2 if family.name == "qwen" else 1
+    own, done, passes = denoiser.forward, [0], 2 if family.name in ("qwen", "flux2-klein") else 1
     short = {key: value for key, value in SHORT.items() if key != "guidance_scale"}
     short |= family.guidance_arguments(SHORT["guidance_scale"])
 
@@ -169,7 +173,13 @@ CASES = [
     ("sd", "t2i-adapter"),
     *(("z-image", kind) for kind in ("image", "inpaint")),
     *(("qwen", kind) for kind in ("image", "inpaint", "controlnet", "edit", "edit plus", "edit 2511")),
+    ("flux2", "edit"),
+    *(("flux2-klein", kind) for kind in ("edit", "inpaint")),
 ]
+
+
+SEEING = (("flux2", "edit"), ("flux2-klein", "edit"), ("flux2-klein", "inpaint"), ("flux", "edit"))
+"""Pipelines whose transformer also sees tokens of another picture."""
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -195,7 +205,10 @@ def test_methods_equal_separate_runs(family: str, kind: str, quiet_files: Callab
         torch.manual_seed(0)
         wanted = theirs(other.pipe, files, method, 4, **again)
         difference = float((found - wanted).abs().max() / wanted.abs().max())
-        assert difference <= 1e-4, (method, difference)
+        if method == "activation" and (family, kind) in SEEING:
+            assert difference > 1e-4  # adapters of a region leave the reference pictures alone
+        else:
+            assert difference <= 1e-4, (method, difference)
     bare, again = task(family, kind)
     again |= {"width": 32, "height": 32} if family in ("flux", "qwen") else {}
     assert not torch.allclose(found, theirs(bare.pipe, {}, "", 4, **again), atol=1e-3)

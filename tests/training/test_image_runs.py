@@ -88,7 +88,8 @@ def test_file_gives_the_trained_picture_in_diffusers(family, bases, pictures, tm
     }
 
     def draw():
-        return np.asarray(stills(pipe("a cross", generator=torch.Generator().manual_seed(0), **arguments))[0])
+        dice = torch.Generator().manual_seed(0)
+        return np.asarray(stills(pipe(prompt="a cross", generator=dice, **arguments))[0])
 
     plain = draw()
     pipe.load_lora_weights(result["adapter"])

@@ -149,3 +149,45 @@ def test_flux_packing_is_undone():
     latents = torch.randn(2, 4, 8, 6)
     packed = diffusers.FluxPipeline._pack_latents(latents, 2, 4, 8, 6)
     assert torch.equal(unpack(packed, 8, 6), latents)
+
+
+@pytest.mark.parametrize("name", tiny.DRAWN_SMALL)
+def test_the_prediction_in_training_is_the_pipelines(name):
+    """What the pipeline gives its sampler first, without guidance by a second pass."""
+    pipe = tiny.FAMILIES[name]()
+    seen = []
+    step = pipe.scheduler.step
+
+    def watched(prediction, time, sample, *args, **kwargs):
+        seen.append((prediction, time, sample))
+        return step(prediction, time, sample, *args, **kwargs)
+
+    pipe.scheduler.step = watched
+    family = family_of(pipe)
+    family.guidance = 3.5 if family.about.guidance_input else family.about.no_guidance
+    size = {"width": 32, "height": 16, "num_inference_steps": 2, "output_type": "latent"}
+    more = {"max_sequence_length": 16} if name in ("sd3", "flux") else {}  # what training reads with this tokenizer
+    pipe(prompt="a cat", guidance_scale=family.guidance, **size, **more)
+    prediction, time, sample = seen[0]
+    if sample.ndim == 3:
+        prediction, sample = (family.about.unpacked(pipe, tokens, 16, 32) for tokens in (prediction, sample))
+    given = family.condition(["a cat"])
+    if family.about.size_input:
+        given["time_ids"] = torch.tensor([[16.0, 32, 0, 0, 16, 32]])
+    times = time.view(1) / 1000 if family.about.flow else time.view(1)
+    with torch.no_grad():
+        found = family.predict(family.denoiser, sample, times, given)
+    torch.testing.assert_close(found, prediction, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2-klein"])
+def test_normalised_patches_of_latents(name):
+    pipe = tiny.FAMILIES[name]()
+    family = family_of(pipe)
+    pixels = torch.rand(2, 3, 32, 16) * 2 - 1
+    with torch.no_grad():
+        found = family.latents(family.moments(pixels), torch.zeros(2, 4, 16, 8))
+        torch.testing.assert_close(pipe._patchify_latents(found), pipe._encode_vae_image(pixels, None))
+        torch.testing.assert_close(family.about.unscaled(pipe, found), family.moments(pixels)[:, 0])
+        tokens = pipe._pack_latents(pipe._patchify_latents(found))
+        torch.testing.assert_close(family.about.unpacked(pipe, tokens, 32, 16), found)

@@ -85,18 +85,21 @@ def find(name: str) -> Family:
     return FAMILIES[name]
 
 
-def of_adapter(names: Iterable[str], width: int | None = None, hints: str = "") -> Family | None:
+def of_adapter(
+    names: Iterable[str], width: int | None = None, hints: str = "", inner: int | None = None
+) -> Family | None:
     """The family an adapter file was made for, from its header; None if unknown.
 
     Args:
         names: of its tensors.
         width: inputs of a cross-attention key projection, if there is one.
         hints: its metadata on the base.
+        inner: inputs of a projection in the transformer's blocks, if there is one.
     """
     text = "\n".join(names)
     for family in _by_precedence():
         sign = family.signature
-        if sign.fits_adapter(text, width) or (sign.hints and _hinted(sign.hints, hints)):
+        if sign.fits_adapter(text, width, inner) or (sign.hints and _hinted(sign.hints, hints)):
             return family
     return None
 

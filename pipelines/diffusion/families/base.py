@@ -129,6 +129,7 @@ class Signature:
         adapter: regular expression to find in the module names of adapter files.
         checkpoint: regular expression to find in the tensor names of single-file models.
         width: inputs of a cross-attention key projection that only this family has.
+        widths: of the transformer blocks; an adapter with other ones is for another family.
         hints: regular expression to find in the metadata that trainers write about the base.
         precedence: families with a higher one are tried first (others may share some of their names).
     """
@@ -136,11 +137,15 @@ class Signature:
     adapter: str
     checkpoint: str
     width: int | None = None
+    widths: tuple[int, ...] = ()
     hints: str = ""
     precedence: int = 1
 
-    def fits_adapter(self, names: str, width: int | None = None) -> bool:
-        """Whether an adapter with these tensor names (one per line) is for this family."""
+    def fits_adapter(self, names: str, width: int | None = None, inner: int | None = None) -> bool:
+        """Whether an adapter with these tensor names (one per line) is for this family; ``width`` and ``inner`` as in
+        :func:`pipelines.diffusion.families.of_adapter`."""
+        if self.widths and inner is not None and inner not in self.widths:
+            return False
         return bool(re.search(self.adapter, names, re.MULTILINE)) or (width is not None and width == self.width)
 
     def fits_checkpoint(self, names: str) -> bool:
@@ -230,7 +235,7 @@ class Family:
         denoiser_inputs: field of the denoiser's configuration that requires an input -> supported values.
         guidance_input: the denoiser takes the guidance as an input; true guidance is a second pass.
         guidance_argument: the pipeline's argument for guidance by a second pass.
-        usual_guidance: its value if none is given.
+        usual_steps, usual_guidance: steps and guidance of a call that asks for none.
         zeros_field: field of the pipeline's configuration that replaces an empty negative prompt by zeros.
         size_input: the denoiser takes the picture's size and crop as an input.
         text_tensors: names in the encoding of tensors (batch, tokens, ...) with an entry per token of the text.
@@ -273,6 +278,7 @@ class Family:
     denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
     guidance_input: ClassVar[bool] = False
     guidance_argument: ClassVar[str] = "guidance_scale"
+    usual_steps: ClassVar[int] = 25
     usual_guidance: ClassVar[float] = 5.0
     zeros_field: ClassVar[str] = ""
     size_input: ClassVar[bool] = False
@@ -311,6 +317,14 @@ class Family:
     def edits(self, pipe: Any) -> bool:
         """Whether the base edits pictures: its prompts are read together with the argument ``image``."""
         return False
+
+    def usual(self, pipe: Any) -> tuple[int, float]:
+        """Steps and guidance of a call that asks for none."""
+        return self.usual_steps, self.usual_guidance
+
+    def takes_guidance(self, pipe: Any) -> bool:
+        """Whether the base can be guided (some that are distilled cannot)."""
+        return True
 
     def guidance_arguments(self, scale: float, negative: str = "") -> dict[str, Any]:
         """Arguments of a call of the pipeline alone, for guidance by a second pass."""

@@ -59,19 +59,22 @@ def clip_config(width: int = 16, **changes: Any) -> Any:
 
 def vae(latent_channels: int = 4, levels: int = 2, **changes: Any) -> Any:
     """An autoencoder with factor 2: a 32-pixel picture has 16 x 16 latents (a quarter with each level more)."""
-    return make(
-        "AutoencoderKL",
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(8,) * (levels - 1) + (16,),
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=32,
-        **changes,
-    )
+    return make("AutoencoderKL", **vae_values(latent_channels, levels), **changes)
+
+
+def vae_values(latent_channels: int = 4, levels: int = 2) -> dict[str, Any]:
+    """Configuration of :func:`vae`, without statistics of latents."""
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": (8,) * (levels - 1) + (16,),
+        "layers_per_block": 1,
+        "latent_channels": latent_channels,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+    }
 
 
 def unet(**changes: Any) -> Any:
@@ -132,12 +135,22 @@ QWEN_WORDS = (
 
 QWEN_MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
+LANGUAGE_WIDTH = 8
+"""Width of the miniature language models that read prompts; they have many layers, of which some are read."""
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Qwen's template of a conversation, without tools and thoughts."""
+
+
+INSTRUCTION = (
+    "{% for message in messages %}{{ '[SYSTEM_PROMPT]' if message.role == 'system' else '[INST]' }}"
+    "{% for part in message.content %}{{ part.text if part.type == 'text' else '[IMG]' }}{% endfor %}"
+    "{{ '[/SYSTEM_PROMPT]' if message.role == 'system' else '[/INST]' }}{% endfor %}"
+)
+"""Mistral's."""
 
 
 def qwen_tokenizer() -> Any:
@@ -303,6 +316,46 @@ def llama(width: int = 32) -> Any:
         attn_implementation="eager",  # the pipeline asks for attention maps
     )
     return make("LlamaForCausalLM", config)
+
+
+def mistral_tokenizer() -> Any:
+    """Mistral's tokenizer with one token per letter and a chat template of texts and pictures."""
+    special = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]")
+    names = ("<unk>", "<s>", "</s>", "<pad>", *special)
+    vocab = {symbol: index for index, symbol in enumerate([*names, "▁", *LETTERS, *".,<>!"])}
+    tokenizer = make("LlamaTokenizer", vocab=vocab, merges=[], pad_token="<pad>", extra_special_tokens=list(special))
+    tokenizer.chat_template = INSTRUCTION
+    return tokenizer
+
+
+def _language(layers: int, tokenizer: Any) -> dict[str, Any]:
+    """Configuration of a small language model."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": LANGUAGE_WIDTH,
+        "intermediate_size": LANGUAGE_WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": LANGUAGE_WIDTH,
+    }
+
+
+def chat_model(layers: int) -> Any:
+    """A Qwen3 for :func:`qwen_tokenizer`."""
+    return make("Qwen3ForCausalLM", make("Qwen3Config", **_language(layers, qwen_tokenizer())))
+
+
+def mistral(layers: int) -> Any:
+    """A Mistral 3, which reads text and pictures, for :func:`mistral_tokenizer`."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = make(
+        "Mistral3Config",
+        text_config={"model_type": "mistral", **_language(layers, mistral_tokenizer())},
+        vision_config={"model_type": "pixtral", **vision, "image_size": 32, "patch_size": 16},
+        image_token_index=8,
+    )
+    return make("Mistral3ForConditionalGeneration", config)
 
 
 def quiet(pipe: Any) -> Any:

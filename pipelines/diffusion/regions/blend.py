@@ -57,7 +57,7 @@ class Blending(Denoising):
         """Blend a row-major batch: (rows * batch, ...) -> (batch, ...)."""
         rows = predictions.view(len(self.used), -1, *predictions.shape[1:])
         shares = self.shares[self.used].to(predictions)
-        if predictions.ndim == 3:  # packed tokens (batch, cells, channels), then those of pictures that are edited
+        if predictions.ndim == 3:  # packed tokens (batch, cells, channels), then those of references
             cells = shares.shape[1]
             blended = (rows[:, :, :cells] * shares[:, None, :, None]).sum(0)
             return torch.cat([blended, rows[0, :, cells:]], 1) if rows.shape[2] > cells else blended
