@@ -37,6 +37,8 @@ PICTURES = {name: build for name, build in FAMILIES.items() if families.FAMILIES
 DRAWN_SMALL = tuple(name for name in PICTURES if name != "hidream")
 """Families that draw small pictures also when loaded from a file; HiDream has 128 x 128 cells at least."""
 
+TRAINABLE = {name: build for name, build in FAMILIES.items() if not families.FAMILIES[name].untrainable}
+
 sd, sdxl, sd3, flux = (FAMILIES[name] for name in ("sd", "sdxl", "sd3", "flux"))
 
 
@@ -89,6 +91,6 @@ def denoiser_name(pipe: Any) -> str:
 
 
 __all__ = [
-    "DRAWN_SMALL", "END", "FAMILIES", "LETTERS", "PICTURES", "START", "clip_config", "clip_tokenizer", "ddim",
-    "denoiser_name", "flux", "lora_file", "saved", "sd", "sd3", "sdxl", "t5_tokenizer", "unet", "vae",
+    "DRAWN_SMALL", "END", "FAMILIES", "LETTERS", "PICTURES", "START", "TRAINABLE", "clip_config", "clip_tokenizer",
+    "ddim", "denoiser_name", "flux", "lora_file", "saved", "sd", "sd3", "sdxl", "t5_tokenizer", "unet", "vae",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
+COMPONENTS = (*DENOISERS, *TEXT_ENCODERS, "connectors")
 MODEL = "model"
 """The only component of an adapter for a single model (language, speech) instead of a diffusion pipeline."""
 

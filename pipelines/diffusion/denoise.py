@@ -56,6 +56,7 @@ class Denoising:
         self.adapter_batch = adapter_batch
         self.step = 0
         self.calls = 0
+        self.output = 0  # which of the denoiser's predictions is reduced
         self._in_step = (-1, 0)  # the step, and which of its calls of the denoiser this is
         self._pending: tuple[Arguments, list[list[int]]] | None = None
         self._roles: dict[tuple[Any, ...], tuple[str, ...]] = {}
@@ -108,12 +109,21 @@ class Denoising:
             return None
         (given, named), chunks = self._pending
         step = self.steps[min(self.step, len(self.steps) - 1)]
-        parts = [_tensor(output)]
+        parts = [self._tensors(output)]
         for chunk in chunks[1:]:
             more_args, more_kwargs = self._chunk(given, named, step, chunk)
-            parts.append(_tensor(module.forward(*more_args, **more_kwargs)))
+            parts.append(self._tensors(module.forward(*more_args, **more_kwargs)))
         self._pending = None
-        return _replaced(output, self.reduce(torch.cat(parts) if len(parts) > 1 else parts[0]))
+        made = []
+        for number, of in enumerate(zip(*parts, strict=True)):
+            self.output = number
+            made.append(self.reduce(torch.cat(of) if len(of) > 1 else of[0]))
+        self.output = 0
+        return _replaced(output, made)
+
+    def _tensors(self, output: Any) -> list[Tensor]:
+        """The predictions of picture and, in some families, sound."""
+        return [_tensor(output[number]) for number in range(self.family.outputs)]
 
     def _chunk(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, predictions: list[int]) -> Arguments:
         """Gates and arguments for some of the step's predictions."""
@@ -256,15 +266,18 @@ def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str,
     return {**values, first: _put(values[first], tuple(rest), value) if rest else value}
 
 
-def _tensor(output: Any) -> Tensor:
-    """The prediction with the batch in front; some denoisers return a list with one entry per sample."""
-    found: Any = output[0]
+def _tensor(found: Any) -> Tensor:
+    """A prediction with the batch in front; some denoisers return a list with one entry per sample."""
     return torch.stack(found) if isinstance(found, list) else found
 
 
-def _replaced(output: Any, tensor: Tensor) -> Any:
-    made: Any = list(tensor.unbind()) if isinstance(output[0], list) else tensor
+def _replaced(output: Any, tensors: Sequence[Tensor]) -> Any:
+    """The denoiser's output with other predictions."""
+    made: list[Any] = [
+        list(tensor.unbind()) if isinstance(output[number], list) else tensor for number, tensor in enumerate(tensors)
+    ]
     if isinstance(output, tuple):
-        return (made, *output[1:])
-    output["sample"] = made
+        return (*made, *output[len(made) :])
+    for name, tensor in zip(list(output), made, strict=False):
+        output[name] = tensor
     return output

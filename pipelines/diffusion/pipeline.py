@@ -238,6 +238,8 @@ class MultiLoRAPipeline:
             raise InputError(
                 f"With regions every prompt is encoded with its own region's adapters: leave out te_mode '{te_mode}'."
             )
+        if self.family.video and kind.regional and not self.family.video.regions:
+            raise InputError(f"{self.family.short} has no regions, because its sound has no place: leave them out.")
         if self.family.video and (kind.regions == "network" or regions == "auto"):
             able = methods.names(lambda known: known.regions == "predictions")
             raise InputError(

@@ -109,7 +109,8 @@ def side(base: str) -> int:
 def _cell(folder: Path) -> int:
     """Pixels along one cell of a base's latents; 0 if its files do not say."""
     config = _config(folder / "vae")
-    if isinstance(told := config.get("scale_factor_spatial"), int):  # of a VAE for videos
+    told = config.get("scale_factor_spatial") or config.get("spatial_compression_ratio")  # of a VAE for videos
+    if isinstance(told, int):
         return told
     blocks = config.get("block_out_channels")
     return int(2 ** (len(blocks) - 1)) if isinstance(blocks, list) and blocks else 0

@@ -33,6 +33,8 @@ class Family:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.about = families.family_of(pipe)
+        if self.about.untrainable:
+            raise InputError(self.about.untrainable)
         check_trainable(pipe, self.about)
         if len(several := self.about.present(pipe)) > 1:
             raise InputError(

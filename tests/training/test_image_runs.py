@@ -59,7 +59,7 @@ def test_overfits_a_new_shape(shapes_base, pictures, tmp_path):
     assert len(read_curve(tmp_path / "loss.csv")) == 120
 
 
-@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in ("sd", "sdxl")])
+@pytest.mark.parametrize("family", [name for name in tiny.TRAINABLE if name not in ("sd", "sdxl")])
 def test_learns_one_picture(family, bases, tmp_path):
     one = bed.crosses(tmp_path / "one", count=1)
     config = settings(bases(family), one, steps=30, rank=4, batch_size=4, learning_rate=2e-2, targets="linear")
@@ -68,7 +68,7 @@ def test_learns_one_picture(family, bases, tmp_path):
     assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
 
 
-@pytest.mark.parametrize("family", tiny.DRAWN_SMALL)
+@pytest.mark.parametrize("family", [*tiny.DRAWN_SMALL, "wan"])
 def test_file_gives_the_trained_picture_in_diffusers(family, bases, pictures, tmp_path):
     text = family in ("sd", "sdxl")
     config = settings(

@@ -71,6 +71,7 @@ class Video:
         step: the number of frames is a multiple of this, plus one.
         size: height and width in pixels.
         argument: the pipeline's argument for the rate, if the model is told it.
+        regions: predictions of regions can be blended.
     """
 
     frames: int
@@ -78,6 +79,7 @@ class Video:
     step: int
     size: tuple[int, int]
     argument: str = ""
+    regions: bool = True
 
     def check(self, frames: int) -> int:
         """``frames``, if the family can make so many.
@@ -215,6 +217,8 @@ class Family:
         components: attributes of the pipeline that hold models.
         denoisers: the denoising networks; most families have one, and a base may lack all but the first.
         video: what is made if the family makes videos; each is a list of frames.
+        outputs: number of predictions that the denoiser returns (of picture and sound: 2).
+        untrainable: why LoRAs of it cannot be trained here, as a sentence.
         text_encoders: attributes of the text encoders that adapters may change.
         learning_encoders: those of them that can be trained here.
         batch_arguments: keyword arguments of the denoiser whose first dimension is the batch.
@@ -261,6 +265,8 @@ class Family:
     components: ClassVar[tuple[str, ...]]
     denoisers: ClassVar[tuple[Denoiser, ...]]
     video: ClassVar[Video | None] = None
+    outputs: ClassVar[int] = 1
+    untrainable: ClassVar[str] = ""
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     learning_encoders: ClassVar[tuple[str, ...]] = ()
     batch_arguments: ClassVar[tuple[str, ...]]

@@ -67,7 +67,7 @@ class Run(Denoising):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._order: list[int] | None = None
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[tuple[int, int], Tensor] = {}
         self._seen = (-1, 0)
         self._base: Tensor | None = None
 
@@ -108,8 +108,8 @@ class Run(Denoising):
         return torch.einsum("n,n...->...", factors, predictions.view(count, -1, *predictions.shape[1:]))
 
     @property
-    def _call(self) -> int:
-        return self._seen[1]
+    def _call(self) -> tuple[int, int]:
+        return self._seen[1], self.output
 
     def _leader(self, step: LeadStep) -> int:
         """Index of the leading prediction among those of the step."""
