@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,8 @@ def open_pipeline(
     chosen_dtype = choose_dtype(dtype, chosen_device, chosen_family)
     chosen_attention = choose_attention(attention)
     kind = getattr(diffusers, opened_as(chosen_family, source))
+    if "processor" in inspect.signature(kind.__init__).parameters and importlib.util.find_spec("torchvision") is None:
+        raise InputError(f"The text encoder of '{source}' reads pictures with torchvision: install torchvision.")
     if Path(source).is_file() and not chosen_family.single_file:
         raise InputError(
             f"diffusers opens {chosen_family.title} from a directory or hub id only: a single file such as "

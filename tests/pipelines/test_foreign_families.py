@@ -143,6 +143,13 @@ def test_families_that_do_not_fit_are_refused_by_name(index: str, kind: str, wor
         detect(tmp_path)
 
 
+def test_without_torchvision_an_edit_base_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}', encoding="utf-8")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="install torchvision"):
+        MultiLoRAPipeline.from_pretrained(tmp_path)
+
+
 def test_every_choice_of_layers_is_larger_than_the_one_before() -> None:
     import re
 

@@ -171,7 +171,7 @@ class HiDream(Family):
             text_encoder_3=miniature.t5(),
             tokenizer_3=miniature.t5_tokenizer(),
             text_encoder_4=miniature.llama(),
-            tokenizer_4=miniature.qwen_tokenizer(),
+            tokenizer_4=miniature.llama_tokenizer(),
             transformer=transformer,
         )
         pipe.default_sample_size = 16

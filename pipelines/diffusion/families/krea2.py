@@ -93,6 +93,7 @@ class Krea2(Family):
     predictions = ("flow",)
     vae_fields = VAE_FIELDS
     no_guidance = 0.0
+    usual_steps = 28
     usual_guidance = 4.5
     prompt_tokens = TOKENS - 5  # the end of the chat template
     training_shift = 2.5  # exp(mu) of the base's own schedule at 1024 x 1024 pixels
@@ -104,6 +105,9 @@ class Krea2(Family):
         hints=r"krea.?2",
         precedence=7,
     )
+
+    def usual(self, pipe: Any) -> tuple[int, float]:
+        return (8, 0.0) if pipe.config.is_distilled else super().usual(pipe)
 
     def resolution(self, pipe: Any) -> int:
         return 128 * latent_factor(pipe)  # nothing in the configuration says it

@@ -299,6 +299,17 @@ class QwenReader:
         return found
 
 
+def llama_tokenizer() -> Any:
+    """The same tokenizer, with a token before every text as Llama's has."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = qwen_tokenizer()
+    start = QWEN_MARKS[0]
+    marks = [(start, tokenizer.convert_tokens_to_ids(start))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=marks)
+    return tokenizer
+
+
 def llama(width: int = 32) -> Any:
     """A two-layer Llama for :func:`qwen_tokenizer`."""
     tokenizer = qwen_tokenizer()
