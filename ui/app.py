@@ -22,7 +22,7 @@ from studio.composition import gallery as kept
 from studio.composition import recipe_png
 from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
-from ui.components import job_panel, rack, remembered
+from ui.components import faces, job_panel, rack, remembered
 from ui.errors import errors_shown
 from ui.pages import compose, gallery, jobs, language, library, reconstruct, train
 from ui.theme import STATIC, StudioTheme, css, script
@@ -35,6 +35,7 @@ _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "privat
 @dataclass
 class _Pages:
     tabs: gr.Tabs
+    faces: gr.HTML
     compose: compose.Page
     gallery: gallery.Page
     train: train.Page
@@ -50,6 +51,7 @@ def build() -> gr.Blocks:
     app = gr.Blocks(title="Adapter Studio", analytics_enabled=False, fill_width=True, delete_cache=(A_DAY, A_DAY))
     with app:
         gr.HTML(markup.header(), elem_id="header", apply_default_css=False, js_on_load=script("header"))
+        sheet = faces.draw(compose.adapters_to_choose())
         with gr.Row(elem_id="frame", equal_height=False):
             menu = navigation.menu()
             with gr.Tabs(selected=navigation.START, elem_id="pages") as tabs:
@@ -68,7 +70,8 @@ def build() -> gr.Blocks:
                 with _tab("jobs"):
                     jobs_page = jobs.build()
         pages = _Pages(
-            tabs, compose_page, gallery_page, train_page, language_page, reconstruct_page, library_page, jobs_page
+            tabs, sheet, compose_page, gallery_page, train_page, language_page, reconstruct_page, library_page,
+            jobs_page,
         )  # fmt: skip
         _wire_tabs(app, menu, pages)
         _wire_crossings(pages)
@@ -88,6 +91,7 @@ def _choosers(pages: _Pages) -> list[Any]:
     return [
         pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
         distilling["styles"], pages.language.base, pages.language.adapters, pages.reconstruct.form["adapter"],
+        pages.faces,
     ]  # fmt: skip
 
 
@@ -135,7 +139,8 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
 def _choices() -> list[Any]:
     adapters, bases = gr.update(choices=compose.adapter_choices()), gr.update(choices=compose.base_choices())
     models, talkers = gr.update(choices=language.base_choices()), gr.update(choices=language.adapter_choices())
-    return [adapters, bases, bases, bases, adapters, models, talkers, gr.update(choices=reconstruct.adapter_choices())]
+    scenes, sheet = gr.update(choices=reconstruct.adapter_choices()), faces.sheet(compose.adapters_to_choose())
+    return [adapters, bases, bases, bases, adapters, models, talkers, scenes, sheet]
 
 
 def _own(follow: Callable[[str, tuple[Any, ...]], Any], job_id: Any) -> Any:

@@ -104,20 +104,24 @@ def draw(
             report(pipe, index, timestep, {"latents": latents})
 
         callback = {"callback": observe, "callback_steps": 1}
-    with own_randomness(pipe, generators):
+    with own_randomness(arguments, generators):
         return pipe(**request.call, **arguments, generator=generators, **callback)
 
 
 @contextmanager
-def own_randomness(pipe: Any, generators: Any) -> Iterator[None]:
+def own_randomness(arguments: Mapping[str, Any], generators: Any) -> Iterator[None]:
     """Inside, torch's own generator begins at the seed too; restored on exit.
 
     diffusers' ControlNet pipeline of SD3 samples the latents of the control picture from it, so that no picture would
     repeat.
+
+    Args:
+        arguments: the encoded prompt, which lies on the device of the call.
     """
-    device = pipe._execution_device
+    parts = [part for value in arguments.values() for part in (value if isinstance(value, list) else [value])]
+    used = {part.device for part in parts if isinstance(part, torch.Tensor) and part.device.type == "cuda"}
     first = generators[0] if isinstance(generators, list) else generators
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(used):
         torch.manual_seed(first.initial_seed())
         yield
 

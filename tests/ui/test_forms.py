@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from studio.library import Record
 from studio.training.schemas.distill import DistillConfig
 from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
-from ui.components import loss_plot, rack, schema_form
+from ui.components import faces, loss_plot, rack, schema_form
 from ui.pages import compose, distill, library, train
 
 FOX = Record("fox", Path("/x/fox.safetensors"), "adapter", "sd", rank=8, triggers=("zxq fox",), sha256="f0")
@@ -254,3 +255,14 @@ def test_compose_suits_itself_to_a_distilled_adapter_once(tmp_path: Path) -> Non
     assert steps == 25
     assert rack.new_row(marked(tmp_path))["distilled"] is None
     assert rack.new_row(marked(tmp_path, w_ref="four"))["distilled"] is None
+
+
+def test_menus_show_faces_whatever_adapters_are_called(tmp_path: Path) -> None:
+    face = tmp_path / 'a ")}.png'
+    Image.new("RGB", (4, 4)).save(face)
+    named = replace(FOX, preview=face)
+    sheet = faces.sheet([('"]{} </style><b>·', named), ("no picture", replace(named, preview=None))])
+    assert sheet.count("{") == sheet.count("[aria-label=") == 1
+    assert '[aria-label="\\22 \\5d \\7b \\7d  \\3c \\2f style\\3e \\3c b\\3e \\b7 "]' in sheet
+    assert "a%20%22%29%7D.png" in sheet
+    assert faces.sheet([]) == ""

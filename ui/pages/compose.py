@@ -22,7 +22,7 @@ from studio.composition.sweep_schema import SweepConfig, parse_axis
 from studio.jobs import Job
 from studio.library import base_families
 from ui import markup
-from ui.components import advice, canvas, job_panel, picture_list, rack, remembered, schema_form, start
+from ui.components import advice, canvas, faces, job_panel, picture_list, rack, remembered, schema_form, start
 from ui.components.advice import Advice
 from ui.components.pick_list import pick_list, picked
 from ui.components.rack import Row
@@ -137,7 +137,7 @@ def _settings() -> tuple[Form, gr.HTML, gr.Dropdown, gr.Checkbox, Where, Start, 
         picker = gr.Dropdown(
             adapter_choices(), value=None, label="Adapters",
             info="Choose from your library; their order matters for switch.",
-            elem_id="adapter-picker", interactive=True,
+            elem_id="adapter-picker", elem_classes=faces.MENU, interactive=True,
         )  # fmt: skip
         adapters = rack.rack()
         doctor = advice.draw()
@@ -277,8 +277,13 @@ _RANDOM = "() => Math.floor(Math.random() * 2147483647)"
 
 def adapter_choices() -> list[tuple[str, str]]:
     """Usable adapters as choices: shown with family and rank."""
+    return [(label, record.name) for label, record in adapters_to_choose()]
+
+
+def adapters_to_choose() -> list[tuple[str, library.Record]]:
+    """The usable adapters, each with its text in menus."""
     usable = [record for record in library.adapters() if not record.problem and record.family != "language"]
-    return [(f"{record.name}   {rack.short_facts(record)}", record.name) for record in usable]
+    return [(f"{record.name}   {rack.short_facts(record)}", record) for record in usable]
 
 
 def base_choices() -> list[tuple[str, str]]:

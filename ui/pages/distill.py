@@ -13,8 +13,8 @@ from studio.datasets.prompts import keep_prompts
 from studio.training import presets
 from studio.training.schemas.distill import DistillConfig
 from ui import markup
+from ui.components import faces, schema_form, training_run
 from ui.components import presets as preset_fields
-from ui.components import schema_form, training_run
 from ui.pages import compose
 
 KNOWN = schema_form.fields(DistillConfig)
@@ -98,6 +98,7 @@ def _settings() -> Form:
         form["styles"] = gr.Dropdown(
             compose.adapter_choices(), value=[], multiselect=True, label="On top of", info=KNOWN["styles"].help,
             allow_custom_value=True, interactive=True, elem_id="distill-styles",
+            elem_classes=faces.MENU,
         )  # fmt: skip
         for pair in (("steps", "rank"), ("learning_rate", "batch_size"), ("trajectory_count", "inference_steps")):
             with gr.Row():
