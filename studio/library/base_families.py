@@ -26,6 +26,25 @@ def moving(name: str) -> bool:
     return name in FAMILIES and FAMILIES[name].video is not None
 
 
+def works_with(name: str) -> tuple[str, ...]:
+    """What the family ``name`` can be used for here, from its description; empty if it is unknown."""
+    if name not in FAMILIES:
+        return ()
+    family = FAMILIES[name]
+    regions = "regions" if family.video is None else "output regions" if family.video.regions else ""
+    tasks = {"image": "image to image", "inpaint": "inpainting", "edit": "editing", "controlnet": "ControlNet"}
+    if family.video is not None:
+        tasks["image"] = "image to video"
+    others = [title for task, title in tasks.items() if task in family.other_pipelines]
+    found = ["merge", "switch", "composite", regions, *others, "" if family.untrainable else "training"]
+    return tuple(one for one in found if one)
+
+
+def licence(name: str) -> str:
+    """The licence of the public checkpoints of the family ``name``; empty if it is unknown."""
+    return FAMILIES[name].licence if name in FAMILIES else ""
+
+
 def usual_size(name: str) -> int:
     """The usual side of a family's pictures in pixels (512 if the family is unknown)."""
     return FAMILIES[name].usual_size if name in FAMILIES else 512

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from studio.cli.output import Json, Output, Quiet, facts, lines, moment, size, table
+from studio.library import base_families
 
 if TYPE_CHECKING:
     from studio.library import Record
@@ -169,10 +170,16 @@ def _adapters(found: list[Record]) -> Any:
 
 def _bases(found: list[Record]) -> Any:
     return table(
-        ["name", "family", "format", "size", "from", ""],
-        [(r.name, r.family, r.format, size(r.size), r.source, r.problem and f"unreadable: {r.problem}")
+        ["name", "family", "format", "size", "licence", "works with", "from", ""],
+        [(r.name, r.family, r.format, size(r.size), _licence(r), base_families.works_with(r.family), r.source,
+          r.problem and f"unreadable: {r.problem}")
          for r in found],
     )  # fmt: skip
+
+
+def _licence(record: Record) -> str:
+    """What the base itself says, else that of its family's public checkpoints."""
+    return str(record.notes.get("license") or base_families.licence(record.family))
 
 
 def _facts(record: Record) -> Any:
@@ -182,6 +189,18 @@ def _facts(record: Record) -> Any:
             ("name", record.name), ("problem", record.problem), ("family", record.family), ("format", record.format),
             ("rank", record.rank), ("targets", record.targets), ("size", size(record.size)),
             ("triggers", record.triggers), ("sha256", record.sha256), ("path", record.path),
-            ("preview", record.preview), ("from", record.source), *record.notes.items(), ("recipe", recipe),
+            ("preview", record.preview), ("from", record.source), *_use(record), *record.notes.items(),
+            ("recipe", recipe),
         ]
     )  # fmt: skip
+
+
+def _use(record: Record) -> list[tuple[str, Any]]:
+    """What a base is for; nothing for adapters."""
+    if record.kind != "base":
+        return []
+    own = record.notes.get("license")
+    return [
+        ("works with", base_families.works_with(record.family)),
+        *([] if own else [("licence of the family", base_families.licence(record.family))]),
+    ]

@@ -237,6 +237,8 @@ def _picture_settings(form: Form) -> gr.Checkbox:
         base_choices(), value=KNOWN["base"].default, label="Base model", allow_custom_value=True, interactive=True,
         info="From your library, or a hub id.", elem_id="base",
     )  # fmt: skip
+    about = gr.HTML(about_base(str(KNOWN["base"].default)), elem_classes="as-help", apply_default_css=False)
+    form["base"].change(about_base, form["base"], about, show_progress="hidden", api_visibility="private")
     with gr.Row():
         for name in ("steps", "guidance_scale", "images"):
             form[name] = schema_form.widget(
@@ -289,7 +291,21 @@ def adapters_to_choose() -> list[tuple[str, library.Record]]:
 def base_choices() -> list[tuple[str, str]]:
     """Usable base models as choices."""
     usable = [record for record in library.bases() if not record.problem and record.family != "language"]
-    return [(f"{record.name}   {base_families.written(record.family)}", record.name) for record in usable]
+    return [
+        (f"{record.name}   {base_families.written(record.family)}, {markup.file_size(record.size)}", record.name)
+        for record in usable
+    ]
+
+
+def about_base(name: str) -> str:
+    """What the base ``name`` works with, and its licence; empty for one that is not in the library."""
+    record = next((record for record in library.bases() if record.name == name), None)
+    if record is None or not (uses := base_families.works_with(record.family)):
+        return ""
+    own = record.notes.get("license")
+    licence = own or f"{base_families.licence(record.family)} (family)"
+    told = f"Works with {', '.join(uses)}. Licence: {licence}."
+    return f"<p>{markup.text(told)}</p>"
 
 
 # ------------------------------------------------------------------------------------------------ the rack

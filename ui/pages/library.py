@@ -211,7 +211,7 @@ def describe(record: Record) -> str:
     pairs = [
         ("Family", base_families.written(record.family)), ("Format", record.format), ("Rank", record.rank),
         ("Layers", notes.get("layers")), ("Size", markup.file_size(record.size)), ("Algorithm", notes.get("algorithm")),
-        ("Base model", notes.get("base_model")), ("Licence", notes.get("license")),
+        ("Base model", notes.get("base_model")), ("Licence", notes.get("license")), *base_use(record),
         ("Targets", _shortened(record.targets)), ("SHA-256", record.sha256), ("Where", without_bytes(str(record.path))),
     ]  # fmt: skip
     parts = [
@@ -222,6 +222,15 @@ def describe(record: Record) -> str:
         markup.facts(pairs), _recipe(record),
     ]  # fmt: skip
     return f'<article class="as-detail">{"".join(parts)}</article>'
+
+
+def base_use(record: Record) -> list[tuple[str, str]]:
+    """What a base works with, and its family's licence if it names none; nothing for adapters."""
+    if record.kind != "base":
+        return []
+    own = record.notes.get("license")
+    family = "" if own else base_families.licence(record.family)
+    return [("Works with", ", ".join(base_families.works_with(record.family))), ("Licence of the family", family)]
 
 
 def _shortened(names: Sequence[str], most: int = 8) -> str:
