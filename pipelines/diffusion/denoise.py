@@ -149,13 +149,13 @@ class Denoising:
             given = {kind: _moved(value, axes.get(kind, 0), 0) for kind, value in passed.items()}
             present = {kind: value for kind, value in given.items() if value is not None}
             role = self._role(present)
+            halves = [_of_role(self.encodings[active], role) for active in texts]
+            made = self.family.passed({kind: as_batch([half[kind] for half in halves]) for kind in halves[0]})
             for path, kind in self.family.text_arguments.items():
-                texts_of = [_of_role(self.encodings[active], kind, role) for active in texts]
                 if kind in present:
-                    made = as_batch([_like(text, given[kind]) for text in texts_of])
-                    more = _put(more, path, _moved(made, 0, axes.get(kind, 0)))
-                elif not bool((mask := as_batch(texts_of)).all()):  # pipelines leave out a mask that hides nothing
-                    more = _put(more, path, mask.to(next(iter(present.values())).device))
+                    more = _put(more, path, _moved(_like(made[kind], given[kind]), 0, axes.get(kind, 0)))
+                elif not bool(made[kind].all()):  # pipelines leave out a mask that hides nothing
+                    more = _put(more, path, made[kind].to(next(iter(present.values())).device))
         return wide, more
 
     def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -179,9 +179,8 @@ class Denoising:
         if encoding.negative is not None:
             both = ("positive", "negative") if self.family.positive_first else ("negative", "positive")
             roles = [both, *roles, ("negative",)]
-        fitting = [
-            role for role in roles if all(_same(_of_role(encoding, kind, role), value) for kind, value in given.items())
-        ]
+        made = {role: self.family.passed(_of_role(encoding, role)) for role in roles}
+        fitting = [role for role in roles if all(_same(made[role][kind], value) for kind, value in given.items())]
         if not fitting:
             raise RuntimeError(f"the pipeline passed {', '.join(given)} that are not the encoded prompt")
         if len(fitting) == 1:
@@ -221,9 +220,9 @@ def named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]) -
     return args[len(names) :], {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _of_role(encoding: Encoding, kind: str, role: Sequence[str]) -> Any:
-    halves = [getattr(encoding, half)[kind] for half in role]
-    return halves[0] if len(halves) == 1 else as_batch(halves)
+def _of_role(encoding: Encoding, role: Sequence[str]) -> dict[str, Any]:
+    halves = [getattr(encoding, half) for half in role]
+    return {kind: as_batch([half[kind] for half in halves]) for kind in halves[-1]}
 
 
 def _parts(value: Any) -> list[Tensor]:
@@ -239,6 +238,8 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 def as_batch(values: Sequence[Any]) -> Any:
     """Tensors or lists of several samples as one batch."""
+    if len(values) == 1:
+        return values[0]
     if isinstance(values[0], Tensor):
         return joined(list(values))
     return [part for value in values for part in value]

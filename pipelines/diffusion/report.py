@@ -59,8 +59,7 @@ class LoraReport:
         built_in = f"; {self.distilled}" if self.distilled else ""
         place = f"; {report_region(self.region)}" if self.region else ""
         return (
-            f"{self.name}: {kind} of rank {ranks} on {layers}, weight {self.weight:g} ({self.format}){built_in}"
-            f"{place}"
+            f"{self.name}: {kind} of rank {ranks} on {layers}, weight {self.weight:g} ({self.format}){built_in}{place}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,9 @@ def make_bed(family: str, folder: Path) -> Bed:
         "sdxl": ("conv2", "to_k", "ff.net.2"),
         "lumina2": ("to_k", "feed_forward.linear_1", "layers.1.norm1.linear"),
         "auraflow": ("to_q", "ff.linear_1", "ff_context.out_projection", "add_k_proj", "context_embedder"),
+        "cogview4": ("to_q", "ff.net.0.proj", "norm1.linear"),
+        "ernie-image": ("to_v", "mlp.up_proj", "linear_fc2", "text_proj"),
+        "sana": ("attn2.to_q", "attn1.to_v", "ff.conv_inverted", "ff.conv_point", "caption_projection.linear_1"),
         "z-image": ("to_q", "feed_forward.w2", "layers.1.adaLN_modulation.0", "cap_embedder.1"),
         "krea2": ("to_q", "to_gate", "ff.down", "projector", "txt_in.linear_1"),
         "hidream": ("to_q", "to_out_t", "w1", "adaLN_modulation.1"),
@@ -108,6 +112,7 @@ def peft_latents(
     pipe: Any, guidance: float | None = None, seeds: tuple[int, ...] = (3,), **options: Any
 ) -> torch.Tensor:
     """The same run by diffusers alone; the guidance is the family's usual one."""
+    options |= own_size(pipe)
     family = family_of(pipe)
     result: torch.Tensor = pipe(
         prompt=PROMPT,
@@ -121,6 +126,12 @@ def peft_latents(
         **options,
     ).images
     return result
+
+
+def own_size(pipe: Any) -> dict[str, Any]:
+    """What keeps a pipeline from choosing another size than it is asked for."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    return {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:

@@ -104,6 +104,9 @@ def roles(encoding: Any) -> dict[str, Tensor]:
         ("flux", {"true_cfg_scale": 3.0, "negative_prompt": "dull"}),
         ("lumina2", {"negative_prompt": "dull and long"}),
         ("auraflow", {}),
+        ("cogview4", {"negative_prompt": "dull and long enough for more than 16 tokens"}),
+        ("ernie-image", {"negative_prompt": "dull and long"}),
+        ("sana", {}),
         ("z-image", {}),
         ("z-image", {"guidance_scale": 0.0}),
         ("z-image", {"negative_prompt": "dull and long"}),
@@ -157,6 +160,7 @@ def test_composite_equals_separate_passes(
         output_type="latent",
         **texts[0].call_arguments(),
         **extra,
+        **FAMILIES[family].always,
     ).images
     close(latents(bed.composer("a", "b"), "composite", adapter_batch=adapter_batch, **options), wanted)
 
@@ -185,9 +189,10 @@ def test_previews_and_pictures(beds: Callable[[str], Bed], family: str) -> None:
 
     watcher = Watcher()
     composer: MultiLoRAPipeline = beds(family).composer("a")
-    picture = composer(PROMPT, steps=2, width=32, height=16, monitor=watcher, preview_every=1).images[0]
-    size = composer.family.drawn_size(composer.pipe, 16, 32)[::-1]
-    assert size == ((44, 20) if family == "hidream" else (32, 16))  # it keeps the area of the base's own pictures
+    side = max(16, composer.family.pixel_step(composer.pipe))
+    picture = composer(PROMPT, steps=2, width=2 * side, height=side, monitor=watcher, preview_every=1).images[0]
+    size = composer.family.drawn_size(composer.pipe, side, 2 * side)[::-1]
+    assert size == ((44, 20) if family == "hidream" else (2 * side, side))  # it keeps the area of the base's pictures
     assert picture.size == watcher.reports[0].preview.size == size
 
 

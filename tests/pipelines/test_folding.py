@@ -18,7 +18,7 @@ from tests import tiny
 from tests.pipelines.conftest import PROMPT, Bed, latents
 from tests.pipelines.test_composition import Watcher, state
 
-SINGLE = ("z-image",)
+SINGLE = ("z-image", "sana")
 """Families whose pipeline keeps latents in single precision."""
 
 STEPS = 2 * ENOUGH

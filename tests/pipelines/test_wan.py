@@ -80,9 +80,7 @@ def models(pipe: Any) -> list[Any]:
 def theirs(pipe: Any, **options: Any) -> Tensor:
     call = {"guidance_scale": 5.0, "generator": [torch.Generator().manual_seed(3)]}
     size = {"height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
-    found: Tensor = pipe(
-        prompt=PROMPT, num_inference_steps=STEPS, **size, **(call | options)
-    ).frames
+    found: Tensor = pipe(prompt=PROMPT, num_inference_steps=STEPS, **size, **(call | options)).frames
     return found
 
 

@@ -559,6 +559,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def passed(self, texts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The denoiser's text arguments by their names in ``text_arguments``, from the encoded texts of a batch."""
+        return texts
+
     def repeat(self, name: str, value: Any, count: int, batch: int) -> Any:
         """The argument ``name`` of the denoiser, repeated ``count`` times if its first dimension is the batch."""
         if name in self.list_arguments:
