@@ -275,7 +275,7 @@ class MultiLoRAPipeline:
             count = self.family.usual(self.pipe)[0] if steps is None else steps
             positions = self._positions(fresh, count, others, self._pixels(None, None, others))
         guidance, mark = self._check_use(guidance_scale, True)
-        plan, _ = self._planned(positions, self._guided(guidance, mark), prompt)
+        plan, _ = self._planned(positions, self._guided(guidance, mark), prompt, image=others.get("image"))
         return replace(plan, reports=tuple(item.report for item in self._chosen()))
 
     def export(self, path: str | Path, format: str = "diffusers", rank: int | None = None) -> Merged:
@@ -454,7 +454,7 @@ class MultiLoRAPipeline:
         with torch.no_grad(), sampling(self.pipe, call.scheduler, self.family.flow) as fresh:
             positions = self._positions(fresh, call.steps, call.more, size)
             request = replace(request, noise=tuple(positions.sigma))
-            plan, texts = self._planned(positions, guided, call.prompt, call.negative_prompt)
+            plan, texts = self._planned(positions, guided, call.prompt, call.negative_prompt, request.image)
             try:
                 if call.strengths:
                     plan, result = self._varied(positions, request, call.strengths)
@@ -550,9 +550,14 @@ class MultiLoRAPipeline:
         )  # fmt: skip
 
     def _planned(
-        self, positions: Positions, guided: bool, prompt: str | None = None, negative: str = ""
+        self,
+        positions: Positions,
+        guided: bool,
+        prompt: str | None = None,
+        negative: str = "",
+        image: Any = None,
     ) -> tuple[Plan, Texts]:
-        prompts, memory = self._prompts(), self.joined().denoiser.nbytes()
+        prompts, memory = self._prompts(image), self.joined().denoiser.nbytes()
         words = None if prompt is None else prompts.read(prompt).words
         plan, texts = make_plan(
             self.composition, self._chosen(), self.family, positions, guided, memory, words, prompts.mean,
@@ -598,9 +603,12 @@ class MultiLoRAPipeline:
         variants, plans = [], []
         for one in strengths:
             with self.rack.at(one):
-                plan, texts = self._planned(positions, request.guided, request.prompt, request.negative)
+                plan, texts = self._planned(
+                    positions, request.guided, request.prompt, request.negative, request.image
+                )
                 active = texts[0][0]
-                known = self._prompts().by_adapters([active], request.prompt, request.negative, 1, request.guided)
+                prompts = self._prompts(request.image)
+                known = prompts.by_adapters([active], request.prompt, request.negative, 1, request.guided)
                 variants.append(Variant(plan.steps, known[active]))
                 plans.append(replace(plan, folds=Folds()))
         with self.joined().denoiser.attached() as gates:

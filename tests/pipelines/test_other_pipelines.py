@@ -214,6 +214,18 @@ def test_methods_equal_separate_runs(family: str, kind: str, quiet_files: Callab
     assert not torch.allclose(found, theirs(bare.pipe, {}, "", 4, **again), atol=1e-3)
 
 
+def test_texts_of_an_edit_base_are_always_read_with_the_picture(
+    quiet_files: Callable[[str], dict[str, Path]],
+) -> None:
+    """Also where a method compares texts."""
+    composer, more = task("qwen", "edit plus")
+    for name, path in quiet_files("qwen").items():
+        composer.load_lora(path, name, triggers=("apple",))
+    found = composer.compose("w-composite")(PROMPT, seed=4, **SHORT, **more).images
+    assert torch.isfinite(found).all()
+    assert composer.plan(4, prompt=PROMPT, **more).encodings == 1
+
+
 def test_several_pictures_are_those_of_single_calls(quiet_files: Callable[[str], dict[str, Path]]) -> None:
     composer, more = task("sd", "image")
     composer.load_lora(quiet_files("sd")["a"], "a")
