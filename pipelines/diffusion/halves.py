@@ -99,6 +99,16 @@ def partner(path: Path | None, half: Denoiser, other: Denoiser) -> Path | None:
     return path.with_name(path.name[: mark.start(1)] + written + path.name[mark.end(1) :])
 
 
+def together(path: Path, denoisers: Sequence[Denoiser]) -> dict[str, Path]:
+    """Word of each denoiser -> the file for it, if ``path`` is one of a whole pair; else empty."""
+    for one in denoisers:
+        found = {other.word: path if other is one else partner(path, one, other) for other in denoisers}
+        files = {word: place for word, place in found.items() if place is not None and place.is_file()}
+        if len(files) == len(denoisers) > 1:
+            return files
+    return {}
+
+
 def pair_in(folder: Path, denoisers: Sequence[Denoiser]) -> Path | None:
     """The first half of the one pair that a folder holds; None if it holds anything else."""
     if len(denoisers) < 2 or not folder.is_dir():

@@ -230,6 +230,7 @@ def _prepare(pipe: Any, config: ComposeConfig) -> None:
         pipe.load_lora(
             file, name=use.name, weight=use.weight, te_weight=use.te_weight, triggers=tuple(use.triggers),
             blocks=use.blocks or None, schedule=list(use.schedule) or None, schedule_by=use.schedule_by,
+            denoiser=use.denoiser,
         )  # fmt: skip
     pipe.compose(
         config.method, adapters=[use.name for use in config.adapters], tau=config.tau, te_mode=config.te_mode,

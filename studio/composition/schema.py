@@ -34,6 +34,11 @@ class AdapterUse(JobConfig):
         default_factory=list,
         description="Keyframes (position, strength), interpolated between; empty = always at full strength.",
     )
+    denoiser: str = Field(
+        "",
+        description="Of a base with several denoisers (Wan 2.2 A14B), the only one to adapt, such as transformer_2; "
+        "empty = as the file says.",
+    )
     schedule_by: Literal["step", "sigma"] = Field(
         "step",
         description="Positions of the schedule: step = progress from 0 to 1; sigma = the sampler's noise level (1 to 0 "

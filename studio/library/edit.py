@@ -16,6 +16,7 @@ from typing import Any
 
 from adapters import files
 from adapters.errors import InputError
+from pipelines.diffusion.families import FAMILIES
 from studio import settings
 from studio.composition import distilled_adapters
 from studio.library import cache, facts, hub, scan
@@ -81,9 +82,32 @@ def _copied(path: Path, name: str | None, kind: scan.Kind, shown: str) -> Record
     checked = scan.record(path, kind)
     if checked.problem:
         raise InputError(f"'{shown}' cannot be imported: {checked.problem}.")
+    if kind == "adapter" and (pair := _pair(path)):
+        return _copied_pair(path, pair, name)
     target = _place(name or scan.own_name(path), path, kind)
     _copy(path, target)
     return _record_at(target, kind)
+
+
+def _pair(path: Path) -> dict[str, Path]:
+    """The files of an adapter of two files, one per denoiser of its family (:mod:`pipelines.diffusion.halves`)."""
+    several = [family.denoisers for family in FAMILIES.values() if len(family.denoisers) > 1]
+    if not any(one.word in path.name.lower() for denoisers in several for one in denoisers):
+        return {}
+    from pipelines.diffusion import halves  # loads torch
+
+    return next((found for denoisers in several if (found := halves.together(path, denoisers))), {})
+
+
+def _copied_pair(path: Path, pair: dict[str, Path], name: str | None) -> Record:
+    """Copy both files; returns the record of ``path``."""
+    targets = {
+        place: _place(f"{name}_{word}_noise" if name else scan.own_name(place), place, "adapter")
+        for word, place in pair.items()
+    }
+    for place, target in targets.items():
+        _copy(place, target)
+    return _record_at(targets[path], "adapter")
 
 
 def _downloaded_base(repo: str, name: str) -> Record:

@@ -116,3 +116,33 @@ def test_commands_and_pages(
     gallery.delete(kept.key)
     assert not kept.video or not kept.path.exists()
     assert not list(job.folder.glob("*.mp4"))
+
+
+def test_both_halves_come_into_the_library(model: Path, tmp_path: Path) -> None:
+    from studio import library
+
+    record = library.import_adapter(model / "fox_low_noise.safetensors")
+    assert record.name == "fox_low_noise"
+    named = library.import_adapter(model / "fox_high_noise.safetensors", "red")
+    assert {one.name for one in library.adapters()} >= {
+        "fox_low_noise", "fox_high_noise", named.name, "red_low_noise"
+    }  # fmt: skip
+    one = config(model, adapters=[{"path": "red_low_noise"}], frames=1, steps=2)
+    both = compose.run(one, tmp_path / "both", Silent())
+    half = {"path": "red_low_noise", "denoiser": "transformer_2"}
+    alone = compose.run(config(model, adapters=[half], frames=1, steps=2), tmp_path / "half", Silent())
+    drawn = [np.asarray(Image.open(result["images"][0])) for result in (both, alone)]
+    assert not np.array_equal(*drawn)
+
+
+def test_a_foreign_file_converts_with_the_base(model: Path, tmp_path: Path) -> None:
+    from adapters.formats import read
+    from studio.adapter_files.fit_to_base import fitted
+    from tests.pipelines.test_wan import foreign
+
+    file = foreign(model / "fox_low_noise.safetensors", tmp_path / "x.safetensors", True, "lora_up", 4.0)
+    (made,) = fitted([read(file)], str(model / "base"))
+    wanted = read(model / "fox_low_noise.safetensors").parts["transformer"]
+    assert set(made.parts["transformer"]) == set(wanted)
+    for name, layer in made.parts["transformer"].items():
+        assert np.allclose(layer.delta(), wanted[name].delta(), atol=1e-6)
