@@ -20,7 +20,7 @@ from studio.library import Record
 from studio.training.schemas.distill import DistillConfig
 from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
-from ui.components import faces, loss_plot, rack, schema_form
+from ui.components import faces, job_panel, loss_plot, rack, schema_form
 from ui.pages import compose, distill, library, train
 
 FOX = Record("fox", Path("/x/fox.safetensors"), "adapter", "sd", rank=8, triggers=("zxq fox",), sha256="f0")
@@ -266,3 +266,10 @@ def test_menus_show_faces_whatever_adapters_are_called(tmp_path: Path) -> None:
     assert '[aria-label="\\22 \\5d \\7b \\7d  \\3c \\2f style\\3e \\3c b\\3e \\b7 "]' in sheet
     assert "a%20%22%29%7D.png" in sheet
     assert faces.sheet([]) == ""
+
+
+def test_cancel_stops_the_job_of_this_page_and_no_other(home: Path) -> None:
+    own, other = (jobs.submit("compose", ComposeConfig(prompt=words)) for words in ("mine", "theirs"))
+    assert job_panel.stopper(lambda job_id, shown: [job_id, shown])(own) == [own, ()]
+    assert not jobs.get(own).active
+    assert jobs.get(other).active
