@@ -14,7 +14,6 @@ Reported are medians of the ratios within single rounds, which say more than sec
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import statistics
@@ -145,7 +144,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
                 gates.joint([1.0] * count)
                 return model(**given)
 
-        other = with_peft(copy.deepcopy(model), made)
+        other = with_peft(stored(name), made)  # GGUF layers cannot be copied
         runs[f"ours {count}"] = ours
         runs[f"peft {count}"] = lambda other=other: other(**given)
     times: dict[str, list[float]] = {key: [] for key in runs}
