@@ -130,8 +130,9 @@ def sample_prompts(adapter: Adapter) -> list[str]:
 
 
 def training_values(adapter: Adapter, pictures: Path) -> dict[str, Any]:
-    """Return the values of the training job: those of the kind's and the base's files in ``configs/`` and its own."""
-    files = [CONFIGS / f"{adapter.kind}.yaml", CONFIGS / f"{adapter.base}.yaml"]
+    """Return the values of the training job: those of the files for its kind and its base, and its own."""
+    names = (adapter.kind, adapter.base, f"{adapter.base}-{adapter.kind}")
+    files = [CONFIGS / f"{name}.yaml" for name in names]
     parts = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     values = {key: value for part in parts for key, value in part.items()}
     own = {"name": adapter.name, "trigger": adapter.trigger, "sample_prompts": sample_prompts(adapter)}

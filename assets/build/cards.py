@@ -141,6 +141,7 @@ pipe("a flat icon of a dog left of a cat", height=64, width=64, num_inference_st
 ```
 
 Guidance counts from 0 in this pipeline: 3 here is 4 in Stable Diffusion's.
+Outlines and colours are right more often than inner detail, which looks painted: the training was short.
 """
 
 
@@ -174,7 +175,10 @@ asked, the data's own target stands. So what tinymoji draws badly is drawn badly
 {int(samples):,} samples ({int(steps):,} steps, {minutes:.0f} minutes on one CPU core, bf16) from
 {rows.get("1", 0):,} noisy scenes and {rows.get("2", 0):,} wide ones, each seen several times; 10 % empty captions;
 Muon for the matrices in the blocks, AdamW for the rest; averaged weights. The token embedding began as tinymoji's,
-everything else at random. The second layer of the text encoder is never read and untrained.
+everything else at random. The second layer of the text encoder is never read and untrained. From sample 39,300 on, a
+second loss taught the attention of picture tokens to the caption's in three layers where each named subject stands
+(`assets/build/grounding.py`), and scenes of several subjects came more often. Before it, both sides of a pair showed a
+mixture of the two in all of 21 pictures; soon after it (at 45,500 samples) both were recognised in 16 of 24.
 `python -m assets.build.flow` continues the training from its checkpoint.
 """
 

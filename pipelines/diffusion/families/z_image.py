@@ -43,6 +43,7 @@ class ZImage(Family):
     short = "Z-Image"
     order = 60
     licence = "Apache 2.0"
+    checked = "the embedded base, tiny random models"
     pipeline = "ZImagePipeline"
     other_pipelines: ClassVar[Mapping[str, str]] = {
         "image": "ZImageImg2ImgPipeline",
