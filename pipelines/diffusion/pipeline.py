@@ -603,9 +603,7 @@ class MultiLoRAPipeline:
         variants, plans = [], []
         for one in strengths:
             with self.rack.at(one):
-                plan, texts = self._planned(
-                    positions, request.guided, request.prompt, request.negative, request.image
-                )
+                plan, texts = self._planned(positions, request.guided, request.prompt, request.negative, request.image)
                 active = texts[0][0]
                 prompts = self._prompts(request.image)
                 known = prompts.by_adapters([active], request.prompt, request.negative, 1, request.guided)
