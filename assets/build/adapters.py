@@ -151,10 +151,29 @@ def train(adapter: Adapter, pictures: Path, runs: Path, shipped: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for source in (Path(result["adapter"]), run / "config.yaml"):
         shutil.copy2(source, target / source.name)
-    text = Path(result["card"]).read_text(encoding="utf-8")
-    table = r"\| prompt \| without \| with \|\n(\|.*\n)+"  # its pictures stay in the run's folder
-    write_text(target / "card.md", re.sub(table, f"{SAMPLES}\n", text))
+    write_text(target / "card.md", shipped_card(Path(result["card"]).read_text(encoding="utf-8")))
     return target
+
+
+def shipped_card(text: str) -> str:
+    """Return a trainer's card without its table, whose pictures stay in the run's folder, and with the size to draw at.
+
+    Z-Image's pipeline draws 1,024 pixels unless told.
+    """
+    text = re.sub(r"\| prompt \| without \| with \|\n(\|.*\n)+", f"{SAMPLES}\n", text)
+    text = re.sub(
+        r"num_inference_steps=(\d+)\)", rf"num_inference_steps=\1, height={data.SIZE}, width={data.SIZE})", text
+    )
+    return re.sub(r"(import library)\n(?=\S)", r"\1\n\n", text)
+
+
+def judged_card(text: str, lines: Sequence[str]) -> str:
+    """Return a card with these lines after the data's digest, in place of earlier ones, and the samples at its end."""
+    text = re.sub(r"- Judged alone.*\n", "", text)
+    text = re.sub(r"\n!\[samples\].*\n", "", text)
+    text = re.sub(r"(- Data digest: .*\n)", lambda found: found[0] + "".join(f"{line}\n" for line in lines), text)
+    head, end = text.split("\nMade with", 1)
+    return f"{head.rstrip()}\n\n{SAMPLES}\n\nMade with{end}"
 
 
 def score_cases(adapter: Adapter, seeds: int = SCORE_SEEDS) -> list[Case]:
@@ -193,10 +212,8 @@ def judge_adapter(adapter: Adapter, folder: Path, pipeline: Any, judge: Judge) -
     result = {"guidance": guidance, "steps": STEPS, **{name: score(hits) for name, hits in right.items()}}
     write_json(folder / "score.json", result)
     lines = [f"- Judged alone, {name} recognised: {percent(result[name])}" for name in right]
-    card = (folder / "card.md").read_text(encoding="utf-8")
-    kept = re.sub(r"\n(- Judged alone.*\n)*\n!\[samples\].*\n", "\n", card)
-    head, end = kept.split("\nMade with", 1)
-    write_text(folder / "card.md", head.rstrip() + "\n" + "\n".join(lines) + f"\n\n{SAMPLES}\n\nMade with" + end)
+    card = folder / "card.md"
+    write_text(card, judged_card(card.read_text(encoding="utf-8"), lines))
     return result
 
 

@@ -359,3 +359,23 @@ def test_training_can_begin_with_an_exported_model(tmp_path: Path, monkeypatch: 
     assert torch.equal(next(source.parameters()), next(run.model.parameters()))
     with pytest.raises(FileNotFoundError, match=r"assets\.build\.base"):
         base.latest(tmp_path / "none")
+
+
+def test_cards_of_shipped_adapters_keep_their_order() -> None:
+    made = (
+        "# fox\n\n- Data digest: `ab`\n\n"
+        "| prompt | without | with |\n|---|---|---|\n| a | ![w](s/a.png) | ![w](s/b.png) |\n\n"
+        "```python\nfrom studio import library\nbase = 1\npipe('a fox', num_inference_steps=20).images[0]\n"
+        "```\n\nMade with x\n"
+    )
+    first = adapters.judged_card(adapters.shipped_card(made), ["- Judged alone, subject recognised: 1"])
+    again = adapters.judged_card(first, ["- Judged alone, subject recognised: 2"])
+    assert again == (
+        "# fox\n\n- Data digest: `ab`\n- Judged alone, subject recognised: 2\n\n"
+        "```python\nfrom studio import library\n\nbase = 1\n"
+        "pipe('a fox', num_inference_steps=20, height=64, width=64).images[0]\n```\n\n"
+        "![samples](samples.png)\n\nMade with x\n"
+    )
+    old = (Path(adapters.SHIPPED) / "fox" / "card.md").read_text(encoding="utf-8")
+    lines = [line for line in old.splitlines() if line.startswith("- Judged alone")]
+    assert adapters.judged_card(old, lines) == old
