@@ -463,6 +463,8 @@ class MultiLoRAPipeline:
                     result, places = self._regional(plan, request)
                 else:
                     result, places = self._everywhere(plan, texts, request), ()
+            except ImportError as error:
+                raise InputError(f"diffusers' {type(self.pipe).__name__} lacks a package: {error}") from None
             except torch.OutOfMemoryError as error:
                 raise InputError(_memory_advice(plan)) from error
         flagged = getattr(result, "nsfw_content_detected", None) or ()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import LTX2ImageToVideoPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -163,6 +167,27 @@ def test_frames_and_sound(base: Any, files: dict[str, Path]) -> None:
         made(PROMPT, **(CALL | {"frames": 12}))
     with pytest.raises(InputError, match="LTX-2 has no regions"):
         made.compose("output", regions=[Region(("a",), box=(0, 0, 0.5, 1))])
+
+
+def test_the_first_frame_is_a_given_picture(base: Any, files: dict[str, Path]) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    made = composer(base, files, "a", "b", a=0.7).for_task("image")
+    found = ours(made, "merge", image=picture, image_crf=0)
+    pipe = LTX2ImageToVideoPipeline(**base.components)
+    for name in "ab":
+        pipe.load_lora_weights(files[name], adapter_name=name)
+    pipe.set_adapters(["a", "b"], [0.7, 1.0])
+    try:
+        close(found, theirs(pipe, image=picture, image_crf=0))
+    finally:
+        pipe.unload_lora_weights()
+
+
+@pytest.mark.skipif(find_spec("av") is not None, reason="PyAV is installed")
+def test_a_start_picture_needs_the_package_that_compresses_it(base: Any, files: dict[str, Path]) -> None:
+    made = composer(base, files, "a").for_task("image")
+    with pytest.raises(InputError, match="lacks a package: PyAV is required"):
+        made(PROMPT, image=Image.new("RGB", (64, 64)), **CALL)
 
 
 def test_foreign_files_are_diffusers_deltas(base: Any, tmp_path: Path) -> None:
