@@ -90,7 +90,7 @@ WIDE = ("sd3", "inpaint")
 
 def task(family: str, name: str) -> tuple[MultiLoRAPipeline, dict[str, Any]]:
     """A pipeline of another kind, and its further arguments."""
-    if name.startswith("edit"):
+    if family == "qwen" and name.startswith("edit"):
         return editing(name)
     pipe = tiny.FAMILIES[family](**({"in_channels": 16, "out_channels": 16} if (family, name) == WIDE else {}))
     if (family, name) == WIDE:
