@@ -118,6 +118,9 @@ _OUTSIDE_FLUX2 = {
 }
 
 
+_APPROXIMATOR = re.compile(r"distilled_guidance_layer_(?:(in_proj|out_proj)|layers_(\d+)_(in|out)_layer)$")
+"""Layers of Chroma's network for modulations."""
+
 _SHARED = re.compile(r"(single|double)_stream_modulation_")
 """Modulations that all blocks of Flux.2 share."""
 
@@ -168,6 +171,9 @@ def _parts(written: str, layer: LoraLayer, source: str, flux2: bool) -> dict[str
     if flat in outside:
         name = outside[flat]
         return {name: _swapped(layer) if name == "norm_out.linear" else layer}
+    if found := _APPROXIMATOR.match(flat):
+        inside = found[1] or f"layers.{int(found[2])}.linear_{1 if found[3] == 'in' else 2}"
+        return {f"distilled_guidance_layer.{inside}": layer}
     kind, _, rest = flat.partition("_blocks_")
     number, _, inner = rest.partition("_")
     targets = _FLUX2.get(inner) if flux2 else _INSIDE.get(f"{kind}_blocks", {}).get(inner)

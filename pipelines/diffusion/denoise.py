@@ -153,7 +153,8 @@ class Denoising:
             made = self.family.passed({kind: as_batch([half[kind] for half in halves]) for kind in halves[0]})
             for path, kind in self.family.text_arguments.items():
                 if kind in present:
-                    more = _put(more, path, _moved(_like(made[kind], given[kind]), 0, axes.get(kind, 0)))
+                    text = self.family.argument(kind, made[kind], given[kind])
+                    more = _put(more, path, _moved(_like(text, given[kind]), 0, axes.get(kind, 0)))
                 elif not bool(made[kind].all()):  # pipelines leave out a mask that hides nothing
                     more = _put(more, path, made[kind].to(next(iter(present.values())).device))
         return wide, more
@@ -180,7 +181,11 @@ class Denoising:
             both = ("positive", "negative") if self.family.positive_first else ("negative", "positive")
             roles = [both, *roles, ("negative",)]
         made = {role: self.family.passed(_of_role(encoding, role)) for role in roles}
-        fitting = [role for role in roles if all(_same(made[role][kind], value) for kind, value in given.items())]
+
+        def fits(role: tuple[str, ...], kind: str, value: Any) -> bool:
+            return _same(self.family.argument(kind, made[role][kind], value), value)
+
+        fitting = [role for role in roles if all(fits(role, kind, value) for kind, value in given.items())]
         if not fitting:
             raise RuntimeError(f"the pipeline passed {', '.join(given)} that are not the encoded prompt")
         if len(fitting) == 1:

@@ -12,7 +12,7 @@ import torch
 
 from adapters.errors import InputError, MissingDependencyError
 from adapters.formats.lora import LoraFile
-from pipelines.diffusion.families import Family, detect, find, opened_as
+from pipelines.diffusion.families import Family, detect, find, opened_as, tensor_names
 from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.memory import PRESETS, apply_preset
 from pipelines.diffusion.quantization import check_quantization, open_denoiser, quantize
@@ -96,9 +96,13 @@ def open_pipeline(
             raise InputError(f"{chosen_family.title} has {count} denoisers, which one file cannot replace.")
         name = chosen_family.denoiser
         options[name] = open_denoiser(denoiser, str(source), kind, name, DTYPES[chosen_dtype])
+    notes: list[str] = []
     try:
         if Path(source).is_file():
+            names = tensor_names(Path(source))
             pipe = kind.from_single_file(str(source), dtype=DTYPES[chosen_dtype], **options)
+            pipe.register_to_config(_name_or_path=str(source))
+            notes += chosen_family.opened(pipe, names, str(source))
         else:
             pipe = _from_pretrained(kind, str(source), chosen_dtype, options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -109,7 +113,7 @@ def open_pipeline(
         pipe.enable_xformers_memory_efficient_attention()
     denoisers = [one.name for one in chosen_family.present(pipe)]
     layers = sum(quantize(getattr(pipe, name), quantization, DTYPES[chosen_dtype]) for name in denoisers)
-    notes = [f"{layers} linear layers quantised"] if layers else []
+    notes += [f"{layers} linear layers quantised"] if layers else []
     notes += apply_preset(pipe, memory, denoisers, chosen_device, DTYPES[chosen_dtype])
     settings = Settings(
         str(source), chosen_family.name, chosen_dtype, str(chosen_device), chosen_attention, memory, tuple(notes),

@@ -441,7 +441,7 @@ class MultiLoRAPipeline:
             raise InputError(f"A {type(self.pipe).__name__} takes no true_cfg_scale: leave it at 1.")
         always = {name: value for name, value in self.family.always.items() if name in self.own_arguments}
         arguments: dict[str, Any] = {
-            **always, **call.more, **({"width": width, "height": height} if sized else {}),
+            **always, **(self.family.size_arguments(self.pipe, height, width) if sized else {}), **call.more,
             "num_inference_steps": call.steps, self.family.guidance_argument: scale,
             "output_type": call.output_type, **({"num_frames": call.frames} if call.frames else {}),
             **({"true_cfg_scale": call.true_cfg_scale} if real_guidance else {}),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from adapters.formats.header import Header
-from pipelines.diffusion.families import of_adapter
+from pipelines.diffusion.families import IN_BLOCKS, of_adapter
 
 _END = 100
 """How many letters at the end of a flat name are searched for the module's own name."""
@@ -18,7 +18,7 @@ def adapter_family(head: Header) -> str:
     if _LANGUAGE.search(names):
         return "language"
     hints = " ".join(head.metadata.get(key, "")[:1000] for key in ("modelspec.architecture", "ss_base_model_version"))
-    family = of_adapter(head.shapes, _inputs(head, _CONTEXT), hints, _inputs(head, _INNER))
+    family = of_adapter(head.shapes, _inputs(head, _CONTEXT), hints, _inputs(head, IN_BLOCKS))
     return family.name if family else "unknown"
 
 
@@ -31,9 +31,6 @@ _LANGUAGE = re.compile(
 
 _CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv]$")
 """Projections of the text embeddings in cross-attention."""
-
-_INNER = re.compile(r"blocks[._]\d+[._](attn[._](to_[qkv]|to_qkv_mlp_proj)|(img|txt)_attn[._]qkv|linear1)$")
-"""Projections of the states in a transformer's blocks."""
 
 
 def _inputs(head: Header, wanted: re.Pattern[str]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 from adapters.errors import FamilyError, InputError
 from adapters.formats import read
 from pipelines.diffusion import MultiLoRAPipeline
-from pipelines.diffusion.families import FAMILIES, detect, family_of, family_of_adapter
+from pipelines.diffusion.families import FAMILIES, detect, family_of, family_of_adapter, of_adapter, of_checkpoint
+from pipelines.diffusion.loading import open_pipeline
 from tests import tiny
 from tests.pipelines.conftest import PROMPT, Bed, close, latents, peft_latents
 
@@ -117,6 +119,8 @@ def roles(encoding: Any) -> dict[str, Tensor]:
         ("qwen", {"negative_prompt": "dull"}),
         ("qwen", {"guidance_scale": 1.0}),
         ("flux2", {}),
+        ("chroma", {"negative_prompt": "dull"}),
+        ("chroma", {"guidance_scale": 1.0}),
         ("flux2-klein", {}),
         ("flux2-klein", {"guidance_scale": 3.0, "negative_prompt": "dull"}),
     ],
@@ -221,8 +225,6 @@ def test_text_encoder_that_the_base_lacks_is_named(sd: Bed) -> None:
 
 
 def test_flow_models_have_flow_samplers(beds: Callable[[str], Bed]) -> None:
-    from adapters.errors import InputError
-
     composer = beds("sd3").composer("a")
     assert torch.equal(latents(composer, scheduler="euler"), latents(composer))
     with pytest.raises(InputError, match="flow-matching"):
@@ -335,3 +337,102 @@ def test_adapters_are_recognised_as_those_of_their_family(beds: Callable[[str], 
 
 def test_adapter_without_marks_is_of_no_known_family(beds: Callable[[str], Bed]) -> None:
     assert family_of_adapter(read(beds("sd3").files["a"])) is None  # its text encoders are also SD's
+
+
+VARIANTS = {
+    "sd3.5 medium": ("sd3", {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}),
+    "sd3.5 large": ("sd3", {"qk_norm": "rms_norm", "num_layers": 3}),
+    "flux schnell": ("flux", {"guidance_embeds": False}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_a_family(name: str, tmp_path: Any) -> None:
+    family, changes = VARIANTS[name]
+    make = partial(tiny.FAMILIES[family], **changes)
+    targets = ("to_q", "to_out.0", "attn2.to_k") if "dual_attention_layers" in changes else ("to_q", "to_out.0")
+    files = {one: tiny.lora_file(make(), tmp_path / one, seed=seed, targets=targets, text_targets=())
+             for seed, one in enumerate("ab", 1)}  # fmt: skip
+    pipe, composer = make(), MultiLoRAPipeline(make())
+    for one, file in files.items():
+        pipe.load_lora_weights(file, adapter_name=one)
+        composer.load_lora(file, one)
+    pipe.set_adapters(["a", "b"], [1.0, 1.0])
+    wanted = peft_latents(pipe)
+    close(latents(composer, "merge"), wanted)
+    whole = {"adapters": ["a", "b"], "box": (0, 0, 1, 1)}
+    composer.compose("activation", regions=[whole])
+    close(latents(composer), wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "wanted"),
+    [
+        ("sdxl", "stabilityai/sdxl-turbo", (4, 1.0)),
+        ("sdxl", "/models/sdxl_lightning_8step.safetensors", (8, 1.0)),
+        ("sdxl", "DreamShaperXL_Turbo_v2.safetensors", (4, 1.0)),
+        ("sdxl", "/hyper/turbocharged-xl", (25, 5.0)),
+        ("sd3", "stabilityai/stable-diffusion-3.5-large-turbo", (4, 1.0)),
+        ("flux", "black-forest-labs/FLUX.1-schnell", (4, 5.0)),
+    ],
+)
+def test_few_step_derivatives_have_their_own_defaults(family: str, name: str, wanted: tuple[int, float]) -> None:
+    assert FAMILIES[family].usual_of(name, {}) == wanted
+    pipe = tiny.FAMILIES[family]()
+    pipe.register_to_config(_name_or_path=name)
+    composer = MultiLoRAPipeline(pipe)
+    assert len(composer.plan().steps) == wanted[0]
+    made = composer(PROMPT, width=32, height=32, steps=2, output_type="latent")
+    if family != "flux":
+        assert made.plan.guided == (wanted[1] > 1)
+
+
+def test_distilled_klein_is_not_guided() -> None:
+    pipe = tiny.FAMILIES["flux2-klein"]()
+    pipe.register_to_config(is_distilled=True)
+    composer = MultiLoRAPipeline(pipe)
+    made = composer(PROMPT, width=32, height=32, output_type="latent")
+    assert len(made.plan.steps) == 4
+    assert not made.plan.guided
+    with pytest.raises(InputError, match="takes no guidance"):
+        composer(PROMPT, guidance_scale=3.0)
+
+
+def test_adapters_of_flux_are_told_apart() -> None:
+    single = "single_transformer_blocks.0.attn"
+    names = {
+        "flux": f"transformer.{single}.to_q.lora_A.weight",
+        "flux2": f"transformer.{single}.to_qkv_mlp_proj.lora_A.weight",
+        "chroma": "lora_unet_distilled_guidance_layer_in_proj.lora_down.weight",
+    }
+    for family, name in names.items():
+        assert of_adapter([name]) == FAMILIES[family]
+    assert of_adapter([names["flux2"]], inner=3072) == FAMILIES["flux2-klein"]
+    assert of_adapter([names["flux2"]], inner=6144) == FAMILIES["flux2"]
+    assert of_adapter(["lora_unet_double_blocks_0_img_attn_qkv.alpha"], hints="chroma") == FAMILIES["chroma"]
+    shared = ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"]
+    marks = ["double_stream_modulation_img.lin.weight", "guidance_in.in_layer.weight"]
+    assert of_checkpoint(shared) == FAMILIES["flux"]
+    assert of_checkpoint([*shared, "distilled_guidance_layer.in_proj.bias"]) == FAMILIES["chroma"]
+    assert of_checkpoint([*shared, *marks]) == FAMILIES["flux2"]
+    assert of_checkpoint([*shared, marks[0]]) == FAMILIES["flux2-klein"]
+
+
+@pytest.mark.parametrize("names", [("v_pred", "ztsnr"), ("v_pred",), ()])
+def test_single_files_that_predict_v(names: tuple[str, ...], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty tensors in the file say so, or its name."""
+    import diffusers
+    from safetensors.torch import save_file
+
+    file = tmp_path / ("one.safetensors" if names else "noob-vpred.safetensors")
+    weight = {"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}
+    save_file({**weight, **{name: torch.tensor([]) for name in names}}, file)
+    pipe = tiny.sdxl()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler()
+    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, "from_single_file", lambda *_, **__: pipe)
+    opened, family, settings = open_pipeline(file)
+    config = opened.scheduler.config
+    assert (family.name, config.prediction_type) == ("sdxl", "v_prediction")
+    assert bool(config.rescale_betas_zero_snr) == ("ztsnr" in names)
+    assert "predicts v" in str(settings)
+    assert opened.name_or_path == str(file)

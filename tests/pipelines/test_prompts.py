@@ -34,7 +34,7 @@ def test_chunks_end_at_commas() -> None:
     assert parts.weights[1].tolist() == [1, 2, *[1] * 14]
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "chroma"])
 def test_our_encoding_is_what_the_pipeline_encodes(family: str) -> None:
     """One plain chunk through our own encoding equals diffusers' encoding."""
     composer = MultiLoRAPipeline(tiny.FAMILIES[family]())

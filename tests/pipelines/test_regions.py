@@ -17,7 +17,7 @@ from tests.pipelines.conftest import CALL, PROMPT, Bed, close, latents
 ALL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 UNETS = ("sd", "sdxl")
-INSIDE = (*UNETS, "sd3", "flux", "qwen", "z-image", "krea2", "flux2", "flux2-klein")
+INSIDE = (*UNETS, "sd3", "flux", "qwen", "z-image", "krea2", "flux2", "flux2-klein", "chroma")
 """Families in which regions act inside the network."""
 
 

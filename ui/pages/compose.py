@@ -245,6 +245,7 @@ def _picture_settings(form: Form) -> gr.Checkbox:
                 KNOWN[name], label=_LABELS[name], info=None, elem_id=name.replace("_", "-"), min_width=90
             )
     form["guidance_scale"].value = base_settings.guidance(str(KNOWN["base"].default))
+    suited = [form["guidance_scale"], form["steps"]]
     with gr.Row():
         for name in ("width", "height"):
             form[name] = schema_form.widget(KNOWN[name], info=None, elem_id=name, min_width=90)
@@ -258,8 +259,8 @@ def _picture_settings(form: Form) -> gr.Checkbox:
                                  min_width=150)  # fmt: skip
         dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=84, scale=0)
         again = gr.Checkbox(True, label="New seed each time", elem_id="new-seed", min_width=150, container=False)
-    form["base"].input(lambda base: base_settings.guidance(str(base)), form["base"], form["guidance_scale"],
-                       show_progress="hidden", api_visibility="private")  # fmt: skip
+    form["base"].input(lambda base: (base_settings.guidance(str(base)), base_settings.steps(str(base))), form["base"],
+                       suited, show_progress="hidden", api_visibility="private")  # fmt: skip
     form["base"].change(lambda base: gr.update(visible=_moves(str(base))), form["base"], video,
                         show_progress="hidden", api_visibility="private")  # fmt: skip
     dice.click(None, None, form["seed"], js=_RANDOM, show_progress="hidden")

@@ -85,6 +85,10 @@ def find(name: str) -> Family:
     return FAMILIES[name]
 
 
+IN_BLOCKS = re.compile(r"blocks[._]\d+[._](attn[._](to_[qkv]|to_qkv_mlp_proj)|(img|txt)_attn[._]qkv|linear1)$")
+"""Projections of the states in a transformer's blocks."""
+
+
 def of_adapter(
     names: Iterable[str], width: int | None = None, hints: str = "", inner: int | None = None
 ) -> Family | None:
@@ -109,7 +113,8 @@ def family_of_adapter(file: LoraFile) -> Family | None:
     names = [f"{component}.{module}.lora_A.weight" for component, module, _ in file.layers()]
     keys = [layer.A.shape[1] for _, module, layer in file.layers() if re.search(r"attn2[._]to_[kv]$", module)]
     hints = " ".join(file.metadata.get(key, "")[:1000] for key in ("modelspec.architecture", "ss_base_model_version"))
-    found = of_adapter(names, keys[0] if keys else None, hints)
+    inner = [layer.A.shape[1] for _, module, layer in file.layers() if IN_BLOCKS.search(module)]
+    found = of_adapter(names, keys[0] if keys else None, hints, inner[0] if inner else None)
     return None if found and "transformer" in file.parts and found.unet else found
 
 
@@ -178,17 +183,25 @@ def opened_as(family: Family, source: str | Path) -> str:
     return name if name in family.bases else family.pipeline
 
 
-def _detect_file(file: Path) -> Family:
+def tensor_names(file: Path) -> list[str]:
+    """The names of the tensors in a single-file model.
+
+    Raises:
+        InputError: it is not a readable safetensors file.
+    """
     from safetensors import SafetensorError, safe_open
 
     if file.suffix != ".safetensors":
         raise InputError(f"Single-file models are read as .safetensors only, not '{file.name}'.")
     try:
         with safe_open(file, framework="np") as content:
-            keys = list(content.keys())
+            return list(content.keys())
     except (SafetensorError, OSError) as error:
         raise InputError(f"'{file}' is not a readable safetensors file: {error}") from None
-    family = of_checkpoint(keys)
+
+
+def _detect_file(file: Path) -> Family:
+    family = of_checkpoint(tensor_names(file))
     if family is None:
         raise InputError(
             f"'{file.name}' is a checkpoint of no known family ({', '.join(FAMILIES)}): name it with --family."
@@ -222,4 +235,5 @@ __all__ = [
     "of_adapter",
     "of_checkpoint",
     "opened_as",
+    "tensor_names",
 ]

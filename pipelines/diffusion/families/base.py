@@ -8,7 +8,7 @@ the batch first. All other code for composition, training and distillation is sh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -146,7 +146,7 @@ class Signature:
     def fits_adapter(self, names: str, width: int | None = None, inner: int | None = None) -> bool:
         """Whether an adapter with these tensor names (one per line) is for this family; ``width`` and ``inner`` as in
         :func:`pipelines.diffusion.families.of_adapter`."""
-        if self.widths and inner is not None and inner not in self.widths:
+        if self.widths and inner not in self.widths:
             return False
         return bool(re.search(self.adapter, names, re.MULTILINE)) or (width is not None and width == self.width)
 
@@ -326,7 +326,23 @@ class Family:
 
     def usual(self, pipe: Any) -> tuple[int, float]:
         """Steps and guidance of a call that asks for none."""
+        return self.usual_of(str(getattr(pipe, "name_or_path", "") or ""), pipe.config)
+
+    def usual_of(self, name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+        """Steps and guidance for a base by its name and the pipeline's configuration: few steps without guidance for
+        derivatives whose names say so (see :func:`few_steps`)."""
+        if (few := few_steps(name)) is not None:
+            return few, self.usual_guidance if self.guidance_input else self.no_guidance
         return self.usual_steps, self.usual_guidance
+
+    def opened(self, pipe: Any, names: Collection[str], source: str) -> list[str]:
+        """Apply to ``pipe`` what a single file says besides its weights; returns what was done, as short phrases.
+
+        Args:
+            names: of the file's tensors.
+            source: the file.
+        """
+        return []
 
     def takes_guidance(self, pipe: Any) -> bool:
         """Whether the base can be guided (some that are distilled cannot)."""
@@ -373,6 +389,10 @@ class Family:
         """Height and width in pixels of a picture made from ``image`` (one or a list) if no size is asked for."""
         first = image[0] if isinstance(image, list | tuple) else image
         return (first.height, first.width) if hasattr(first, "width") else tuple(first.shape[-2:])
+
+    def size_arguments(self, pipe: Any, height: int | None, width: int | None) -> dict[str, Any]:
+        """Arguments of the pipeline for pictures of this size in pixels (None = its own)."""
+        return {"width": width, "height": height}
 
     def multiple(self, pipe: Any) -> int:
         """Pixels that the sides of training pictures should be multiples of."""
@@ -563,6 +583,10 @@ class Family:
         """The denoiser's text arguments by their names in ``text_arguments``, from the encoded texts of a batch."""
         return texts
 
+    def argument(self, kind: str, value: Any, given: Any) -> Any:
+        """A text argument made by :meth:`passed` as the pipeline passes it, where it passed ``given``."""
+        return value
+
     def repeat(self, name: str, value: Any, count: int, batch: int) -> Any:
         """The argument ``name`` of the denoiser, repeated ``count`` times if its first dimension is the batch."""
         if name in self.list_arguments:
@@ -655,6 +679,26 @@ def filled(tensor: Tensor, length: int, axis: int) -> Tensor:
 def no_inner_regions(title: str) -> InputError:
     """What to say where regions cannot act inside a family's denoiser."""
     return InputError(f"Regions inside {title} are not possible yet: use method 'output', with boxes or masks.")
+
+
+FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?|schnell)(?![a-z])")
+"""Words in the names of bases that are distilled to few steps without guidance."""
+
+
+def few_steps(name: str) -> int | None:
+    """Steps of a base that is distilled to few: the number in its name ("8step"), else 4; None for others."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
+    if not FEW_STEPS.search(last):
+        return None
+    count = re.search(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", last)
+    return int(count[1]) if count else 4
+
+
+def within(size: tuple[int, int], area: int, step: int) -> tuple[int, int]:
+    """Height and width shrunk to at most ``area`` pixels and cut to multiples of ``step``."""
+    height, width = size
+    scale = min(1.0, (area / (height * width)) ** 0.5)
+    return max(step, int(height * scale) // step * step), max(step, int(width * scale) // step * step)
 
 
 def latent_factor(pipe: Any) -> int:

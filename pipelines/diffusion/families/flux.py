@@ -18,11 +18,18 @@ from pipelines.diffusion.families.base import (
     even_sigmas,
     latent_factor,
     t5_length,
+    within,
 )
 from pipelines.diffusion.families.reading import Reader, Tokenized, states
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+KONTEXT = "FluxKontextPipeline"
+"""Flux.1 Kontext (arXiv 2506.15742): the same networks; tokens of the picture to edit follow those of the new one."""
+
+LARGEST = 1024**2
+"""Pixels that Kontext draws at most."""
 
 T5_TOKENS = 512
 """T5 tokens that diffusers' pipeline reads."""
@@ -35,7 +42,7 @@ class Flux(Family):
     title = "Flux"
     short = "Flux"
     order = 40
-    licence = "FLUX.1 [dev] Non-Commercial License; [schnell] Apache 2.0"
+    licence = "FLUX.1 [dev] and Kontext [dev] Non-Commercial License; [schnell] Apache 2.0"
     pipeline = "FluxPipeline"
     other_pipelines: ClassVar[Mapping[str, str]] = {
         "image": "FluxImg2ImgPipeline",
@@ -43,7 +50,10 @@ class Flux(Family):
         "controlnet": "FluxControlNetPipeline",
         "controlnet image": "FluxControlNetImg2ImgPipeline",
         "controlnet inpaint": "FluxControlNetInpaintPipeline",
+        "edit": KONTEXT,
+        "edit inpaint": "FluxKontextInpaintPipeline",
     }
+    bases: ClassVar[tuple[str, ...]] = (KONTEXT,)
     controlnet = "FluxControlNetModel"
     components = ("vae", "transformer", "text_encoder", "text_encoder_2")
     denoisers = (Denoiser("transformer"),)
@@ -61,7 +71,7 @@ class Flux(Family):
         ("encoder_hidden_states",): "embeds",
         ("pooled_projections",): "pooled",
     }
-    layout = Layout(("text", "image"), patch=2, packed=True)
+    layout = Layout(("text", "image", "reference"), patch=2, packed=True)
     predictions = ("flow",)
     vae_fields = ("shift_factor",)
     guidance_input = True
@@ -80,6 +90,16 @@ class Flux(Family):
             del usual["num_inference_steps"]
             usual["sigmas"] = even_sigmas(steps)
         return usual
+
+    def size_from(self, pipe: Any, image: Any) -> tuple[int, int]:
+        size = super().size_from(pipe, image)
+        return within(size, LARGEST, self.pixel_step(pipe)) if type(pipe).__name__ == KONTEXT else size
+
+    def size_arguments(self, pipe: Any, height: int | None, width: int | None) -> dict[str, Any]:
+        """Kontext's pipeline scales every size to ``max_area``."""
+        size = super().size_arguments(pipe, height, width)
+        kontext = "Kontext" in type(pipe).__name__ and height and width
+        return size | {"max_area": height * width} if kontext else size
 
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         positive, pooled, _ = pipe.encode_prompt(prompt, None, pipe._execution_device, images)

@@ -22,6 +22,7 @@ from pipelines.diffusion.families.base import (
     Layout,
     Signature,
     Tensors,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -76,9 +77,7 @@ class Flux2(Family):
 
     def size_from(self, pipe: Any, image: Any) -> tuple[int, int]:
         """That of the first reference picture, which diffusers shrinks to a megapixel and crops to whole tokens."""
-        height, width = super().size_from(pipe, image)
-        scale, step = min(1.0, (LARGEST / (height * width)) ** 0.5), self.pixel_step(pipe)
-        return int(height * scale) // step * step, int(width * scale) // step * step
+        return within(super().size_from(pipe, image), LARGEST, self.pixel_step(pipe))
 
     # ------------------------------------------------------------------ latents
     def scaled(self, pipe: Any, encoded: Tensor) -> Tensor:

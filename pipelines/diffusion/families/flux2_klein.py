@@ -37,8 +37,8 @@ class Flux2Klein(Flux2):
         precedence=7,
     )
 
-    def usual(self, pipe: Any) -> tuple[int, float]:
-        return (4, 1.0) if pipe.config.is_distilled else super().usual(pipe)
+    def usual_of(self, name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+        return (4, 1.0) if config.get("is_distilled") else super().usual_of(name, config)
 
     def takes_guidance(self, pipe: Any) -> bool:
         return not pipe.config.is_distilled

@@ -5,7 +5,9 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.diffusion.families.base import (
@@ -77,6 +79,19 @@ class StableDiffusion(Family):
         """The VAE's factor times the UNet's."""
         levels: int = len(pipe.unet.config.block_out_channels)
         return latent_factor(pipe) << (levels - 1)
+
+    def opened(self, pipe: Any, names: Collection[str], source: str) -> list[str]:
+        """Derivatives that predict v say so by empty tensors "v_pred" and "ztsnr" (zero terminal SNR), or by name."""
+        name = Path(source).stem.lower()
+        if "v_pred" not in names and not re.search(r"(?<![a-z])v[-_ ]?pred", name):
+            return []
+        changes: dict[str, Any] = {"prediction_type": "v_prediction"}
+        done = "predicts v"
+        if "ztsnr" in names or re.search(r"(?<![a-z])zt?snr", name):
+            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            done += " with zero terminal SNR"
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+        return [done]
 
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         positive, negatives = pipe.encode_prompt(prompt, pipe._execution_device, images, guided, negative)
