@@ -55,10 +55,10 @@ class Flux(Family):
     }
     bases: ClassVar[tuple[str, ...]] = (KONTEXT,)
     controlnet = "FluxControlNetModel"
-    components = ("vae", "transformer", "text_encoder", "text_encoder_2")
+    components: ClassVar[tuple[str, ...]] = ("vae", "transformer", "text_encoder", "text_encoder_2")
     denoisers = (Denoiser("transformer"),)
-    text_encoders = ("text_encoder", "text_encoder_2")
-    batch_arguments = (
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    batch_arguments: ClassVar[tuple[str, ...]] = (
         "hidden_states",
         "timestep",
         "guidance",
@@ -98,8 +98,9 @@ class Flux(Family):
     def size_arguments(self, pipe: Any, height: int | None, width: int | None) -> dict[str, Any]:
         """Kontext's pipeline scales every size to ``max_area``."""
         size = super().size_arguments(pipe, height, width)
-        kontext = "Kontext" in type(pipe).__name__ and height and width
-        return size | {"max_area": height * width} if kontext else size
+        if "Kontext" not in type(pipe).__name__ or height is None or width is None:
+            return size
+        return size | {"max_area": height * width}
 
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         positive, pooled, _ = pipe.encode_prompt(prompt, None, pipe._execution_device, images)
