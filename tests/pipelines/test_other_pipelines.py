@@ -176,7 +176,7 @@ CASES = [
     *(("z-image", kind) for kind in ("image", "inpaint")),
     *(("qwen", kind) for kind in ("image", "inpaint", "controlnet", "edit", "edit plus", "edit 2511")),
     *((family, "edit") for family in ("flux", "flux2")),
-    *(("chroma", kind) for kind in ("image", "inpaint")),
+    ("chroma", "image"),
     *(("flux2-klein", kind) for kind in ("edit", "inpaint")),
 ]
 

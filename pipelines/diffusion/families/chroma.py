@@ -30,7 +30,6 @@ class Chroma(Flux):
     pipeline = "ChromaPipeline"
     other_pipelines: ClassVar[Mapping[str, str]] = {
         "image": "ChromaImg2ImgPipeline",
-        "inpaint": "ChromaInpaintPipeline",
     }
     controlnet = ""
     components = ("vae", "transformer", "text_encoder")
