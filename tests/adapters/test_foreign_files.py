@@ -11,7 +11,6 @@ import torch
 from diffusers import Flux2Pipeline
 from diffusers.loaders import lora_conversion_utils as converters
 from diffusers.loaders.single_file_utils import (
-    convert_chroma_transformer_checkpoint_to_diffusers,
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
@@ -466,47 +465,6 @@ def test_modules_that_flux2_does_not_have(module: str, tmp_path: Path) -> None:
 
 # Chroma
 
-
-@pytest.mark.parametrize("names", ["lora_unet_", "diffusion_model."])
-def test_chroma_against_diffusers_converter_of_whole_models(names: str, tmp_path: Path) -> None:
-    hidden = 16
-    shapes = {
-        "distilled_guidance_layer.in_proj": (16, 8),
-        "distilled_guidance_layer.layers.0.in_layer": (16, 16),
-        "distilled_guidance_layer.layers.0.out_layer": (16, 16),
-        "distilled_guidance_layer.out_proj": (hidden, 16),
-        "img_in": (hidden, 16),
-        "txt_in": (hidden, 32),
-        "final_layer.linear": (16, hidden),
-    }
-    for side in ("img", "txt"):
-        shapes |= {
-            f"double_blocks.0.{side}_attn.qkv": (3 * hidden, hidden),
-            f"double_blocks.0.{side}_attn.proj": (hidden, hidden),
-            f"double_blocks.0.{side}_mlp.0": (4 * hidden, hidden),
-            f"double_blocks.0.{side}_mlp.2": (hidden, 4 * hidden),
-        }
-    for block in range(2):
-        shapes[f"single_blocks.{block}.linear1"] = (7 * hidden, hidden)
-        shapes[f"single_blocks.{block}.linear2"] = (hidden, 5 * hidden)
-    tensors: Tensors = {}
-    checkpoint: Tensors = {"distilled_guidance_layer.norms.0.scale": torch.ones(16)}
-    for number, (module, (out, inside)) in enumerate(shapes.items()):
-        A, B = rand(2, inside, seed=number), rand(out, 2, seed=number)
-        name = names + (module.replace(".", "_") if names == "lora_unet_" else module)
-        tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
-        checkpoint |= {f"{module}.weight": B @ A, f"{module}.bias": torch.zeros(out)}
-    for block, kinds in (("double_blocks.0", ("img_attn.", "txt_attn.")), ("single_blocks.0", ("",)),
-                         ("single_blocks.1", ("",))):  # fmt: skip
-        for kind in kinds:
-            checkpoint |= {f"{block}.{kind}norm.{side}_norm.scale": torch.ones(8) for side in ("query", "key")}
-    reference = convert_chroma_transformer_checkpoint_to_diffusers(checkpoint)
-    made = loaded(tensors, tmp_path, {"transformer": tiny.FAMILIES["chroma"]().transformer}).parts["transformer"]
-    assert {f"{name}.weight" for name in made} == {
-        key for key in reference if key.endswith(".weight") and "norm" not in key
-    }
-    for name, layer in made.items():
-        torch.testing.assert_close(layer.delta(), reference[f"{name}.weight"])
 
 
 # SD3

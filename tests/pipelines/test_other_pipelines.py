@@ -207,13 +207,10 @@ def test_methods_equal_separate_runs(family: str, kind: str, quiet_files: Callab
         if method == inside:
             options["regions"] = [{"adapters": ["a", "b"], "box": (0, 0, 1, 1)}]
         composer.compose(method, **options)
-        torch.manual_seed(
-            0
-        )  # SD3's ControlNet pipeline draws the latents of the control image from the global generator
         found = composer(PROMPT, seed=4, **SHORT, **more).images
         other, again = task(family, kind)
         again |= own_size(family, kind)
-        torch.manual_seed(0)
+        torch.manual_seed(4)  # SD3's ControlNet pipeline draws the control image's latents from torch's own generator
         wanted = theirs(other.pipe, files, method, 4, **again)
         difference = float((found - wanted).abs().max() / wanted.abs().max())
         if method == "activation" and (family, kind) in SEEING:

@@ -369,7 +369,7 @@ def test_words_of_a_chat_template_are_found_by_their_letters(beds: Any, family: 
         composer._prompts().positions(text, ["cat"], "x", None, {})
 
 
-@pytest.mark.parametrize("family", [family for family in INSIDE if family not in UNETS])
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen", "z-image"])
 def test_transformers_find_places_for_automatic_regions(beds: Any, family: str) -> None:
     bed: Bed = beds(family)
     composer = MultiLoRAPipeline(bed.pipe())
@@ -381,3 +381,11 @@ def test_transformers_find_places_for_automatic_regions(beds: Any, family: str) 
     masks = [torch.tensor(list(region.mask.getdata())) > 0 for region in out.regions]
     assert all(bool(mask.any()) for mask in masks)
     assert not bool((masks[0] & masks[1]).any())
+
+
+@pytest.mark.parametrize("family", ["flux2", "flux2-klein"])
+def test_automatic_regions_are_refused_where_words_have_no_known_place(beds: Any, family: str) -> None:
+    composer = MultiLoRAPipeline(beds(family).pipe())
+    composer.load_lora(beds(family).files["a"], "a", triggers=("cat",))
+    with pytest.raises(InputError, match="give every region a place"):
+        composer.compose("activation", regions="auto")("a cat", **CALL)

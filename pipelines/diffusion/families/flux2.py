@@ -22,6 +22,7 @@ from pipelines.diffusion.families.base import (
     Layout,
     Signature,
     Tensors,
+    even_sigmas,
     within,
 )
 
@@ -78,6 +79,13 @@ class Flux2(Family):
     def size_from(self, pipe: Any, image: Any) -> tuple[int, int]:
         """That of the first reference picture, which diffusers shrinks to a megapixel and crops to whole tokens."""
         return within(super().size_from(pipe, image), LARGEST, self.pixel_step(pipe))
+
+    def timetable(self, pipe: Any, steps: int, size: tuple[int, int]) -> dict[str, Any]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        step = self.pixel_step(pipe)
+        tokens = (size[0] // step) * (size[1] // step)
+        return {"sigmas": even_sigmas(steps), "mu": compute_empirical_mu(tokens, steps)}
 
     # ------------------------------------------------------------------ latents
     def scaled(self, pipe: Any, encoded: Tensor) -> Tensor:
