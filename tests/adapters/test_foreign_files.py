@@ -463,10 +463,6 @@ def test_modules_that_flux2_does_not_have(module: str, tmp_path: Path) -> None:
         read_only(tensors, tmp_path)
 
 
-# Chroma
-
-
-
 # SD3
 
 
