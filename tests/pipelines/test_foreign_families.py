@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as converters
+from diffusers.loaders.single_file_utils import (
+    convert_lumina2_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters.errors import InputError
+from adapters.formats import read
 from pipelines.diffusion import MultiLoRAPipeline
 from pipelines.diffusion.families import FAMILIES, detect, find
 from pipelines.diffusion.families.base import Family
@@ -160,3 +165,50 @@ def test_every_choice_of_layers_is_larger_than_the_one_before() -> None:
     for name in ("qwen", "krea2", "hidream"):
         sets = [chosen(find(name), choice) for choice in ("attention", "attention-mlp", "linear")]
         assert sets[0] < sets[1] < sets[2]
+
+
+def original(hidden: int, keys: int, modulation: str) -> dict[str, tuple[int, int]]:
+    """Modules of Z-Image's and Lumina 2's original code -> (outputs, inputs)."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for block in ("noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"):
+        sizes[f"{block}.attention.qkv"] = hidden + 2 * keys, hidden
+        sizes[f"{block}.attention.out"] = hidden, hidden
+        for number in (1, 2, 3):
+            sizes[f"{block}.feed_forward.w{number}"] = (hidden, 40) if number == 2 else (40, hidden)
+        if not block.startswith("context"):
+            sizes[f"{block}.{modulation}"] = 4 * hidden, 24
+    return sizes
+
+
+@pytest.mark.parametrize("written", ["ComfyUI", "kohya"])
+@pytest.mark.parametrize(
+    ("family", "modules", "reference"),
+    [
+        (
+            "z-image",
+            original(48, 48, "adaLN_modulation.0") | {"x_embedder": (48, 16), "final_layer.linear": (16, 48)},
+            convert_z_image_transformer_checkpoint_to_diffusers,
+        ),
+        ("lumina2", original(2304, 768, "adaLN_modulation.1"), convert_lumina2_to_diffusers),
+    ],
+    ids=["z-image", "lumina2"],
+)
+def test_joined_layers_are_what_diffusers_makes_of_whole_models(
+    family: str, modules: dict[str, tuple[int, int]], reference: Any, written: str, tmp_path: Path
+) -> None:
+    """The updates as a checkpoint of their own, through diffusers' converter of whole models."""
+    tensors, checkpoint, dice = {}, {}, torch.Generator().manual_seed(4)
+    for module, (out, inside) in modules.items():
+        A, B = torch.randn(1, inside, generator=dice), torch.randn(out, 1, generator=dice)
+        checkpoint[f"{module}.weight"] = 3 * B @ A
+        name, down, up = f"diffusion_model.{module}", "lora_A", "lora_B"
+        if written == "kohya":
+            name, down, up = "lora_unet_" + module.replace(".", "_"), "lora_down", "lora_up"
+        tensors |= {f"{name}.{down}.weight": A, f"{name}.{up}.weight": B, f"{name}.alpha": torch.tensor(3.0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert facts.adapter(tmp_path / "x.safetensors")["family"] == family
+    named = find(family).named(read(tmp_path / "x.safetensors"), None).parts["transformer"]
+    wanted = {key.removesuffix(".weight").replace(".", "_"): value for key, value in reference(checkpoint).items()}
+    assert set(named) == set(wanted)
+    for module, value in wanted.items():
+        torch.testing.assert_close(named[module].delta(), value)

@@ -21,9 +21,12 @@ from pipelines.diffusion.families.base import (
     no_inner_regions,
     shift,
 )
+from pipelines.diffusion.families.renaming import Rule, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adapters.formats.lora import LoraFile
 
 TOKENS = 256
 """Tokens of a prompt, with the instruction before it, that diffusers' pipeline reads."""
@@ -32,6 +35,20 @@ ATTENTION = r".*\.attn\.to_(q|k|v|out\.0)"
 FEED_FORWARD = r".*\.feed_forward\.linear_[123]"
 OUTSIDE = r"(x_embedder|time_caption_embed.*|norm_out.*)"
 """First and last layers."""
+
+
+NAMES: tuple[Rule, ...] = (
+    (r"final_layer_adaLN_modulation_1", ("norm_out_linear_1",)),
+    (r"final_layer_linear", ("norm_out_linear_2",)),
+    (r"(.+_\d+)_attention_qkv", (r"\1_attn_to_q", r"\1_attn_to_k", r"\1_attn_to_v")),
+    (r"(.+_\d+)_attention_out", (r"\1_attn_to_out_0",)),
+    (r"(.+_\d+_feed_forward)_w([123])", (r"\1_linear_\2",)),
+    (r"(.+_\d+)_adaLN_modulation_1", (r"\1_norm1_linear",)),
+    (r"cap_embedder_1", ("time_caption_embed_caption_embedder_1",)),
+    (r"t_embedder_mlp_0", ("time_caption_embed_timestep_embedder_linear_1",)),
+    (r"t_embedder_mlp_2", ("time_caption_embed_timestep_embedder_linear_2",)),
+)
+"""The authors' names, which ComfyUI and kohya write."""
 
 
 class Lumina2(Family):
@@ -63,12 +80,15 @@ class Lumina2(Family):
     predictions = ("flow",)
     vae_fields = ("shift_factor",)
     signature = Signature(
-        adapter=r"(noise_refiner|context_refiner|layers)[._]\d+[._](attn[._]to_[qkvo]|feed_forward[._]linear_[123]|"
+        adapter=r"(noise_refiner|context_refiner|(^|\.|unet_)layers)[._]\d+[._](attn[._]to_|feed_forward[._]linear_[123]|"
         r"norm1[._]linear|adaLN_modulation[._]1[._])",
         checkpoint=r"(^|\.)cap_embedder\.0\.weight|time_caption_embed\.",
         hints=r"lumina.?(image.?)?2",
-        precedence=5,
+        precedence=7,
     )
+
+    def named(self, file: LoraFile, pipe: Any) -> LoraFile:
+        return renamed(file, self.denoiser, NAMES)
 
     def timetable(self, pipe: Any, steps: int, size: tuple[int, int]) -> dict[str, Any]:
         usual = super().timetable(pipe, steps, size) | {"sigmas": even_sigmas(steps)}

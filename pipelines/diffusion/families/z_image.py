@@ -22,9 +22,12 @@ from pipelines.diffusion.families.base import (
     even_sigmas,
     spans_in,
 )
+from pipelines.diffusion.families.renaming import Rule, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adapters.formats.lora import LoraFile
 
 TOKENS = 512
 """Tokens of a prompt, with those of the chat template, that diffusers' pipeline reads."""
@@ -33,6 +36,15 @@ ATTENTION = r".*\.attention\.to_(q|k|v|out\.0)"
 FEED_FORWARD = r".*\.feed_forward\.w[123]"
 OUTSIDE = r"(all_x_embedder|all_final_layer|cap_embedder|t_embedder)\..*"
 """First and last layers."""
+
+
+NAMES: tuple[Rule, ...] = (
+    (r"(.+_\d+_attention)_qkv", (r"\1_to_q", r"\1_to_k", r"\1_to_v")),
+    (r"(.+_\d+_attention)_(?:to_)?out", (r"\1_to_out_0",)),
+    (r"x_embedder", ("all_x_embedder_2-1",)),
+    (r"final_layer_(.+)", (r"all_final_layer_2-1_\1",)),
+)
+"""The authors' names, which ComfyUI and kohya write."""
 
 
 class ZImage(Family):
@@ -83,6 +95,9 @@ class ZImage(Family):
 
     def timetable(self, pipe: Any, steps: int, size: tuple[int, int]) -> dict[str, Any]:
         return super().timetable(pipe, steps, size) | {"sigmas": even_sigmas(steps)}
+
+    def named(self, file: LoraFile, pipe: Any) -> LoraFile:
+        return renamed(file, self.denoiser, NAMES)
 
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         positive, negatives = pipe.encode_prompt(prompt, None, guided, negative)
