@@ -60,11 +60,11 @@ def export(pipeline: Any, target: Path) -> Path:
 
 
 def _share_vae(made: Path, other: Path) -> None:
-    """Replace the directory ``made`` by a link to ``other`` beside its model if their weights are equal."""
+    """Replace the weights in ``made`` by a link to those in ``other``, of the model beside it, if they are equal."""
     weights = "diffusion_pytorch_model.safetensors"
     if (other / weights).is_file() and (made / weights).read_bytes() == (other / weights).read_bytes():
-        shutil.rmtree(made)
-        made.symlink_to(Path("..") / other.parent.name / other.name, target_is_directory=True)
+        (made / weights).unlink()
+        (made / weights).symlink_to(Path("..") / ".." / other.parent.name / other.name / weights)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

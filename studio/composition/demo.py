@@ -61,7 +61,9 @@ def run(out: Path, monitor: Monitor, base: str = BASE, steps: int = STEPS, seed:
         adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     begun = time.monotonic()
-    rows = scenes([record for record in library.adapters() if record.read_only and not record.problem])
+    family = next((record.family for record in library.bases() if record.name == base), None)
+    shipped = [record for record in library.adapters() if record.read_only and not record.problem]
+    rows = scenes([record for record in shipped if family in (None, record.family)])
     out.mkdir(parents=True, exist_ok=True)
     total = sum(len(columns(scene)) for scene in rows)
     pictures: list[list[tuple[str, Path]]] = []

@@ -171,8 +171,8 @@ def test_bases_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no model_index"):
         detect(tmp_path / "empty")
-    (tmp_path / "empty/model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
-    with pytest.raises(InputError, match="'WanPipeline'; composition works with StableDiffusionPipeline"):
+    (tmp_path / "empty/model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    with pytest.raises(InputError, match="'PixArtAlphaPipeline'; composition works with StableDiffusionPipeline"):
         detect(tmp_path / "empty")
     (tmp_path / "empty/model_index.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
