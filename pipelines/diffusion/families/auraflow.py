@@ -57,6 +57,7 @@ class AuraFlow(Family):
     }
     layout = Layout(("text", "image"), patch=2)
     predictions = ("flow",)
+    prompt_tokens = TOKENS
     signature = Signature(
         adapter=r"joint_transformer_blocks|single_transformer_blocks[._]\d+[._]ff[._]linear_[12]|"
         r"(double|single)_layers[._]\d+[._](attn|mlp)",
@@ -75,9 +76,6 @@ class AuraFlow(Family):
         with torch.no_grad():
             embeds = pipe.encode_prompt(list(texts), do_classifier_free_guidance=False)[0]
         return {"embeds": embeds}
-
-    def too_long(self, pipe: Any, text: str) -> bool:
-        return len(pipe.tokenizer(text, verbose=False).input_ids) > TOKENS
 
     def readers(self, pipe: Any) -> list[Reader]:
         return [Reader("text_encoder", "t5", TOKENS, 1)]

@@ -543,13 +543,9 @@ class Family:
         lengths = [[int(half[self.text_tensors[0]].shape[1]) for half in side] for side in given]
         common = [max(lengths_of) for lengths_of in zip(*(side for side in lengths if side), strict=True)]
 
-        def padded(tensor: Tensor, length: int) -> Tensor:
-            more = tensor.new_zeros(tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
-            return torch.cat([tensor, more], 1) if more.shape[1] else tensor
-
         def cat(side: Sequence[Mapping[str, Tensor]]) -> Tensors:
             texts = {
-                name: torch.cat([padded(half[name], length) for half, length in zip(side, common, strict=True)], 1)
+                name: torch.cat([filled(half[name], length, 1) for half, length in zip(side, common, strict=True)], 1)
                 for name in self.text_tensors
             }
             return {**side[0], **texts}

@@ -83,6 +83,7 @@ class Sana(Family):
     )
     predictions = ("flow",)
     denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = {"guidance_embeds": (None, False)}
+    prompt_tokens = TOKENS
     signature = Signature(
         adapter=r"ff[._]conv_(inverted|point|depth)|cross_attn[._](q|kv)_linear",
         checkpoint=r"blocks\.\d+\.cross_attn\.(q|kv)_linear|ff\.conv_inverted\.",
@@ -132,9 +133,6 @@ class Sana(Family):
         with torch.no_grad():
             embeds, mask, _, _ = pipe.encode_prompt([text], do_classifier_free_guidance=False)
         return {"embeds": embeds, "mask": mask}
-
-    def too_long(self, pipe: Any, text: str) -> bool:
-        return len(pipe.tokenizer(text, verbose=False).input_ids) > TOKENS
 
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
         raise no_inner_regions(self.title)
