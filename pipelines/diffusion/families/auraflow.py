@@ -13,11 +13,9 @@ from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
-    Joined,
     Layout,
     Signature,
     Tensors,
-    no_inner_regions,
 )
 from pipelines.diffusion.families.reading import Reader, Tokenized, states
 
@@ -57,6 +55,7 @@ class AuraFlow(Family):
     }
     layout = Layout(("text", "image"), patch=2)
     predictions = ("flow",)
+    inner_regions = False
     prompt_tokens = TOKENS
     signature = Signature(
         adapter=r"joint_transformer_blocks|single_transformer_blocks[._]\d+[._]ff[._]linear_[12]|"
@@ -85,9 +84,6 @@ class AuraFlow(Family):
         embeds = states(pipe, "text_encoder", given, masked=True)[0]
         mask = given.mask[..., None].to(embeds)
         return {"embeds": embeds * mask, "mask": mask.expand_as(embeds).flatten(1)}
-
-    def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        raise no_inner_regions(self.title)
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float

@@ -244,6 +244,7 @@ class Family:
         size_input: the denoiser takes the picture's size and crop as an input.
         text_tensors: names in the encoding of tensors (batch, tokens, ...) with an entry per token of the text.
         positive_first: of the two halves of a batch with guidance, the positive one comes first.
+        inner_regions: regions can act inside the denoiser (if not, their predictions are blended).
         prompt_tokens: most tokens of a prompt, for families without readers; None = what the tokenizer says.
         training_shift: shift of the noise levels in training; None = that of the base's scheduler.
         always: arguments of every call of the pipeline, unless the caller gives others.
@@ -290,6 +291,7 @@ class Family:
     size_input: ClassVar[bool] = False
     text_tensors: ClassVar[tuple[str, ...]] = ("embeds",)
     positive_first: ClassVar[bool] = False
+    inner_regions: ClassVar[bool] = True
     prompt_tokens: ClassVar[int | None] = None
     training_shift: ClassVar[float | None] = None
     always: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -535,8 +537,17 @@ class Family:
         raise InputError(f"Where a word of the prompt stands is not known for {self.title}: give every region a place.")
 
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        """The texts of several encodings one after another."""
+        """The texts of several encodings one after another.
+
+        Raises:
+            InputError: regions cannot act inside the denoiser.
+        """
         import torch
+
+        if not self.inner_regions:
+            raise InputError(
+                f"Regions inside {self.title} are not possible yet: use method 'output', with boxes or masks."
+            )
 
         halves = [encoding.positive for encoding in encodings], [encoding.negative for encoding in encodings]
         given = [[half for half in side if half is not None] for side in halves]
@@ -670,11 +681,6 @@ def filled(tensor: Tensor, length: int, axis: int) -> Tensor:
     shape = [*tensor.shape]
     shape[axis] = length - shape[axis]
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
-
-
-def no_inner_regions(title: str) -> InputError:
-    """What to say where regions cannot act inside a family's denoiser."""
-    return InputError(f"Regions inside {title} are not possible yet: use method 'output', with boxes or masks.")
 
 
 FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?|schnell)(?![a-z])")

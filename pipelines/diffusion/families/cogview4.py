@@ -14,11 +14,9 @@ from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
-    Joined,
     Layout,
     Signature,
     Tensors,
-    no_inner_regions,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +62,7 @@ class CogView4(Family):
     }
     layout = Layout(("text", "image"), patch=2)
     predictions = ("flow",)
+    inner_regions = False
     prompt_tokens = TOKENS
     signature = Signature(
         adapter=r"\A(?![\s\S]*(attn2|ff_context))[\s\S]*"
@@ -103,9 +102,6 @@ class CogView4(Family):
         masks = [torch.ones(len(text), dtype=torch.bool, device=text.device) for text in found]
         pad = torch.nn.utils.rnn.pad_sequence
         return {"embeds": pad(found, batch_first=True), "mask": pad(masks, batch_first=True)}
-
-    def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        raise no_inner_regions(self.title)
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float

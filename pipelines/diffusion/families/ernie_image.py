@@ -17,12 +17,10 @@ from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
-    Joined,
     Layout,
     Signature,
     Tensors,
     even_sigmas,
-    no_inner_regions,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +60,7 @@ class ErnieImage(Family):
     }
     layout = Layout(("image", "text"))
     predictions = ("flow",)
+    inner_regions = False
     vae_fields = ("batch_norm_eps", "batch_norm_momentum", "patch_size", "decoder_block_out_channels")
     signature = Signature(
         adapter=r"layers[._]\d+[._](self_attention[._]to_(q|k|v|out)|mlp[._](gate_proj|up_proj|linear_fc2))",
@@ -116,9 +115,6 @@ class ErnieImage(Family):
 
     def condition(self, pipe: Any, texts: Sequence[str]) -> Tensors:
         return dict(self.passed({"embeds": pipe.encode_prompt(list(texts), pipe._execution_device)}))
-
-    def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        raise no_inner_regions(self.title)
 
     # ------------------------------------------------------------------ denoiser
     def predict(

@@ -12,12 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapters.errors import InputError
 from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
-    Joined,
     Layout,
     Signature,
     Tensors,
@@ -72,6 +70,7 @@ class HiDream(Family):
     layout = Layout(("image", "text"), patch=2)
     text_tensors = ("t5", "llama3")
     predictions = ("flow",)
+    inner_regions = False
     vae_fields = ("shift_factor",)
     prompt_tokens = TOKENS
     training_shift = 3.0
@@ -112,9 +111,6 @@ class HiDream(Family):
 
         with torch.no_grad():
             return _named(*pipe.encode_prompt(list(texts), do_classifier_free_guidance=False)[::2])
-
-    def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        raise InputError(f"Regions inside {self.title} are not possible yet: use method 'output', with boxes or masks.")
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float

@@ -13,12 +13,10 @@ from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
-    Joined,
     Layout,
     Signature,
     Tensors,
     even_sigmas,
-    no_inner_regions,
     shift,
 )
 from pipelines.diffusion.families.renaming import Rule, renamed
@@ -78,6 +76,7 @@ class Lumina2(Family):
     }
     layout = Layout(("text", "image"), patch=2)
     predictions = ("flow",)
+    inner_regions = False
     vae_fields = ("shift_factor",)
     signature = Signature(
         adapter=r"(noise_refiner|context_refiner|(^|\.|unet_)layers)[._]\d+[._](attn[._]to_|feed_forward[._]linear_[123]|"
@@ -112,9 +111,6 @@ class Lumina2(Family):
     def too_long(self, pipe: Any, text: str) -> bool:
         written = f"{pipe.system_prompt} <Prompt Start> {text}"
         return len(pipe.tokenizer(written, verbose=False).input_ids) > TOKENS
-
-    def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        raise no_inner_regions(self.title)
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float

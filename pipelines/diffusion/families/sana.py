@@ -17,11 +17,9 @@ from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
-    Joined,
     Layout,
     Signature,
     Tensors,
-    no_inner_regions,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +80,7 @@ class Sana(Family):
         "decoder_conv_act_fn",
     )
     predictions = ("flow",)
+    inner_regions = False
     denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = {"guidance_embeds": (None, False)}
     prompt_tokens = TOKENS
     signature = Signature(
@@ -133,9 +132,6 @@ class Sana(Family):
         with torch.no_grad():
             embeds, mask, _, _ = pipe.encode_prompt([text], do_classifier_free_guidance=False)
         return {"embeds": embeds, "mask": mask}
-
-    def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        raise no_inner_regions(self.title)
 
     # ------------------------------------------------------------------ denoiser
     def predict(
