@@ -389,3 +389,12 @@ def test_automatic_regions_are_refused_where_words_have_no_known_place(beds: Any
     composer.load_lora(beds(family).files["a"], "a", triggers=("cat",))
     with pytest.raises(InputError, match="give every region a place"):
         composer.compose("activation", regions="auto")("a cat", **CALL)
+
+
+@pytest.mark.parametrize("family", [
+    name for name, known in tiny.families.FAMILIES.items() if name not in INSIDE and known.video is None
+])  # fmt: skip
+def test_regions_inside_other_networks_are_refused(beds: Any, family: str) -> None:
+    assert not tiny.families.FAMILIES[family].inner_regions
+    with pytest.raises(InputError, match="not possible yet: use method 'output'"):
+        regional(beds(family).composer("a"), "activation", Region(("a",), box=LEFT))
