@@ -7,7 +7,6 @@ switches it off, and g stands for 1 + g elsewhere.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +22,7 @@ from pipelines.diffusion.families.base import (
 )
 from pipelines.diffusion.families.flux import unpack
 from pipelines.diffusion.families.qwen import VAE_FIELDS
+from pipelines.diffusion.families.renaming import Rule, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,24 +42,24 @@ FEED_FORWARD = r"ff\.(gate|up|down)"
 
 _ATTENTION_NAMES = {"wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out_0", "gate": "to_gate"}
 
-ORIGINAL_NAMES = {
-    **{rf"blocks_(\d+)_attn_{old}": rf"transformer_blocks_\1_attn_{new}" for old, new in _ATTENTION_NAMES.items()},
-    r"blocks_(\d+)_mlp_(gate|up|down)": r"transformer_blocks_\1_ff_\2",
-    **{
-        rf"txtfusion_(layerwise|refiner)_blocks_(\d+)_attn_{old}": rf"text_fusion_\1_blocks_\2_attn_{new}"
+NAMES: tuple[Rule, ...] = (
+    *((rf"blocks_(\d+)_attn_{old}", (rf"transformer_blocks_\1_attn_{new}",)) for old, new in _ATTENTION_NAMES.items()),
+    (r"blocks_(\d+)_mlp_(gate|up|down)", (r"transformer_blocks_\1_ff_\2",)),
+    *(
+        (rf"txtfusion_(layerwise|refiner)_blocks_(\d+)_attn_{old}", (rf"text_fusion_\1_blocks_\2_attn_{new}",))
         for old, new in _ATTENTION_NAMES.items()
-    },
-    r"txtfusion_(layerwise|refiner)_blocks_(\d+)_mlp_(gate|up|down)": r"text_fusion_\1_blocks_\2_ff_\3",
-    "first": "img_in",
-    "last_linear": "final_layer_linear",
-    "tmlp_0": "time_embed_linear_1",
-    "tmlp_2": "time_embed_linear_2",
-    "tproj_1": "time_mod_proj",
-    "txtmlp_1": "txt_in_linear_1",
-    "txtmlp_3": "txt_in_linear_2",
-    "txtfusion_projector": "text_fusion_projector",
-}
-"""Regular expression of whole names of modules in the authors' code -> name in diffusers, both with "_" for "."."""
+    ),
+    (r"txtfusion_(layerwise|refiner)_blocks_(\d+)_mlp_(gate|up|down)", (r"text_fusion_\1_blocks_\2_ff_\3",)),
+    ("first", ("img_in",)),
+    ("last_linear", ("final_layer_linear",)),
+    ("tmlp_0", ("time_embed_linear_1",)),
+    ("tmlp_2", ("time_embed_linear_2",)),
+    ("tproj_1", ("time_mod_proj",)),
+    ("txtmlp_1", ("txt_in_linear_1",)),
+    ("txtmlp_3", ("txt_in_linear_2",)),
+    ("txtfusion_projector", ("text_fusion_projector",)),
+)
+"""The authors' names, which ComfyUI and kohya write."""
 
 
 class Krea2(Family):
@@ -121,12 +121,7 @@ class Krea2(Family):
         return found[:, :, 0]
 
     def named(self, file: LoraFile, pipe: Any) -> LoraFile:
-        layers = file.parts.get(self.denoiser, {})
-        names = {name: diffusers_name(name.replace(".", "_")) for name in layers}
-        if not any(names.values()):
-            return file
-        renamed = {names[name] or name.replace(".", "_"): layer for name, layer in layers.items()}
-        return file.with_parts({**file.parts, self.denoiser: renamed}, flat=True)
+        return renamed(file, self.denoiser, NAMES)
 
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         device = pipe._execution_device
@@ -190,12 +185,6 @@ class Krea2(Family):
             text_encoder_select_layers=(1, 2),
         )
         return miniature.quiet(pipe)
-
-
-def diffusers_name(name: str) -> str:
-    """The module that the authors call ``name``, with "_" for "."; empty if it is none of theirs."""
-    found = ((re.fullmatch(old, name), new) for old, new in ORIGINAL_NAMES.items())
-    return next((match.expand(new) for match, new in found if match), "")
 
 
 def _named(embeds: Tensor, mask: Tensor) -> Tensors:
