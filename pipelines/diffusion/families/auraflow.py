@@ -16,6 +16,7 @@ from pipelines.diffusion.families.base import (
     Layout,
     Signature,
     Tensors,
+    layer_choices,
 )
 from pipelines.diffusion.families.reading import Reader, Tokenized, states
 
@@ -47,12 +48,7 @@ class AuraFlow(Family):
     batch_arguments = ("hidden_states", "encoder_hidden_states", "timestep")
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {("encoder_hidden_states",): "embeds"}
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds", "mask": "prompt_attention_mask"}
-    targets: ClassVar[Mapping[str, str]] = {
-        "attention": ATTENTION,
-        "attention-mlp": rf"{ATTENTION}|{FEED_FORWARD}",
-        "linear": rf"(?!{OUTSIDE}$).*",
-        "all": rf"(?!{OUTSIDE}$).*",
-    }
+    targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
     layout = Layout(("text", "image"), patch=2)
     predictions = ("flow",)
     inner_regions = False

@@ -31,12 +31,15 @@ FEED_FORWARD = r"(ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_contex
 OUTSIDE_BLOCKS = r"(conv_in|conv_out|pos_embed.*|x_embedder|context_embedder|proj_out|norm_out.*)"
 """First and last layers, which 'linear' and 'all' leave out, as other trainers do."""
 
-TARGETS = {
-    "attention": rf"(.*\.)?{ATTENTION}",
-    "attention-mlp": rf"(.*\.)?{ATTENTION}|.*\.{FEED_FORWARD}",
-    "linear": rf"(?!{OUTSIDE_BLOCKS}$).*",
-    "all": rf"(?!{OUTSIDE_BLOCKS}$).*",
-}
+
+def layer_choices(attention: str, feed_forward: str, outside: str) -> Mapping[str, str]:
+    """Choice of layers -> regular expression that matches full module names, from those of a denoiser's attention
+    layers, its feed-forward layers, and its first and last layers."""
+    inner = rf"(?!{outside}$).*"
+    return {"attention": attention, "attention-mlp": rf"{attention}|{feed_forward}", "linear": inner, "all": inner}
+
+
+TARGETS = layer_choices(rf"(.*\.)?{ATTENTION}", rf".*\.{FEED_FORWARD}", OUTSIDE_BLOCKS)
 """Choice of layers -> regular expression that matches full module names of most denoisers in diffusers."""
 
 

@@ -17,6 +17,7 @@ from pipelines.diffusion.families.base import (
     Layout,
     Signature,
     Tensors,
+    layer_choices,
 )
 
 if TYPE_CHECKING:
@@ -54,12 +55,7 @@ class CogView4(Family):
     )
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {("encoder_hidden_states",): "embeds"}
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds"}
-    targets: ClassVar[Mapping[str, str]] = {
-        "attention": ATTENTION,
-        "attention-mlp": rf"{ATTENTION}|{FEED_FORWARD}",
-        "linear": rf"(?!{OUTSIDE}$).*",
-        "all": rf"(?!{OUTSIDE}$).*",
-    }
+    targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
     layout = Layout(("text", "image"), patch=2)
     predictions = ("flow",)
     inner_regions = False

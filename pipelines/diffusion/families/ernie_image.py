@@ -21,6 +21,7 @@ from pipelines.diffusion.families.base import (
     Signature,
     Tensors,
     even_sigmas,
+    layer_choices,
 )
 
 if TYPE_CHECKING:
@@ -52,12 +53,7 @@ class ErnieImage(Family):
     flat_layers = r"layers\.\d+\.mlp\..*|final_linear"
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {("text_bth",): "embeds", ("text_lens",): "lengths"}
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds"}
-    targets: ClassVar[Mapping[str, str]] = {
-        "attention": ATTENTION,
-        "attention-mlp": rf"{ATTENTION}|{FEED_FORWARD}",
-        "linear": rf"(?!{OUTSIDE}$).*",
-        "all": rf"(?!{OUTSIDE}$).*",
-    }
+    targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
     layout = Layout(("image", "text"))
     predictions = ("flow",)
     inner_regions = False

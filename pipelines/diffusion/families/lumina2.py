@@ -17,6 +17,7 @@ from pipelines.diffusion.families.base import (
     Signature,
     Tensors,
     even_sigmas,
+    layer_choices,
     shift,
 )
 from pipelines.diffusion.families.renaming import Rule, renamed
@@ -68,12 +69,7 @@ class Lumina2(Family):
         ("encoder_attention_mask",): "mask",
     }
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds", "mask": "prompt_attention_mask"}
-    targets: ClassVar[Mapping[str, str]] = {
-        "attention": ATTENTION,
-        "attention-mlp": rf"{ATTENTION}|{FEED_FORWARD}",
-        "linear": rf"(?!{OUTSIDE}$).*",
-        "all": rf"(?!{OUTSIDE}$).*",
-    }
+    targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
     layout = Layout(("text", "image"), patch=2)
     predictions = ("flow",)
     inner_regions = False

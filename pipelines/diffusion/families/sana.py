@@ -20,6 +20,7 @@ from pipelines.diffusion.families.base import (
     Layout,
     Signature,
     Tensors,
+    layer_choices,
 )
 
 if TYPE_CHECKING:
@@ -54,12 +55,7 @@ class Sana(Family):
     }
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds", "mask": "prompt_attention_mask"}
     always: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_resolution_binning": False, "negative_prompt": None})
-    targets: ClassVar[Mapping[str, str]] = {
-        "attention": ATTENTION,
-        "attention-mlp": rf"{ATTENTION}|{FEED_FORWARD}",
-        "linear": rf"(?!{OUTSIDE}$).*",
-        "all": rf"(?!{OUTSIDE}$).*",
-    }
+    targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
     layout = Layout()
     vae_fields = (
         "attention_head_dim",

@@ -20,6 +20,7 @@ from pipelines.diffusion.families.base import (
     Signature,
     Tensors,
     even_sigmas,
+    layer_choices,
     spans_in,
 )
 from pipelines.diffusion.families.renaming import Rule, renamed
@@ -72,12 +73,7 @@ class ZImage(Family):
     no_guidance = 0.0
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {("cap_feats",): "embeds"}
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds"}
-    targets: ClassVar[Mapping[str, str]] = {
-        "attention": ATTENTION,
-        "attention-mlp": rf"{ATTENTION}|{FEED_FORWARD}",
-        "linear": rf"(?!{OUTSIDE}$).*",
-        "all": rf"(?!{OUTSIDE}$).*",
-    }
+    targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
     layout = Layout(("image", "text"), patch=2, multiple=32)
     predictions = ("flow",)
     vae_fields = ("shift_factor",)
