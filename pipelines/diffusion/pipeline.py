@@ -15,6 +15,7 @@ cancelled. The work is done by the rack (loaded adapters), the planner (steps), 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -535,6 +536,14 @@ class MultiLoRAPipeline:
             return Positions(progress)
         return Positions(progress, noise_levels(self.pipe, self.family, steps, more, size)[-count:])
 
+    def _most_together(self) -> int | None:
+        """Most predictions with gates of their own in one call of the denoiser; None = any number."""
+        flat, denoiser = self.family.flat_layers, self.family.denoiser
+        layers = [name for item in self._chosen() for name in item.file.parts.get(denoiser, {})]
+        if flat and any(re.fullmatch(flat, name) for name in layers):
+            return 1
+        return self.family.most_together(self.pipe)
+
     def joined(self) -> Joined:
         """The joined adapters of the composition, for the denoiser and for each text encoder."""
         return self.rack.joined(self.composition.adapters, self.composition.cross_only(self._chosen()))
@@ -565,7 +574,7 @@ class MultiLoRAPipeline:
             self.composition, self._chosen(), self.family, positions, guided, memory, words, prompts.mean,
             tuple(self.rack.denoisers),
         )  # fmt: skip
-        most = self.family.most_together(self.pipe)
+        most = self._most_together()
         if most is not None:
             plan = replace(plan, adapter_batch=min(most, plan.adapter_batch or most))
         plan = replace(plan, folds=self._folds(plan))
@@ -601,7 +610,16 @@ class MultiLoRAPipeline:
                 return draw(self.pipe, run, request, encodings[given].call_arguments(), request.generators())
 
     def _varied(self, positions: Positions, request: Request, strengths: Sequence[Strengths]) -> tuple[Plan, Any]:
-        """A call in which every picture has its own strengths; the plan of the first, and diffusers' result."""
+        """A call in which every picture has its own strengths; the plan of the first, and diffusers' result.
+
+        Raises:
+            InputError: the base, or a layer that an adapter changes, takes the pictures of a batch together.
+        """
+        if self._most_together() == 1:
+            raise InputError(
+                "Pictures with strengths of their own cannot share a batch here, because the base or a layer that an "
+                "adapter changes takes all of them together: make one picture at a time."
+            )
         variants, plans = [], []
         for one in strengths:
             with self.rack.at(one):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -115,17 +114,13 @@ def make_plan(
         if item.report.te_weight != 0 and any(part not in denoisers for part in item.file.parts)
     }
     texts = [text_adapters(step, mode, method, in_text) for step in steps]
-    flat = family.flat_layers
-    alone = flat and any(
-        re.fullmatch(flat, name) for item in loaded for name in item.file.parts.get(family.denoiser, {})
-    )
     plan = Plan(
         method=method,
         adapters=tuple(numbers),
         te_mode=mode,
         steps=tuple(steps),
         guided=guided,
-        adapter_batch=1 if alone else composition.adapter_batch,
+        adapter_batch=composition.adapter_batch,
         encodings=len(regions) + 1 if regions else len({active for row in texts for active in row}),
         memory=memory,
         regions=tuple(report_region(region) for region in regions),

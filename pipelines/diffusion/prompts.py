@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -227,7 +228,7 @@ class Prompts:
             else:
                 layers = [prompt.mapped(partial(in_layer, words=words, layer=k)) for k in range(_depth(words))]
                 embeds = torch.cat([self._encode(layer, counts)["embeds"] for layer in layers])
-        return Encoding({**encoding.positive, "layers": embeds}, encoding.negative)
+        return replace(encoding, positive={**encoding.positive, "layers": embeds})
 
     def _encode(self, prompt: Prompt, counts: Counts) -> Tensors:
         """Embeddings (batch 1) of a prompt whose words are already replaced by their tokens."""

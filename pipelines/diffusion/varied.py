@@ -9,7 +9,7 @@ Each picture has its own text, because adapters also act in the text encoders, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,9 +53,12 @@ def encodings(variants: Sequence[Variant]) -> Encoding:
     """The texts of all pictures as those of one batch."""
     first = variants[0].encoding
     positive = _joined([one.encoding.positive for one in variants])
-    if first.negative is None:
-        return Encoding(positive, None, first.names)
-    return Encoding(positive, _joined([one.encoding.negative or {} for one in variants]), first.names)
+    guided = first.negative is not None
+    return replace(
+        first,
+        positive=positive,
+        negative=_joined([one.encoding.negative or {} for one in variants]) if guided else None,
+    )
 
 
 def _joined(texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

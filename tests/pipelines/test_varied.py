@@ -60,3 +60,12 @@ def test_what_cannot_differ_in_a_batch_is_refused(sd: Bed, method: str, strength
     composer = sd.composer("a", "b").compose(method)
     with pytest.raises(InputError, match=words):
         composer(PROMPT, images=2, strengths=pairs(strengths), **CALL)
+
+
+@pytest.mark.parametrize("family", ["z-image", "krea2", "hidream", "ernie-image"])
+def test_layers_that_take_all_pictures_together_are_refused_by_a_sentence(
+    beds: Callable[[str], Bed], family: str
+) -> None:
+    composer = beds(family).composer("a", "c").compose("merge")
+    with pytest.raises(InputError, match="cannot share a batch here.* make one picture at a time"):
+        composer(PROMPT, images=2, strengths=pairs([{"a": 0.3}, {"a": 1.0}]), **CALL)
