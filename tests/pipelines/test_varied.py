@@ -67,5 +67,5 @@ def test_layers_that_take_all_pictures_together_are_refused_by_a_sentence(
     beds: Callable[[str], Bed], family: str
 ) -> None:
     composer = beds(family).composer("a", "c").compose("merge")
-    with pytest.raises(InputError, match="cannot share a batch here.* make one picture at a time"):
+    with pytest.raises(InputError, match=r"cannot share a batch here.* make one picture at a time"):
         composer(PROMPT, images=2, strengths=pairs([{"a": 0.3}, {"a": 1.0}]), **CALL)
