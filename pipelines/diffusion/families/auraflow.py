@@ -112,7 +112,7 @@ class AuraFlow(Family):
         pipe = miniature.make(
             "AuraFlowPipeline",
             tokenizer=miniature.t5_tokenizer(),
-            text_encoder=miniature.umt5(),
+            text_encoder=miniature.t5("UMT5"),
             vae=miniature.vae(),
             transformer=miniature.make("AuraFlowTransformer2DModel", **(values | changes)),
             scheduler=miniature.make("FlowMatchEulerDiscreteScheduler", shift=1.73),

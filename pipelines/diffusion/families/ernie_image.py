@@ -144,16 +144,7 @@ class ErnieImage(Family):
         transformer = miniature.make("ErnieImageTransformer2DModel", **(values | changes))
         for layer in (transformer.adaLN_modulation[-1], transformer.final_linear):  # they start at zero
             torch.nn.init.normal_(layer.weight, std=0.2)
-        vae = miniature.make(
-            "AutoencoderKLFlux2",
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-        )
+        vae = miniature.make("AutoencoderKLFlux2", **miniature.vae_values())
         vae.bn.running_mean.normal_(std=0.3)
         vae.bn.running_var.uniform_(0.5, 1.5)
         tokenizer = miniature.marked_tokenizer("<s>")

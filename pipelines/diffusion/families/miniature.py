@@ -6,6 +6,7 @@ several transformer layers, resnets, samplers, text encoders, double and single 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -106,10 +107,10 @@ def ddim() -> Any:
     )
 
 
-def t5() -> Any:
-    """A two-layer T5 encoder for :func:`t5_tokenizer`."""
-    config = make("T5Config", vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    return make("T5EncoderModel", config)
+def t5(kind: str = "T5") -> Any:
+    """A two-layer encoder for :func:`t5_tokenizer`: "T5" or "UMT5"."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return make(f"{kind}EncoderModel", make(f"{kind}Config", vocab_size=len(t5_tokenizer()), **sizes))
 
 
 def video_vae(z_dim: int = 4) -> Any:
@@ -200,84 +201,44 @@ def language_model(kind: str, tokenizer: Any, width: int = 32, **changes: Any) -
     return make(f"{kind}Model", config)
 
 
-def umt5() -> Any:
-    """A two-layer UMT5 encoder for :func:`t5_tokenizer`."""
-    config = make("UMT5Config", vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    return make("UMT5EncoderModel", config)
-
-
 def qwen_vl(width: int = 32, **changes: Any) -> Any:
     """A two-layer Qwen2.5-VL, which reads text and pictures, for :func:`qwen_tokenizer`."""
-    tokenizer = qwen_tokenizer()
-    ids = dict(zip(QWEN_MARKS, tokenizer.convert_tokens_to_ids(list(QWEN_MARKS)), strict=True))
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-        "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": width,
-        "fullatt_block_indexes": [0],
-    }
-    config = make(
-        "Qwen2_5_VLConfig",
-        text_config=text | changes,
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
+    config = _qwen_config("Qwen2_5_VLConfig", width, changes, {"fullatt_block_indexes": [0]})
     return make("Qwen2_5_VLForConditionalGeneration", config)
 
 
 def qwen3_vl(width: int = 32) -> Any:
     """A two-layer Qwen3-VL without head, for :func:`qwen_tokenizer`."""
+    vision = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return make("Qwen3VLModel", _qwen_config("Qwen3VLConfig", width, {"head_dim": width // 2}, vision))
+
+
+def _qwen_config(kind: str, width: int, text: Mapping[str, Any], vision: Mapping[str, Any]) -> Any:
+    """A configuration of class ``kind`` for :func:`qwen_tokenizer`; ``text`` and ``vision`` are what differs."""
     tokenizer = qwen_tokenizer()
     ids = dict(zip(QWEN_MARKS, tokenizer.convert_tokens_to_ids(list(QWEN_MARKS)), strict=True))
-    text = {
+    language = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": width // 2,
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
         "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"],
     }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": width,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    }
-    config = make(
-        "Qwen3VLConfig",
-        text_config=text,
-        vision_config=vision,
+    seeing = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": width}
+    return make(
+        kind,
+        text_config={**language, **text},
+        vision_config={**seeing, **vision},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
-    return make("Qwen3VLModel", config)
 
 
 class QwenReader:
