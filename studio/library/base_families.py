@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pipelines.diffusion.families import FAMILIES
+from pipelines.diffusion import methods
+from pipelines.diffusion.families import FAMILIES, Family
+from pipelines.diffusion.methods import Properties
 
 FLOW = tuple(name for name, family in FAMILIES.items() if family.flow)
 """Families trained by flow matching."""
@@ -31,13 +33,24 @@ def works_with(name: str) -> tuple[str, ...]:
     if name not in FAMILIES:
         return ()
     family = FAMILIES[name]
-    regions = "regions" if family.video is None else "output regions" if family.video.regions else ""
+    regions = f"regions ({', '.join(able)})" if (able := regional_methods(family)) else ""
     tasks = {"image": "image to image", "inpaint": "inpainting", "edit": "editing", "controlnet": "ControlNet"}
     if family.video is not None:
         tasks["image"] = "image to video"
     others = [title for task, title in tasks.items() if task in family.other_pipelines]
     found = ["merge", "switch", "composite", regions, *others, "" if family.untrainable else "training"]
     return tuple(one for one in found if one)
+
+
+def regional_methods(family: Family) -> tuple[str, ...]:
+    """The methods whose regions work with ``family``."""
+
+    def able(known: Properties) -> bool:
+        if known.regions == "network":
+            return family.inner_regions and (known.transformers or family.unet)
+        return known.regional and (family.video is None or family.video.regions)
+
+    return methods.names(able)
 
 
 def licence(name: str) -> str:

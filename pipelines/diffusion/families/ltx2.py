@@ -84,6 +84,7 @@ class LTX2(Family):
     }
     layout = Layout(("image",), packed=True)
     predictions = ("flow",)
+    inner_regions = False
     usual_guidance = 3.0
     prompt_tokens = TOKENS
     usual_size = 512

@@ -82,6 +82,7 @@ class Wan(Family):
     }
     layout = Layout(("image",), patch=2)
     predictions = ("flow",)
+    inner_regions = False
     prompt_tokens = TOKENS
     vae_fields = (
         "latents_mean", "latents_std", "base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks",
