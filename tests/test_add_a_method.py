@@ -95,6 +95,7 @@ assert "| `backwards` Turns, backwards | compose |" in catalogue.markdown_table(
     _run(installed, tmp_path, code)
 
 
+@pytest.mark.journey
 def test_it_trains(installed: Path, tmp_path: Path) -> None:
     code = """
 import torch
@@ -115,6 +116,7 @@ assert any(pair(layer)[1].any() for layer in adapted(run.model).values())
     _run(installed, tmp_path, code)
 
 
+@pytest.mark.journey
 def test_it_composes(installed: Path, tmp_path: Path) -> None:
     code = """
 import sys

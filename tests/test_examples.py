@@ -41,6 +41,7 @@ def test_compose_with_regions(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "picture-0.png").is_file()
 
 
+@pytest.mark.journey
 @needs_model
 def test_redraw_a_picture(tmp_path: Path) -> None:
     from PIL import Image
@@ -56,6 +57,7 @@ def test_redraw_a_picture(tmp_path: Path) -> None:
     assert whole != start
 
 
+@pytest.mark.journey
 @needs_model
 def test_sweep_seeds_and_weights(tmp_path: Path) -> None:
     from PIL import Image
@@ -69,6 +71,7 @@ def test_sweep_seeds_and_weights(tmp_path: Path) -> None:
     assert len(set(cells)) == 4
 
 
+@pytest.mark.journey
 @needs_model
 def test_train_and_use(tmp_path: Path) -> None:
     said = run("train_and_use.py", "--steps", "2", "--out", tmp_path / "out", home=tmp_path)
@@ -77,6 +80,7 @@ def test_train_and_use(tmp_path: Path) -> None:
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
+@pytest.mark.journey
 @needs_model
 def test_distil(tmp_path: Path) -> None:
     said = run("distil.py", "--steps", "1", "--trajectories", "1", "--knots", "5", "--out", tmp_path / "out",
@@ -85,6 +89,7 @@ def test_distil(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "pictures" / "picture-0.png").is_file()
 
 
+@pytest.mark.journey
 @needs_model
 def test_merge(tmp_path: Path) -> None:
     from adapters.formats import read
@@ -95,6 +100,7 @@ def test_merge(tmp_path: Path) -> None:
     assert read(tmp_path / "merged.safetensors").parameters() == ranks
 
 
+@pytest.mark.journey
 @pytest.mark.skipif(not (MODELS / "dust3r-tiny").is_dir(), reason="the pointmap network has not been trained here")
 def test_reconstruct(tmp_path: Path) -> None:
     said = run("reconstruct.py", "--steps", "5", "--out", tmp_path / "out", home=tmp_path)
@@ -102,6 +108,7 @@ def test_reconstruct(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "scene.glb").is_file()
 
 
+@pytest.mark.journey
 def test_chat(tmp_path: Path) -> None:
     said = run("chat.py", "red1?", "--base", tiny.llama(tmp_path / "base"), "--max-tokens", "4", home=tmp_path)
     assert said.startswith("base:")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 MODULE = '''
@@ -99,6 +101,7 @@ print("ok")
 """
 
 
+@pytest.mark.journey
 def test_a_format_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "archive_format.py").write_text(MODULE, encoding="utf-8")
     info = tmp_path / "archive_format-1.dist-info"

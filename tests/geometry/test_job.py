@@ -189,6 +189,7 @@ def test_scenes_that_cannot_be_told_apart_or_are_empty(home: Path, folders: list
         assert message in " ".join(said.split()), said
 
 
+@pytest.mark.journey
 def test_a_picture_that_has_changed_since_calibration_is_a_warning(tmp_path: Path, folders: list[Path]) -> None:
     pictures = reconstruct.pictures_in(folders[0])
     done = reconstruct.run(config(images=pictures, calibrate=True, rank=2, mu=1.0), tmp_path / "a", Silent())

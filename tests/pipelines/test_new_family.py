@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 MODULE = '''
@@ -107,6 +109,7 @@ print("ok")
 """
 
 
+@pytest.mark.journey
 def test_a_family_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "pixart_family.py").write_text(MODULE, encoding="utf-8")
     info = tmp_path / "pixart_family-1.dist-info"

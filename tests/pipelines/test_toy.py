@@ -68,6 +68,7 @@ def test_each_concept_alone() -> None:
         assert float(sides.float().mean()) >= 0.8, name
 
 
+@pytest.mark.journey
 def test_regions_beat_merging() -> None:
     together, apart = shares(merged(0)), shares(regional(0, self_mask=True, reinit=True))
     assert apart["weaker"] > together["weaker"]

@@ -32,6 +32,7 @@ def shipped(tmp_path, monkeypatch) -> Path:
     return place
 
 
+@pytest.mark.journey
 def test_every_method_side_by_side(shipped, tmp_path, capsys):
     code = run(["demo", "--out", str(tmp_path / "out"), "--steps", "1", "--json", "--quiet"])
     result = json.loads(capsys.readouterr().out)

@@ -62,6 +62,7 @@ def test_a_real_step_keeps_what_was_estimated(more):
     assert work.flops == pytest.approx(flops, rel=0.05)
 
 
+@pytest.mark.journey
 def test_a_run_takes_about_the_time_that_was_estimated(tmp_path):
     data = tmp_path / "data"
     data.mkdir()

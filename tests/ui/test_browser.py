@@ -123,6 +123,7 @@ def expect_form(page: Any, config: dict[str, Any]) -> None:
     assert not page.is_checked("#new-seed input")
 
 
+@pytest.mark.journey
 def test_train_five_steps_see_it_in_jobs_and_try_it(tab: Tab, tmp_path: Path) -> None:
     files = [str(draw(tmp_path / f"photo-{number}.png", number)) for number in range(2)]
     caption = tmp_path / "photo-1.txt"
@@ -183,6 +184,7 @@ def test_mistakes_are_sentences_and_work_can_be_cancelled(tab: Tab) -> None:
     page.wait_for_selector("#compose-panel .as-tag:text-is('cancelled')", timeout=LONG)
 
 
+@pytest.mark.journey
 def test_library_use_rename_trash_restore(tab: Tab, tmp_path: Path) -> None:
     from tests.ui.conftest import lora
 
@@ -219,6 +221,7 @@ def test_library_use_rename_trash_restore(tab: Tab, tmp_path: Path) -> None:
     choose(page, "old lamp")
 
 
+@pytest.mark.journey
 def test_the_dark_side_is_remembered(tab: Tab) -> None:
     page = tab.open("compose")
     page.click("[data-theme-switch]")
@@ -250,6 +253,7 @@ def test_an_unknown_address_says_where_the_pages_are(server: Server) -> None:
     assert server.status("train") == 200
 
 
+@pytest.mark.journey
 def test_pictures_are_kept_starred_compared_and_used_again(tab: Tab) -> None:
     page = tab.open("compose")
     page.fill("#prompt textarea", "a lamp")

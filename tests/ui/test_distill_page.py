@@ -10,6 +10,7 @@ from tests.ui.test_browser import LONG
 pytestmark = [pytest.mark.browser, pytest.mark.flaky(reruns=2)]
 
 
+@pytest.mark.journey
 def test_the_form_fits_a_phone(narrow_tab: Tab) -> None:
     page = narrow_tab.open("train")
     page.click("#train-way label:has-text('Distil')")

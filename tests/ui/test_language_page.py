@@ -34,6 +34,7 @@ def answered(page: Any, variant: int, count: int = 1) -> None:
     page.wait_for_function("document.querySelector('#language-status').innerText.trim() === ''", timeout=LONG)
 
 
+@pytest.mark.journey
 @pytest.mark.browser
 @pytest.mark.flaky(reruns=2)
 def test_chat_train_from_a_file_and_compare(tab: Tab, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_no_pictures_and_cancel(tab: Tab) -> None:
     assert not list(job.glob("scene*"))
 
 
+@pytest.mark.journey
 def test_the_first_view_of_the_sample_scene_fills_the_frame(tab: Tab) -> None:
     page = tab.open("reconstruct")
     assert not page.is_visible("#reconstruct-licence")  # the shipped weights ask for nothing
@@ -125,6 +126,7 @@ def test_the_licence_is_asked_for_where_weights_ask_for_it(tab: Tab) -> None:
     page.wait_for_selector("#reconstruct-licence", state="hidden")
 
 
+@pytest.mark.journey
 def test_a_calibrated_scene_its_controls_its_files_and_its_adapter(tab: Tab, tmp_path: Path) -> None:
     page, earlier = tab.open("reconstruct"), jobs_of(tab.server)
     page.set_input_files("#reconstruct-drop input[type=file]", under_the_sky(tmp_path / "photos"))
@@ -184,6 +186,7 @@ def test_a_calibrated_scene_its_controls_its_files_and_its_adapter(tab: Tab, tmp
         np.testing.assert_array_equal(before["poses"], after["poses"])  # the same network, the same photos
 
 
+@pytest.mark.journey
 def test_a_calibration_shows_its_loss_and_goes_on_where_it_was_cancelled(tab: Tab) -> None:
     page, earlier = tab.open("reconstruct"), jobs_of(tab.server)
     page.set_input_files("#reconstruct-drop input[type=file]", sample_scene()[:VIEWS])

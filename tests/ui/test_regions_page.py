@@ -89,6 +89,7 @@ def test_two_boxes_two_adapters_a_picture_and_its_recipe_again(tab: Tab, tmp_pat
     assert [edge / 100 for edge in numbers(page, 1)] == pytest.approx(second["box"], abs=1e-3)
 
 
+@pytest.mark.journey
 def test_paint_erase_keyboard_and_methods_side_by_side(tab: Tab) -> None:
     page = tab.open("compose")
     open_frame(page)
@@ -134,6 +135,7 @@ _LESS_PAINT = """most => {
 }"""
 
 
+@pytest.mark.journey
 def test_the_frame_fits_a_phone(narrow_tab: Tab) -> None:
     page = narrow_tab.open("compose")
     open_frame(page)

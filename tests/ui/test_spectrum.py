@@ -76,6 +76,7 @@ def test_what_was_dropped_is_kept(tmp_path, monkeypatch):
         softening.kept([str(text), str(text)], "fox-old")
 
 
+@pytest.mark.journey
 @pytest.mark.browser
 @pytest.mark.flaky(reruns=2)
 def test_looking_into_an_adapter(tab: Tab) -> None:
@@ -110,6 +111,7 @@ def chosen_adapter(page, name: str) -> None:
     page.locator("[role=option]:visible:has-text('tinymoji')").first.click()
 
 
+@pytest.mark.journey
 @pytest.mark.browser
 @pytest.mark.flaky(reruns=2)
 def test_forgetting_is_measured_and_softened_copies_are_kept(tab: Tab, tmp_path) -> None:
@@ -141,6 +143,7 @@ def test_forgetting_is_measured_and_softened_copies_are_kept(tab: Tab, tmp_path)
     page.wait_for_selector("#soften-plot .as-plot", state="visible")
 
 
+@pytest.mark.journey
 @pytest.mark.browser
 @pytest.mark.flaky(reruns=2)
 def test_a_measurement_is_cancelled(tab: Tab, tmp_path) -> None:

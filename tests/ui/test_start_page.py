@@ -16,6 +16,7 @@ from tests.ui.test_browser import until_done
 pytestmark = [pytest.mark.browser, pytest.mark.flaky(reruns=2)]
 
 
+@pytest.mark.journey
 def test_what_is_painted_is_redrawn(narrow_tab: Tab, tmp_path: Path) -> None:
     Image.radial_gradient("L").convert("RGB").resize((64, 64)).save(tmp_path / "photo.png")
     page = narrow_tab.open("compose")
