@@ -15,7 +15,7 @@ MOST = 4
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Let a bare ``pytest``, or ``pytest -m journey``, use several processes, a file's tests together in one; ``-n 0`` turns that off.
+    """Let ``pytest`` and ``pytest -m journey`` use several processes, a file's tests in one; ``-n 0`` turns that off.
 
     Tests compute with one thread each, so that two cores do twice as much.
     """
