@@ -94,7 +94,7 @@ def compose(
         Cancelled: ``monitor`` asked to stop.
     """
     from studio import silence
-    from studio.composition import job
+    from studio.composition import distilled_adapters, job
     from studio.composition.picture_schema import PICTURES
     from studio.composition.region_schema import DEFAULT_METHOD
     from studio.composition.schema import ComposeConfig
@@ -102,7 +102,8 @@ def compose(
     silence.library_warnings()
     chosen = method or (DEFAULT_METHOD if values.get("regions") else "merge")
     values |= {name: _inside(name, values[name]) for name in PICTURES if name in values}
-    config = ComposeConfig.parse({**values, "prompt": prompt, "adapters": _uses(adapters), "method": chosen})
+    values |= {"prompt": prompt, "adapters": _uses(adapters), "method": chosen}
+    config = ComposeConfig.parse({**distilled_adapters.sampler(values), **values})
     if folder is not None:
         return _pictures(job.run(config, _made(folder), monitor or Silent()))
     with tempfile.TemporaryDirectory(prefix="adapter-studio-") as place:

@@ -53,7 +53,7 @@ def test_compose_equals_the_pipeline_to_the_bit() -> None:
     picture = studio.compose("a cartoon icon of a fox", ["fox:0.7"], steps=2, seed=3)[0]
     pipe = studio.load("tinymoji")
     pipe.load_lora(assets.path("adapters/fox/fox.safetensors"), weight=0.7)
-    again = pipe("a cartoon icon of a fox", steps=2, seed=3, guidance_scale=5.0).images[0]
+    again = pipe("a cartoon icon of a fox", steps=2, seed=3, guidance_scale=4.0).images[0]  # measured for tinymoji
     assert picture.tobytes() == again.tobytes()
     assert json.loads(picture.info["adapter-studio"])["config"]["adapters"][0]["weight"] == 0.7
 

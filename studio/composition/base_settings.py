@@ -1,4 +1,4 @@
-"""Settings that suit a base: measured ones, those of its family and kind, or the schema's defaults."""
+"""Steps and guidance of a composition that asks for none: measured ones, or those of the base's family and kind."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import InputError
-from pipelines.diffusion.families import FAMILIES
+from pipelines.diffusion.families import FAMILIES, Family
 from studio import library
+from studio.composition import distilled_adapters
 from studio.composition.canvas_size import family
 from studio.composition.schema import ComposeConfig
 
@@ -16,26 +17,36 @@ MEASURED: dict[str, dict[str, float]] = {"tinymoji": {"guidance_scale": 4.0}, "t
 """Base -> settings (benchmarks/results/composition_quality.md; at guidance 5 fewer subjects are recognised). Z-Image,
 whose format tinydit has, counts guidance from 0: 3 there is 4 elsewhere."""
 
-
-def steps(base: str) -> int:
-    """Initial number of steps for a base."""
-    return usual(base)[0]
-
-
-def guidance(base: str) -> float:
-    """Initial guidance for a base."""
-    return MEASURED.get(base, {}).get("guidance_scale", usual(base)[1])
+MOST = Family.usual_steps, Family.usual_guidance
+"""Those of most families."""
 
 
 def usual(base: str) -> tuple[int, float]:
-    """The usual steps and guidance of a base by its family, its name and its pipeline's configuration."""
-    fields = ComposeConfig.model_fields
-    default = int(fields["steps"].default), float(fields["guidance_scale"].default)
+    """The steps and guidance of a base by its family, its name and its pipeline's configuration, without opening it;
+    those of most families if it is not known."""
     try:
         place, name = Path(library.resolve_base(base)), family(base)
     except InputError:
-        return default
-    return FAMILIES[name].usual_of(str(place), _index(place)) if name in FAMILIES else default
+        place, name = Path(), ""
+    steps, guidance = FAMILIES[name].usual_of(str(place), _index(place)) if name in FAMILIES else MOST
+    return steps, _measured(base, guidance)
+
+
+def decided(config: ComposeConfig, pipe: Any) -> dict[str, Any]:
+    """Steps and guidance where ``config`` has none: what its distilled adapter was made for, else the base's own.
+
+    Args:
+        pipe: the opened :class:`pipelines.diffusion.MultiLoRAPipeline`.
+    """
+    steps, guidance = pipe.family.usual(pipe.pipe)
+    usual = {"steps": steps, "guidance_scale": _measured(config.base, guidance)}
+    none = 1.0 if pipe.family.guidance_input else pipe.family.no_guidance
+    usual |= distilled_adapters.suited(config.model_dump(include={"adapters"}), none)
+    return {name: usual[name] for name in ("steps", "guidance_scale") if getattr(config, name) is None}
+
+
+def _measured(base: str, guidance: float) -> float:
+    return MEASURED.get(base, {}).get("guidance_scale", guidance)
 
 
 def _index(place: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from studio import silence
 from studio.cli.output import Json, Output, Quiet, duration
 from studio.cli.schema_options import pair, with_options
 from studio.composition import lora_option, region_option
-from studio.composition.distilled_adapters import suited
+from studio.composition.distilled_adapters import sampler
 from studio.composition.picture_schema import PICTURES
 from studio.composition.region_schema import DEFAULT_METHOD, REGIONAL_METHODS
 from studio.composition.schema import ComposeConfig
@@ -137,7 +137,7 @@ def _configuration(
         raise InputError(f"There is no configuration file '{file}'; give the words of a picture with --prompt.")
     if picture is None:
         values = _with_settings(_with_places({**(read_yaml(file) if file else {}), **changes}), settings)
-        return ComposeConfig.parse({**suited(values), **values}, source=str(file or "compose")), None
+        return ComposeConfig.parse({**sampler(values), **values}, source=str(file or "compose")), None
     from studio.composition import recipe_png, recipes
 
     recipe = recipe_png.read_recipe(picture)

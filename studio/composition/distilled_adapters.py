@@ -35,9 +35,9 @@ class Distilled:
     steps: int = 0
     sampler: str = ""
 
-    def settings(self) -> dict[str, Any]:
-        """Composition settings that suit it."""
-        chosen: dict[str, Any] = {"guidance_scale": self.guidance if self.mode == "embedding" else 1.0}
+    def settings(self, none: float = 1.0) -> dict[str, Any]:
+        """Composition settings that suit it; ``none`` is the base's guidance_scale that does not guide."""
+        chosen: dict[str, Any] = {"guidance_scale": self.guidance if self.mode == "embedding" else none}
         if self.steps:
             chosen["steps"] = self.steps
         if self.sampler:
@@ -91,10 +91,15 @@ def of_entries(entries: Mapping[str, str]) -> Distilled | None:
         return None
 
 
-def suited(values: Mapping[str, Any]) -> dict[str, Any]:
+def sampler(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampler that suits the distilled adapter among ``values["adapters"]``, as a setting; {} if there is none."""
+    return {name: value for name, value in suited(values).items() if name == "scheduler"}
+
+
+def suited(values: Mapping[str, Any], none: float = 1.0) -> dict[str, Any]:
     """Settings that suit the distilled adapter among ``values["adapters"]``; {} if there is none.
 
-    Missing adapters are skipped: loading them gives the error.
+    Missing adapters are skipped: loading them gives the error. ``none`` as for :meth:`Distilled.settings`.
     """
     from studio import library
 
@@ -106,5 +111,5 @@ def suited(values: Mapping[str, Any]) -> dict[str, Any]:
         except InputError:
             continue
         if found is not None:
-            return found.settings()
+            return found.settings(none)
     return {}

@@ -14,6 +14,7 @@ from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check, part
 from studio import catalogue, library
 from studio.composition import (
+    base_settings,
     canvas_size,
     methods,
     moving,
@@ -55,6 +56,8 @@ def run(config: ComposeConfig, folder: Path, monitor: Monitor, threads: int | No
     layers: dict[str, str] = {}
     with pipeline_cache.pipeline(config, config.task, config.controlnet) as pipe:
         moving.check(pipe, config)
+        settings = base_settings.decided(first, pipe)
+        config, first = (one.model_copy(update=settings) for one in (config, first))
         config, first = (one.model_copy(update=start_picture.decided(pipe, one)) for one in (config, first))
         whole = config if prompts.open_choices(config) else first.model_copy(update={"images": config.images})
         recipe = {**recipes.build(whole, _made_on(pipe)), **prompts.told(config, whole)}
@@ -86,14 +89,14 @@ def run_together(configs: Sequence[ComposeConfig], folders: Sequence[Path], moni
     begun = time.monotonic()
     monitor.report(Progress("loading", message=f"base {configs[0].base}"))
     known = [worded(settled(config), 0) for config in configs]
-    ones = [one for one, _ in known]
-    if any(shared(one) != shared(ones[0]) for one in ones) or ones[0].task or ones[0].regions:
-        raise InputError("Only pictures without regions that differ in seed and strengths can be made in one batch.")
-    strengths = [{use.name: use.strengths for use in one.adapters} for one in ones]
+    strengths = [{use.name: use.strengths for use in one.adapters} for one, _ in known]
     varied = any(one != strengths[0] for one in strengths)
     from pipelines.diffusion.drawing import generators
 
-    with pipeline_cache.pipeline(ones[0]) as pipe:
+    with pipeline_cache.pipeline(configs[0]) as pipe:
+        ones = [one.model_copy(update=base_settings.decided(one, pipe)) for one, _ in known]
+        if any(shared(one) != shared(ones[0]) for one in ones) or ones[0].task or ones[0].regions:
+            raise InputError("Only pictures without regions that differ in seed and strengths can share a batch.")
         _prepare(pipe, ones[0])
         layers = _layers(pipe)
         check(monitor)
@@ -105,7 +108,7 @@ def run_together(configs: Sequence[ComposeConfig], folders: Sequence[Path], moni
         made_on, rate = {**_made_on(pipe), "batch": len(ones)}, moving.rate(pipe, ones[0])
     seconds = round((time.monotonic() - begun) / len(ones), 3)
     results = []
-    for k, (config, (one, remarks), folder) in enumerate(zip(configs, known, folders, strict=True)):
+    for k, (config, one, (_, remarks), folder) in enumerate(zip(configs, ones, known, folders, strict=True)):
         if varied or out.plan.folds.missing:
             one = one.model_copy(update={"fold": False})
         recipe = {**recipes.build(one, made_on), **prompts.told(config, one)}
@@ -169,6 +172,7 @@ def plan(config: ComposeConfig) -> Any:
     with pipeline_cache.pipeline(config, config.task, config.controlnet) as pipe:
         moving.check(pipe, config)
         _prepare(pipe, config)
+        config = config.model_copy(update=base_settings.decided(config, pipe))
         part = {"strength": config.strength} if config.strength is not None else start_picture.decided(pipe, config)
         made = pipe.plan(config.steps, config.guidance_scale, config.scheduler, config.prompt, **part)
         return replace(made, warnings=(*remarks, *made.warnings))
@@ -272,7 +276,7 @@ def _arguments(config: ComposeConfig) -> dict[str, Any]:
     return {
         "negative_prompt": config.negative_prompt, "steps": config.steps, "guidance_scale": config.guidance_scale,
         "width": config.width, "height": config.height, "scheduler": config.scheduler,
-        "preview_every": max(1, config.steps // PREVIEWS), "allow_double_guidance": config.allow_double_guidance,
+        "preview_every": max(1, (config.steps or 1) // PREVIEWS), "allow_double_guidance": config.allow_double_guidance,
         "frames": config.frames,
     }  # fmt: skip
 

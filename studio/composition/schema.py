@@ -122,8 +122,13 @@ class ComposeConfig(RegionFields, PictureFields, ModelChoice):
         True, description="Compute with the adapters inside the weights where strengths stay the same: faster, the "
         "same picture up to rounding.", json_schema_extra=_RARE,
     )  # fmt: skip
-    steps: int = Field(25, ge=1, le=1000, description="Denoising steps.")
-    guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 switches it off.")
+    steps: int | None = Field(
+        None, ge=1, le=1000, description="Denoising steps; empty = the base's own (25 for most, few where it or an "
+        "adapter is distilled).",
+    )  # fmt: skip
+    guidance_scale: float | None = Field(
+        None, ge=0, description="Classifier-free guidance; 1 switches it off; empty = the base's own."
+    )
     allow_double_guidance: bool = Field(
         False, description="Guide on top of the guidance that a distilled adapter has built in.",
         json_schema_extra=_RARE,

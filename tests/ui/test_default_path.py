@@ -10,7 +10,6 @@ import pytest
 
 from adapters.progress import Silent
 from studio import library
-from studio.composition import base_settings
 from studio.composition import job as compose_job
 from ui.components import canvas, rack
 from ui.components.schema_form import show
@@ -27,7 +26,6 @@ def page_config(left: str, right: str, seed: int) -> compose.ComposeConfig:
     for name in (left, right):
         rows = rack.add(rows, library.find(name))
     values = {name: show(compose.KNOWN[name], compose.KNOWN[name].default) for name in compose.NAMES}
-    values["guidance_scale"] = base_settings.guidance(values["base"])
     values["prompt"] = "a flat icon of " + " left of ".join(f"a {row['triggers'][0]}" for row in rows)
     mode = compose_regions.DRAWN
     values["method"] = compose_regions.suitable(mode, values["method"])

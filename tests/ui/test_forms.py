@@ -244,15 +244,15 @@ def test_compose_suits_itself_to_a_distilled_adapter_once(tmp_path: Path) -> Non
     few = {"distilled_guidance": "4.0", "distilled_steps": "4", "distilled_sampler": "lcm"}
     row = rack.new_row(marked(tmp_path, **few))
     now, guidance, steps, sampler = compose.suit([row], "")
-    assert (guidance["value"], guidance["interactive"], steps, sampler) == (1.0, False, 4, "lcm")
+    assert (guidance["value"], guidance["interactive"], steps, sampler) == ("", False, "4", "lcm")
     assert compose.suit([row], now) == [gr.skip()] * 4
     _, guidance, steps, sampler = compose.suit([], now)
-    assert (guidance["value"], guidance["interactive"], steps, sampler) == (5.0, True, 25, "default")
+    assert (guidance["value"], guidance["interactive"], steps, sampler) == ("", True, "", "default")
     assert compose.suit([{**row, "weight": 0}], "") == [gr.skip()] * 4
     row = rack.new_row(marked(tmp_path, distilled_guidance="4", w_min="1", w_max="6.4", w_embedding="e.safetensors"))
     _, guidance, steps, _ = compose.suit([row], "")
-    assert (guidance["value"], guidance["interactive"], guidance["info"]) == (4.0, True, "1 to 6.4 trained on")
-    assert steps == 25
+    assert (guidance["value"], guidance["interactive"], guidance["info"]) == ("4", True, "1 to 6.4 trained on")
+    assert steps == ""
     assert rack.new_row(marked(tmp_path))["distilled"] is None
     assert rack.new_row(marked(tmp_path, w_ref="four"))["distilled"] is None
 

@@ -244,8 +244,9 @@ def _picture_settings(form: Form) -> gr.Checkbox:
             form[name] = schema_form.widget(
                 KNOWN[name], label=_LABELS[name], info=None, elem_id=name.replace("_", "-"), min_width=90
             )
-    form["guidance_scale"].value = base_settings.guidance(str(KNOWN["base"].default))
-    suited = [form["guidance_scale"], form["steps"]]
+    suited = [form[name] for name in OWN]
+    for widget, update in zip(suited, own_settings(str(KNOWN["base"].default)), strict=True):
+        widget.placeholder = update["placeholder"]
     with gr.Row():
         for name in ("width", "height"):
             form[name] = schema_form.widget(KNOWN[name], info=None, elem_id=name, min_width=90)
@@ -259,8 +260,9 @@ def _picture_settings(form: Form) -> gr.Checkbox:
                                  min_width=150)  # fmt: skip
         dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=84, scale=0)
         again = gr.Checkbox(True, label="New seed each time", elem_id="new-seed", min_width=150, container=False)
-    form["base"].input(lambda base: (base_settings.guidance(str(base)), base_settings.steps(str(base))), form["base"],
-                       suited, show_progress="hidden", api_visibility="private")  # fmt: skip
+    form["base"].input(lambda: ("", ""), None, suited, show_progress="hidden", api_visibility="private")
+    form["base"].change(lambda base: own_settings(str(base)), form["base"], suited, show_progress="hidden",
+                        api_visibility="private")  # fmt: skip
     form["base"].change(lambda base: gr.update(visible=_moves(str(base))), form["base"], video,
                         show_progress="hidden", api_visibility="private")  # fmt: skip
     dice.click(None, None, form["seed"], js=_RANDOM, show_progress="hidden")
@@ -271,6 +273,16 @@ def _moves(base: str) -> bool:
     """Whether the base makes videos; of one outside the library that is not known, and it may."""
     known = {record.name: record.family for record in library.bases()}
     return base_families.moving(known[base]) if base in known else True
+
+
+OWN = ("steps", "guidance_scale")
+"""Fields that the base decides where they are empty."""
+
+
+def own_settings(base: str) -> list[Any]:
+    """Updates of the fields :data:`OWN` that show what ``base`` decides, if that is known before it is opened."""
+    found = base_settings.usual(base) if base in {record.name for record in library.bases()} else ()
+    return [gr.update(placeholder=f"{value:g}") for value in found] or [gr.update(placeholder="the base's own")] * 2
 
 
 _LABELS = {"steps": "Steps", "guidance_scale": "Guidance (CFG)", "images": "Pictures", "frames": "Frames",
@@ -340,9 +352,12 @@ def suit(rows: list[Row], before: str) -> Any:
     now = repr(found) if found else ""
     if now == before:
         return [gr.skip()] * 4
-    values = {name: KNOWN[name].default for name in ("guidance_scale", "steps", "scheduler")}
-    values |= found.settings() if found else {}
+    names = ("guidance_scale", "steps", "scheduler")
+    chosen = found.settings() if found else {}
     fixed = found is not None and found.mode != "embedding"
+    if fixed:  # what switches guidance off depends on the base
+        chosen.pop("guidance_scale")
+    values = {name: schema_form.show(KNOWN[name], chosen.get(name, KNOWN[name].default)) for name in names}
     info = None
     if found is not None:
         info = "built into the adapter" if fixed else f"{found.low:g} to {found.high:g} trained on"
