@@ -41,18 +41,6 @@ def read_fitting(path: Path, model: nn.Module, base: str = "this base model") ->
         raise FamilyError(f"{error} Its configuration names the base '{made_for}'.") from None
 
 
-def sizes(module: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer of any type (GPT-2's Conv1D stores the transpose of its weight).
-
-    An embedding table has one input per token.
-    """
-    if hasattr(module, "out_features"):
-        return int(module.out_features), int(module.in_features)
-    if type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding):
-        return int(module.weight.shape[1]), int(module.weight.shape[0])
-    return int(module.weight.shape[0]), int(module.weight[0].numel())
-
-
 class AdaptedModel:
     """A model with adapters that can be switched.
 

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from pipelines.language.adapters import sizes
+from adapters.layers.sizes import sizes
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.targets import check_ranks, no_match, peft_config
 
