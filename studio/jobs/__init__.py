@@ -11,11 +11,16 @@ from studio.jobs.control import (
     get,
     history,
     log,
+    mates,
+    packed,
     rerun,
     resume,
     resume_here,
     run_here,
+    run_together_here,
     submit,
+    submit_together,
+    together,
     trouble,
     workers,
 )
@@ -25,6 +30,6 @@ from studio.jobs.model import ACTIVE, ENDED, STATUSES, Job, ProgressRow, Status
 
 __all__ = [
     "ACTIVE", "ENDED", "STATUSES", "Job", "Kind", "ProgressRow", "Status", "cancel", "clean", "delete",
-    "ensure_worker", "get", "history", "list", "log", "register", "rerun", "resume", "resume_here", "run_here",
-    "submit", "trouble", "workers",
+    "ensure_worker", "get", "history", "list", "log", "mates", "packed", "register", "rerun", "resume", "resume_here",
+    "run_here", "run_together_here", "submit", "submit_together", "together", "trouble", "workers",
 ]  # fmt: skip

@@ -160,6 +160,19 @@ def resume(
 
 
 @group.command()
+def together(ids: Ids, json: Json = False, quiet: Quiet = False) -> None:
+    """Train waiting jobs of one base as one: the base is in memory once, each job keeps its own adapter and record.
+
+    Example:  studio jobs together 4f2a 91c0
+    """
+    from studio import jobs
+
+    changed = list(jobs.together(ids))
+    jobs.ensure_worker()
+    _say(changed, Output(json, quiet))
+
+
+@group.command()
 def keep(
     job: Id,
     step: Annotated[

@@ -59,6 +59,87 @@ def work_here(job_id: str, monitor: Monitor) -> Job:
     return job
 
 
+def run_together_here(kind: str, configs: Mapping[str, JobConfig], monitor: Monitor) -> Sequence[Job]:
+    """Run jobs of one kind as one in this process, each recorded like any other; returns them when all have ended.
+
+    Args:
+        configs: name for messages -> configuration.
+
+    Raises:
+        InputError: one is known to fail, or they cannot be together; then none is recorded.
+    """
+    from studio.jobs.execute import execute_together
+
+    made = _new_together(kind, configs, HERE)
+    for job in made:
+        store.change(job.id, ["queued"], queue=HERE, **process.identity(), heartbeat=time.time())
+    execute_together(made, monitor)
+    return [get(job.id) for job in made]
+
+
+def submit_together(kind: str, configs: Mapping[str, JobConfig]) -> Sequence[str]:
+    """Put jobs of one kind in their queue, to run as one, and return their ids; errors as :func:`run_together_here`."""
+    first = next(iter(configs.values()))
+    made = _new_together(kind, configs, queue.name_for(str(getattr(first, "device", "auto"))))
+    for job in made:
+        queue.put(job.queue, job.id)
+    return [job.id for job in made]
+
+
+def _new_together(kind: str, configs: Mapping[str, JobConfig], queue_name: str) -> Sequence[Job]:
+    found = kinds.find(kind)
+    found.check_together(configs)
+    ready = [_ready(kind, config) for config in configs.values()]
+    made = [_new(kind, config, queue_name) for config in ready]
+    store.put_together([job.id for job in made], made[0].id)
+    return made
+
+
+def together(job_ids: Sequence[str]) -> Sequence[Job]:
+    """Let waiting jobs run as one, when the first of them has its turn.
+
+    Raises:
+        InputError: one is not waiting, or they cannot be together.
+    """
+    found = {job.id: job for job in map(get, job_ids)}
+    for job in found.values():
+        if job.status != "queued" or job.queue == HERE:
+            raise InputError(f"Job {job.id} is {job.status}: only waiting jobs can be put together.")
+    check_together(list(found.values()))
+    store.put_together(found, next(iter(found)))
+    return list(found.values())
+
+
+def check_together(found: Sequence[Job]) -> None:
+    """Refuse jobs that cannot run as one; raises :class:`InputError`."""
+    kind = kinds.find(found[0].kind)
+    if other := next((job for job in found if job.kind != kind.name), None):
+        raise InputError(f"Jobs of the kinds {kind.name} and {other.kind} run one by one: leave out job {other.id}.")
+    kind.check_together({f"Job {job.id}": kind.parse(job.config) for job in found})
+
+
+def mates(job_id: str) -> Sequence[Job]:
+    """The waiting jobs that could run as one with this one, oldest first; none unless it waits itself."""
+    job = get(job_id)
+    if job.status != "queued" or job.queue == HERE or not kinds.find(job.kind).together:
+        return []
+    waiting = [other for other in reversed(store.newest(1000, ["queued"], job.kind)) if other.queue == job.queue]
+    return [other for other in waiting if other.id != job.id and _fit(job, other)]
+
+
+def _fit(job: Job, other: Job) -> bool:
+    try:
+        check_together([job, other])
+    except InputError:
+        return False
+    return True
+
+
+def packed(job_id: str) -> Sequence[Job]:
+    """The jobs that run, or ran, as one with this one, itself among them; empty if it is alone."""
+    return store.together(get(job_id).id)
+
+
 def get(job_id: str) -> Job:
     """One job; the id may be shortened to its unique beginning or end, "last" is the newest.
 
@@ -154,6 +235,8 @@ def prepare_resume(job_id: str, queue_name: str = HERE) -> bool:
         job_id, states, status="queued", queue=queue_name, resuming=1, started=None, finished=None, error="",
         heartbeat=time.time(), **owner,
     )  # fmt: skip
+    if marked:
+        store.take_out(job_id)
     if marked and job is not None and job.seconds:
         store.add_earlier(job_id, job.seconds)
     return marked

@@ -9,8 +9,8 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from adapters.progress import Monitor
 from studio import devices, error_sentences
 from studio.jobs import kinds, process, store
 from studio.jobs.model import Job, Status
-from studio.jobs.monitor import STOPPING, JobMonitor
+from studio.jobs.monitor import STOPPING, JobMonitor, Several
 
 logger = logging.getLogger("studio.jobs")
 
@@ -39,11 +39,37 @@ def execute(job_id: str, also: Monitor | None = None) -> BaseException | None:
     job = store.read(job_id)
     if job is None or job.status != "queued":
         return None
+    if len(mates := [mate for mate in store.together(job_id) if mate.status == "queued"]) > 1:
+        execute_together(mates, also)
+        return None
     try:
         with devices.exclusive(devices.resolve(job.device), lambda: _still_queued(job_id, also)):
             return _claimed(job, also)
     except _NotMine:
         return None
+
+
+def execute_together(found: Sequence[Job], also: Monitor | None = None) -> None:
+    """Run queued jobs of one kind and device as one, each recorded as if it were alone; nothing is raised."""
+    kind, several = kinds.find(found[0].kind), None if also is None else Several(also)
+
+    def waits(job: Job) -> bool:
+        try:
+            _still_queued(job.id, also)
+        except _NotMine:
+            return False
+        return True
+
+    def waiting() -> None:
+        if not sum(map(waits, found)):
+            raise _NotMine
+
+    def work(job: Job) -> Callable[[Any], BaseException | None]:
+        listener = None if several is None else several.part(str(job.config.get("name") or job.id))
+        return lambda member: _claimed(job, listener, member)
+
+    with suppress(_NotMine), devices.exclusive(devices.resolve(found[0].device), waiting), _listening():
+        kind.run_together([work(job) for job in found])
 
 
 def _still_queued(job_id: str, also: Monitor | None) -> None:
@@ -55,17 +81,18 @@ def _still_queued(job_id: str, also: Monitor | None) -> None:
         raise _NotMine
 
 
-def _claimed(job: Job, also: Monitor | None) -> BaseException | None:
+def _claimed(job: Job, also: Monitor | None, member: Any = None) -> BaseException | None:
+    """Run the job if it still waits; ``member`` is its share of what it has in common with other jobs."""
     if not store.change(
         job.id, ["queued"], status="running", started=time.time(), finished=None, error="", result=None,
         heartbeat=time.time(), **process.identity(),
     ):  # fmt: skip
         return None
     files.remove_leftovers(job.folder)  # of a process that was killed while writing
-    with _log_file(job.folder / "log.txt"), _beating(job.id):
+    with _log_file(job.folder / "log.txt", own_thread=member is not None), _beating(job.id):
         try:
             logger.info("%s job %s %s", job.kind, job.id, "resumes" if job.resuming else "starts")
-            result = _run(job, also)
+            result = _run(job, also, {} if member is None else {"member": member})
             files.write_text(job.folder / "result.json", json.dumps(result, indent=1, default=str))
         except BaseException as error:
             _ended(job, error)
@@ -75,14 +102,14 @@ def _claimed(job: Job, also: Monitor | None) -> BaseException | None:
     return None
 
 
-def _run(job: Job, also: Monitor | None) -> dict[str, Any]:
+def _run(job: Job, also: Monitor | None, shared: dict[str, Any]) -> dict[str, Any]:
     kind = kinds.find(job.kind)
     config = kind.parse(job.config)
     if not kind.keeps_pipeline:
         release_pipeline()
     function = kind.function()
     monitor = JobMonitor(job.id, job.folder, also)
-    options = {"resume": job.resuming} if kind.continues else {}
+    options = ({"resume": job.resuming} if kind.continues else {}) | shared
     with _inside(job.cwd):
         return kind.finish(config, function(config, job.folder, monitor, **options))
 
@@ -150,23 +177,35 @@ def _beating(job_id: str) -> Iterator[None]:
 
 
 @contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Write this process's log records and warnings to ``path`` meanwhile."""
+def _log_file(path: Path, own_thread: bool = False) -> Iterator[None]:
+    """Write this process's (or only this thread's) log records and warnings to ``path`` meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not fill the terminal
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("studio"))
+    if own_thread:
+        mine = threading.get_ident()
+        handler.addFilter(lambda record: record.thread == mine)
     root = logging.getLogger()
+    with nullcontext() if own_thread else _listening():
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            handler.close()
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """The studio's records and all warnings reach the handlers meanwhile."""
     studio = logging.getLogger("studio")
     before = studio.level
     studio.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    root.addHandler(handler)
     try:
         yield
     finally:
-        root.removeHandler(handler)
         logging.captureWarnings(False)
         studio.setLevel(before)
-        handler.close()

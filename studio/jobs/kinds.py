@@ -9,7 +9,7 @@ in a module named in the setting ``plugins``.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,6 +34,9 @@ class Kind:
             known to fail without doing it.
         afterwards: ``"module:function"``, called ``(config, result) -> result`` when the job is done.
         keeps_pipeline: the job uses the pipeline that the worker keeps loaded; it is released before other kinds.
+        together: module of jobs that can run as one: ``check(configs)`` takes them by the name of their file or job
+            and raises :class:`InputError` for what cannot be together; ``run(works)`` calls each work with its share
+            of what they have in common, which ``run`` takes as ``member``, and returns when all have ended.
         title: what pages call it.
         train: name of a training: ``studio train NAME``, ``studio.train("NAME")``; empty for other kinds.
         help, example: of a training's command.
@@ -47,6 +50,7 @@ class Kind:
     ready: str = ""
     afterwards: str = ""
     keeps_pipeline: bool = False
+    together: str = ""
     title: str = ""
     train: str = ""
     help: str = ""
@@ -67,6 +71,20 @@ class Kind:
         """Refuse what is known to fail; raises :class:`InputError`."""
         if self.ready:
             _load(self.ready)(config)
+
+    def check_together(self, configs: Mapping[str, JobConfig]) -> None:
+        """Refuse jobs that cannot run as one; raises :class:`InputError`.
+
+        Args:
+            configs: name of the file or job -> its configuration.
+        """
+        if not self.together:
+            raise InputError(f"Jobs of the kind {self.name} run one by one.")
+        importlib.import_module(self.together).check(configs)
+
+    def run_together(self, works: Sequence[Callable[[Any], Any]]) -> None:
+        """Run several jobs as one, each by its work."""
+        importlib.import_module(self.together).run(works)
 
     def function(self) -> Callable[..., dict[str, Any]]:
         """Import and return the function that runs the job."""

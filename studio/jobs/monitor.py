@@ -80,6 +80,43 @@ class JobMonitor:
         return str(save_preview(preview, self.folder / "previews", progress.step))
 
 
+class Several:
+    """Jobs that run as one, shown by one listener: the steps of all added up, and the loss of each by its name."""
+
+    def __init__(self, to: Monitor) -> None:
+        self.to = to
+        self._latest: dict[int, tuple[str, Progress]] = {}
+
+    def part(self, name: str) -> Monitor:
+        """The listener of the job called ``name``."""
+        number = len(self._latest)
+        self._latest[number] = (name, Progress(""))
+        return _Part(self, number, name)
+
+    def report(self, number: int, name: str, progress: Progress) -> None:
+        if progress.message or progress.loss is None:
+            stage = f"{name}: {progress.stage}"
+            self.to.report(replace(progress, stage=stage, step=0, total=0, loss=None, metrics={}))
+            return
+        self._latest[number] = (name, progress)
+        rows = [row for row in self._latest.values() if row[1].total]
+        self.to.report(Progress(
+            progress.stage, sum(row.step for _, row in rows), sum(row.total for _, row in rows),
+            metrics={name: row.loss for name, row in rows if row.loss is not None},
+        ))  # fmt: skip
+
+
+class _Part:
+    def __init__(self, several: Several, number: int, name: str) -> None:
+        self._several, self._number, self._name = several, number, name
+
+    def report(self, progress: Progress) -> None:
+        self._several.report(self._number, self._name, progress)
+
+    def cancelled(self) -> bool:
+        return self._several.to.cancelled()
+
+
 def save_preview(image: Any, folder: Path, step: int) -> Path:
     """Write ``image`` as a WebP of at most 512 pixels a side (under a temporary name first) and return its path."""
     folder.mkdir(exist_ok=True)

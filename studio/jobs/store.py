@@ -31,6 +31,7 @@ create table if not exists history (
 );
 create index if not exists history_job on history (job, number);
 create table if not exists earlier (job text primary key, seconds real not null);
+create table if not exists packs (job text primary key, pack text not null);
 create table if not exists workers (
     host text not null, pid integer not null, pid_started real not null, queue text not null, started real not null,
     heartbeat real not null, primary key (host, pid)
@@ -95,6 +96,26 @@ def add_earlier(job_id: str, seconds: float) -> None:
     connection().execute("insert or replace into earlier (job, seconds) values (?, ?)", (job_id, seconds))
 
 
+def put_together(job_ids: Iterable[str], pack: str) -> None:
+    """Let jobs run as one."""
+    connection().executemany("insert or replace into packs (job, pack) values (?, ?)", [(i, pack) for i in job_ids])
+
+
+def take_out(job_id: str) -> None:
+    """Let a job run alone again."""
+    connection().execute("delete from packs where job = ?", (job_id,))
+
+
+def together(job_id: str) -> list[Job]:
+    """The jobs that run as one with this one, itself among them, oldest first; empty when it runs alone."""
+    rows = connection().execute(
+        f"{_JOBS} where id in (select job from packs where pack = (select pack from packs where job = ?)) "
+        "order by created, jobs.rowid",
+        (job_id,),
+    )
+    return [_job(row) for row in rows]
+
+
 def beat(job_id: str) -> None:
     connection().execute("update jobs set heartbeat = ? where id = ?", (time.time(), job_id))
 
@@ -130,7 +151,7 @@ def history(job_id: str, since: int = 0) -> list[ProgressRow]:
 
 def forget(job_id: str) -> None:
     link = connection()
-    for table in ("history", "earlier"):
+    for table in ("history", "earlier", "packs"):
         link.execute(f"delete from {table} where job = ?", (job_id,))
     link.execute("delete from jobs where id = ?", (job_id,))
 

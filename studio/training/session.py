@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from studio.training.optimizers import averaged, running_average
 from studio.training.records import LossCurve, check_tracker, due, recent
 from studio.training.task import Measures, Task
 
+if TYPE_CHECKING:
+    from studio.training.drivers.packed import Member
+
 SILENT = Silent()
 
 DEAD_STEPS = 5
@@ -49,6 +52,7 @@ class TrainSession:
         models: component -> model with its adapter, after :meth:`prepare`.
         reach: component -> which share of its layers has an adapter, after :meth:`prepare`.
         parameters: everything that learns, after :meth:`begin`; so is ``optimizer`` (unwrapped).
+        member: what it shares with other trainings on the same base; None = it has the base alone.
         step, losses, seconds, validation: its progress; ``validation`` holds the measures by step.
     """
 
@@ -60,6 +64,7 @@ class TrainSession:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     accelerator: Any = None
+    member: Member | None = None
     models: dict[str, Any] = field(default_factory=dict)
     reach: dict[str, Coverage] = field(default_factory=dict)
     parameters: list[nn.Parameter] = field(default_factory=list)

@@ -135,7 +135,7 @@ class StudioTrainerMixin:
             self.plugins.step_begin(step)
         stream = f"dropout-{self.accelerator.process_index}"
         with global_seed(int(self.args.seed), stream, step * self.args.gradient_accumulation_steps + self._passes):
-            loss: torch.Tensor = super().training_step(model, inputs, *args, **options)  # type: ignore[misc]
+            loss = self.one_pass(model, inputs, *args, **options)
         self.step_loss += float(loss)
         self._passes += 1
         if self.accelerator.sync_gradients:
@@ -147,6 +147,11 @@ class StudioTrainerMixin:
                 )
             self.accelerator.unscale_gradients()
             self.plugins.grads_ready(step)
+        return loss
+
+    def one_pass(self, model: Any, inputs: Any, *args: Any, **options: Any) -> torch.Tensor:
+        """The trainer's own forward and backward pass; for trainers that share it with others."""
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **options)  # type: ignore[misc]
         return loss
 
     def mean_loss(self) -> float:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from adapters.errors import InputError
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
 from studio.jobs.kinds import Kind
@@ -23,7 +24,16 @@ def register(group: typer.Typer, kind: Kind) -> None:
 
 def language(
     fields: dict[str, Any],
-    config: Annotated[Path | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
+    config: Annotated[list[Path] | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
+    jobs: Annotated[
+        bool,
+        typer.Option(
+            "--jobs",
+            help="Train the adapters of several configuration files at once: one process, the base in memory "
+            "once, a job for each.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
     check: Annotated[
         bool,
         typer.Option("--check", help="Only read the data and show what would be learnt.", rich_help_panel="Output"),
@@ -39,7 +49,14 @@ def language(
 ) -> None:
     """Train a LoRA of a language model."""
     output = Output(json, quiet)
-    chosen = training_run.read(TrainLanguageConfig, config, fields, folder, resume, keep)
+    if jobs:
+        if folder or check or estimate:
+            raise InputError("--jobs makes a job of every file: leave out --folder, --check and --estimate.")
+        training_run.together(TrainLanguageConfig, config or [], fields, detach, output)
+        return
+    if config and len(config) > 1:
+        raise InputError(f"{len(config)} configuration files: give one, or train their adapters together with --jobs.")
+    chosen = training_run.read(TrainLanguageConfig, config[0] if config else None, fields, folder, resume, keep)
     if check:
         _show(chosen, output)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +28,32 @@ def detach(kind: str, config: Any, output: Output) -> None:
     jobs.ensure_worker()
     output.result({"job": job_id, "status": "queued"}, f"Job {job_id} is queued.")
     output.note(f"Follow it with  studio jobs watch {job_id}")
+
+
+def detach_together(kind: str, configs: Mapping[str, Any], output: Output) -> None:
+    """Queue jobs that run as one and say how to follow them."""
+    from studio import jobs
+
+    made = jobs.submit_together(kind, configs)
+    jobs.ensure_worker()
+    output.result([{"job": job_id, "status": "queued"} for job_id in made], f"Jobs {', '.join(made)} are queued.")
+    output.note(f"Follow one with  studio jobs watch {made[0]}")
+
+
+def here_together(start: Callable[[Terminal], Sequence[Job]], output: Output) -> Sequence[Job]:
+    """As :func:`here`, for jobs that run as one; one that fails does not end the others.
+
+    Raises:
+        adapters.errors.StudioError: they cannot run, or all were stopped.
+    """
+    from studio.jobs.monitor import STOPPING
+
+    with Terminal(output.quiet, on_end=STOPPING.set) as terminal:
+        made = start(terminal)
+    stopped = [job.id for job in made if job.status in ("cancelled", "interrupted")]
+    if stopped and terminal.cancelled():
+        raise Cancelled(f"Stopped. Go on with:  studio jobs resume {' '.join(stopped)}")
+    return made
 
 
 def here(start: Callable[[Terminal], Job], output: Output) -> Job:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from adapters.errors import InputError
+from adapters.errors import InputError, StudioError
 from studio import silence
 from studio.cli.output import Output
 from studio.schema import JobConfig, read_yaml
@@ -131,6 +132,30 @@ def _as_job(config: JobConfig, output: Output) -> None:
 
     job = launch.here(lambda terminal: jobs.run_here(config.kind, config, terminal), output)
     output.result({"job": job.id, **(job.result or {})}, lines(job.result or {}))
+
+
+def together(schema: type[C], files: Sequence[Path], fields: dict[str, Any], detach: bool, output: Output) -> None:
+    """Train what several files describe as one, a job for each, and print the results.
+
+    Raises:
+        InputError: files that cannot be together, or one of the trainings failed.
+        Cancelled: they were stopped.
+    """
+    from studio import jobs
+
+    configs = {str(file): read(schema, file, fields, None, False) for file in files}
+    if len(configs) < len(files):
+        raise InputError("A configuration file is given twice: every adapter needs one of its own.")
+    if detach:
+        launch.detach_together(schema.kind, configs, output)
+        return
+    silence.loading_bars()
+    made = launch.here_together(lambda terminal: jobs.run_together_here(schema.kind, configs, terminal), output)
+    shown = "\n\n".join(lines({"job": job.id, **job.result}) for job in made if job.result)
+    output.result([{"job": job.id, "status": job.status, **(job.result or {})} for job in made], shown)
+    if failed := [job for job in made if job.status == "failed"]:
+        told = "; ".join(f"job {job.id}: {job.error}" for job in failed)
+        raise StudioError(f"{len(failed)} of {len(made)} trainings failed ({told})")
 
 
 def _in_folder(config: JobConfig, folder: Path, resume: bool, keep: bool | int, output: Output) -> None:

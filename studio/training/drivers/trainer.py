@@ -96,6 +96,8 @@ def train(session: TrainSession, resume: bool = False, keep: bool | int = False)
             saved = session.found(resume, keep)
             trainer = SessionTrainer(session, saved)
             session.accelerator = trainer.accelerator
+            if session.member is not None:
+                session.member.join(session.models[COMPONENT], session.config.gradient_checkpointing, session.dtype)
             session.open_records()
             if keep:
                 trainer.take_up()
@@ -171,6 +173,16 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
 
     def calibration_batch(self, batch: Any, number: int) -> Any:
         return self.task.change(batch, "calibration", number)
+
+    def one_pass(self, model: Any, inputs: Any, *args: Any, **options: Any) -> torch.Tensor:
+        """Forward and backward, through a base that other trainings may share."""
+        member = self.session.member
+        if member is None:
+            return super().one_pass(model, inputs, *args, **options)
+        with member.step():
+            loss = super().one_pass(model, inputs, *args, **options)
+        member.backward()
+        return loss
 
     # ---------------------------------------------------------------- checkpoints are the session's
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:

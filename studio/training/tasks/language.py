@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,9 +44,12 @@ from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.session import SILENT, TrainSession
 from studio.training.trainer_mixin import COMPONENT
 
+if TYPE_CHECKING:
+    from studio.training.drivers.packed import Member
+
 KIND = Kind(
     "train-language", "studio.training.schemas.language:TrainLanguageConfig", "studio.training.tasks.language:run",
-    continues=True, ready="studio.training.ready:language",
+    continues=True, ready="studio.training.ready:language", together="studio.training.together",
     afterwards="studio.library.adopt:trained", title="Language", train="language",
     help="Train a LoRA of a language model from rows of text.",
     example="studio train language --data facts.jsonl --name facts",
@@ -61,6 +64,7 @@ def run(
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
     keep: bool | int = False,
+    member: Member | None = None,
 ) -> dict[str, Any]:
     """Train the adapter that ``config`` describes in ``folder``.
 
@@ -70,6 +74,7 @@ def run(
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
         keep: do not train: save the newest checkpoint, or a given step's, as the adapter.
+        member: its place among trainings that share the base (:mod:`studio.training.drivers.packed`).
 
     Returns:
         ``adapter`` (path), ``card``, ``loss`` (mean of the last tenth), ``first_loss``, ``steps``, ``validation``
@@ -80,7 +85,9 @@ def run(
         InputError: something that cannot be trained, in one sentence.
         Cancelled: stopped on request; a checkpoint to resume from was written.
     """
-    return driver.train(TrainSession.of(task_for(config), folder, monitor, plugins), resume, keep)
+    session = TrainSession.of(task_for(config), folder, monitor, plugins)
+    session.member = member
+    return driver.train(session, resume, keep)
 
 
 def task_for(config: TrainLanguageConfig) -> LanguageTask:
@@ -146,7 +153,7 @@ class LanguageTask(TrainerTask):
 
         self.session, config = session, self.config
         with global_seed(config.seed, "head"):  # a new classification head starts at random
-            self.base = open_model(
+            self.base = (open_model if session.member is None else session.member.open)(
                 library.resolve_language(config.base), self.opens, labels=self.read.labels, dtype=config.dtype,
                 device=session.device, attention=config.attention, quantization=config.quantization,
                 chat_template=self.template,
