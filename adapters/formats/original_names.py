@@ -170,7 +170,7 @@ def _parts(written: str, layer: LoraLayer, source: str, flux2: bool) -> dict[str
     flat, outside = written.replace(".", "_"), _OUTSIDE_FLUX2 if flux2 else _OUTSIDE
     if flat in outside:
         name = outside[flat]
-        return {name: _swapped(layer) if name == "norm_out.linear" else layer}
+        return {name: swapped(layer) if name == "norm_out.linear" else layer}
     if found := _APPROXIMATOR.match(flat):
         inside = found[1] or f"layers.{int(found[2])}.linear_{1 if found[3] == 'in' else 2}"
         return {f"distilled_guidance_layer.{inside}": layer}
@@ -182,7 +182,7 @@ def _parts(written: str, layer: LoraLayer, source: str, flux2: bool) -> dict[str
         raise InputError(f"{source}: {family} module '{written}' that can be adapted.")
     block = f"{_BLOCKS[f'{kind}_blocks']}.{int(number)}"
     if targets == ("norm1_context.linear",) and layer.B.shape[0] == 2 * layer.A.shape[1]:
-        layer = _swapped(layer)  # SD3's last block only shifts and scales its text
+        layer = swapped(layer)  # SD3's last block only shifts and scales its text
     pieces = [layer] if len(targets) == 1 else _split(layer, len(targets), written, source)
     return {f"{block}.{target}": piece for target, piece in zip(targets, pieces, strict=True)}
 
@@ -212,7 +212,7 @@ def _trimmed(layer: LoraLayer) -> LoraLayer:
     return replace(layer, A=layer.A[used], B=layer.B[:, used].contiguous(), alpha=alpha)
 
 
-def _swapped(layer: LoraLayer) -> LoraLayer:
+def swapped(layer: LoraLayer) -> LoraLayer:
     """Rows [shift, scale] reordered to [scale, shift]."""
 
     import torch

@@ -52,15 +52,18 @@ _BLOCK = re.compile(r"(^|[._])(blocks|layers)[._]\d")
 """Numbered blocks, of a transformer if the file has none of a UNet's."""
 
 
-_KREA = re.compile(r"^base_model\.model\.(blocks\.\d+\.(attn\.(w[qkvo]|gate)|mlp\.(gate|up|down))|txtfusion)\.")
-"""Krea 2 in its authors' names."""
+_COMPLETE = re.compile(
+    r"^base_model\.model\.(blocks\.\d+\.(attn\.(w[qkvo]|gate)|mlp\.(gate|up|down))|txtfusion|"
+    r"layers\.\d+\.self_attention\.to_(q|k|v|out))\."
+)
+"""Krea 2 and ERNIE-Image in their authors' names, written behind PEFT's prefix with nothing beside them."""
 
 
 def is_prefixed(names: Iterable[str]) -> bool:
     """True if every name has one of these prefixes or is that of a block of SD3 or Flux."""
     keys = [name for name in names if not name.startswith(BUNDLED)]
     if any(key.startswith("base_model.model.") for key in keys):  # PEFT's prefix, fal's and ai-toolkit's
-        return any(original_names.is_original(_place(key)[1]) or _KREA.search(key) for key in keys)
+        return any(original_names.is_original(_place(key)[1]) or _COMPLETE.search(key) for key in keys)
     return bool(keys) and all(key.startswith(tuple(PREFIXES)) or original_names.is_original(key) for key in keys)
 
 

@@ -19,9 +19,12 @@ from pipelines.diffusion.families.base import (
     layer_choices,
 )
 from pipelines.diffusion.families.reading import Reader, Tokenized, states
+from pipelines.diffusion.families.renaming import Rule, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adapters.formats.lora import LoraFile
 
 TOKENS = 256
 """Tokens of a prompt that diffusers' pipeline reads."""
@@ -30,6 +33,32 @@ ATTENTION = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
 FEED_FORWARD = r".*\.(ff|ff_context)\.(linear_[12]|out_projection)"
 OUTSIDE = r"(pos_embed.*|context_embedder|time_step_embed.*|time_step_proj.*|norm_out.*|proj_out)"
 """First and last layers."""
+
+
+NAMES: tuple[Rule, ...] = (
+    (r"double_layers_(\d+)_attn_w2([qkv])", (r"joint_transformer_blocks_\1_attn_to_\2",)),
+    (r"double_layers_(\d+)_attn_w2o", (r"joint_transformer_blocks_\1_attn_to_out_0",)),
+    (r"double_layers_(\d+)_attn_w1([qkv])", (r"joint_transformer_blocks_\1_attn_add_\2_proj",)),
+    (r"double_layers_(\d+)_attn_w1o", (r"joint_transformer_blocks_\1_attn_to_add_out",)),
+    (r"double_layers_(\d+)_mlpX_c_fc([12])", (r"joint_transformer_blocks_\1_ff_linear_\2",)),
+    (r"double_layers_(\d+)_mlpX_c_proj", (r"joint_transformer_blocks_\1_ff_out_projection",)),
+    (r"double_layers_(\d+)_mlpC_c_fc([12])", (r"joint_transformer_blocks_\1_ff_context_linear_\2",)),
+    (r"double_layers_(\d+)_mlpC_c_proj", (r"joint_transformer_blocks_\1_ff_context_out_projection",)),
+    (r"double_layers_(\d+)_modX_1", (r"joint_transformer_blocks_\1_norm1_linear",)),
+    (r"double_layers_(\d+)_modC_1", (r"joint_transformer_blocks_\1_norm1_context_linear",)),
+    (r"single_layers_(\d+)_attn_w1([qkv])", (r"single_transformer_blocks_\1_attn_to_\2",)),
+    (r"single_layers_(\d+)_attn_w1o", (r"single_transformer_blocks_\1_attn_to_out_0",)),
+    (r"single_layers_(\d+)_mlp_c_fc([12])", (r"single_transformer_blocks_\1_ff_linear_\2",)),
+    (r"single_layers_(\d+)_mlp_c_proj", (r"single_transformer_blocks_\1_ff_out_projection",)),
+    (r"single_layers_(\d+)_modCX_1", (r"single_transformer_blocks_\1_norm1_linear",)),
+    (r"t_embedder_mlp_0", ("time_step_proj_linear_1",)),
+    (r"t_embedder_mlp_2", ("time_step_proj_linear_2",)),
+    (r"cond_seq_linear", ("context_embedder",)),
+    (r"init_x_linear", ("pos_embed_proj",)),
+    (r"modF_1", ("norm_out_linear",)),
+    (r"final_linear", ("proj_out",)),
+)
+"""The authors' names, which ComfyUI and kohya write."""
 
 
 class AuraFlow(Family):
@@ -55,11 +84,14 @@ class AuraFlow(Family):
     prompt_tokens = TOKENS
     signature = Signature(
         adapter=r"joint_transformer_blocks|single_transformer_blocks[._]\d+[._]ff[._]linear_[12]|"
-        r"(double|single)_layers[._]\d+[._](attn|mlp)",
+        r"(double|single)_layers[._]\d+[._](attn[._]w[12][qkvo]|mlp[XC]?[._]c_(fc|proj)|mod[XC]+[._]1)",
         checkpoint=r"(^|\.)double_layers\.\d+\.attn\.w[12]q|joint_transformer_blocks\.",
         hints=r"aura.?flow|pony.?v7",
         precedence=5,
     )
+
+    def named(self, file: LoraFile, pipe: Any) -> LoraFile:
+        return renamed(file, self.denoiser, NAMES, "norm_out_linear")
 
     def encode(self, pipe: Any, prompt: str, negative: str | None, images: int, guided: bool) -> Encoding:
         embeds, mask, others, other_mask = pipe.encode_prompt(prompt, negative, guided, images)

@@ -19,9 +19,12 @@ from pipelines.diffusion.families.base import (
     Tensors,
     layer_choices,
 )
+from pipelines.diffusion.families.renaming import Rule, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adapters.formats.lora import LoraFile
 
 TOKENS = 1024
 """Tokens of a prompt that diffusers' pipeline reads."""
@@ -30,6 +33,24 @@ ATTENTION = r".*\.attn1\.to_(q|k|v|out\.0)"
 FEED_FORWARD = r".*\.ff\.net\.(0\.proj|2)"
 OUTSIDE = r"(patch_embed.*|time_condition_embed.*|norm_out.*|proj_out)"
 """First and last layers."""
+
+
+NAMES: tuple[Rule, ...] = (
+    (r"(?:transformer_)?layers_(\d+)_attention_query_key_value",
+     tuple(rf"transformer_blocks_\1_attn1_to_{one}" for one in "qkv")),
+    (r"(?:transformer_)?layers_(\d+)_attention_dense", (r"transformer_blocks_\1_attn1_to_out_0",)),
+    (r"(?:transformer_)?layers_(\d+)_mlp_dense_h_to_4h", (r"transformer_blocks_\1_ff_net_0_proj",)),
+    (r"(?:transformer_)?layers_(\d+)_mlp_dense_4h_to_h", (r"transformer_blocks_\1_ff_net_2",)),
+    (r"mixins_adaln_adaln_modules_(\d+)_1", (r"transformer_blocks_\1_norm1_linear",)),
+    (r"mixins_patch_embed_(text_)?proj", (r"patch_embed_\1proj",)),
+    (r"time_embed_0", ("time_condition_embed_timestep_embedder_linear_1",)),
+    (r"time_embed_2", ("time_condition_embed_timestep_embedder_linear_2",)),
+    (r"label_emb_0_0", ("time_condition_embed_condition_embedder_linear_1",)),
+    (r"label_emb_0_2", ("time_condition_embed_condition_embedder_linear_2",)),
+    (r"mixins_final_layer_adaln_1", ("norm_out_linear",)),
+    (r"mixins_final_layer_linear", ("proj_out",)),
+)  # fmt: skip
+"""The authors' names."""
 
 
 class CogView4(Family):
@@ -62,11 +83,15 @@ class CogView4(Family):
     prompt_tokens = TOKENS
     signature = Signature(
         adapter=r"\A(?![\s\S]*(attn2|ff_context))[\s\S]*"
-        r"^(transformer\.|base_model\.model\.|lora_transformer_)?transformer_blocks[._]\d+[._]attn1[._]",
-        checkpoint=r"time_condition_embed\.condition_embedder",
+        r"^(transformer\.|base_model\.model\.|lora_transformer_)?transformer_blocks[._]\d+[._]attn1[._]|"
+        r"layers[._]\d+[._](attention[._](query_key_value|dense)|mlp[._]dense_(h_to_4h|4h_to_h))|mixins[._]adaln[._]",
+        checkpoint=r"time_condition_embed\.condition_embedder|mixins\.adaln\.adaln_modules\.",
         hints=r"cogview.?4",
         precedence=0,
     )
+
+    def named(self, file: LoraFile, pipe: Any) -> LoraFile:
+        return renamed(file, self.denoiser, NAMES, "norm_out_linear")
 
     def pixel_step(self, pipe: Any) -> int:
         """At least 16, as diffusers' pipeline demands for every model."""

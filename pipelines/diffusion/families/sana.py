@@ -22,9 +22,12 @@ from pipelines.diffusion.families.base import (
     Tensors,
     layer_choices,
 )
+from pipelines.diffusion.families.renaming import Rule, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adapters.formats.lora import LoraFile
 
 TOKENS = 300
 """Tokens of a prompt that diffusers' pipeline reads, the instruction not counted."""
@@ -33,6 +36,23 @@ ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 FEED_FORWARD = r".*\.ff\.conv_(inverted|point)"
 OUTSIDE = r"(patch_embed.*|time_embed.*|caption_projection.*|proj_out|.*\.conv_depth)"
 """First and last layers, and convolutions per channel, which take no adapter here."""
+
+
+NAMES: tuple[Rule, ...] = (
+    (r"blocks_(\d+)_attn_qkv", tuple(rf"transformer_blocks_\1_attn1_to_{one}" for one in "qkv")),
+    (r"blocks_(\d+)_attn_proj", (r"transformer_blocks_\1_attn1_to_out_0",)),
+    (r"blocks_(\d+)_cross_attn_q_linear", (r"transformer_blocks_\1_attn2_to_q",)),
+    (r"blocks_(\d+)_cross_attn_kv_linear", tuple(rf"transformer_blocks_\1_attn2_to_{one}" for one in "kv")),
+    (r"blocks_(\d+)_cross_attn_proj", (r"transformer_blocks_\1_attn2_to_out_0",)),
+    (r"blocks_(\d+)_mlp_(inverted|depth|point)_conv_conv", (r"transformer_blocks_\1_ff_conv_\2",)),
+    (r"x_embedder_proj", ("patch_embed_proj",)),
+    (r"t_embedder_mlp_0", ("time_embed_emb_timestep_embedder_linear_1",)),
+    (r"t_embedder_mlp_2", ("time_embed_emb_timestep_embedder_linear_2",)),
+    (r"t_block_1", ("time_embed_linear",)),
+    (r"y_embedder_y_proj_fc([12])", (r"caption_projection_linear_\1",)),
+    (r"final_layer_linear", ("proj_out",)),
+)
+"""The authors' names."""
 
 
 class Sana(Family):
@@ -80,12 +100,16 @@ class Sana(Family):
     denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = {"guidance_embeds": (None, False)}
     prompt_tokens = TOKENS
     signature = Signature(
-        adapter=r"ff[._]conv_(inverted|point|depth)|cross_attn[._](q|kv)_linear",
+        adapter=r"ff[._]conv_(inverted|point|depth)|cross_attn[._](q|kv)_linear|"
+        r"blocks[._]\d+[._]mlp[._](inverted|depth|point)_conv",
         checkpoint=r"blocks\.\d+\.cross_attn\.(q|kv)_linear|ff\.conv_inverted\.",
         width=2240,
         hints=r"sana",
         precedence=4,
     )
+
+    def named(self, file: LoraFile, pipe: Any) -> LoraFile:
+        return renamed(file, self.denoiser, NAMES)
 
     # ------------------------------------------------------------------ sizes and latents
     def pixel_step(self, pipe: Any) -> int:
