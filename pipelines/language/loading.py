@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from adapters.compression.structure import read_pruning
 from adapters.errors import FamilyError, InputError, MissingDependencyError
 from pipelines.precision import choose_dtype
 
@@ -110,7 +111,8 @@ def open_model(
     if quantization != "none":
         options |= quantized(quantization, options["dtype"], device)
     tokenizer = open_tokenizer(source, chat_template)
-    model, report = _opened(source, lambda: auto.from_pretrained(source, output_loading_info=True, **options))
+    opener = _opener(source, auto, config)
+    model, report = _opened(source, lambda: opener.from_pretrained(source, output_loading_info=True, **options))
     fresh = sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]})
     if fresh and task != "classification":
         raise InputError(
@@ -121,6 +123,17 @@ def open_model(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return LanguageModel(model.requires_grad_(False).eval(), tokenizer, source, tuple(fresh))
+
+
+def _opener(source: str, auto: Any, config: Any) -> Any:
+    """What loads the weights: transformers' automatic class; for a pruned model whose blocks have different sizes, one
+    that is built with them."""
+    pruning = read_pruning(Path(source))
+    if pruning is None or pruning.uniform:
+        return auto
+    from adapters.compression.slicing import narrowed
+
+    return narrowed(auto._model_mapping[type(config)], pruning)
 
 
 def natural_task(source: str | Path) -> Task:
