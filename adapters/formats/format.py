@@ -37,6 +37,7 @@ class Format(ABC):
         suffix: of its files; "" = it is a folder.
         order: position when a file is recognised; lower comes first, and the first that recognises the file reads it.
         writes: whether adapters can be written in it.
+        mark: name of a file that shows that the folder it is in is one adapter; "" = none.
         dotted: whether it needs the model's own module names ("attn1.to_q"); an adapter whose names have lost their
             dots can then only be written with the model at hand.
     """
@@ -46,6 +47,7 @@ class Format(ABC):
     suffix: str = ".safetensors"
     order: int = 50
     writes: bool = True
+    mark: str = ""
     dotted: bool = True
 
     @abstractmethod

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import pickletools
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ _LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 _LONGEST_NAME = 1000  # characters; module paths of real models stay below 200
 _DEEPEST = 30  # levels of JSON in a text entry
 CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""Names of a PEFT directory's files."""
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -46,6 +50,23 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
     peft: bool = False
     content: Any = None
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The PEFT configuration that describes the tensors; empty if there is none or it is not JSON."""
+        place = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
+        try:
+            found = _plain(json.loads(place.read_text(encoding="utf-8"), parse_constant=_no_number))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if self.peft and isinstance(found, dict) else {}
+
+    @property
+    def weights(self) -> Path | None:
+        """The file with the tensors; None if the folder has none."""
+        if self.path.is_file():
+            return self.path
+        return next((file for name in WEIGHTS if (file := self.path / name).is_file()), None)
 
     @cached_property
     def layers(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
@@ -105,6 +126,22 @@ def read_header(path: Path) -> Header:
         raise InputError("its metadata is not all text")
     check_names(shapes)
     return Header(path, shapes, {_text(key): _text(value) for key, value in entries.items()})
+
+
+def pickled_names(path: Path) -> tuple[str, ...]:
+    """Texts with a dot in a checkpoint of torch, among them the names of its tensors; nothing of it is executed.
+
+    The pickle inside is taken apart, not loaded. Empty if the file is no such checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = next((e for e in archive.infolist() if e.filename.endswith("data.pkl")), None)
+            if entry is None or entry.file_size > _LIMIT or entry.compress_type != zipfile.ZIP_STORED:
+                return ()
+            texts = [found for _, found, _ in pickletools.genops(archive.read(entry)) if isinstance(found, str)]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return ()
+    return tuple(name for name in dict.fromkeys(texts) if "." in name and " " not in name and len(name) < _LONGEST_NAME)
 
 
 def check_names(names: Mapping[str, Any]) -> None:

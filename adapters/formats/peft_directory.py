@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import InputError
 from adapters.files import write_text
 from adapters.formats.format import Format
-from adapters.formats.header import CONFIG
+from adapters.formats.header import CONFIG, WEIGHTS
 from adapters.formats.keys import guess_component, layer_of, modern_name, refuse_foreign, split_role
 from adapters.formats.lora import COMPONENTS, MODEL, LoraFile, LoraLayer
 from adapters.formats.peft_config import alpha_of, config_of, scale_of
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from adapters.formats.header import Header
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 COPY = ".base_layer.weight"
 """Suffix of the base's weight that PEFT stores with an adapted embedding or output layer."""
@@ -34,7 +33,7 @@ COPY = ".base_layer.weight"
 class Peft(Format):
     """A folder with tensors and a configuration that gives their scale."""
 
-    name, title, suffix, order = "peft", "PEFT, transformers, vLLM", "", 10
+    name, title, suffix, order, mark = "peft", "PEFT, transformers, vLLM", "", 10, CONFIG
 
     def recognises(self, head: Header) -> bool:
         return head.peft

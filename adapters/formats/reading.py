@@ -9,11 +9,11 @@ from pathlib import Path
 from adapters.errors import InputError
 from adapters.files import WORDS
 from adapters.formats.format import formats, recognise
-from adapters.formats.header import CONFIG, PICKLED, Header, check_names, read_header
+from adapters.formats.header import CONFIG, PICKLED, WEIGHTS, Header, check_names, read_header
 from adapters.formats.keys import refuse_foreign
 from adapters.formats.lora import LoraFile
-from adapters.formats.peft_directory import PREFIX, WEIGHTS, is_peft_directory
-from adapters.formats.tensors import SUFFIXES, flat_table, load_pickle, sha256
+from adapters.formats.peft_directory import PREFIX, is_peft_directory
+from adapters.formats.tensors import SUFFIXES, flat_table, load_pickle, pickled_shapes, sha256
 
 
 def read(path: str | Path, hashed: Callable[[Path], str] = sha256) -> LoraFile:
@@ -44,10 +44,10 @@ def header_of(place: Path) -> Header:
         InputError: there is no adapter file, or its header cannot be read.
     """
     if place.is_dir() and is_peft_directory(place):
-        return Header(place, {}, peft=True)
+        return Header(place, _peft_shapes(place), peft=True)
     file = _only_file(place) if place.is_dir() else place
     if file.name in WEIGHTS and (file.parent / CONFIG).is_file():
-        return Header(file.parent, {}, peft=True)
+        return Header(file.parent, _peft_shapes(file.parent), peft=True)
     if not file.is_file():
         raise InputError(f"Adapter '{file}' is not a file.")
     if file.suffix == ".safetensors":
@@ -69,6 +69,17 @@ def header_of(place: Path) -> Header:
     suffix = f"the suffix '{file.suffix}'" if file.suffix else "no suffix"
     known = sorted({*SUFFIXES, *(format.suffix for format in formats().values() if format.suffix)})
     raise InputError(f"'{file}' has {suffix}; an adapter is a PEFT folder or a file ending in {', '.join(known)}.")
+
+
+def _peft_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a PEFT directory; empty if there are none, or they cannot be read."""
+    file = next((file for name in WEIGHTS if (file := folder / name).is_file()), None)
+    try:
+        if file is None:
+            return {}
+        return pickled_shapes(file) if file.suffix in PICKLED else dict(read_header(file).shapes)
+    except InputError:  # the reader of the tensors says what is wrong
+        return {}
 
 
 def _refuse(head: Header) -> None:

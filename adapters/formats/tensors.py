@@ -83,6 +83,19 @@ def load_pickle(path: Path) -> Any:
         ) from None
 
 
+def pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a checkpoint, without their values; empty if it cannot be read."""
+    try:
+        refuse_packed(path)
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # the reader of the tensors says what is wrong
+        return {}
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    found = content.items() if isinstance(content, dict) else ()
+    return {name: tuple(value.shape) for name, value in found if isinstance(name, str) and isinstance(value, Tensor)}
+
+
 def flat_table(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors by name in the ``content`` that :func:`load_pickle` returned, or in its "state_dict".
 

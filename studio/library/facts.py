@@ -14,10 +14,11 @@ import yaml
 from adapters.errors import InputError
 from adapters.files import WORDS, WORDS_ENTRY
 from adapters.formats.format import formats, recognise
-from adapters.formats.header import CONFIG, PICKLED, Header, read_header
+from adapters.formats.header import CONFIG, PICKLED, Header, pickled_names, read_header
+from adapters.formats.header import WEIGHTS as PEFT_WEIGHTS
 from adapters.formats.keys import refuse_foreign
+from adapters.formats.mixture import TITLES, MixtureFormat, Outline
 from adapters.formats.peft_directory import PREFIX
-from adapters.formats.peft_directory import WEIGHTS as PEFT_WEIGHTS
 from pipelines.diffusion.families import FAMILIES, of_checkpoint
 from studio.composition import distilled_adapters
 from studio.library import recognition
@@ -40,13 +41,15 @@ def adapter(path: Path) -> dict[str, Any]:
         InputError: it is not a usable adapter; the message is the reason alone.
     """
     weights = weight_file(path)
+    head = _header(weights)
+    format = recognise(head)
+    if isinstance(format, MixtureFormat):
+        return _mixture(format.name, format.outline(head), _card(path))
     if weights.suffix in PICKLED:
         raise InputError(f"{weights.suffix} files are not opened here: studio lora convert makes .safetensors of them")
-    head = _header(weights)
     if not (kinds := head.kinds()):
         refuse_foreign(head.shapes, "it")
         raise InputError("holds no LoRA weights")
-    format = recognise(head)
     card = _card(path)
     recipe = next((found for key in RECIPE_KEYS if isinstance(found := head.json(key), dict)), None)
     counts = head.ranks()
@@ -69,7 +72,23 @@ def adapter(path: Path) -> dict[str, Any]:
     }
 
 
+def _mixture(format: str, outline: Outline, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of a mixture of experts of another program."""
+    notes: dict[str, Any] = {
+        "algorithm": TITLES[outline.method], "experts": ", ".join(map(str, outline.experts)),
+        "layers": len(outline.modules), "base_model": _line(outline.base),
+        **{key: text for key in ("description", "license") if (text := _line(card.get(key)))},
+    }  # fmt: skip
+    return {
+        "family": "language", "format": format, "rank": max(outline.ranks, default=None),
+        "targets": recognition.targets(outline.modules)[:_MOST],
+        "notes": {key: value for key, value in notes.items() if value},
+    }  # fmt: skip
+
+
 def _header(weights: Path) -> Header:
+    if weights.suffix in PICKLED:
+        return Header(weights, dict.fromkeys(pickled_names(weights), ()), peft=(weights.parent / CONFIG).is_file())
     if weights.suffix == ".safetensors":
         head = read_header(weights)
         beside = weights.name in PEFT_WEIGHTS and (weights.parent / CONFIG).is_file()
@@ -170,8 +189,8 @@ def weight_file(path: Path) -> Path:
     """The file with an adapter's weights; raises :class:`InputError` when a folder does not hold exactly one."""
     if not path.is_dir():
         return path
-    standard = path / "adapter_model.safetensors"
-    if standard.is_file():
+    standard = next((file for name in PEFT_WEIGHTS if (file := path / name).is_file()), None)
+    if standard is not None:
         return standard
     files = sorted(file for file in path.glob("*.safetensors") if not is_companion(file.name))
     if len(files) != 1:

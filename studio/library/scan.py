@@ -163,7 +163,7 @@ def _whole(folder: Path, kind: Kind) -> bool:
     """Whether the folder is one adapter (or base) rather than a place that holds some."""
     if kind == "base":
         return (folder / "model_index.json").is_file() or facts.is_language_model(folder)
-    if (folder / "adapter_config.json").is_file():
+    if any((folder / one.mark).is_file() for one in formats().values() if one.mark):
         return True
     names = [entry.name for entry in _entries(folder)]
     weights = [name for name in names if name.endswith(".safetensors") and not facts.is_companion(name)]
