@@ -13,9 +13,9 @@ import re
 from typing import TYPE_CHECKING
 
 from adapters.errors import InputError
-from adapters.formats import mixture as mixtures
+from adapters.formats import foreign_mixture as mixtures
+from adapters.formats.foreign_mixture import Mixture, MixtureFormat, Outline
 from adapters.formats.header import CONFIG
-from adapters.formats.mixture import Mixture, MixtureFormat, Outline
 
 if TYPE_CHECKING:
     from adapters.formats.header import Header

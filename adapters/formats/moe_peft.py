@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import files
 from adapters.errors import InputError
-from adapters.formats import mixture as mixtures
+from adapters.formats import foreign_mixture as mixtures
+from adapters.formats.foreign_mixture import Method, Mixture, MixtureFormat, Outline
 from adapters.formats.header import CONFIG, WEIGHTS
-from adapters.formats.mixture import Method, Mixture, MixtureFormat, Outline
 
 if TYPE_CHECKING:
     from adapters.formats.header import Header

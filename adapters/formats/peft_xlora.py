@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
-from adapters.formats import mixture as mixtures
+from adapters.formats import foreign_mixture as mixtures
 from adapters.formats import xlora
-from adapters.formats.mixture import MixtureFormat, Outline
+from adapters.formats.foreign_mixture import MixtureFormat, Outline
 from adapters.formats.xlora import NamedExpert, XLoraFile
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
-from adapters.formats import mixture as mixtures
-from adapters.formats.mixture import MixtureFormat, Outline
+from adapters.formats import foreign_mixture as mixtures
+from adapters.formats.foreign_mixture import MixtureFormat, Outline
 
 if TYPE_CHECKING:
     from torch import Tensor

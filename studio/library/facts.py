@@ -13,11 +13,11 @@ import yaml
 
 from adapters.errors import InputError
 from adapters.files import WORDS, WORDS_ENTRY
+from adapters.formats.foreign_mixture import TITLES, MixtureFormat, Outline
 from adapters.formats.format import formats, recognise
 from adapters.formats.header import CONFIG, PICKLED, Header, pickled_names, read_header
 from adapters.formats.header import WEIGHTS as PEFT_WEIGHTS
 from adapters.formats.keys import refuse_foreign
-from adapters.formats.mixture import TITLES, MixtureFormat, Outline
 from adapters.formats.peft_directory import PREFIX
 from pipelines.diffusion.families import FAMILIES, of_checkpoint
 from studio.composition import distilled_adapters
@@ -44,7 +44,7 @@ def adapter(path: Path) -> dict[str, Any]:
     head = _header(weights)
     format = recognise(head)
     if isinstance(format, MixtureFormat):
-        return _mixture(format.name, format.outline(head), _card(path))
+        return _foreign_mixture(format.name, format.outline(head), _card(path))
     if weights.suffix in PICKLED:
         raise InputError(f"{weights.suffix} files are not opened here: studio lora convert makes .safetensors of them")
     if not (kinds := head.kinds()):
@@ -72,7 +72,7 @@ def adapter(path: Path) -> dict[str, Any]:
     }
 
 
-def _mixture(format: str, outline: Outline, card: Mapping[str, Any]) -> dict[str, Any]:
+def _foreign_mixture(format: str, outline: Outline, card: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of a mixture of experts of another program."""
     notes: dict[str, Any] = {
         "algorithm": TITLES[outline.method], "experts": ", ".join(map(str, outline.experts)),

@@ -130,6 +130,7 @@ class MixtureFormat(Format):
     """A layout of expert files. It is read as a mixture, never as one LoRA."""
 
     method: Method
+    writes = False
     order = 8  # before PEFT directories, which some of them look like
 
     @abstractmethod
