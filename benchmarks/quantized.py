@@ -3,7 +3,7 @@
     python -m benchmarks.quantized [--rounds 7] [--write]
 
 Needs ``pip install 'adapter-studio[quantized]'``. A Flux denoiser with random weights (width 256, 2 + 4 blocks, latents
-of 16 x 16 tokens, 64 text tokens) is stored in every way of :mod:`pipelines.diffusion.quantization` and as GGUF. One
+of 16 x 16 tokens, 64 text tokens) is stored in every way of :mod:`adapters.compression.backends` and as GGUF. One
 call of it is timed without adapters, and with 1, 4 and 8 LoRAs of rank 16 on every linear layer of its blocks that
 take part in a merge, by our engine and by PEFT (``set_adapters``), which loops over the adapters.
 
@@ -48,7 +48,7 @@ def denoiser() -> Any:
 
 def stored(name: str) -> Any:
     """The denoiser, stored as ``name`` says: "none", a quantisation, or "gguf TYPE"."""
-    from pipelines.diffusion.quantization import quantize
+    from adapters.compression.backends import quantize
 
     model = denoiser()
     if not name.startswith("gguf"):
@@ -129,8 +129,8 @@ def with_peft(model: Any, made: list[Any]) -> Any:
 @torch.no_grad()
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """Median ratios of CPU times for one way of storing."""
+    from adapters.compression.storage import storage
     from adapters.layers.gated import GatedAdapters
-    from adapters.layers.quantized import storage
 
     model, given = stored(name), inputs()
     runs: dict[str, Callable[[], Any]] = {"bare": lambda: model(**given)}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.compression.backends import Quantization
 from adapters.errors import InputError, nearest
 from adapters.progress import Monitor, Silent
 
@@ -32,7 +33,7 @@ def load(
     device: Device = "auto",
     attention: Literal["auto", "sdpa", "xformers"] = "auto",
     memory: Literal["none", "balanced", "low"] = "none",
-    quantization: Literal["none", "8bit", "4bit", "int8", "int4"] = "none",
+    quantization: Quantization = "none",
     denoiser: str | os.PathLike[str] = "",
 ) -> MultiLoRAPipeline:
     """Open a text-to-image base model.

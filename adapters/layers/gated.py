@@ -40,11 +40,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from adapters.compression.storage import plain_weight
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
 from adapters.layers import folded
 from adapters.layers.folded import Blocks
-from adapters.layers.quantized import plain_weight
 
 Pair = tuple[Tensor, Tensor]
 """A (r, in[, kh, kw]) and B (r, out), the scale folded into B."""

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from transformers.pytorch_utils import Conv1D
 
+from adapters.compression.storage import plain_weight
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
-from adapters.layers.quantized import plain_weight
 
 OFFSET = "studio_offset"
 CORE = "lora_R"

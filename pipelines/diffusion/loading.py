@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from adapters.compression.backends import check_quantization, quantize
 from adapters.errors import InputError, MissingDependencyError
 from adapters.formats.lora import LoraFile
+from pipelines.diffusion.denoiser_file import open_denoiser
 from pipelines.diffusion.families import Family, detect, find, opened_as, tensor_names
 from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.memory import PRESETS, apply_preset
-from pipelines.diffusion.quantization import check_quantization, open_denoiser, quantize
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTENTION = ("auto", "sdpa", "xformers")
@@ -64,7 +65,7 @@ def open_pipeline(
         device: "auto" or a torch device.
         attention: "auto", "sdpa" or "xformers".
         memory: preset, see :mod:`pipelines.diffusion.memory`.
-        quantization: how the denoiser's linear layers are stored, see :mod:`pipelines.diffusion.quantization`.
+        quantization: how the denoiser's linear layers are stored, see :mod:`adapters.compression.backends`.
         denoiser: file (GGUF or safetensors) whose denoiser replaces the base's; "" = the base's own.
         options: for diffusers' ``from_pretrained`` or ``from_single_file`` (``config=``, ``revision=``, ...).
 

@@ -5,7 +5,6 @@ Code from the model's repository is never run (``trust_remote_code`` stays off).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 
+from adapters.compression import backends
 from adapters.compression.structure import read_pruning
 from adapters.errors import FamilyError, InputError, MissingDependencyError
 from pipelines.precision import choose_dtype
 
 Task = Literal["causal", "classification", "masked"]
-Quantization = Literal["none", "4bit", "8bit"]
 
 
 @dataclass
@@ -71,7 +70,7 @@ def open_model(
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     attention: str = "auto",
-    quantization: Quantization = "none",
+    quantization: str = "none",
     chat_template: str = "",
 ) -> LanguageModel:
     """Load a base for a task.
@@ -83,13 +82,15 @@ def open_model(
         dtype: as for :func:`pipelines.precision.choose_dtype`.
         device: a resolved torch device.
         attention: attention implementation of transformers; "auto" = its default.
-        quantization: store the linear layers in 4 (nf4) or 8 bits.
+        quantization: store the linear layers, except the output layer, in few bits, see
+            :mod:`adapters.compression.backends`.
         chat_template: Jinja text that replaces the tokenizer's own.
 
     Raises:
         FamilyError: the model cannot do the task.
-        InputError: no such model, damaged or missing weights, no network, or fewer than two labels.
-        MissingDependencyError: quantization without bitsandbytes.
+        InputError: no such model, damaged or missing weights, no network, fewer than two labels, a quantization that
+            does not work here, or weights stored by a package that does not.
+        MissingDependencyError: the quantization's package is not installed.
     """
     source, device = str(source), torch.device(device)
     config = _opened(source, lambda: _auto().AutoConfig.from_pretrained(source))
@@ -108,8 +109,9 @@ def open_model(
             raise InputError(f"Classification needs at least two labels, found {len(labels)}.")
         options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)),
                     "label2id": {label: number for number, label in enumerate(labels)}}  # fmt: skip
-    if quantization != "none":
-        options |= quantized(quantization, options["dtype"], device)
+    backends.check_foreign(config, source)
+    while_loading = backends.transformers_options(quantization, options["dtype"], device)
+    options |= while_loading
     tokenizer = open_tokenizer(source, chat_template)
     opener = _opener(source, auto, config)
     model, report = _opened(source, lambda: opener.from_pretrained(source, output_loading_info=True, **options))
@@ -118,7 +120,9 @@ def open_model(
         raise InputError(
             f"The weights in '{source}' are incomplete: '{fresh[0]}' and {len(fresh) - 1} more are missing."
         )
-    if quantization == "none":
+    backends.as_stored_here(model)
+    if not while_loading:
+        backends.quantize(model, quantization, options["dtype"], _outputs(model))
         model.to(device)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -177,27 +181,13 @@ def open_tokenizer(source: str, chat_template: str = "") -> Any:
     return tokenizer
 
 
-def check_quantization(quantization: str) -> None:
-    """Raise :class:`MissingDependencyError` when the package for a quantized base is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingDependencyError("bitsandbytes", "bnb", f"A base in {quantization}")
+def _outputs(model: Any) -> list[str]:
+    """Paths of the layers that give the model's results; they stay in full precision."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head or name in _HEADS]
 
 
-def quantized(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Options of ``from_pretrained`` for a base in 4 bits (nf4, double quantised, as in QLoRA, arXiv 2305.14314) or 8.
-
-    Raises:
-        MissingDependencyError: bitsandbytes is not installed.
-    """
-    check_quantization(quantization)
-    kind: Any = _auto().BitsAndBytesConfig
-    if quantization == "8bit":
-        chosen = kind(load_in_8bit=True)
-    else:
-        chosen = kind(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    return {"quantization_config": chosen, "device_map": {"": device}}
+_HEADS = ("score", "classifier")
 
 
 def _auto() -> Any:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from adapters.compression.backends import Quantization
 from studio.composition.picture_schema import PictureFields
 from studio.composition.region_schema import RegionFields
 from studio.library.base_families import FamilyName
@@ -91,7 +92,7 @@ class ModelChoice(JobConfig):
     memory: Literal["none", "balanced", "low"] = Field(
         "none", description="Memory preset: less memory for more time (offloading, tiling)."
     )
-    quantization: Literal["none", "8bit", "4bit", "int8", "int4"] = Field(
+    quantization: Quantization = Field(
         "none", description="Store the denoiser's linear layers in few bits: 8bit, 4bit (bitsandbytes), int8, int4 "
         "(torchao).",
     )  # fmt: skip

@@ -28,6 +28,7 @@ class Question:
         variants: in the order in which they answer.
         conversations: one per variant.
         sampling: fields of :class:`pipelines.language.answer.Sampling`.
+        quantization: how the base is stored, see :mod:`adapters.compression.backends`.
     """
 
     base: str
@@ -36,6 +37,7 @@ class Question:
     device: str = "auto"
     dtype: str = "auto"
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    quantization: str = "none"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,7 +50,10 @@ class Question:
             for variant in values["variants"]
         )
         talks = tuple(tuple(dict(message) for message in talk) for talk in values["conversations"])
-        return cls(values["base"], variants, talks, values["device"], values["dtype"], dict(values["sampling"]))
+        return cls(
+            values["base"], variants, talks, values["device"], values["dtype"], dict(values["sampling"]),
+            values["quantization"],
+        )  # fmt: skip
 
 
 def parse_adapter(text: str) -> tuple[str, float]:

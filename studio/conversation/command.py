@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from adapters.compression.backends import QUANTIZATIONS, check_quantization
 from adapters.errors import InputError
 from studio import silence
 from studio.cli.output import Json, Output, Quiet
@@ -47,6 +48,9 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same answer.")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", metavar="auto|fp32|fp16|bf16", help="Precision.")] = "auto",
+    quantization: Annotated[
+        str, typer.Option("--quantization", metavar="|".join(QUANTIZATIONS), help="Store the base in few bits.")
+    ] = "none",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,7 +64,8 @@ def chat(
     variants = variants_of([parse_adapter(text) for text in adapter or ()], compare)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
               "repetition_penalty": repetition_penalty, "seed": seed}  # fmt: skip
-    talk = _Talk(base, variants, system, device, dtype, sampling, output)
+    check_quantization(quantization)
+    talk = _Talk(base, variants, system, device, dtype, sampling, output, quantization)
     if prompt is not None:
         answers = talk.ask(prompt)
         if json:
@@ -76,12 +81,13 @@ class _Talk:
 
     def __init__(
         self, base: str, variants: tuple[Variant, ...], system: str, device: str, dtype: str, sampling: dict[str, Any],
-        output: Output,
+        output: Output, quantization: str = "none",
     ) -> None:  # fmt: skip
         from studio.conversation.session import Session
 
         self.base, self.variants, self.device, self.dtype = base, variants, device, dtype
         self.sampling, self.output, self.session = sampling, output, Session()
+        self.quantization = quantization
         self.start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.clear()
 
@@ -93,7 +99,7 @@ class _Talk:
         for talk in self.conversations:
             talk.append({"role": "user", "content": text})
         question = Question(self.base, self.variants, tuple(map(tuple, self.conversations)), self.device, self.dtype,
-                            self.sampling)  # fmt: skip
+                            self.sampling, self.quantization)  # fmt: skip
         answers: list[dict[str, Any]] = [
             {"variant": variant.name, "adapters": [list(pair) for pair in variant.adapters], "text": ""}
             for variant in self.variants

@@ -27,7 +27,7 @@ class Session:
     """Keeps the last base and its adapters loaded."""
 
     def __init__(self) -> None:
-        self._key: tuple[str, str, str] | None = None
+        self._key: tuple[str, ...] | None = None
         self._base: LanguageModel | None = None
         self._adapted: AdaptedModel | None = None
         self._paths: dict[str, Path] = {}
@@ -49,7 +49,7 @@ class Session:
             yield from self._answer(number, variant, messages, Sampling(**question.sampling), stopped)
 
     def _load(self, question: Question) -> Iterator[Event]:
-        key = (question.base, question.device, question.dtype)
+        key = (question.base, question.device, question.dtype, question.quantization)
         if self._key != key:
             first = question.base == smollm2.NAME and not smollm2.ready()
             once = " for the first time: it is unpacked, which takes a minute" if first else ""
@@ -57,7 +57,10 @@ class Session:
             self.release()
             silence.loading_bars()
             device = devices.resolve(question.device)
-            self._base = open_model(library.resolve_base(question.base), dtype=question.dtype, device=device)
+            self._base = open_model(
+                library.resolve_base(question.base), dtype=question.dtype, device=device,
+                quantization=question.quantization,
+            )  # fmt: skip
             self._adapted = AdaptedModel(self._base.model, question.base)
             self._key = key
         assert self._adapted is not None

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adapters import files
-from adapters.layers.quantized import plain_tensor
+from adapters.compression.storage import plain_tensor
 
 Tensors = dict[str, torch.Tensor]
 

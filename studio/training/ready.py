@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from adapters.compression.backends import check_quantization
 from adapters.errors import InputError
 from pipelines.diffusion.families import FAMILIES
-from pipelines.diffusion.quantization import check_quantization
 from studio import library
 from studio.datasets import texts
 from studio.datasets.pictures import FolderReport, usable_pictures
@@ -54,10 +54,7 @@ def language(config: TrainLanguageConfig) -> None:
     if not (texts.on_hub(config.data) or texts.on_hub(config.validation_data)):
         rows.read(config)
     rows.template_of(config)
-    if config.quantization != "none":
-        from pipelines.language import loading
-
-        loading.check_quantization(config.quantization)
+    check_quantization(config.quantization)
     _common(config)
 
 

@@ -129,7 +129,7 @@ def test_models_that_cannot_be_opened(bases, tmp_path):
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        with pytest.raises(MissingDependencyError, match=r"adapter-studio\[bnb\]"):
+        with pytest.raises(MissingDependencyError, match=r"adapter-studio\[quantized\]"):
             open_model(bases("llama"), quantization="4bit")
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
+from adapters.compression import backends
+from adapters.compression.storage import plain_weight, storage
 from adapters.errors import InputError, MissingDependencyError
 from adapters.layers import folded
-from adapters.layers.quantized import plain_weight, storage
-from pipelines.diffusion import MultiLoRAPipeline, quantization
+from pipelines.diffusion import MultiLoRAPipeline
 from pipelines.diffusion.families import FAMILIES
 from tests import tiny
 from tests.pipelines.conftest import close, latents, peft_latents
@@ -37,7 +38,7 @@ def installed(package: str) -> Any:
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package} (extra 'quantized')")
 
 
-EACH = [pytest.param(name, marks=installed(quantization.PACKAGES[name])) for name in STORED]
+EACH = [pytest.param(name, marks=installed(backends.PACKAGES[name])) for name in STORED]
 EACH_FILE = [pytest.param(f"gguf {kind}", marks=installed("gguf")) for kind in GGUF]
 
 
@@ -110,7 +111,7 @@ def base(gguf_files: Callable[[str], tuple[Path, Path]]) -> Callable[[str, str],
         if not name.startswith("gguf"):
             pipe = wide(family)
             getattr(pipe, tiny.denoiser_name(pipe)).eval()
-            quantization.quantize(getattr(pipe, tiny.denoiser_name(pipe)), name, torch.float32)
+            backends.quantize(getattr(pipe, tiny.denoiser_name(pipe)), name, torch.float32)
             return pipe
         import diffusers
 
@@ -231,14 +232,14 @@ def test_opened_quantised(name: str, tmp_path: Path) -> None:
     assert storage(composer.rack.denoiser.transformer_blocks[0].attn.to_q) == STORED[name]
     assert f"quantization {name}" in str(composer.settings)
     same = wide("flux")
-    quantization.quantize(same.transformer, name, torch.float32)
+    backends.quantize(same.transformer, name, torch.float32)
     close(latents(composer, "merge"), latents(MultiLoRAPipeline(same), "merge"), 1e-6)
 
 
 @installed("bitsandbytes")
 def test_plain_weight_of_a_layer_that_bitsandbytes_packed_for_the_cpu() -> None:
     model = nn.Sequential(nn.Linear(64, 32)).eval()
-    quantization.quantize(model, "4bit", torch.float32)
+    backends.quantize(model, "4bit", torch.float32)
     layer: Any = model[0]
     before = plain_weight(layer)
     layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu or _has_kernel()
@@ -263,7 +264,7 @@ def test_torchao_layers_are_those_of_diffusers(tmp_path: Path) -> None:
         tmp_path, dtype=torch.float32, quantization_config=diffusers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
     )
     ours = wide("flux").transformer
-    quantization.quantize(ours, "int8", torch.float32)
+    backends.quantize(ours, "int8", torch.float32)
     for path, module in theirs.named_modules():
         if storage(module):
             assert torch.equal(plain_weight(module), plain_weight(ours.get_submodule(path)))

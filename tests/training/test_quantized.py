@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.compression import backends
+from adapters.compression.storage import plain_weight, storage
 from adapters.errors import InputError, MissingDependencyError
-from adapters.layers.quantized import plain_weight, storage
-from pipelines.diffusion import quantization
 from studio.datasets.cache import fingerprint
 from studio.training import ready
 from studio.training.tasks.image import run
@@ -22,7 +22,7 @@ from tests.training.conftest import Watcher, settings
 
 EACH = [
     pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}"))
-    for name, package in quantization.PACKAGES.items()
+    for name, package in backends.PACKAGES.items()
 ]
 CASES = [
     pytest.param(family, *case.values, marks=case.marks) for family, each in (("flux", EACH), ("sd", EACH[1:2]))
@@ -41,7 +41,7 @@ def test_thirty_steps(name: str, family: str, bases: Any, pictures: Path, tmp_pa
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(bases(family))
     pipe.set_progress_bar_config(disable=True)
-    quantization.quantize(getattr(pipe, tiny.denoiser_name(pipe)), name, torch.float32)
+    backends.quantize(getattr(pipe, tiny.denoiser_name(pipe)), name, torch.float32)
 
     def draw() -> np.ndarray[Any, Any]:
         generator = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def test_thirty_steps(name: str, family: str, bases: Any, pictures: Path, tmp_pa
 def test_fingerprint_of_a_quantised_model(name: str) -> None:
     def made(seed: int) -> str:
         model = tiny.flux(seed).transformer
-        quantization.quantize(model, name, torch.float32)
+        backends.quantize(model, name, torch.float32)
         return fingerprint(model)
 
     assert made(0) == made(0) != made(1)
@@ -85,7 +85,7 @@ def test_the_base_is_not_touched(name: str, bases: Any, pictures: Path, tmp_path
     monkeypatch.setattr(image, "load_base", lambda *arguments: opened.append(load(*arguments)) or opened[-1])
     run(settings(bases("flux"), pictures, steps=2, quantization=name, init="pissa"), tmp_path, Watcher())
     fresh = tiny.flux().transformer
-    quantization.quantize(fresh, name, torch.float32)
+    backends.quantize(fresh, name, torch.float32)
     found = opened[0].transformer
     for path, module in fresh.named_modules():
         if storage(module):
@@ -94,7 +94,7 @@ def test_the_base_is_not_touched(name: str, bases: Any, pictures: Path, tmp_path
 
 
 def test_missing_package_is_said_before_the_run(bases: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="A base in 4bit needs the package 'bitsandbytes'"):
         ready.image(settings(bases("sd"), pictures, quantization="4bit"))
     with pytest.raises(InputError, match="quantization"):

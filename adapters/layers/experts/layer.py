@@ -17,7 +17,7 @@ from adapters.layers.experts.config import MoeConfig
 from adapters.layers.experts.gates import Gates, choose, one_expert
 from adapters.layers.experts.routing import Record, Routing, Segment
 from adapters.layers.experts.structure import Structure, finished, inner
-from adapters.layers.quantized import plain_weight
+from adapters.compression.storage import plain_weight
 from adapters.layers.sizes import sizes
 from adapters.low_rank import shifted_row_norms_squared
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from adapters.compression.backends import Quantization
 from studio.training.language.about import known
 from studio.training.schemas import combinations, rules
 from studio.training.schemas.base import AdapterTrainConfig, changed, option, preset_field
@@ -48,9 +49,9 @@ class TrainLanguageConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
         description="Language model: name in the library, directory or hub id (smollm2 = SmolLM2-135M-Instruct).",
         json_schema_extra=_MODEL,
     )
-    quantization: Literal["none", "4bit", "8bit"] = Field(
+    quantization: Quantization = Field(
         "none",
-        description="QLoRA: keep the frozen base in 4 or 8 bits (needs bitsandbytes).",
+        description="QLoRA: keep the frozen base in few bits: 8bit, 4bit (bitsandbytes), int8, int4 (torchao).",
         json_schema_extra=_MODEL,
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(

@@ -1,4 +1,4 @@
-"""Weights stored in few bits, as bitsandbytes, torchao and diffusers' GGUF layers keep them.
+"""Weights stored in few bits, as bitsandbytes, torchao, diffusers' GGUF layers and our packed layers keep them.
 
 The engine never reads such a weight: adapters act on the layer's output, beside its own product. Only what needs the
 numbers themselves (the norm of DoRA, inspections) asks for the weight, one layer at a time.
@@ -6,6 +6,7 @@ numbers themselves (the norm of DoRA, inspections) asks for the weight, one laye
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def storage(module: nn.Module) -> str:
         return "int8"
     if kind == "GGUFParameter":
         return f"gguf {weight.quant_type.name.lower()}"
+    if hasattr(module, "dequantise"):
+        return str(module.stored_as)
     if type(weight).__module__.startswith("torchao."):
         bits = str(getattr(weight, "target_dtype", None) or "int8").removeprefix("torch.")
         return f"torchao {bits}"
@@ -39,6 +42,10 @@ def plain_weight(module: nn.Module) -> Tensor:
     Raises:
         MissingDependencyError: a GGUF weight without the package ``gguf``.
     """
+    packed: Any = module
+    if hasattr(packed, "dequantise"):
+        found: Tensor = packed.dequantise()
+        return found
     weight: Any = module.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -62,6 +69,36 @@ def plain_tensor(tensor: Tensor) -> Tensor:
         dequantized: Any = tensor.detach()
         return dequantized.dequantize()
     return tensor.detach().as_subclass(Tensor)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of every tensor of ``model``, scales and tables of stored weights included; shared ones count once."""
+    seen: dict[tuple[int, int], int] = {}
+    for module in model.modules():
+        held: list[Any] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        state = getattr(module, "state", None)  # LLM.int8 keeps its scales beside the weight
+        held += [part for name in ("CB", "SCB") if isinstance(part := getattr(state, name, None), Tensor)]
+        for tensor in held:
+            for part in _parts(tensor):
+                seen[part.data_ptr(), part.nbytes] = part.nbytes
+    return sum(seen.values())
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors of which a parameter is made."""
+    if type(tensor).__module__.startswith("torchao."):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+        return
+    yield tensor.detach().as_subclass(Tensor)
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:
+        for name in ("absmax", "code", "offset"):
+            if isinstance(part := getattr(state, name, None), Tensor):
+                yield part
+        state = getattr(state, "state2", None)
+    if isinstance(scales := getattr(tensor, "SCB", None), Tensor):
+        yield scales
 
 
 def _of_gguf(weight: Any) -> Tensor:
