@@ -11,13 +11,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from adapters.compression.storage import plain_weight
 from adapters.errors import InputError
 from adapters.layers.experts import compute
 from adapters.layers.experts.config import MoeConfig
 from adapters.layers.experts.gates import Gates, choose, one_expert
 from adapters.layers.experts.routing import Record, Routing, Segment
 from adapters.layers.experts.structure import Structure, finished, inner
-from adapters.compression.storage import plain_weight
 from adapters.layers.sizes import sizes
 from adapters.low_rank import shifted_row_norms_squared
 
