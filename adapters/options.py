@@ -117,7 +117,7 @@ class Slot:
     """
 
     key: str
-    stage: Literal["initialise", "learn"]
+    stage: Literal["initialise", "learn", "layers"]
     off: str
     help: str
     options: tuple[Option, ...] = ()
@@ -164,6 +164,47 @@ SLOTS: tuple[Slot, ...] = (
     ),
     Slot(
         "reg", "learn", off="none", help="A term on the logits that is added to the loss.", logits=True,
+    ),
+    Slot(
+        key="method",
+        stage="layers",
+        off="lora",
+        help="What is trained: an ordinary LoRA, or a mixture of LoRA experts, of which each token uses some.",
+        options=(
+            Option(
+                "experts",
+                None,
+                type="str",
+                advanced=False,
+                help="Experts per layer: a number, numbers for blocks of layers from bottom to top (2,4,6,8), or a "
+                "shape (triangle, inverted-triangle, hourglass, rectangle, diamond); empty = the method's own.",
+            ),
+            Option("experts_per_token", None, type="int", ge=1, help="How many experts a token uses; empty = 2."),
+            Option(
+                "router_loss",
+                None,
+                type="float",
+                ge=0,
+                finite=True,
+                help="Weight of the loss that balances the experts; empty = the method's own; 0 = none.",
+            ),
+            Option(
+                "router_loss_scope",
+                None,
+                choices=("module", "layer", "model"),
+                help="What is balanced together: each router, a layer's routers, or the whole model; empty = layer.",
+            ),
+        ),
+        refused=(
+            Rule("init != 'default'", "an init is for a LoRA, and experts have their own start: set init to 'default'"),
+            Rule("freeze_a", "freeze_a is for a LoRA, not for a mixture of experts: switch it off"),
+            Rule("grad_rule != 'plain'", "a grad_rule is for a LoRA, not for a mixture of experts: set it to 'plain'"),
+            Rule("perturb != 'none'", "perturb is for a LoRA, not for a mixture of experts: set it to 'none'"),
+            Rule("intruders_every > 0", "intruders_every measures a LoRA, not a mixture of experts: set it to 0"),
+            Rule("rank_pattern or alpha_pattern", "experts have one rank: leave rank_pattern and alpha_pattern empty"),
+            Rule("continue_from", "a mixture of experts starts anew: leave continue_from empty"),
+        ),
+        logits=True,
     ),
 )  # fmt: skip
 """The places in training; the methods for them are in the methods' modules."""

@@ -78,10 +78,23 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
+def _of_logits(key: str) -> str:
+    """Why a job without logits has no field ``key``; empty if it is no field of the methods for models with logits."""
+    from adapters.catalogue import choices
+
+    for choice in choices():
+        if choice.slot is not None and choice.slot.logits and key in (choice.key, *(o.name for o in choice.options())):
+            names = ", ".join(method.name for method in choice.methods)
+            return f"'{key}' belongs to {names}, which train language models only: leave it out"
+    return ""
+
+
 def _explain(model: type[BaseModel], item: Any) -> str:
     parts = tuple(part for part in item["loc"] if not str(part).startswith("["))  # without the tags of unions
     place = ".".join(str(part) for part in parts)
     if item["type"] == "extra_forbidden":
+        if reason := _of_logits(str(parts[-1])):
+            return reason
         return f"unknown key '{place}'{nearest(str(parts[-1]), _field_names(model, parts[:-1]))}"
     given = item.get("input")
     shown = "" if item["type"] == "missing" or isinstance(given, dict) else f", got {given!r}"

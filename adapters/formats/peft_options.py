@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapters.errors import InputError
+from adapters.formats import mixture
 
 KINDS = ("LORA", "LOHA", "LOKR")
 """PEFT's methods that are supported."""
@@ -70,6 +71,8 @@ def check_options(config: Mapping[str, Any], source: str) -> None:
         InputError: another method, an option that makes the adapter something else, or an unknown option.
     """
     kind = kind_of(config)
+    if kind == mixture.TYPE:
+        raise InputError(f"{source} {mixture.NOT_A_LORA}.")
     if kind not in KINDS:
         raise InputError(f"{source} is a {kind} adapter; of PEFT's methods, {', '.join(KINDS)} are supported.")
     for option, value in config.items():

@@ -7,9 +7,9 @@ at strength 0, its output is exactly the base's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,11 @@ from adapters.errors import FamilyError, InputError
 from adapters.formats import LoraFile, read
 from adapters.formats.fit import fit
 from adapters.formats.lora import MODEL
+from adapters.formats.mixture import mixture_config
 from adapters.layers.gated import Adapter, GatedAdapters
+
+if TYPE_CHECKING:
+    from adapters.layers.experts.beside import ExpertsBeside
 
 Weights = Mapping[str, float]
 """Adapter name -> strength; an empty mapping is the base alone."""
@@ -53,12 +57,13 @@ class AdaptedModel:
         self.model = model
         self.base = base
         self._files: dict[str, LoraFile] = {}
+        self._mixtures: dict[str, ExpertsBeside] = {}
         self._columns: dict[tuple[str, float], int] = {}  # the gate of each adapter; DoRA has one per strength
         self._engine: GatedAdapters | None = None
 
     @property
     def names(self) -> list[str]:
-        return list(self._files)
+        return [*self._files, *self._mixtures]
 
     def add(self, name: str, path: Path) -> None:
         """Load the adapter at ``path`` as ``name``, unless that name is loaded already.
@@ -67,7 +72,12 @@ class AdaptedModel:
             InputError: as :func:`read_fitting`.
             FamilyError: as :func:`read_fitting`, or an adapter for another task than text generation.
         """
-        if name in self._files:
+        if name in self.names:
+            return
+        if mixture_config(path) is not None:
+            from adapters.layers.experts.beside import ExpertsBeside
+
+            self._mixtures[name] = ExpertsBeside(self.model, path)
             return
         file = read_fitting(path, self.model, self.base)
         if file.config.get("task_type") not in (None, "CAUSAL_LM"):
@@ -77,6 +87,9 @@ class AdaptedModel:
 
     def remove(self, name: str) -> None:
         """Unload an adapter."""
+        if name in self._mixtures:
+            del self._mixtures[name]
+            return
         del self._files[name]
         self._engine = None
 
@@ -86,12 +99,33 @@ class AdaptedModel:
 
         A DoRA adapter is normalised at its strength, as PEFT does with a scaled ``lora_alpha``; at 0 it has no effect.
 
+        A mixture of experts is either on or off, and at most one is on; LoRAs act beside it.
+
         Raises:
-            InputError: an adapter is not loaded.
+            InputError: an adapter is not loaded, or a mixture has a strength between.
         """
-        unknown = [name for name in weights if name not in self._files]
+        unknown = [name for name in weights if name not in self.names]
         if unknown:
             raise InputError(f"The adapter '{unknown[0]}' is not loaded.")
+        with ExitStack() as stack:
+            for name in self._chosen_mixtures(weights):
+                stack.enter_context(self._mixtures[name].active())
+            yield stack.enter_context(self._with_loras({n: w for n, w in weights.items() if n in self._files}))
+
+    def _chosen_mixtures(self, weights: Weights) -> list[str]:
+        chosen = [name for name, weight in weights.items() if weight and name in self._mixtures]
+        for name in chosen:
+            if weights[name] != 1:
+                raise InputError(
+                    f"'{name}' is a mixture of experts, which has no strengths between 0 and 1: use 1, not "
+                    f"{weights[name]:g}."
+                )
+        if len(chosen) > 1:
+            raise InputError(f"'{chosen[0]}' and '{chosen[1]}' are both mixtures of experts: use one at a time.")
+        return chosen
+
+    @contextmanager
+    def _with_loras(self, weights: Weights) -> Iterator[Any]:
         used = {
             (name, weight) if self._files[name].is_dora() else (name, 1.0): weight
             for name, weight in weights.items()

@@ -23,7 +23,8 @@ CHATML = (
 """A chat template for models that have none (chat_template: chatml)."""
 
 Encoded = dict[str, list[int]]
-"""``input_ids`` and ``labels`` of one sample, and ``position_ids`` when it is packed."""
+"""``input_ids`` and ``labels`` of one sample, ``position_ids`` when it is packed, ``task_types`` where rows have a "
+"type."""
 
 
 @dataclass
@@ -31,13 +32,14 @@ class Encodings:
     """Samples as tokens, and what had to be left out or cut.
 
     Attributes:
-        samples: what is trained on.
+        samples: what is trained on; ``numbers``: the row each comes from.
         cut, skipped: numbers of rows that were too long.
         silent: numbers of rows with nothing left to learn.
         ended: numbers of rows that got an end token because the template writes none.
     """
 
     samples: list[Encoded] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     silent: list[int] = field(default_factory=list)
@@ -69,7 +71,9 @@ def encode_all(
             pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
             if len(pieces) > 1 and len(pieces[-1]) == 1:  # the first token of a piece is not learnt
                 pieces[-1] = ids[-2:]
-            made.samples += [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
+            kept = [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
+            made.samples += kept
+            made.numbers += [item.number] * len(kept)
             continue
         ids, learnt = encode_conversation(item, tokenizer)
         if item.messages[-1].get(LEARN, True) and _endless(ids, learnt, tokenizer):
@@ -91,6 +95,7 @@ def encode_all(
             made.silent.append(item.number)
             continue
         made.samples.append({"input_ids": ids, "labels": labels})
+        made.numbers.append(item.number)
     if not made.samples:
         raise InputError(
             f"No sample is left to train on: {len(made.skipped)} are longer than max_length {max_length}, in "

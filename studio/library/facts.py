@@ -18,6 +18,7 @@ from adapters.formats.format import formats, recognise
 from adapters.formats.header import CONFIG, PICKLED, Header, pickled_names, read_header
 from adapters.formats.header import WEIGHTS as PEFT_WEIGHTS
 from adapters.formats.keys import refuse_foreign
+from adapters.formats.mixture import mixture_config
 from adapters.formats.peft_directory import PREFIX
 from pipelines.diffusion.families import FAMILIES, of_checkpoint
 from studio.composition import distilled_adapters
@@ -47,6 +48,8 @@ def adapter(path: Path) -> dict[str, Any]:
         return _foreign_mixture(format.name, format.outline(head), _card(path))
     if weights.suffix in PICKLED:
         raise InputError(f"{weights.suffix} files are not opened here: studio lora convert makes .safetensors of them")
+    if (config := mixture_config(path)) is not None:
+        return _mixture(path, head, config)
     if not (kinds := head.kinds()):
         refuse_foreign(head.shapes, "it")
         raise InputError("holds no LoRA weights")
@@ -83,6 +86,26 @@ def _foreign_mixture(format: str, outline: Outline, card: Mapping[str, Any]) -> 
         "family": "language", "format": format, "rank": max(outline.ranks, default=None),
         "targets": recognition.targets(outline.modules)[:_MOST],
         "notes": {key: value for key, value in notes.items() if value},
+    }  # fmt: skip
+
+
+def _mixture(path: Path, head: Header, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of a mixture of LoRA experts."""
+    places = {name.partition(".moeadapter_")[0] for name in head.shapes if ".moeadapter_" in name}
+    if not places:
+        raise InputError("holds no experts, although its configuration says so")
+    recipe = next((found for key in RECIPE_KEYS if isinstance(found := head.json(key), dict)), None)
+    card = _card(path)
+    ranks = {shape[1] for name, shape in head.shapes.items() if name.endswith("_A") and len(shape) == 3}
+    notes: dict[str, Any] = {
+        "algorithm": f"mixture of experts ({_line(config.get('preset')) or 'own choices'})", "layers": len(places),
+        **_from_recipe(recipe or {}),
+        **{key: text for key in ("description", "license", "base_model") if (text := _line(card.get(key)))},
+    }  # fmt: skip
+    return {
+        "family": recognition.adapter_family(head), "format": "peft", "rank": max(ranks, default=None),
+        "targets": recognition.targets(places)[:_MOST], "triggers": _triggers(card, recipe, head.metadata),
+        "recipe": recipe, "notes": {key: value for key, value in notes.items() if value},
     }  # fmt: skip
 
 

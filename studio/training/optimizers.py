@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ def make_optimizer(groups: Groups, config: AdapterTrainConfig) -> torch.optim.Op
 def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: AdapterTrainConfig) -> Groups:
     """Groups by component and matrix (A, B, other), with the learning rates of LoRA+ (Hayou 2024, arXiv 2402.12354).
 
+    Routers of experts are never decayed, which would make their choices more alike.
+
     ``denoiser`` is the component that learns at ``learning_rate``; others are text encoders.
     """
     text_rate = getattr(config, "text_encoder_learning_rate", None)
@@ -126,15 +129,15 @@ def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: Adapte
         rate, ratio = config.learning_rate, config.loraplus_ratio
         if name != denoiser:
             rate, ratio = text_rate, getattr(config, "text_encoder_loraplus_ratio", 1.0)
-        parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "other": []}
+        parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "router": [], "other": []}
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parts["A" if "lora_A" in key else "B" if "lora_B" in key else "other"].append(parameter)
+                parts[_part(key)].append(parameter)
         groups += [
             {
                 "params": members,
                 "lr": rate * ratio if part == "B" else rate,
-                "weight_decay": config.weight_decay,
+                "weight_decay": 0.0 if part == "router" else config.weight_decay,
                 "component": name,
                 "part": part,
             }
@@ -142,6 +145,14 @@ def parameter_groups(models: dict[str, nn.Module], denoiser: str, config: Adapte
             if members
         ]
     return groups
+
+
+def _part(key: str) -> str:
+    """Which matrix a parameter is, by its name in the model."""
+    if "moeadapter_router" in key:
+        return "router"
+    match = re.search(r"(?:lora|moeadapter(?:_\w+)?)_([AB])(?:\.|$)", key)
+    return match.group(1) if match else "other"
 
 
 def lr_factor(step: int, total: int, config: AdapterTrainConfig) -> float:

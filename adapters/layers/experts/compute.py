@@ -86,7 +86,7 @@ def linear_path(asked: str, x: Tensor, A: Tensor, B: Tensor) -> str:
 
 def block_path(asked: str, x: Tensor, *factors: tuple[Tensor, Tensor]) -> str:
     """How the experts of a feed-forward block are computed."""
-    path = "sorted" if asked == "auto" else asked
+    path = "stacked" if x.is_meta else "sorted" if asked == "auto" else asked  # sorting needs values
     return "loop" if path == "sorted" and not all(grouped_fits(x, A, B) for A, B in factors) else path
 
 

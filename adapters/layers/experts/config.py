@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 PEFT_RANGE = ("0.21", "0.22")
 """First supported version of PEFT, and the first that is not: the tuner rests on PEFT's internal hooks."""
 
-LAYERS_PATTERN = r"(?:^|\.)(?:layers|h|block|blocks|transformer_blocks)\.(\d+)(?:\.|$)"
+LAYERS_PATTERN = r"(?:^|\.)(?:layers|layer|h|block|blocks|transformer_blocks)\.(\d+)(?:\.|$)"
 """Where the number of a layer is in a module's path."""
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -272,7 +272,8 @@ def per_layer(name: str, value: Any, layers: int) -> list[int]:
         InputError: the list is longer than the model.
     """
     blocks = _numbers(value)
-    if len(blocks) > layers:
+    named = isinstance(value, str | Mapping)  # a shape fits any depth
+    if len(blocks) > layers and not named:
         raise InputError(
             f"{name} has {len(blocks)} entries, but the model has {layers} layers: give one number, one per layer, or "
             "fewer, each for a block of layers."

@@ -67,7 +67,9 @@ class Routing:
 
     Attributes:
         attention_mask: of the current forward pass, (batch, past and present length), or None.
-        sample_types: (batch,), for the localized loss; set by :func:`sample_types` or a trainer.
+        sample_types: (batch,), for the localized loss, set by :func:`sample_types`; ``batch_types``: those that came
+        with
+            the current batch, which go before.
         external_gates: for router "external": (batch, length, L, N), L routed places in the order of the model, or
             (batch, length, N) for all of them, or a tensor that broadcasts to either. They stay until the next ones.
         segments: which samples belong to which adapter; None = all to the active one.
@@ -79,6 +81,7 @@ class Routing:
 
     attention_mask: Tensor | None = None
     sample_types: Tensor | None = None
+    batch_types: Tensor | None = None
     external_gates: Tensor | None = None
     segments: Sequence[Segment] | None = None
     configs: dict[str, MoeConfig] = field(default_factory=dict)
@@ -102,14 +105,17 @@ class Routing:
             hook.remove()
         self._hooks = []
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before a forward pass of the base model."""
-        self.records = {}
+    def begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before a forward pass of the base model; takes the column :data:`TYPES_COLUMN` out of its arguments."""
+        self.records, self.batch_types = {}, kwargs.get(TYPES_COLUMN)
         mask = _argument(model, "attention_mask", args, kwargs)
         self.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         wanted = any(config.collects for config in self.configs.values())
         self.collecting = wanted and model.training and torch.is_grad_enabled()
         self.open = True
+        return args, {name: value for name, value in kwargs.items() if name != TYPES_COLUMN}
 
     def end(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         """After a forward pass of the base model; adds the auxiliary loss to its output, if configured."""
@@ -141,7 +147,8 @@ class Routing:
         return self.attention_mask[rows, -length:].bool()
 
     def types(self, rows: slice) -> Tensor | None:
-        return None if self.sample_types is None else self.sample_types[rows]
+        found = self.batch_types if self.batch_types is not None else self.sample_types
+        return None if found is None else found[rows]
 
     def gates(self, rows: slice, position: int) -> Tensor:
         """(batch, length, N) (or broadcasting to it) for the routed place number ``position``."""

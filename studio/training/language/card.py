@@ -20,18 +20,21 @@ def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: 
     config, training, data, base = recipe["config"], recipe["training"], recipe["data"], recipe["base"]
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["validation"].items())
     labels = ", ".join(data.get("labels") or ())
+    method = config.get("method", "lora")
+    mixture = method != "lora"
+    what = f"mixture of LoRA experts ({method})" if mixture else "LoRA"
     said = f"A {config['task']} adapter trained on {data['rows']} rows of {data['source']}."
     lines = [
         *front_matter(
             base["name"],
             "peft",
-            ["lora", "peft", "adapter-studio"],
+            ["mixture-of-experts" if mixture else "lora", "peft", "adapter-studio"],
             pipeline_tag=pipeline_tag,
             description=said,
         ),
         f"# {recipe['name']}",
         "",
-        f"A LoRA for **{base_name(base['name'])}** ({base['architecture']}), task {config['task']}"
+        f"A {what} for **{base_name(base['name'])}** ({base['architecture']}), task {config['task']}"
         + (f", labels: {labels}." if labels else "."),
         "",
         f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}, start: {config['init']}",
@@ -43,6 +46,7 @@ def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: 
         "",
         "```python",
         f"from transformers import AutoTokenizer, {auto_class}",
+        *(["import adapters.layers.experts  # of adapter-studio: makes PEFT know this kind"] if mixture else []),
         "from peft import PeftModel",
         *base_lines(base["name"]),
         "",

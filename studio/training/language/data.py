@@ -88,6 +88,8 @@ class Collate:
             batch["labels"] = torch.tensor([sample["labels"][0] for sample in samples])
         elif all("labels" in sample for sample in samples):
             batch["labels"] = _stack([sample["labels"] for sample in samples], longest, IGNORED)
+        if all("task_types" in sample for sample in samples):
+            batch["task_types"] = torch.tensor([sample["task_types"][0] for sample in samples])
         return batch
 
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from adapters.errors import InputError
 from adapters.layers.sizes import sizes
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.targets import check_ranks, no_match, peft_config
@@ -59,7 +60,8 @@ def add_adapter(
     model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
 ) -> PeftModel:
     """``model`` with a new adapter in fp32; besides it only the ``fresh`` modules (a new head) learn."""
-    made = layer_config(model, config, fresh, task_type)
+    mixture = config.method != "lora"
+    made: Any = (expert_config if mixture else layer_config)(model, config, fresh, task_type)
     if config.quantization != "none":
         import peft
 
@@ -70,6 +72,23 @@ def add_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped  # type: ignore[no-any-return]
+
+
+def expert_config(
+    model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
+) -> PeftConfig:
+    """The configuration of a mixture of experts on the same layers."""
+    from adapters.layers.experts.presets import preset
+
+    if config.use_rslora and config.use_dora:
+        raise InputError("Experts are of one kind: switch use_rslora or use_dora off.")
+    return preset(
+        config.method, lambda name: getattr(config, name, None), task_type=task_type,
+        target_modules=[name for name in find_targets(model, config) if name not in fresh],
+        modules_to_save=list(fresh) or None, r=config.rank, lora_alpha=config.alpha or config.rank,
+        lora_dropout=config.dropout,
+        expert_kind="dora" if config.use_dora else "rslora" if config.use_rslora else "lora",
+    )  # fmt: skip
 
 
 def _linear(module: nn.Module) -> bool:

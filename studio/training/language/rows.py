@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters.errors import InputError
+from adapters.errors import InputError, nearest
 from studio.datasets.conversations import Columns, Conversation, Text, conversations, labelled_texts, plain_texts
 from studio.datasets.encoding import CHATML
 from studio.datasets.seeds import rng
@@ -25,6 +25,7 @@ class Rows:
     Attributes:
         shown: rows to train on; ``held_out`` rows are only for measuring.
         labels: classification: names of the classes, sorted.
+        types: row number -> its type, where a method tells types of rows apart.
         digest: identity of the data.
         remarks: what is not used.
     """
@@ -32,6 +33,7 @@ class Rows:
     shown: Items
     held_out: Items
     labels: list[str] = field(default_factory=list)
+    types: dict[int, int] = field(default_factory=dict)
     digest: str = ""
     columns: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -56,7 +58,30 @@ def read_rows(config: TrainLanguageConfig, understand: Callable[[TextReport, Col
         report.remarks += [f"{other.source}: {remark}" for remark in other.remarks if remark not in report.remarks]
     elif config.validation_split:
         items, held_out = split(items, config.validation_split, config.seed)
-    return Rows(items, held_out, [], digest, report.columns, report.remarks)
+    return Rows(items, held_out, [], types_of(report, config), digest, report.columns, report.remarks)
+
+
+def types_of(report: TextReport, config: TrainLanguageConfig) -> dict[int, int]:
+    """The type of each row, 0 or 1, from ``type_column``.
+
+    Raises:
+        InputError: there is no such column, or a row has another type.
+    """
+    column = config.type_column
+    if not column:
+        return {}
+    if column not in report.columns:
+        raise InputError(
+            f"'{report.source}' has no column '{column}'{nearest(column, report.columns)}: it has "
+            f"{', '.join(report.columns)}."
+        )
+    found = {row.number: row.values.get(column) for row in report.rows}
+    wrong = next((number for number, value in found.items() if str(value) not in ("0", "1")), None)
+    if wrong is not None:
+        raise InputError(
+            f"'{report.source}', {report.place(wrong)}: the type in '{column}' is 0 or 1, not {found[wrong]!r}."
+        )
+    return {number: int(str(value)) for number, value in found.items()}
 
 
 def split(items: Items, share: float, seed: int) -> tuple[Items, Items]:

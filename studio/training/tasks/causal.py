@@ -58,6 +58,11 @@ class CausalTask(LanguageTask):
         if made.silent:
             remarks.append(f"in {len(made.silent)} rows nothing was left to learn")
         shown = made.samples
+        if rows.types:
+            shown = [
+                {**sample, "task_types": [rows.types[number]]}
+                for sample, number in zip(shown, made.numbers, strict=True)
+            ]
         if config.packing:
             count = len(shown)
             shown, held_out = pack(shown, config.max_length), pack(held_out, config.max_length)

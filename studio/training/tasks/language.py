@@ -26,13 +26,15 @@ from adapters.progress import Monitor, Progress
 from pipelines.language.adapters import read_fitting
 from pipelines.language.loading import LanguageModel, open_model
 from pipelines.language.loading import Task as ModelTask
+from pipelines.precision import DTYPES
 from studio.datasets.cache import fingerprint
 from studio.datasets.encoding import Encoded
 from studio.datasets.seeds import global_seed
 from studio.jobs.kinds import Kind
+from studio.training.cards import base_name
 from studio.training.drivers import trainer as driver
 from studio.training.drivers.trainer import Batch, RunSampler, SampleSet, TrainerTask
-from studio.training.export import write_model_adapter
+from studio.training.export import RECIPE_ENTRY, write_model_adapter
 from studio.training.language import rows
 from studio.training.language.about import known
 from studio.training.language.card import card
@@ -205,7 +207,16 @@ class LanguageTask(TrainerTask):
         self.learner = add_adapter(models[COMPONENT], self.config, self.base.fresh, self.peft_type)
         frozen = (p for p in models[COMPONENT].parameters() if not p.requires_grad)
         self.session.dtype = next(p.dtype for p in frozen if p.is_floating_point())
+        if self.config.method != "lora":
+            self._tell_size()
         return {COMPONENT: self.learner}
+
+    def _tell_size(self) -> None:
+        """Say how large the mixture is: a fair comparison is with a LoRA of as many parameters."""
+        from adapters.layers.experts.size import size
+
+        found = size(self.learner)
+        self.session.monitor.report(Progress("data", message=str(found)))
 
     def trainee(self) -> nn.Module:
         model: nn.Module = self.learner
@@ -294,6 +305,8 @@ class LanguageTask(TrainerTask):
         return {"validation": {name: value for name, value in last.items() if name != "step"}}
 
     def export(self, layers: Layers, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:
+        if self.config.method != "lora":
+            return self._export_experts(folder / name, recipe)
         with self.session.best_weights():
             heads = _heads(self._model)
         options = {"task_type": self.peft_type, "fan_in_fan_out": self._model.peft_config["default"].fan_in_fan_out}
@@ -301,6 +314,17 @@ class LanguageTask(TrainerTask):
         place = write_model_adapter(
             layers[COMPONENT], folder / name, self.config, recipe, beside, options, heads
         )  # fmt: skip
+        return {"peft": str(place)}
+
+    def _export_experts(self, place: Path, recipe: dict[str, Any]) -> dict[str, str]:
+        from adapters.layers.experts.files import write
+
+        with self.session.best_weights(), files.whole(place) as part:
+            write(
+                self._model, part, DTYPES[self.config.save_dtype], base_name(self.config.base),
+                {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)},
+            )  # fmt: skip
+            files.write_text(part / "README.md", self._card(recipe))
         return {"peft": str(place)}
 
     def card(self, recipe: dict[str, Any]) -> Path:

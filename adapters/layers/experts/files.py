@@ -1,0 +1,89 @@
+"""Directories with a mixture of experts: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes "
+"them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from adapters.errors import InputError
+from adapters.files import write_text
+from adapters.formats.header import CONFIG
+from adapters.formats.mixture import mixture_config
+from adapters.layers.experts.config import MoeConfig
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write(
+    model: Any, place: Path, dtype: torch.dtype, base: str, metadata: Mapping[str, str], adapter: str = "default"
+) -> Path:
+    """Write an adapter of a PEFT model; returns ``place``. Routers stay fp32.
+
+    Args:
+        place: the directory, which is made.
+        base: name of the base, for other programs.
+        metadata: text entries of the file with the weights.
+
+    Raises:
+        InputError: numbers that are not finite, or a full disk.
+    """
+    from adapters.formats.tensors import write_tensors
+
+    tensors = {
+        name: tensor.detach().cpu().to(torch.float32 if "moeadapter_router" in name else dtype).contiguous()
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).items()
+    }
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
+    place.mkdir(parents=True, exist_ok=True)
+    config = {**model.peft_config[adapter].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
+    write_tensors(place / WEIGHTS, tensors, metadata)
+    write_text(place / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return place
+
+
+def read(path: Path) -> tuple[MoeConfig, dict[str, Tensor]]:
+    """The configuration and tensors of an adapter.
+
+    Raises:
+        InputError: a file is missing, damaged, or not of this kind.
+    """
+    from adapters.formats.tensors import check_finite, read_tensors
+
+    values = mixture_config(path)
+    if values is None:
+        raise InputError(f"'{path}' is not a directory with a mixture of experts.")
+    if not (path / WEIGHTS).is_file():
+        raise InputError(f"The adapter '{path}' has no {WEIGHTS}.")
+    try:
+        config = MoeConfig(**MoeConfig.check_kwargs(**values))
+    except TypeError as error:
+        raise InputError(f"The configuration of '{path}' is damaged: {error}.") from None
+    tensors, _ = read_tensors(path / WEIGHTS)
+    check_finite(tensors, f"'{path}'")
+    return config, tensors
+
+
+def load(model: nn.Module, path: Path, adapter: str = "default") -> MoeConfig:
+    """Add the adapter at ``path`` to a model, frozen and active; returns its configuration.
+
+    Raises:
+        InputError: it cannot be read, or was made for another base.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    config, tensors = read(path)
+    config.inference_mode = True
+    inject_adapter_in_model(config, model, adapter)
+    cast_adapter_dtype(model, adapter)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    return config

@@ -1,0 +1,38 @@
+"""A mixture of experts in the training loop: its auxiliary loss, and what the routers do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from adapters.layers.experts.losses import aux_loss, load
+from adapters.layers.experts.routing import routing_of
+from adapters.plugin import Answers, Handles, Outputs, Plugin
+
+
+class ExpertsPlugin(Plugin):
+    """Adds the auxiliary loss of the last forward pass, and logs how evenly the experts are used.
+
+    Logged: ``router_loss``, and over the routers ``router_busiest`` (largest share of one expert, times N: 1 is even)
+    and ``router_unused`` (experts without a token).
+    """
+
+    name = "experts"
+
+    def after_inject(self, handles: Handles) -> None:
+        self.model = next(iter(handles.models.values()))
+        self.adapter = handles.adapter
+
+    def loss(self, loss: torch.Tensor, outputs: Outputs | Answers) -> tuple[torch.Tensor, dict[str, float]]:
+        records = routing_of(self.model).records.get(self.adapter, {})
+        if not records:
+            return loss, {}
+        aux = aux_loss(self.model, self.adapter)
+        loads = load(records.values())
+        logs: dict[str, Any] = {
+            "router_loss": float(aux.detach()),
+            "router_busiest": max(max(one.fraction) * len(one.fraction) for one in loads),
+            "router_unused": float(sum(one.unused for one in loads)),
+        }
+        return loss + aux.to(loss.device) * (outputs.share if isinstance(outputs, Answers) else 1.0), logs
