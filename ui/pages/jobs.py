@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 import yaml
 
+from adapters.errors import InputError
 from studio import catalogue, jobs
 from studio.composition import comparison, gallery, moving
 from studio.jobs import Job, kinds
@@ -61,6 +62,8 @@ class _Detail:
     resume: gr.Button
     rerun: gr.Button
     delete: gr.Button
+    mates: gr.CheckboxGroup
+    together: gr.Button
     gallery: gr.Gallery
     log: gr.HTML
 
@@ -73,14 +76,20 @@ class _Detail:
             resume = gr.Button("Resume", size="md", visible=False, elem_id="job-resume")
             rerun = gr.Button("Run again", size="md", elem_id="job-rerun")
             delete = gr.Button("Delete", variant="stop", size="md", visible=False, elem_id="job-delete")
+        mates = gr.CheckboxGroup([], label="One base, several adapters at once: train it together with", visible=False,
+                                 elem_id="job-mates")  # fmt: skip
+        together = gr.Button("Train together", size="md", visible=False, elem_id="job-together")
         gallery = gr.Gallery(label="Pictures", show_label=False, columns=4, height="auto", object_fit="contain",
                              visible=False, interactive=False)  # fmt: skip
         log = gr.HTML("", elem_id="job-log", apply_default_css=False)
-        return cls(panel, actions, open_, cancel, resume, rerun, delete, gallery, log)
+        return cls(panel, actions, open_, cancel, resume, rerun, delete, mates, together, gallery, log)
 
     @property
     def view(self) -> list[Any]:
-        return [self.panel, self.actions, self.open, self.cancel, self.resume, self.delete, self.gallery, self.log]
+        return [
+            self.panel, self.actions, self.open, self.cancel, self.resume, self.delete, self.mates, self.together,
+            self.gallery, self.log,
+        ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ what is shown
@@ -95,12 +104,14 @@ def show(chosen: str, which: str, shown: tuple[Any, ...]) -> Any:
     drawn = "".join(markup.notice(text, "error") for text in jobs.trouble()) + drawn
     log = jobs.log(job.id, tail=200) if job else ""
     made = pictures_of(job) if job else []
-    now = (drawn, job.status if job else "", log, job.id if job else "", made)
+    mates = list(jobs.mates(job.id)) if job else []
+    names = [mate.id for mate in mates]
+    now = (drawn, job.status if job else "", log, names, job.id if job else "", made)
     if now == tuple(shown):
         return gr.skip()
     same_pictures = bool(shown) and now[-2:] == tuple(shown)[-2:]
     gallery = gr.skip() if same_pictures else gr.update(visible=bool(made), value=made)
-    return [drawn, job.id if job else "", now, *_detail(job), gallery, _log(log)]
+    return [drawn, job.id if job else "", now, *_detail(job, mates), gallery, _log(log)]
 
 
 def _listed(which: str) -> list[Job]:
@@ -157,12 +168,12 @@ def _first(job: Job) -> Path | None:
     return None
 
 
-def _detail(job: Job | None) -> list[Any]:
+def _detail(job: Job | None, mates: list[Job]) -> list[Any]:
     """The panel and which actions it offers."""
     if job is None:
         return [
             markup.empty("Choose a job", "Its settings, pictures and log show here."),
-            *[gr.update(visible=False)] * 5,
+            *[gr.update(visible=False)] * 7,
         ]
     return [
         describe(job),
@@ -171,7 +182,10 @@ def _detail(job: Job | None) -> list[Any]:
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else "Cancel"),
         gr.update(visible=job.status in ("failed", "cancelled", "interrupted")),
         gr.update(visible=not job.active or job.status == "queued"),
-    ]
+        gr.update(visible=bool(mates), choices=[(f"{job_panel.job_title(m)} ({m.id})", m.id) for m in mates],
+                  value=[mate.id for mate in mates]),
+        gr.update(visible=bool(mates)),
+    ]  # fmt: skip
 
 
 def pictures_of(job: Job) -> list[Any]:
@@ -186,6 +200,7 @@ def describe(job: Job) -> str:
     pairs = [
         ("Kind", kinds.title(job.kind)), ("Method", method(job)), ("Seed", job.config.get("seed", "")),
         ("Created", markup.ago(job.created)), ("Took", markup.duration(job.seconds)), ("Device", job.device),
+        ("Together with", ", ".join(job_panel.job_title(o) for o in jobs.packed(job.id) if o.id != job.id)),
         ("Host", job.host), ("Id", job.id), ("Folder", job.folder),
     ]  # fmt: skip
     face = _first(job)
@@ -279,6 +294,14 @@ def _wire(page: Page, rows: gr.HTML, filters: gr.Radio, detail: _Detail) -> None
         return show(new, which, ())
 
     @errors_shown
+    def together(chosen: str, mates: list[str], which: str) -> Any:
+        if not mates:
+            raise InputError("Choose the jobs that are trained together with this one.")
+        jobs.together([chosen, *mates])
+        jobs.ensure_worker()
+        return show(chosen, which, ())
+
+    @errors_shown
     def delete(chosen: str, which: str) -> Any:
         if not chosen:
             return gr.skip()
@@ -292,6 +315,7 @@ def _wire(page: Page, rows: gr.HTML, filters: gr.Radio, detail: _Detail) -> None
     page.timer.tick(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **private)
     for button, action in ((detail.cancel, cancel), (detail.resume, resume), (detail.rerun, rerun)):
         button.click(action, [page.chosen, filters], page.refresh_outputs, **private)
+    detail.together.click(together, [page.chosen, detail.mates, filters], page.refresh_outputs, **private)
     detail.delete.click(delete, [page.chosen, filters], page.refresh_outputs, js=_SURE, **private)
 
 
