@@ -122,7 +122,7 @@ def train(
     """Train an adapter.
 
     Args:
-        kind: "image", "distill", "language" or "scene".
+        kind: "image", "distill", "language", "vision-language" or "scene".
         folder: where the run lives: adapter, card, samples, checkpoints.
         resume: go on from the newest checkpoint in ``folder``.
         monitor: told of every step; may cancel (a checkpoint is written then).

@@ -35,7 +35,15 @@ def read_fitting(path: Path, model: nn.Module, base: str = "this base model") ->
         InputError: it cannot be read, or is not an adapter that is supported.
         FamilyError: it has a module that the model lacks, or one of another shape.
     """
-    file = read(path)
+    return fitted(read(path), model, base)
+
+
+def fitted(file: LoraFile, model: nn.Module, base: str = "this base model") -> LoraFile:
+    """``file`` with the module names of ``model``, every shape checked.
+
+    Raises:
+        FamilyError: it has a module that the model lacks, or one of another shape.
+    """
     made_for = file.config.get("base_model_name_or_path")
     try:
         return fit(file, {MODEL: model}, base)
@@ -61,6 +69,10 @@ class AdaptedModel:
         self._columns: dict[tuple[str, float], int] = {}  # the gate of each adapter; DoRA has one per strength
         self._engine: GatedAdapters | None = None
 
+    def read(self, path: Path) -> LoraFile:
+        """The adapter at ``path``, fitted to the model; raises as :func:`read_fitting`."""
+        return read_fitting(path, self.model, self.base)
+
     @property
     def names(self) -> list[str]:
         return [*self._files, *self._mixtures]
@@ -79,7 +91,7 @@ class AdaptedModel:
 
             self._mixtures[name] = ExpertsBeside(self.model, path)
             return
-        file = read_fitting(path, self.model, self.base)
+        file = self.read(path)
         if file.config.get("task_type") not in (None, "CAUSAL_LM"):
             raise FamilyError(f"The adapter '{path.name}' is for {file.config['task_type']}, not for writing text.")
         self._files[name] = file

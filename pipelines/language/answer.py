@@ -48,13 +48,24 @@ def stream(
         InputError: the last message is empty, or the conversation and its answer exceed the model's context.
     """
     mark = end_of_turn(tokenizer, messages, template)
-    yield from _until(_pieces(model, tokenizer, messages, sampling, template, mark), mark)
+    inputs = prompt(tokenizer, messages, next(model.parameters()).device, template)
+    yield from generated(model, tokenizer, inputs, sampling, mark)
+
+
+def generated(
+    model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], sampling: Sampling, mark: str = ""
+) -> Generator[str, None, None]:
+    """What the model writes after ``inputs`` (a batch of one), in pieces, up to the text ``mark``.
+
+    Raises:
+        InputError: the inputs and the answer exceed the model's context.
+    """
+    yield from _until(_pieces(model, tokenizer, inputs, sampling, mark), mark)
 
 
 def _pieces(
-    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], sampling: Sampling, template: str | None, mark: str
+    model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], sampling: Sampling, mark: str
 ) -> Generator[str, None, None]:
-    inputs = prompt(tokenizer, messages, next(model.parameters()).device, template)
     _check_room(model, inputs["input_ids"].shape[1], sampling)
     pieces: Queue[Any] = Queue()
     asked_to_stop = threading.Event()
@@ -109,8 +120,13 @@ def end_of_turn(tokenizer: Any, messages: Sequence[dict[str, str]], template: st
         )
     except TemplateError:
         return ""
-    rest = after.removeprefix(f"{before}x").strip() if after.startswith(f"{before}x") else ""
-    return "" if rest == tokenizer.eos_token else str(rest)
+    return text_after(before, after, "x", tokenizer.eos_token)
+
+
+def text_after(before: str, after: str, answer: str, end: str | None) -> str:
+    """What stands after ``answer`` where ``after`` is ``before`` with an answer; empty if that is only ``end``."""
+    rest = after.removeprefix(before).partition(answer)[2] if after.startswith(before) else ""
+    return "" if rest.strip() == (end or "") else rest.strip()
 
 
 def prompt(
@@ -141,11 +157,16 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int
         messages.append({"role": "user", "content": question})
         inputs = prompt(tokenizer, messages, next(model.parameters()).device)
         mark = end_of_turn(tokenizer, messages)
-        with torch.no_grad():
-            made = model.generate(**inputs, **_options(model, tokenizer, Sampling(max_tokens=max_tokens), mark))
-        text = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.append((text.partition(mark)[0] if mark else text).strip())
+        answers.append(written(model, tokenizer, inputs, max_tokens, mark))
     return answers
+
+
+@torch.no_grad()
+def written(model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], max_tokens: int, mark: str = "") -> str:
+    """The greedy continuation of ``inputs`` (a batch of one) up to the text ``mark``, without surrounding space."""
+    made = model.generate(**inputs, **_options(model, tokenizer, Sampling(max_tokens=max_tokens), mark))
+    text = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text.partition(mark)[0] if mark else text).strip()
 
 
 def _check_room(model: Any, length: int, sampling: Sampling) -> None:

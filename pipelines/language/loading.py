@@ -54,6 +54,7 @@ class LanguageModel:
 
 def longest_input(config: Any) -> int | None:
     """Largest number of tokens that a model with this transformers configuration can read; None if it does not say."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a vision-language model
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         found = getattr(config, name, None)
         if isinstance(found, int) and found > 0:
@@ -93,7 +94,7 @@ def open_model(
         MissingDependencyError: the quantization's package is not installed.
     """
     source, device = str(source), torch.device(device)
-    config = _opened(source, lambda: _auto().AutoConfig.from_pretrained(source))
+    config = opened(source, lambda: _auto().AutoConfig.from_pretrained(source))
     kind = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
             "masked": "AutoModelForMaskedLM"}[task]  # fmt: skip
     auto = getattr(_auto(), kind)
@@ -114,7 +115,7 @@ def open_model(
     options |= while_loading
     tokenizer = open_tokenizer(source, chat_template)
     opener = _opener(source, auto, config)
-    model, report = _opened(source, lambda: opener.from_pretrained(source, output_loading_info=True, **options))
+    model, report = opened(source, lambda: opener.from_pretrained(source, output_loading_info=True, **options))
     fresh = sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]})
     if fresh and task != "classification":
         raise InputError(
@@ -122,7 +123,7 @@ def open_model(
         )
     backends.as_stored_here(model)
     if not while_loading:
-        backends.quantize(model, quantization, options["dtype"], _outputs(model))
+        backends.quantize(model, quantization, options["dtype"], outputs(model))
         model.to(device)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -146,7 +147,7 @@ def natural_task(source: str | Path) -> Task:
     Raises:
         InputError: no such model, or no network.
     """
-    config = _opened(str(source), lambda: _auto().AutoConfig.from_pretrained(str(source)))
+    config = opened(str(source), lambda: _auto().AutoConfig.from_pretrained(str(source)))
     return "masked" if _is_masked(config) else "causal"
 
 
@@ -168,7 +169,7 @@ def open_tokenizer(source: str, chat_template: str = "") -> Any:
     Raises:
         InputError: it cannot be loaded, or it has neither a padding nor an end token.
     """
-    tokenizer = _opened(source, lambda: _auto().AutoTokenizer.from_pretrained(source), "tokenizer")
+    tokenizer = opened(source, lambda: _auto().AutoTokenizer.from_pretrained(source), "tokenizer")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise InputError(
@@ -181,7 +182,7 @@ def open_tokenizer(source: str, chat_template: str = "") -> Any:
     return tokenizer
 
 
-def _outputs(model: Any) -> list[str]:
+def outputs(model: Any) -> list[str]:
     """Paths of the layers that give the model's results; they stay in full precision."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if module is head or name in _HEADS]
@@ -196,7 +197,7 @@ def _auto() -> Any:
     return transformers
 
 
-def _opened(source: str, load: Callable[[], Any], what: str = "model") -> Any:
+def opened(source: str, load: Callable[[], Any], what: str = "model") -> Any:
     """The result of ``load``; errors of loading become one sentence."""
     place = Path(source)
     if place.is_dir() and not (place / "config.json").is_file():

@@ -56,8 +56,8 @@ class Text:
     second: str | None = None
 
 
-_MESSAGES = ("messages", "conversations", "conversation")
-_PROMPTS = ("prompt", "instruction", "question", "input")
+MESSAGES = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "instruction", "question", "input")
 _COMPLETIONS = ("completion", "output", "response", "answer")
 _TEXTS = ("text", "sentence", "content")
 _LABELS = ("label", "labels", "class", "category")
@@ -81,20 +81,20 @@ def conversations(
     """
     have = report.columns
     also = [name for name in (*_SYSTEMS, _HISTORY, _TOOLS) if name in have]
-    messages = _column(report, columns.messages, _MESSAGES)
+    messages = column_of(report, columns.messages, MESSAGES)
     if messages:
         _name_unused(report, [messages, *also])
-        return _each(report, lambda row: _conversation(row, messages, system, report), skip_broken)
-    prompt = _column(report, columns.prompt, _PROMPTS)
-    completion = _column(report, columns.completion, _COMPLETIONS)
+        return each(report, lambda row: _conversation(row, messages, system, report), skip_broken)
+    prompt = column_of(report, columns.prompt, PROMPTS)
+    completion = column_of(report, columns.completion, _COMPLETIONS)
     if prompt and completion:
         extra = "input" if prompt == "instruction" and "input" in have else ""
         _name_unused(report, [prompt, completion, extra, *also])
-        return _each(report, lambda row: _pair(row, prompt, completion, extra, system, report), skip_broken)
-    text = _column(report, columns.text, _TEXTS)
+        return each(report, lambda row: _pair(row, prompt, completion, extra, system, report), skip_broken)
+    text = column_of(report, columns.text, _TEXTS)
     if text:
         _name_unused(report, [text])
-        return _each(report, lambda row: Text(row.number, _string(row, text)), skip_broken)
+        return each(report, lambda row: Text(row.number, _string(row, text)), skip_broken)
     raise InputError(
         f"'{report.source}' has the columns {', '.join(have)}, but training needs 'messages', or 'prompt' and "
         "'completion', or 'text': rename them, or say which is which (prompt_column, completion_column ...)."
@@ -113,8 +113,8 @@ def labelled_texts(report: TextReport, columns: Columns, skip_broken: bool = Fal
     Raises:
         InputError: missing columns, or rows without a text or label, by number.
     """
-    text = _column(report, columns.text, _TEXTS)
-    label = _column(report, columns.label, _LABELS)
+    text = column_of(report, columns.text, _TEXTS)
+    label = column_of(report, columns.label, _LABELS)
     if not text or not label:
         raise InputError(
             f"'{report.source}' has the columns {', '.join(report.columns)}, but classification needs a text and a "
@@ -122,7 +122,7 @@ def labelled_texts(report: TextReport, columns: Columns, skip_broken: bool = Fal
         )
     second = next((name for name in _SECONDS if name in report.columns), "")
     _name_unused(report, [text, label, second])
-    return _each(
+    return each(
         report,
         lambda row: Text(row.number, _string(row, text), _label(row, label), _string(row, second) if second else None),
         skip_broken,
@@ -135,30 +135,30 @@ def plain_texts(report: TextReport, columns: Columns, skip_broken: bool = False)
     Raises:
         InputError: there is no text column, or rows without a text.
     """
-    text = _column(report, columns.text, _TEXTS)
+    text = column_of(report, columns.text, _TEXTS)
     if not text:
         raise InputError(
             f"'{report.source}' has the columns {', '.join(report.columns)}, but masked language modelling needs a "
             "'text': rename it, or set text_column."
         )
     _name_unused(report, [text])
-    return _each(report, lambda row: Text(row.number, _string(row, text)), skip_broken)
+    return each(report, lambda row: Text(row.number, _string(row, text)), skip_broken)
 
 
 # ------------------------------------------------------------------------------------------------ one row
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """Why a row cannot be used."""
 
 
-def _each(report: TextReport, make: Any, skip_broken: bool = False) -> list[Any]:
+def each(report: TextReport, make: Any, skip_broken: bool = False) -> list[Any]:
     """``make`` of every row; the rows it refuses become one error, or a remark with ``skip_broken``."""
     made, wrong = [], []
     for row in report.rows:
         try:
             made.append(make(row))
-        except _Unfit as reason:
+        except Unfit as reason:
             wrong.append(f"{report.place(row.number)}: {reason}")
     if wrong and skip_broken and made:
         report.remarks.append(f"{left_out(len(wrong))} ({'; '.join(wrong[:_SHOWN])})")
@@ -171,7 +171,7 @@ def _each(report: TextReport, make: Any, skip_broken: bool = False) -> list[Any]
     return made
 
 
-def _column(report: TextReport, given: str, usual: Sequence[str]) -> str:
+def column_of(report: TextReport, given: str, usual: Sequence[str]) -> str:
     have = report.columns
     if given and given not in have:
         raise InputError(f"'{report.source}' has no column '{given}'{nearest(given, have)}: it has {', '.join(have)}.")
@@ -181,18 +181,18 @@ def _column(report: TextReport, given: str, usual: Sequence[str]) -> str:
 def _string(row: Row, column: str, empty: bool = False) -> str:
     value = row.values.get(column)
     if value is None or (isinstance(value, str) and not value.strip() and not empty):
-        raise _Unfit(f"'{column}' is empty")
+        raise Unfit(f"'{column}' is empty")
     if not isinstance(value, str):
-        raise _Unfit(f"'{column}' is not text but {type(value).__name__}")
+        raise Unfit(f"'{column}' is not text but {type(value).__name__}")
     return value
 
 
 def _label(row: Row, column: str) -> str:
     value = row.values.get(column)
     if value is None or not str(value).strip():
-        raise _Unfit(f"'{column}' is empty")
+        raise Unfit(f"'{column}' is empty")
     if isinstance(value, list | dict):
-        raise _Unfit(f"'{column}' is not a single label")
+        raise Unfit(f"'{column}' is not a single label")
     return str(value).strip()
 
 
@@ -213,10 +213,10 @@ def _pair(row: Row, prompt: str, completion: str, extra: str, system: str, repor
 def _conversation(row: Row, column: str, system: str, report: TextReport) -> Conversation:
     turns = row.values.get(column)
     if not isinstance(turns, list) or not turns:
-        raise _Unfit(f"'{column}' is not a list of messages")
+        raise Unfit(f"'{column}' is not a list of messages")
     messages = _messages(turns, report)
     if not any(message["role"] == "assistant" and message.get(LEARN, True) for message in messages):
-        raise _Unfit("no message from the assistant, so there is nothing to learn")
+        raise Unfit("no message from the assistant, so there is nothing to learn")
     messages = [*_history(row, report), *messages]
     return Conversation(row.number, _whole(messages, row, system), tools=_tools(row))
 
@@ -225,7 +225,7 @@ def _messages(turns: Sequence[Any], report: TextReport) -> list[Message]:
     messages = []
     for position, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping):
-            raise _Unfit(f"message {position} is not an object with role and content")
+            raise Unfit(f"message {position} is not an object with role and content")
         messages.append(_message(turn, position, report))
     return messages
 
@@ -234,7 +234,7 @@ def _message(turn: Mapping[str, Any], position: int, report: TextReport) -> Mess
     role = str(turn.get("role", turn.get("from", ""))).lower()
     role = _OTHER_ROLES.get(role, role)
     if role not in ROLES:
-        raise _Unfit(f"message {position} has the role '{role}' (known: {', '.join(ROLES)})")
+        raise Unfit(f"message {position} has the role '{role}' (known: {', '.join(ROLES)})")
     calls = turn.get("tool_calls")
     made: Message = {"role": role, "content": _content(turn.get("content", turn.get("value")), position, bool(calls))}
     made |= {key: turn[key] for key in PASSED if turn.get(key)}
@@ -243,7 +243,7 @@ def _message(turn: Mapping[str, Any], position: int, report: TextReport) -> Mess
     reason = next((turn[key] for key in _REASONS if turn.get(key)), None)
     if reason is not None:
         if not isinstance(reason, str):
-            raise _Unfit(f"the reasoning of message {position} is not text but {type(reason).__name__}")
+            raise Unfit(f"the reasoning of message {position} is not text but {type(reason).__name__}")
         made["reasoning_content"] = reason
     if role == "assistant" and not _learnt(turn, position):
         made[LEARN] = False
@@ -256,21 +256,21 @@ def _content(value: Any, position: int, calls: bool) -> str:
         kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in value]
         strange = next((kind for kind in kinds if kind != "text"), None)
         if strange is not None:
-            raise _Unfit(f"message {position} has a part of type '{strange}': only text is read")
+            raise Unfit(f"message {position} has a part of type '{strange}': only text is read")
         value = "".join(str(part.get("text") or "") for part in value)
     if value is None and calls:
         return ""
     if value is not None and not isinstance(value, str):
-        raise _Unfit(f"the content of message {position} is not text but {type(value).__name__}")
+        raise Unfit(f"the content of message {position} is not text but {type(value).__name__}")
     if not calls and not (value or "").strip():
-        raise _Unfit(f"message {position} has no content")
+        raise Unfit(f"message {position} has no content")
     return str(value)
 
 
 def _calls(calls: Any, position: int) -> list[Any]:
     """Tool calls with their arguments as objects, as chat templates expect; files often hold them as JSON text."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise _Unfit(f"the tool_calls of message {position} are not a list of objects")
+        raise Unfit(f"the tool_calls of message {position} are not a list of objects")
     made = []
     for call in calls:
         function = call.get("function")
@@ -285,7 +285,7 @@ def _learnt(turn: Mapping[str, Any], position: int) -> bool:
     """Whether a message is learnt, by its ``weight`` (0 or 1), ``train`` or ``training``."""
     marks = [turn[key] for key in _WEIGHTS if turn.get(key) is not None]
     if any(isinstance(mark, str) or mark not in (0, 1) for mark in marks):
-        raise _Unfit(f"message {position} has the weight {marks}: use 0 (read only) or 1 (learn)")
+        raise Unfit(f"message {position} has the weight {marks}: use 0 (read only) or 1 (learn)")
     return all(marks)
 
 
@@ -306,7 +306,7 @@ def _history(row: Row, report: TextReport) -> list[Message]:
     if not value:
         return []
     if not isinstance(value, list):
-        raise _Unfit(f"'{_HISTORY}' is not a list")
+        raise Unfit(f"'{_HISTORY}' is not a list")
     turns: list[Any] = []
     for part in value:
         if isinstance(part, list | tuple) and len(part) == 2:
@@ -323,7 +323,7 @@ def _tools(row: Row) -> tuple[Any, ...]:
     if not value:
         return ()
     if not isinstance(value, list):
-        raise _Unfit(f"'{_TOOLS}' is not a list of functions")
+        raise Unfit(f"'{_TOOLS}' is not a list of functions")
     return tuple(value)
 
 
@@ -331,17 +331,17 @@ def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        raise _Unfit(f"{what} is not JSON") from None
+        raise Unfit(f"{what} is not JSON") from None
 
 
 def _whole(messages: list[Message], row: Row, system: str) -> tuple[Message, ...]:
     """The conversation, with the row's system message (else the configured one) in front unless it begins with one."""
     own = next((row.values[name] for name in _SYSTEMS if row.values.get(name)), None)
     if own is not None and not isinstance(own, str):
-        raise _Unfit(f"the system message is not text but {type(own).__name__}")
+        raise Unfit(f"the system message is not text but {type(own).__name__}")
     if messages[0]["role"] == "system":
         if own and own.strip() and own.strip() != messages[0]["content"].strip():
-            raise _Unfit("the row has a system column and another system message in its conversation")
+            raise Unfit("the row has a system column and another system message in its conversation")
         return tuple(messages)
     text = own if own and own.strip() else system
     return ({"role": "system", "content": text}, *messages) if text else tuple(messages)

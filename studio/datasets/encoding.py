@@ -76,8 +76,8 @@ def encode_all(
             made.numbers += [item.number] * len(kept)
             continue
         ids, learnt = encode_conversation(item, tokenizer)
-        if item.messages[-1].get(LEARN, True) and _endless(ids, learnt, tokenizer):
-            ids, learnt = [*ids, *_end(tokenizer)], [*learnt, *[True] * len(_end(tokenizer))]
+        ids, learnt, ended = with_end(item, ids, learnt, tokenizer)
+        if ended:
             made.ended.append(item.number)
         if len(ids) > max_length:
             if too_long == "refuse":
@@ -132,11 +132,20 @@ def encode_conversation(item: Conversation, tokenizer: Any) -> tuple[list[int], 
                 before = render(tokenizer, messages[:position], True, item.tools)
             else:
                 before = _opening(turn, tokenizer, item)
-            ids, learnt = _grow(ids, learnt, before, False, item)
-            ids, learnt = _grow(ids, learnt, turn, True if message.get(LEARN, True) else None, item)
+            ids, learnt = grow(ids, learnt, before, False, item)
+            ids, learnt = grow(ids, learnt, turn, True if message.get(LEARN, True) else None, item)
     except _TemplateError as error:
         raise InputError(f"The chat template cannot write row {item.number}: {error}") from None
     return ids, learnt
+
+
+def with_end(
+    item: Conversation, ids: list[int], learnt: list[bool | None], tokenizer: Any
+) -> tuple[list[int], list[bool | None], bool]:
+    """The tokens with an end token after a last answer that the chat template leaves open, and whether it was added."""
+    if not (item.messages[-1].get(LEARN, True) and _endless(ids, learnt, tokenizer)):
+        return ids, learnt, False
+    return [*ids, *_end(tokenizer)], [*learnt, *[True] * len(_end(tokenizer))], True
 
 
 _OTHER_TEMPLATE = "use a base or chat_template that does, or take them out."
@@ -199,9 +208,10 @@ def render(tokenizer: Any, messages: Sequence[Message], answer_next: bool, tools
     return ids
 
 
-def _grow(
+def grow(
     ids: list[int], learnt: list[bool | None], longer: list[int], mine: bool | None, item: Conversation
 ) -> tuple[list[int], list[bool | None]]:
+    """Tokens and marks of a longer part of the conversation, whose new tokens are ``mine`` (the assistant's)."""
     if longer[: len(ids)] != ids:
         raise InputError(
             f"The chat template writes earlier turns differently when later ones follow (row {item.number}), so the "

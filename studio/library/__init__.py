@@ -22,10 +22,11 @@ from studio.library.resolve import (
     resolve_base,
     resolve_language,
     resolve_pipeline,
+    resolve_vision_language,
 )
 
 __all__ = [
     "Record", "Trashed", "adapters", "bases", "empty_trash", "find", "import_adapter", "import_base", "places",
-    "rename", "resolve_adapter", "resolve_base", "resolve_language", "resolve_pipeline", "restore", "sha256", "show",
-    "trash", "trashed",
+    "rename", "resolve_adapter", "resolve_base", "resolve_language", "resolve_pipeline", "resolve_vision_language",
+    "restore", "sha256", "show", "trash", "trashed",
 ]  # fmt: skip

@@ -11,6 +11,9 @@ from pipelines.diffusion.methods import Properties
 FLOW = tuple(name for name, family in FAMILIES.items() if family.flow)
 """Families trained by flow matching."""
 
+WRITING = ("language", "vision-language")
+"""Families of models that write text instead of drawing pictures."""
+
 if TYPE_CHECKING:
     FamilyName = str
 else:
@@ -20,7 +23,9 @@ else:
 
 def written(name: str) -> str:
     """The short display name of the family ``name``."""
-    return FAMILIES[name].short if name in FAMILIES else {"language": "language"}.get(name, "unknown family")
+    if name in FAMILIES:
+        return FAMILIES[name].short
+    return name if name in WRITING else "unknown family"
 
 
 def moving(name: str) -> bool:

@@ -162,6 +162,29 @@ def is_language_model(folder: Path) -> bool:
     return isinstance(heads, list) and any(_LANGUAGE_HEADS.search(str(head)) for head in heads)
 
 
+def is_vision_language_model(folder: Path) -> bool:
+    """Whether the folder is a transformers model that answers questions about pictures."""
+    if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+        return False
+    try:
+        config = _json(folder / "config.json")
+    except InputError:
+        return False
+    heads = config.get("architectures")
+    writes = isinstance(heads, list) and any(str(head).endswith("ForConditionalGeneration") for head in heads)
+    return writes and isinstance(config.get("vision_config"), dict)
+
+
+def _vision_language_model(folder: Path) -> dict[str, Any]:
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise InputError("its processor is missing (processor_config.json)")
+    inside = _table(_json(folder / "config.json").get("text_config"))
+    found = _language_model(folder)
+    width = {"width": inside.get("hidden_size"), "layers": inside.get("num_hidden_layers")}
+    notes = {**found["notes"], **{key: value for key, value in width.items() if value}}
+    return {**found, "family": "vision-language", "notes": notes}
+
+
 def _language_model(folder: Path) -> dict[str, Any]:
     config = _json(folder / "config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
@@ -186,6 +209,8 @@ def base(path: Path) -> dict[str, Any]:
     """
     if path.is_dir() and is_language_model(path):
         return _language_model(path)
+    if path.is_dir() and is_vision_language_model(path):
+        return _vision_language_model(path)
     if path.is_dir():
         index = _json(path / "model_index.json")
         name = str(index.get("_class_name", ""))

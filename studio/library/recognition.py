@@ -13,8 +13,10 @@ _END = 100
 
 
 def adapter_family(head: Header) -> str:
-    """The name of the family, "language", or "unknown"."""
+    """The name of the family, "language", "vision-language", or "unknown"."""
     names = "\n".join(head.shapes)
+    if _VISION_LANGUAGE.search(names):
+        return "vision-language"
     if _LANGUAGE.search(names):
         return "language"
     hints = " ".join(head.metadata.get(key, "")[:1000] for key in ("modelspec.architecture", "ss_base_model_version"))
@@ -28,6 +30,11 @@ _LANGUAGE = re.compile(
     re.MULTILINE,
 )
 """PEFT's keys of decoders and of BERT-like models; speech models have encoder.layers and decoder.layers instead."""
+
+_VISION_LANGUAGE = re.compile(
+    r"^base_model\.model\.(model\.)?(language_model|text_model)\.(model\.)?layers\.\d", re.MULTILINE
+)
+"""PEFT's keys of the language model inside a vision-language model."""
 
 _CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv]$")
 """Projections of the text embeddings in cross-attention."""

@@ -79,6 +79,8 @@ def resolve_pipeline(name_or_path: str | Path) -> str:
     place = None if str(name_or_path) == smollm2.NAME else resolve_base(name_or_path)
     if place is None or facts.is_language_model(Path(place)):
         raise InputError(f"'{name_or_path}' is a language model: pictures need a base such as tinymoji.")
+    if facts.is_vision_language_model(Path(place)):
+        raise InputError(f"'{name_or_path}' looks at pictures, it does not draw them: choose a base such as tinymoji.")
     return place
 
 
@@ -91,6 +93,20 @@ def resolve_language(name_or_path: str | Path) -> str:
     place = resolve_base(name_or_path)
     if (Path(place) / "model_index.json").is_file() or Path(place).is_file():
         raise InputError(f"'{name_or_path}' draws pictures: texts need a language model such as {smollm2.NAME}.")
+    return place
+
+
+def resolve_vision_language(name_or_path: str | Path) -> str:
+    """As :func:`resolve_base`, for a model that answers questions about pictures.
+
+    Raises:
+        InputError: there is nothing of this name, or it draws pictures, or does not look at them.
+    """
+    place = None if str(name_or_path) == smollm2.NAME else resolve_base(name_or_path)
+    if place is None or (Path(place).exists() and not facts.is_vision_language_model(Path(place))):
+        raise InputError(
+            f"'{name_or_path}' does not look at pictures: choose a vision-language model such as tinysight."
+        )
     return place
 
 

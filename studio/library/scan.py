@@ -162,7 +162,8 @@ def _entries(folder: Path) -> Iterable[Path]:
 def _whole(folder: Path, kind: Kind) -> bool:
     """Whether the folder is one adapter (or base) rather than a place that holds some."""
     if kind == "base":
-        return (folder / "model_index.json").is_file() or facts.is_language_model(folder)
+        known = facts.is_language_model(folder) or facts.is_vision_language_model(folder)
+        return known or (folder / "model_index.json").is_file()
     if any((folder / one.mark).is_file() for one in formats().values() if one.mark):
         return True
     names = [entry.name for entry in _entries(folder)]

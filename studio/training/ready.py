@@ -12,6 +12,7 @@ from pathlib import Path
 from adapters.compression.backends import check_quantization
 from adapters.errors import InputError
 from pipelines.diffusion.families import FAMILIES
+from pipelines.pictures import open_picture
 from studio import library
 from studio.datasets import texts
 from studio.datasets.pictures import FolderReport, usable_pictures
@@ -25,6 +26,7 @@ from studio.training.schemas.distill import DistillConfig, style
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.schemas.scene import TrainSceneConfig
+from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 
 PLAIN = ("adamw", "adafactor", "sgd")
 """Optimisers that need no package of their own."""
@@ -54,6 +56,21 @@ def language(config: TrainLanguageConfig) -> None:
     if not (texts.on_hub(config.data) or texts.on_hub(config.validation_data)):
         rows.read(config)
     rows.template_of(config)
+    check_quantization(config.quantization)
+    _common(config)
+
+
+def vision_language(config: TrainVisionLanguageConfig) -> None:
+    """Check base, rows with their columns and pictures, sample pictures and the adapter to continue from.
+
+    Raises:
+        InputError: the first thing that would make the training fail.
+    """
+    library.resolve_vision_language(config.base)
+    if not (texts.on_hub(config.data) or texts.on_hub(config.validation_data)):
+        rows.pictured(config)
+    for prompt in config.sample_prompts:
+        open_picture(Path(prompt.partition(": ")[0]).expanduser())
     check_quantization(config.quantization)
     _common(config)
 

@@ -17,7 +17,8 @@ TONES = {
 }  # fmt: skip
 VIEWS = {
     "compose": "compose", "compare": "compose", "sweep": "compose", "train-image": "train-image", "distill": "distill",
-    "train-language": "train-language", "reconstruct": "reconstruct", "train-scene": "reconstruct",
+    "train-language": "train-language", "train-vision-language": "train-language",
+    "reconstruct": "reconstruct", "train-scene": "reconstruct",
     "forgetting": "forgetting", "soften": "forgetting",
 }  # fmt: skip
 """Kind of job -> the kind whose page area shows it."""

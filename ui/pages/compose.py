@@ -297,13 +297,15 @@ def adapter_choices() -> list[tuple[str, str]]:
 
 def adapters_to_choose() -> list[tuple[str, library.Record]]:
     """The usable adapters, each with its text in menus."""
-    usable = [record for record in library.adapters() if not record.problem and record.family != "language"]
+    usable = [
+        record for record in library.adapters() if not record.problem and record.family not in base_families.WRITING
+    ]
     return [(f"{record.name}   {rack.short_facts(record)}", record) for record in usable]
 
 
 def base_choices() -> list[tuple[str, str]]:
     """Usable base models as choices."""
-    usable = [record for record in library.bases() if not record.problem and record.family != "language"]
+    usable = [record for record in library.bases() if not record.problem and record.family not in base_families.WRITING]
     return [
         (f"{record.name}   {base_families.written(record.family)}, {markup.file_size(record.size)}", record.name)
         for record in usable

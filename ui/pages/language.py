@@ -509,7 +509,7 @@ def _measures(job: Job) -> str:
         return ""
     last = found[-1]
     names = {"validation_loss": "Validation loss", "perplexity": "Perplexity", "accuracy": "Accuracy",
-             "macro_f1": "Macro F1"}  # fmt: skip
+             "macro_f1": "Macro F1", "exact_answers": "Exact answers"}  # fmt: skip
     return markup.facts((title, f"{last[name]:.4g}") for name, title in names.items() if name in last)
 
 

@@ -9,21 +9,29 @@ from studio.training.cards import base_lines, base_name, front_matter
 from studio.training.export import RECIPE_ENTRY
 
 
-def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: Sequence[str]) -> str:
+def card(
+    recipe: Mapping[str, Any],
+    auto_class: str,
+    pipeline_tag: str,
+    asking: Sequence[str],
+    reader: tuple[str, str] = ("tokenizer", "AutoTokenizer"),
+) -> str:
     """The adapter's card: what it is, how it was made, how it is loaded.
 
     Args:
         auto_class: transformers' class for the base.
         pipeline_tag: what a hub calls the task.
-        asking: lines of Python that use the loaded ``model`` and ``tokenizer`` once.
+        asking: lines of Python that use the loaded ``model`` and its reader once.
+        reader: what turns inputs into tokens: its name in those lines, and transformers' class for it.
     """
     config, training, data, base = recipe["config"], recipe["training"], recipe["data"], recipe["base"]
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["validation"].items())
     labels = ", ".join(data.get("labels") or ())
+    task = config.get("task") or "vision-language"
     method = config.get("method", "lora")
     mixture = method != "lora"
     what = f"mixture of LoRA experts ({method})" if mixture else "LoRA"
-    said = f"A {config['task']} adapter trained on {data['rows']} rows of {data['source']}."
+    said = f"A {task} adapter trained on {data['rows']} rows of {data['source']}."
     lines = [
         *front_matter(
             base["name"],
@@ -34,7 +42,7 @@ def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: 
         ),
         f"# {recipe['name']}",
         "",
-        f"A {what} for **{base_name(base['name'])}** ({base['architecture']}), task {config['task']}"
+        f"A {what} for **{base_name(base['name'])}** ({base['architecture']}), task {task}"
         + (f", labels: {labels}." if labels else "."),
         "",
         f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}, start: {config['init']}",
@@ -45,12 +53,12 @@ def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str, asking: 
         f"- Data digest: `{data['digest']}`",
         "",
         "```python",
-        f"from transformers import AutoTokenizer, {auto_class}",
+        f"from transformers import {reader[1]}, {auto_class}",
         *(["import adapters.layers.experts  # of adapter-studio: makes PEFT know this kind"] if mixture else []),
         "from peft import PeftModel",
         *base_lines(base["name"]),
         "",
-        "tokenizer = AutoTokenizer.from_pretrained(base)",
+        f"{reader[0]} = {reader[1]}.from_pretrained(base)",
         f"model = {auto_class}.from_pretrained(base" + (f", num_labels={len(data['labels'])})" if labels else ")"),
         'model = PeftModel.from_pretrained(model, ".")',
         *asking,

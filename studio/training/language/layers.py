@@ -12,7 +12,11 @@ from torch import nn
 from adapters.errors import InputError
 from adapters.layers.sizes import sizes
 from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 from studio.training.targets import check_ranks, no_match, peft_config
+
+Chosen = TrainLanguageConfig | TrainVisionLanguageConfig
+"""Configurations that choose layers by the names of a language model."""
 
 ATTENTION = (
     r"(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|Wqkv|c_attn|query_key_value|query|key|value|[qkv]_lin|out_lin|"
@@ -22,13 +26,17 @@ HEADS = r"(.*\.)?(lm_head|embed_out|score|classifier|pre_classifier|pooler|cls|q
 """Output layers, which 'linear' leaves out as other trainers do."""
 
 
-def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
+def find_targets(model: nn.Module, config: Chosen, inside: str = "") -> list[str]:
     """Names of the layers of ``model`` that ``config`` chooses.
+
+    Args:
+        inside: only layers below the module of this name (the language model of a vision-language model).
 
     Raises:
         InputError: no layer matches (near names are shown), or a layer is smaller than its rank.
     """
-    layers = {name: module for name, module in model.named_modules() if _linear(module)}
+    below = f"{inside}." if inside else ""
+    layers = {n: module for n, module in model.named_modules() if _linear(module) and n.startswith(below)}
     if config.target_regex:
         chosen = [name for name in layers if re.fullmatch(config.target_regex, name)]
     else:
@@ -39,15 +47,20 @@ def find_targets(model: nn.Module, config: TrainLanguageConfig) -> list[str]:
     if config.exclude_regex:
         chosen = [name for name in chosen if not re.fullmatch(config.exclude_regex, name)]
     if not chosen:
-        raise no_match(type(model).__name__, config.target_regex or config.targets, config, list(layers))
+        raise no_match(
+            f"{inside} in {type(model).__name__}" if inside else type(model).__name__,
+            config.target_regex or config.targets,
+            config,
+            list(layers),
+        )
     return chosen
 
 
 def layer_config(
-    model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
+    model: nn.Module, config: Chosen, fresh: Sequence[str] = (), task_type: str | None = None, inside: str = ""
 ) -> LoraConfig:
     """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole, ``task_type`` is PEFT's."""
-    targets = [name for name in find_targets(model, config) if name not in fresh]
+    targets = [name for name in find_targets(model, config, inside) if name not in fresh]
     conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
     made = peft_config(
         config, targets, task_type=task_type, fan_in_fan_out=conv1d, modules_to_save=list(fresh) or None
@@ -57,11 +70,11 @@ def layer_config(
 
 
 def add_adapter(
-    model: Any, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
+    model: Any, config: Chosen, fresh: Sequence[str] = (), task_type: str | None = None, inside: str = ""
 ) -> PeftModel:
     """``model`` with a new adapter in fp32; besides it only the ``fresh`` modules (a new head) learn."""
     mixture = config.method != "lora"
-    made: Any = (expert_config if mixture else layer_config)(model, config, fresh, task_type)
+    made: Any = (expert_config if mixture else layer_config)(model, config, fresh, task_type, inside)
     if config.quantization != "none":
         import peft
 
@@ -75,7 +88,7 @@ def add_adapter(
 
 
 def expert_config(
-    model: nn.Module, config: TrainLanguageConfig, fresh: Sequence[str] = (), task_type: str | None = None
+    model: nn.Module, config: Chosen, fresh: Sequence[str] = (), task_type: str | None = None, inside: str = ""
 ) -> PeftConfig:
     """The configuration of a mixture of experts on the same layers."""
     from adapters.layers.experts.presets import preset
@@ -84,7 +97,7 @@ def expert_config(
         raise InputError("Experts are of one kind: switch use_rslora or use_dora off.")
     return preset(
         config.method, lambda name: getattr(config, name, None), task_type=task_type,
-        target_modules=[name for name in find_targets(model, config) if name not in fresh],
+        target_modules=[name for name in find_targets(model, config, inside) if name not in fresh],
         modules_to_save=list(fresh) or None, r=config.rank, lora_alpha=config.alpha or config.rank,
         lora_dropout=config.dropout,
         expert_kind="dora" if config.use_dora else "rslora" if config.use_rslora else "lora",

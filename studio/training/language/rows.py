@@ -6,16 +6,20 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from adapters.errors import InputError, nearest
-from studio.datasets.conversations import Columns, Conversation, Text, conversations, labelled_texts, plain_texts
+from studio.datasets import picture_questions
+from studio.datasets.conversations import Columns, Text, conversations, labelled_texts, plain_texts
 from studio.datasets.encoding import CHATML
 from studio.datasets.seeds import rng
 from studio.datasets.texts import TextReport, scan, usable_rows
 from studio.training.language.about import known
 from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 
-Items = list[Conversation | Text]
+Items = list[Any]
+"""Conversations, texts, or conversations about pictures."""
 
 
 @dataclass
@@ -48,26 +52,35 @@ def read_rows(config: TrainLanguageConfig, understand: Callable[[TextReport, Col
     columns = Columns(
         config.messages_column, config.prompt_column, config.completion_column, config.text_column, config.label_column
     )
+    return gather(config, lambda report: understand(report, columns))
+
+
+def gather(config: Any, understand: Callable[[TextReport], list[Any]]) -> Rows:
+    """The rows of a job with ``data``, ``validation_data`` or ``validation_split``, each as ``understand`` makes them.
+
+    Raises:
+        InputError: as :func:`read_rows`.
+    """
     report = usable_rows(scan(config.data, config.data_split), config.skip_broken, config.limit)
-    items = understand(report, columns)
+    items = understand(report)
     held_out: Items = []
     digest = report.digest()
     if config.validation_data:
         other = usable_rows(scan(config.validation_data, config.data_split), config.skip_broken)
-        held_out, digest = understand(other, columns), f"{digest} {other.digest()}"
+        held_out, digest = understand(other), f"{digest} {other.digest()}"
         report.remarks += [f"{other.source}: {remark}" for remark in other.remarks if remark not in report.remarks]
     elif config.validation_split:
         items, held_out = split(items, config.validation_split, config.seed)
     return Rows(items, held_out, [], types_of(report, config), digest, report.columns, report.remarks)
 
 
-def types_of(report: TextReport, config: TrainLanguageConfig) -> dict[int, int]:
+def types_of(report: TextReport, config: Any) -> dict[int, int]:
     """The type of each row, 0 or 1, from ``type_column``.
 
     Raises:
         InputError: there is no such column, or a row has another type.
     """
-    column = config.type_column
+    column = getattr(config, "type_column", "")
     if not column:
         return {}
     if column not in report.columns:
@@ -130,6 +143,17 @@ def labelled(config: TrainLanguageConfig) -> Rows:
     rows = read_rows(config, lambda report, columns: list(labelled_texts(report, columns, config.skip_broken)))
     rows.labels = labels_of(rows, config.data)
     return rows
+
+
+def pictured(config: TrainVisionLanguageConfig) -> Rows:
+    """Conversations about pictures, whose files exist; they are opened later.
+
+    Raises:
+        InputError: as :func:`read_rows`, and for missing pictures.
+    """
+    columns = Columns(messages=config.messages_column, prompt=config.question_column, completion=config.answer_column)
+    image, system, skip = config.image_column, config.system_prompt, config.skip_broken
+    return gather(config, lambda report: picture_questions.pictured(report, columns, image, system, skip))
 
 
 def labels_of(rows: Rows, source: str) -> list[str]:

@@ -1,0 +1,1 @@
+"""Vision-language models: loading them with their processor, adapters under the language model, answers to pictures."""
