@@ -258,3 +258,24 @@ def test_refusals(llava, sights, tmp_path):
         language_part(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(InputError, match="cannot read this conversation"):
         processed(open_model(llava).processor, [[{"role": "user", "content": [{"type": "image", "image": 3}]}]], True)
+
+
+def test_a_mixture_of_experts_trains_and_reloads_under_the_language_model(llava, sights, tmp_path):
+    """LLaVA-MoLE: one router per feed-forward block; beside the untouched base it gives what training ended with."""
+    result = run(settings(llava, sights, method="llava-mole", steps=3), tmp_path, Watcher())
+    names = weights(result)
+    assert any("router" in name for name in names)
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+    base = open_model(llava)
+    talk = with_pictures([{"role": "user", "content": f"{PLACE}hue?"}], [Image.new("RGB", (24, 16), "green")])
+    inputs = inputs_of(base, talk)
+    theirs = PeftModel.from_pretrained(stock(llava)[0], result["adapter"]).eval()
+    adapted = AdaptedVision(base)
+    adapted.add("mole", Path(result["adapter"]))
+    with torch.no_grad():
+        plain = base.model(**inputs).logits
+        with adapted.active({"mole": 1.0}) as active:
+            ours = active(**inputs).logits
+        assert torch.allclose(ours, theirs(**inputs).logits, atol=1e-5)
+        assert torch.equal(base.model(**inputs).logits, plain)
+    assert float((ours - plain).abs().max()) > 1e-4
