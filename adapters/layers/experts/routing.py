@@ -8,6 +8,7 @@ are computed again in the backward pass) record nothing.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,12 @@ class Routing:
     watching: bool = False
     open: bool = False
     _hooks: list[Any] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
+        """The context of a copied model: the same adapters, its own hooks, nothing of the last forward pass."""
+        made = memo[id(self)] = Routing()
+        made.configs, made._hooks = copy.deepcopy(self.configs, memo), copy.deepcopy(self._hooks, memo)
+        return made
 
     # ------------------------------------------------------------------------------------------ hooks of the base
     def attach(self, model: nn.Module) -> None:
