@@ -203,11 +203,6 @@ def _block_places(
     tried: set[type] = set()
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in targets):
         block = modules[parent]
-        if has_experts(block) or has_experts(modules.get(parent.rpartition(".")[0], block)):
-            raise InputError(
-                f"'{parent}' is a mixture of experts already: adapt its experts with an ordinary LoRA "
-                "(target_parameters of PEFT)."
-            )
         if parent not in blocks:
             if _in_block(f"{parent}.", blocks) and layer_number(parent, config.layers_pattern) is not None:
                 raise unknown(parent, block)
@@ -220,6 +215,12 @@ def _block_places(
         roles = tuple(role for role, name in structure.roles.items() if name in names)
         places[parent] = _place(config, parent, "block", roles=roles)
     if not places:
+        mixture = next((path for path, module in modules.items() if has_experts(module)), None)
+        if mixture is not None:
+            raise InputError(
+                f"'{mixture}' is a mixture of experts already: adapt its experts with an ordinary LoRA "
+                "(target_parameters of PEFT)."
+            )
         raise InputError(
             "Placement 'ffn_block' needs linear layers of a feed-forward block in target_modules (gate_proj, up_proj, "
             "down_proj ...), and there are none."

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from adapters.errors import InputError
@@ -59,11 +60,16 @@ PATTERNS = ", ".join(dict.fromkeys("/".join(known.roles.values()) for known in S
 def structure_of(block: nn.Module) -> Structure | None:
     """The structure of a feed-forward block, or None if its parts have other names."""
     for known in STRUCTURES:
-        parts = [getattr(block, name, None) for name in known.roles.values()]
+        parts = [_own(getattr(block, name, None)) for name in known.roles.values()]
         if all(isinstance(part, nn.Module) and is_linear(part) for part in parts) and _activation(block) is not None:
             after = known.after if isinstance(getattr(block, known.after or "-", None), nn.Module) else ""
             return Structure(known.up, known.down, known.gate, known.fused, after)
     return None
+
+
+def _own(part: Any) -> Any:
+    """A part without the adapters around it."""
+    return part.get_base_layer() if isinstance(part, BaseTunerLayer) else part
 
 
 def has_experts(block: nn.Module) -> bool:
@@ -102,7 +108,7 @@ def check_structure(block: Any, structure: Structure, path: str) -> None:
     first = [getattr(block, name) for role, name in structure.roles.items() if role != "down"]
     floating = next((p for p in parameters if p.is_floating_point()), None)
     dtype = floating.dtype if floating is not None else torch.float32
-    width = sizes(first[0])[1]
+    width = sizes(_own(first[0]))[1]
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(parameters[0].device, dtype)
     was_training = block.training
     block.eval()
