@@ -108,6 +108,10 @@ class MoeConfig(PeftConfig):
         attach_aux_to_output: add the auxiliary loss to ``outputs.loss`` of the model, for training programs that know
             nothing of it.
         compute: how experts are computed; all agree.
+        experts: of X-LoRA: the frozen experts in the order of their gates, ``{"name", "path", "sha256"}`` each.
+        frozen: of X-LoRA: the adapted modules in the model's order, ``{"module", "ranks", "dora"}`` each, with the rank
+            of every expert there (0 = it lacks the module).
+        classifier: of X-LoRA: :class:`~adapters.layers.experts.classifier.ClassifierOptions`.
         preset: name of the method these choices come from.
         num_layers: layers of the model the lists below were resolved for.
         schema_version: of this file.
@@ -144,6 +148,9 @@ class MoeConfig(PeftConfig):
     lbc_per_token: bool = False
     attach_aux_to_output: bool = False
     compute: str = "auto"
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    frozen: list[dict[str, Any]] = field(default_factory=list)
+    classifier: dict[str, Any] = field(default_factory=dict)
     preset: str = ""
     num_layers: int | None = None
     schema_version: int = SCHEMA_VERSION
@@ -200,6 +207,25 @@ class MoeConfig(PeftConfig):
         self._check_numbers()
         self._check_router()
         self._check_losses()
+        self._check_frozen()
+
+    def _check_frozen(self) -> None:
+        if not (self.experts or self.frozen or self.classifier):
+            return
+        from adapters.layers.experts.classifier import ClassifierOptions
+
+        if not self.experts:
+            raise InputError("X-LoRA mixes experts that are trained already: name at least one.")
+        if self.router != "external" or self.placement != "linear":
+            raise InputError("Frozen experts with a classifier need router 'external' and placement 'linear'.")
+        names = [str(expert.get("name")) for expert in self.experts]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"Two experts are called '{twice}': give each a name of its own.")
+        ClassifierOptions.of(self.classifier).check(len(names))
+        for entry in self.frozen:
+            if len(entry.get("ranks", ())) != len(names) or not any(entry["ranks"]):
+                raise InputError(f"The ranks of '{entry.get('module')}' are not one for each of {len(names)} experts.")
 
     def _check_numbers(self) -> None:
         for name in ("num_experts", "r", "top_k"):

@@ -9,7 +9,10 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from adapters.errors import InputError
+from adapters.layers.experts.classifier import Classifier
+from adapters.layers.experts.frozen import FrozenExperts
 from adapters.layers.experts.layer import NO_MERGE, PREFIX, ExpertBlock, ExpertLayer, ExpertLinear, Router
+from adapters.layers.experts.passes import GatesFromBase
 from adapters.layers.experts.places import resolve
 from adapters.layers.experts.routing import Routing
 from adapters.layers.experts.structure import structure_of
@@ -47,9 +50,16 @@ class MoeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         place = peft_config.places[current_key]
+        if peft_config.frozen and self.routing.source is None:
+            self.routing.source = GatesFromBase(self.routing)
         self.routing.configs[adapter_name] = peft_config
         active = adapter_name in self.active_adapters
         if isinstance(target, ExpertLayer):
+            if isinstance(target, FrozenExperts) != bool(peft_config.frozen):
+                raise InputError(
+                    f"'{current_key}' has experts of another kind: an X-LoRA and a trained mixture cannot be on one "
+                    "model."
+                )
             target.update_layer(adapter_name, place, peft_config, peft_config.inference_mode or not active)
             return
         layer: ExpertLayer
@@ -57,6 +67,8 @@ class MoeModel(BaseTuner):
             structure = structure_of(target)
             assert structure is not None
             layer = ExpertBlock(target, current_key, self.routing, structure)
+        elif peft_config.frozen:
+            layer = FrozenExperts(target, current_key, self.routing)
         else:
             layer = ExpertLinear(target, current_key, self.routing)
         layer.update_layer(adapter_name, place, peft_config, peft_config.inference_mode)
@@ -82,7 +94,7 @@ class MoeModel(BaseTuner):
         """As PEFT's; routers are fp32 in any case."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for module in self.model.modules():
-            if isinstance(module, Router):
+            if isinstance(module, Router | Classifier):
                 module.float()
 
     def delete_adapter(self, adapter_name: str) -> None:

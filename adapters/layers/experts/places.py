@@ -27,6 +27,8 @@ def resolve(config: MoeConfig, model: nn.Module) -> dict[str, Place]:
         InputError: nothing matches, or the choices do not fit the model.
     """
     modules = originals(model)
+    if config.frozen:
+        return _frozen_places(config, model, modules)
     config.within = config.within if config.within is not None else _language_part(modules)
     blocks = {path: structure for path, module in modules.items() if (structure := structure_of(module)) is not None}
     targets = _targets(config, modules, blocks)
@@ -46,6 +48,40 @@ def resolve(config: MoeConfig, model: nn.Module) -> dict[str, Place]:
         raise InputError("No module is left for the experts: choose other target_modules, or attention 'experts'.")
     _check_free(model, places)
     return _numbered(config, [places[path] for path in modules if path in places])
+
+
+def _frozen_places(config: MoeConfig, model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, Place]:
+    """X-LoRA's places: the modules that its experts have, which must be in the model, in the same order.
+
+    Raises:
+        InputError: a module is missing or not linear, or the order differs (layer-wise gates would be mixed up).
+    """
+    named = [str(entry["module"]) for entry in config.frozen]
+    for path in named:
+        if path not in modules:
+            raise InputError(f"The experts adapt '{path}', which this model lacks: open the base they were trained on.")
+        if not is_linear(modules[path]):
+            raise InputError(
+                f"An expert adapts '{path}', a {type(modules[path]).__name__}: X-LoRA mixes experts beside linear "
+                "layers only."
+            )
+    order = [path for path in modules if path in set(named)]
+    if order != named:
+        wrong = next(a for a, b in zip(named, order, strict=True) if a != b)
+        raise InputError(
+            f"The modules of this model are in another order than when the X-LoRA was made (from '{wrong}' on), so its "
+            "gates would be mixed up: open the base it was trained on."
+        )
+    count = len(config.experts)
+    places = {
+        path: Place(
+            path, "linear", layer_number(path, config.layers_pattern), count, count, max(entry["ranks"]), 1.0,
+            position=position,
+        )
+        for position, (path, entry) in enumerate(zip(named, config.frozen, strict=True))
+    }  # fmt: skip
+    _check_free(model, places)
+    return places
 
 
 def originals(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,9 @@ class Routing:
         records: adapter -> module path -> what its router decided in the last forward pass.
         collecting: whether this forward pass records for a loss; ``watching``: record in any case.
         open: whether a forward pass of the base model is running.
+        resting: the experts are left out (the base's own pass of X-LoRA).
+        source: called before a forward pass with the model and its arguments, to set ``external_gates``; returns the
+            arguments.
     """
 
     attention_mask: Tensor | None = None
@@ -90,6 +93,8 @@ class Routing:
     collecting: bool = False
     watching: bool = False
     open: bool = False
+    resting: bool = False
+    source: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     _hooks: list[Any] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
@@ -122,7 +127,8 @@ class Routing:
         wanted = any(config.collects for config in self.configs.values())
         self.collecting = wanted and model.training and torch.is_grad_enabled()
         self.open = True
-        return args, {name: value for name, value in kwargs.items() if name != TYPES_COLUMN}
+        kwargs = {name: value for name, value in kwargs.items() if name != TYPES_COLUMN}
+        return (args, kwargs) if self.source is None else self.source(model, args, kwargs)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         """After a forward pass of the base model; adds the auxiliary loss to its output, if configured."""
