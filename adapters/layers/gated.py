@@ -90,6 +90,7 @@ class Gates:
         self._setting: tuple[object, ...] = ("off",)
         self.strengths = torch.zeros(1, count, device=device, dtype=dtype)
         self.token_gates: TokenGates | None = None
+        self.in_front: Callable[[str], bool] = lambda name: False
         self.changed: Callable[[Blocks | None], None] = lambda blocks: None  # called with the gates of each block
         self._owners: dict[tuple[int, ...], Tensor] = {}
         self._columns: dict[tuple[int, ...], Tensor] = {}
@@ -152,9 +153,13 @@ class Gates:
         """The adapter that owns each column (R,)."""
         return self._owners[ranks]
 
-    def tokens_to(self, token_gates: TokenGates | None) -> None:
-        """Make strengths depend on the position; None = no longer."""
-        self.token_gates = token_gates
+    def tokens_to(self, token_gates: TokenGates | None, in_front: Callable[[str], bool] = lambda name: False) -> None:
+        """Make strengths depend on the position; None = no longer.
+
+        Args:
+            in_front: whether the input of the module of this name has the positions in front and the batch second.
+        """
+        self.token_gates, self.in_front = token_gates, in_front
         self._token_columns.clear()
         if token_gates is not None:
             self.changed(None)
@@ -306,7 +311,9 @@ class GatedLayer:
             A, B = self._with_gates(x)  # the gate is the same everywhere: it is part of B
             return _add(output, F.linear(x, A).reshape(-1, hi - lo), B)
         A, B = _like(self.A[lo:hi], x), _like(self.B[lo:hi], x)
-        h = F.linear(x, A) * self._gate(x, x.shape[-2] if x.ndim == 3 else 0, lo, hi)
+        in_front = x.ndim == 3 and gates.token_gates is not None and gates.in_front(self.name)
+        gate = self._gate(x, x.shape[0 if in_front else 1] if x.ndim == 3 else 0, lo, hi)
+        h = F.linear(x, A) * (gate.transpose(0, 1) if in_front else gate)
         return _add(output, h.reshape(-1, hi - lo), B)
 
     def _table(self, tokens: Tensor, output: Tensor, lo: int, hi: int) -> Tensor:
@@ -387,14 +394,18 @@ class GatedLayer:
         """sum_i g_i d_i, shaped to multiply ``output``."""
         assert self.rows is not None
         rows = _like(self.rows, output)
-        tokens = output.shape[2] * output.shape[3] if self.is_conv else output.shape[-2] if output.ndim == 3 else 0
+        in_front = output.ndim == 3 and self.gates.token_gates is not None and self.gates.in_front(self.name)
+        tokens = output.shape[0 if in_front else 1] if output.ndim == 3 else 0
+        tokens = output.shape[2] * output.shape[3] if self.is_conv else tokens
         places = self.gates.token_gates(self.name, tokens) if self.gates.token_gates else None
         if places is not None:
             scale = (self.gates.strengths.to(output)[:, None] * places.to(output)) @ rows  # (1 | b, L, out)
             if self.is_conv:
                 size = output.shape[2:] if scale.shape[1] > 1 else (1, 1)
                 return scale.transpose(1, 2).unflatten(2, size)
-            return scale if output.ndim == 3 else scale[:, 0]
+            if output.ndim == 3:
+                return scale.transpose(0, 1) if in_front else scale
+            return scale[:, 0]
         if self.gates.mode == "grouped":
             strengths = self.gates.strengths[0, self.gates.selection].to(output)
             per_block = strengths[:, None] * rows[self.gates.selection]

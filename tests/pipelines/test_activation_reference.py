@@ -6,6 +6,7 @@ W0 + s B A, goes through the regions in a loop, computes each for the whole pict
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from pipelines.diffusion import MultiLoRAPipeline
 from pipelines.diffusion.regions import Region
 from tests import tiny
-from tests.pipelines.conftest import Bed, close
+from tests.pipelines.conftest import Bed, close, own_size
 
 SIZE, STEPS, GUIDANCE, SEED = 32, 3, 4.0, 11
 PROMPTS = ("a red apple", "a cat", "two dogs")
@@ -214,15 +215,22 @@ def plain() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def drawn(composer: MultiLoRAPipeline, names: str, boxes: Sequence[Any], **options: Any) -> Tensor:
+def drawn(
+    composer: MultiLoRAPipeline,
+    names: str,
+    boxes: Sequence[Any],
+    prompts: Sequence[str] = PROMPTS,
+    guidance: float = GUIDANCE,
+    **options: Any,
+) -> Tensor:
     """Our latents."""
     regions = [
         Region((name,), box=box, prompt=prompt, scale=scale)
-        for name, box, prompt, scale in zip(names, boxes, PROMPTS[1:], SCALES, strict=True)
+        for name, box, prompt, scale in zip(names, boxes, prompts[1:], SCALES, strict=True)
     ]
     composer.compose("activation", regions=regions, **options)
     result: Tensor = composer(
-        PROMPTS[0], steps=STEPS, guidance_scale=GUIDANCE, width=SIZE, height=SIZE, seed=SEED, output_type="latent"
+        prompts[0], steps=STEPS, guidance_scale=guidance, width=SIZE, height=SIZE, seed=SEED, output_type="latent"
     ).images
     return result
 
@@ -331,3 +339,154 @@ def token_hook(name: str, rows: Deltas, share: Tensor, segment: int, of_text: bo
         return output
 
     return hook
+
+
+# Networks whose attention is torch's own: it is replaced by a loop over the rows
+
+QUARTERS = ((0, 0, 0.5, 1), (0.5, 0.5, 1, 1))
+"""Boxes that fit on a grid of 2 x 2 cells."""
+
+EQUAL = ("a cat", "a dog", "a fox")
+"""Prompts with as many tokens each."""
+
+KINDS: dict[str, list[tuple[str, str]]] = {
+    "auraflow": [
+        (r"^context_embedder$", "prompt"),
+        (r"add_|ff_context", "text"),
+        (r"^single_", "joint"),
+        ("", "image"),
+    ],
+    "cogview4": [(r"attn1", "joint"), (r"\.ff\.", "turns"), (r"norm1\.linear", "nowhere")],
+    "ernie-image": [(r"^text_proj$", "text"), (r"self_attention", "joint"), (r"\.mlp\.", "in front")],
+    "lumina2": [(r"norm1\.linear", "nowhere"), (r"^context_", "text"), (r"^noise_", "image"), (r"^layers", "joint")],
+    "sana": [(r"attn2\.to_[kv]|^caption_", "text"), ("", "image")],
+}
+"""Family -> regular expressions of names of layers, and which tokens they get."""
+
+
+class Slow:
+    """The same network, in which every row of the text and its cells are computed one after another.
+
+    Args:
+        leading: tokens that the denoiser puts before a text.
+    """
+
+    def __init__(self, family: str, share: Tensor, length: int, leading: int) -> None:
+        self.family, self.share, self.length, self.leading = family, share, length, leading
+        self.text_first = family not in ("ernie-image", "sana")
+        self.segment = length + leading
+        self.texts = len(share) * self.segment
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **ignored: Any) -> Tensor:
+        rows, cells = len(self.share), self.share.shape[1]
+        joint, only_text = query.shape[2] == self.texts + cells, query.shape[2] == self.texts
+        if not joint and not only_text and key.shape[2] == cells:
+            return attend(query, key, value)
+        found = torch.zeros_like(query)
+        for row in range(rows):
+            text = torch.arange(row * self.segment, (row + 1) * self.segment)
+            own = self.share[row].nonzero().flatten()
+            picture = torch.arange(cells)
+            if joint:
+                text = text if self.text_first else text + cells
+                own, picture = (own + self.texts, picture + self.texts) if self.text_first else (own, picture)
+            if joint or only_text:
+                seen = torch.cat([text, own]) if joint else text
+                found[:, :, text] = attend(query[:, :, text], key[:, :, seen], value[:, :, seen])
+            if not only_text:
+                seen = torch.cat([text, picture]) if joint else text
+                if attn_mask is not None and not joint:  # padding of the text
+                    seen = seen[attn_mask[0, 0, 0, seen] == 0]
+                found[:, :, own] = attend(query[:, :, own], key[:, :, seen], value[:, :, seen])
+        return found
+
+    def hook(self, name: str, rows: Deltas) -> Any:
+        kind = next(kind for pattern, kind in KINDS[self.family] if re.search(pattern, name))
+        calls = iter(range(10**6))
+
+        def add(module: Any, args: Any, output: Tensor) -> Tensor:
+            turn = kind if kind != "turns" else "text" if next(calls) % 2 else "image"
+            for number, row in enumerate(rows):
+                if name in row:
+                    output = output + self.weights(number, turn, output) * changed(module, row[name], args[0])
+            return output
+
+        return add
+
+    def weights(self, number: int, kind: str, output: Tensor) -> Tensor:
+        share = self.share[number]
+        if kind == "nowhere":
+            return share.mean()
+        text, prompt = torch.zeros(self.texts), torch.zeros(len(self.share) * self.length)
+        text[number * self.segment : (number + 1) * self.segment] = 1
+        prompt[number * self.length : (number + 1) * self.length] = 1
+        both = torch.cat([text, share] if self.text_first else [share, text])
+        if kind == "in front":
+            return both[:, None, None]
+        if output.ndim == 4:
+            return share.view(1, 1, *output.shape[2:])
+        return {"text": text, "prompt": prompt, "image": share, "joint": both}[kind][None, :, None]
+
+
+def stand_alone(pipe: Any, family: str, slow: Slow) -> None:
+    """Give every row's text the positions, and the register tokens, of a text that is alone."""
+    rows = len(slow.share)
+
+    def placed(ids: Tensor) -> Tensor:
+        ids, places = ids.clone(), torch.arange(slow.length).repeat(rows).to(ids)
+        text = slice(0, slow.texts) if slow.text_first else slice(ids.shape[1] - slow.texts, None)
+        ids[:, :, 0] = slow.length
+        ids[:, text, 0] = places
+        return ids
+
+    if family == "lumina2":
+        embedder = pipe.transformer.rope_embedder
+        own = embedder._get_freqs_cis
+        embedder._get_freqs_cis = lambda ids: own(placed(ids))
+    elif family == "ernie-image":
+        pipe.transformer.pos_embed.register_forward_pre_hook(lambda module, args: (placed(args[0]),))
+    elif family == "auraflow":
+        registers = pipe.transformer.register_tokens
+
+        def more(module: Any, args: Any, output: Tensor) -> Tensor:
+            parts = [torch.cat([registers, part], 1) for part in output.split(slow.length, 1)]
+            return torch.cat(parts, 1)[:, slow.leading :]
+
+        pipe.transformer.context_embedder.register_forward_hook(more)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_activation_against_a_loop_over_the_rows(beds: Any, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    bed: Bed = beds(family)
+    composer = MultiLoRAPipeline(bed.pipe())
+    for name, weight in zip("ac", WEIGHTS, strict=True):
+        composer.load_lora(bed.files[name], name, weight=weight)
+    none = composer.family.no_guidance
+    found = drawn(composer, "ac", QUARTERS, EQUAL, none)
+
+    pipe = bed.pipe()
+    encodings = [composer.family.encode(pipe, prompt, None, 1, False) for prompt in EQUAL]
+    call, key = encodings[0].call_arguments(), "prompt_embeds"
+    texts = [encoding.positive["embeds"] for encoding in encodings]
+    if family == "ernie-image":
+        texts = [text[0][None] for text in texts]
+    elif family == "lumina2":
+        texts = [text[:, : int(one.positive["mask"].sum())] for text, one in zip(texts, encodings, strict=True)]
+    assert len({text.shape[1] for text in texts}) == 1
+    joined = torch.cat(texts, 1)
+    call[key] = [joined[0]] if family == "ernie-image" else joined
+    if family == "sana":
+        call["prompt_attention_mask"] = torch.cat([one.positive["mask"] for one in encodings], 1)
+    elif family == "lumina2":
+        call["prompt_attention_mask"] = torch.ones(joined.shape[:2], dtype=torch.long)
+    side = SIZE // (pipe.vae_scale_factor * composer.family.layout.patch)
+    share = shares(QUARTERS, side, side)
+    slow = Slow(family, share, texts[0].shape[1], 8 if family == "auraflow" else 0)
+    assert slow.texts != share.shape[1]
+    rows = deltas([bed.files[name] for name in "ac"], [RATIOS[name] for name in "ac"])
+    for name, module in pipe.transformer.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(name in row for row in rows):
+            module.register_forward_hook(slow.hook(name, rows))
+    stand_alone(pipe, family, slow)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", slow.attention)
+    close(found, pipe(**call, **(plain() | {"guidance_scale": none}), **own_size(pipe)).images)

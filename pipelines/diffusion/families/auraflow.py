@@ -1,4 +1,5 @@
-"""AuraFlow: joint and single blocks over T5's tokens and the image's, flow matching.
+"""AuraFlow: joint and single blocks over T5's tokens and the image's, flow matching. Before the text stand 8 learned
+register tokens.
 
 fal 2024 (no paper; https://blog.fal.ai/auraflow). The text encoder is UMT5 (pile-t5-xl); padding is hidden from it and
 its states there are zero, so the denoiser needs no mask.
@@ -6,13 +7,15 @@ its states there are zero, so the denoiser needs no mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
+    Joined,
     Layout,
     Signature,
     Tensors,
@@ -78,9 +81,8 @@ class AuraFlow(Family):
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {("encoder_hidden_states",): "embeds"}
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds", "mask": "prompt_attention_mask"}
     targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
-    layout = Layout(("text", "image"), patch=2)
+    layout = Layout(("text", "image"), patch=2, leading=8)
     predictions = ("flow",)
-    inner_regions = False
     prompt_tokens = TOKENS
     signature = Signature(
         adapter=r"joint_transformer_blocks|single_transformer_blocks[._]\d+[._]ff[._]linear_[12]|"
@@ -112,6 +114,24 @@ class AuraFlow(Family):
         embeds = states(pipe, "text_encoder", given, masked=True)[0]
         mask = given.mask[..., None].to(embeds)
         return {"embeds": embeds * mask, "mask": mask.expand_as(embeds).flatten(1)}
+
+    @contextmanager
+    def alone(self, pipe: Any, joined: Joined, images: int, run: Any) -> Iterator[None]:
+        """Each text has the denoiser's register tokens before it; it puts them before the first one itself."""
+        import torch
+
+        model = pipe.transformer
+
+        def separated(module: Any, args: Any, output: Tensor) -> Tensor:
+            first, *others = torch.split(output, list(joined.texts), 1)
+            registers = model.register_tokens.to(output).expand(len(output), -1, -1)
+            return torch.cat([first, *(part for text in others for part in (registers, text))], 1)
+
+        handle = model.context_embedder.register_forward_hook(separated)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float

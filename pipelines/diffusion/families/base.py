@@ -8,7 +8,7 @@ the batch first. All other code for composition, training and distillation is sh
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -109,16 +109,25 @@ class Layout:
         patch: latent cells along each side of one image token.
         packed: the pipeline passes tokens (batch, tokens, channels) instead of latents (batch, channels, h, w).
         multiple: text and image tokens are padded to a multiple of this number.
+        leading: number of tokens that the denoiser puts before a text.
         text_layers: regular expression to find in the names of modules on the text's side.
         across: regular expression to find in the names of modules with attention from the image to the text.
+        twice: regular expression to find in the names of modules that a block calls for the image, then for the text.
+        in_front: regular expression to find in the names of layers whose input has the tokens in front and the batch
+            second.
+        linear: image tokens attend to each other through sums over all of them.
     """
 
     sequence: tuple[str, ...] = ("image",)
     patch: int = 1
     packed: bool = False
     multiple: int = 1
+    leading: int = 0
     text_layers: str = TEXT_LAYERS
     across: str = ""
+    twice: str = ""
+    in_front: str = ""
+    linear: bool = False
 
     @property
     def text_first(self) -> bool:
@@ -246,8 +255,9 @@ class Family:
         zeros_field: field of the pipeline's configuration that replaces an empty negative prompt by zeros.
         size_input: the denoiser takes the picture's size and crop as an input.
         text_tensors: names in the encoding of tensors (batch, tokens, ...) with an entry per token of the text.
-        positive_first: of the two halves of a batch with guidance, the positive one comes first.
+        positive_first: of the two halves of guidance, in one batch or in two passes, the positive one comes first.
         inner_regions: regions can act inside the denoiser (if not, their predictions are blended).
+        no_inner_regions: why not, as the end of a sentence.
         prompt_tokens: most tokens of a prompt, for families without readers; None = what the tokenizer says.
         training_shift: shift of the noise levels in training; None = that of the base's scheduler.
         always: arguments of every call of the pipeline, unless the caller gives others.
@@ -295,6 +305,7 @@ class Family:
     text_tensors: ClassVar[tuple[str, ...]] = ("embeds",)
     positive_first: ClassVar[bool] = False
     inner_regions: ClassVar[bool] = True
+    no_inner_regions: ClassVar[str] = ""
     prompt_tokens: ClassVar[int | None] = None
     training_shift: ClassVar[float | None] = None
     always: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -360,6 +371,10 @@ class Family:
     # ------------------------------------------------------------------ sizes
     def pixel_step(self, pipe: Any) -> int:
         """Pixels that width and height must be multiples of."""
+        return self.token_step(pipe)
+
+    def token_step(self, pipe: Any) -> int:
+        """Pixels along each side of one image token."""
         factor: int = pipe.vae_scale_factor
         return factor * self.layout.patch
 
@@ -549,7 +564,8 @@ class Family:
 
         if not self.inner_regions:
             raise InputError(
-                f"Regions inside {self.title} are not possible yet: use method 'output', with boxes or masks."
+                f"Regions inside {self.title} are not possible{self.no_inner_regions}: use method 'output', with boxes "
+                "or masks."
             )
 
         halves = [encoding.positive for encoding in encodings], [encoding.negative for encoding in encodings]
@@ -568,11 +584,12 @@ class Family:
         return Joined(self.encoding(cat(positive), cat(negative) if negative else {}, bool(negative)), tuple(common))
 
     @contextmanager
-    def alone(self, pipe: Any, joined: Joined, images: int) -> Iterator[None]:
+    def alone(self, pipe: Any, joined: Joined, images: int, run: Any) -> Iterator[None]:
         """Inside, each text of ``joined`` has the positions that it would have alone.
 
         Args:
             images: number of pictures.
+            run: the :class:`~pipelines.diffusion.regions.joint.RegionalTransformer`.
         """
         yield
 
@@ -611,6 +628,48 @@ class Family:
     def tiny(self, seed: int = 0, **changes: Any) -> Any:
         """A miniature random pipeline of this family, created from configurations; ``changes`` are the denoiser's."""
         raise NotImplementedError
+
+
+def joined_texts(
+    encodings: Sequence[Encoding], texts: Callable[[Mapping[str, Any]], Sequence[Tensor]], multiple: int = 1
+) -> tuple[list[Tensor], list[Tensor], tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The texts of several encodings one after another: positive and negative half (one tensor per sample), and
+    ``texts`` and ``own`` of :class:`Joined`.
+
+    Args:
+        texts: the texts of half an encoding, (tokens, width) per sample and without padding.
+        multiple: texts are filled with zeros to a multiple of so many tokens.
+    """
+    import torch
+
+    positive = [list(texts(one.positive)) for one in encodings]
+    negative = [list(texts(one.negative)) for one in encodings if one.negative is not None]
+    own = tuple(tuple(len(samples[0]) for samples in half) for half in (positive, negative) if half)
+    common = tuple(-(-max(lengths) // multiple) * multiple for lengths in zip(*own, strict=True))
+
+    def cat(half: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        full = [[filled(sample, length, 0) for sample in samples] for samples, length in zip(half, common, strict=True)]
+        return [torch.cat(parts) for parts in zip(*full, strict=True)]
+
+    return cat(positive), cat(negative) if negative else [], common, own
+
+
+def places_before(joined: Joined, half: int, seen: Sequence[bool] = ()) -> tuple[Tensor, int]:
+    """Positions of all tokens of ``joined`` so that every text ends one before the image, as it does alone, and the
+    image's position: the length of the longest text. Tokens that only the other half has stand at the image's.
+
+    Args:
+        half: 0 for the positive half, 1 for the negative.
+        seen: the texts that count for the image's position (default: all).
+    """
+    import torch
+
+    lengths = joined.own[min(half, len(joined.own) - 1)]
+    image = max(length for number, length in enumerate(lengths) if not seen or seen[number])
+    places = [
+        (torch.arange(common) + image - own).clamp(0, image) for own, common in zip(lengths, joined.texts, strict=True)
+    ]
+    return torch.cat(places), image
 
 
 def spans_in(tokenizer: Any, written: str, text: str, length: int, dropped: int = 0) -> list[tuple[int, int]]:

@@ -14,9 +14,11 @@ from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
+    Joined,
     Layout,
     Signature,
     Tensors,
+    joined_texts,
     layer_choices,
 )
 from pipelines.diffusion.families.renaming import Rule, renamed
@@ -77,9 +79,9 @@ class CogView4(Family):
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {("encoder_hidden_states",): "embeds"}
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds"}
     targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
-    layout = Layout(("text", "image"), patch=2)
+    layout = Layout(("text", "image"), patch=2, text_layers=r"text_proj$", twice=r"\.ff$")
     predictions = ("flow",)
-    inner_regions = False
+    positive_first = True
     prompt_tokens = TOKENS
     signature = Signature(
         adapter=r"\A(?![\s\S]*(attn2|ff_context))[\s\S]*"
@@ -123,6 +125,13 @@ class CogView4(Family):
         masks = [torch.ones(len(text), dtype=torch.bool, device=text.device) for text in found]
         pad = torch.nn.utils.rnn.pad_sequence
         return {"embeds": pad(found, batch_first=True), "mask": pad(masks, batch_first=True)}
+
+    def joined(self, encodings: Sequence[Encoding]) -> Joined:
+        import torch
+
+        *halves, texts, own = joined_texts(encodings, lambda half: list(half["embeds"]))
+        given = [{"embeds": torch.stack(half)} if half else {} for half in halves]
+        return Joined(self.encoding(given[0], given[1], bool(given[1])), texts, own)
 
     def predict(
         self, pipe: Any, denoiser: Any, noisy: Tensor, times: Tensor, given: Mapping[str, Tensor], guidance: float

@@ -10,18 +10,22 @@ Inside the denoiser the feed-forward layers have the tokens in front and the bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
+    Joined,
     Layout,
     Signature,
     Tensors,
     even_sigmas,
+    joined_texts,
     layer_choices,
+    places_before,
 )
 
 if TYPE_CHECKING:
@@ -54,9 +58,8 @@ class ErnieImage(Family):
     text_arguments: ClassVar[Mapping[tuple[str, ...], str]] = {("text_bth",): "embeds", ("text_lens",): "lengths"}
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds"}
     targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
-    layout = Layout(("image", "text"))
+    layout = Layout(("image", "text"), text_layers=r"^text_proj$", in_front=r"\.mlp\.|^final_linear$")
     predictions = ("flow",)
-    inner_regions = False
     vae_fields = ("batch_norm_eps", "batch_norm_momentum", "patch_size", "decoder_block_out_channels")
     signature = Signature(
         adapter=r"layers[._]\d+[._](self_attention[._]to_(q|k|v|out)|mlp[._](gate_proj|up_proj|linear_fc2))",
@@ -111,6 +114,32 @@ class ErnieImage(Family):
 
     def condition(self, pipe: Any, texts: Sequence[str]) -> Tensors:
         return dict(self.passed({"embeds": pipe.encode_prompt(list(texts), pipe._execution_device)}))
+
+    def joined(self, encodings: Sequence[Encoding]) -> Joined:
+        positive, negative, texts, own = joined_texts(encodings, lambda half: half["embeds"])
+        return Joined(self.encoding({"embeds": positive}, {"embeds": negative}, bool(negative)), texts, own)
+
+    @contextmanager
+    def alone(self, pipe: Any, joined: Joined, images: int, run: Any) -> Iterator[None]:
+        """Places count here, not only distances, since the rotary embedding is no rotation (both parts of a pair have
+        angles of their own): the longest text that a cell sees stands as it does alone, shorter ones end where it ends.
+        """
+
+        def separated(module: Any, args: Any) -> Any:
+            ids = args[0].clone()
+            cells = ids.shape[1] - sum(joined.texts)
+            for sample in range(len(ids)):
+                half = 1 - sample // images if len(ids) > images else 0  # the negative half comes first
+                places, image = places_before(joined, half, run.seen)
+                ids[sample, :cells, 0] = image
+                ids[sample, cells:, 0] = places.to(ids)
+            return (ids,)
+
+        handle = pipe.transformer.pos_embed.register_forward_pre_hook(separated)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     # ------------------------------------------------------------------ denoiser
     def predict(

@@ -122,7 +122,7 @@ class Flux2(Family):
         return int(pipe.tokenizer_max_length)
 
     @contextmanager
-    def alone(self, pipe: Any, joined: Joined, images: int) -> Iterator[None]:
+    def alone(self, pipe: Any, joined: Joined, images: int, run: Any) -> Iterator[None]:
         """The positions of each text count from 0."""
         import torch
 

@@ -71,6 +71,7 @@ class HiDream(Family):
     text_tensors = ("t5", "llama3")
     predictions = ("flow",)
     inner_regions = False
+    no_inner_regions = ", because its experts get the tokens of picture and text in no order"
     vae_fields = ("shift_factor",)
     prompt_tokens = TOKENS
     training_shift = 3.0

@@ -6,18 +6,22 @@ runs from 0 (noise) to 1 (clean) and it predicts x0 - noise, so the pipeline neg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
+    Joined,
     Layout,
     Signature,
     Tensors,
     even_sigmas,
+    joined_texts,
     layer_choices,
+    places_before,
     shift,
 )
 from pipelines.diffusion.families.renaming import Rule, renamed
@@ -70,9 +74,9 @@ class Lumina2(Family):
     }
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds", "mask": "prompt_attention_mask"}
     targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
-    layout = Layout(("text", "image"), patch=2)
+    layout = Layout(("text", "image"), patch=2, text_layers=r"(^|\.)(context_refiner|caption_embedder)\.")
     predictions = ("flow",)
-    inner_regions = False
+    positive_first = True
     vae_fields = ("shift_factor",)
     signature = Signature(
         adapter=r"(noise_refiner|context_refiner|(^|\.|unet_)layers)[._]\d+[._](attn[._]to_|feed_forward[._]linear_[123]|"
@@ -103,6 +107,35 @@ class Lumina2(Family):
         with torch.no_grad():
             embeds, mask = pipe._get_gemma_prompt_embeds(written)
         return {"embeds": embeds, "mask": mask}
+
+    def joined(self, encodings: Sequence[Encoding]) -> Joined:
+        import torch
+
+        def read(half: Mapping[str, Any]) -> list[Tensor]:
+            return [text[mask.bool()] for text, mask in zip(half["embeds"], half["mask"], strict=True)]
+
+        *halves, texts, own = joined_texts(encodings, read)
+        given = [{"embeds": torch.stack(half), "mask": half[0].new_ones(len(half), sum(texts), dtype=torch.long)}
+                 if half else {} for half in halves]  # fmt: skip
+        return Joined(self.encoding(given[0], given[1], bool(given[1])), texts, own)
+
+    @contextmanager
+    def alone(self, pipe: Any, joined: Joined, images: int, run: Any) -> Iterator[None]:
+        embedder = pipe.transformer.rope_embedder
+        own = embedder._get_freqs_cis
+
+        def separated(ids: Tensor) -> Any:
+            places, image = places_before(joined, run.half)
+            ids = ids.clone()
+            ids[:, : len(places), 0] = places.to(ids)
+            ids[:, len(places) :, 0] = image
+            return own(ids)
+
+        embedder._get_freqs_cis = separated
+        try:
+            yield
+        finally:
+            del embedder._get_freqs_cis
 
     def too_long(self, pipe: Any, text: str) -> bool:
         written = f"{pipe.system_prompt} <Prompt Start> {text}"

@@ -184,7 +184,7 @@ class QwenImage(Family):
         return spans_in(pipe.tokenizer, written, text, TOKENS + dropped, dropped)
 
     @contextmanager
-    def alone(self, pipe: Any, joined: Joined, images: int) -> Iterator[None]:
+    def alone(self, pipe: Any, joined: Joined, images: int, run: Any) -> Iterator[None]:
         import torch
 
         places = pipe.transformer.pos_embed

@@ -76,7 +76,8 @@ class Sana(Family):
     call_names: ClassVar[Mapping[str, str]] = {"embeds": "prompt_embeds", "mask": "prompt_attention_mask"}
     always: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_resolution_binning": False, "negative_prompt": None})
     targets = layer_choices(ATTENTION, FEED_FORWARD, OUTSIDE)
-    layout = Layout()
+    layout = Layout(text_layers=r"attn2\.to_[kv]$|^caption_projection\.", across=r"attn2$", linear=True)
+    text_tensors = ("embeds", "mask")
     vae_fields = (
         "attention_head_dim",
         "encoder_block_types",
@@ -96,7 +97,6 @@ class Sana(Family):
         "decoder_conv_act_fn",
     )
     predictions = ("flow",)
-    inner_regions = False
     denoiser_inputs: ClassVar[Mapping[str, tuple[Any, ...]]] = {"guidance_embeds": (None, False)}
     prompt_tokens = TOKENS
     signature = Signature(

@@ -20,6 +20,7 @@ from pipelines.diffusion.families.base import (
     Signature,
     Tensors,
     even_sigmas,
+    joined_texts,
     layer_choices,
     spans_in,
 )
@@ -115,26 +116,11 @@ class ZImage(Family):
         return spans_in(pipe.tokenizer, _written(pipe, text), text, TOKENS)
 
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
-        import torch
-        from torch.nn.functional import pad
-
-        positive: list[Any] = [one.positive["embeds"] for one in encodings]
-        negative: list[Any] = [one.negative["embeds"] for one in encodings if one.negative is not None]
-        own = [tuple(len(text[0]) for text in texts) for texts in (positive, negative) if texts]
-        common = tuple(self._padded(max(lengths)) for lengths in zip(*own, strict=True))
-
-        def cat(texts: Sequence[list[Tensor]]) -> list[Tensor]:
-            filled = [
-                [pad(sample, (0, 0, 0, length - len(sample))) for sample in text]
-                for text, length in zip(texts, common, strict=True)
-            ]
-            return [torch.cat(parts) for parts in zip(*filled, strict=True)]
-
-        whole = self.encoding({"embeds": cat(positive)}, {"embeds": cat(negative) if negative else []}, bool(negative))
-        return Joined(whole, common, tuple(own))
+        positive, negative, texts, own = joined_texts(encodings, lambda half: half["embeds"], self.layout.multiple)
+        return Joined(self.encoding({"embeds": positive}, {"embeds": negative}, bool(negative)), texts, own)
 
     @contextmanager
-    def alone(self, pipe: Any, joined: Joined, images: int) -> Iterator[None]:
+    def alone(self, pipe: Any, joined: Joined, images: int, run: Any) -> Iterator[None]:
         """Each text ends, with its padding, one position before the image, as it does alone."""
         model = pipe.transformer
         own = model.patchify_and_embed

@@ -4,7 +4,7 @@
 
 with shares as in :mod:`pipelines.diffusion.regions.masks`, resized to each layer's grid. Text tokens have no place in
 the picture. In a UNet each region therefore has its own keys and values in cross-attention, from its own prompt with
-its own adapters (as in LoRA-Composer, arXiv 2403.11627). In SD3 and Flux the prompts of all regions are concatenated in
+its own adapters (as in LoRA-Composer, arXiv 2403.11627). In transformers the prompts of all regions are concatenated in
 the text sequence; an adapter acts on its own segment, and segment and region attend to each other and to no other
 region's segment. Layers without any place (time embedding) get the adapter at the region's share of the picture, but
 the time vector of a UNet's residual blocks is masked where it is added to the picture.

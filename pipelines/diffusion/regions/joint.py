@@ -36,8 +36,8 @@ from pipelines.diffusion.families.base import Joined, Layout
 from pipelines.diffusion.methods.step import Step
 from pipelines.diffusion.regions.masks import Level, Place, level
 
-TEXT, CELL, OTHER = range(3)
-"""Kinds of tokens: of a row's text, of the picture, and of neither."""
+TEXT, CELL, OTHER, LEAD = range(4)
+"""Kinds of tokens: of a row's text, of the picture, of neither, and put before a row's text by the denoiser."""
 
 
 class TextAttention:
@@ -46,12 +46,14 @@ class TextAttention:
         M(cell, token) = mean over layers, heads and passes of softmax over the text's tokens (Q K^T / sqrt d)
 
     Args:
-        every: passes of the transformer per step, of which the first is used.
         sample: the sample of the batch that is used.
+
+    Attributes:
+        reading: whether it takes part in this pass; of several in a step the first is the prompt's.
     """
 
-    def __init__(self, every: int, sample: int = -1) -> None:
-        self.every, self.sample, self.reading = every, sample, True
+    def __init__(self, sample: int = -1) -> None:
+        self.sample, self.reading = sample, True
         self._total: Tensor | None = None
         self._count = 0
 
@@ -82,7 +84,8 @@ class Tokens:
         self_mask: regions do not attend to each other.
 
     Attributes:
-        kinds: sequence -> kind of each token. Sequences are "text", "image" (with references) and "joint".
+        kinds: sequence -> kind of each token. Sequences are "text", "image" (with references), "joint" and "prompt"
+            (the text before the denoiser puts its own tokens before it).
         shares: sequence -> share of each token in each row (tokens, rows).
     """
 
@@ -101,14 +104,23 @@ class Tokens:
             kinds = torch.tensor([kind] * len(shares) + [OTHER] * rest, device=device)
             return torch.cat([shares, background]), kinds
 
-        of_text = torch.arange(rows, device=device).repeat_interleave(torch.tensor(texts, device=device))
-        text, text_kinds = padded(F.one_hot(of_text, rows).float(), TEXT, 0)
+        def text_of(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+            of_text = torch.arange(rows, device=device).repeat_interleave(torch.tensor(lengths, device=device))
+            return padded(F.one_hot(of_text, rows).float(), TEXT, 0)
+
+        text, text_kinds = text_of([layout.leading + length for length in texts])
+        begin = 0
+        for length in texts if layout.leading else ():
+            text_kinds[begin : begin + layout.leading] = LEAD
+            begin += layout.leading + length
         image, image_kinds = padded(cells.shares.T, CELL, references)
         members, _ = padded((hard.shares.T > 0).float(), CELL, references)
         order = ("text", "image") if layout.text_first else ("image", "text")
         self.kinds = {"text": text_kinds, "image": image_kinds}
         self.shares = {"text": text, "image": image}
         self._members = {"text": text, "image": members}
+        if layout.leading:
+            self.shares["prompt"], self.kinds["prompt"] = self._members["prompt"], _ = text_of(texts)
         for table in (self.kinds, self.shares, self._members):
             table["joint"] = torch.cat([table[part] for part in order])
         self.lengths = {name: len(kinds) for name, kinds in self.kinds.items()}
@@ -117,9 +129,8 @@ class Tokens:
     def sequence(self, tokens: int, of_text: bool) -> str | None:
         """The sequence of so many tokens; ``of_text`` decides between a text and a picture of equal length."""
         names = [name for name, length in self.lengths.items() if length == tokens]
-        if of_text and "text" in names:
-            return "text"
-        return next((name for name in ("image", "text", "joint") if name in names), None)
+        order = ("text", "prompt", "image", "joint") if of_text else ("image", "text", "joint", "prompt")
+        return next((name for name in order if name in names), None)
 
     def allowed(self, queries: str, keys: str) -> Tensor | None:
         """Which token of one sequence may attend to which of another (queries, keys); None if all may."""
@@ -134,7 +145,8 @@ class Tokens:
     def _made(self, queries: str, keys: str) -> Tensor | None:
         asking, asked = self.kinds[queries][:, None], self.kinds[keys][None, :]
         together = (self._members[queries] @ self._members[keys].T) > 0
-        restricted = (asked == TEXT) | ((asking == TEXT) & (asked == CELL))
+        of_text = [(kinds == TEXT) | (kinds == LEAD) for kinds in (asking, asked)]
+        restricted = of_text[1] | (of_text[0] & (asked == CELL))
         allowed = together | ~restricted
         if self.among is not None:
             here, there = self.part(queries, CELL), self.part(keys, CELL)
@@ -155,7 +167,11 @@ class RegionalTransformer:
         texts: number of tokens of each row's text.
         layout: the order of tokens.
         self_mask: regions do not attend to each other.
-        hidden: text tokens that exist only in the other half of a batch with guidance: (samples, tokens); or None.
+        hidden: text tokens that exist only in the other half of guidance: (samples of both halves, tokens); or None.
+
+    Attributes:
+        step: number of the step.
+        half: number of the pass in this step; of a denoiser that is called for each half of guidance, 0 = the prompt.
     """
 
     def __init__(
@@ -177,12 +193,19 @@ class RegionalTransformer:
         self.hard = level(places, *grid, hard=True, device=self.device)
         self.capture: TextAttention | None = None
         self.step = 0
-        self.calls = 0
+        self.half = 0
+        self._step = -1
+        self._second: dict[str, bool] = {}
         self.masked = 0
         self._reading: set[str] = set()
         self._tokens: Tokens | None = None
         self._set: tuple[tuple[float, ...], ...] | None = None
         self._gates: dict[str | None, Tensor] = {}
+
+    @property
+    def seen(self) -> list[bool]:
+        """For every row, whether a cell sees its text."""
+        return [bool(row.any()) for row in self.hard.shares]
 
     @property
     def tokens(self) -> Tokens:
@@ -200,6 +223,10 @@ class RegionalTransformer:
             modules = {name: module for name, module in denoiser.named_modules() if hasattr(module, "processor")}
             two_streams = {name for name, module in modules.items() if getattr(module, "add_k_proj", None) is not None}
             self._reading = two_streams or set(modules)
+            for name, module in denoiser.named_modules() if self.layout.twice else ():
+                if re.search(self.layout.twice, name):
+                    turn = module.register_forward_pre_hook(lambda *_, name=name: self._turned(name))
+                    stack.callback(turn.remove)
             for name, module in modules.items():
                 stack.enter_context(native(module))
                 stack.enter_context(entering(module, lambda name=name: _Masking(self, name)))  # type: ignore[misc]
@@ -218,8 +245,14 @@ class RegionalTransformer:
         return self._gates[sequence]
 
     def of_text(self, name: str) -> bool:
-        """Whether a module is on the text's side, by its name."""
-        return re.search(self.layout.text_layers, name) is not None
+        """Whether a module is on the text's side, by its name and, where it is called for both, by its turn."""
+        if re.search(self.layout.text_layers, name) is not None:
+            return True
+        return any(second and name.startswith(f"{part}.") for part, second in self._second.items())
+
+    def _turned(self, name: str) -> None:
+        """A module that is called for the image, then for the text, is called."""
+        self._second[name] = not self._second.get(name, True)
 
     def attend(self, name: str, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask of an attention module called with query and key (batch, heads, tokens, width)."""
@@ -244,7 +277,8 @@ class RegionalTransformer:
     def _visible(self, batch: int, queries: str, keys: str, allowed: Tensor | None) -> Tensor:
         """The mask (batch, 1, queries, keys) without hidden tokens, which only see themselves."""
         assert self.hidden is not None
-        tokens, hidden = self.tokens, self.hidden[:batch].to(self.device)
+        begin = self.half * batch if len(self.hidden) > batch else 0  # halves in separate passes
+        tokens, hidden = self.tokens, self.hidden[begin : begin + batch].to(self.device)
         seen = torch.ones(batch, tokens.lengths[keys], dtype=torch.bool, device=self.device)
         seen[:, tokens.part(keys, TEXT)] = ~hidden
         made = seen[:, None, None, :]
@@ -257,9 +291,10 @@ class RegionalTransformer:
         if self._tokens is None:
             references = _references(args, kwargs, self.level.tokens) if self.layout.packed else 0
             self._tokens = Tokens(self.layout, self.level, self.hard, self.texts, references, self.self_mask)
+        self.half, self._step = (0 if self._step != self.step else self.half + 1), self.step
+        self._second.clear()
         if self.capture is not None:
-            self.capture.reading = self.calls % self.capture.every == 0
-        self.calls += 1
+            self.capture.reading = self.half == 0
         rows = self.steps[min(self.step, len(self.steps) - 1)].rows
         if rows == self._set:
             return
@@ -267,7 +302,8 @@ class RegionalTransformer:
         self._set, self.rows = rows, torch.tensor(rows, device=self.device, dtype=torch.float32)
         self._gates.clear()
         gates.joint([1.0 if any(row[i] for row in rows) else 0.0 for i in range(len(rows[0]))])
-        gates.tokens_to(self.gates_of)
+        front = self.layout.in_front
+        gates.tokens_to(self.gates_of, lambda name: bool(front) and re.search(front, name) is not None)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.masked:

@@ -144,9 +144,8 @@ class RegionalCall:
         denoiser, engine = context.denoiser, context.adapters
         if not context.family.unet:
             joint = self._joint(steps, [encoding], [])
-            twice = context.family.guidance_input and self.request.guided  # true guidance: one pass per half
             sample = self.request.images - 1 if context.family.positive_first else -1
-            joint.capture = attention = TextAttention(2 if twice else 1, sample)
+            joint.capture = attention = TextAttention(sample)
             return joint, attention.maps, (joint.level.height, joint.level.width)
         run = RegionalUNet(
             denoiser, engine, steps, [row_text(encoding)], [], hard=True, self_mask=False, guided=self.request.guided
@@ -161,7 +160,12 @@ class RegionalCall:
         self, steps: Sequence[Step], encodings: Sequence[Encoding], places: Sequence[Place]
     ) -> RegionalTransformer:
         """A run with regions inside a transformer."""
-        context, step = self.context, self.context.family.pixel_step(self.context.pipe)
+        context, step = self.context, self.context.family.token_step(self.context.pipe)
+        if self.options.self_mask and context.family.layout.linear:
+            raise InputError(
+                f"Cells of {context.family.title} attend to each other through sums over all of them, which self_mask "
+                "cannot divide: leave self_mask out."
+            )
         grid = self.size[0] // step, self.size[1] // step
         joined = context.family.joined(encodings)
         hidden = hidden_texts(
@@ -194,7 +198,7 @@ class RegionalCall:
                 stack.enter_context(self.run.attached(self.context.denoiser))
             if isinstance(self.run, RegionalTransformer):
                 joined = self.context.family.joined(self.encodings)
-                stack.enter_context(self.context.family.alone(self.context.pipe, joined, self.request.images))
+                stack.enter_context(self.context.family.alone(self.context.pipe, joined, self.request.images, self.run))
             controlnet = getattr(self.context.pipe, "controlnet", None)
             if isinstance(self.run, RegionalTransformer) and controlnet is not None:
                 handle = controlnet.register_forward_pre_hook(self._main_text, with_kwargs=True)
