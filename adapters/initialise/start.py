@@ -61,6 +61,8 @@ class StartLayer:
         scale: s, the forward factor.
         seed: of the run.
         rate: learning rate of the first optimiser step.
+        low_rank: A (r, in) and B (out, r), with s = 1, that a compressed base has beside its few-bit weight; W0 is
+            the sum.
     """
 
     W0: Tensor
@@ -69,6 +71,7 @@ class StartLayer:
     scale: float
     seed: int = 0
     rate: float = 0.0
+    low_rank: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def _set(start: Start, layer: Any, measured: Tensor | None, adapter: str) -> Non
     W0 = base_weight(layer)
     W0 = W0.to(torch.promote_types(W0.dtype, torch.float32))
     seen = torch.empty(0) if measured is None else measured.to(W0)
-    known = StartLayer(W0, seen, layer.r[adapter], layer.scaling[adapter], start.seed, start.rate)
+    known = StartLayer(W0, seen, layer.r[adapter], layer.scaling[adapter], start.seed, start.rate,
+                       getattr(layer.get_base_layer(), "low_rank", None))  # fmt: skip
     A, B, *core = (_same_everywhere(tensor) for tensor in start.factors(known))
     if start.training.sets == "offset":
         set_offset(layer, A, B, adapter)

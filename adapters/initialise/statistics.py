@@ -58,6 +58,45 @@ def capture_gradients(layers: Mapping[str, nn.Module], losses: Iterable[Closure]
     return {name: gradient / count for name, gradient in total.items()}
 
 
+def capture_squares(layers: Mapping[str, nn.Module], losses: Iterable[Closure]) -> dict[str, Tensor]:
+    """Mean over samples of (dL/dW)^2, the diagonal of the empirical Fisher information: name -> (out, in * kernel).
+
+    Args:
+        layers: as for :func:`capture_gradients`.
+        losses: one closure per *sample*: of a batch, only the square of its mean gradient could be had.
+
+    Raises:
+        InputError: no samples, a layer of another type, or one without a gradient (names listed).
+    """
+    _check_types(layers)
+    total: dict[str, Tensor] = {}
+    one: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, x: Tensor, delta: Tensor) -> None:
+        found = weight_gradient(module, x, delta).cpu()
+        one[name] = one[name] + found if name in one else found
+
+    done = 0
+    with _watched(layers, keep):
+        for closure in losses:
+            with torch.enable_grad():
+                closure().backward()
+            for name, gradient in one.items():
+                if name in total:
+                    total[name].addcmul_(gradient, gradient)
+                else:
+                    total[name] = gradient.square()
+            one.clear()
+            done += 1
+    missing = [name for name in layers if name not in total]
+    if not done or missing:
+        raise InputError(
+            f"{len(missing)} layers got no gradient ({', '.join(missing[:5])}): give rows in which there is something "
+            "to learn."
+        )
+    return {name: square.div_(done) for name, square in total.items()}
+
+
 @torch.no_grad()
 def capture_moments(
     layers: Mapping[str, nn.Module], losses: Iterable[Closure], count: int, scaled: bool = False

@@ -20,6 +20,7 @@ from adapters.formats.fit import fit
 from adapters.formats.lora import MODEL
 from adapters.formats.mixture import mixture_config
 from adapters.layers.gated import Adapter, GatedAdapters
+from pipelines.language.compressed import check_tied
 
 if TYPE_CHECKING:
     from adapters.layers.experts.beside import ExpertsBeside
@@ -44,6 +45,7 @@ def fitted(file: LoraFile, model: nn.Module, base: str = "this base model") -> L
     Raises:
         FamilyError: it has a module that the model lacks, or one of another shape.
     """
+    check_tied(file.metadata, file.path.name if file.path else "the adapter", model)
     made_for = file.config.get("base_model_name_or_path")
     try:
         return fit(file, {MODEL: model}, base)

@@ -15,6 +15,7 @@ import torch
 from adapters.compression import backends
 from adapters.compression.structure import read_pruning
 from adapters.errors import FamilyError, InputError, MissingDependencyError
+from pipelines.language.compressed import Manifest, open_compressed, read_manifest
 from pipelines.precision import choose_dtype
 
 Task = Literal["causal", "classification", "masked"]
@@ -111,6 +112,9 @@ def open_model(
         options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)),
                     "label2id": {label: number for number, label in enumerate(labels)}}  # fmt: skip
     backends.check_foreign(config, source)
+    manifest = read_manifest(source)
+    if manifest is not None:
+        return _compressed(source, manifest, auto, config, device, quantization, chat_template, options)
     while_loading = backends.transformers_options(quantization, options["dtype"], device)
     options |= while_loading
     tokenizer = open_tokenizer(source, chat_template)
@@ -128,6 +132,23 @@ def open_model(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return LanguageModel(model.requires_grad_(False).eval(), tokenizer, source, tuple(fresh))
+
+
+def _compressed(
+    source: str, manifest: Manifest, auto: Any, config: Any, device: torch.device, quantization: str,
+    chat_template: str, options: dict[str, Any],
+) -> LanguageModel:  # fmt: skip
+    """A base of :mod:`pipelines.language.compressed`."""
+    if quantization != "none":
+        raise InputError(f"'{source}' is compressed already ({manifest.bits:.2f} bits): leave quantization at 'none'.")
+    for name in ("num_labels", "id2label", "label2id"):
+        if name in options:
+            setattr(config, name, options.pop(name))
+    tokenizer = open_tokenizer(source, chat_template)
+    model, fresh = open_compressed(Path(source), manifest, auto, config, **options)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return LanguageModel(model.to(device).requires_grad_(False).eval(), tokenizer, source, tuple(fresh))
 
 
 def _opener(source: str, auto: Any, config: Any) -> Any:

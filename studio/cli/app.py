@@ -62,6 +62,11 @@ COMMANDS: dict[str, Command] = {
         "Adapter files: inspect, convert, merge, extract.",
         "studio lora merge fox:0.8 robot:0.6 --out both.safetensors",
     ),
+    "compress": Command(
+        "studio.compression.command",
+        "Make a base smaller: fewer bits, fewer heads and channels.",
+        "studio compress lq smollm2 --bits 2.75",
+    ),
     "inspect": Command(
         "studio.inspection.command",
         "What training did to the weights: intruder dimensions, forgetting.",

@@ -39,7 +39,8 @@ class Kind:
             of what they have in common, which ``run`` takes as ``member``, and returns when all have ended.
         title: what pages call it.
         train: name of a training: ``studio train NAME``, ``studio.train("NAME")``; empty for other kinds.
-        help, example: of a training's command.
+        compress: name of a method that makes a base smaller: ``studio compress NAME``; empty for other kinds.
+        help, example: of a training's or compression's command.
         command: module whose ``register(group, kind)`` adds a training's command.
     """
 
@@ -53,6 +54,7 @@ class Kind:
     together: str = ""
     title: str = ""
     train: str = ""
+    compress: str = ""
     help: str = ""
     example: str = ""
     command: str = "studio.training.commands.plain"
@@ -120,6 +122,11 @@ def trainings() -> dict[str, Kind]:
     return {kind.train: kind for kind in _KINDS.values() if kind.train}
 
 
+def compressions() -> dict[str, Kind]:
+    """The kinds that make a base smaller, by their name in ``studio compress``."""
+    return {kind.compress: kind for kind in _KINDS.values() if kind.compress}
+
+
 def title(name: str) -> str:
     """What pages call the kind ``name``."""
     kind = _KINDS.get(name)
@@ -152,7 +159,7 @@ for _kind in (
     Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure",
          title="Forgetting"),
     Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften", title="Soften"),
-    *(kind for file in discovery.sources("studio.training.tasks")
+    *(kind for place in ("studio.training.tasks", "studio.compression.methods") for file in discovery.sources(place)
       for kind in discovery.declarations(file, {"Kind": Kind}, "KIND")),
 ):  # fmt: skip
     register(_kind)

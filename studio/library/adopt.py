@@ -27,13 +27,13 @@ def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "library": record.name}
 
 
-def free_name(wanted: str) -> str:
+def free_name(wanted: str, kind: scan.Kind = "adapter") -> str:
     """``wanted`` as a name the library allows and does not have yet (``wanted-2``, ...)."""
     name = (
         "".join(letter if letter.isalnum() or letter in " .+()_-" else "-" for letter in wanted).strip(" .")
-        or "adapter"
+        or kind
     )
-    taken = {record.name.lower() for record in scan.records("adapter")}
+    taken = {record.name.lower() for record in scan.records(kind)}
     number, free = 2, name
     while free.lower() in taken:
         free, number = f"{name}-{number}", number + 1

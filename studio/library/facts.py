@@ -21,6 +21,7 @@ from adapters.formats.keys import refuse_foreign
 from adapters.formats.mixture import mixture_config
 from adapters.formats.peft_directory import PREFIX
 from pipelines.diffusion.families import FAMILIES, of_checkpoint
+from pipelines.language.compressed import FILE as COMPRESSED
 from studio.composition import distilled_adapters
 from studio.library import recognition
 
@@ -195,10 +196,21 @@ def _language_model(folder: Path) -> dict[str, Any]:
     notes: dict[str, Any] = {
         "architecture": config.get("model_type"), "width": config.get("hidden_size"),
         "layers": config.get("num_hidden_layers"), "heads": config.get("architectures"),
-        **{key: text for key in ("description", "license") if (text := _line(card.get(key)))},
+        "compressed": _compressed(folder),
+        **{key: text for key in ("description", "license", "base_model") if (text := _line(card.get(key)))},
     }  # fmt: skip
     return {"family": "language", "format": "transformers",
             "notes": {key: value for key, value in notes.items() if value}}  # fmt: skip
+
+
+def _compressed(folder: Path) -> str:
+    """How a compressed base was made, and its bits per weight."""
+    if not (folder / COMPRESSED).is_file():
+        return ""
+    told = _json(folder / COMPRESSED)
+    bits = told.get("bits")
+    known = f", {bits:.2f} bits" if isinstance(bits, int | float) else ""
+    return f"{_line(told.get('method'))}{known}"
 
 
 def base(path: Path) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""Refuses compressions that are known to fail, before a job is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapters.errors import InputError
+from pipelines.language.compressed import read_manifest
+from studio import library
+from studio.compression.schema import CompressConfig
+
+
+def base_and_rows(config: CompressConfig) -> None:
+    """Check the base, and the file of rows if there is one.
+
+    Raises:
+        InputError: there is no such base or file, or the base is compressed already.
+    """
+    if config.base != library.smollm2.NAME:  # which is unpacked when it is used
+        place = Path(library.resolve_language(config.base))
+        if read_manifest(place) is not None:
+            raise InputError(f"'{config.base}' is compressed already: start from the model it was made from.")
+    if config.data:
+        from studio.training.language import rows
+        from studio.training.schemas.language import TrainLanguageConfig
+
+        rows.read(TrainLanguageConfig.parse({"data": config.data, "base": config.base}))

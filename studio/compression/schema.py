@@ -1,0 +1,55 @@
+"""Configurations of the compression jobs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from studio.schema import JobConfig
+
+_DATA: dict[str, Any] = {"group": "Data"}
+_MORE: dict[str, Any] = {"group": "Rarely needed", "advanced": True}
+
+
+class CompressConfig(JobConfig):
+    """What every compression has."""
+
+    base: str = Field(min_length=1, description="Language model: name in the library, or directory.")
+    name: str = Field("", description="Name of the new base in the library; empty = base and method.")
+    data: str = Field(
+        "", description="Rows of text as for training (.jsonl, ...): what matters for them is kept best.",
+        json_schema_extra=_DATA,
+    )  # fmt: skip
+    samples: int = Field(128, ge=1, description="At most so many rows are looked at.", json_schema_extra=_DATA)
+    max_length: int = Field(512, ge=2, description="Tokens of a row that are looked at.", json_schema_extra=_DATA)
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...", json_schema_extra=_MORE)
+    seed: int = Field(0, ge=0, description="Of everything random.", json_schema_extra=_MORE)
+
+
+class CompressLqConfig(CompressConfig):
+    """Few-bit matrices with a low-rank part (LQ-LoRA)."""
+
+    kind: ClassVar[str] = "compress-lq"
+
+    bits: float = Field(2.75, gt=0, description="Bits per weight of the matrices, their scales included.")
+    rank: int = Field(64, ge=0, description="Rank of the low-rank part that absorbs the error; 0 = none.")
+    steps: int = Field(
+        20, ge=1, description="At most so many turns of singular values and quantising per matrix.",
+        json_schema_extra=_MORE,
+    )  # fmt: skip
+    uniform: Literal["", "nf2", "nf3", "nf4"] = Field(
+        "", description="The same for every matrix (scales as in QLoRA) instead of a choice within the budget.",
+        json_schema_extra=_MORE,
+    )  # fmt: skip
+    thorough: bool = Field(
+        False, description="Choose among all 432 configurations of the paper instead of 48.", json_schema_extra=_MORE
+    )
+    search: Literal["first", "full"] = Field(
+        "first", description="Compare configurations by the first turn, or by all (much slower).",
+        json_schema_extra=_MORE,
+    )  # fmt: skip
+    padding: bool = Field(
+        False, description="Allow blocks that a matrix does not fill (the bytes count them).", json_schema_extra=_MORE
+    )
+    solver_seconds: float = Field(60, gt=0, description="Time limit of the integer program.", json_schema_extra=_MORE)
