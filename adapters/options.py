@@ -177,7 +177,8 @@ SLOTS: tuple[Slot, ...] = (
                 type="str",
                 advanced=False,
                 help="Experts per layer: a number, numbers for blocks of layers from bottom to top (2,4,6,8), or a "
-                "shape (triangle, inverted-triangle, hourglass, rectangle, diamond); empty = the method's own.",
+                "shape (triangle, inverted-triangle, hourglass, rectangle, diamond); empty = the method's own. x-lora: "
+                "the adapters to mix, separated by commas.",
             ),
             Option("experts_per_token", None, type="int", ge=1, help="How many experts a token uses; empty = 2."),
             Option(

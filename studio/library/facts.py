@@ -98,8 +98,11 @@ def _mixture(path: Path, head: Header, config: Mapping[str, Any]) -> dict[str, A
     recipe = next((found for key in RECIPE_KEYS if isinstance(found := head.json(key), dict)), None)
     card = _card(path)
     ranks = {shape[1] for name, shape in head.shapes.items() if name.endswith("_A") and len(shape) == 3}
+    named = config.get("experts")
+    named = [expert.get("name") for expert in named if isinstance(expert, dict)] if isinstance(named, list) else []
     notes: dict[str, Any] = {
         "algorithm": f"mixture of experts ({_line(config.get('preset')) or 'own choices'})", "layers": len(places),
+        "experts": _line(named),
         **_from_recipe(recipe or {}),
         **{key: text for key in ("description", "license", "base_model") if (text := _line(card.get(key)))},
     }  # fmt: skip

@@ -19,7 +19,7 @@ from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.prompts import read_prompts
 from studio.library import scan
 from studio.reconstruction.job import pictures_in
-from studio.training.language import rows
+from studio.training.language import experts, rows
 from studio.training.records import check_tracker
 from studio.training.schemas.base import TrainConfig
 from studio.training.schemas.distill import DistillConfig, style
@@ -56,6 +56,8 @@ def language(config: TrainLanguageConfig) -> None:
     if not (texts.on_hub(config.data) or texts.on_hub(config.validation_data)):
         rows.read(config)
     rows.template_of(config)
+    if experts.frozen(config.method):
+        experts.places(config)
     check_quantization(config.quantization)
     _common(config)
 

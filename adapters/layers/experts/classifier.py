@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.errors import InputError, nearest
+from adapters.layers.experts.gates import without_autocast
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Classifier(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Gates for hidden states (batch, length, d): (batch, length, N), layer-wise (batch, length, L, N)."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             x = hidden.to(dtype)
             for number, (weight, bias) in enumerate(self.linear_layers()):
                 if number:

@@ -56,7 +56,7 @@ class FrozenExperts(ExpertLinear):
         if frozen["dora"]:
             zeros = torch.zeros(len(frozen["ranks"]), outputs, device=device)
             self.moeadapter_rows[adapter] = nn.Parameter(zeros)
-        self._owners[adapter] = torch.repeat_interleave(torch.tensor(frozen["ranks"]))
+        self._owners[adapter] = torch.tensor(_owners(frozen["ranks"]), device="cpu")
         options = ClassifierOptions.of(config.classifier)
         if place.position == 0:
             assert options.width is not None
@@ -110,3 +110,8 @@ class FrozenExperts(ExpertLinear):
             mask, types = self.routing.mask(rows, x.shape[1]), self.routing.types(rows)
             self.routing.record(adapter, Record(self.path, place.layer, shown, shown, None, mask, types))
         return found
+
+
+def _owners(ranks: list[int]) -> list[int]:
+    """The expert of each rank."""
+    return [expert for expert, rank in enumerate(ranks) for _ in range(rank)]

@@ -15,7 +15,7 @@ from adapters.compression.storage import plain_weight
 from adapters.errors import InputError
 from adapters.layers.experts import compute
 from adapters.layers.experts.config import MoeConfig
-from adapters.layers.experts.gates import Gates, choose, one_expert
+from adapters.layers.experts.gates import Gates, choose, one_expert, without_autocast
 from adapters.layers.experts.routing import Record, Routing, Segment
 from adapters.layers.experts.structure import Structure, finished, inner
 from adapters.layers.sizes import sizes
@@ -61,7 +61,7 @@ class Router(nn.Module):
         """(..., N) for x (..., in)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 

@@ -36,3 +36,26 @@ class ExpertsPlugin(Plugin):
             "router_unused": float(sum(one.unused for one in loads)),
         }
         return loss + aux.to(loss.device) * (outputs.share if isinstance(outputs, Answers) else 1.0), logs
+
+
+class GatesPlugin(Plugin):
+    """X-LoRA: logs each expert's mean gate (``gate_NAME``) over the tokens of a pass, padding left out."""
+
+    name = "gates"
+
+    def after_inject(self, handles: Handles) -> None:
+        self.model = next(iter(handles.models.values()))
+        self.adapter = handles.adapter
+
+    def loss(self, loss: torch.Tensor, outputs: Outputs | Answers) -> tuple[torch.Tensor, dict[str, float]]:
+        from adapters.layers.experts.xlora import last_gates, names
+
+        gates = last_gates(self.model)
+        if gates is None:
+            return loss, {}
+        each = gates.mean(2) if gates.ndim == 4 else gates
+        mask = routing_of(self.model).attention_mask
+        weight = torch.ones_like(each[..., 0]) if mask is None else mask[:, -each.shape[1] :].to(each)
+        means = (each * weight[..., None]).sum((0, 1)) / weight.sum().clamp_min(1)
+        told = zip(names(self.model, self.adapter), means.tolist(), strict=True)
+        return loss, {f"gate_{name}": value for name, value in told}

@@ -101,6 +101,7 @@ class Routing:
         """The context of a copied model: the same adapters, its own hooks, nothing of the last forward pass."""
         made = memo[id(self)] = Routing()
         made.configs, made._hooks = copy.deepcopy(self.configs, memo), copy.deepcopy(self._hooks, memo)
+        made.source = copy.deepcopy(self.source, memo)
         return made
 
     # ------------------------------------------------------------------------------------------ hooks of the base

@@ -7,6 +7,7 @@ from typing import Any
 
 from studio.training.cards import base_lines, base_name, front_matter
 from studio.training.export import RECIPE_ENTRY
+from studio.training.language.experts import frozen
 
 
 def card(
@@ -45,7 +46,7 @@ def card(
         f"A {what} for **{base_name(base['name'])}** ({base['architecture']}), task {task}"
         + (f", labels: {labels}." if labels else "."),
         "",
-        f"- Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}, start: {config['init']}",
+        f"- {_adapter(config)}",
         f"- {training['steps']} steps of {training['batch']} samples on {data['rows']} rows, {config['optimizer']} at "
         f"{config['learning_rate']:g}, final loss {training['loss']:.4f}",
         *([f"- On {data['held_out']} held-out rows: {measured}"] if measured else []),
@@ -68,3 +69,10 @@ def card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _adapter(config: Mapping[str, Any]) -> str:
+    """What was trained: rank and layers, or the adapters that are mixed."""
+    if frozen(config.get("method", "lora")):
+        return f"Mixes these adapters, which stay as they are: {config['experts']}"
+    return f"Rank {config['rank']}, layers: {config['target_regex'] or config['targets']}, start: {config['init']}"

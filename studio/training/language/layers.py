@@ -11,6 +11,7 @@ from torch import nn
 
 from adapters.errors import InputError
 from adapters.layers.sizes import sizes
+from studio.training.language import experts
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 from studio.training.targets import check_ranks, no_match, peft_config
@@ -73,14 +74,22 @@ def add_adapter(
     model: Any, config: Chosen, fresh: Sequence[str] = (), task_type: str | None = None, inside: str = ""
 ) -> PeftModel:
     """``model`` with a new adapter in fp32; besides it only the ``fresh`` modules (a new head) learn."""
-    mixture = config.method != "lora"
-    made: Any = (expert_config if mixture else layer_config)(model, config, fresh, task_type, inside)
+    mixture, existing = config.method != "lora", experts.read(config, model) if experts.frozen(config.method) else []
+    made: Any
+    if existing:
+        made = frozen_config(model, config, existing, fresh, task_type)
+    else:
+        made = (expert_config if mixture else layer_config)(model, config, fresh, task_type, inside)
     if config.quantization != "none":
         import peft
 
         prepare: Any = peft.prepare_model_for_kbit_training
         prepare(model, use_gradient_checkpointing=config.gradient_checkpointing)
     wrapped: Any = get_peft_model(model, made)
+    if existing and not next(model.parameters()).is_meta:
+        from adapters.layers.experts.xlora import fill
+
+        fill(wrapped, existing)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -102,6 +111,17 @@ def expert_config(
         lora_dropout=config.dropout,
         expert_kind="dora" if config.use_dora else "rslora" if config.use_rslora else "lora",
     )  # fmt: skip
+
+
+def frozen_config(
+    model: nn.Module, config: Chosen, existing: Sequence[Any], fresh: Sequence[str] = (), task_type: str | None = None
+) -> PeftConfig:
+    """The configuration of an X-LoRA: its experts say which layers."""
+    from adapters.layers.experts.xlora import config_for
+
+    return config_for(
+        model, existing, experts.options(config), task_type=task_type, modules_to_save=list(fresh) or None
+    )
 
 
 def _linear(module: nn.Module) -> bool:
