@@ -672,16 +672,21 @@ def places_before(joined: Joined, half: int, seen: Sequence[bool] = ()) -> tuple
     return torch.cat(places), image
 
 
-def spans_in(tokenizer: Any, written: str, text: str, length: int, dropped: int = 0) -> list[tuple[int, int]]:
+def spans_in(
+    tokenizer: Any, written: str, text: str, length: int, dropped: int = 0, special: bool = True
+) -> list[tuple[int, int]]:
     """The characters of ``text`` that each token of ``written`` stands for, which holds it once; see
     :meth:`Family.text_spans`.
 
     Args:
         length: tokens that the encoder reads.
         dropped: of them, those at the beginning that the denoiser does not get.
+        special: the tokenizer adds its special tokens.
     """
     begin = written.rindex(text)
-    found = tokenizer(written, truncation=True, max_length=length, return_offsets_mapping=True).offset_mapping
+    found = tokenizer(
+        written, truncation=True, max_length=length, return_offsets_mapping=True, add_special_tokens=special
+    ).offset_mapping
     inside = [(max(first - begin, 0), min(last - begin, len(text))) for first, last in found[dropped:]]
     return [(first, last) if first < last else (0, 0) for first, last in inside]
 

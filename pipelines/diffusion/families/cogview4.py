@@ -20,6 +20,7 @@ from pipelines.diffusion.families.base import (
     Tensors,
     joined_texts,
     layer_choices,
+    spans_in,
 )
 from pipelines.diffusion.families.renaming import Rule, renamed
 
@@ -125,6 +126,10 @@ class CogView4(Family):
         masks = [torch.ones(len(text), dtype=torch.bool, device=text.device) for text in found]
         pad = torch.nn.utils.rnn.pad_sequence
         return {"embeds": pad(found, batch_first=True), "mask": pad(masks, batch_first=True)}
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        spans = spans_in(pipe.tokenizer, text, text, TOKENS)
+        return [(0, 0)] * (-len(spans) % 16) + spans
 
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
         import torch

@@ -26,6 +26,7 @@ from pipelines.diffusion.families.base import (
     joined_texts,
     layer_choices,
     places_before,
+    spans_in,
 )
 
 if TYPE_CHECKING:
@@ -114,6 +115,9 @@ class ErnieImage(Family):
 
     def condition(self, pipe: Any, texts: Sequence[str]) -> Tensors:
         return dict(self.passed({"embeds": pipe.encode_prompt(list(texts), pipe._execution_device)}))
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        return spans_in(pipe.tokenizer, text, text, pipe.tokenizer.model_max_length)
 
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
         positive, negative, texts, own = joined_texts(encodings, lambda half: half["embeds"])

@@ -24,6 +24,7 @@ from pipelines.diffusion.families.base import (
     Tensors,
     even_sigmas,
     within,
+    spans_in,
 )
 
 if TYPE_CHECKING:
@@ -116,6 +117,16 @@ class Flux2(Family):
 
         messages = format_input([text], system_message=pipe.system_message)
         return _count(pipe.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)) > self._most(pipe)
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        messages = format_input([text], system_message=pipe.system_message)[0]
+        written = pipe.tokenizer.apply_chat_template(messages, tokenize=False)
+        reader = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # a processor has one inside
+        most = self._most(pipe)
+        spans = spans_in(reader, written, text, most, special=False)
+        return [(0, 0)] * (most - len(spans) if reader.padding_side == "left" else 0) + spans
 
     def _most(self, pipe: Any) -> int:
         """Tokens that the pipeline reads, with those of the template."""

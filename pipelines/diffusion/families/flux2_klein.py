@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pipelines.diffusion.families.base import Encoding, Signature
+from pipelines.diffusion.families.base import Encoding, Signature, spans_in
 from pipelines.diffusion.families.flux2 import FAMILY as DEV
 from pipelines.diffusion.families.flux2 import Flux2, tiny_parts
 
@@ -49,10 +49,12 @@ class Flux2Klein(Flux2):
         return self.encoding(made[0], made[-1], guided)
 
     def too_long(self, pipe: Any, text: str) -> bool:
-        messages = [{"role": "user", "content": text}]
-        more = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        written = pipe.tokenizer.apply_chat_template(messages, **more)
-        return len(pipe.tokenizer(written, verbose=False).input_ids) > self._most(pipe)
+        return len(pipe.tokenizer(_written(pipe, text), verbose=False).input_ids) > self._most(pipe)
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        most = self._most(pipe)
+        spans = spans_in(pipe.tokenizer, _written(pipe, text), text, most)
+        return [(0, 0)] * (most - len(spans) if pipe.tokenizer.padding_side == "left" else 0) + spans
 
     def tiny(self, seed: int = 0, **changes: Any) -> Any:
         import torch
@@ -67,6 +69,14 @@ class Flux2Klein(Flux2):
             tokenizer=miniature.qwen_tokenizer(),
         )
         return miniature.quiet(pipe)
+
+
+def _written(pipe: Any, text: str) -> str:
+    """A prompt in the chat template."""
+    messages = [{"role": "user", "content": text}]
+    more = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    written: str = pipe.tokenizer.apply_chat_template(messages, **more)
+    return written
 
 
 FAMILY = Flux2Klein()

@@ -19,6 +19,7 @@ from pipelines.diffusion.families.base import (
     Tensors,
     even_sigmas,
     latent_factor,
+    spans_in,
 )
 from pipelines.diffusion.families.flux import unpack
 from pipelines.diffusion.families.qwen import VAE_FIELDS
@@ -130,6 +131,11 @@ class Krea2(Family):
             for text in (prompt, negative or "")[: 2 if guided else 1]
         ]
         return self.encoding(found[0], found[-1], guided)
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        dropped, end = pipe.prompt_template_encode_start_idx, pipe.prompt_template_encode_num_suffix_tokens
+        written = pipe.prompt_template_encode_prefix + text
+        return spans_in(pipe.tokenizer, written, text, TOKENS + dropped - end, dropped)
 
     def condition(self, pipe: Any, texts: Sequence[str]) -> Tensors:
         import torch

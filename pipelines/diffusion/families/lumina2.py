@@ -23,6 +23,7 @@ from pipelines.diffusion.families.base import (
     layer_choices,
     places_before,
     shift,
+    spans_in,
 )
 from pipelines.diffusion.families.renaming import Rule, renamed
 
@@ -107,6 +108,9 @@ class Lumina2(Family):
         with torch.no_grad():
             embeds, mask = pipe._get_gemma_prompt_embeds(written)
         return {"embeds": embeds, "mask": mask}
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        return spans_in(pipe.tokenizer, f"{pipe.system_prompt} <Prompt Start> {text}", text, TOKENS)
 
     def joined(self, encodings: Sequence[Encoding]) -> Joined:
         import torch

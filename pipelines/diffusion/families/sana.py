@@ -21,6 +21,7 @@ from pipelines.diffusion.families.base import (
     Signature,
     Tensors,
     layer_choices,
+    spans_in,
 )
 from pipelines.diffusion.families.renaming import Rule, renamed
 
@@ -152,6 +153,16 @@ class Sana(Family):
         with torch.no_grad():
             embeds, mask, _, _ = pipe.encode_prompt([text], do_classifier_free_guidance=False)
         return {"embeds": embeds, "mask": mask}
+
+    def text_spans(self, pipe: Any, text: str) -> list[tuple[int, int]]:
+        """Of the instruction and the prompt in small letters the pipeline keeps the first and the last tokens."""
+        instruction, small = "\n".join(_instruction(pipe)), text.lower().strip()
+        before = len(text) - len(text.lstrip())
+        length = len(pipe.tokenizer.encode(instruction)) + TOKENS - 2
+        spans = spans_in(pipe.tokenizer, instruction + small, small, length)
+        padded = [*spans, *[(0, 0)] * (length - len(spans))]
+        moved = [(first + before, last + before) if last else (0, 0) for first, last in padded]
+        return [moved[0], *moved[1 - TOKENS :]]
 
     # ------------------------------------------------------------------ denoiser
     def predict(

@@ -61,6 +61,7 @@ class TextAttention:
         """Add queries of the cells and keys of the text (batch, heads, tokens, width)."""
         if not self.reading:
             return
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)  # several queries may share a key
         scores = query[self.sample].float() @ key[self.sample].float().transpose(-1, -2) / query.shape[-1] ** 0.5
         found = scores.softmax(-1).mean(0)
         self._total = found if self._total is None else self._total + found
