@@ -23,8 +23,8 @@ from pipelines.diffusion.families.base import (
     Signature,
     Tensors,
     even_sigmas,
-    within,
     spans_in,
+    within,
 )
 
 if TYPE_CHECKING:
