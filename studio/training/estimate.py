@@ -48,6 +48,7 @@ class Work:
         flops: floating-point operations of both passes.
         operations: the number of torch operations.
         denoiser: name of the part that is never offloaded.
+        remark: a sentence on what is trained, if there is something to say.
     """
 
     parameters: Mapping[str, int]
@@ -56,14 +57,16 @@ class Work:
     flops: float
     operations: int
     denoiser: str
+    remark: str = ""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by purpose, and seconds of the training steps (without loading, caching and samples)."""
+    """Bytes by purpose, and seconds of the training steps (without loading, caching and samples); a remark, if any."""
 
     memory: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    remark: str = ""
 
     @property
     def total(self) -> int:
@@ -72,7 +75,8 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
-        return {"memory": dict(self.memory), "memory_total": self.total, "seconds": self.seconds}
+        more = {"remark": self.remark} if self.remark else {}
+        return {"memory": dict(self.memory), "memory_total": self.total, "seconds": self.seconds, **more}
 
 
 def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) -> Estimate:
@@ -94,7 +98,7 @@ def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) 
     }
     passes = steps(config) * config.gradient_accumulation
     seconds = passes * (work.flops / (speed * EFFICIENCY) + work.operations * OVERHEAD[device])
-    return Estimate(memory, seconds)
+    return Estimate(memory, seconds, work.remark)
 
 
 def steps(config: Config, pictures: int | None = None) -> int:
@@ -182,7 +186,12 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
         mask = torch.zeros(size[0], 1, size[1], size[1], dtype=base.dtype)  # given, so that no library inspects it
         kept, operations, flops = count(_Logits(model), (ids, mask))
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Work(counts, learnt, kept, flops, operations, "model")
+    remark = ""
+    if config.method != "lora":
+        from adapters.layers.experts.size import size
+
+        remark = str(size(model))
+    return Work(counts, learnt, kept, flops, operations, "model", remark)
 
 
 def measured_speed(device: str, dtype: str) -> float:
@@ -255,7 +264,7 @@ def apart(config: Config) -> Estimate:
         raise InputError("The estimate could not be made: see  studio train ... --estimate.") from None
     if "error" in found:
         raise InputError(found["error"])
-    return Estimate(found["memory"], found["seconds"])
+    return Estimate(found["memory"], found["seconds"], found.get("remark", ""))
 
 
 def printed() -> None:
@@ -278,7 +287,7 @@ def sentence(found: Estimate) -> str:
     parts = ", ".join(f"{name} {size(number)}" for name, number in found.memory.items())
     return (
         f"About {size(found.total)} of memory ({parts}) and {duration(found.seconds)} for the training steps; loading, "
-        "caching and samples are extra."
+        "caching and samples are extra." + (f" {found.remark}." if found.remark else "")
     )
 
 

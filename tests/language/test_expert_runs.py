@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from adapters import formats
 from adapters.errors import Cancelled, InputError
-from adapters.layers.experts import MoeConfig
+from adapters.layers.experts import MoeConfig, expert_layers
+from adapters.layers.experts.presets import preset
+from adapters.layers.experts.size import size
+from adapters.layers.experts.trainer import MoeTrainerMixin
 from pipelines.language.adapters import AdaptedModel
 from studio.library import scan
-from studio.training.tasks.language import run
-from tests.language.conftest import Watcher, settings
+from studio.training import estimate as estimates
+from studio.training.drivers import accelerate
+from studio.training.drivers.trainer import SampleSet
+from studio.training.language.layers import add_adapter
+from studio.training.schemas.image import TrainImageConfig
+from studio.training.session import TrainSession
+from studio.training.tasks.language import run, task_for
+from tests.language.conftest import Watcher, settings, write_rows
 
 METHODS = ("mixlora", "mola", "loramoe", "llava-mole")
 
@@ -62,3 +72,116 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_and_peft_and_chats_l
     with pytest.raises(InputError, match="depends on the token"):
         formats.read(whole["adapter"])
     assert MoeConfig.from_pretrained(whole["adapter"]).preset == method
+
+
+def test_either_driver_turns_the_steps(bases, chats, tmp_path):
+    config = settings(bases("llama"), chats, steps=3, method="mixlora", validation_split=0.25)
+    usual = run(config, tmp_path / "usual", first := Watcher())
+    other = accelerate.train(TrainSession.of(task_for(config), tmp_path / "loop", second := Watcher()))
+    assert first.losses == pytest.approx(second.losses, rel=1e-5)
+    one, two = weights(usual), weights(other)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one | two)
+
+
+def test_accumulation_counts_the_router_loss_once(bases, chats, tmp_path):
+    """One batch of eight against four equal ones of two: with a plain sum the routers' gradient would be four times."""
+    row = json.loads(chats.read_text().splitlines()[0])
+    same = write_rows(tmp_path / "same.jsonl", [row] * 8)
+    found = []
+    for batch, parts in ((8, 1), (2, 4)):
+        config = settings(
+            bases("llama"), same, steps=1, method="mixlora", router_loss=1.0, batch_size=batch, optimizer="sgd",
+            gradient_accumulation=parts, learning_rate=0.1, max_grad_norm=0, warmup_ratio=0,
+        )  # fmt: skip
+        found.append(weights(run(config, tmp_path / f"{parts}", Watcher())))
+    start = weights(run(settings(bases("llama"), same, steps=1, method="mixlora", learning_rate=1e-12), tmp_path / "0"))
+    for name in (name for name in found[0] if "router" in name):
+        change = [one[name] - start[name] for one in found]
+        assert float(change[0].abs().max()) > 0
+        torch.testing.assert_close(change[0], change[1], rtol=1e-4, atol=1e-6)
+
+
+def test_other_trainers_take_the_router_loss_once_too(bases, tmp_path):
+    """Transformers' own Trainer with the mixin; a Llama's loss is divided by the tokens of the whole step."""
+
+    class Mine(MoeTrainerMixin, Trainer):
+        pass
+
+    sample = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "attention_mask": [1] * 4, "task_types": 1}
+    found = []
+    for batch, parts in ((8, 1), (2, 4)):
+        model = AutoModelForCausalLM.from_pretrained(bases("llama"))
+        torch.manual_seed(0)
+        peft = get_peft_model(model, preset("mixlora", {"router_loss": 1.0}.get, r=2))
+        before = {name: p.detach().clone() for name, p in peft.named_parameters() if "router" in name}
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=parts,
+            optim="sgd", learning_rate=0.1, max_grad_norm=0, lr_scheduler_type="constant", use_cpu=True, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        Mine(peft, arguments, train_dataset=SampleSet([sample] * 8)).train()
+        found.append({name: p.detach() - before[name] for name, p in peft.named_parameters() if name in before})
+    for name, one in found[0].items():
+        assert float(one.abs().max()) > 0
+        torch.testing.assert_close(one, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_types_of_rows_reach_the_routers(bases, chats, tmp_path):
+    rows = [json.loads(line) | {"kind": number % 2} for number, line in enumerate(chats.read_text().splitlines())]
+    data = write_rows(tmp_path / "typed.jsonl", rows)
+    asked = {"method": "loramoe", "type_column": "kind", "router_loss": 5.0}
+    watcher = Watcher()
+    run(settings(bases("llama"), data, steps=2, **asked), tmp_path / "run", watcher)
+    logged = [p.metrics for p in watcher.seen if p.stage == "training"]
+    assert all(one["router_loss"] > 0 for one in logged)
+    with pytest.raises(InputError, match=r"no column 'kinds' \(did you mean 'kind'\?\)"):
+        run(settings(bases("llama"), data, **asked | {"type_column": "kinds"}), tmp_path / "none")
+    wrong = write_rows(tmp_path / "wrong.jsonl", [*rows, rows[0] | {"kind": 2}])
+    with pytest.raises(InputError, match="line 13: the type in 'kind' is 0 or 1, not 2"):
+        run(settings(bases("llama"), wrong, **asked), tmp_path / "none")
+
+
+def test_a_gpt2_a_classifier_and_a_masked_model_get_experts(bases, chats, tmp_path):
+    assert "adapter" in run(settings(bases("gpt2"), chats, steps=1, method="mixlora"), tmp_path / "gpt2")
+    masked = write_rows(tmp_path / "texts.jsonl", [{"text": f"word{n} and more"} for n in range(8)])
+    with pytest.raises(InputError, match="feed-forward block"):
+        run(settings(bases("bert"), masked, steps=1, method="mixlora", task="masked"), tmp_path / "bert")
+    made = run(settings(bases("bert"), masked, steps=1, method="mola", task="masked"), tmp_path / "mola")
+    assert any("attention" in name for name in weights(made))
+    rows = [{"text": f"{number} {word}", "label": word} for number in range(4) for word in ("a", "b")]
+    labelled = write_rows(tmp_path / "labelled.jsonl", rows)
+    made = run(
+        settings(bases("llama"), labelled, steps=1, method="mola", task="classification"), tmp_path / "class"
+    )
+    assert any("score" in name for name in weights(made))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_estimate_counts_a_mixture_and_compares_it_with_a_lora(method, bases, chats):
+    chosen = settings(bases("llama"), chats, method=method, rank=4)
+    work = estimates.look_at_language(chosen, "fp32")
+    model = add_adapter(AutoModelForCausalLM.from_pretrained(bases("llama")), chosen)
+    assert work.learnt == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = size(model)
+    assert found.experts + found.routers == work.learnt
+    assert work.remark == str(found)
+    targets = [name for layer in expert_layers(model).values() for name in names_of(layer)]
+    lora = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(bases("llama")), LoraConfig(r=found.rank, target_modules=targets)
+    )
+    ordinary = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert ordinary == pytest.approx(work.learnt, rel=0.5 / found.rank)
+
+
+def names_of(layer):
+    """Paths of the linear layers with experts."""
+    roles = layer.places["default"].roles
+    return [layer.path if not role else f"{layer.path}.{layer.structure.roles[role]}" for role in roles]
+
+
+def test_pictures_have_no_experts(tmp_path):
+    with pytest.raises(InputError, match=r"'method' belongs to .*mixlora.*, which train language models only"):
+        TrainImageConfig.parse({"data": str(tmp_path), "base": "x", "method": "mixlora"})
+    for field, value in (("init", "pissa"), ("freeze_a", True), ("continue_from", "other"), ("rank_pattern", {"a": 2})):
+        with pytest.raises(ValueError, match="experts"):
+            settings(tmp_path, tmp_path, method="mola", **{field: value})
