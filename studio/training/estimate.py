@@ -188,9 +188,9 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     remark = ""
     if config.method != "lora":
-        from adapters.layers.experts.size import size
+        from adapters.layers.experts import size as sizes_of_experts
 
-        remark = str(size(model))
+        remark = str(sizes_of_experts.size(model))
     return Work(counts, learnt, kept, flops, operations, "model", remark)
 
 
