@@ -1,7 +1,7 @@
 """Several subjects in one picture: is each at its own place, and only there?
 
-    python -m benchmarks.composition_quality [--base tinydit] [--seeds 16] [--sets concepts|styles|all] [--minutes 60]
-        [--write]
+    python -m benchmarks.composition_quality [--base tinydit|three-across] [--seeds 16] [--sets concepts|styles|all]
+        [--minutes 60] [--write]
 
 On an embedded base (tinymoji unless told) with its shipped concept adapters: sets of two and three side by side in
 pictures twice as wide as high, each picture of a set with its own seed. Then the same pairs, from the same seeds,
@@ -17,6 +17,9 @@ likeness    cosine of EfficientNet-Lite0 features between a region and the pictu
             the same against the pictures of the other adapters of the set (0: no more like its own).
 style       (sets with a style adapter) the style is the judge's first answer in the region; the judge answers for
             style apart from the subject.
+
+The base "three-across" is tinymoji with the shipped adapter of that name folded into its weights before anything else:
+sets of three in pictures three times as wide as high (``--pairs 0 --triples 8``).
 
 Shares come with 95 % Wilson intervals. Pictures and answers are kept in the build folder as they are made, so the same
 command continues where it stopped; answers made with other files of base or adapters are not reused. ``--write``
@@ -79,13 +82,20 @@ def _composer(name: str, **options: Any) -> Way:
 
 @dataclass(frozen=True)
 class Base:
-    """An embedded base: model directory, how the names of its adapters begin, guidance, results file, its methods."""
+    """An embedded base: model directory, how the names of its adapters begin, guidance, results file, its methods, the
+    width of its pictures in heights, and an adapter that is folded into its weights ("" for none)."""
 
     name: str
     prefix: str
     guidance: float
     results: str
     ways: tuple[str, ...] = ()
+    across: int = 2
+    folded: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.folded or self.name
 
     def can(self, way: Way) -> bool:
         """Say whether a method works on this base."""
@@ -98,7 +108,11 @@ TINYDIT = Base(
     ("merge", "switch", "composite", "output", "activation"),
 )  # fmt: skip
 """Z-Image counts guidance from 0, and has no cross-attention."""
-BASES = {base.name: base for base in (TINYMOJI, TINYDIT)}
+THREE_ACROSS = Base(
+    "tinymoji", "", GUIDANCE, "composition_quality_three_across",
+    ("merge", "switch", "composite", "output", "activation", "lora-composer"), 3, "three-across",
+)  # fmt: skip
+BASES = {base.title: base for base in (TINYMOJI, TINYDIT, THREE_ACROSS)}
 
 WAYS = (
     Way("merge", "merge"),
@@ -212,8 +226,13 @@ class Studio:
     def __init__(self, triggers: dict[str, str], base: Base) -> None:
         from pipelines.diffusion import MultiLoRAPipeline
 
-        self.triggers, self.guidance = triggers, base.guidance
+        self.triggers, self.base = triggers, base
         self.pipe = MultiLoRAPipeline.from_pretrained(str(assets.path(f"models/{base.name}")))
+        if base.folded:
+            plain = self.pipe.pipe
+            plain.load_lora_weights(str(_file(base.folded)))
+            plain.fuse_lora()
+            plain.unload_lora_weights()
         for name, trigger in triggers.items():
             self.pipe.load_lora(_file(name), name=name, triggers=(trigger,))
 
@@ -230,8 +249,8 @@ class Studio:
         else:
             self.pipe.compose(way.method, adapters=group.adapters, **way.options)
         prompt = data.make_caption(self.triggers[group.style] if group.style else STYLE, words, None)
-        size = {"width": 2 * data.SIZE, "height": data.SIZE}
-        made = self.pipe(prompt, steps=STEPS, guidance_scale=self.guidance, seed=seed, **size)
+        size = {"width": self.base.across * data.SIZE, "height": data.SIZE}
+        made = self.pipe(prompt, steps=STEPS, guidance_scale=self.base.guidance, seed=seed, **size)
         return made.images[0].convert("RGB")
 
 
@@ -292,6 +311,7 @@ def state_key(names: Iterable[str], base: Base = TINYMOJI) -> str:
     files = [
         *sorted(assets.path(f"models/{base.name}").rglob("*.safetensors")),
         *(_file(name) for name in sorted(names)),
+        *([_file(base.folded)] if base.folded else []),
     ]
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:12]
 
@@ -388,11 +408,14 @@ def measured_bleed(answers: Sequence[Answer], way: str = "merge") -> dict[tuple[
     return {pair: sum(hits) / len(hits) for pair, hits in pairs.items()}
 
 
-def grid(kept: Kept, groups: Sequence[Group], ways: Sequence[Way], cell: int = 64) -> Image.Image:
-    """The first seed of every set (rows) by every way (columns, names on top); ``cell`` is the height of a picture."""
+def grid(kept: Kept, groups: Sequence[Group], ways: Sequence[Way], cell: int = 64, across: int = 2) -> Image.Image:
+    """The first seed of every set (rows) by every way (columns, names on top).
+
+    ``cell`` is the height of a picture, ``across`` how many times it is as wide.
+    """
     from PIL import ImageDraw, ImageFont
 
-    font, left, top, wide = ImageFont.load_default(11), 80, 34, 2 * cell
+    font, left, top, wide = ImageFont.load_default(11), 80, 34, across * cell
     made = Image.new("RGB", (left + len(ways) * (wide + 4), top + len(groups) * (cell + 4)), "white")
     pen = ImageDraw.Draw(made)
     for column, way in enumerate(ways):
@@ -493,20 +516,22 @@ def _write(
         doctor = vars(agreement)
     write_json(target, {"conditions": conditions, "rows": rows, "doctor": doctor})
     lines = ["# Composition: is each subject at its own place?", ""]
-    about = f"base {base.name}, {STEPS} steps, guidance {base.guidance}; sets: {'; '.join(titles)}"
-    command = "python -m benchmarks.composition_quality" + (f" --base {base.name}" if base != TINYMOJI else "")
+    about = f"base {base.title}, {STEPS} steps, guidance {base.guidance}; sets: {'; '.join(titles)}"
+    command = "python -m benchmarks.composition_quality" + (f" --base {base.title}" if base != TINYMOJI else "")
     lines += [f"`{command} --seeds 8 --write`; {about}. Shares with 95 % Wilson"]
     lines += ["intervals; the styles act everywhere, and the pairs with a style have the seeds of those without.", ""]
     lines += table(rows)
     if base == TINYMOJI:
         lines += ["", EXPECTED]
+    if base.folded:
+        lines += ["", f"The adapter {base.folded} is folded into the base's weights; the others come on top of it."]
     if doctor:
         shown = interference.Agreement(**doctor)
         lines += ["", f"Doctor's prediction against the measured bleed of merge over pairs: {shown}."]
     for style, name in ((False, f"{base.results}.png"), (True, f"{base.results}_styles.png")):
         mine = [group for group in groups if bool(group.style) == style]
         if mine and all(kept.picture(way.name, g.adapters, g.number).is_file() for way in ways for g in mine):
-            grid(kept, mine, ways).save(RESULTS / name)
+            grid(kept, mine, ways, across=base.across).save(RESULTS / name)
         if (RESULTS / name).is_file():
             lines += ["", f"![one seed of every set]({name})"]
     (RESULTS / f"{base.results}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

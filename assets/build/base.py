@@ -223,10 +223,7 @@ class Run:
 
     def start_from(self, folder: Path) -> None:
         """Take the weights and the history of an exported model directory; the optimizer starts anew."""
-        parts = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}
-        for name, file in parts.items():
-            weights = load_file(folder / name / file)
-            getattr(self.model, name).load_state_dict({key: value.float() for key, value in weights.items()})
+        load_weights(self.model, folder)
         self.average = Average(self.model, self.average.limit)
         history = folder / "training.json"
         if history.is_file():
@@ -262,6 +259,14 @@ class Run:
         return files.write(
             target, lambda part: torch.save({"values": values, "step": self.step, "samples": self.samples}, part)
         )
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put the weights of an exported model directory into ``model``, in fp32."""
+    parts = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}
+    for name, file in parts.items():
+        weights = load_file(folder / name / file)
+        getattr(model, name).load_state_dict({key: value.float() for key, value in weights.items()})
 
 
 def load_average(model: Model, file: Path) -> dict[str, Any]:
@@ -306,10 +311,12 @@ def train_step(
 ) -> tuple[float, float]:
     """Make one optimizer step and return the two losses: denoising and grounding.
 
-    ``kinds`` are the scenes by aspect; a batch of wide ones is half as large.
+    ``kinds`` are the scenes by aspect; a batch of wide ones is smaller by as much.
     """
     rng = np.random.default_rng([options.seed, run.step])
-    aspect = 2 if 2 in kinds and rng.random() < options.wide else 1
+    aspect = min(kinds)
+    if len(kinds) > 1 and rng.random() < options.wide:
+        aspect = max(kinds)
     clean, tokens, marks, boxes = kinds[aspect].draw(rng, options.batch // aspect, options.mix)
     noise, times = draw_noise(options.seed, run.step, tuple(clean.shape))
     clean, tokens, marks, boxes, noise, times = (t.to(run.device) for t in (clean, tokens, marks, boxes, noise, times))

@@ -26,8 +26,8 @@ from assets.build import data
 from assets.build.common import build_dir, pick_device
 
 SHARD = 4096
-COUNTS = (55.0, 40.0, 5.0)
-"""Relative frequencies of scenes with one, two and three subjects."""
+COUNTS = {1: (55.0, 40.0, 5.0), 2: (55.0, 40.0, 5.0), 3: (10.0, 20.0, 70.0)}
+"""Relative frequencies of scenes with one, two and three subjects, by how many times pictures are as wide as high."""
 
 
 def vae_folder() -> Path:
@@ -58,7 +58,7 @@ def encoder_digest(weights: dict[str, Tensor]) -> str:
 def shard_folder(aspect: int = 1) -> Path:
     """Return the folder of the shards made with the present encoder, subjects, styles and sizes.
 
-    Pictures twice as wide as high (``aspect`` 2) have a folder inside it.
+    Pictures twice or three times as wide as high (``aspect`` 2, 3) have a folder inside it.
     """
     weights = load_file(vae_folder() / "diffusion_pytorch_model.safetensors")
     words = [encoder_digest(weights), *data.BASE_CONCEPTS, *data.BASE_STYLES, str((data.SIZES, data.SPREAD))]
@@ -77,7 +77,7 @@ def make_shard(number: int, vae: AutoencoderKL, sprites: np.ndarray, device: tor
     """Draw, render and encode the scenes of one shard and write its two files."""
     folder = shard_folder(aspect)
     rng = np.random.default_rng([16 + aspect, number])
-    scenes = [data.sample_scene(rng, COUNTS, aspect=aspect) for _ in range(SHARD)]
+    scenes = [data.sample_scene(rng, COUNTS[aspect], aspect=aspect) for _ in range(SHARD)]
     parts = []
     for start in range(0, SHARD, 64):
         images = np.stack([data.render(scene, sprites) for scene in scenes[start : start + 64]])
@@ -98,13 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=12)
     parser.add_argument("--wide", type=int, default=3, help="shards of pictures twice as wide as high")
+    parser.add_argument("--widest", type=int, default=0, help="shards of pictures three times as wide as high")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     vae, sprites = load_vae(device), data.load_sprites()
-    for aspect, count in ((1, options.shards), (2, options.wide)):
+    for aspect, count in ((1, options.shards), (2, options.wide), (3, options.widest)):
         for number in range(count):
             if not (shard_folder(aspect) / f"{number:04d}.npy").is_file():
                 make_shard(number, vae, sprites, device, aspect)
