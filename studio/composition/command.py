@@ -47,7 +47,7 @@ def compose(
         typer.Option(
             "--region", "-r", metavar=region_option.FORM,
             help="A part of the picture with its own adapters and prompt; PLACE is left, right, top, bottom, all, "
-            "x0,y0,x1,y1 between 0 and 1, or a mask picture. Repeatable.",
+            "a column (2/3), x0,y0,x1,y1 between 0 and 1, or a mask picture. Repeatable.",
             rich_help_panel="Regions",
         ),
     ] = None,

@@ -25,6 +25,7 @@ PLACES = {
 }
 """Named boxes."""
 
+_COLUMN = re.compile(r"(\d{1,3})/([1-9]\d{0,2})")
 _RANGE = re.compile(lora_option.TIMES)
 _SCALE = re.compile(rf"(.*)\*({lora_option.NUMBER})")
 
@@ -32,8 +33,8 @@ _SCALE = re.compile(rf"(.*)\*({lora_option.NUMBER})")
 def parse(text: str) -> dict[str, Any]:
     """The values of one :class:`~studio.composition.region_schema.Region`.
 
-    PLACE is ``left``, ``right``, ``top``, ``bottom``, ``all``, four numbers ``x0,y0,x1,y1`` between 0 and 1, or a mask
-    picture; several adapters are joined by ``+``.
+    PLACE is ``left``, ``right``, ``top``, ``bottom``, ``all``, a column such as ``2/3`` (from the left), four numbers
+    ``x0,y0,x1,y1`` between 0 and 1, or a mask picture; several adapters are joined by ``+``.
 
     Raises:
         InputError: a part is missing or wrong.
@@ -129,6 +130,11 @@ def read(text: str) -> dict[str, Any]:
 def _place(place: str, said: str) -> dict[str, Any]:
     if place in PLACES:
         return {"box": list(PLACES[place])}
+    if match := _COLUMN.fullmatch(place):
+        column, count = int(match[1]), int(match[2])
+        if not 1 <= column <= count:
+            raise InputError(f"{said}: columns are counted from 1 to {count}, as in 1/{count}; got {place}.")
+        return {"box": [(column - 1) / count, 0.0, column / count, 1.0]}
     parts = place.split(",")
     if re.fullmatch(lora_option.NUMBER, parts[0].strip()):
         try:
@@ -139,5 +145,8 @@ def _place(place: str, said: str) -> dict[str, Any]:
             raise InputError(f"{said}: a box is four numbers x0,y0,x1,y1 between 0 and 1.")
         return {"box": box}
     if not Path(place).expanduser().is_file():
-        raise InputError(f"{said}: '{place}' is not a mask picture, a box x0,y0,x1,y1 or one of {', '.join(PLACES)}.")
+        raise InputError(
+            f"{said}: '{place}' is not a mask picture, a box x0,y0,x1,y1, a column such as 2/3 or one of "
+            f"{', '.join(PLACES)}."
+        )
     return {"mask": place}

@@ -122,6 +122,9 @@ def test_a_region_in_one_word():
     assert region_option.parse("0, .25, .5,1=fox+clay*0.5: a fox: red") == {
         "box": [0.0, 0.25, 0.5, 1.0], "adapters": ["fox", "clay"], "scale": 0.5, "prompt": "a fox: red",
     }  # fmt: skip
+    assert region_option.parse("2/3=fox") == {"box": [1 / 3, 0.0, 2 / 3, 1.0], "adapters": ["fox"]}
+    with pytest.raises(InputError, match="counted from 1 to 3"):
+        region_option.of_adapter("fox#0/3")
     assert region_option.parse("top=fox") == {"box": [0.0, 0.0, 1.0, 0.5], "adapters": ["fox"]}
 
 
