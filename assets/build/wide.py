@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters.files import write_text
+from adapters.formats.lora import LoraLayer
+from adapters.low_rank import compact_svd
 from assets.build import base, data, grounding
 from assets.build import latents as cache
 from assets.build.adapters import SHIPPED, judged_card
@@ -29,7 +31,8 @@ from assets.build.evaluate import GUIDANCE, STEPS, Case, score
 from assets.build.judge import Judge, load_judge
 
 NAME = "three-across"
-ASPECT, RANK = 3, 16
+ASPECT, RANK, SHIPPED_RANK = 3, 16, 8
+"""Width over height of the pictures; the rank it learns with, and the rank it is shipped with."""
 BASE = SHIPPED.parent / "models" / "tinymoji"
 THIRDS = [(k / 3, 0.0, (k + 1) / 3, 1.0) for k in range(3)]
 CASES = 104
@@ -108,6 +111,15 @@ def judged(pipeline: Any, judge: Judge, drawn: Sequence[Case], batch: int = 8) -
     return {**made, "steps": STEPS, "guidance": GUIDANCE}, torch.cat(pictures)
 
 
+def smaller(layer: LoraLayer, rank: int = SHIPPED_RANK) -> LoraLayer:
+    """The nearest update of a lower rank: half the size, and the judge sees little of it."""
+    left, strengths, right = compact_svd(layer.B.float().flatten(1) * layer.scale, layer.A.float().flatten(1))
+    roots = strengths[:rank].sqrt()
+    A, B = roots[:, None] * right[:rank], left[:, :rank] * roots
+    shapes = (len(A), *layer.A.shape[1:]), (*layer.B.shape[:1], len(A), *layer.B.shape[2:])
+    return LoraLayer(A.reshape(shapes[0]).contiguous(), B.reshape(shapes[1]).contiguous(), float(len(A)))
+
+
 def export(folder: Path, target: Path = SHIPPED / NAME) -> Path:
     """Write the averaged adapter with its card into ``target``."""
     from studio.datasets.cache import fingerprint
@@ -119,7 +131,9 @@ def export(folder: Path, target: Path = SHIPPED / NAME) -> Path:
     facts = base.load_average(model, base.latest(folder))
     curve = json.loads((folder / "curve.json").read_text("utf-8"))["rows"]
     options = json.loads((folder / "options.json").read_text("utf-8"))
-    config = settings(learning_rate=options["lr"], batch_size=options["batch"] // ASPECT, seed=options["seed"])
+    config = settings(
+        rank=SHIPPED_RANK, learning_rate=options["lr"], batch_size=options["batch"] // ASPECT, seed=options["seed"]
+    )
     shards = [*cache.shard_folder(ASPECT).glob("[0-9]*.npy")]
     told = {"steps": facts["step"], "batch": config.batch_size, "loss": curve[-1][3], "seconds": 60 * curve[-1][2]}
     recipe = make_recipe(
@@ -129,10 +143,16 @@ def export(folder: Path, target: Path = SHIPPED / NAME) -> Path:
               "example_prompt": "a flat icon of a dog, a cat and a sun", "resolution": data.SIZE},
         training=told,
     )  # fmt: skip
-    layers = {"unet": lora_layers(model.unet), "text_encoder": lora_layers(model.text_encoder)}
+    parts = {"unet": lora_layers(model.unet), "text_encoder": lora_layers(model.text_encoder)}
+    layers = {part: {name: smaller(layer) for name, layer in made.items()} for part, made in parts.items()}
     target.mkdir(parents=True, exist_ok=True)
     write_adapter(layers, target, NAME, config, recipe)
-    write_card(target, recipe, [])
+    card = write_card(target, recipe, [])
+    told = f"- Rank {SHIPPED_RANK} (learned with {RANK}, cut by singular values)"
+    text = card.read_text(encoding="utf-8").replace(f"- Rank {SHIPPED_RANK}", told)
+    size = f"num_inference_steps={STEPS}, guidance_scale=4, height={data.SIZE}, width={ASPECT * data.SIZE})"
+    text = text.replace("num_inference_steps=20)", size).replace(" and in `config.yaml`", "")
+    write_text(card, text)
     return target
 
 
