@@ -45,6 +45,7 @@ from PIL import Image
 from torch import Tensor
 
 import assets
+from adapters import formats
 from adapters.errors import InputError
 from assets.build import data
 from assets.build.adapters import slug
@@ -229,10 +230,7 @@ class Studio:
         self.triggers, self.base = triggers, base
         self.pipe = MultiLoRAPipeline.from_pretrained(str(assets.path(f"models/{base.name}")))
         if base.folded:
-            plain = self.pipe.pipe
-            plain.load_lora_weights(str(_file(base.folded)))
-            plain.fuse_lora()
-            plain.unload_lora_weights()
+            _fold(self.pipe.pipe, _file(base.folded))
         for name, trigger in triggers.items():
             self.pipe.load_lora(_file(name), name=name, triggers=(trigger,))
 
@@ -252,6 +250,13 @@ class Studio:
         size = {"width": self.base.across * data.SIZE, "height": data.SIZE}
         made = self.pipe(prompt, steps=STEPS, guidance_scale=self.base.guidance, seed=seed, **size)
         return made.images[0].convert("RGB")
+
+
+@torch.no_grad()
+def _fold(pipe: Any, file: Path) -> None:
+    """Add an adapter to the weights of a pipeline of diffusers."""
+    for component, module, layer in formats.read(file).layers():
+        getattr(pipe, component).get_submodule(module).weight += layer.delta()
 
 
 class Observer:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks.composition_quality import (
+    THREE_ACROSS,
     TINYDIT,
     TINYMOJI,
     WAYS,
@@ -118,3 +120,24 @@ def test_a_base_without_cross_attention_leaves_out_the_methods_that_need_it():
     assert [way.name for way in WAYS if TINYDIT.can(way)] == ["merge", "switch", "composite", "output", "activation"]
     styled = answer(("fox", "robot"), style="tinydit-style-monochrome", styles=("monochrome", "3d"))
     assert styled.styled == (True, False)
+
+
+def test_a_base_with_an_adapter_folded_in_draws_as_with_it_beside():
+    """The folded weights are those of diffusers' own LoRA, and the answers depend on the adapter's file."""
+    import assets
+    from benchmarks.composition_quality import Studio, _file, state_key
+
+    folded = Studio({}, THREE_ACROSS).pipe.pipe
+    from diffusers import StableDiffusionPipeline
+
+    plain = StableDiffusionPipeline.from_pretrained(assets.path("models/tinymoji"), torch_dtype=folded.unet.dtype)
+    plain.load_lora_weights(str(_file("three-across")))
+    latents = torch.randn(1, 4, 16, 48, generator=torch.Generator().manual_seed(0))
+    words = folded.tokenizer("a flat icon of a dog, a cat and a sun", return_tensors="pt").input_ids
+    made = []
+    for pipe in (folded, plain):
+        with torch.no_grad():
+            told = pipe.text_encoder(words).last_hidden_state
+            made.append(pipe.unet(latents, 500, told).sample)
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-4)
+    assert state_key([], THREE_ACROSS) != state_key([])
