@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
+import assets
 from benchmarks.composition_quality import (
     THREE_ACROSS,
     TINYDIT,
@@ -12,11 +14,14 @@ from benchmarks.composition_quality import (
     WAYS,
     Answer,
     Group,
+    Studio,
+    _file,
     boxes,
     grouped,
     measured_bleed,
     merged,
     sets,
+    state_key,
     summary,
     table,
     todo,
@@ -124,12 +129,7 @@ def test_a_base_without_cross_attention_leaves_out_the_methods_that_need_it():
 
 def test_a_base_with_an_adapter_folded_in_draws_as_with_it_beside():
     """The folded weights are those of diffusers' own LoRA, and the answers depend on the adapter's file."""
-    import assets
-    from benchmarks.composition_quality import Studio, _file, state_key
-
     folded = Studio({}, THREE_ACROSS).pipe.pipe
-    from diffusers import StableDiffusionPipeline
-
     plain = StableDiffusionPipeline.from_pretrained(assets.path("models/tinymoji"), torch_dtype=folded.unet.dtype)
     plain.load_lora_weights(str(_file("three-across")))
     latents = torch.randn(1, 4, 16, 48, generator=torch.Generator().manual_seed(0))
