@@ -18,7 +18,9 @@ from adapters.layers.experts import MoeConfig, aux_loss, compute, expert_layers,
 from adapters.layers.experts.export import as_lora
 from adapters.layers.experts.gates import choose
 from adapters.layers.experts.presets import preset
+from adapters.layers.experts.redundancy import distances, redundancy
 from adapters.layers.experts.routing import Record, Segment, watched
+from adapters.layers.sizes import sizes
 from tests.adapters.test_experts import IDS, answers, filled, llama
 
 PATHS = ("loop", "stacked", "sorted")
@@ -497,3 +499,72 @@ def test_routers_stay_in_full_precision_on_a_half_precision_base() -> None:
         assert model(IDS).logits.dtype == torch.bfloat16
 
 
+
+
+def test_distances_of_experts_are_those_of_their_products() -> None:
+    torch.manual_seed(0)
+    A, B = torch.randn(4, 3, 10), torch.randn(4, 7, 3)
+    found = distances(A, B, 0.5)
+    for i in range(4):
+        for j in range(4):
+            assert float(found[i, j]) == pytest.approx(float((0.5 * (B[i] @ A[i] - B[j] @ A[j])).norm()), abs=1e-5)
+    model = mixture(preset("mola", r=2))
+    assert list(redundancy(model)) == [0, 1]
+    layer = expert_layers(model)["model.layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        for other in expert_layers(model).values():
+            if ".0.self_attn" in other.path:
+                for tensor in (other.moeadapter_A["default"], other.moeadapter_B["default"]):
+                    tensor.copy_(tensor[:1].expand_as(tensor))
+    assert layer.places["default"].experts == 2
+    assert redundancy(model)[0] == pytest.approx(0, abs=1e-6)
+    assert redundancy(model)[1] > 0
+
+
+def test_parameters_of_mola_are_its_formula() -> None:
+    model = get_peft_model(llama(), preset("mola", r=[2, 4]))
+    wanted = sum(
+        layer.places["default"].experts * (layer.places["default"].rank * sum(sizes(layer.base_layer)) + layer.width)
+        for layer in expert_layers(model).values()
+    )
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted
+    even = [torch.full((1, 2, n), 1 / n) for n in (2, 4)]
+    records = [
+        Record(f"{layer}{name}", layer, p.log(), p, torch.tensor([[[0, 1], [n - 2, n - 1]]]), None, None)
+        for layer, (p, n) in enumerate(zip(even, (2, 4), strict=True))
+        for name in "ab"
+    ]
+    config = preset("mola", {"router_loss": 1.0}.get)
+    values = [losses.load_balance(group, config.aux_norm) for group in losses.pools(config, records)]
+    assert float(sum(values)) == pytest.approx(2)  # one for each layer at uniform routing
+
+
+def _ddp(rank: int, port: int, shared: Any) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    for name in ("mixlora", "llava-mole"):
+        model = mixture(preset(name, r=2)).train()
+        wrapped = DistributedDataParallel(model)  # without find_unused_parameters: every one must have a gradient
+        for _ in range(2):
+            (wrapped(input_ids=IDS[rank : rank + 1], labels=IDS[rank : rank + 1]).loss + aux_loss(model)).backward()
+        shared[f"{name}{rank}"] = {n: p.grad.tolist() for n, p in model.named_parameters() if p.requires_grad}
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_without_unused_parameters() -> None:
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with mp.Manager() as manager:
+        shared = manager.dict()
+        mp.spawn(_ddp, (port, shared), nprocs=2)
+        for name in ("mixlora", "llava-mole"):
+            assert shared[f"{name}0"] == shared[f"{name}1"]
