@@ -151,6 +151,10 @@ class Plugin:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
 
+    def beside(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Files to write beside the adapter: name -> tensors."""
+        return {}
+
     def finalize(self, layers: Layers) -> Layers:
         """Change the adapter (component -> module -> layer) before it is saved as an ordinary LoRA."""
         return layers
@@ -213,6 +217,9 @@ class Plugins:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for plugin in self.plugins:
             plugin.load_state_dict(state.get(plugin.name, {}))
+
+    def beside(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        return {name: tensors for plugin in self.plugins for name, tensors in plugin.beside().items()}
 
     def finalize(self, layers: Layers) -> Layers:
         for plugin in self.plugins:

@@ -38,7 +38,8 @@ class Matrix:
     """One matrix of a compressed base.
 
     Attributes:
-        how: its :class:`~adapters.compression.normal_float.Configuration`, as text.
+        how: its :class:`~adapters.compression.normal_float.Configuration`, or
+            :class:`~adapters.compression.l4q.Grid`, as text.
         shape: (out, in).
         error, plain: |W - Q - L1 L2| and |W - quantised W|, weighted if the method weights.
     """
@@ -150,8 +151,9 @@ def open_compressed(
     from safetensors import SafetensorError, safe_open
     from torch import nn
 
-    from adapters.compression.normal_float import PARTS, Configuration, NormalFloatLinear, Stored
+    from adapters.compression import l4q, normal_float
 
+    known_parts = {*normal_float.PARTS, *l4q.PARTS}
     pairs = _pairs(folder, manifest) if low_rank and manifest.rank else {}
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=dtype, **options)
@@ -162,7 +164,7 @@ def open_compressed(
             with safe_open(file, framework="pt") as opened:
                 for key in list(opened.keys()):
                     name, _, part = key.rpartition(".")
-                    if name in parts and part in PARTS:
+                    if name in parts and part in known_parts:
                         parts[name][part] = opened.get_tensor(key)
                     else:
                         value = opened.get_tensor(key)
@@ -170,10 +172,18 @@ def open_compressed(
     except (OSError, SafetensorError) as error:
         raise InputError(f"The packed weights in '{folder}' are damaged ({error}): make the base again.") from None
     for name, matrix in manifest.matrices.items():
-        if set(parts[name]) != set(PARTS):
+        integers = matrix.how.startswith("int")
+        if set(parts[name]) != set(l4q.PARTS if integers else normal_float.PARTS):
             raise InputError(f"The packed weights in '{folder}' lack '{name}': make the compressed base again.")
-        stored = Stored(**parts[name], shape=matrix.shape, how=Configuration.parse(matrix.how))
-        layer = NormalFloatLinear(stored, plain.pop(f"{name}.bias", None), pairs.get(name))
+        bias = plain.pop(f"{name}.bias", None)
+        layer: nn.Module
+        if integers:
+            layer = l4q.IntegerLinear(parts[name], matrix.shape, l4q.Grid.parse(matrix.how), bias)
+        else:
+            how = normal_float.Configuration.parse(matrix.how)
+            layer = normal_float.NormalFloatLinear(
+                normal_float.Stored(**parts[name], shape=matrix.shape, how=how), bias, pairs.get(name)
+            )
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
     known = dict(model.named_parameters())

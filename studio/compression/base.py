@@ -23,7 +23,7 @@ from adapters.initialise.statistics import capture_squares
 from adapters.progress import Monitor, Progress, check
 from pipelines.language.compressed import read_manifest
 from studio import library
-from studio.compression.schema import CompressConfig
+from studio.compression.schema import RowsFields
 from studio.library import adopt, scan
 from studio.library.records import Record
 
@@ -162,7 +162,7 @@ def _places(folder: Path, name: str) -> dict[str, Path]:
     return found
 
 
-def squares(config: CompressConfig, base: Base, monitor: Monitor) -> dict[str, Tensor]:
+def squares(config: RowsFields, base: Base, monitor: Monitor) -> dict[str, Tensor]:
     """The Fisher information of every matrix on the rows of ``config.data``: module path -> F (out, in), fp32.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 from adapters.errors import InputError
 from pipelines.language.compressed import read_manifest
 from studio import library
-from studio.compression.schema import CompressConfig
+from studio.compression.schema import CompressConfig, CompressL4qConfig, RowsFields
 
 
 def base_and_rows(config: CompressConfig) -> None:
@@ -20,8 +20,20 @@ def base_and_rows(config: CompressConfig) -> None:
         place = Path(library.resolve_language(config.base))
         if read_manifest(place) is not None:
             raise InputError(f"'{config.base}' is compressed already: start from the model it was made from.")
-    if config.data:
+    if isinstance(config, RowsFields) and config.data:
         from studio.training.language import rows
         from studio.training.schemas.language import TrainLanguageConfig
 
         rows.read(TrainLanguageConfig.parse({"data": config.data, "base": config.base}))
+
+
+def l4q(config: CompressL4qConfig) -> None:
+    """Check the base, and that the adapter was trained through a rounding.
+
+    Raises:
+        InputError: there is no such base or adapter, or it was not.
+    """
+    from studio.compression.methods.l4q import trained
+
+    base_and_rows(config)
+    trained(config.adapter)

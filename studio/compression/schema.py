@@ -17,6 +17,11 @@ class CompressConfig(JobConfig):
 
     base: str = Field(min_length=1, description="Language model: name in the library, or directory.")
     name: str = Field("", description="Name of the new base in the library; empty = base and method.")
+
+
+class RowsFields(CompressConfig):
+    """Rows that say what matters."""
+
     data: str = Field(
         "", description="Rows of text as for training (.jsonl, ...): what matters for them is kept best.",
         json_schema_extra=_DATA,
@@ -27,7 +32,7 @@ class CompressConfig(JobConfig):
     seed: int = Field(0, ge=0, description="Of everything random.", json_schema_extra=_MORE)
 
 
-class CompressLqConfig(CompressConfig):
+class CompressLqConfig(RowsFields):
     """Few-bit matrices with a low-rank part (LQ-LoRA)."""
 
     kind: ClassVar[str] = "compress-lq"
@@ -53,3 +58,11 @@ class CompressLqConfig(CompressConfig):
         False, description="Allow blocks that a matrix does not fill (the bytes count them).", json_schema_extra=_MORE
     )
     solver_seconds: float = Field(60, gt=0, description="Time limit of the integer program.", json_schema_extra=_MORE)
+
+
+class CompressL4qConfig(CompressConfig):
+    """The integer base of an adapter trained through the rounding (L4Q)."""
+
+    kind: ClassVar[str] = "compress-l4q"
+
+    adapter: str = Field(min_length=1, description="Adapter trained with l4q_bits: name in the library, or folder.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from adapters.errors import InputError
 from adapters.files import whole, write_text
@@ -90,6 +91,7 @@ def write_model_adapter(
     beside: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
     heads: Mapping[str, torch.Tensor] | None = None,
+    more_files: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Write the adapter of a single model (not a diffusion pipeline) as the PEFT directory ``target``; returns it.
 
@@ -99,6 +101,7 @@ def write_model_adapter(
         beside: text files of the directory by name (its card as README.md).
         options: entries of ``adapter_config.json`` that only the task knows.
         heads: whole trained modules (a classification head), tensors by PEFT's keys.
+        more_files: further files of the directory by name, with their tensors.
 
     Raises:
         InputError: numbers that are not finite, or a disk that is full.
@@ -119,6 +122,8 @@ def write_model_adapter(
         write_directory(part, kept, {RECIPE_ENTRY: json.dumps(recipe, ensure_ascii=False)}, entries, more)
         for name, text in beside.items():
             write_text(part / name, text)
+        for name, tensors in (more_files or {}).items():
+            save_file(dict(tensors), part / name)
     return target
 
 

@@ -308,11 +308,11 @@ class LanguageTask(TrainerTask):
         if self.config.method != "lora":
             return self._export_experts(folder / name, recipe)
         with self.session.best_weights():
-            heads = _heads(self._model)
+            heads, more = _heads(self._model), self.session.plugins.beside()
         options = {"task_type": self.peft_type, "fan_in_fan_out": self._model.peft_config["default"].fan_in_fan_out}
         beside = {"README.md": self._card(recipe)}
         place = write_model_adapter(
-            layers[COMPONENT], folder / name, self.config, recipe, beside, options, heads
+            layers[COMPONENT], folder / name, self.config, recipe, beside, options, heads, more
         )  # fmt: skip
         return {"peft": str(place)}
 
