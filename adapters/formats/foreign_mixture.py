@@ -81,6 +81,7 @@ class Mixture:
         top_k: experts per token; None = the method's own number, or all.
         dense: every expert acts, weighted by its probability.
         dropout: with which the experts were trained.
+        activation: of the feed-forward blocks, if the file names one; it must be the base's.
         base: the base that the file names, or empty.
         notes: what the file cannot give, as sentences.
         path: where it was read from.
@@ -93,6 +94,7 @@ class Mixture:
     top_k: int | None = None
     dense: bool = False
     dropout: float = 0.0
+    activation: str = ""
     base: str = ""
     notes: tuple[str, ...] = ()
     path: Path | None = None
@@ -146,6 +148,17 @@ class MixtureFormat(Format):
             f"'{head.path.name}' is a {TITLES[self.method]} mixture of experts, whose effect differs from token to "
             "token: it is used with its language model, and cannot be mixed, merged or converted as one LoRA."
         )
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a mixture of another program is at ``path``; False for what cannot be opened."""
+    from adapters.formats.format import recognise
+    from adapters.formats.reading import header_of
+
+    try:
+        return isinstance(recognise(header_of(path)), MixtureFormat)
+    except InputError:
+        return False
 
 
 def tensors_of(head: Header) -> tuple[dict[str, Tensor], str]:

@@ -84,14 +84,12 @@ class MoePeft(MixtureFormat):
         notes = []
         if experts.get("use_dora"):
             notes.append("It was trained with DoRA, but its program never stores the magnitudes: it acts as MixLoRA.")
-        if mixtures.text(config, "act_fn"):
-            notes.append(f"Its experts were trained with the activation '{mixtures.text(config, 'act_fn')}'.")
         dense = method == "loramoe"
         return Mixture(
             method, self.name, layers, routers,
             top_k=None if dense else int(mixtures.number(config, "top_k", source, 2)), dense=dense,
-            dropout=_dropout(config), base=mixtures.text(config, "base_model_name_or_path"), notes=tuple(notes),
-            path=head.path,
+            dropout=_dropout(config), activation=mixtures.text(config, "act_fn"),
+            base=mixtures.text(config, "base_model_name_or_path"), notes=tuple(notes), path=head.path,
         )  # fmt: skip
 
 
@@ -130,6 +128,8 @@ def write_mixlora(mixture: Mixture, folder: Path, base: str = "") -> Path:
         "r": like.rank, "lora_alpha": _whole(like.scale * like.rank), "lora_dropout": float(mixture.dropout),
         "target_modules": sorted({name.rpartition(".")[2] for name in mixture.layers}),
     }  # fmt: skip
+    if mixture.activation:  # the mixlora package does not find it out itself
+        config["act_fn"] = mixture.activation
     if (inside.rank, inside.scale) != (like.rank, like.scale):
         config["expert_lora"] = {
             "r": inside.rank, "lora_alpha": _whole(inside.scale * inside.rank), "lora_dropout": float(mixture.dropout),

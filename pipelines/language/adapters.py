@@ -17,6 +17,7 @@ from torch import nn
 from adapters.errors import FamilyError, InputError
 from adapters.formats import LoraFile, read
 from adapters.formats.fit import fit
+from adapters.formats.foreign_mixture import is_foreign
 from adapters.formats.lora import MODEL
 from adapters.formats.mixture import mixture_config
 from adapters.layers.gated import Adapter, GatedAdapters
@@ -88,7 +89,7 @@ class AdaptedModel:
         """
         if name in self.names:
             return
-        if mixture_config(path) is not None:
+        if mixture_config(path) is not None or is_foreign(path):
             from adapters.layers.experts.beside import ExpertsBeside
 
             self._mixtures[name] = ExpertsBeside(self.model, path)

@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[MoeConfig, dict[str, Tensor]]:
 
 
 def load(model: nn.Module, path: Path, adapter: str = "default") -> MoeConfig:
-    """Add the adapter at ``path`` to a model, frozen and active; returns its configuration.
+    """Add the adapter at ``path``, ours or another program's, to a model, frozen and active; returns its configuration.
 
     Raises:
         InputError: it cannot be read, or was made for another base.
@@ -81,6 +81,11 @@ def load(model: nn.Module, path: Path, adapter: str = "default") -> MoeConfig:
     from peft import inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
+    from adapters.layers.experts import importing
+
+    if mixture_config(path) is None and (foreign := importing.mixture_at(path)) is not None:
+        made: Any = importing.add(model, foreign, adapter, inference_mode=True).peft_config[adapter]
+        return made
     config, tensors = read(path)
     config.inference_mode = True
     inject_adapter_in_model(config, model, adapter)
