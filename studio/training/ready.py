@@ -73,6 +73,8 @@ def vision_language(config: TrainVisionLanguageConfig) -> None:
         rows.pictured(config)
     for prompt in config.sample_prompts:
         open_picture(Path(prompt.partition(": ")[0]).expanduser())
+    if experts.frozen(config.method):
+        experts.places(config)
     check_quantization(config.quantization)
     _common(config)
 

@@ -9,6 +9,7 @@ from adapters.errors import InputError
 from studio import library
 from studio.schema import JobConfig
 from studio.training.device import launched
+from studio.training.language import experts
 
 SAME = ("base", "quantization", "dtype", "device", "attention", "gradient_checkpointing", "tf32")
 """Keys in which all must agree."""
@@ -59,6 +60,7 @@ def _check_one(name: str, config: Any) -> None:
 
 _ALONE: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("neftune_alpha", lambda c: c.neftune_alpha, "its noise depends on the size of the batch"),
+    ("method", lambda c: experts.frozen(c.method), "its gates need a pass of the base of their own"),
     ("tracker", lambda c: c.tracker not in ("none", "tensorboard"), "it follows one run per process"),
     ("dropout", lambda c: c.dropout and c.gradient_checkpointing, "recomputed passes would draw other numbers"),
     ("perturb", lambda c: c.perturb != "none" and c.gradient_checkpointing, "recomputed passes would draw other noise"),

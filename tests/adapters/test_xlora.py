@@ -17,6 +17,7 @@ from adapters.formats.fit import fit
 from adapters.formats.lora import MODEL, LoraFile
 from adapters.layers.experts import xlora
 from adapters.layers.experts.classifier import ClassifierOptions, gates_of
+from adapters.layers.experts.export import as_lora
 from adapters.layers.experts.model import expert_layers
 from adapters.layers.experts.routing import routing_of, watched
 
@@ -112,6 +113,10 @@ def test_constant_gates_are_one_ordinary_lora(experts, tmp_path):
         write_peft(file, tmp_path / str(number))
         found = logits(PeftModel.from_pretrained(base(), tmp_path / str(number)))
         assert torch.allclose(found, wanted, atol=1e-6)
+    with pytest.raises(InputError, match="is DoRA, whose mixture"):
+        xlora.as_lora(made(experts, list(KINDS)), [0.25] * 4)
+    given = as_lora(model, gates=[0.2, 0.5, -0.3])
+    assert torch.equal(given[path := next(iter(given))].B, xlora.as_lora(model, [0.2, 0.5, -0.3])[path].B)
 
 
 def test_a_layer_is_the_sum_over_experts_token_by_token(experts):

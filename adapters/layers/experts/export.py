@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
+from adapters.layers.experts.frozen import FrozenExperts
 from adapters.layers.experts.layer import ExpertBlock, ExpertLayer
 from adapters.layers.experts.model import expert_layers
 
@@ -36,6 +37,9 @@ def as_lora(
     found: dict[str, LoraLayer] = {}
     for path, layer in expert_layers(model).items():
         if adapter not in layer.places:
+            continue
+        if isinstance(layer, FrozenExperts):
+            found[path] = layer.as_lora(adapter, _gates(layer, adapter, gates))
             continue
         for role in layer.places[adapter].roles:
             name = f"{path}.{layer.structure.roles[role]}" if isinstance(layer, ExpertBlock) else path

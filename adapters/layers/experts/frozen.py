@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import InputError
+from adapters.formats.lora import LoraLayer
 from adapters.layers.experts.classifier import Classifier, ClassifierOptions
 from adapters.layers.experts.config import MoeConfig
 from adapters.layers.experts.layer import ExpertLinear, Factors, Place
@@ -81,6 +82,21 @@ class FrozenExperts(ExpertLinear):
         if self._owners[adapter].device != device:
             self._owners[adapter] = self._owners[adapter].to(device)
         return self._owners[adapter]
+
+    def as_lora(self, adapter: str, gates: Tensor) -> LoraLayer:
+        """With constant gates (N,): one LoRA of rank R, A = A_cat, B the columns of B_cat times gamma g.
+
+        Raises:
+            InputError: an expert with a gate is DoRA, whose mixture is no LoRA.
+        """
+        found, gates = self.factors(adapter), gates.detach().float().cpu()
+        if found.magnitude is not None and bool((found.magnitude.detach().cpu() * gates[:, None]).any()):
+            raise InputError(
+                f"An expert on '{self.path}' is DoRA, whose mixture with others is no LoRA: keep the X-LoRA as it is."
+            )
+        weight = float(self.settings[adapter].classifier.get("weight", 1.0))
+        A, B = found.A.detach().cpu().clone(), found.B.detach().cpu()
+        return LoraLayer(A, B * (gates * weight)[self.owner(adapter).cpu()], alpha=float(A.shape[0]))
 
     def segments(self, batch: int) -> list[Segment]:
         """No experts in a scaling pass with gates 0."""

@@ -296,18 +296,10 @@ def as_lora(model: nn.Module, gates: Sequence[float] | Tensor, adapter: str = AD
     layers = _layers(model, adapter)
     given = torch.as_tensor(gates, dtype=torch.float32)
     _check_gates(given, layers, len(names(model, adapter)))
-    found: dict[str, LoraLayer] = {}
-    for position, (path, layer) in enumerate(layers.items()):
-        own = given if given.ndim == 1 else given[position]
-        factors, owner = layer.factors(adapter), layer.owner(adapter).cpu()
-        if factors.magnitude is not None and bool((factors.magnitude.cpu() * own[:, None]).any()):
-            raise InputError(
-                f"An expert on '{path}' is DoRA, whose mixture with others is no LoRA: keep the X-LoRA as it is."
-            )
-        weight = float(layer.settings[adapter].classifier.get("weight", 1.0))
-        A, B = factors.A.detach().cpu().clone(), factors.B.detach().cpu() * (own * weight)[owner]
-        found[path] = LoraLayer(A, B, alpha=float(A.shape[0]))
-    return found
+    return {
+        path: layer.as_lora(adapter, given if given.ndim == 1 else given[position])
+        for position, (path, layer) in enumerate(layers.items())
+    }
 
 
 # ------------------------------------------------------------------------------------------------ other programs' files
