@@ -7,24 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_model_status,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from adapters.catalogue import find
 from adapters.errors import InputError
 from adapters.layers.experts import MoeConfig, aux_loss, expert_layers
+from adapters.layers.experts.presets import preset
 
 IDS = torch.tensor([[5, 9, 2, 11, 7, 3], [1, 8, 4, 6, 10, 12]])
 
 CHOICES: dict[str, dict[str, Any]] = {
-    "linear": {"num_experts": 4, "r": 2},
-    "ffn_block": {"placement": "ffn_block", "attention": "plain", "num_experts": 4, "r": 2},
-    "per layer": {"num_experts": [2, 4], "r": [1, 2]},
-    "dense": {"router": "dense", "gate": "probability", "attention": "none", "num_experts": 4, "r": 2},
-    "top1": {"placement": "ffn_block", "attention": "none", "router": "top1", "gate": "one", "num_experts": 3, "r": 2},
+    **{name: find("layers", name).load()() | {"r": 2} for name in ("mixlora", "mola", "loramoe", "llava-mole")},
+    "experts and ranks by layer": {"num_experts": [2, 4], "r": [1, 2], "router_bias": True},
     "linear dora": {"expert_kind": "dora", "num_experts": 2, "r": 2},
     "block dora": {"placement": "ffn_block", "expert_kind": "dora", "num_experts": 2, "r": 2},
 }
+"""The presets as they are published, and what none of them uses."""
 
 
 def llama() -> LlamaForCausalLM:
@@ -97,6 +104,22 @@ def test_peft_and_transformers_add_save_load_switch_and_remove_it(choice: dict[s
     unloaded = model.unload()
     assert not expert_layers(unloaded)
     torch.testing.assert_close(answers(unloaded), base, atol=0, rtol=0)
+
+
+def test_auto_classes_open_an_adapter_with_a_module_trained_whole(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = get_peft_model(base, preset("mixlora", r=2, task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        filled(model).lm_head.modules_to_save["default"].weight.mul_(1.5)
+    changed = answers(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    for kind in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        opened = kind.from_pretrained(tmp_path / "adapter").eval()
+        torch.testing.assert_close(answers(opened), changed, atol=1e-6, rtol=0)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    config = preset("mola", r=2, task_type="CAUSAL_LM", inference_mode=True)
+    assert not any(p.requires_grad for p in get_peft_model(plain, config).parameters())
 
 
 def test_a_mixed_model_is_refused_cleanly(choice: dict[str, Any]) -> None:

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from adapters.errors import InputError
 from adapters.layers.experts import MoeConfig, aux_loss, compute, expert_layers, losses, routing_of, sample_types
@@ -20,6 +29,7 @@ from adapters.layers.experts.gates import choose
 from adapters.layers.experts.presets import preset
 from adapters.layers.experts.redundancy import distances, redundancy
 from adapters.layers.experts.routing import Record, Segment, watched
+from adapters.layers.experts.size import size
 from adapters.layers.sizes import sizes
 from tests.adapters.test_experts import IDS, answers, filled, llama
 
@@ -157,6 +167,39 @@ def test_each_preset_is_what_its_paper_writes(name: str) -> None:
     attention = expert_layers(model).get("model.layers.0.self_attn.q_proj")
     wanted = {"mixlora": 1, "llava-mole": 1, "mola": 2, "loramoe": None}[name]
     assert (attention and attention.places["default"].experts) == wanted
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(("router", "gate", "k"), [("top1", "probability", 1), ("topk", "one", 2), ("external", "", 0)])
+def test_gates_of_any_sum_weigh_what_the_experts_change(router: str, gate: str, k: int, kind: str) -> None:
+    """y = FFN + sum_e g_e (FFN_e - FFN) with biases everywhere, so that nothing is counted twice."""
+    config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=2, mlp_bias=True)  # fmt: skip
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config).eval()
+    for name, parameter in base.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    choices = {"router": router, "gate": gate or "probability", "top_k": k if router == "topk" else None}
+    before = answers(base)
+    model = get_peft_model(base, MoeConfig(placement="ffn_block", num_experts=3, r=2, expert_kind=kind, **choices))
+    given = torch.tensor([0.9, -0.3, 0.7])
+    routing_of(model).external_gates = given
+    torch.testing.assert_close(answers(model), before, atol=1e-6, rtol=0)
+    layer = expert_layers(filled(model))["model.layers.0.mlp"]
+    x = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        gates = layer.gates("default", x, slice(0, 1)).dense()
+        slow = layer.base_layer(x)
+        for e in range(3):
+            one = copy.deepcopy(layer.base_layer)
+            for role, name in layer.structure.roles.items():
+                found, linear = layer.factors("default", role), getattr(one, name)
+                linear.weight += layer.places["default"].scale * found.B[e] @ found.A[e]
+                if found.magnitude is not None:
+                    linear.weight *= (found.magnitude[e] / linear.weight.norm(dim=1))[:, None]
+            slow = slow + gates[:, e].view(1, 4, 1) * (one(x) - layer.base_layer(x))
+        torch.testing.assert_close(layer(x), slow, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi", "phi3"])
@@ -568,3 +611,66 @@ def test_two_processes_train_together_without_unused_parameters() -> None:
         mp.spawn(_ddp, (port, shared), nprocs=2)
         for name in ("mixlora", "llava-mole"):
             assert shared[f"{name}0"] == shared[f"{name}1"]
+
+
+@pytest.mark.parametrize("name", ["mixlora", "mola", "llava-mole"])
+def test_at_the_start_the_task_moves_no_router_and_the_balance_loss_does(name: str) -> None:
+    """B is zero, so every expert gives the same; after one step they differ."""
+    options = {"router_loss": 1.0, "router_grad": "straight_through"}
+    model = get_peft_model(llama(), preset(name, options.get, r=2)).train()
+    routers = {n: p for n, p in model.named_parameters() if "router" in n}
+    outputs = model(input_ids=IDS, labels=IDS)
+    balance = aux_loss(model)
+    torch.testing.assert_close(outputs.logits, llama()(IDS).logits, rtol=0, atol=1e-6)
+    outputs.loss.backward(retain_graph=True)
+    assert all(float(p.grad.abs().max()) < 1e-8 for p in routers.values())  # renormalised: 0 up to rounding
+    model.zero_grad()
+    balance.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in routers.values())
+    assert any(float(p.grad.abs().max()) > 0 for p in routers.values())
+    model.zero_grad()
+    filled(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in routers.values())
+
+
+def test_a_token_of_llava_mole_costs_one_lora_and_a_router() -> None:
+    found = size(get_peft_model(llama(), preset("llava-mole", r=2)))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    plain = get_peft_model(llama(), LoraConfig(r=2, target_modules=targets))
+    lora = sum(p.numel() for p in plain.parameters() if p.requires_grad)
+    assert found.active == lora + found.routers
+    assert found.routers == 2 * (3 * 16 + 3)
+
+
+def test_dropout_is_the_experts_and_not_the_routers() -> None:
+    model = mixture(MoeConfig(num_experts=4, r=2, lora_dropout=0.5)).train()
+    layer = only(model)
+    x = torch.randn(1, 4, layer.width)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        gates = layer.gates("default", x, slice(0, 1)).dense()
+        assert torch.equal(gates, layer.gates("default", x, slice(0, 1)).dense())
+        assert not torch.equal(layer(x), layer(x))
+        torch.testing.assert_close(gates.sum(1), torch.ones(4))
+
+
+def test_weights_that_cannot_be_read_have_no_dora() -> None:
+    class Packed(nn.Linear):
+        """Keeps its weight in another shape, as libraries of few bits do."""
+
+        def __init__(self) -> None:
+            super().__init__(16, 16, bias=False)
+            self.weight = nn.Parameter(torch.zeros(128, 1, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model = llama()
+    model.model.layers[0].self_attn.q_proj = Packed()
+    plain = get_peft_model(model, MoeConfig(target_modules=["q_proj"], num_experts=2))
+    assert only(plain).moeadapter_A["default"].dtype == torch.float32
+    model = llama()
+    model.model.layers[0].self_attn.q_proj = Packed()
+    with pytest.raises(InputError, match="keeps them in a form that cannot be read"):
+        get_peft_model(model, MoeConfig(target_modules=["q_proj"], num_experts=2, expert_kind="dora"))

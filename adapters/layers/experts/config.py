@@ -77,9 +77,10 @@ class MoeConfig(PeftConfig):
         within: path of the part of the model that is adapted; None = all of it, or the language model where the model
             has one beside a vision tower.
         layers_pattern: regular expression of a module's path whose first group is the number of its layer.
-        placement: "linear": experts beside each linear layer, y = W0 x + sum_e w_e s B_e A_e x, each with a router of
+        placement: "linear": experts beside each linear layer, y = W0 x + sum_e g_e s B_e A_e x, each with a router of
             its own; "ffn_block": an expert is the whole frozen feed-forward block with a LoRA on each of its linear
-            layers, and one router per block mixes the blocks' outputs (MixLoRA, arXiv 2404.15159, eq. 4-6).
+            layers, and one router per block mixes the blocks' outputs, y = FFN(x) + sum_e g_e (FFN_e(x) - FFN(x)),
+            which is MixLoRA's sum_e g_e FFN_e(x) (arXiv 2404.15159, eq. 4-6) for gates that sum to 1.
         attention: targeted layers outside the feed-forward blocks get nothing, one plain LoRA (N = 1), or experts.
         num_experts: N.
         r: rank of each expert.

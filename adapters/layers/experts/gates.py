@@ -24,18 +24,24 @@ class Gates:
         chosen: (T, k) numbers of experts, each at most once per token; None if every expert is used.
         experts: N.
         plain: every gate is 1, with no gradient: one LoRA without a router.
+        whole: the gates of each token sum to 1 by construction.
     """
 
     values: Tensor
     chosen: Tensor | None
     experts: int
     plain: bool = False
+    whole: bool = False
 
     def dense(self) -> Tensor:
         """(T, N), 0 for experts that are not chosen."""
         if self.chosen is None:
             return self.values
         return self.values.new_zeros(self.values.shape[0], self.experts).scatter(1, self.chosen, self.values)
+
+    def total(self) -> Tensor:
+        """(T, 1), the sum of each token's gates."""
+        return self.values.sum(1, keepdim=True)
 
     def numbers(self) -> Tensor:
         """(T, k) numbers of the used experts."""
@@ -48,7 +54,7 @@ class Gates:
 def one_expert(x: Tensor) -> Gates:
     """Gate 1 for the only expert, for T tokens x (T, in)."""
     values = torch.ones(x.shape[0], 1, dtype=x.dtype, device=x.device)
-    return Gates(values, torch.zeros_like(values, dtype=torch.long), 1, plain=True)
+    return Gates(values, torch.zeros_like(values, dtype=torch.long), 1, plain=True, whole=True)
 
 
 def choose(probabilities: Tensor, router: str, k: int, gate: str) -> Gates:
@@ -58,7 +64,7 @@ def choose(probabilities: Tensor, router: str, k: int, gate: str) -> Gates:
     """
     experts = probabilities.shape[1]
     if router == "dense":
-        return Gates(probabilities, None, experts)
+        return Gates(probabilities, None, experts, whole=True)
     p, chosen = probabilities.topk(k, dim=1)
     if gate == "renormalised":
         p = p / p.sum(1, keepdim=True)
@@ -66,4 +72,4 @@ def choose(probabilities: Tensor, router: str, k: int, gate: str) -> Gates:
         p = torch.ones_like(p) + 0.0 * p
     elif gate == "straight_through":
         p = p / p.detach()
-    return Gates(p, chosen, experts)
+    return Gates(p, chosen, experts, whole=gate == "renormalised" or (gate == "one" and k == 1))

@@ -250,8 +250,10 @@ class ExpertLinear(ExpertLayer):
 class ExpertBlock(ExpertLayer):
     """A feed-forward block whose experts are the frozen block with a LoRA on each of its linear layers.
 
-    The first linear layers run once per token, the last one too: it is linear, so the gates are applied before it. Only
-    DoRA experts on the last layer, whose rows are scaled per expert, need it once per token and expert.
+    y = FFN(x) + sum_e gate_e (FFN_e(x) - FFN(x)), which is sum_e gate_e FFN_e(x) where the gates sum to 1, and the base
+    itself as long as the experts change nothing. The first linear layers run once per token, the last one too: it is
+    linear, so the gates are applied before it. Only DoRA experts on the last layer, whose rows are scaled per expert,
+    need it once per token and expert.
     """
 
     def __init__(self, base_layer: nn.Module, path: str, routing: Routing, structure: Structure) -> None:
@@ -308,18 +310,17 @@ class ExpertBlock(ExpertLayer):
             block, self.structure,
             {role: self._row(role, out[rows.token], given, found.get(role), rows, path) for role, out in first.items()},
         )  # fmt: skip
-        bias = getattr(self.linear("down"), "bias", None)
         last, dtype = found.get("down"), next(iter(first.values())).dtype
+        kept = None if gates.whole else inner(block, self.structure, first) * (1 - gates.total().to(flat.dtype))
         if last is not None and last.magnitude is not None:
-            return self._scaled_last(adapter, hidden, last, rows, path, dtype)
+            return self._scaled_last(adapter, hidden, last, rows, path, kept, dtype)
         mixed = rows.combined(hidden * gate)
+        mixed = mixed if kept is None else mixed + kept
         outputs = sizes(self.linear("down"))[0]
         extra = mixed.new_zeros(mixed.shape[0], outputs)
         if last is not None:
             dropped = self.dropped(adapter, hidden, last.A)
             extra = rows.combined(compute.by_expert(dropped, last.A, last.B, rows, path) * gate) * last.scale
-        if bias is not None and not gates.plain:
-            extra = extra + (gates.values.sum(1, keepdim=True).to(extra.dtype) - 1) * bias.to(extra.dtype)
         return mixed.to(dtype), extra
 
     def _row(self, role: str, out: Tensor, x: Tensor, found: Factors | None, rows: compute.Rows, path: str) -> Tensor:
@@ -334,15 +335,24 @@ class ExpertBlock(ExpertLayer):
         return ratio * (out + update) if bias is None else ratio * (out - bias + update) + bias
 
     def _scaled_last(
-        self, adapter: str, hidden: Tensor, last: Factors, rows: compute.Rows, path: str, dtype: torch.dtype
+        self,
+        adapter: str,
+        hidden: Tensor,
+        last: Factors,
+        rows: compute.Rows,
+        path: str,
+        kept: Tensor | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """With DoRA on the last layer: its output for each row, mixed; nothing is left for the shared product."""
+        """With DoRA on the last layer: its output for each row, mixed; the shared one gets the base's part only."""
         down = self.linear("down")
         each = self._row("down", down(hidden.to(dtype)), self.dropped(adapter, hidden, last.A), last, rows, path)
         mixed = rows.combined(each * rows.gate.to(each.dtype))
         bias = getattr(down, "bias", None)
-        nothing = hidden.new_zeros(rows.tokens, hidden.shape[1], dtype=dtype)
-        return nothing, mixed if bias is None else mixed - bias
+        if bias is not None:  # the shared product adds it once
+            mixed = mixed - bias * rows.combined(rows.gate.to(each.dtype))
+        rest = hidden.new_zeros(rows.tokens, hidden.shape[1]) if kept is None else kept
+        return rest.to(dtype), mixed
 
 
 NO_MERGE = (
