@@ -6,7 +6,7 @@ the block's own output, so a block with something more in it is refused instead 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def _activation(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return next((found for name in ACTIVATIONS if callable(found := getattr(block, name, None))), None)
 
 
-def inner(block: Any, structure: Structure, first: dict[str, Tensor]) -> Tensor:
+def inner(block: Any, structure: Structure, first: Mapping[str, Tensor]) -> Tensor:
     """What goes into the block's last layer, for the outputs of its first ones by role."""
     act: Any = _activation(block)
     if structure.fused:
