@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,7 +82,20 @@ def inspect(
 
 @group.command()
 def convert(
-    adapter: Adapter, out: Out, to: Format = "diffusers", base: Base = None, json: Json = False, quiet: Quiet = False
+    adapter: Adapter,
+    out: Out,
+    to: Format = "diffusers",
+    base: Base = None,
+    gates: Annotated[
+        str,
+        typer.Option(
+            "--gates",
+            metavar="EXPERT=GATE,...",
+            help="For an X-LoRA: constant gates of its experts, with which it is one ordinary LoRA.",
+        ),
+    ] = "",
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write an adapter in another format; the change it makes stays the same (the file is read back to check).
 
@@ -92,7 +106,7 @@ def convert(
     path = library.resolve_adapter(adapter)
     from adapters.merging.accuracy import sums_of
 
-    file = _named([_read(path)], base, to)[0]
+    file = _named([_constant(path, gates) if gates else _read(path)], base, to)[0]
     written, accuracy = write(file, out, to, sums_of(file))
     Output(json, quiet).result(
         {"path": str(written), "format": to, **_measured(accuracy)}, f"Written to {written} ({accuracy})"
@@ -197,6 +211,26 @@ def _read(path: Path) -> LoraFile:
     from adapters import formats
 
     return formats.read(path)
+
+
+def _constant(path: Path, gates: str) -> LoraFile:
+    """An X-LoRA with constant gates, "law=0.7,code=0.3".
+
+    Raises:
+        InputError: they are not written so, or do not fit the X-LoRA.
+    """
+    from adapters.layers.experts.files import with_gates
+
+    given: dict[str, float] = {}
+    for part in gates.split(","):
+        name, _, value = part.strip().rpartition("=")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            name = ""
+        if not name or not math.isfinite(given[name]):
+            raise InputError(f"gates are written EXPERT=GATE,..., as in law=0.7,code=0.3, not '{part.strip()}'.")
+    return with_gates(path, given)
 
 
 def _named(files: list[LoraFile], base: str | None, to: str) -> list[LoraFile]:

@@ -160,3 +160,23 @@ def test_a_copied_model_has_gates_of_its_own(trained, bases):
     with xlora.constant_gates(model, [1 / 3] * 3), torch.no_grad():
         torch.testing.assert_close(model(ids).logits, even, atol=1e-6, rtol=0)
     assert not torch.allclose(found, even, atol=1e-4)
+
+
+def test_constant_gates_are_converted_without_the_base(trained, bases, tmp_path, capsys):
+    from tests.cli.test_lora_files import ask
+
+    _, result, _ = trained
+    ids = torch.tensor([[8, 9, 10, 11]])
+    out = tmp_path / "one"
+    gates = ("--gates", "plain=0.75,wide=-0.5", "--to", "peft", "-o", out)
+    assert ask(capsys, "lora", "convert", result["adapter"], *gates)[0] == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")).eval(), result["adapter"])
+    with xlora.constant_gates(model, [0.75, -0.5, 0.0]):
+        wanted = model(ids).logits
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases("llama")).eval(), out)
+    torch.testing.assert_close(lora(ids).logits, wanted, atol=1e-5, rtol=0)
+    for written, message in (("dora=1", "is DoRA"), ("plane=1", "did you mean 'plain'"), ("plain", "EXPERT=GATE")):
+        code, _, error = ask(
+            capsys, "lora", "convert", result["adapter"], "--gates", written, "-o", tmp_path / "no.safetensors"
+        )
+        assert (code, message in error) == (2, True), error

@@ -1,10 +1,9 @@
-"""Directories with a mixture of experts: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes "
-"them."""
+"""Directories with a mixture of experts: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,14 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from adapters.errors import InputError
+from adapters.errors import InputError, nearest
 from adapters.files import write_text
 from adapters.formats.header import CONFIG
+from adapters.formats.lora import MODEL, LoraFile, LoraLayer
 from adapters.formats.mixture import mixture_config
+from adapters.formats.peft_directory import PREFIX
 from adapters.layers.experts.config import MoeConfig
+from adapters.layers.experts.frozen import constant
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -70,6 +72,39 @@ def read(path: Path) -> tuple[MoeConfig, dict[str, Tensor]]:
     tensors, _ = read_tensors(path / WEIGHTS)
     check_finite(tensors, f"'{path}'")
     return config, tensors
+
+
+def with_gates(path: Path, gates: Mapping[str, float] | Sequence[float]) -> LoraFile:
+    """The X-LoRA at ``path`` with constant gates: one ordinary LoRA, exactly; the base is not needed.
+
+    Args:
+        gates: of the experts by name (others 0), or of all in their order.
+
+    Raises:
+        InputError: it is no X-LoRA, the gates do not fit its experts, or an expert with a gate is DoRA.
+    """
+    config, tensors = read(path)
+    names = [str(one["name"]) for one in config.experts]
+    if not names:
+        raise InputError(
+            f"'{path.name}' is a {config.preset or 'mixture'}, not an X-LoRA: only its gates can be constant."
+        )
+    given = [0.0] * len(names) if isinstance(gates, Mapping) else list(gates)
+    for name, gate in gates.items() if isinstance(gates, Mapping) else ():
+        if name not in names:
+            raise InputError(f"The X-LoRA has no expert '{name}'{nearest(name, names)}: it has {', '.join(names)}.")
+        given[names.index(name)] = gate
+    if len(given) != len(names):
+        raise InputError(f"{len(given)} gates were given for {len(names)} experts ({', '.join(names)}).")
+    weight = float(config.classifier.get("weight", 1.0))
+    layers: dict[str, LoraLayer] = {}
+    for entry in config.frozen:
+        start = f"{PREFIX}{entry['module']}.moeadapter_"
+        A, B, rows = (tensors.get(f"{start}{kind}") for kind in ("A", "B", "rows"))
+        if A is None or B is None or A.shape[0] != sum(entry["ranks"]):
+            raise InputError(f"'{path.name}' lacks the experts of '{entry['module']}', which its configuration names.")
+        layers[str(entry["module"])] = constant(A, B, rows, entry["ranks"], given, weight, str(entry["module"]))
+    return LoraFile({MODEL: layers}, path=path, config={"base_model_name_or_path": config.base_model_name_or_path})
 
 
 def load(model: nn.Module, path: Path, adapter: str = "default") -> MoeConfig:

@@ -13,6 +13,7 @@ rows d (N, out) add g d (W0 x). The norms are those of the expert's own training
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,19 +85,12 @@ class FrozenExperts(ExpertLinear):
         return self._owners[adapter]
 
     def as_lora(self, adapter: str, gates: Tensor) -> LoraLayer:
-        """With constant gates (N,): one LoRA of rank R, A = A_cat, B the columns of B_cat times gamma g.
-
-        Raises:
-            InputError: an expert with a gate is DoRA, whose mixture is no LoRA.
-        """
-        found, gates = self.factors(adapter), gates.detach().float().cpu()
-        if found.magnitude is not None and bool((found.magnitude.detach().cpu() * gates[:, None]).any()):
-            raise InputError(
-                f"An expert on '{self.path}' is DoRA, whose mixture with others is no LoRA: keep the X-LoRA as it is."
-            )
-        weight = float(self.settings[adapter].classifier.get("weight", 1.0))
-        A, B = found.A.detach().cpu().clone(), found.B.detach().cpu()
-        return LoraLayer(A, B * (gates * weight)[self.owner(adapter).cpu()], alpha=float(A.shape[0]))
+        """With constant gates (N,), one ordinary LoRA; see :func:`constant`."""
+        found, settings = self.factors(adapter), self.settings[adapter]
+        ranks = settings.frozen[self.places[adapter].position]["ranks"]
+        weight = float(settings.classifier.get("weight", 1.0))
+        rows = None if found.magnitude is None else found.magnitude.detach().cpu()
+        return constant(found.A.detach().cpu(), found.B.detach().cpu(), rows, ranks, gates.tolist(), weight, self.path)
 
     def segments(self, batch: int) -> list[Segment]:
         """No experts in a scaling pass with gates 0."""
@@ -131,3 +125,19 @@ class FrozenExperts(ExpertLinear):
 def _owners(ranks: list[int]) -> list[int]:
     """The expert of each rank."""
     return [expert for expert, rank in enumerate(ranks) for _ in range(rank)]
+
+
+def constant(
+    A: Tensor, B: Tensor, rows: Tensor | None, ranks: Sequence[int], gates: Sequence[float], weight: float, name: str
+) -> LoraLayer:
+    """Experts with constant gates g (N,): one LoRA of rank R, A = A_cat, B the columns of B_cat times gamma g.
+
+    Raises:
+        InputError: an expert with a gate is DoRA, whose mixture is no LoRA.
+    """
+    given = torch.tensor(list(gates), dtype=torch.float32)
+    if rows is not None and bool((rows * given[:, None]).any()):
+        raise InputError(
+            f"An expert on '{name}' is DoRA, whose mixture with others is no LoRA: keep the X-LoRA as it is."
+        )
+    return LoraLayer(A.clone(), B * (given * weight)[_owners(list(ranks))], alpha=float(A.shape[0]))
