@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters.compression.normal_float import Configuration, Stored, dequantise, quantise
+from adapters.compression.normal_float import Configuration, Stored, quantise, rounded
 from adapters.errors import InputError
 
 EXACT = 2048
@@ -69,29 +69,28 @@ def decompose(
     """
     W, weights = check(W, rank, fisher)
     split = _Split(weights, W)
-    plain_Q = quantise(W, how)
-    plain = _error(W - dequantise(plain_Q), weights)
+    plain = _error(W - rounded(W, how), weights)
     empty = W.new_zeros(W.shape[0], rank), W.new_zeros(rank, W.shape[1])
     if rank == 0:
-        return Decomposition(plain_Q, *empty, (plain,), plain)
-    best: Decomposition | None = None
+        return Decomposition(quantise(W, how), *empty, (plain,), plain)
+    best: tuple[Tensor, Tensor] | None = None
     residual, worse, errors = W, 0, list[float]()
     for step in range(steps):
         L1, L2 = split(residual, rank, seed + step)
         rest = W - L1 @ L2
-        Q = quantise(rest, how)
-        quantised = dequantise(Q)
+        quantised = rounded(rest, how)
         error = _error(rest - quantised, weights)
-        if best is not None and error > best.errors[-1]:
+        if best is not None and error > errors[-1]:
             worse += 1
             if worse > patience:
                 break
         else:
             errors.append(error)
-            best = Decomposition(Q, L1, L2, tuple(errors), plain)
+            best = L1, L2
         residual = W - quantised
     assert best is not None
-    return best
+    L1, L2 = best
+    return Decomposition(quantise(W - L1 @ L2, how), L1, L2, tuple(errors), plain)
 
 
 @torch.no_grad()
@@ -105,7 +104,7 @@ def first_errors(W: Tensor, choices: Sequence[Configuration], rank: int, fisher:
     if rank:
         L1, L2 = _Split(weights, W)(W, rank, 0)
         rest = W - L1 @ L2
-    return [_error(rest - dequantise(quantise(rest, how)), weights) ** 2 for how in choices]
+    return [_error(rest - rounded(rest, how), weights) ** 2 for how in choices]
 
 
 def check(W: Tensor, rank: int, fisher: Tensor | None) -> tuple[Tensor, Tensor | None]:

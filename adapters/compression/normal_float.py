@@ -168,14 +168,27 @@ def quantise(W: Tensor, how: Configuration) -> Stored:
     flat = W.detach().float().flatten()
     if not bool(flat.isfinite().all()):
         raise InputError("The weight holds numbers that are not finite.")
-    scales, t_q, s1, offset = _scales(_filled(flat, how), how)
-    blocks = _filled(flat, how).view(-1, how.block)
-    divisor = torch.where(scales > 0, scales, 1.0).view(-1, 1)
-    codes = nearest(blocks / divisor, how.bits)
+    codes, _, t_q, s1, offset = _coded(flat, how)
     return Stored(
         pack(codes.flatten(), how.bits), pack(t_q.flatten().long(), how.scale_bits), s1.flatten(), offset.view(1),
         (W.shape[0], W.shape[1]), how,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def rounded(W: Tensor, how: Configuration) -> Tensor:
+    """``dequantise(quantise(W, how))`` of a finite fp32 matrix, without packing."""
+    codes, scales, *_ = _coded(W.flatten(), how)
+    values = codebook(how.bits).to(W.device)[codes] * scales.view(-1, 1)
+    return values.flatten()[: W.numel()].view(W.shape)
+
+
+def _coded(flat: Tensor, how: Configuration) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codes (blocks, B0), and what :func:`_scales` gives."""
+    full = _filled(flat, how)
+    scales, t_q, s1, offset = _scales(full, how)
+    divisor = torch.where(scales > 0, scales, 1.0).view(-1, 1)
+    return nearest(full.view(-1, how.block) / divisor, how.bits), scales, t_q, s1, offset
 
 
 def _filled(flat: Tensor, how: Configuration) -> Tensor:

@@ -25,6 +25,7 @@ from adapters.compression.normal_float import (
     every_configuration,
     nearest,
     quantise,
+    rounded,
 )
 from adapters.compression.storage import plain_weight, storage, stored_bytes
 from adapters.errors import InputError
@@ -96,6 +97,7 @@ def test_quantising_is_the_written_rule(how: Configuration) -> None:
         values = codebook(how.bits) * scale
         expected.append(torch.stack([values[(values - w).abs().argmin()] for w in block]))
     assert torch.allclose(dequantise(quantise(W, how)), torch.stack(expected).view(W.shape), atol=1e-5)
+    assert torch.equal(rounded(W, how), dequantise(quantise(W, how)))
 
 
 def test_awkward_matrices() -> None:
