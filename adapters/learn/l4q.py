@@ -17,6 +17,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from adapters.catalogue import Method
+from adapters.compression import L4Q_FILE
 from adapters.compression.l4q import SMALLEST, FakeQuantised, Grid, merged, start
 from adapters.compression.storage import storage
 from adapters.errors import InputError
@@ -58,8 +59,6 @@ METHOD = Method(
 
 STEP, ZERO = "l4q_step", "l4q_zero"
 """Names of the parameters in the layer."""
-
-FILE = "l4q.safetensors"
 
 
 class L4QLinear(LoraLinear):
@@ -177,4 +176,4 @@ class L4QPlugin(Plugin):
             for name, layer in self.layers.items()
             for kind, tensor in self._exact(layer).items()
         }
-        return {FILE: tensors | {"bits": torch.tensor(self.grid.bits), "group": torch.tensor(self.grid.group)}}
+        return {L4Q_FILE: tensors | {"bits": torch.tensor(self.grid.bits), "group": torch.tensor(self.grid.group)}}

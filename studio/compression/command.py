@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from adapters.errors import InputError
 from studio.cli.output import Json, Output, Quiet, size, table
 from studio.cli.schema_options import with_options
 from studio.jobs import kinds
+from studio.schema import JobConfig
 from studio.training.commands import launch
 
 group = typer.Typer(help="Make a base smaller: fewer bits, fewer heads and channels.", no_args_is_help=True)
@@ -50,6 +52,9 @@ def _command(kind: kinds.Kind) -> Callable[..., None]:
     def compress(
         fields: dict[str, Any],
         base: Annotated[str, typer.Argument(help="Language model: name in the library, or directory.")],
+        estimate: Annotated[
+            bool, typer.Option("--estimate", help="Only say how large it will be.", rich_help_panel="Output")
+        ] = False,
         detach: launch.Detach = False,
         json: Json = False,
         quiet: Quiet = False,
@@ -60,6 +65,9 @@ def _command(kind: kinds.Kind) -> Callable[..., None]:
         silence.loading_bars()
         output = Output(json, quiet)
         config = kind.model().parse({"base": base, **fields}, source=f"compress {kind.compress}")
+        if estimate:
+            _print_estimate(config, output)
+            return
         if detach:
             launch.detach(kind.name, config, output)
             return
@@ -72,3 +80,22 @@ def _command(kind: kinds.Kind) -> Callable[..., None]:
         )
 
     return compress
+
+
+def _print_estimate(config: JobConfig, output: Output) -> None:
+    """Print what the result will take; raises :class:`InputError` for methods that know it only afterwards."""
+    from dataclasses import asdict
+
+    from studio.compression.estimate import estimated
+    from studio.compression.schema import CompressLqConfig
+
+    kinds.find(config.kind).check(config)
+    if not isinstance(config, CompressLqConfig):
+        raise InputError("--estimate: the size of this method's result is known when it has run.")
+    found = estimated(config)
+    output.result(
+        asdict(found),
+        f"About {size(int(found.bytes))} at {found.bits:.2f} bits per weight (matrices {size(int(found.matrices))}, "
+        f"low-rank part {size(int(found.low_rank))}, the rest {size(int(found.rest))}) instead of "
+        f"{size(int(found.base_bytes))}. {found.advice}",
+    )

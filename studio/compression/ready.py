@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from adapters.compression import L4Q_FILE
 from adapters.errors import InputError
 from pipelines.language.compressed import read_manifest
 from studio import library
@@ -33,7 +34,13 @@ def l4q(config: CompressL4qConfig) -> None:
     Raises:
         InputError: there is no such base or adapter, or it was not.
     """
-    from studio.compression.methods.l4q import trained
-
     base_and_rows(config)
-    trained(config.adapter)
+    rounded(config.adapter)
+
+
+def rounded(adapter: str) -> Path:
+    """Folder of an adapter that was trained with l4q_bits; raises :class:`InputError` for another one."""
+    place = library.resolve_adapter(adapter)
+    if not (place / L4Q_FILE).is_file():
+        raise InputError(f"'{adapter}' was not trained through a rounding: train it with l4q_bits, or use compress lq.")
+    return place

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from studio.schema import JobConfig
 
-_DATA: dict[str, Any] = {"group": "Data"}
+_MAIN: dict[str, Any] = {"group": "Model", "advanced": False}
+_DATA: dict[str, Any] = {"group": "Data", "advanced": False}
 _MORE: dict[str, Any] = {"group": "Rarely needed", "advanced": True}
 
 
@@ -16,7 +17,10 @@ class CompressConfig(JobConfig):
     """What every compression has."""
 
     base: str = Field(min_length=1, description="Language model: name in the library, or directory.")
-    name: str = Field("", description="Name of the new base in the library; empty = base and method.")
+    name: str = Field(
+        "", description="Name of the new base in the library; empty = base and method.",
+        json_schema_extra=_MAIN,
+    )  # fmt: skip
 
 
 class RowsFields(CompressConfig):
@@ -37,8 +41,18 @@ class CompressLqConfig(RowsFields):
 
     kind: ClassVar[str] = "compress-lq"
 
-    bits: float = Field(2.75, gt=0, description="Bits per weight of the matrices, their scales included.")
-    rank: int = Field(64, ge=0, description="Rank of the low-rank part that absorbs the error; 0 = none.")
+    bits: float = Field(
+        2.75, gt=0, description="Bits per weight of the matrices, their scales included.",
+        json_schema_extra=_MAIN,
+    )  # fmt: skip
+    fit: float | None = Field(
+        None, gt=0, description="Instead of bits: files of at most so many GB altogether.",
+        json_schema_extra=_MAIN,
+    )  # fmt: skip
+    rank: int = Field(
+        64, ge=0, description="Rank of the low-rank part that absorbs the error; 0 = none.",
+        json_schema_extra=_MAIN,
+    )  # fmt: skip
     steps: int = Field(
         20, ge=1, description="At most so many turns of singular values and quantising per matrix.",
         json_schema_extra=_MORE,
@@ -65,4 +79,7 @@ class CompressL4qConfig(CompressConfig):
 
     kind: ClassVar[str] = "compress-l4q"
 
-    adapter: str = Field(min_length=1, description="Adapter trained with l4q_bits: name in the library, or folder.")
+    adapter: str = Field(
+        min_length=1, description="Adapter trained with l4q_bits: name in the library, or folder.",
+        json_schema_extra=_MAIN,
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from pipelines.language.loading import open_model
 from studio import library
 from studio.cli import app as cli
 from studio.compression import ready
+from studio.compression.estimate import estimated
 from studio.compression.methods import lq
 from studio.compression.schema import CompressLqConfig
 from studio.conversation import Question, Variant
@@ -206,12 +207,16 @@ def test_rows_change_what_is_kept(base: Path, made: dict[str, Any], tmp_path: Pa
 
 
 def test_the_estimate_is_close_to_the_files(base: Path, made: dict[str, Any]) -> None:
-    found = lq.estimate(asked(base))
+    found = estimated(asked(base))
     kept = sum(
         file.stat().st_size for file in Path(made["path"]).rglob("*.safetensors")
     )  # heads of the files are large beside a tiny model
-    assert found["bytes"] == pytest.approx(kept, rel=0.35)
-    assert found["base_bytes"] == (base / "model.safetensors").stat().st_size
+    assert found.bytes == pytest.approx(kept, rel=0.35)
+    assert found.base_bytes == (base / "model.safetensors").stat().st_size
+    fitting = estimated(asked(base, fit=found.bytes / 1e9))
+    assert fitting.bits == pytest.approx(found.bits)
+    with pytest.raises(InputError, match=r"1e-05 GB is too little: .*low-rank part of rank 4"):
+        estimated(asked(base, fit=1e-5))
 
 
 def test_what_cannot_be_compressed(base: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters.compression import L4Q_FILE
 from adapters.compression.l4q import (
     FakeQuantised,
     Grid,
@@ -25,7 +26,7 @@ from adapters.compression.l4q import (
 )
 from adapters.compression.storage import storage, stored_bytes
 from adapters.errors import InputError
-from adapters.learn.l4q import FILE, L4QLinear
+from adapters.learn.l4q import L4QLinear
 from adapters.progress import Silent
 from pipelines.language import compressed
 from pipelines.language.loading import open_model
@@ -225,7 +226,7 @@ def test_another_base_or_adapter_is_refused(trained: dict[str, Any], home: Path,
     plain = train(settings(trained["base"], home / "rows.jsonl", steps=1), tmp_path / "plain", Silent())
     with pytest.raises(InputError, match="not trained through a rounding"):
         job.trained(plain["adapter"])
-    assert (Path(trained["result"]["adapter"]) / FILE).is_file()
+    assert (Path(trained["result"]["adapter"]) / L4Q_FILE).is_file()
     assert json.loads((Path(trained["result"]["adapter"]) / "adapter_config.json").read_text())["r"] == 4
 
 

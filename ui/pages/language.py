@@ -23,7 +23,7 @@ from studio.jobs import Job
 from studio.training import presets, ready, saved
 from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
-from ui.components import job_panel, loss_plot, method_help, schema_form, training_run
+from ui.components import compressing, job_panel, loss_plot, method_help, schema_form, training_run
 from ui.components import presets as preset_fields
 from ui.errors import errors_shown, say
 
@@ -63,7 +63,8 @@ def build() -> Page:
     """Draw the page inside the current tab."""
     with gr.Row(elem_classes="as-page"):
         with gr.Column(scale=4, min_width=320, elem_classes="as-form"):
-            mode = gr.Radio([("Chat", "chat"), ("Train from a file", "train")], value="chat", show_label=False,
+            mode = gr.Radio([("Chat", "chat"), ("Train from a file", "train"), ("Compress", "compress")], value="chat",
+                            show_label=False,
                             container=False, elem_classes="as-choices", elem_id="language-mode",
                             label="What to do")  # fmt: skip
             with gr.Group(elem_classes="as-card"):
@@ -75,20 +76,33 @@ def build() -> Page:
                 adapters, together, sampling = _chat_settings()
             with gr.Column(elem_classes="as-form", visible=False) as train_side:
                 form, drop, rows, preview, start = _train_settings(base)
+            with gr.Column(elem_classes="as-form", visible=False) as compress_side:
+                smaller = compressing.draw_settings()
         with gr.Column(scale=8, min_width=320) as chat_result:
             chat = _Chat.draw()
+        with gr.Column(scale=8, min_width=320, visible=False) as compress_result:
+            compressed = compressing.draw_result()
         with gr.Column(scale=8, min_width=320, visible=False, elem_id="language-result",
                        elem_classes="as-training-result") as train_result:  # fmt: skip
             result = _Result.draw()
     mode.change(
-        lambda chosen: [gr.update(visible=chosen == "chat")] * 2 + [gr.update(visible=chosen == "train")] * 2,
-        mode, [chat_side, chat_result, train_side, train_result], **_PRIVATE,
+        lambda chosen: [gr.update(visible=chosen == way) for way in ("chat", "train", "compress") for _ in range(2)],
+        mode, [chat_side, chat_result, train_side, train_result, compress_side, compress_result], **_PRIVATE,
     )  # fmt: skip
     _wire_chat(chat, base, adapters, together, sampling)
     _wire_train(form, base, drop, rows, preview, start, result)
     page = Page(base, adapters, mode, result.view)
     _wire_crossing(page, result)
+    compressing.wire(smaller, compressed, base)
+    compressed.use.click(errors_shown(_use_smaller), compressed.job, [mode, base], **_PRIVATE)
     return page
+
+
+def _use_smaller(job_id: str) -> Any:
+    record = compressing.made(jobs.get(job_id))
+    if record is None:
+        raise InputError("This base is no longer in the library.")
+    return ["chat", gr.update(choices=base_choices(), value=record.name)]
 
 
 def base_choices() -> list[tuple[str, str]]:

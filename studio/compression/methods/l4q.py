@@ -16,20 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters import files
+from adapters.compression import L4Q_FILE
 from adapters.compression.l4q import Grid, codes_of, integer_parts, merged, values_of
 from adapters.errors import InputError
-from adapters.learn.l4q import FILE
 from adapters.progress import Monitor, Progress, check
 from pipelines.language import compressed
 from pipelines.language.compressed import Manifest, Matrix
-from studio import library
 from studio.compression.base import Base
+from studio.compression.ready import rounded
 from studio.compression.schema import CompressL4qConfig
 from studio.jobs.kinds import Kind
 
 KIND = Kind(
     "compress-l4q", "studio.compression.schema:CompressL4qConfig", "studio.compression.methods.l4q:run",
-    title="Compress", compress="l4q", ready="studio.compression.ready:l4q",
+    title="L4Q", compress="l4q", ready="studio.compression.ready:l4q",
     help="Make the integer base of an adapter that was trained with l4q_bits (L4Q).",
     example="studio compress l4q smollm2 --adapter facts",
 )  # fmt: skip
@@ -103,13 +103,11 @@ def trained(adapter: str) -> dict[str, Tensor]:
     Raises:
         InputError: there is no such adapter, or it was not trained with l4q_bits.
     """
-    place = library.resolve_adapter(adapter)
-    if not (place / FILE).is_file():
-        raise InputError(f"'{adapter}' was not trained through a rounding: train it with l4q_bits, or use compress lq.")
+    place = rounded(adapter)
     try:
-        return load_file(place / FILE)
+        return load_file(place / L4Q_FILE)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"'{place / FILE}' is damaged ({error}).") from None
+        raise InputError(f"'{place / L4Q_FILE}' is damaged ({error}).") from None
 
 
 def _card(config: CompressL4qConfig, base: Base, manifest: Manifest) -> str:

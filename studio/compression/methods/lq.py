@@ -29,12 +29,13 @@ from adapters.progress import Monitor, Progress, check
 from pipelines.language import compressed
 from pipelines.language.compressed import Manifest, Matrix
 from studio.compression.base import Base, squares
+from studio.compression.estimate import estimated as budget
 from studio.compression.schema import CompressLqConfig
 from studio.jobs.kinds import Kind
 
 KIND = Kind(
     "compress-lq", "studio.compression.schema:CompressLqConfig", "studio.compression.methods.lq:run", continues=True,
-    title="Compress", compress="lq", ready="studio.compression.ready:base_and_rows",
+    title="LQ-LoRA", compress="lq", ready="studio.compression.ready:base_and_rows",
     help="Store a language model in few bits, with a low-rank part that absorbs the error (LQ-LoRA).",
     example="studio compress lq smollm2 --bits 2.75 --data rows.jsonl",
 )  # fmt: skip
@@ -65,6 +66,9 @@ def run(config: CompressLqConfig, folder: Path, monitor: Monitor, resume: bool =
             f"Rank {config.rank} is larger than the smaller side of '{small[0]}' ({base.matrices[small[0]][0]} x "
             f"{base.matrices[small[0]][1]}): use at most {min(min(shape) for shape in base.matrices.values())}."
         )
+    expected = budget(config)
+    monitor.report(Progress("loading", message=f"About {expected.bytes / 1e6:.0f} MB at {expected.bits:.2f} bits per "
+                            f"weight, instead of {expected.base_bytes / 1e6:.0f} MB. {expected.advice}"))  # fmt: skip
     if not resume:
         for old in (COSTS, FISHER):
             (folder / old).unlink(missing_ok=True)
@@ -74,18 +78,6 @@ def run(config: CompressLqConfig, folder: Path, monitor: Monitor, resume: bool =
     matrices = _decomposed(config, base, fisher, allocation, folder, monitor)
     monitor.report(Progress("saving"))
     return _finish(config, base, allocation, matrices, folder, time.monotonic() - begun)
-
-
-def estimate(config: CompressLqConfig) -> dict[str, float]:
-    """What the result will take, before anything is computed: ``bytes`` of matrices, low-rank part and the rest,
-    ``base_bytes``, and ``share`` of the weights that are in matrices."""
-    base = Base.of(config.base)
-    count = base.count
-    bits = Configuration(int(config.uniform[2:])).bits_per_weight if config.uniform else config.bits
-    pairs = sum(2 * config.rank * (out + inputs) for out, inputs in base.matrices.values())
-    rest = base.bytes - sum(base.nbytes(f"{name}.weight") for name in base.matrices)
-    return {"bytes": count * bits / 8 + pairs + rest, "base_bytes": float(base.bytes), "matrices": count * bits / 8,
-            "low_rank": float(pairs), "rest": float(rest)}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a run
@@ -142,7 +134,7 @@ def _allocated(config: CompressLqConfig, base: Base, fisher: Fisher, folder: Pat
         monitor.report(Progress("measuring", number + 1, len(base.matrices)))
     read = {n: {Configuration.parse(how): error for how, error in row.items()} for n, row in costs.items()}
     counts = {name: out * inputs for name, (out, inputs) in base.matrices.items()}
-    return allocate(read, counts, config.bits, config.solver_seconds)
+    return allocate(read, counts, budget(config).bits, config.solver_seconds)
 
 
 def _decomposed(
@@ -216,7 +208,7 @@ def _finish(
         compressed.write_packed(part, tensors())
         digest = compressed.digest_of(part)
         error, plain = (sum(getattr(one, key) ** 2 for one in matrices.values()) ** 0.5 for key in ("error", "plain"))
-        facts = {"budget": 0 if config.uniform else config.bits, "solver": allocation.solver, "error": error,
+        facts = {"budget": 0 if config.uniform else budget(config).bits, "solver": allocation.solver, "error": error,
                  "plain": plain, "fisher": bool(config.data), "seconds": round(seconds, 1)}  # fmt: skip
         manifest = Manifest("lq-lora", {"name": base.name, "digest": base.digest}, digest, allocation.bits,
                             config.rank, matrices, facts)  # fmt: skip
