@@ -71,8 +71,7 @@ def compose(
         int,
         typer.Option(
             "--sweep-batch", metavar="N", min=1, max=64, rich_help_panel="Output",
-            help="Pictures of a sweep made in one pass, where they differ in seeds (or, with merge, weights): faster, "
-            "but made alone each is the same only up to rounding. 1 = to the bit.",
+            help=SweepConfig.model_fields["batch"].description,
         ),
     ] = 1,
     from_: Annotated[

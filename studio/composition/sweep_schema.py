@@ -40,8 +40,8 @@ class SweepConfig(ComposeConfig):
 
     axes: list[Axis] = Field(description="What to vary; the last one runs from left to right in the grid.")
     batch: int = Field(
-        1, ge=1, le=64, description="Pictures made in one pass, where they differ in seeds (or, with merge, weights): "
-        "faster, but made alone each is the same only up to rounding. 1 = to the bit.",
+        1, ge=1, le=64, description="Pictures of a sweep made in one pass, where only seeds (or, with merge, weights) "
+        "differ: faster, each as if made alone but for rounding. 1 = to the bit.",
     )  # fmt: skip
 
     @model_validator(mode="after")

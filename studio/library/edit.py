@@ -78,10 +78,18 @@ def _import(source: str | os.PathLike[str], name: str | None, kind: scan.Kind) -
     return _downloaded_base(text, name)
 
 
+_OTHERWISE = {
+    "base": "a base model: import it with --base, or on the Library page under Base models.",
+    "adapter": "an adapter: import it without --base, or on the Library page under Adapters.",
+}
+
+
 def _copied(path: Path, name: str | None, kind: scan.Kind, shown: str) -> Record:
     checked = scan.record(path, kind)
     if checked.problem:
-        raise InputError(f"'{shown}' cannot be imported: {checked.problem}.")
+        other = scan.record(path, "base" if kind == "adapter" else "adapter")
+        way = "" if other.problem else f" It is {_OTHERWISE[other.kind]}"
+        raise InputError(f"'{shown}' cannot be imported: {checked.problem}.{way}")
     if kind == "adapter" and (pair := _pair(path)):
         return _copied_pair(path, pair, name)
     target = _place(name or scan.own_name(path), path, kind)

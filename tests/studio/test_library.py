@@ -210,6 +210,10 @@ def test_what_is_no_adapter_is_not_imported(tmp_path):
         library.import_adapter(tmp_path / "no.safetensors")
     with pytest.raises(InputError, match="neither a file, a folder nor a hub id"):
         library.import_adapter("nothing")
+    with pytest.raises(InputError, match=r"is not an adapter\. It is a base model: import it with --base"):
+        library.import_adapter(library.find("tinymoji", "base").path)
+    with pytest.raises(InputError, match="It is an adapter: import it without --base"):
+        library.import_base(library.find("fox").path)
     assert own() == []
 
 

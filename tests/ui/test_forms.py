@@ -22,6 +22,7 @@ from studio.training.schemas.image import TrainImageConfig
 from ui import markup, pictures
 from ui.components import faces, job_panel, loss_plot, rack, schema_form
 from ui.pages import compose, distill, library, train
+from ui.pages import jobs as jobs_page
 
 FOX = Record("fox", Path("/x/fox.safetensors"), "adapter", "sd", rank=8, triggers=("zxq fox",), sha256="f0")
 CLAY = Record("clay", Path("/x/clay.safetensors"), "adapter", "sd", rank=4, sha256="c1")
@@ -189,6 +190,19 @@ def test_what_is_shown_of_a_job_fits_the_page(kind: str, page: Any, home: Path) 
 
 
 # ------------------------------------------------------------------------------------------------ markup
+
+
+def test_the_jobs_page_says_settings_in_words(home: Path) -> None:
+    adapters = [{"name": "fox", "path": "fox", "weight": 0.7}, {"name": "clay", "path": "clay"}]
+    regions = [{"box": [0, 0, 0.5, 1], "adapters": ["fox"], "prompt": "a fox"}]
+    config = {"prompt": "a", "adapters": adapters, "regions": regions, "method": "activation", "fold": False}
+    told = jobs_page.describe(jobs.get(jobs.submit("compose", config))).partition("<details>")[0]
+    assert "fox, weight 0.7; clay<" in told
+    assert "box 0.0, 0.0, 0.5, 1.0, adapters fox, prompt a fox<" in told
+    assert "<td>no</td><td>yes</td>" in told
+    assert "schedule" not in told
+    assert not set("{}[]") & set(told)
+    assert jobs_page._without_defaults(ComposeConfig, {"gone": 1}) == {"gone": 1}
 
 
 def test_nothing_from_a_file_becomes_markup() -> None:

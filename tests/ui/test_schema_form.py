@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from adapters.errors import InputError
 from studio.composition.schema import ComposeConfig
+from studio.jobs import kinds
 from studio.training.schemas.image import TrainImageConfig
 from ui.components import schema_form
 
@@ -18,6 +21,15 @@ def test_every_field_of_the_training_schema_has_a_widget_with_help() -> None:
         made = schema_form.widget(item)
         assert made.label
         assert item.help, f"{item.name} has no description"
+
+
+@pytest.mark.parametrize("kind", ["train-image", "train-language", "distill", "compose", "reconstruct"])
+def test_no_help_names_a_field_by_its_key(kind: str) -> None:
+    model = kinds.find(kind).model()
+    for item in schema_form.fields(model).values():
+        words = set(re.findall(r"\w+_\w+", item.help))
+        assert not words & set(model.model_fields), item.name
+    assert KNOWN["text_encoder_learning_rate"].help.endswith('empty = half of "Learning rate".')
 
 
 def test_the_default_form_is_the_default_configuration() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -63,8 +64,14 @@ class Field:
 
 
 def fields(model: type[BaseModel]) -> dict[str, Field]:
-    """Every field of ``model`` by name, in its order."""
-    return {name: _field(name, info) for name, info in model.model_fields.items()}
+    """Every field of ``model`` by name, in its order; their help names other fields as the form labels them."""
+    known = {name: _field(name, info) for name, info in model.model_fields.items()}
+    return {name: replace(item, help=_in_words(item.help, known)) for name, item in known.items()}
+
+
+def _in_words(text: str, known: Mapping[str, Field]) -> str:
+    """``text`` with the keys of fields (``warmup_steps``) as their labels ("Warm-up steps")."""
+    return re.sub(r"\w+_\w+", lambda key: f'"{known[key[0]].label}"' if key[0] in known else key[0], text)
 
 
 def groups(known: Mapping[str, Field], shown: Container[str]) -> dict[str, list[str]]:

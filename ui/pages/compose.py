@@ -740,6 +740,7 @@ def recipe_panel(recipe: Mapping[str, Any], layers: Mapping[str, str] | None = N
         ("Method", _method_title(str(config.get("method")))), ("Base", config.get("base")),
         ("Seed", str(config.get("seed"))), ("Steps", config.get("steps")),
         ("Guidance", config.get("guidance_scale")), ("Size", size), ("Frames", config.get("frames")),
+        ("Frames per second", config.get("fps")),
         ("Start picture", _begun(config)), ("ControlNet", config.get("controlnet")),
         ("Scheduler", config.get("scheduler") if config.get("scheduler") != "default" else ""),
         ("Avoided", config.get("negative_prompt")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from adapters.errors import InputError
 from studio import catalogue, jobs
 from studio.composition import comparison, gallery, moving
 from studio.jobs import Job, kinds
+from studio.schema import JobConfig
 from ui import markup, pictures
 from ui.components import job_panel, training_run
 from ui.components.pick_list import pick_list, picked
@@ -192,7 +194,10 @@ def pictures_of(job: Job) -> list[Any]:
     """The pictures a job has made, whatever its kind."""
     if job.kind in ("train-image", "distill"):
         return list(train.samples(job)[:8])
-    return compose.captioned(job, compose.made(job))
+    made = compose.made(job)
+    if len(made) == 1 and moving.video_of(made[0]):  # it plays in the panel already
+        return []
+    return compose.captioned(job, made)
 
 
 def describe(job: Job) -> str:
@@ -232,9 +237,11 @@ def method(job: Job) -> str:
 
 def _changed(job: Job) -> str:
     """The settings that differ from the defaults, as a table."""
-    usual = kinds.find(job.kind).model().defaults()
+    model = kinds.find(job.kind).model()
+    usual, short = model.defaults(), _without_defaults(model, job.config)
     rows = "".join(
-        f"<tr><th scope=row>{markup.text(name.replace('_', ' '))}</th><td>{markup.text(_plain(value))}</td>"
+        f"<tr><th scope=row>{markup.text(name.replace('_', ' '))}</th>"
+        f"<td>{markup.text(_plain(short.get(name, value)))}</td>"
         f"<td>{markup.text(_plain(usual[name])) if name in usual else ''}</td></tr>"
         for name, value in job.config.items() if value != usual.get(name, ...)
     )  # fmt: skip
@@ -244,13 +251,35 @@ def _changed(job: Job) -> str:
     )
 
 
+def _without_defaults(model: type[JobConfig], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What differs from the defaults, also inside adapters and regions; all of what is not valid any more."""
+    try:
+        short: Mapping[str, Any] = model.parse(config).model_dump(mode="json", exclude_defaults=True)
+    except InputError:
+        return config
+    return short
+
+
 def _plain(value: Any) -> str:
     """A value on one line, cut if it is long."""
-    if value is None or value == "" or value == [] or value == {}:
-        return "–"
-    written = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
-    written = written.removesuffix("...\n").strip()
+    written = _words(value) or "–"
     return written if len(written) <= LONGEST else written[: LONGEST - 1] + "…"
+
+
+def _words(value: Any) -> str:
+    """A value in words: an adapter or region as its name and what was set for it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        name = value.get("name", "")
+        parts = {key: _words(part) for key, part in value.items() if key != "name"}
+        told = [f"{key.replace('_', ' ')} {part}" for key, part in parts.items() if part and part != name]
+        return ", ".join([name, *told] if name else told)
+    if isinstance(value, list | tuple):
+        return ("; " if any(isinstance(part, Mapping) for part in value) else ", ").join(map(_words, value))
+    return str(value).strip()
 
 
 def _configuration(job: Job) -> str:
