@@ -5,6 +5,9 @@
 The base's product is computed once for all rows; every adapter's own layer, unchanged, is called with its own rows at
 their own length and finds there the base's result for them. So adapters of any rank, scale and kind share a batch, and
 gradients are block-diagonal: they equal those of separate passes (m-LoRA, arXiv 2312.02515).
+
+Where all of them are plain LoRAs of low rank, their updates are one: the A below each other, the B beside
+each other, and between them gates that keep every row to the ranks of its own adapter.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -25,6 +29,10 @@ from torch import Tensor, nn
 from adapters.errors import InputError
 
 M = TypeVar("M", bound=nn.Module)
+
+SMALL = 1 / 4
+"""Updates are one pair of products while their matrices hold at most this share of the base's numbers: then the calls
+saved weigh more than the products with gates of zero (measured on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Layout:
 
     segments: Sequence[Segment] = ()
     width: int = 0
+    _gates: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -66,7 +75,44 @@ class Layout:
         try:
             yield
         finally:
-            self.segments, self.width = (), 0
+            self.segments, self.width, self._gates = (), 0, {}
+
+    def gates(self, pairs: Sequence[_Pair], like: Tensor) -> Tensor:
+        """(rows, all ranks): a row's gates are the scale of its own adapter, and 0 at the ranks of the others."""
+        key = (*((pair.rank, pair.scale) for pair in pairs), like.dtype, like.device)
+        if key not in self._gates:
+            made, first = like.new_zeros(self.rows, sum(pair.rank for pair in pairs)), 0
+            for segment, pair in zip(self.segments, pairs, strict=True):
+                made[segment.rows, first : first + pair.rank] = pair.scale
+                first += pair.rank
+            self._gates[key] = made
+        return self._gates[key]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The update s B A x of a plain LoRA; without A and B, none."""
+
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scale: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.A is None else self.A.shape[0]
+
+    @classmethod
+    def of(cls, layer: nn.Module | None) -> _Pair | None:
+        """That of a segment's layer; None if it is not a plain LoRA."""
+        if layer is None:
+            return cls()
+        weights: Any = layer
+        if type(layer) is not Linear or layer.lora_variant or layer.merged or len(layer.active_adapters) != 1:
+            return None
+        name = layer.active_adapters[0]
+        if not isinstance(layer.lora_dropout[name], nn.Identity) or layer.lora_B[name].bias is not None:
+            return None
+        return cls(weights.lora_A[name].weight, weights.lora_B[name].weight, weights.scaling[name])
 
 
 @dataclass
@@ -99,6 +145,7 @@ class PackedLayer(nn.Module):
     def __init__(self, base: nn.Module, name: str, layout: Layout) -> None:
         super().__init__()
         self.base, self.name, self.layout = base, name, layout
+        self._pairs: dict[int, _Pair | None] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         layout, given = self.layout, self._divided(x)
@@ -108,9 +155,31 @@ class PackedLayer(nn.Module):
             found: Tensor = self.base(x)
             return found.unflatten(0, (layout.rows, layout.width)) if given.merged else found
 
-        parts = [self._part(segment, given, result) for segment in layout.segments]
-        packed = torch.cat(parts)
+        packed = self._at_once(given, result)
+        if packed is None:
+            packed = torch.cat([self._part(segment, given, result) for segment in layout.segments])
         return packed.flatten(0, 1) if given.merged else packed
+
+    def _at_once(self, given: _Input, result: Callable[[], Tensor]) -> Tensor | None:
+        """The output for all rows by one pair of products; None where that is not possible or not worth it."""
+        pairs = [pair for segment in self.layout.segments if (pair := self._pair(segment)) is not None]
+        if len(pairs) < len(self.layout.segments):
+            return None
+        downs = [pair.A for pair in pairs if pair.A is not None]
+        ups = [pair.B for pair in pairs if pair.B is not None]
+        numbers = sum(matrix.numel() for matrix in (*downs, *ups))
+        if not downs or numbers > SMALL * downs[0].shape[1] * ups[0].shape[0]:
+            return None
+        y, down = result(), torch.cat(downs)
+        gates = self.layout.gates(pairs, down.detach())
+        hidden = F.linear(given.x.to(down.dtype), down) * (gates[:, None] if given.x.dim() == 3 else gates)
+        return y + F.linear(hidden, torch.cat(ups, dim=1)).to(y.dtype)
+
+    def _pair(self, segment: Segment) -> _Pair | None:
+        own = segment.layers.get(self.name)
+        if id(own) not in self._pairs:
+            self._pairs[id(own)] = _Pair.of(own)
+        return self._pairs[id(own)]
 
     def _part(self, segment: Segment, given: _Input, result: Callable[[], Tensor]) -> Tensor:
         """The output of one segment's rows (rows, ...), padded like the batch."""

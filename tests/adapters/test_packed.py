@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from adapters.errors import InputError
+from adapters.layers import packed
 from adapters.layers.packed import Layout, PackedLayer, Segment, own_layers, pack, tie, twin
 
 
@@ -31,9 +32,11 @@ def base():
     return Small().requires_grad_(False)
 
 
+@pytest.mark.parametrize("small", [0.0, 10.0])
 @pytest.mark.parametrize("merged", [False, True])
-def test_outputs_and_gradients_are_those_of_separate_passes(base, merged):
+def test_outputs_and_gradients_are_those_of_separate_passes(base, merged, small, monkeypatch):
     """Rows of unlike length, one adapter on one layer only, one segment without an adapter; positions may be rows."""
+    monkeypatch.setattr(packed, "SMALL", small)
     models = [with_adapter(base, 2, ["first", "second"]), with_adapter(base, 3, ["second"]), twin(base)]
     assert all(model.get_parameter(name) is base.first.weight for model, name in
                ((models[0], "first.base_layer.weight"), (models[2], "first.weight")))  # fmt: skip
@@ -47,16 +50,16 @@ def test_outputs_and_gradients_are_those_of_separate_passes(base, merged):
     pack(shared, ["first", "second"], layout)
     shared.second.base.register_forward_hook(lambda *_: calls.append(1))
     with layout.of(segments, 4):
-        packed = shared(whole.flatten(0, 1) if merged else whole)
-    packed = packed.unflatten(0, (5, 4)) if merged else packed
+        found = shared(whole.flatten(0, 1) if merged else whole)
+    found = found.unflatten(0, (5, 4)) if merged else found
     assert len(calls) == 1
-    parts = [packed[s.rows, : s.width] for s in segments]
+    parts = [found[s.rows, : s.width] for s in segments]
     parameters = [[p for p in model.parameters() if p.requires_grad] for model in models[:2]]
-    found = torch.autograd.grad(sum(part.square().sum() for part in parts), [*parameters[0], *parameters[1]])
+    gradients = torch.autograd.grad(sum(part.square().sum() for part in parts), [*parameters[0], *parameters[1]])
     alone = [model(batch) for model, batch in zip(models, batches, strict=True)]
     expected = [g for output, own in zip(alone, parameters, strict=False)
                 for g in torch.autograd.grad(output.square().sum(), own)]  # fmt: skip
-    for one, other in zip((*parts, *found), (*alone, *expected), strict=True):
+    for one, other in zip((*parts, *gradients), (*alone, *expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
