@@ -13,7 +13,7 @@ each other, and between them gates that keep every row to the ranks of its own a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -236,13 +236,13 @@ def own_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def pack(model: nn.Module, names: Sequence[str], layout: Layout) -> None:
-    """Replace the layers ``names`` of a base without adapters by packed ones.
+def pack(model: nn.Module, names: Iterable[str], layout: Layout) -> None:
+    """Replace the layers ``names`` of a base without adapters by packed ones; one may be inside another.
 
     Raises:
         InputError: it has no such layer.
     """
-    for name in names:
+    for name in sorted(names, key=lambda name: -name.count(".")):
         parent, _, last = name.rpartition(".")
         try:
             place, layer = model.get_submodule(parent), model.get_submodule(name)
@@ -252,9 +252,9 @@ def pack(model: nn.Module, names: Sequence[str], layout: Layout) -> None:
 
 
 def draws(layer: nn.Module) -> bool:
-    """Whether an adapter's layer may draw random numbers: it has dropout, or is not one of PEFT's plain layers."""
-    plain = type(layer).__module__.startswith("peft.") and not getattr(layer, "lora_variant", {})
-    return not plain or any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+    """Whether an adapter's layer may draw random numbers: it has dropout, or parts of its own (noise)."""
+    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+    return dropout or bool(getattr(layer, "lora_variant", {}))
 
 
 def twin(model: M) -> M:

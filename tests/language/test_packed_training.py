@@ -142,18 +142,19 @@ def test_a_member_that_fails_leaves_the_others(three, expected, tmp_path, passes
 
 
 def test_methods_samples_in_a_row_and_a_new_head_share_a_pass(bases, chats, tmp_path, passes):
-    """DoRA, a start from gradients, several samples in a row with noise on the weights, and a classifier."""
+    """A start from gradients, several samples in a row with noise on the weights, a DoRA classifier, experts."""
     labelled = [{"text": word * n, "label": word} for word in ("ab", "xyz") for n in range(1, 6)]
     texts, base = write_rows(tmp_path / "labelled.jsonl", labelled), bases("llama")
     configs = [
         settings(base, chats, steps=2, init="lora_ga", init_batches=2),
         settings(base, chats, steps=2, packing=True, perturb="ggpo", ema=True),
         settings(base, texts, steps=2, task="classification", rank=4, use_dora=True),
+        settings(base, chats, steps=2, method="mixlora", learning_rate=1e-3),
     ]
     expected = alone(tmp_path / "alone", *configs)
     for one, other in zip(expected, together(tmp_path / "packed", *configs), strict=True):
         assert_same(one, other)
-    assert [len(batches) for batches in passes] == [3, 3]
+    assert [len(batches) for batches in passes] == [4, 4]
 
 
 def test_recomputed_activations_and_updates_as_one_product(bases, chats, tmp_path, passes, monkeypatch):
@@ -163,6 +164,21 @@ def test_recomputed_activations_and_updates_as_one_product(bases, chats, tmp_pat
     for one, other in zip(expected, together(tmp_path / "packed", *configs), strict=True):
         assert_same(one, other)
     assert len(passes) == 2
+
+
+@pytest.mark.slow
+def test_mixtures_of_experts(bases, chats, three, expected, tmp_path, passes):
+    """Blocks and linear layers, losses of routers, dropout, and frozen adapters whose gates a classifier makes."""
+    finished = ",".join([expected[0]["adapter"], expected[2]["adapter"]])
+    changes = [
+        {"method": "llava-mole"}, {"method": "loramoe", "dropout": 0.2}, {"method": "mola", "batch_size": 3},
+        {"method": "x-lora", "experts": finished},
+    ]  # fmt: skip
+    configs = [settings(bases("llama"), chats, steps=3, learning_rate=1e-3, **values) for values in changes]
+    separate = alone(tmp_path / "alone", *configs)
+    for one, other in zip(separate, together(tmp_path / "packed", *configs), strict=True):
+        assert_same(one, other)
+    assert [len(batches) for batches in passes] == [4, 4, 4]
 
 
 @pytest.mark.slow

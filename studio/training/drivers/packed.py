@@ -70,7 +70,7 @@ class Member:
         self._error: BaseException | None = None
         self._body: Any = None
         self._layers: dict[str, nn.Module] = {}
-        self._draws = self._steps = False
+        self._draws = self._joint = self._steps = False
         self.outcome: Any = None
         self.asked: _Pass | None = None
 
@@ -123,10 +123,11 @@ class Member:
         """As :func:`pipelines.language.loading.open_model`, with the weights that the others use."""
         return self._pack.open(source, task, **options)
 
-    def join(self, model: Any, checkpointing: bool, dtype: torch.dtype) -> None:
+    def join(self, model: Any, accelerator: Any, checkpointing: bool, dtype: torch.dtype) -> None:
         """Let the training passes of ``model`` (with its adapter) share the base.
 
         Args:
+            accelerator: the run's own, which calls backward.
             checkpointing: activations are recomputed.
             dtype: of the passes; below fp32 they run in autocast.
 
@@ -142,7 +143,7 @@ class Member:
         takes = inspect.signature(alone)
 
         def forward(*args: Any, **more: Any) -> Any:
-            if not self._steps:
+            if not (self._steps and torch.is_grad_enabled()):  # X-LoRA looks at the base first, without gradients
                 return alone(*args, **more)
             self._steps = False
             given = takes.bind(*args, **more).arguments
@@ -151,7 +152,20 @@ class Member:
             self._wait()
             return self.asked.result if self.asked.shared else alone(*args, **more)
 
-        body.forward = forward
+        body.forward, backward = forward, accelerator.backward
+
+        def deferred(loss: Tensor, **more: Any) -> None:
+            if self.asked is not None and self.asked.shared and self._joint:
+                self.asked.loss = loss if accelerator.scaler is None else accelerator.scaler.scale(loss)
+            else:
+                backward(loss, **more)
+
+        accelerator.backward = deferred
+
+    @property
+    def joint(self) -> bool:
+        """Its loss may depend on what its layers did on the way (routers): it goes into the one backward pass whole."""
+        return self._joint
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -175,6 +189,7 @@ class Member:
         if not self._layers:
             self._layers = own_layers(self._body)
             self._draws = any(draws(layer) for layer in self._layers.values())
+            self._joint = not all(type(layer).__module__.startswith("peft.") for layer in self._layers.values())
             if self.asked is not None and self.asked.checkpointing and self._draws:
                 raise InputError(
                     "With gradient_checkpointing, an adapter with dropout or random parts needs the base alone: set "
@@ -200,6 +215,7 @@ class _Pass:
         given: its inputs (rows, width).
         result: the body's output for it, whose tensors are leaves; None when it goes alone.
         leaves: (part of the shared output, leaf of the member).
+        loss: of a member whose loss has other ways into the base, for the shared backward.
     """
 
     given: dict[str, Tensor]
@@ -207,6 +223,7 @@ class _Pass:
     dtype: torch.dtype
     result: Any = None
     leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    loss: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -220,17 +237,17 @@ class _Pass:
     def shared(self) -> bool:
         return self.result is not None
 
-    def take(self, output: Any, segment: Segment, width: int) -> None:
-        """Cut this pass's part out of the body's output for a batch of rows of ``width``."""
+    def take(self, output: Any, segment: Segment, width: int, joint: bool) -> None:
+        """Cut this pass's part out of the body's output for a batch of rows of ``width``; a leaf unless ``joint``."""
         self.result = type(output)(**{
-            name: self._leaf(value, segment, width) for name, value in output.items() if torch.is_tensor(value)
+            name: self._part(value, segment, width, joint) for name, value in output.items() if torch.is_tensor(value)
         })  # fmt: skip
 
-    def _leaf(self, value: Tensor, segment: Segment, width: int) -> Tensor:
+    def _part(self, value: Tensor, segment: Segment, width: int, joint: bool) -> Tensor:
         part = value[segment.rows]
         if part.dim() > 2 and part.shape[1] == width:
             part = part[:, : segment.width]
-        if not part.requires_grad:
+        if joint or not part.requires_grad:
             return part
         leaf = part.detach().requires_grad_()
         self.leaves.append((part, leaf))
@@ -245,6 +262,7 @@ class _Pack:
         self._bodies: list[Any] = []
         self._body: Any = None
         self._layout = Layout()
+        self._members: Sequence[Member] = ()
 
     def open(self, source: str, task: ModelTask, **options: Any) -> LanguageModel:
         """A base for one more member; the weights are in memory once."""
@@ -262,6 +280,7 @@ class _Pack:
 
     def steps(self, members: Sequence[Member]) -> None:
         """Let all members run to their ends."""
+        self._members = members
         stop: BaseException | None = None
         groups = [[member] for member in members]
         while groups:
@@ -281,7 +300,7 @@ class _Pack:
         passes = [member.asked for member in group if member.asked is not None]
         width, first, segments = max(one.width for one in passes), 0, []
         try:
-            body = self._prepared(group, passes[0])
+            body = self._prepared(passes[0])
             for member, one in zip(group, passes, strict=True):
                 segments.append(member.segment(first))
                 first += one.rows
@@ -294,13 +313,15 @@ class _Pack:
                 device = next(body.parameters()).device.type
                 with torch.autocast(device, passes[0].dtype, enabled=passes[0].dtype != torch.float32):
                     output = body(**stacked([one.given for one in passes], width, _padding(body)))
-                for one, segment in zip(passes, segments, strict=True):
-                    one.take(output, segment, width)
+                for member, one, segment in zip(group, passes, segments, strict=True):
+                    one.take(output, segment, width, member.joint)
                 del output
                 going = [one for member, one in zip(group, passes, strict=True) if member.advance()]
-                leaves = [(part, leaf.grad) for one in going for part, leaf in one.leaves if leaf.grad is not None]
-                if leaves:
-                    torch.autograd.backward([part for part, _ in leaves], [grad for _, grad in leaves])
+                ends: list[tuple[Tensor, Tensor | None]]
+                ends = [(part, leaf.grad) for one in going for part, leaf in one.leaves if leaf.grad is not None]
+                ends += [(one.loss, None) for one in going if one.loss is not None]
+                if ends:
+                    torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
             except Exception as error:  # out of memory, for example: it ends them all
                 for member in group:
                     if member.asked is not None:
@@ -310,17 +331,15 @@ class _Pack:
             if member.asked is not None:
                 member.advance()
 
-    def _prepared(self, group: Sequence[Member], one: _Pass) -> Any:
+    def _prepared(self, one: _Pass) -> Any:
         """The shared body with a packed layer wherever a member has one of its own."""
         if self._body is None:
             self._body = max(self._bodies, key=lambda body: sum(1 for _ in body.parameters()))
             self._body.train().config.use_cache = False
             if one.checkpointing:
                 self._body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self._packed: set[str] = set()
-        if missing := {name for member in group for name in member.layers} - self._packed:
-            pack(self._body, sorted(missing), self._layout)
-            self._packed |= missing
+            waiting = [member for member in self._members if member.asked is not None]
+            pack(self._body, {name for member in waiting for name in member.layers}, self._layout)
         return self._body
 
 

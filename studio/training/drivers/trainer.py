@@ -97,7 +97,9 @@ def train(session: TrainSession, resume: bool = False, keep: bool | int = False)
             trainer = SessionTrainer(session, saved)
             session.accelerator = trainer.accelerator
             if session.member is not None:
-                session.member.join(session.models[COMPONENT], session.config.gradient_checkpointing, session.dtype)
+                session.member.join(
+                    session.models[COMPONENT], trainer.accelerator, session.config.gradient_checkpointing, session.dtype
+                )
             session.open_records()
             if keep:
                 trainer.take_up()
