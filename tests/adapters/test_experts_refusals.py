@@ -171,6 +171,14 @@ def test_a_saved_mixture_that_does_not_fit_its_configuration_is_named(saved: Pat
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, saved / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"lacks '.*moeadapter_router"):
         load(llama(), saved)
+    model = llama()
+    before = answers(model)
+    with pytest.raises(InputError, match="lacks"):
+        ExpertsBeside(model, saved)
+    assert not expert_layers(model)
+    assert not model._forward_pre_hooks
+    assert not hasattr(model, "peft_config")
+    assert torch.equal(answers(model), before)
     tensors[lost] = torch.full_like(tensors[lost], torch.nan)
     save_file(tensors, saved / "adapter_model.safetensors")
     with pytest.raises(InputError, match="NaN or infinite values"):

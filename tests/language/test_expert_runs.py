@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from adapters import formats
 from adapters.errors import Cancelled, InputError
@@ -21,7 +22,6 @@ from pipelines.language.adapters import AdaptedModel
 from studio.library import scan
 from studio.training import estimate as estimates
 from studio.training.drivers import accelerate
-from studio.training.drivers.trainer import SampleSet
 from studio.training.language.layers import add_adapter
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.session import TrainSession
@@ -101,10 +101,19 @@ def test_accumulation_counts_the_router_loss_once(bases, chats, tmp_path):
         torch.testing.assert_close(change[0], change[1], rtol=1e-4, atol=1e-6)
 
 
-def test_other_trainers_take_the_router_loss_once_too(bases, tmp_path):
-    """Transformers' own Trainer with the mixin; a Llama's loss is divided by the tokens of the whole step."""
+@pytest.mark.parametrize("other", ["Trainer", "SFTTrainer"])
+def test_other_trainers_take_the_router_loss_once_too(other, bases, tmp_path):
+    """A Llama's loss is divided by the tokens of the whole step; TRL looks at the model again before the gradient."""
+    if other == "SFTTrainer":
+        from trl import SFTConfig, SFTTrainer
 
-    class Mine(MoeTrainerMixin, Trainer):
+        kind, settings_of = SFTTrainer, SFTConfig
+        more = {"processing_class": AutoTokenizer.from_pretrained(bases("llama"))}
+        unused = {"bf16": False, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    else:
+        kind, settings_of, more, unused = Trainer, TrainingArguments, {}, {}
+
+    class Mine(MoeTrainerMixin, kind):
         pass
 
     sample = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "attention_mask": [1] * 4, "task_types": 1}
@@ -114,12 +123,12 @@ def test_other_trainers_take_the_router_loss_once_too(bases, tmp_path):
         torch.manual_seed(0)
         peft = get_peft_model(model, preset("mixlora", {"router_loss": 1.0}.get, r=2))
         before = {name: p.detach().clone() for name, p in peft.named_parameters() if "router" in name}
-        arguments = TrainingArguments(
+        arguments = settings_of(
             str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=parts,
             optim="sgd", learning_rate=0.1, max_grad_norm=0, lr_scheduler_type="constant", use_cpu=True, report_to=[],
-            save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, **unused,
         )  # fmt: skip
-        Mine(peft, arguments, train_dataset=SampleSet([sample] * 8)).train()
+        Mine(peft, arguments, train_dataset=Dataset.from_list([sample] * 8), **more).train()
         found.append({name: p.detach() - before[name] for name, p in peft.named_parameters() if name in before})
     for name, one in found[0].items():
         assert float(one.abs().max()) > 0

@@ -12,6 +12,7 @@ from torch import nn
 
 from adapters.layers.experts.config import MoeConfig
 from adapters.layers.experts.files import load
+from adapters.layers.experts.layer import ExpertLayer
 from adapters.layers.experts.model import expert_layers
 from adapters.layers.experts.routing import Routing, routing_of
 
@@ -29,14 +30,19 @@ class ExpertsBeside:
 
     def __init__(self, model: Any, path: Path) -> None:
         self.model = model
-        with torch.no_grad():
-            self.config: MoeConfig = load(model, path, ADAPTER)
-        self.layers = expert_layers(model)
-        self.routing: Routing = routing_of(model)
+        self.layers: dict[str, ExpertLayer] = {}
+        try:
+            with torch.no_grad():
+                self.config: MoeConfig = load(model, path, ADAPTER)
+        finally:  # the model is itself again, also when the file turns out not to fit
+            self.layers = expert_layers(model)
+            if self.layers:
+                self.routing: Routing = routing_of(model)
+                self._detach()
+            if hasattr(model, "peft_config"):
+                del model.peft_config
         for layer in self.layers.values():
             layer.eval().requires_grad_(False)
-        self._detach()
-        del model.peft_config
 
     @contextmanager
     def active(self) -> Iterator[Routing]:

@@ -121,8 +121,14 @@ class Routing:
     def begin(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before a forward pass of the base model; takes the column :data:`TYPES_COLUMN` out of its arguments."""
-        self.records, self.batch_types = {}, kwargs.get(TYPES_COLUMN)
+        """Before a forward pass of the base model; takes the column :data:`TYPES_COLUMN` out of its arguments.
+
+        A look without gradients in training mode, as TRL's trainers take between the loss and its gradient, leaves the
+        records of the pass before it.
+        """
+        self.batch_types = kwargs.get(TYPES_COLUMN)
+        if torch.is_grad_enabled() or not model.training or self.watching:
+            self.records = {}
         mask = _argument(model, "attention_mask", args, kwargs)
         self.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         wanted = any(config.collects for config in self.configs.values())
