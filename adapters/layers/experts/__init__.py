@@ -22,6 +22,13 @@ where they are fused; up, down without a gate)
     moeadapter_gate_magnitude ...  (N, out) DoRA only
     moeadapter_router.weight  (N, d), moeadapter_router.bias (N,)
 
+beside a linear layer, for X-LoRA (:mod:`adapters.layers.experts.frozen`; R is the sum of the experts' ranks there)
+
+    moeadapter_A              (R, in)
+    moeadapter_B              (out, R)      the scales are in it
+    moeadapter_rows           (N, out)      where an expert is DoRA
+    moeadapter_router.weight_{i}, .bias_{i} the classifier's layers, beside the first module only, in fp32
+
 Experts of smaller rank than r are padded with zeros, which keep a gradient of zero. What routers are told and what they
 decided is in the :class:`~adapters.layers.experts.routing.Routing` of the model (:func:`routing_of`).
 """
