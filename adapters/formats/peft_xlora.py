@@ -12,14 +12,18 @@ from such folders.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
+from adapters.files import write_text
 from adapters.formats import foreign_mixture as mixtures
 from adapters.formats import xlora
 from adapters.formats.foreign_mixture import MixtureFormat, Outline
+from adapters.formats.header import CONFIG, WEIGHTS
+from adapters.formats.peft_directory import write_directory
 from adapters.formats.xlora import NamedExpert, XLoraFile
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapters.formats.header import Header
+    from adapters.formats.lora import LoraLayer
 
 _KEY = re.compile(r"^(?:base_model\.)?internal_xlora_classifier\.layers\.(?P<number>\d+)\.(?P<kind>weight|bias)$")
 _STRIPPED = "internal_xlora_classifier.layers."
@@ -89,6 +94,48 @@ class PeftXLora(MixtureFormat):
             dropout=_dropout(config), base=mixtures.text(config, "base_model_name_or_path"), notes=tuple(notes),
             path=folder,
         )  # fmt: skip
+
+
+def write_xlora(file: XLoraFile, experts: Mapping[str, Mapping[str, LoraLayer]], folder: Path) -> Path:
+    """Write an X-LoRA as a directory that PEFT's ``PeftModel.from_pretrained`` loads, whole; returns the folder.
+
+    Args:
+        experts: name -> module path -> layer, in the order of the gates; PEFT calls them "0", "1", ...
+
+    Raises:
+        InputError: PEFT's X-LoRA has no such classifier or experts.
+    """
+    from adapters.formats.tensors import write_tensors
+
+    if len(file.classifier) > 1 and not file.relu:
+        raise InputError("PEFT's X-LoRA has ReLU between the layers of its classifier, and this one has none.")
+    if file.softmax_of_top_k and not file.softmax and file.top_k is None:
+        raise InputError("PEFT's X-LoRA needs top_k_lora for a softmax over the kept experts.")
+    for name, layers in experts.items():
+        if any(layer.magnitude is not None for layer in layers.values()):
+            raise InputError(f"PEFT's X-LoRA cannot mix DoRA experts, and '{name}' is one.")
+    step = 3 if file.dropout > 0 else 2
+    tensors = {
+        f"base_model.internal_xlora_classifier.layers.{step * number}.{kind}": tensor
+        for number, pair in enumerate(file.classifier)
+        for kind, tensor in zip(("weight", "bias"), pair, strict=True)
+    }
+    names = [str(number) for number in range(len(experts))]
+    config = {
+        "peft_type": "XLORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": file.base or None,
+        "inference_mode": True, "adapters": {name: str(folder / name) for name in names},
+        "hidden_size": int(file.classifier[0][0].shape[1]), "xlora_depth": len(file.classifier),
+        "xlora_size": int(file.classifier[0][0].shape[0]) if len(file.classifier) > 1 else 2048,
+        "xlora_dropout_p": file.dropout, "layerwise_scalings": file.layerwise, "enable_softmax": file.softmax,
+        "enable_softmax_topk": file.softmax_of_top_k, "softmax_temperature": file.temperature,
+        "top_k_lora": file.top_k, "scaling_pass_value": file.pass_value, "global_scaling_weight": file.weight,
+        "use_trainable_adapters": False,
+    }  # fmt: skip
+    for name, layers in zip(names, experts.values(), strict=True):
+        write_directory(folder / name, layers, options={"task_type": "CAUSAL_LM"})
+    write_tensors(folder / WEIGHTS[0], tensors, {})
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
 
 
 def _adapters(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,6 @@ STEP, ZERO = "l4q_step", "l4q_zero"
 class L4QLinear(LoraLinear):
     """PEFT's LoRA layer with the product through the rounding; plain adapters become one by :func:`attach`."""
 
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y of the rounded merged weight; of the base where adapters are switched off."""
         base: Any = self.get_base_layer()

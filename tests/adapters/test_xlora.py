@@ -15,6 +15,7 @@ from adapters.errors import FamilyError, InputError
 from adapters.formats import read, write_peft
 from adapters.formats.fit import fit
 from adapters.formats.lora import MODEL, LoraFile
+from adapters.formats.peft_xlora import write_xlora
 from adapters.layers.experts import xlora
 from adapters.layers.experts.classifier import ClassifierOptions, gates_of
 from adapters.layers.experts.export import as_lora
@@ -492,3 +493,15 @@ def test_an_xlora_of_peft_is_read(experts, folders, tmp_path):
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
     with pytest.raises(InputError, match="the classifier has 24 outputs, but 2 experts for each of 6"):
         xlora.from_file(base(), file, found[:2])
+
+
+def test_an_xlora_written_for_peft_is_whole(experts, tmp_path):
+    options = ClassifierOptions(depth=2, size=5, layerwise=True, top_k=2, temperature=0.7, weight=1.2)
+    model = made(experts, options=options)
+    write_xlora(xlora.to_file(model), xlora.experts_of(model), tmp_path / "x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(base(use_cache=False), tmp_path / "x")
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-5)
+    with pytest.raises(InputError, match="'dora' is DoRA"):
+        xlora.experts_of(made(experts, list(KINDS)))

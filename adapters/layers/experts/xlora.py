@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from adapters.errors import FamilyError, InputError
 from adapters.formats.lora import LoraFile, LoraLayer
-from adapters.formats.xlora import XLoraFile, check_outputs
+from adapters.formats.xlora import NamedExpert, XLoraFile, check_outputs
 from adapters.layers.experts.classifier import Classifier, ClassifierOptions
 from adapters.layers.experts.config import MoeConfig
 from adapters.layers.experts.frozen import FrozenExperts
@@ -338,3 +338,36 @@ def from_file(model: Any, file: XLoraFile, experts: Sequence[Expert], adapter: s
             own_weight.copy_(weight)
             own_bias.copy_(bias)
     return wrapped
+
+
+@torch.no_grad()
+def experts_of(model: nn.Module, adapter: str = ADAPTER) -> dict[str, dict[str, LoraLayer]]:
+    """The experts as ordinary LoRAs, the scale in B: name -> module path -> layer, in the order of the gates.
+
+    Raises:
+        InputError: one is DoRA, of which only the effect is kept.
+    """
+    found: dict[str, dict[str, LoraLayer]] = {name: {} for name in names(model, adapter)}
+    for path, layer in _layers(model, adapter).items():
+        factors, owner = layer.factors(adapter), layer.owner(adapter).cpu()
+        for number, name in enumerate(found):
+            if factors.magnitude is not None and bool(factors.magnitude[number].any()):
+                raise InputError(f"The expert '{name}' is DoRA, which is no LoRA on its own: use its own file.")
+            own = owner == number
+            if bool(own.any()):
+                A, B = factors.A.detach().cpu()[own], factors.B.detach().cpu()[:, own]
+                found[name][path] = LoraLayer(A.clone(), B.clone(), alpha=float(A.shape[0]))
+    return found
+
+
+def to_file(model: nn.Module, adapter: str = ADAPTER) -> XLoraFile:
+    """The X-LoRA without its experts, as :func:`adapters.formats.peft_xlora.write_xlora` takes it."""
+    made = classifier(model, adapter)
+    options = made.options
+    pairs = tuple((weight.detach().cpu(), bias.detach().cpu()) for weight, bias in made.linear_layers())
+    return XLoraFile(
+        "memory", pairs, options.relu, tuple(NamedExpert(name) for name in names(model, adapter)),
+        layerwise=options.layerwise, softmax=options.softmax, softmax_of_top_k=options.softmax_of_top_k,
+        temperature=options.temperature, top_k=options.top_k, pass_value=options.pass_value, weight=options.weight,
+        dropout=options.dropout,
+    )  # fmt: skip
