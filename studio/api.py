@@ -212,19 +212,62 @@ def chat(
     from studio import silence
 
     silence.library_warnings()
+    talk = [{"role": "user", "content": message}] if isinstance(message, str) else [dict(turn) for turn in message]
+    return _said("", talk, adapters, os.fspath(base), system, device, dtype, sampling)
+
+
+def ask(
+    picture: str | os.PathLike[str] | Image.Image,
+    question: str,
+    adapters: Adapters = (),
+    *,
+    base: str | os.PathLike[str] = "tinysight",
+    system: str = "",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    **sampling: Any,
+) -> str:
+    """Ask a vision-language model about a picture; the model and the adapters stay loaded for the next question.
+
+    Args:
+        picture: a path, or a PIL image.
+        question: what to ask.
+        adapters: names or paths, each with ``:strength`` if not 1; their updates are added.
+        base: name in the library, directory or hub id.
+        system: a system message put in front.
+        sampling: as for :func:`chat`.
+
+    Returns:
+        The whole answer.
+
+    Raises:
+        InputError: the picture, the base, an adapter or a value cannot be used.
+    """
+    from studio import silence
+
+    silence.library_warnings()
+    talk: list[Message] = [{"role": "user", "content": question}]
+    return _said(_inside("picture", picture), talk, adapters, os.fspath(base), system, device, dtype, sampling)
+
+
+def _said(
+    picture: str, talk: Sequence[Message], adapters: Adapters, base: str, system: str, device: str, dtype: str,
+    sampling: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """The answer at the end of a conversation, by this process's session."""
     from studio.conversation import Question, Variant, parse_adapter
     from studio.conversation.session import Session
 
     global _session
-    talk = [{"role": "user", "content": message}] if isinstance(message, str) else [dict(turn) for turn in message]
-    if system:
-        talk = [{"role": "system", "content": system}, *talk]
+    turns = [*([{"role": "system", "content": system}] if system else []), *(dict(turn) for turn in talk)]
     chosen = []
-    for use in adapters:
+    for use in [adapters] if isinstance(adapters, str | os.PathLike) else adapters:
         if isinstance(use, Mapping):
             raise InputError("An adapter of a conversation is a name or path, with ':strength' if it is not 1.")
         chosen.append(parse_adapter(os.fspath(use)))
-    question = Question(os.fspath(base), (Variant("", tuple(chosen)),), (tuple(talk),), device, dtype, sampling)
+    question = Question(
+        base, (Variant("", tuple(chosen)),), (tuple(turns),), device, dtype, sampling, picture=picture
+    )  # fmt: skip
     if _session is None:
         _session = Session()
     return "".join(event["text"] for event in _session.ask(question) if event["event"] == "piece")

@@ -24,7 +24,7 @@ from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
 from ui.components import faces, job_panel, rack, remembered
 from ui.errors import errors_shown
-from ui.pages import compose, gallery, jobs, language, library, reconstruct, train
+from ui.pages import ask, compose, gallery, jobs, language, library, reconstruct, train
 from ui.theme import STATIC, StudioTheme, css, script
 
 A_DAY = 86400
@@ -40,6 +40,7 @@ class _Pages:
     gallery: gallery.Page
     train: train.Page
     language: language.Page
+    ask: ask.Page
     reconstruct: reconstruct.Page
     library: library.Page
     jobs: jobs.Page
@@ -63,6 +64,8 @@ def build() -> gr.Blocks:
                     train_page = train.build()
                 with _tab("language"):
                     language_page = language.build()
+                with _tab("ask"):
+                    ask_page = ask.build()
                 with _tab("reconstruct"):
                     reconstruct_page = reconstruct.build()
                 with _tab("library"):
@@ -70,8 +73,8 @@ def build() -> gr.Blocks:
                 with _tab("jobs"):
                     jobs_page = jobs.build()
         pages = _Pages(
-            tabs, sheet, compose_page, gallery_page, train_page, language_page, reconstruct_page, library_page,
-            jobs_page,
+            tabs, sheet, compose_page, gallery_page, train_page, language_page, ask_page, reconstruct_page,
+            library_page, jobs_page,
         )  # fmt: skip
         _wire_tabs(app, menu, pages)
         _wire_crossings(pages)
@@ -90,8 +93,8 @@ def _choosers(pages: _Pages) -> list[Any]:
     distilling = pages.train.distill.form
     return [
         pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
-        distilling["styles"], pages.language.base, pages.language.adapters, pages.reconstruct.form["adapter"],
-        pages.faces,
+        distilling["styles"], pages.language.base, pages.language.adapters, pages.ask.base, pages.ask.adapters,
+        pages.reconstruct.form["adapter"], pages.faces,
     ]  # fmt: skip
 
 
@@ -139,8 +142,9 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
 def _choices() -> list[Any]:
     adapters, bases = gr.update(choices=compose.adapter_choices()), gr.update(choices=compose.base_choices())
     models, talkers = gr.update(choices=language.base_choices()), gr.update(choices=language.adapter_choices())
+    sights, seers = gr.update(choices=ask.base_choices()), gr.update(choices=ask.adapter_choices())
     scenes, sheet = gr.update(choices=reconstruct.adapter_choices()), faces.sheet(compose.adapters_to_choose())
-    return [adapters, bases, bases, bases, adapters, models, talkers, scenes, sheet]
+    return [adapters, bases, bases, bases, adapters, models, talkers, sights, seers, scenes, sheet]
 
 
 def _own(follow: Callable[[str, tuple[Any, ...]], Any], job_id: Any) -> Any:
@@ -159,8 +163,10 @@ def _wire_crossings(pages: _Pages) -> None:
     def use(chosen: str, shelf: str, rows: list[rack.Row]) -> Any:
         record = shelves.find(chosen, "base" if shelf == "base" else "adapter")
         if record.family == "language":
-            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record)]
-        skipped = [gr.skip()] * 3
+            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record), *[gr.skip()] * 2]
+        if record.family == ask.FAMILY:
+            return [gr.Tabs(selected="ask"), *[gr.skip()] * 5, *ask.use(record)]
+        skipped = [gr.skip()] * 5
         if shelf == "base":
             return [gr.Tabs(selected="compose"), gr.skip(), chosen, *skipped]
         return [gr.Tabs(selected="compose"), rack.add(rows, record), gr.skip(), *skipped]
@@ -208,7 +214,8 @@ def _wire_crossings(pages: _Pages) -> None:
     base, prompt = target.form["base"], target.form["prompt"]
     used = pages.library.use.click(
         use, [pages.library.chosen, pages.library.shelf, target.rack],
-        [pages.tabs, target.rack, base, pages.language.mode, pages.language.base, pages.language.adapters], **_PRIVATE,
+        [pages.tabs, target.rack, base, pages.language.mode, pages.language.base, pages.language.adapters,
+         pages.ask.base, pages.ask.adapters], **_PRIVATE,
     )  # fmt: skip
     tried = [
         page.try_it.click(try_it, [page.job, page.step, target.rack, prompt],

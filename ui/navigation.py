@@ -34,7 +34,13 @@ GROUPS: tuple[tuple[str, tuple[Place, ...]], ...] = (
             Place("train", "Train", ("training", "distill")),
         ),
     ),
-    ("Language", (Place("language", "Chat and train", ("chat", "text", "llm")),)),
+    (
+        "Language",
+        (
+            Place("language", "Chat and train", ("chat", "text", "llm")),
+            Place("ask", "Ask about pictures", ("vision", "vlm", "see")),
+        ),
+    ),
     ("3D", (Place("reconstruct", "Reconstruct", ("3d", "scenes", "scene")),)),
     (
         "Yours",

@@ -20,21 +20,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.random import Generator
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
     SiglipVisionConfig,
 )
 
 import assets
 from adapters import files
 from assets.build import data
-from assets.build.common import build_dir, gradient_norm
+from assets.build.common import build_dir, gradient_norm, write_json
 from assets.build.text import general_words
 
 NAME = "tinysight"
@@ -394,6 +399,140 @@ def train(minutes: float, naming_for: float, decay_for: float, peak: float, at_m
     return spent >= 60 * minutes
 
 
+# ---------------------------------------------------------------- export and scores
+
+HELD_OUT = 9_000_000
+"""Seeds of pictures for the scores begin here; training never sees them."""
+
+EXAMPLES = (
+    (("dog", "banana"), "white", "cartoon", "What is on the left?"),
+    (("rose",), "blue", "flat", "What is it?"),
+    (("cat", "star", "car"), "yellow", "bold", "How many are there?"),
+)
+"""Subjects, background, style and question of the pictures that the page offers."""
+
+
+def export(target: Path, per_kind: int) -> None:
+    """Write the model in transformers' LLaVA format with fp16 weights, its scores, examples and card."""
+    student = Student()
+    state = torch.load(checkpoint(), weights_only=True)
+    student.load_state_dict(state["student"])
+    with files.whole(target) as part:
+        part.mkdir()
+        student.model.half().save_pretrained(part)
+        new_processor().save_pretrained(part)
+        write_examples(part / "examples")
+        scores = evaluate(part, per_kind)
+        write_json(part / "scores.json", scores)
+        facts = {"steps": state["step"], "minutes": round(state["seconds"] / 60, 1), "batch": BATCH, "turns": TURNS,
+                 "curve": state["curve"]}  # fmt: skip
+        write_json(part / "training.json", facts)
+        files.write_text(part / "README.md", card(scores, facts, sum(p.numel() for p in student.model.parameters())))
+
+
+def new_processor() -> LlavaProcessor:
+    """Return the processor: pictures squeezed to 64 x 64, values from -1 to 1, 64 tokens each."""
+    return LlavaProcessor(
+        SiglipImageProcessor(size={"height": data.SIZE, "width": data.SIZE}), tokenizer(), patch_size=PATCH,
+        vision_feature_select_strategy="full", num_additional_image_tokens=0, chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def write_examples(folder: Path) -> None:
+    """Render :data:`EXAMPLES` with the list that the page reads."""
+    rng, sprites, listed = np.random.default_rng(HELD_OUT), data.load_sprites(), []
+    for subjects, background, style, question in EXAMPLES:
+        scene = data.Scene(style, data.place(rng, subjects), background, "")
+        name = "-".join(subjects) + ".png"
+        data.save_png(folder / name, data.render(scene, sprites, 4 * data.SIZE))
+        listed.append({"picture": name, "question": question})
+    write_json(folder / "examples.json", listed)
+
+
+@torch.no_grad()
+def evaluate(folder: Path, per_kind: int) -> dict[str, Any]:
+    """Ask the exported model, through transformers alone, about pictures that it never saw.
+
+    Returns right answers (exactly the expected words) and questions per kind and number of subjects; ``unseen style``
+    asks what one subject is in the two styles that are not in the training.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    sprites, scores = data.load_sprites(), {}
+    for number, (kind, ask) in enumerate({**QUESTIONS, "unseen style": ask_what}.items()):
+        rng = np.random.default_rng(HELD_OUT + 1 + number)
+        counts = (1, 0, 0) if kind == "unseen style" else (50, 38, 12)
+        styles = tuple(data.HELD_STYLES if kind == "unseen style" else data.BASE_STYLES)
+        scenes = [data.sample_scene(rng, counts, styles) for _ in range(per_kind)]
+        asked = [ask(scene, rng) for scene in scenes]
+        said: list[str] = []
+        for start in range(0, per_kind, 50):
+            images = [Image.fromarray(data.render(scene, sprites)) for scene in scenes[start : start + 50]]
+            texts = [f"{USER} {IMAGE}\n{question} {ASSISTANT}" for question, _ in asked[start : start + 50]]
+            inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+            made = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+            said += processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right = [text.strip() == answer for text, (_, answer) in zip(said, asked, strict=True)]
+        scores[kind] = {"right": sum(right), "questions": per_kind}
+        for subjects in (1, 2, 3):
+            chosen = [ok for ok, scene in zip(right, scenes, strict=True) if len(scene.subjects) == subjects]
+            scores[kind][f"with {subjects}"] = [sum(chosen), len(chosen)]
+    return scores
+
+
+ASKED = {
+    "what": "what is it? (all subjects, in order)", "side": "what is on the left, in the middle, on the right?",
+    "where": "where is ...?", "count": "how many?", "colour": "what colour is the background?",
+    "style": "what style is it?", "whether": "is there ...? (half of them: no)",
+    "unseen style": "what is it? (one subject, styles never seen)",
+}  # fmt: skip
+
+
+def card(scores: dict[str, Any], facts: dict[str, Any], parameters: int) -> str:
+    """Write the model's card."""
+
+    def share(right: int, questions: int) -> str:
+        return f"{right / questions:.0%} ({right} of {questions})" if questions else ""
+
+    rows = [
+        f"| {ASKED[kind]} | {share(found['right'], found['questions'])} | "
+        + " | ".join(share(*found[f"with {n}"]) for n in (1, 2, 3))
+        + " |"
+        for kind, found in scores.items()
+    ]
+    return "\n".join([
+        "---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: image-text-to-text", "---",
+        f"# {NAME}", "",
+        f"A very small vision-language model in the format of LLaVA 1.5 ({parameters / 1e6:.2f} M parameters, fp16):",
+        "a SigLIP vision tower of 5 layers (64 x 64 pixels, 64 patches), a projector of two layers and a Llama of 3",
+        "layers, all of width 128, with a byte-level BPE of 640 tokens. It answers a few kinds of English questions",
+        "about emoji-like icons and nothing else. It exists so that what works on large models of this kind (training",
+        "adapters under the language model, asking with and without them) can be run and tested anywhere in seconds.",
+        "", "```python",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor", "",
+        f'model = AutoModelForImageTextToText.from_pretrained("assets/models/{NAME}")',
+        f'processor = AutoProcessor.from_pretrained("assets/models/{NAME}")',
+        'parts = [{"type": "image", "path": "icon.png"}, {"type": "text", "text": "What is it?"}]',
+        "inputs = processor.apply_chat_template(",
+        '    [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,',
+        '    return_tensors="pt",', ")",
+        "made = model.generate(**inputs, max_new_tokens=16)", "```", "",
+        "## Scores", "",
+        "Share of answers that are exactly the expected words, greedy, on pictures drawn with seeds never used in",
+        "training (the subjects and, but for the last line, the styles are those of the training); also by the number",
+        "of subjects in the picture.", "",
+        "| question | all | one subject | two | three |", "|---|---|---|---|---|", *rows, "",
+        "## Training", "",
+        f"{facts['steps']:,} steps of {facts['batch']} pictures, {facts['minutes']} minutes of one CPU core in all:",
+        f"first the vision tower alone learnt which of {len(data.BASE_CONCEPTS)} subjects covers each patch (its head",
+        f"is not shipped), then everything learnt to answer {facts['turns']} questions per picture. The curve is in",
+        "`training.json`. The pictures are renders of emoji art (see `assets/NOTICE`); no picture made by a model and",
+        "no pretrained weight was used.", "",
+        "`python -m assets.build.vlm` continues the training from its checkpoint, `--export` writes this folder.", "",
+    ])  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train or go on."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -402,7 +541,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--decay-for", type=float, default=12)
     parser.add_argument("--at-most", type=float, default=1e9, help="minutes of this call; run again to go on")
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--export", action="store_true", help="write the model instead of training it")
+    parser.add_argument("--per-kind", type=int, default=200, help="questions of each kind for the scores")
     options = parser.parse_args(arguments)
+    if options.export:
+        export(Path(assets.__file__).parent / "models" / NAME, options.per_kind)
+        return
     done = train(options.minutes, options.naming_for, options.decay_for, options.rate, options.at_most)
     print("complete" if done else "run again to go on")
 

@@ -10,7 +10,7 @@ import torch
 from adapters.errors import InputError
 from pipelines.language.answer import Sampling, generated, text_after, written
 from pipelines.multimodal.loading import VisionLanguageModel
-from pipelines.multimodal.messages import with_pictures
+from pipelines.multimodal.messages import PLACE, with_pictures
 
 Message = Mapping[str, Any]
 
@@ -85,7 +85,7 @@ def stream(
         InputError: the last message is empty, pictures and places do not match, or the conversation and its answer
             exceed the model's context.
     """
-    if not messages or not str(messages[-1]["content"]).strip():
+    if not messages or not str(messages[-1]["content"]).replace(PLACE, "").strip():
         raise InputError("There is nothing to answer: write a question first.")
     talk = with_pictures(messages, pictures)
     yield from generated(model, base.tokenizer, inputs_of(base, talk), sampling, end_of_turn(base, talk))

@@ -41,6 +41,11 @@ COMMANDS: dict[str, Command] = {
     "train": Command("", "Train an adapter."),
     "data": Command("studio.datasets.command", "Training pictures: check a folder, edit captions and tags."),
     "chat": Command("studio.conversation.command", "Talk to a language model, with adapters.", "studio chat smollm2"),
+    "ask": Command(
+        "studio.conversation.ask_command",
+        "Ask about a picture, with adapters.",
+        "studio ask cat.png 'What is it?'",
+    ),
     "reconstruct": Command(
         "studio.reconstruction.command",
         "Photos in, 3D out: cameras, points, self-calibration.",

@@ -1,4 +1,7 @@
-"""Chats with a language model and adapters: in this process (``session``) or in a separate one (``client``)."""
+"""Chats with a language model, or about a picture, with adapters.
+
+They run in this process (``session``) or in a separate one (``client``).
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ class Question:
         conversations: one per variant.
         sampling: fields of :class:`pipelines.language.answer.Sampling`.
         quantization: how the base is stored, see :mod:`adapters.compression.backends`.
+        picture: what a vision-language base is asked about, a path or ``data:`` URI; empty for a language model.
     """
 
     base: str
@@ -38,6 +42,7 @@ class Question:
     dtype: str = "auto"
     sampling: Mapping[str, Any] = field(default_factory=dict)
     quantization: str = "none"
+    picture: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +57,7 @@ class Question:
         talks = tuple(tuple(dict(message) for message in talk) for talk in values["conversations"])
         return cls(
             values["base"], variants, talks, values["device"], values["dtype"], dict(values["sampling"]),
-            values["quantization"],
+            values["quantization"], values.get("picture", ""),
         )  # fmt: skip
 
 

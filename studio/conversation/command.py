@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import closing
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,7 +11,8 @@ from adapters.compression.backends import QUANTIZATIONS, check_quantization
 from adapters.errors import InputError
 from studio import silence
 from studio.cli.output import Json, Output, Quiet
-from studio.conversation import Message, Question, Variant, parse_adapter, variants_of
+from studio.conversation import parse_adapter, variants_of
+from studio.conversation.talk import Talk
 
 HELP = "Talk to a language model, with adapters."
 COMMANDS = "Write a message. /clear forgets the conversation, /exit (or Ctrl-D) ends."
@@ -65,7 +64,7 @@ def chat(
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
               "repetition_penalty": repetition_penalty, "seed": seed}  # fmt: skip
     check_quantization(quantization)
-    talk = _Talk(base, variants, system, device, dtype, sampling, output, quantization)
+    talk = Talk(base, variants, system, device, dtype, sampling, output, quantization)
     if prompt is not None:
         answers = talk.ask(prompt)
         if json:
@@ -76,66 +75,7 @@ def chat(
     _converse(talk)
 
 
-class _Talk:
-    """The conversation of every variant, and the session that answers."""
-
-    def __init__(
-        self, base: str, variants: tuple[Variant, ...], system: str, device: str, dtype: str, sampling: dict[str, Any],
-        output: Output, quantization: str = "none",
-    ) -> None:  # fmt: skip
-        from studio.conversation.session import Session
-
-        self.base, self.variants, self.device, self.dtype = base, variants, device, dtype
-        self.sampling, self.output, self.session = sampling, output, Session()
-        self.quantization = quantization
-        self.start: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.clear()
-
-    def clear(self) -> None:
-        self.conversations = [list(self.start) for _ in self.variants]
-
-    def ask(self, text: str) -> list[dict[str, Any]]:
-        """Ask every variant; answers are printed as they come (not with --json) and returned."""
-        for talk in self.conversations:
-            talk.append({"role": "user", "content": text})
-        question = Question(self.base, self.variants, tuple(map(tuple, self.conversations)), self.device, self.dtype,
-                            self.sampling, self.quantization)  # fmt: skip
-        answers: list[dict[str, Any]] = [
-            {"variant": variant.name, "adapters": [list(pair) for pair in variant.adapters], "text": ""}
-            for variant in self.variants
-        ]
-        events = self.session.ask(question)
-        try:
-            with closing(events):
-                self._follow(events, answers)
-        except InputError:
-            for talk in self.conversations:  # not answered: forget the question
-                talk.pop()
-            raise
-        for talk, answer in zip(self.conversations, answers, strict=True):
-            answer["text"] = answer["text"].strip()
-            talk.append({"role": "assistant", "content": answer["text"] or "..."})
-        return answers
-
-    def _follow(self, events: Iterator[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
-        loud = not self.output.json
-        for event in events:
-            kind = event["event"]
-            if kind in ("loading", "remark"):
-                self.output.note(event["text"])
-            elif kind == "begin" and loud and len(self.variants) > 1:
-                print(f"[{self.variants[event['variant']].name}]")
-            elif kind == "piece":
-                answers[event["variant"]]["text"] += event["text"]
-                if loud:
-                    print(event["text"], end="", flush=True)
-            elif kind == "end":
-                answers[event["variant"]]["seconds"] = event["seconds"]
-                if loud:
-                    print(flush=True)
-
-
-def _converse(talk: _Talk) -> None:
+def _converse(talk: Talk) -> None:
     talk.output.note(COMMANDS)
     while True:
         try:

@@ -12,6 +12,12 @@ from adapters.errors import InputError
 from pipelines.language.adapters import AdaptedModel
 from pipelines.language.answer import Sampling, stream
 from pipelines.language.loading import LanguageModel, open_model
+from pipelines.multimodal import answer as answers
+from pipelines.multimodal import loading as vision
+from pipelines.multimodal.adapters import AdaptedVision
+from pipelines.multimodal.loading import VisionLanguageModel
+from pipelines.multimodal.messages import PLACE
+from pipelines.pictures import open_picture
 from studio import devices, library, silence
 from studio.conversation import Message, Question, Variant
 from studio.conversation.templates import Spoken, differs, spoken
@@ -21,6 +27,18 @@ from studio.library import scan, smollm2
 Event = dict[str, Any]
 """``event`` and its data: "loading" (text), "remark" (text), "begin" (variant), "piece" (variant, text),
 "end" (variant, words, seconds)."""
+
+
+def _opened(question: Question) -> tuple[LanguageModel, AdaptedModel]:
+    """The base that is asked, a vision-language model if there is a picture."""
+    options: dict[str, Any] = {
+        "dtype": question.dtype, "device": devices.resolve(question.device), "quantization": question.quantization,
+    }  # fmt: skip
+    if question.picture:
+        sees = vision.open_model(library.resolve_vision_language(question.base), **options)
+        return sees, AdaptedVision(sees, question.base)
+    base = open_model(library.resolve_base(question.base), **options)
+    return base, AdaptedModel(base.model, question.base)
 
 
 class Session:
@@ -46,22 +64,17 @@ class Session:
         for number, (variant, messages) in enumerate(zip(question.variants, question.conversations, strict=True)):
             if stopped():
                 return
-            yield from self._answer(number, variant, messages, Sampling(**question.sampling), stopped)
+            yield from self._answer(number, variant, messages, question, stopped)
 
     def _load(self, question: Question) -> Iterator[Event]:
-        key = (question.base, question.device, question.dtype, question.quantization)
+        key = (question.base, question.device, question.dtype, question.quantization, str(bool(question.picture)))
         if self._key != key:
             first = question.base == smollm2.NAME and not smollm2.ready()
             once = " for the first time: it is unpacked, which takes a minute" if first else ""
             yield {"event": "loading", "text": f"Loading {question.base}{once} ..."}
             self.release()
             silence.loading_bars()
-            device = devices.resolve(question.device)
-            self._base = open_model(
-                library.resolve_base(question.base), dtype=question.dtype, device=device,
-                quantization=question.quantization,
-            )  # fmt: skip
-            self._adapted = AdaptedModel(self._base.model, question.base)
+            self._base, self._adapted = _opened(question)
             self._key = key
         assert self._adapted is not None
         assert self._base is not None
@@ -82,7 +95,7 @@ class Session:
         number: int,
         variant: Variant,
         messages: Sequence[Message],
-        sampling: Sampling,
+        question: Question,
         stopped: Callable[[], bool],
     ) -> Iterator[Event]:
         assert self._adapted is not None
@@ -94,7 +107,7 @@ class Session:
             yield {"event": "remark", "text": remark}
         with (
             self._adapted.active(self._weights(variant)) as model,
-            closing(stream(model, self._base.tokenizer, messages, sampling, template)) as answer,
+            closing(self._streamed(model, messages, question, template)) as answer,
         ):
             for piece in answer:
                 pieces += 1
@@ -102,6 +115,20 @@ class Session:
                 if stopped():
                     break
         yield {"event": "end", "variant": number, "words": pieces, "seconds": round(time.monotonic() - begun, 3)}
+
+    def _streamed(
+        self, model: Any, messages: Sequence[Message], question: Question, template: str | None
+    ) -> Generator[str, None, None]:
+        sampling = Sampling(**question.sampling)
+        if not isinstance(self._base, VisionLanguageModel):
+            assert self._base is not None
+            return stream(model, self._base.tokenizer, messages, sampling, template)
+        first = next((n for n, message in enumerate(messages) if message["role"] == "user"), 0)
+        placed = [
+            {**message, "content": f"{PLACE if number == first else ''}{message['content']}"}
+            for number, message in enumerate(messages)
+        ]
+        return answers.stream(self._base, model, placed, [open_picture(question.picture)], sampling)
 
     def _template(self, variant: Variant) -> tuple[str | None, str]:
         """The chat template of the variant (None = the base's own), and a remark about it."""

@@ -1,0 +1,232 @@
+"""Ask about pictures: a picture, a question, and the answers of a vision-language model with and without adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from adapters.errors import InputError, StudioError
+from studio import library
+from studio.conversation import Question, Variant, variants_of
+from studio.conversation.client import Client
+from ui import markup, pictures
+from ui.errors import errors_shown, say
+
+EMBEDDED = "tinysight"
+FAMILY = "vision-language"
+MOST = 4
+"""Answers that fit side by side: the base and three adapters."""
+
+_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+CLIENT = Client()
+"""The process that holds the model; the app itself never loads one."""
+
+_EMPTY = markup.empty("Answers appear here", "Choose an example, or drop a picture and ask something about it.")
+
+
+@dataclass
+class Page:
+    """What other pages may fill."""
+
+    base: gr.Dropdown
+    adapters: gr.Dropdown
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture that comes with the embedded model, and a question it can answer."""
+
+    picture: Path
+    question: str
+
+
+def examples() -> list[Example]:
+    """The examples of the embedded model; none when it is missing."""
+    place = next((record.path for record in library.bases() if record.name == EMBEDDED), None)
+    file = place / "examples" / "examples.json" if place else None
+    if file is None or not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return [Example(file.parent / one["picture"], one["question"]) for one in found]
+
+
+def base_choices() -> list[tuple[str, str]]:
+    """Usable vision-language models."""
+    found = [record for record in library.bases() if record.family == FAMILY and not record.problem]
+    return [(f"{record.name}   {record.notes.get('architecture', '')}", record.name) for record in found]
+
+
+def adapter_choices() -> list[tuple[str, str]]:
+    """Usable adapters of vision-language models."""
+    found = [record for record in library.adapters() if record.family == FAMILY and not record.problem]
+    return [(f"{record.name}   rank {record.rank}", record.name) for record in found]
+
+
+def build() -> Page:
+    """Draw the page inside the current tab."""
+    shown = examples()
+    with gr.Row(elem_classes="as-page"):
+        with gr.Column(scale=4, min_width=320, elem_classes="as-form"):
+            with gr.Group(elem_classes="as-card"):
+                drop = gr.File(label="Drop a picture here", show_label=False, height=120, elem_id="ask-drop",
+                               file_types=["image", *sorted(pictures.SUFFIXES)])  # fmt: skip
+                preview = gr.HTML("", elem_id="ask-picture", apply_default_css=False)
+                picture = gr.State(None)
+                question = gr.Textbox(label="Your question", lines=2, max_lines=6, value="",
+                                      placeholder="What is on the left?", elem_id="ask-question",
+                                      info="Shift + Enter asks.")  # fmt: skip
+            if shown:
+                gr.HTML(markup.heading("Examples", "A click asks at once."), apply_default_css=False)
+                with gr.Row(elem_classes="as-actions-row", elem_id="ask-examples"):
+                    begun = [gr.Button(one.question, icon=str(one.picture), size="md") for one in shown]
+            with gr.Group(elem_classes="as-card"):
+                base = gr.Dropdown(
+                    base_choices(), value=EMBEDDED, label="Vision-language model", allow_custom_value=True,
+                    interactive=True, info=f"From your library, or a hub id. {EMBEDDED} comes with the studio.",
+                    elem_id="ask-base",
+                )  # fmt: skip
+                adapters = gr.Dropdown(
+                    adapter_choices(), value=[], multiselect=True, label="Adapters", interactive=True,
+                    info="Choose from your library; none = the base alone.", elem_id="ask-adapters",
+                )  # fmt: skip
+                how = gr.Radio(
+                    [("Side by side with the base", "compare"), ("All at once", "together")], value="compare",
+                    label="With adapters", elem_classes="as-choices", elem_id="ask-compare",
+                )  # fmt: skip
+            with gr.Group(elem_classes="as-card"), gr.Row():
+                temperature = gr.Number(0.0, label="Temperature", minimum=0, maximum=5, step=0.1, min_width=100,
+                                        info="0 = likeliest words")  # fmt: skip
+                tokens = gr.Number(64, label="Longest answer", minimum=1, precision=0, min_width=100, info="tokens",
+                                   elem_id="ask-tokens")  # fmt: skip
+                seed = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=100,
+                                 info="same seed, same answer")  # fmt: skip
+            with gr.Row(elem_classes="as-actions"):
+                send = gr.Button("Ask", variant="primary", elem_id="ask-send", scale=3)
+                stop = gr.Button("Stop", variant="stop", elem_id="ask-stop", scale=1, min_width=80)
+        with gr.Column(scale=8, min_width=320, elem_id="ask-result", elem_classes="as-training-result"):
+            status = gr.HTML("", elem_id="ask-status", apply_default_css=False)
+            said = gr.HTML(_EMPTY, elem_id="ask-answers", apply_default_css=False)
+
+    @errors_shown
+    def dropped(file: str | None) -> Any:
+        if not file:
+            return gr.skip()
+        item, remarks = pictures.started(Path(file))
+        for remark in remarks:
+            say(f"{item['name']}: {remark}.", title="Picture read")
+        return None, item, _preview(item)
+
+    drop.upload(dropped, drop, [drop, picture, preview], **_PRIVATE)
+    settings = [base, adapters, how, temperature, tokens, seed]
+    for event in (send.click, question.submit):
+        event(answer, [picture, question, *settings], [status, said], **_PRIVATE)
+    for button, one in zip(begun if shown else [], shown, strict=True):
+        filled = button.click(
+            errors_shown(_filling(one)), None, [picture, preview, question], **_PRIVATE
+        )  # fmt: skip
+        filled.then(answer, [picture, question, *settings], [status, said], **_PRIVATE)
+    stop.click(errors_shown(lambda: CLIENT.stop()), None, None, queue=False, **_PRIVATE)
+    return Page(base, adapters)
+
+
+def _filling(example: Example) -> Any:
+    """A handler that puts an example into the form."""
+
+    def fill() -> Any:
+        item, _ = pictures.started(pictures.taken(example.picture.name, example.picture))
+        return item, _preview(item), example.question
+
+    return fill
+
+
+def _preview(item: Mapping[str, Any]) -> str:
+    words = f"The picture {item['name']}"
+    return (
+        f'<figure class="as-asked"><img alt="{markup.text(words)}" src="{markup.text(item["url"])}">'
+        f"<figcaption>{markup.text(item['name'])} · {markup.text(item['size'])}</figcaption></figure>"
+    )
+
+
+def answer(
+    item: Mapping[str, Any] | None, text: str, base: str, adapters: Sequence[str] | None, how: str,
+    temperature: float, tokens: float, seed: float,
+) -> Iterator[Any]:  # fmt: skip
+    """The status and the answers as they come in."""
+    try:
+        if not item:
+            raise InputError("There is no picture yet: drop one, or choose an example.")
+        if not (text or "").strip():
+            raise InputError("Write a question first.")
+        present = variants(adapters, how)
+        sampling = {"temperature": float(temperature or 0), "max_tokens": int(tokens or 64), "seed": int(seed or 0)}
+        place = str(pictures.uploaded(str(item.get("id", ""))))
+        talk = ({"role": "user", "content": text.strip()},)
+        question = Question(
+            str(base or EMBEDDED), present, (talk,) * len(present), sampling=sampling, picture=place
+        )  # fmt: skip
+        yield from _answers(question, item)
+    except StudioError as error:
+        say(str(error))
+        yield [markup.notice(str(error)), gr.skip()]
+
+
+def variants(adapters: Sequence[str] | None, how: str) -> tuple[Variant, ...]:
+    """Who answers; raises :class:`InputError` when they do not fit side by side."""
+    found = variants_of([(name, 1.0) for name in adapters or ()], how == "compare")
+    if len(found) > MOST:
+        raise InputError(f"Side by side there is room for {MOST - 1} adapters: remove some.")
+    return found
+
+
+def _answers(question: Question, item: Mapping[str, Any]) -> Iterator[Any]:
+    texts: list[str | None] = [None] * len(question.variants)
+    asked = question.conversations[0][-1]["content"]
+    remarks = ""
+
+    def shown(status: str) -> list[str]:
+        return [remarks + status, _cards(item, asked, question.variants, texts)]
+
+    yield shown(_status(f"asking {question.base} ..."))
+    with closing(CLIENT.ask(question)) as events:
+        for event in events:
+            if event["event"] == "begin":
+                texts[event["variant"]] = ""
+            elif event["event"] == "piece":
+                texts[event["variant"]] = f"{texts[event['variant']]}{event['text']}"
+            elif event["event"] == "remark":
+                remarks += markup.notice(event["text"], "info")
+            yield shown(_status(event["text"] if event["event"] == "loading" else "answering ..."))
+    yield shown("")
+
+
+def _cards(
+    item: Mapping[str, Any], asked: str, present: Sequence[Variant], texts: Sequence[str | None]
+) -> str:  # fmt: skip
+    """The picture, the question and one card per answer."""
+    cards = "".join(
+        f"<article><h4>{markup.text(variant.name)}</h4><p>{markup.text(text or '') or '…'}</p></article>"
+        for variant, text in zip(present, texts, strict=True)
+    )
+    return (
+        f'<section class="as-said" aria-live="polite"><img alt="{markup.text(item["name"])}" '
+        f'src="{markup.text(item["url"])}"><div><h3>{markup.text(asked)}</h3>'
+        f'<div class="as-said-cards">{cards}</div></div></section>'
+    )
+
+
+def _status(text: str) -> str:
+    return f'<p class="as-help" role="status">{markup.text(text)}</p>'
+
+
+def use(record: library.Record) -> list[Any]:
+    """Values of base and adapters that put a library item to use."""
+    if record.kind == "base":
+        return [record.name, gr.skip()]
+    return [gr.skip(), gr.update(choices=adapter_choices(), value=[record.name])]
