@@ -16,6 +16,7 @@ from studio import library
 from studio.conversation import Question, Variant, variants_of
 from studio.conversation.client import Client
 from ui import markup, pictures
+from ui.components import training_run
 from ui.errors import errors_shown, say
 
 EMBEDDED = "tinysight"
@@ -82,6 +83,7 @@ def build() -> Page:
                 question = gr.Textbox(label="Your question", lines=2, max_lines=6, value="",
                                       placeholder="What is on the left?", elem_id="ask-question",
                                       info="Shift + Enter asks.")  # fmt: skip
+            begun: list[gr.Button] = []
             if shown:
                 gr.HTML(markup.heading("Examples", "A click asks at once."), apply_default_css=False)
                 with gr.Row(elem_classes="as-actions-row", elem_id="ask-examples"):
@@ -125,9 +127,11 @@ def build() -> Page:
 
     drop.upload(dropped, drop, [drop, picture, preview], **_PRIVATE)
     settings = [base, adapters, how, temperature, tokens, seed]
+    for button in (send, *begun):
+        button.click(None, None, None, js=training_run.TO_RESULT)
     for event in (send.click, question.submit):
         event(answer, [picture, question, *settings], [status, said], **_PRIVATE)
-    for button, one in zip(begun if shown else [], shown, strict=True):
+    for button, one in zip(begun, shown, strict=True):
         filled = button.click(
             errors_shown(_filling(one)), None, [picture, preview, question], **_PRIVATE
         )  # fmt: skip
@@ -211,7 +215,7 @@ def _cards(
 ) -> str:  # fmt: skip
     """The picture, the question and one card per answer."""
     cards = "".join(
-        f"<article><h4>{markup.text(variant.name)}</h4><p>{markup.text(text or '') or '…'}</p></article>"
+        f"<article><h4>{markup.text(variant.name)}</h4><p>{markup.text((text or '').lstrip()) or '…'}</p></article>"
         for variant, text in zip(present, texts, strict=True)
     )
     return (
