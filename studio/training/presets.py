@@ -58,6 +58,10 @@ PRESETS: dict[str, dict[str, Values]] = {
         "quick": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3},
         "normal": {"steps": 300, "batch_size": 8, "learning_rate": 2e-4},
     },
+    "train-vision-language": {
+        "quick": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3},
+        "normal": {"steps": 300, "batch_size": 8, "learning_rate": 2e-4},
+    },
     "distill": {
         "guidance": {"objective": "guidance", "steps": 500},
         "few-steps": {"objective": "consistency", "steps": 500},
