@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from adapters.compression import L4Q_FILE
 from adapters.errors import InputError
 from pipelines.language.adapters import AdaptedModel
 from pipelines.language.answer import Sampling, stream
@@ -87,7 +88,7 @@ class Session:
             self._adapted.add(str(path), path)
             self._paths[name], self._spoken[name] = path, spoken(path, recipe)
             remarks = differs(name, self._spoken[name], self._base.tokenizer, question.base)
-            for remark in filter(None, (self._made_on_another(name, recipe), *remarks)):
+            for remark in filter(None, (self._made_on_another(name, recipe), _rounded(name, path), *remarks)):
                 yield {"event": "remark", "text": remark}
 
     def _answer(
@@ -164,3 +165,13 @@ class Session:
         self._key = self._base = self._adapted = None
         self._paths, self._spoken = {}, {}
         self._digest = ""
+
+
+def _rounded(name: str, path: Path) -> str:
+    """A remark if the adapter was trained through a rounding, which its file alone does not do."""
+    if not (path / L4Q_FILE).is_file():
+        return ""
+    return (
+        f"'{name}' was trained through a rounding and acts here without it: studio compress l4q makes the base for "
+        "which it was trained."
+    )

@@ -21,6 +21,7 @@ from pipelines.language.loading import open_model
 from studio import library
 from studio.cli import app as cli
 from studio.compression import ready
+from studio.compression.base import Base, squares
 from studio.compression.estimate import estimated
 from studio.compression.methods import lq
 from studio.compression.schema import CompressLqConfig
@@ -237,6 +238,46 @@ def test_what_cannot_be_compressed(base: Path, tmp_path: Path) -> None:
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"lack 1 of its matrices \('model\.layers\.1\.mlp\.up_proj'\)"):
         lq.run(asked(broken), tmp_path, Silent())
+
+
+def test_sizes_that_no_block_divides_are_refused_or_filled_up(tmp_path: Path) -> None:
+    odd = tiny.llama(tmp_path / "odd", hidden=24)
+    with pytest.raises(InputError, match=r"No configuration divides the 24 x 24 weights of .* switch padding on"):
+        lq.run(asked(odd, rank=2), tmp_path, Silent())
+    result = lq.run(asked(odd, rank=2, bits=4, padding=True, name="odd"), tmp_path, Silent())
+    assert result["bits"] <= 4
+    with torch.no_grad():
+        assert bool(open_model(result["path"]).model(IDS).logits.isfinite().all())
+
+
+def test_fisher_information_of_another_model_is_refused(base: Path, chats: Path, tmp_path: Path) -> None:
+    config = asked(base, data=str(chats), samples=2)
+    with pytest.raises(Cancelled):
+        lq.run(config, tmp_path, Stopping("measuring", 1))
+    held = load_file(tmp_path / lq.FISHER)
+    assert all(bool((square >= 0).all()) and bool(square.any()) for square in held.values())
+    save_file(held, tmp_path / lq.FISHER, {"base": "another"})
+    with pytest.raises(InputError, match="measured on another model"):
+        lq.run(config, tmp_path, Silent(), resume=True)
+
+
+def test_fisher_information_is_the_mean_of_squared_gradients_of_single_rows(base: Path, chats: Path) -> None:
+    found = squares(asked(base, data=str(chats), samples=3), Base.of(str(base)), Silent())
+    opened = open_model(base)
+    from studio.datasets.seeds import rng
+    from studio.training.language.data import Collate
+    from studio.training.tasks.language import task_for
+
+    task = task_for(settings(base, chats, max_length=512, too_long="cut", loss_on="all", seed=0))
+    task.rows()
+    samples = list(task.tokens(opened.tokenizer).shown)
+    rng(0, "compress").shuffle(samples)
+    weight = opened.model.model.layers[1].mlp.down_proj.weight.requires_grad_()
+    total = torch.zeros_like(weight)
+    for sample in samples[:3]:
+        (gradient,) = torch.autograd.grad(opened.model(**Collate(0)([sample])).loss, weight)
+        total += gradient.square() / 3
+    assert torch.allclose(found["model.layers.1.mlp.down_proj"], total, rtol=1e-4, atol=1e-12)
 
 
 def test_the_command(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,8 @@ from studio import library
 from studio.compression import ready
 from studio.compression.methods import l4q as job
 from studio.compression.schema import CompressL4qConfig
+from studio.conversation import Question, Variant
+from studio.conversation.session import Session
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.language import run as train
 from tests.language import tiny
@@ -204,6 +206,14 @@ def test_a_training_becomes_the_integer_base_that_was_trained(trained: dict[str,
     assert not torch.equal(start(Wc, Grid(3, 16))[0], learnt[f"{name}.step"])
     assert bool((learnt[f"{name}.step"] > 0).all())
     assert bool(learnt[f"{name}.zero"].any())
+
+
+def test_the_chat_says_that_the_lora_alone_is_not_rounded(trained: dict[str, Any]) -> None:
+    name = trained["result"]["adapter"]
+    question = Question(str(trained["base"]), (Variant("x", ((name, 1.0),)),), (({"role": "user", "content": "a"},),),
+                        "cpu", "fp32", {"max_tokens": 1})  # fmt: skip
+    events = list(Session().ask(question))
+    assert any("trained through a rounding" in event.get("text", "") for event in events if event["event"] == "remark")
 
 
 def test_a_resumed_training_is_the_same(trained: dict[str, Any], tmp_path: Path) -> None:
