@@ -198,7 +198,7 @@ def test_the_jobs_page_says_settings_in_words(home: Path) -> None:
     config = {"prompt": "a", "adapters": adapters, "regions": regions, "method": "activation", "fold": False}
     told = jobs_page.describe(jobs.get(jobs.submit("compose", config))).partition("<details>")[0]
     assert "fox, weight 0.7; clay<" in told
-    assert "box 0.0, 0.0, 0.5, 1.0, adapters fox, prompt a fox<" in told
+    assert "box 0, 0, 0.5, 1, adapters fox, prompt a fox<" in told
     assert "<td>no</td><td>yes</td>" in told
     assert "schedule" not in told
     assert not set("{}[]") & set(told)

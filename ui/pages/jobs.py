@@ -272,6 +272,8 @@ def _words(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, Mapping):
         name = value.get("name", "")
         parts = {key: _words(part) for key, part in value.items() if key != "name"}
