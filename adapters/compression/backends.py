@@ -201,24 +201,31 @@ def quantize(model: nn.Module, name: str, dtype: torch.dtype, skip: Collection[s
     return 0 if name == "none" else _store_all(model, name, dtype, skip)
 
 
-def _store_all(model: nn.Module, name: str, dtype: torch.dtype, skip: Collection[str] = ()) -> int:
+def storable(model: nn.Module, name: str, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """Path -> layer, of the layers that :func:`quantize` stores in few bits."""
     from torch import nn
 
-    change = _change(name, dtype)
     kept = [re.escape(part) for part in getattr(model, "_keep_in_fp32_modules", None) or ()]
     keep = re.compile(rf"(^|\.)({'|'.join(kept)})(\.|$)") if kept else None
-    count = 0
-    for path, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or path in skip or (keep and keep.search(path)):
-            continue
-        if name == "int4" and module.in_features % GROUP:
-            continue
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear
+        and path not in skip
+        and not (keep and keep.search(path))
+        and not (name == "int4" and module.in_features % GROUP)
+    }
+
+
+def _store_all(model: nn.Module, name: str, dtype: torch.dtype, skip: Collection[str] = ()) -> int:
+    change = _change(name, dtype)
+    layers = storable(model, name, skip)
+    for path, module in layers.items():
         parent, _, last = path.rpartition(".")
         setattr(model.get_submodule(parent), last, change(module))
-        count += 1
     if PACKAGES[name] == "bitsandbytes":  # what PEFT and diffusers ask before they choose their layers
         setattr(model, f"is_loaded_in_{name}", True)
-    return count
+    return len(layers)
 
 
 def transformers_options(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

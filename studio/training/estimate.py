@@ -14,18 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapters.compression import backends
 from adapters.errors import InputError
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.schemas.language import TrainLanguageConfig
 
 Config = TrainImageConfig | TrainLanguageConfig
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "8bit": 1, "4bit": 0.5}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 STATES = {"adamw": 8, "adamw8bit": 2, "adafactor": 4, "sgd": 4, "prodigy": 16, "schedulefree-adamw": 8}
 """Bytes that an optimiser keeps per learnt number."""
@@ -49,6 +50,8 @@ class Work:
         operations: the number of torch operations.
         denoiser: name of the part that is never offloaded.
         remark: a sentence on what is trained, if there is something to say.
+        few: of its numbers, those that are stored in few bits.
+        few_bytes: bytes of those.
     """
 
     parameters: Mapping[str, int]
@@ -58,6 +61,8 @@ class Work:
     operations: int
     denoiser: str
     remark: str = ""
+    few: int = 0
+    few_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) 
     """Memory and time of a whole run.
 
     Args:
-        dtype: "fp32", "fp16", "bf16", "8bit" or "4bit": of the frozen weights.
+        dtype: "fp32", "fp16" or "bf16": of the frozen weights that are not stored in few bits.
         device: "cpu", "cuda" or "mps".
         speed: floating-point operations per second of a large multiplication (:func:`measured_speed`).
     """
@@ -91,7 +96,7 @@ def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) 
     resting = getattr(config, "memory", "none") != "none" and device != "cpu"
     frozen = {name: count for name, count in work.parameters.items() if name == work.denoiser or not resting}
     memory = {
-        "base": round(sum(frozen.values()) * BYTES[dtype]),
+        "base": (sum(frozen.values()) - work.few) * BYTES[dtype] + work.few_bytes,
         "adapter": work.learnt * (4 + 4 + (4 if config.ema else 0)),  # weights, gradients, running average
         "optimiser": work.learnt * STATES[config.optimizer],
         "activations": work.kept,
@@ -136,6 +141,7 @@ def look(config: TrainImageConfig, dtype: str) -> Work:
     pipe = _pipeline(config, kind)
     family = family_of(pipe)
     counts = {n: sum(p.numel() for p in part.parameters()) for n, part in _modules(pipe).items()}
+    few = stored(family.denoiser, config.quantization, config.denoiser)
     encoders = family.text_encoders if config.train_text_encoder else {}
     models = {family.denoiser_name: family.denoiser, **encoders}
     with torch.device("meta"):
@@ -150,7 +156,28 @@ def look(config: TrainImageConfig, dtype: str) -> Work:
             between, operations, flops = count(trainee, inputs)
             kept = between + kept // max(1, blocks)  # one block is complete while its gradients are computed
     learnt = sum(p.numel() for model in models.values() for p in trainable(model))
-    return Work(counts, learnt, kept, flops, operations, family.denoiser_name)
+    return Work(counts, learnt, kept, flops, operations, family.denoiser_name, "", *few)
+
+
+def stored(model: Any, quantization: str, file: str = "", skip: Collection[str] = ()) -> tuple[int, int]:
+    """Numbers of a model that are stored in few bits, and their bytes.
+
+    Args:
+        quantization: how its linear layers are stored.
+        file: a GGUF file with the whole model, which is as large as what it holds.
+        skip: paths of layers that are not.
+
+    Raises:
+        InputError, MissingDependencyError: this does not work here, see :func:`adapters.compression.backends.probe`.
+    """
+    place = Path(file).expanduser()
+    if file and place.suffix.lower() == ".gguf" and place.is_file():
+        return sum(p.numel() for p in model.parameters()), place.stat().st_size
+    if quantization == "none":
+        return 0, 0
+    backends.check_works(quantization)
+    few = sum(layer.weight.numel() for layer in backends.storable(model, quantization, skip).values())
+    return few, round(few * backends.probe(quantization).bits / 8)
 
 
 def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
@@ -162,6 +189,7 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
     import torch
     import transformers
 
+    from pipelines.language.loading import outputs
     from studio import library
     from studio.training.language.layers import add_adapter
 
@@ -180,6 +208,8 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.enable_input_require_grads()
         counts = {"model": sum(p.numel() for p in base.parameters())}
+    few = stored(base, config.quantization, skip=outputs(base))
+    with torch.device("meta"):
         model = add_adapter(base, plain).train()
         size = (config.batch_size, config.max_length)
         ids = torch.zeros(size, dtype=torch.long)
@@ -191,7 +221,7 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
         from adapters.layers.experts import size as sizes_of_experts
 
         remark = str(sizes_of_experts.size(model))
-    return Work(counts, learnt, kept, flops, operations, "model", remark)
+    return Work(counts, learnt, kept, flops, operations, "model", remark, *few)
 
 
 def measured_speed(device: str, dtype: str) -> float:
@@ -243,8 +273,7 @@ def estimated(config: Config) -> Estimate:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"What '{config.base}' needs cannot be estimated: {reason}") from error
     speed = measured_speed(device, dtype)
-    quantized = getattr(config, "quantization", "none")
-    return estimate(work, config, dtype if quantized == "none" else quantized, torch.device(device).type, speed)
+    return estimate(work, config, dtype, torch.device(device).type, speed)
 
 
 def apart(config: Config) -> Estimate:

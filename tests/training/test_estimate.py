@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adapters.compression import backends
+from adapters.compression.storage import stored_bytes
 from adapters.errors import InputError
 from studio.cli.app import run as command
 from studio.training import estimate as estimates
@@ -42,6 +44,27 @@ def test_memory_and_time_add_up():
     assert (twice.memory["adapter"], twice.memory["optimiser"]) == (120, 40)
     resting = estimate(WORK, config(memory="balanced"), "bf16", "cuda", speed=1e10)
     assert resting.memory["base"] == 2000  # text encoder and VAE wait elsewhere
+
+
+@pytest.mark.parametrize("name", backends.PACKAGES)
+def test_weights_in_few_bits_count_as_what_they_take(name):
+    """Against the bytes of the stored model."""
+    if not backends.probe(name).works:
+        pytest.skip(backends.probe(name).reason)
+    work = estimates.look(config(quantization=name), "fp32")
+    plain = estimate(estimates.look(config(), "fp32"), config(), "fp32", "cpu", 1e10).memory["base"]
+    found = estimate(work, config(quantization=name), "fp32", "cpu", 1e10).memory["base"]
+    family = family_of(load_base(config(), torch.float32, torch.device("cpu")))
+    before = stored_bytes(family.denoiser)
+    backends.quantize(family.denoiser, name, torch.float32)
+    assert plain - found == pytest.approx(before - stored_bytes(family.denoiser), rel=0.05)
+
+
+def test_a_denoiser_from_a_file_counts_as_large_as_the_file(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(bytes(1000))
+    model = torch.nn.Linear(10, 10)
+    assert estimates.stored(model, "none", str(tmp_path / "x.gguf")) == (110, 1000)
+    assert estimates.stored(model, "none", str(tmp_path / "x.safetensors")) == (0, 0)
 
 
 @pytest.mark.parametrize("more", [{}, {"targets": "attention-mlp", "rank": 16, "batch_size": 2}])
