@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from adapters.errors import InputError
 from pipelines.diffusion import families
 from pipelines.diffusion.families.configuration import check_trainable
 from studio.datasets.buckets import Placement, Size
@@ -33,14 +32,7 @@ class Family:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.about = families.family_of(pipe)
-        if self.about.untrainable:
-            raise InputError(self.about.untrainable)
         check_trainable(pipe, self.about)
-        if len(several := self.about.present(pipe)) > 1:
-            raise InputError(
-                f"This base has {len(several)} denoisers, of which training knows only one at a time: train on a base "
-                "with one (Wan 2.1, or Wan 2.2 5B)."
-            )
         config = pipe.scheduler.config
         self.process: Process = (
             FlowMatching(config, self.about.training_shift) if self.about.flow else Diffusion(config)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adapters.compression.backends import check_quantization
 from adapters.errors import InputError
-from pipelines.diffusion.families import FAMILIES
+from pipelines.diffusion.families import FAMILIES, parts_of
 from pipelines.pictures import open_picture
 from studio import library
 from studio.datasets import texts
@@ -164,6 +164,8 @@ def _picture_base(config: TrainImageConfig) -> None:
     if family in FAMILIES:
         TrainImageConfig.parse({**config.model_dump(), "family": family})  # the schema's own rules about a family
         check_family(config, family)
+        if refusal := FAMILIES[family].training_refusal(*parts_of(place)):
+            raise InputError(refusal)
 
 
 def _common(config: TrainConfig) -> None:

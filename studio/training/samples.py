@@ -52,8 +52,7 @@ def draw_samples(
             made = pipe(
                 **_arguments(pipe, prompt, config),
                 num_inference_steps=config.sample_steps,
-                width=size[0],
-                height=size[1],
+                **family_of(pipe).size_arguments(pipe, size[1], size[0]),
                 generator=torch.Generator().manual_seed(config.sample_seed + number),
             )
             pictures += stills(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -97,6 +98,30 @@ def test_file_gives_the_trained_picture_in_diffusers(family, bases, pictures, tm
     assert not np.array_equal(plain, drawn)
     if text:
         assert any(key.startswith("text_encoder.") for key in tensors(result["adapter"]))
+
+
+def test_kontext_learns_and_gives_the_trained_picture_in_diffusers(bases, tmp_path):
+    """Kontext also draws from text alone; that is what its LoRAs learn here."""
+    place = tmp_path / "kontext"
+    shutil.copytree(bases("flux"), place)
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxKontextPipeline"}))
+    one = bed.crosses(tmp_path / "one", count=1)
+    config = settings(
+        place, one, steps=30, rank=4, batch_size=4, learning_rate=2e-2, targets="linear", sample_prompts=["a cross"]
+    )
+    result = run(config, tmp_path / "run")
+    losses = [float(row["loss"]) for row in read_curve(tmp_path / "run/loss.csv")]
+    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
+    pipe = diffusers.FluxKontextPipeline.from_pretrained(place)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(result["adapter"])
+    dice = torch.Generator().manual_seed(0)
+    found = pipe(prompt="a cross", num_inference_steps=2, width=32, height=32, max_area=1024, guidance_scale=2.0,
+                 generator=dice).images[0]  # fmt: skip
+    drawn = np.asarray(diffusers.utils.load_image(result["samples"][0]))
+    assert found.size == (32, 32)
+    assert np.abs(np.asarray(found).astype(int) - drawn).max() <= 1
 
 
 @pytest.mark.parametrize(

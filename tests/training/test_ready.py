@@ -13,6 +13,7 @@ import pytest
 
 import studio
 from adapters.errors import InputError
+from pipelines.diffusion.families import FAMILIES
 from studio import jobs
 from studio.cli.app import run as command
 from tests.training import bed
@@ -108,6 +109,28 @@ def _page(kind: str, values: dict[str, Any]) -> None:
     else:
         names = [name for name in language.NAMES if name != "base"]
         language._begin(shown["data"], shown["base"], *(shown[name] for name in names))
+
+
+BASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "LTX-2": ("ltx2", {}, "LoRAs of LTX-2 are not trained here"),
+    "A14B": ("wan", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "has 2 denoisers"),
+    "edit": ("qwen", {"_class_name": "QwenImageEditPipeline"}, "of Qwen-Image edits pictures"),
+    "edit plus": ("qwen", {"_class_name": "QwenImageEditPlusPipeline"}, "of Qwen-Image edits pictures"),
+}
+
+
+@pytest.mark.parametrize("kind", ["image", "distill"])
+@pytest.mark.parametrize("name", BASES)
+def test_bases_that_training_does_not_know_make_no_job(name: str, kind: str, place: Place, tmp_path: Path) -> None:
+    """From their list of parts alone."""
+    family, changes, sentence = BASES[name]
+    index = {"_class_name": FAMILIES[family].pipeline, "transformer": ["diffusers", "x"], "transformer_2": [None, None]}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | changes))
+    values = {"data": place("pictures"), "trigger": "zxq"} if kind == "image" else {"prompts": place("prompts.txt")}
+    with pytest.raises(InputError, match=sentence):
+        jobs.submit(KINDS[kind], {**values, "base": str(tmp_path / "base")})
+    assert jobs.list() == []
 
 
 def test_looking_does_not_load_torch() -> None:

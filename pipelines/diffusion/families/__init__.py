@@ -183,6 +183,19 @@ def opened_as(family: Family, source: str | Path) -> str:
     return name if name in family.bases else family.pipeline
 
 
+def parts_of(source: str | Path) -> tuple[str, frozenset[str]]:
+    """diffusers' class of a pipeline directory, and the names of the parts it has; empty for anything else."""
+    index = Path(source) / INDEXES[0]
+    if not index.is_file():
+        return "", frozenset()
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"'{index}' is not valid JSON: {error}") from None
+    parts = {name for name, entry in found.items() if isinstance(entry, list) and entry[:1] != [None]}
+    return str(found.get("_class_name", "")), frozenset(parts)
+
+
 def tensor_names(file: Path) -> list[str]:
     """The names of the tensors in a single-file model.
 
@@ -235,5 +248,6 @@ __all__ = [
     "of_adapter",
     "of_checkpoint",
     "opened_as",
+    "parts_of",
     "tensor_names",
 ]

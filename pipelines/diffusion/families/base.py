@@ -223,6 +223,7 @@ class Family:
         pipeline: diffusers' text-to-image class.
         other_pipelines: other task with the same networks -> diffusers' class.
         bases: those of these classes that bases of their own are published for (such a base is opened as its class).
+        editing: those of them that read their prompts together with a picture to edit.
         single_file: diffusers opens a base from a single file too.
         checked: what the family was checked on.
         controlnet: diffusers' class of the family's ControlNets.
@@ -273,6 +274,7 @@ class Family:
     pipeline: ClassVar[str]
     other_pipelines: ClassVar[Mapping[str, str]] = MappingProxyType({})
     bases: ClassVar[tuple[str, ...]] = ()
+    editing: ClassVar[tuple[str, ...]] = ()
     single_file: ClassVar[bool] = True
     checked: ClassVar[str] = "tiny random models"
     controlnet: ClassVar[str] = ""
@@ -338,7 +340,29 @@ class Family:
 
     def edits(self, pipe: Any) -> bool:
         """Whether the base edits pictures: its prompts are read together with the argument ``image``."""
-        return False
+        return type(pipe).__name__ in self.editing
+
+    def training_refusal(self, kind: str, parts: Collection[str]) -> str:
+        """Why LoRAs of a base cannot be trained here, as a sentence; empty if they can.
+
+        Args:
+            kind: diffusers' class of the base.
+            parts: names of the parts it has.
+        """
+        several = [one for one in self.denoisers if one.name in parts]
+        if self.untrainable:
+            return self.untrainable
+        if kind in self.editing:
+            return (
+                f"This base of {self.title} edits pictures, which training from pictures and captions does not teach: "
+                f"use the family's text-to-image base ({self.pipeline})."
+            )
+        if len(several) > 1:
+            return (
+                f"This base has {len(several)} denoisers, of which training knows only one at a time: train on a base "
+                "with one (Wan 2.1, or Wan 2.2 5B)."
+            )
+        return ""
 
     def usual(self, pipe: Any) -> tuple[int, float]:
         """Steps and guidance of a call that asks for none."""

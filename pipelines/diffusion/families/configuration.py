@@ -80,15 +80,13 @@ def check_trainable(pipe: Any, family: Family) -> None:
     """Refuse a base whose noise or latents training would compute wrongly.
 
     Raises:
-        InputError: as :func:`check_base`, an EDM base, or an unknown field of scheduler or VAE that is not at its
-            default.
+        InputError: as :func:`check_base` and :meth:`Family.training_refusal`; an EDM base, or an unknown field of
+            scheduler or VAE that is not at its default.
     """
     check_base(pipe, family)
-    if family.edits(pipe):
-        raise InputError(
-            f"This base of {family.title} edits pictures, which training from pictures and captions does not teach: "
-            f"use the family's text-to-image base ({family.pipeline})."
-        )
+    parts = [name for name, part in pipe.components.items() if part is not None]
+    if refusal := family.training_refusal(type(pipe).__name__, parts):
+        raise InputError(refusal)
     scheduler = pipe.scheduler
     kind = type(scheduler).__name__
     if is_edm(scheduler):

@@ -73,6 +73,7 @@ class QwenImage(Family):
         "edit inpaint": "QwenImageEditInpaintPipeline",
     }
     bases = (EDIT, EDIT_PLUS)
+    editing = (EDIT, EDIT_PLUS, "QwenImageEditInpaintPipeline")
     single_file = False
     controlnet = "QwenImageControlNetModel"
     components = ("vae", "transformer", "text_encoder")
@@ -121,9 +122,6 @@ class QwenImage(Family):
             return self.other_pipelines
         others = {"inpaint": "QwenImageEditInpaintPipeline"} if kind == EDIT else {}
         return {"image": kind, "edit": kind, **others}
-
-    def edits(self, pipe: Any) -> bool:
-        return type(pipe).__name__.startswith("QwenImageEdit")
 
     def guidance_arguments(self, scale: float, negative: str = "") -> dict[str, Any]:
         return super().guidance_arguments(scale, negative or NOTHING)
