@@ -29,6 +29,8 @@ GROUPS = (
     "Few steps",
     "Data",
     "Labels",
+    "Pruning",
+    "Alignment",
     "Adapter",
     "Method",
     "Optimiser",

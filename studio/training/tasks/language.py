@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from adapters import files
+from adapters.compression.structure import read_pruning
 from adapters.errors import InputError
 from adapters.formats import LoraFile
 from adapters.layers.variant import untouched
@@ -298,7 +299,9 @@ class LanguageTask(TrainerTask):
             "labels": read.labels,
             "chat": spoken(read, self.base.tokenizer),
         }
-        return {"family": "language", "architecture": self.base.architecture}, data
+        pruning = read_pruning(Path(self.base.source))
+        kept = {} if pruning is None else {"pruning": pruning.identity}
+        return {"family": "language", "architecture": self.base.architecture, **kept}, data
 
     def trained(self) -> dict[str, Any]:
         last = self.session.validation[-1] if self.session.validation else {}

@@ -1,0 +1,115 @@
+"""Configurations of the jobs that prune heads and channels: a language training and what is cut."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from studio.training.schemas import rules
+from studio.training.schemas.base import changed, option
+from studio.training.schemas.language import TrainLanguageConfig
+
+_PRUNING = option("Pruning")
+_PRUNING_MORE = option("Pruning", advanced=True)
+_ALIGNMENT = option("Alignment")
+_ALIGNMENT_MORE = option("Alignment", advanced=True)
+
+
+class PruningConfig(TrainLanguageConfig):
+    """What both have."""
+
+    prune: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="Share of the heads and of the feed-forward channels that goes, in every layer that is pruned.",
+        json_schema_extra=_PRUNING,
+    )
+    keep_first: int = Field(0, ge=0, description="First layers that stay whole.", json_schema_extra=_PRUNING)
+    keep_last: int = Field(0, ge=0, description="Last layers that stay whole.", json_schema_extra=_PRUNING)
+
+    @model_validator(mode="after")
+    def _pruned(self) -> PruningConfig:
+        rules.refuse(self, _REFUSED)
+        return self
+
+
+class LoramConfig(PruningConfig):
+    """Train a LoRA on a pruned copy of its base, and use it with the whole base (LoRAM)."""
+
+    kind: ClassVar[str] = "compress-loram"
+
+    prune: float = changed(PruningConfig, "prune", default=0.65)
+    keep_first: int = changed(PruningConfig, "keep_first", default=4)
+    keep_last: int = changed(PruningConfig, "keep_last", default=2)
+    importance: Literal["taylor", "magnitude", "random"] = Field(
+        "taylor",
+        description="What is kept: taylor looks at gradients of the rows (and needs memory for one gradient of every "
+        "weight), magnitude at the weights, random at nothing.",
+        json_schema_extra=_PRUNING,
+    )
+    importance_batches: int = Field(
+        10, ge=1, description="taylor: batches that are looked at.", json_schema_extra=_PRUNING_MORE
+    )
+    keep_pruned: bool = Field(
+        False,
+        description="Also put the pruned base into the library, for further adapters (studio compress recover).",
+        json_schema_extra=_PRUNING,
+    )
+    align_data: str = Field(
+        "",
+        description="Rows of general text on which the whole pruned base is trained first; empty = it is not.",
+        json_schema_extra=_ALIGNMENT,
+    )
+    align_steps: int = Field(100, ge=1, description="Steps of that training.", json_schema_extra=_ALIGNMENT)
+    align_rate: float = Field(5e-5, gt=0, description="Its learning rate.", json_schema_extra=_ALIGNMENT)
+    align_batch: int = Field(8, ge=1, description="Its samples per step.", json_schema_extra=_ALIGNMENT_MORE)
+
+
+class LoraPruneConfig(PruningConfig):
+    """Prune a base while a LoRA learns, and merge the two into a smaller base (LoRAPrune)."""
+
+    kind: ClassVar[str] = "compress-loraprune"
+
+    criterion: Literal["lora", "gradient", "magnitude", "random"] = Field(
+        "lora",
+        description="How groups are judged: lora by the LoRA's gradients; for comparison the true gradient (memory for "
+        "one gradient of every weight), magnitude or random.",
+        json_schema_extra=_PRUNING,
+    )
+    prune_every: int = Field(10, ge=1, description="Steps between two prunings.", json_schema_extra=_PRUNING_MORE)
+    prune_warmup: float = Field(
+        0.1, ge=0, lt=1, description="Share of the run before the first pruning.", json_schema_extra=_PRUNING_MORE
+    )
+    prune_cooldown: float = Field(
+        0.1, ge=0, lt=1, description="Share of the run after the last pruning.", json_schema_extra=_PRUNING_MORE
+    )
+    prune_decay: float = Field(
+        0.9, ge=0, lt=1, description="Memory of the running mean of scores.", json_schema_extra=_PRUNING_MORE
+    )
+    prune_form: Literal["paper", "official"] = Field(
+        "paper",
+        description="The paper's formulas, or the authors' program's (which ends a little below the share).",
+        json_schema_extra=_PRUNING_MORE,
+    )
+
+    @model_validator(mode="after")
+    def _timed(self) -> LoraPruneConfig:
+        rules.refuse(self, _TIMED)
+        return self
+
+
+_REFUSED: list[rules.Refusal] = [
+    (lambda c: c.task != "causal", "only models that write (task causal) are pruned: set task to 'causal'"),
+    (lambda c: c.method != "lora", "an ordinary LoRA is trained here: set method to 'lora'"),
+    (lambda c: c.use_dora, "DoRA's norms do not survive cutting: switch use_dora off"),
+    (lambda c: bool(c.continue_from), "the adapter of another base does not fit the pruned one: empty continue_from"),
+]
+_TIMED: list[rules.Refusal] = [
+    (
+        lambda c: c.prune_warmup + c.prune_cooldown >= 1,
+        "prune_warmup and prune_cooldown leave no steps to prune in: their sum must be below 1",
+    ),
+    (lambda c: c.init != "default", "LoRAPrune judges A and B as they are: set init to 'default'"),
+]
