@@ -67,7 +67,7 @@ def align(small: LanguageModel, config: LoramConfig, folder: Path, monitor: Moni
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, config.align_rate)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         monitor.report(Progress("aligning", step + 1, steps, loss=losses[-1]))
     model.requires_grad_(False).eval()
     (folder / STATE).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import typer
 from adapters.errors import InputError
 from studio.cli.output import Json, Output, Quiet, size, table
 from studio.cli.schema_options import with_options
+from studio.compression import recover_command
 from studio.jobs import kinds
 from studio.schema import JobConfig
 from studio.training.commands import launch
@@ -22,6 +23,7 @@ def register(app: typer.Typer) -> None:
     for name, kind in kinds.compressions().items():
         text = f"{kind.help}\n\nExample:  {kind.example}".replace("[", "\\[") if kind.example else kind.help
         group.command(name, help=text)(with_options(kind.model(), skip=["base"])(_command(kind)))
+    group.command("recover")(recover_command.recover)
     app.add_typer(group, name="compress")
 
 
@@ -73,9 +75,10 @@ def _command(kind: kinds.Kind) -> Callable[..., None]:
             return
         job = launch.here(lambda terminal: jobs.run_here(kind.name, config, terminal), output)
         result = dict(job.result or {})
-        output.result({"job": job.id, **result}, str(result["library"]))
+        output.result({"job": job.id, **result}, str(result.get("library") or result.get("adapter")))
         output.note(
-            f"'{result['library']}' is in the library: {size(result['bytes'])} instead of "
+            result.get("told")
+            or f"'{result['library']}' is in the library: {size(result['bytes'])} instead of "
             f"{size(result['base_bytes'])}. Talk to it with  studio chat '{result['library']}'"
         )
 

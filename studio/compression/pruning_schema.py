@@ -19,6 +19,7 @@ _ALIGNMENT_MORE = option("Alignment", advanced=True)
 class PruningConfig(TrainLanguageConfig):
     """What both have."""
 
+    preset: str = changed(TrainLanguageConfig, "preset", description="Starting values; there are none for pruning.")
     prune: float = Field(
         0.5,
         ge=0,

@@ -17,7 +17,9 @@ from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.causal import CausalTask
 
 
-def recover(adapter: Path, pruning: Pruning, target: Path, base: str, config: TrainLanguageConfig | None = None) -> Path:
+def recover(
+    adapter: Path, pruning: Pruning, target: Path, base: str, config: TrainLanguageConfig | None = None
+) -> Path:
     """Write the adapter of a pruned base as the PEFT directory ``target`` for the whole base; returns it.
 
     Args:

@@ -94,6 +94,7 @@ def card(pruning: Pruning, config: TrainLanguageConfig, made: str) -> str:
     told = f"{base_name(config.base)} pruned to {share:.0%} of its parameters ({pruning.method})."
     lines = [
         *front_matter(config.base, "transformers", ["pruned", "adapter-studio"], pipeline_tag="text-generation",
+            base_model=base_name(config.base),
                       description=told),
         f"# {config.name}",
         "",
@@ -115,10 +116,7 @@ def _range(counts: list[int]) -> str:
 
 
 def figures(pruning: Pruning, quantised: bool = False) -> dict[str, Any]:
-    """Entries of a job's result: parameters and ratios, nominal and counted."""
-    return {"uniform": pruning.uniform, "ratios": asdict(reduction(pruning, quantised))}
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the weight files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Entries of a job's result: parameters, ratios (nominal and counted), bytes counted in 16 bits."""
+    found = reduction(pruning, quantised)
+    return {"uniform": pruning.uniform, "ratios": asdict(found), "bytes": found.small_bytes,
+            "base_bytes": found.whole_bytes}  # fmt: skip

@@ -167,7 +167,8 @@ def _first(job: Job) -> Path | None:
         return next(iter(gallery.files_of(job)), None)
     if job.kind in ("train-image", "distill"):
         return max(job.folder.glob("samples/**/step-*.png"), key=lambda file: file.stat().st_mtime, default=None)
-    return None
+    named = (job.result or {}).get("picture")
+    return Path(named) if named and Path(named).is_file() else None
 
 
 def _detail(job: Job | None, mates: list[Job]) -> list[Any]:

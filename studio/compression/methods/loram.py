@@ -81,8 +81,6 @@ def run(
     return {
         **result, "small_adapter": result["adapter"], "adapter": str(place), "pruned": str(small),
         "picture": str(folder / small_bases.PICTURE), "aligned": aligned, "losses": losses,
-        "base_bytes": 2 * small_bases.reduction(pruning).whole,
-        "bytes": small_bases.reduction(pruning, config.quantization == "4bit").small_bytes,
         **small_bases.figures(pruning, config.quantization == "4bit"),
     }  # fmt: skip
 
@@ -93,7 +91,20 @@ def adopted(config: LoramConfig, result: dict[str, Any]) -> dict[str, Any]:
     if config.keep_pruned:
         name = adopt.free_name(f"{config.name}-pruned", "base")
         found["library_base"] = library.import_base(result["pruned"], name).name
-    return found
+    return {**found, "told": _told(config, found)}
+
+
+def _told(config: LoramConfig, result: Mapping[str, Any]) -> str:
+    """What was made, in a sentence or two."""
+    ratios = result["ratios"]
+    share = ratios["small"] / ratios["whole"]
+    name = result.get("library") or result["adapter"]
+    losses = ", ".join(f"{key.replace('_', ' + ')} {value:.4f}" for key, value in result["losses"].items())
+    return (
+        f"'{name}' learnt on {share:.0%} of the parameters of {config.base} ({ratios['nominal']:.2f} times smaller, "
+        f"{ratios['counted']:.2f} in bytes)" + (f"; losses on held-out rows: {losses}" if losses else "")
+        + f". Try it with  studio chat {config.base} -a '{name}'"
+    )  # fmt: skip
 
 
 def small_training(config: LoramConfig, small: Path) -> TrainLanguageConfig:
@@ -175,9 +186,7 @@ def _aligned(config: LoramConfig, folder: Path, monitor: Monitor, resume: bool) 
     return loss
 
 
-def compare(
-    config: LoramConfig, small: Path, small_adapter: Path, adapter: Path, monitor: Monitor
-) -> dict[str, float]:
+def compare(config: LoramConfig, small: Path, small_adapter: Path, adapter: Path, monitor: Monitor) -> dict[str, float]:
     """Losses on the held-out rows: ``whole``, ``recovered``, ``pruned``, ``pruned_adapter``; {} without such rows."""
     if not (config.validation_data or config.validation_split):
         return {}

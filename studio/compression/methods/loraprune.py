@@ -73,7 +73,6 @@ def run(
     files.write_text(Path(result["card"]), (place / "README.md").read_text(encoding="utf-8"))
     return {
         **result, "base": str(place), "picture": str(small_bases.draw(pruning, folder)), "history": plugin.history,
-        "bytes": small_bases.size_of(place), "base_bytes": small_bases.size_of(Path(whole.source)),
         **small_bases.figures(pruning),
     }  # fmt: skip
 
