@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 FILE = "preview.png"
 """In a model's folder, where the library finds it."""
 
-LEFT, TOP, ROW, BAR, GAP = 64, 58, 16, 160, 24
+LEFT, TOP, ROW, BAR, GAP, HEADING = 64, 52, 16, 160, 24, 180
 KEPT, GONE, INK = "#2f6f9f", "#e3e7ea", "#333"
 
 
@@ -22,14 +22,13 @@ def kept(pruning: Pruning) -> Image.Image:
 
     sizes, counts = pruning.sizes, pruning.counts()
     cell = max(3, min(ROW, 320 // sizes.kv_heads))
-    right = LEFT + cell * sizes.kv_heads + GAP
+    right = LEFT + max(cell * sizes.kv_heads, HEADING) + GAP
     image = Image.new("RGB", (right + BAR + 64, TOP + ROW * sizes.layers + 12), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
     draw.text((10, 8), f"Kept by {pruning.method}", fill=INK, font=ImageFont.load_default(15))
     group = f"key-value heads ({sizes.repeats} query heads each)" if sizes.repeats > 1 else "heads"
     draw.text((LEFT, TOP - 6), group, fill=INK, font=font, anchor="ls")
-    draw.text((right, TOP - 18 if cell * sizes.kv_heads < 190 else TOP - 6), "channels", fill=INK, font=font,
-              anchor="ls")  # fmt: skip
+    draw.text((right, TOP - 6), "channels", fill=INK, font=font, anchor="ls")
     for number, (layer, (_, channels)) in enumerate(zip(pruning.layers, counts, strict=True)):
         y = TOP + ROW * number
         draw.text((LEFT - 8, y + ROW // 2), f"layer {number}", fill=INK, font=font, anchor="rm")
