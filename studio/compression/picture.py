@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 FILE = "preview.png"
 """In a model's folder, where the library finds it."""
 
-LEFT, TOP, ROW, BAR, GAP, HEADING = 64, 52, 16, 160, 24, 180
+LEFT, TOP, ROW, BAR, GAP, HEADING = 64, 52, 16, 160, 24, 204
 KEPT, GONE, INK = "#2f6f9f", "#e3e7ea", "#333"
 
 
