@@ -216,10 +216,10 @@ def report(found: dict[str, Any]) -> str:
     base, seeds = found["base"], len({run["seed"] for run in found["runs"]})
     lines = [
         "# Pruned bases: LoRAM and LoRAPrune", "",
-        f"Byte-level Llama of {base['parameters']:,} parameters, trained {BASE_STEPS} steps of {BATCH} x {LENGTH} bytes "
-        f"on the Jargon File: {base['jargon']:.3f} nats per byte there, {base['bible']:.3f} on the Bible, held-out "
-        f"text. Means of {seeds} seeds; made with `python -m benchmarks.pruning` in {found['cpu_seconds']:.0f} s "
-        "of one CPU core.",
+        f"Byte-level Llama of {base['parameters']:,} parameters, {BASE_STEPS} steps of {BATCH} x {LENGTH} bytes of the "
+        f"Jargon File: {base['jargon']:.3f} nats per byte there, {base['bible']:.3f} on the Bible (both held out). "
+        f"Means of {seeds} seeds; made with `python -m benchmarks.pruning` in {found['cpu_seconds']:.0f} s of one "
+        "CPU core.",
         "",
         "## LoRAM: the LoRA learns the Bible on a pruned model (Jargon File / Bible)", "",
         "| arm | pruned base | pruned + LoRA | whole base + recovered LoRA | Bible, by seed |", "|---|---|---|---|---|",
