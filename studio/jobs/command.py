@@ -232,13 +232,21 @@ def _progress(job: Job) -> str:
     return f"{row.stage}{count}" + (f" loss {row.loss:.4f}" if row.loss is not None else "")
 
 
+def _together(job: Job) -> str:
+    """The jobs that run as one with it."""
+    from studio import jobs
+
+    return ", ".join(other.id for other in jobs.packed(job.id) if other.id != job.id)
+
+
 def _facts(job: Job) -> Any:
     import yaml
 
     return facts(
         [
             ("job", job.id), ("kind", job.kind), ("status", job.status), ("error", job.error),
-            ("progress", _progress(job)), ("device", job.device), ("created", moment(job.created)),
+            ("progress", _progress(job)), ("together", _together(job)), ("device", job.device),
+            ("created", moment(job.created)),
             ("started", moment(job.started)), ("finished", moment(job.finished)), ("took", duration(job.seconds)),
             ("folder", job.folder), ("configuration", yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)),
             ("result", yaml.safe_dump(job.result, sort_keys=False, allow_unicode=True) if job.result else ""),
