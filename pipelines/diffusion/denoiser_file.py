@@ -7,10 +7,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError, MissingDependencyError
+from pipelines.diffusion import halves
+from pipelines.diffusion.families import Family
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+def open_denoisers(
+    place: str | Path, source: str, kind: Any, family: Family, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Attribute -> denoiser from a file of its own, for every denoiser of the base.
+
+    Of a base with two, ``place`` is one of two files whose names differ in the denoiser's word (x_high_noise.gguf), as
+    for adapters (:mod:`pipelines.diffusion.halves`).
+
+    Args:
+        place, source, kind, dtype: as for :func:`open_denoiser`.
+
+    Raises:
+        InputError: as :func:`open_denoiser`, or the other file is missing.
+        MissingDependencyError: as :func:`open_denoiser`.
+    """
+    entries = kind.load_config(source)
+    present = [one for one in family.denoisers if (entries.get(one.name) or [None])[0]]
+    path = Path(place).expanduser()
+    files = dict.fromkeys((one.word for one in present), path)
+    if len(present) > 1 and path.is_file():
+        files = halves.together(path, present)
+        if not files:
+            words = " and ".join(f"x_{one.word}_noise{path.suffix}" for one in present)
+            raise InputError(
+                f"The base '{source}' has {len(present)} denoisers, and '{path.name}' is one: its name must say which, "
+                f"and the other file must lie beside it, as in {words}."
+            )
+    return {one.name: open_denoiser(files[one.word], source, kind, one.name, dtype) for one in present}
+
+
+def files_of(place: str | Path, family: Family) -> list[Path]:
+    """The files that :func:`open_denoisers` reads, ``place`` first."""
+    path = Path(place).expanduser()
+    pair = halves.together(path, family.denoisers).values()
+    return [path, *(file for file in pair if file != path)]
 
 
 def open_denoiser(place: str | Path, source: str, kind: Any, component: str, dtype: torch.dtype) -> nn.Module:

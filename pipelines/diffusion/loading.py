@@ -13,7 +13,7 @@ import torch
 from adapters.compression.backends import check_quantization, quantize
 from adapters.errors import InputError, MissingDependencyError
 from adapters.formats.lora import LoraFile
-from pipelines.diffusion.denoiser_file import open_denoiser
+from pipelines.diffusion.denoiser_file import open_denoisers
 from pipelines.diffusion.families import Family, detect, find, opened_as, tensor_names
 from pipelines.diffusion.families.configuration import check_base
 from pipelines.diffusion.memory import PRESETS, apply_preset
@@ -66,7 +66,8 @@ def open_pipeline(
         attention: "auto", "sdpa" or "xformers".
         memory: preset, see :mod:`pipelines.diffusion.memory`.
         quantization: how the denoiser's linear layers are stored, see :mod:`adapters.compression.backends`.
-        denoiser: file (GGUF or safetensors) whose denoiser replaces the base's; "" = the base's own.
+        denoiser: file (GGUF or safetensors) whose denoiser replaces the base's, of two the one or the other; "" = the
+            base's own.
         options: for diffusers' ``from_pretrained`` or ``from_single_file`` (``config=``, ``revision=``, ...).
 
     Raises:
@@ -92,11 +93,7 @@ def open_pipeline(
             f"'{Path(source).name}' has no text encoder."
         )
     if denoiser:
-        if len(chosen_family.denoisers) > 1:
-            count = len(chosen_family.denoisers)
-            raise InputError(f"{chosen_family.title} has {count} denoisers, which one file cannot replace.")
-        name = chosen_family.denoiser
-        options[name] = open_denoiser(denoiser, str(source), kind, name, DTYPES[chosen_dtype])
+        options |= open_denoisers(denoiser, str(source), kind, chosen_family, DTYPES[chosen_dtype])
     notes: list[str] = []
     try:
         if Path(source).is_file():

@@ -10,6 +10,7 @@ from typing import Any
 
 from adapters.errors import StudioError
 from studio import library, silence
+from studio.composition import recipes
 from studio.composition.schema import ModelChoice
 from studio.library import cache
 
@@ -77,6 +78,8 @@ def _of_task(pipe: Any, known: dict[tuple[str, str], Any], task: str, controlnet
 def _key(choice: ModelChoice) -> tuple[str, ...]:
     """Identifies a loaded pipeline: the choice, and the state of the base's files."""
     place = library.resolve_pipeline(choice.base)
-    stamps = [cache.stamp(path) if path.exists() else "" for path in (Path(place), Path(choice.denoiser or place))]
+    used = [Path(place), Path(choice.denoiser or place)]
+    used += recipes.others_of(used[1], choice) if choice.denoiser else []
+    stamps = [cache.stamp(path) if path.exists() else "" for path in used]
     chosen = (choice.family, choice.dtype, choice.device, choice.attention, choice.memory, choice.quantization)
     return (place, choice.denoiser, *stamps, *chosen)

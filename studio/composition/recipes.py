@@ -4,8 +4,9 @@ A recipe is ``{"version", "job", "config", "adapters": [{name, size, sha256}], "
 "made_on"}``, and "controlnet" and "denoiser" like "base" where there is one. ``config`` is a whole
 :class:`~studio.composition.schema.ComposeConfig` in which files have names only, because pictures are shared and a path
 reveals the user's disk. The hashes identify the files, wherever they are now; start picture, mask and control picture
-are included. Recipes of earlier versions hold a ``path`` too. If the texts were written with choices or adapters in
-them, "written" holds them as typed and ``config`` the result; "emphasis" lists the words whose weight is not 1.
+are included, and of two denoisers the other file ("others"). Recipes of earlier versions hold a ``path`` too. If the
+texts were written with choices or adapters in them, "written" holds them as typed and ``config`` the result; "emphasis"
+lists the words whose weight is not 1.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any, Literal
 
 from adapters import formats
 from adapters.errors import InputError
+from pipelines.diffusion.families import FAMILIES
 from studio import library
-from studio.composition.schema import ComposeConfig
+from studio.composition.canvas_size import family
+from studio.composition.schema import ComposeConfig, ModelChoice
 
 VERSION = 1
 
@@ -49,7 +52,7 @@ def build(config: ComposeConfig, made_on: dict[str, Any]) -> dict[str, Any]:
         "config": values,
         "adapters": [_adapter(use.name, library.resolve_adapter(use.path)) for use in config.adapters],
         "base": _base(config.base),
-        **{name: _beside(given) for name in BESIDE if (given := getattr(config, name))},
+        **{name: _beside(given, config) for name in BESIDE if (given := getattr(config, name))},
         "versions": versions(),
         "made_on": made_on,
     }
@@ -177,7 +180,9 @@ def _present_beside(given: str, entry: dict[str, Any], name: str, title: str) ->
         return given
     for text in _former(given, entry, "base"):
         place = Path(text).expanduser()
-        if place.exists() and library.sha256(place.absolute(), "base") == expected:
+        others = {place.with_name(other): value for other, value in (entry.get("others") or {}).items()}
+        wanted = {place: expected, **others}
+        if all(file.exists() and library.sha256(file.absolute(), "base") == value for file, value in wanted.items()):
             return text
     raise InputError(
         f"The {title} '{given}' ({_short(entry)}) of the recipe is not here: put the original back, or choose one "
@@ -185,9 +190,21 @@ def _present_beside(given: str, entry: dict[str, Any], name: str, title: str) ->
     )
 
 
-def _beside(given: str) -> dict[str, Any]:
+def _beside(given: str, config: ComposeConfig) -> dict[str, Any]:
     path = Path(given).expanduser().absolute()
-    return {"name": path.name, "sha256": library.sha256(path, "base")} if path.exists() else {"name": given}
+    if not path.exists():
+        return {"name": given}
+    others = others_of(path, config) if given == config.denoiser else []
+    more = {"others": {other.name: library.sha256(other, "base") for other in others}} if others else {}
+    return {"name": path.name, "sha256": library.sha256(path, "base"), **more}
+
+
+def others_of(denoiser: Path, config: ModelChoice) -> list[Path]:
+    """The other file of a base's two denoisers, beside the one that is named."""
+    from pipelines.diffusion.denoiser_file import files_of
+
+    name = config.family if config.family != "auto" else family(config.base)
+    return files_of(denoiser, FAMILIES[name])[1:] if name in FAMILIES else []
 
 
 def _adapter(name: str, path: Path) -> dict[str, Any]:

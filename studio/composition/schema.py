@@ -97,7 +97,8 @@ class ModelChoice(JobConfig):
         "(torchao).",
     )  # fmt: skip
     denoiser: str = Field(
-        "", description="A .gguf or .safetensors file whose denoiser replaces the base's; empty = the base's own."
+        "", description="A .gguf or .safetensors file whose denoiser replaces the base's (of two, beside the "
+        "other: x_high_noise, x_low_noise); empty = the base's own."
     )
 
 

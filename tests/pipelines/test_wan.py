@@ -484,3 +484,44 @@ def test_a_single_file_is_refused(tmp_path: Path) -> None:
     save_file({"blocks.0.cross_attn.norm_q.weight": torch.zeros(2)}, tmp_path / "wan.safetensors")
     with pytest.raises(InputError, match=r"diffusers opens Wan .* from a directory or hub id only"):
         MultiLoRAPipeline.from_pretrained(tmp_path / "wan.safetensors")
+
+
+def test_denoisers_from_files_of_their_own(tmp_path: Path) -> None:
+    base("A14B").save_pretrained(tmp_path / "pair")
+    base("2.1").save_pretrained(tmp_path / "one")
+    others = {"high": base("2.1", 1).transformer, "low": base("2.1", 2).transformer}
+    for word, model in others.items():
+        save_file(model.state_dict(), tmp_path / f"x_{word}_noise.safetensors")
+    for word in others:  # either names both
+        made = MultiLoRAPipeline.from_pretrained(
+            tmp_path / "pair", device="cpu", denoiser=tmp_path / f"x_{word}_noise.safetensors"
+        )
+        for model, wanted in zip(models(made.pipe), others.values(), strict=True):
+            assert all(torch.equal(value, model.state_dict()[key]) for key, value in wanted.state_dict().items())
+    alone = MultiLoRAPipeline.from_pretrained(
+        tmp_path / "one", device="cpu", denoiser=tmp_path / "x_low_noise.safetensors"
+    )
+    key = next(iter(others["low"].state_dict()))
+    assert torch.equal(alone.pipe.transformer.state_dict()[key], others["low"].state_dict()[key])
+    (tmp_path / "x_low_noise.safetensors").rename(tmp_path / "y.safetensors")
+    for name in ("x_high_noise", "y"):
+        with pytest.raises(InputError, match=r"has 2 denoisers, and .* as in x_high_noise.* and x_low_noise"):
+            MultiLoRAPipeline.from_pretrained(
+                tmp_path / "pair", device="cpu", denoiser=tmp_path / f"{name}.safetensors"
+            )
+
+
+def test_a_recipe_knows_both_files_of_its_denoisers(tmp_path: Path) -> None:
+    from studio.composition import recipes
+    from studio.composition.schema import ComposeConfig
+
+    base("A14B").save_pretrained(tmp_path / "pair")
+    for word in ("high", "low"):
+        (tmp_path / f"x_{word}_noise.safetensors").write_bytes(word.encode())
+    config = ComposeConfig(base=str(tmp_path / "pair"), denoiser=str(tmp_path / "x_high_noise.safetensors"))
+    made = recipes.build(config, {})["denoiser"]
+    assert list(made["others"]) == ["x_low_noise.safetensors"]
+    assert recipes._present_beside(config.denoiser, made, "denoiser", "denoiser") == config.denoiser
+    (tmp_path / "x_low_noise.safetensors").write_bytes(b"another")
+    with pytest.raises(InputError, match="of the recipe is not here"):
+        recipes._present_beside(config.denoiser, made, "denoiser", "denoiser")
