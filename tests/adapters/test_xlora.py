@@ -14,11 +14,12 @@ from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, Llama
 from adapters.errors import FamilyError, InputError
 from adapters.formats import read, write_peft
 from adapters.formats.fit import fit
-from adapters.formats.lora import MODEL, LoraFile
+from adapters.formats.lora import MODEL, LoraFile, LoraLayer
 from adapters.formats.peft_xlora import write_xlora
 from adapters.layers.experts import xlora
 from adapters.layers.experts.classifier import ClassifierOptions, gates_of
 from adapters.layers.experts.export import as_lora
+from adapters.layers.experts.files import load, write
 from adapters.layers.experts.model import expert_layers
 from adapters.layers.experts.routing import routing_of, watched
 
@@ -35,12 +36,9 @@ KINDS = {
 
 def base(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    made = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0, **changes,
-        )
-    )  # fmt: skip
+    shape = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0}
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape | more | changes))
     return made.eval()
 
 
@@ -382,6 +380,23 @@ def test_the_directory_names_its_experts(experts, folders, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="another order"):
         PeftModel.from_pretrained(base(), tmp_path)
+
+
+def test_many_modules_are_written_and_read(tmp_path):
+    """From 20 target modules on, PEFT replaces their list by a set of shorter names."""
+    torch.manual_seed(4)
+    names = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(6) for name in "qo"]
+    names += [f"model.layers.{i}.mlp.gate_proj" for i in range(6)] + [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
+    layers = {
+        name: LoraLayer(torch.randn(2, WIDTH), torch.randn(16 if "self_attn" in name else 24, 2) / 4, 2.0)
+        for name in names
+    }
+    model = xlora.add(base(num_hidden_layers=6), [xlora.Expert(name, layers) for name in ("a", "b")]).eval()
+    write(model, tmp_path / "x", torch.float32, "", {})
+    again = base(num_hidden_layers=6)
+    load(again, tmp_path / "x")
+    assert torch.equal(logits(again), logits(model))
+    assert list(expert_layers(again)) == list(expert_layers(model))
 
 
 def test_merging_is_refused_before_anything_changes(experts):

@@ -47,6 +47,7 @@ def write(
             raise InputError(f"The adapter holds numbers that are not finite in '{name}': not saved.")
     place.mkdir(parents=True, exist_ok=True)
     config = {**model.peft_config[adapter].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
+    config |= {name: sorted(value) for name, value in config.items() if isinstance(value, set)}  # PEFT shortens lists
     write_tensors(place / WEIGHTS, tensors, metadata)
     write_text(place / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return place
