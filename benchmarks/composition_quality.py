@@ -523,8 +523,10 @@ def _write(
     lines = ["# Composition: is each subject at its own place?", ""]
     about = f"base {base.title}, {STEPS} steps, guidance {base.guidance}; sets: {'; '.join(titles)}"
     command = "python -m benchmarks.composition_quality" + (f" --base {base.title}" if base != TINYMOJI else "")
-    lines += [f"`{command} --seeds 8 --write`; {about}. Shares with 95 % Wilson"]
-    lines += ["intervals; the styles act everywhere, and the pairs with a style have the seeds of those without.", ""]
+    command += " --pairs 0 --triples 8 --seeds 3 --sets concepts" if base.folded else " --seeds 8"
+    lines += [f"`{command} --write`; {about}. Shares with 95 % Wilson"]
+    styled = "; the styles act everywhere, and the pairs with a style have the seeds of those without"
+    lines += [f"intervals{styled if any(row['style'] for row in rows) else ''}.", ""]
     lines += table(rows)
     if base == TINYMOJI:
         lines += ["", EXPECTED]
