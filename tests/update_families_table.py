@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.diffusion.families import FAMILIES
+from studio.library import base_families
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 START, END = "<!-- families -->\n", "\n<!-- /families -->"
@@ -12,11 +13,16 @@ START, END = "<!-- families -->\n", "\n<!-- /families -->"
 
 def table() -> str:
     """A row per family."""
-    rows = ["| family | name | opened from | other pipelines | licence | checked on |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| family | name | opened from | regions | other pipelines | licence | checked on |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for family in FAMILIES.values():
         opened = "hub id, directory" + (", single file" if family.single_file else "")
         others = ", ".join(family.other_pipelines) or "none"
-        rows.append(f"| {family.title} | `{family.name}` | {opened} | {others} | {family.licence} | {family.checked} |")
+        regions = ", ".join(base_families.regional_methods(family)) or "none"
+        cells = family.title, f"`{family.name}`", opened, regions, others, family.licence, family.checked
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

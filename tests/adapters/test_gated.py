@@ -340,3 +340,21 @@ def test_memory_is_the_sum_of_ranks_not_of_weights() -> None:
         (2 + 3) * (module.weight[0].numel() + module.weight.shape[0])
         for module in (net().get_submodule(name) for name in TARGETS)
     )
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_positions_in_front_are_positions_all_the_same(dora: bool) -> None:
+    """Inputs (L, batch, width) with gates per position, against (batch, L, width)."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False)
+    magnitude = torch.rand(4) + 1 if dora else None
+    layers = [LoraLayer(torch.randn(2, 6), torch.randn(4, 2), 2.0, magnitude=magnitude) for _ in range(2)]
+    engine = GatedAdapters(model, [Adapter({"0": layer}) for layer in layers], CPU, torch.float32)
+    x, gates = torch.randn(3, 5, 6), torch.rand(5, 2)
+    with engine.attached() as acting:
+        acting.joint([1.0, 1.0])
+        acting.tokens_to(lambda name, tokens: gates if tokens == 5 else None)
+        wanted = model(x)
+        acting.tokens_to(lambda name, tokens: gates if tokens == 5 else None, lambda name: name == "0")
+        found = model(x.transpose(0, 1).contiguous())
+    torch.testing.assert_close(found.transpose(0, 1), wanted)
