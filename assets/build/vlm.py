@@ -11,10 +11,12 @@ everything learns together to answer several questions per picture.
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -127,11 +129,26 @@ def ask_whether(scene: data.Scene, rng: Generator) -> Asked:
     return f"{'Are' if plural else 'Is'} there {data.article(chosen)}?", "yes" if there else "no"
 
 
+@lru_cache(maxsize=1)
+def spelled() -> tuple[str, ...]:
+    """Return the words that the model is asked to say: every token of the vocabulary occurs in an answer that way."""
+    return tuple(sorted({word for word in general_words(data.fetch_packages(build_dir())) if len(word) > 2}))
+
+
+def ask_say(scene: data.Scene, rng: Generator) -> Asked:
+    """A word to repeat, whatever the picture shows."""
+    word = spelled()[int(rng.integers(len(spelled())))]
+    return f"Say {word}.", word
+
+
 QUESTIONS: dict[str, Callable[[data.Scene, Generator], Asked]] = {
     "what": ask_what, "side": ask_side, "where": ask_where, "count": ask_count, "colour": ask_colour,
-    "style": ask_style, "whether": ask_whether,
+    "style": ask_style, "whether": ask_whether, "say": ask_say,
 }  # fmt: skip
-OFTEN = {"what": 0.3, "side": 0.2, "where": 0.1, "count": 0.08, "colour": 0.08, "style": 0.06, "whether": 0.18}
+OFTEN = {
+    "what": 0.25, "side": 0.17, "where": 0.09, "count": 0.06, "colour": 0.07, "style": 0.06, "whether": 0.15,
+    "say": 0.15,
+}  # fmt: skip
 """Share of each kind of question."""
 
 
@@ -370,8 +387,10 @@ def train(minutes: float, naming_for: float, decay_for: float, peak: float, at_m
                  "curve": curve}  # fmt: skip
         files.write(checkpoint(), lambda part: torch.save(state, part))
 
-    stop = min(60 * minutes, spent + 60 * at_most)
-    while spent < stop:
+    stop, asked = min(60 * minutes, spent + 60 * at_most), Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())  # an interrupted run keeps what it has learnt
+    signal.signal(signal.SIGINT, lambda *_: asked.set())
+    while spent < stop and not asked.is_set():
         rate = peak * min(1.0, (step + 1) / 100, max(0.0, (60 * minutes - spent) / (60 * decay_for)))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -485,7 +504,7 @@ ASKED = {
     "what": "what is it? (all subjects, in order)", "side": "what is on the left, in the middle, on the right?",
     "where": "where is ...?", "count": "how many?", "colour": "what colour is the background?",
     "style": "what style is it?", "whether": "is there ...? (half of them: no)",
-    "unseen style": "what is it? (one subject, styles never seen)",
+    "say": "say ... (a word to repeat)", "unseen style": "what is it? (one subject, styles never seen)",
 }  # fmt: skip
 
 
