@@ -26,13 +26,14 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns; empty = look for the usual names."""
+    """Names of the columns; empty = look for the usual names. ``kind`` is read by others, and no name is usual."""
 
     messages: str = ""
     prompt: str = ""
     completion: str = ""
     text: str = ""
     label: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def conversations(
         InputError: missing columns, or (unless ``skip_broken``) rows that are not conversations, by number.
     """
     have = report.columns
-    also = [name for name in (*_SYSTEMS, _HISTORY, _TOOLS) if name in have]
+    also = [name for name in (*_SYSTEMS, _HISTORY, _TOOLS, columns.kind) if name in have]
     messages = column_of(report, columns.messages, MESSAGES)
     if messages:
         _name_unused(report, [messages, *also])
@@ -93,7 +94,7 @@ def conversations(
         return each(report, lambda row: _pair(row, prompt, completion, extra, system, report), skip_broken)
     text = column_of(report, columns.text, _TEXTS)
     if text:
-        _name_unused(report, [text])
+        _name_unused(report, [text, columns.kind])
         return each(report, lambda row: Text(row.number, _string(row, text)), skip_broken)
     raise InputError(
         f"'{report.source}' has the columns {', '.join(have)}, but training needs 'messages', or 'prompt' and "

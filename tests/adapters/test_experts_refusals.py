@@ -70,7 +70,7 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     ({"num_experts": [2, 4], "target_modules": ["q_proj", "lm_head"]}, "'lm_head' is in no numbered layer"),
     ({"target_modules": ["nothing"]}, r"No module matches target_modules \['nothing'\]: linear layers here are"),
     ({"target_modules": ["mlp"]}, "is a LlamaMLP, and experts go beside linear layers"),
-    ({"placement": "ffn_block", "target_modules": ["q_proj"]}, "needs linear layers of a feed-forward block"),
+    ({"placement": "ffn_block", "target_modules": ["q_proj"]}, "need linear layers of such blocks among the targets"),
     ({"target_modules": ["q_proj"], "attention": "none"}, "No module is left for the experts"),
     ({"num_layers": 3, "num_experts": [2, 2, 2]}, "made for a model with 3 layers, and this one has 2"),
 ]

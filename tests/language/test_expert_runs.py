@@ -143,6 +143,7 @@ def test_types_of_rows_reach_the_routers(bases, chats, tmp_path):
     run(settings(bases("llama"), data, steps=2, **asked), tmp_path / "run", watcher)
     logged = [p.metrics for p in watcher.seen if p.stage == "training"]
     assert all(one["router_loss"] > 0 for one in logged)
+    assert not any("not used" in p.message for p in watcher.seen)
     with pytest.raises(InputError, match=r"no column 'kinds' \(did you mean 'kind'\?\)"):
         run(settings(bases("llama"), data, **asked | {"type_column": "kinds"}), tmp_path / "none")
     wrong = write_rows(tmp_path / "wrong.jsonl", [*rows, rows[0] | {"kind": 2}])

@@ -50,8 +50,9 @@ def read_rows(config: TrainLanguageConfig, understand: Callable[[TextReport, Col
         InputError: missing file or columns, unreadable or unusable rows (by number), too few rows.
     """
     columns = Columns(
-        config.messages_column, config.prompt_column, config.completion_column, config.text_column, config.label_column
-    )
+        config.messages_column, config.prompt_column, config.completion_column, config.text_column,
+        config.label_column, config.type_column,
+    )  # fmt: skip
     return gather(config, lambda report: understand(report, columns))
 
 
