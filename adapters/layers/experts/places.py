@@ -258,8 +258,8 @@ def _block_places(
                 "(target_parameters of PEFT)."
             )
         raise InputError(
-            "Experts that are whole feed-forward blocks need linear layers of such blocks among the targets (gate_proj, "
-            "up_proj, down_proj ...), and there are none: add them, or choose the placement 'linear'."
+            "Experts that are whole feed-forward blocks need linear layers of such blocks among the targets "
+            "(gate_proj, up_proj, down_proj ...), and there are none: add them, or choose the placement 'linear'."
         )
     return places
 
