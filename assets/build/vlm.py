@@ -426,7 +426,7 @@ HELD_OUT = 9_000_000
 EXAMPLES = (
     (("dog", "banana"), "white", "cartoon", "What is on the left?"),
     (("rose",), "blue", "flat", "What is it?"),
-    (("cat", "star", "car"), "yellow", "bold", "How many are there?"),
+    (("cat", "car"), "yellow", "bold", "How many are there?"),
 )
 """Subjects, background, style and question of the pictures that the page offers."""
 
@@ -540,7 +540,8 @@ def card(scores: dict[str, Any], facts: dict[str, Any], parameters: int) -> str:
         "## Scores", "",
         "Share of answers that are exactly the expected words, greedy, on pictures drawn with seeds never used in",
         "training (the subjects and, but for the last line, the styles are those of the training); also by the number",
-        "of subjects in the picture.", "",
+        "of subjects in the picture. Chance is a half for yes or no, a third for the style, a ninth to a half for the",
+        "background (white is half of them): a line near it says that this is not learnt.", "",
         "| question | all | one subject | two | three |", "|---|---|---|---|---|", *rows, "",
         "## Training", "",
         f"{facts['steps']:,} steps of {facts['batch']} pictures, {facts['minutes']} minutes of one CPU core in all:",
