@@ -1,10 +1,14 @@
-"""What each preset of image training comes to on the embedded base: trained with nothing changed, seen by the judge.
+"""What each preset for pictures comes to on the embedded base: trained with nothing changed, seen by the judge.
 
 A preset goes through the Train page's own form at its default values. A concept (fox, which the base has never seen)
 is learnt from 24 pictures without captions, or with them for the captioned presets; a style (3d) from 60 captioned
 pictures. The judge then names the subject of pictures drawn with the adapter alone (20 steps, guidance 4): by the
 prompt that training uses for pictures without caption, and by the captions' wording. Pictures come from
 ``python -m assets.build.adapters prepare`` (needs npm once).
+
+A preset of distilling has one prompt for each subject of the base, in styles that take turns. The judge names the
+subjects of prompts with another style each, drawn as the adapter is meant to be used, and by the base: with guidance in
+20 steps, and with as many passes through the network as the adapter needs.
 
     python -m benchmarks.presets --pictures FOLDER [PRESET ...]    # adds to benchmarks/results/presets.{json,md}
 """
@@ -28,15 +32,19 @@ import assets
 from adapters.progress import Silent
 from assets.build import data
 from assets.build.judge import Judge, load_judge
+from studio.composition import distilled_adapters
 from studio.training.presets import PRESETS
+from studio.training.schemas.distill import DistillConfig
 from studio.training.schemas.image import TrainImageConfig
+from studio.training.tasks import distillation
 from studio.training.tasks.image import run
 from ui.components.schema_form import show
-from ui.pages import train
+from ui.pages import distill, train
 
 RESULTS = Path(__file__).parent / "results" / "presets.json"
 STEPS, GUIDANCE = 20, 4.0
 NAMES = [name for name in PRESETS[train.JOB] if "-" in name]
+DISTILLED = list(PRESETS[distill.JOB])
 
 
 def page_config(preset: str, pictures: Path, trigger: str) -> TrainImageConfig:
@@ -49,14 +57,19 @@ def page_config(preset: str, pictures: Path, trigger: str) -> TrainImageConfig:
     return train.config_of([], [values[name] for name in train.NAMES])
 
 
-def judged(adapter: str | Path, prompts: Sequence[str], subjects: Sequence[str], judge: Judge) -> dict[str, Any]:
-    """Draw every prompt with one adapter: share of right subjects, and the styles that the judge sees."""
+def judged(
+    adapter: str | Path | None, prompts: Sequence[str], subjects: Sequence[str], judge: Judge, **settings: Any
+) -> dict[str, Any]:
+    """Draw every prompt with one adapter (None: the base alone): share of right subjects, and the styles that the judge
+    sees. ``settings`` replace 20 steps and guidance 4."""
     from pipelines.diffusion import MultiLoRAPipeline
 
     pipe = MultiLoRAPipeline.from_pretrained(assets.path("models/tinymoji"))
-    pipe.load_lora(adapter, name="made")
+    if adapter is not None:
+        pipe.load_lora(adapter, name="made")
+    how = {"steps": STEPS, "guidance_scale": GUIDANCE, **settings}
     drawn = [
-        np.array(pipe(prompt, steps=STEPS, guidance_scale=GUIDANCE, seed=9000 + number).images[0].convert("RGB"))
+        np.array(pipe(prompt, **how, seed=9000 + number).images[0].convert("RGB"))
         for number, prompt in enumerate(prompts)
     ]
     images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
@@ -103,6 +116,45 @@ def measure(preset: str, pictures: Path, judge: Judge) -> dict[str, Any]:
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
 
 
+def distilled_config(preset: str, prompts: Path) -> DistillConfig:
+    """The job of a preset of distilling with nothing else changed; ``prompts`` is written with one per subject."""
+    lines = [data.make_caption(style, [name], None) for style, name in _subjects(0)]
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return DistillConfig.parse({"preset": preset, "base": "tinymoji", "prompts": str(prompts), "name": "made"})
+
+
+def _subjects(turn: int) -> list[tuple[str, str]]:
+    """``(style, subject)`` for every subject of the base, in styles that take turns from number ``turn`` on."""
+    styles = list(data.BASE_STYLES)
+    return [(styles[(number + turn) % len(styles)], name) for number, name in enumerate(data.BASE_CONCEPTS)]
+
+
+def measure_distilled(preset: str, judge: Judge) -> dict[str, Any]:
+    """Train a preset of distilling and look at what it draws."""
+    with tempfile.TemporaryDirectory() as place:
+        config = distilled_config(preset, Path(place) / "prompts.txt")
+        began = time.perf_counter()
+        adapter = distillation.run(config, Path(place) / "run", Silent())["adapter"]
+        seconds = time.perf_counter() - began
+        return {"preset": preset, "seconds": round(seconds, 1), **seen_of(Path(adapter), judge)}
+
+
+def seen_of(adapter: Path, judge: Judge) -> dict[str, Any]:
+    """Shares of subjects recognised: by a distilled adapter, its teacher, and the base at the same price."""
+    known = distilled_adapters.of(adapter)
+    assert known is not None
+    asked = _subjects(1)[::2]
+    prompts, names = [data.make_caption(style, [name], None) for style, name in asked], [name for _, name in asked]
+    steps = known.steps or STEPS
+    fewer = {"steps": steps, "guidance_scale": 1.0} if known.steps else {"guidance_scale": 1.0}
+    found = {
+        "adapter": judged(adapter, prompts, names, judge, **known.settings())["subject"],
+        "teacher": judged(None, prompts, names, judge)["subject"],
+        "base": judged(None, prompts, names, judge, **fewer)["subject"],
+    }
+    return {"steps": steps, "pictures": len(names), **{name: round(share, 3) for name, share in found.items()}}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The results for people."""
 
@@ -119,7 +171,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| preset | `a picture of fox` (12) | worded as captions (18 or 20) | style (20) | seconds |",
         "|---|---|---|---|---|",
         *(f"| {row['preset']} | {share(row, 'by prompt')} | {share(row, 'by caption')} | {share(row, 'style')} | "
-          f"{row['seconds']:.0f} |" for row in rows),
+          f"{row['seconds']:.0f} |" for row in rows if "teacher" not in row),
+        *_distilled_table([row for row in rows if "teacher" in row]),
         "",
         "Made by `python -m benchmarks.presets`.",
         "",
@@ -127,19 +180,39 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _distilled_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines about presets of distilling, if there are any."""
+    if not rows:
+        return []
+    return [
+        "",
+        "Presets of distilling: single subjects of the base that the judge recognises, in styles that the prompts of"
+        f" the training did not give them. Teacher: guidance {GUIDANCE:g}, {STEPS} steps; base: without guidance, in as"
+        " many steps as the adapter.",
+        "",
+        "| preset | steps | pictures | adapter | teacher | base | seconds |",
+        "|---|---|---|---|---|---|---|",
+        *(f"| {row['preset']} | {row['steps']} | {row['pictures']} | {row['adapter']:.0%} | {row['teacher']:.0%} | "
+          f"{row['base']:.0%} | {row['seconds']:.0f} |" for row in rows),
+    ]  # fmt: skip
+
+
 def main() -> None:
     """Measure the presets that are named (all by default) and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("presets", nargs="*", default=NAMES)
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("presets", nargs="*", default=[*NAMES, *DISTILLED])
+    parser.add_argument("--pictures", type=Path, help="of the presets of training; distilling needs none")
     options = parser.parse_args()
+    if options.pictures is None and not set(options.presets) <= set(DISTILLED):
+        parser.error("presets of training need --pictures")
     torch.set_num_threads(1)
     rows = {row["preset"]: row for row in (json.loads(RESULTS.read_text()) if RESULTS.is_file() else [])}
     judge = load_judge()
     for preset in options.presets:
-        rows[preset] = measure(preset, options.pictures, judge)
+        made = measure_distilled(preset, judge) if preset in DISTILLED else measure(preset, options.pictures, judge)
+        rows[preset] = made
         print(rows[preset], flush=True)
-    ordered = [rows[name] for name in NAMES if name in rows]
+    ordered = [rows[name] for name in [*NAMES, *DISTILLED] if name in rows]
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     RESULTS.with_suffix(".md").write_text(table(ordered), encoding="utf-8")
 

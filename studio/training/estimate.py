@@ -216,11 +216,11 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
         mask = torch.zeros(size[0], 1, size[1], size[1], dtype=base.dtype)  # given, so that no library inspects it
         kept, operations, flops = count(_Logits(model), (ids, mask))
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    remark = ""
+    remark = f"Every sample is counted with {config.max_length} tokens (max_length); shorter ones need less"
     if config.method != "lora":
         from adapters.layers.experts import size as sizes_of_experts
 
-        remark = str(sizes_of_experts.size(model))
+        remark = f"{remark}. {sizes_of_experts.size(model)}"
     return Work(counts, learnt, kept, flops, operations, "model", remark, *few)
 
 

@@ -16,6 +16,7 @@ def test_a_real_step_keeps_what_was_estimated(family, task, bases, chats):
     chosen = settings(bases(family), chats, task=task)
     work = estimates.look_at_language(chosen, "fp32")
     base = open_model(str(bases(family)), task).model
+    assert f"counted with {chosen.max_length} tokens" in work.remark
     assert work.parameters == {"model": sum(p.numel() for p in base.parameters())}
     base.config.use_cache = False
     model = add_adapter(base, chosen).train()
