@@ -56,9 +56,11 @@ def test_options_show_with_their_method(schema):
     assert method - always == set(method_help.OPTIONS) & set(known)
     for name in method - always:
         chooser, values = method_help.OPTIONS[name]
-        assert set(values) <= set(known[chooser].choices)
+        named = {method_help.SWITCHES[chooser]} if chooser in method_help.SWITCHES else set(known[chooser].choices)
+        assert set(values) <= named
         assert not method_help.needed(name, known[chooser].default)
     assert method_help.needed("ga_gamma", "lora_ga")
+    assert method_help.needed("l4q_group", 4)
 
 
 def test_the_page_has_the_help():
