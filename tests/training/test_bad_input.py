@@ -48,7 +48,7 @@ CONCEPT = {"data": "x", "trigger": "zxq"}
         ({**CONCEPT, "perturb_rho": float("nan")}, "perturb_rho"),
         ({**CONCEPT, "perturb_ema": 1}, "less than 1"),
         ({**CONCEPT, "perturb_every": 0}, "greater than or equal to 1"),
-        ({**CONCEPT, "reg": "ba"}, "unknown key 'reg'"),
+        ({**CONCEPT, "reg": "ba"}, "'reg' belongs to ba, which train language models only"),
         ({**CONCEPT, "snr_gamma": 5, "family": "flux"}, "flow matching"),
         ({**CONCEPT, "timestep_min": 0.5, "timestep_max": 0.5}, "below timestep_max"),
         ({**CONCEPT, "target_regex": "("}, "not a regular expression"),
