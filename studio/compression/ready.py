@@ -9,6 +9,7 @@ from adapters.errors import InputError
 from pipelines.language.compressed import read_manifest
 from studio import library
 from studio.compression.schema import CompressConfig, CompressL4qConfig, RowsFields
+from studio.library import smollm2
 
 
 def base_and_rows(config: CompressConfig) -> None:
@@ -17,7 +18,7 @@ def base_and_rows(config: CompressConfig) -> None:
     Raises:
         InputError: there is no such base or file, or the base is compressed already.
     """
-    if config.base != library.smollm2.NAME:  # which is unpacked when it is used
+    if config.base != smollm2.NAME:  # which is unpacked when it is used
         place = Path(library.resolve_language(config.base))
         if read_manifest(place) is not None:
             raise InputError(f"'{config.base}' is compressed already: start from the model it was made from.")

@@ -17,7 +17,7 @@ from studio import library
 from studio.datasets import texts
 from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.prompts import read_prompts
-from studio.library import scan
+from studio.library import scan, smollm2
 from studio.reconstruction.job import pictures_in
 from studio.training.language import experts, rows
 from studio.training.records import check_tracker
@@ -51,7 +51,7 @@ def language(config: TrainLanguageConfig) -> None:
     Raises:
         InputError: the first thing that would make the training fail.
     """
-    if config.base != library.smollm2.NAME:  # which is unpacked when it is used
+    if config.base != smollm2.NAME:  # which is unpacked when it is used
         library.resolve_language(config.base)
     if not (texts.on_hub(config.data) or texts.on_hub(config.validation_data)):
         rows.read(config)
