@@ -27,8 +27,8 @@ class PruningConfig(TrainLanguageConfig):
         description="Share of the heads and of the feed-forward channels that goes, in every layer that is pruned.",
         json_schema_extra=_PRUNING,
     )
-    keep_first: int = Field(0, ge=0, description="First layers that stay whole.", json_schema_extra=_PRUNING)
-    keep_last: int = Field(0, ge=0, description="Last layers that stay whole.", json_schema_extra=_PRUNING)
+    whole_first: int = Field(0, ge=0, description="First layers that stay whole.", json_schema_extra=_PRUNING)
+    whole_last: int = Field(0, ge=0, description="Last layers that stay whole.", json_schema_extra=_PRUNING)
 
     @model_validator(mode="after")
     def _pruned(self) -> PruningConfig:
@@ -42,8 +42,8 @@ class LoramConfig(PruningConfig):
     kind: ClassVar[str] = "compress-loram"
 
     prune: float = changed(PruningConfig, "prune", default=0.65)
-    keep_first: int = changed(PruningConfig, "keep_first", default=4)
-    keep_last: int = changed(PruningConfig, "keep_last", default=2)
+    whole_first: int = changed(PruningConfig, "whole_first", default=4)
+    whole_last: int = changed(PruningConfig, "whole_last", default=2)
     importance: Literal["taylor", "magnitude", "random"] = Field(
         "taylor",
         description="What is kept: taylor looks at gradients of the rows (and needs memory for one gradient of every "

@@ -24,6 +24,7 @@ from studio.compression.methods import loram, loraprune
 from studio.compression.pruning_schema import LoramConfig, LoraPruneConfig
 from studio.conversation import Question, Variant
 from studio.conversation.session import Session
+from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.language import run as train
 from tests.language import tiny
 from tests.language.conftest import Watcher, settings, write_rows
@@ -76,11 +77,19 @@ def check_chat(base: str) -> None:
     assert [event["event"] for event in Session().ask(question)][-1] == "end"
 
 
+@pytest.mark.parametrize("schema", [LoramConfig, LoraPruneConfig])
+def test_every_inherited_field_keeps_its_meaning(schema: type[TrainLanguageConfig]) -> None:
+    """``keep_last`` is the number of saved adapters, as in every training; layers that stay whole have a name of
+    their own."""
+    mine, parent = schema.model_fields["keep_last"], TrainLanguageConfig.model_fields["keep_last"]
+    assert (mine.default, mine.description, mine.metadata) == (parent.default, parent.description, parent.metadata)
+
+
 # ------------------------------------------------------------------------------------------------ LoRAM
 
 
 def asked_loram(base: Path, rows: Path, **changes: Any) -> LoramConfig:
-    values = {"base": str(base), "data": str(rows), "name": "facts", "steps": 4, "keep_first": 1, "keep_last": 1,
+    values = {"base": str(base), "data": str(rows), "name": "facts", "steps": 4, "whole_first": 1, "whole_last": 1,
               "importance_batches": 2, "validation_split": 0.2}  # fmt: skip
     return LoramConfig.parse(COMMON | values | changes)
 
@@ -241,7 +250,7 @@ def test_a_stopped_loraprune_goes_on_to_the_same_model(pruned: dict[str, Any], t
 
 
 def test_layers_that_stay_whole_open_here(base: Path, rows: Path, tmp_path: Path) -> None:
-    result = loraprune.run(asked_loraprune(base, rows, keep_first=1, keep_last=1, steps=4), tmp_path, Watcher())
+    result = loraprune.run(asked_loraprune(base, rows, whole_first=1, whole_last=1, steps=4), tmp_path, Watcher())
     assert not result["uniform"]
     assert open_model(result["base"]).model(IDS).logits.isfinite().all()
 
@@ -257,6 +266,6 @@ def test_refusals(base: Path, rows: Path, pruned: dict[str, Any], tmp_path: Path
     with pytest.raises(InputError, match="pruned already"):
         loraprune.run(asked_loraprune(Path(pruned["base"]), rows, steps=1), tmp_path, Watcher())
     with pytest.raises(InputError, match="leaves none"):
-        loram.run(asked_loram(base, rows, keep_first=4, keep_last=2), tmp_path, Watcher())
+        loram.run(asked_loram(base, rows, whole_first=4, whole_last=2), tmp_path, Watcher())
     with pytest.raises(InputError, match="gpt2"):
         loram.run(asked_loram(tiny.gpt2(tmp_path / "gpt2"), rows, chat_template="chatml"), tmp_path, Watcher())

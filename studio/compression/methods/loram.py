@@ -126,7 +126,7 @@ def prune(config: LoramConfig, target: Path, monitor: Monitor) -> Pruning:
     monitor.report(Progress("loading", message=f"Loading the base model {config.base}"))
     whole = small_bases.open_whole(config)
     sizes = sizes_of(whole.model.config)
-    chosen = loram.blocks(sizes, config.prune, config.keep_first, config.keep_last)
+    chosen = loram.blocks(sizes, config.prune, config.whole_first, config.whole_last)
     loram.kept_counts(sizes, config.prune)
     scores = _scores(config, whole, chosen, monitor)
     made = loram.plan(sizes, scores, config.prune, config.importance)

@@ -1,7 +1,7 @@
 """``studio compress loraprune``: a smaller base, pruned while a LoRA learns (LoRAPrune, arXiv 2305.18403).
 
 A language training with one more plugin; at its end the LoRA is merged into what is left of the base. The folder gets
-``NAME/``, a transformers directory. If all layers are pruned alike (keep_first = keep_last = 0), any program opens it;
+``NAME/``, a transformers directory. If all layers are pruned alike (whole_first = whole_last = 0), any program opens it;
 the paper keeps the first tenth of the layers and the last one whole, which only the studio opens.
 """
 
@@ -80,8 +80,8 @@ def run(
 def settings(config: LoraPruneConfig) -> Settings:
     """The plugin's settings."""
     return Settings(
-        config.prune, config.prune_every, config.prune_warmup, config.prune_cooldown, config.keep_first,
-        config.keep_last, config.criterion, config.prune_form, config.prune_decay,
+        config.prune, config.prune_every, config.prune_warmup, config.prune_cooldown, config.whole_first,
+        config.whole_last, config.criterion, config.prune_form, config.prune_decay,
     )  # fmt: skip
 
 
