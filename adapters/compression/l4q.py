@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.compression.bits import pack, packed_bytes, unpack
+from adapters.compression.packed_linear import PackedLinear
 from adapters.errors import InputError
 
 SMALLEST = 1e-8
@@ -153,33 +154,20 @@ class FakeQuantised(torch.autograd.Function):
         return dx, None, dA.to(A.dtype), dB.to(B.dtype), d_step.to(step.dtype), d_zero.to(zero.dtype), None, None, None
 
 
-class IntegerLinear(nn.Linear):
-    """y = Wq x + bias with q packed in n bits, steps and offsets in fp32; no ``weight`` (None), nothing learns.
+class IntegerLinear(PackedLinear):
+    """y = Wq x + bias with q packed in n bits, steps and offsets in fp32.
 
     Args:
         parts: the tensors of :func:`integer_parts`.
         shape: (out, in).
     """
 
+    EXACT = ("step", "zero")
     low_rank = None
 
     def __init__(self, parts: dict[str, Tensor], shape: tuple[int, int], grid: Grid, bias: Tensor | None = None):
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = shape
+        super().__init__(shape, {name: parts[name] for name in PARTS}, bias)
         self.grid = grid
-        self.register_parameter("weight", None)
-        for name in PARTS:
-            self.register_buffer(name, parts[name])
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-
-    def reset_parameters(self) -> None:
-        """Nothing to start at random."""
-
-    @property
-    def qweight(self) -> Tensor:
-        """The packed codes, by the name where PEFT looks for the device of a quantised layer."""
-        codes: Any = self.codes
-        return codes
 
     @property
     def stored_as(self) -> str:
@@ -204,36 +192,6 @@ class IntegerLinear(nn.Linear):
         step: Any = self.step
         zero: Any = self.zero
         self.codes = integer_parts(weight.float(), step, zero, self.grid)["codes"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As ``nn.Linear``, in the precision of x (of autocast, where that is on)."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        y: Tensor = _Product.apply(x, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLinear:
-        """Moves between devices; steps and offsets stay fp32 whatever is asked."""
-        exact = {name: getattr(self, name) for name in ("step", "zero")}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            if getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(getattr(self, name).device))
-        return self
-
-
-class _Product(torch.autograd.Function):
-    """x Wq^T without keeping Wq."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: IntegerLinear) -> Tensor:
-        ctx.module = module
-        return F.linear(x, module.dequantise(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.module.dequantise(gradients[0].dtype), None
 
 
 @torch.no_grad()

@@ -18,10 +18,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.compression.bits import pack, packed_bytes, unpack
+from adapters.compression.packed_linear import PackedLinear
 from adapters.errors import InputError
 
 OFFSET = 0.9677083
@@ -232,55 +232,25 @@ def dequantise(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     return values.flatten()[:count].view(stored.shape).to(dtype)
 
 
-class _Product(torch.autograd.Function):
-    """x W'^T, keeping neither W' nor x: the backward pass restores W' again. The base has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: NormalFloatLinear) -> Tensor:
-        ctx.module = module
-        return F.linear(x, module.dequantise(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        return gradient @ ctx.module.dequantise(gradient.dtype), None
-
-
-class NormalFloatLinear(nn.Linear):
+class NormalFloatLinear(PackedLinear):
     """y = x (Q + s B A)^T + bias with Q stored as NormalFloat and a frozen low-rank part, if there is one.
-
-    It is an ``nn.Linear`` for whatever looks for linear layers, but its ``weight`` is None: what would write to it
-    fails instead of doing nothing. Adapters act beside it.
 
     Attributes:
         low_rank: A (r, in) and B (out, r) of the frozen part with s = 1, or None.
     """
 
-    def __init__(self, stored: Stored, bias: Tensor | None = None, low_rank: tuple[Tensor, Tensor] | None = None):
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = stored.shape
-        self.how = stored.how
-        self.register_parameter("weight", None)
-        for name, part in stored.parts().items():
-            self.register_buffer(name, part)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.register_buffer("low_rank_A", None if low_rank is None else low_rank[0])
-        self.register_buffer("low_rank_B", None if low_rank is None else low_rank[1])
+    EXACT = ("super_scales", "offset", "low_rank_A", "low_rank_B")
 
-    def reset_parameters(self) -> None:
-        """Nothing to start at random."""
+    def __init__(self, stored: Stored, bias: Tensor | None = None, low_rank: tuple[Tensor, Tensor] | None = None):
+        A, B = low_rank or (None, None)
+        super().__init__(stored.shape, {**stored.parts(), "low_rank_A": A, "low_rank_B": B}, bias)
+        self.how = stored.how
 
     @property
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         A: Any = self.low_rank_A
         B: Any = self.low_rank_B
         return None if A is None or B is None else (A, B)
-
-    @property
-    def qweight(self) -> Tensor:
-        """The packed codes, by the name where PEFT looks for the device of a quantised layer."""
-        codes: Any = self.codes
-        return codes
 
     @property
     def stored(self) -> Stored:
@@ -308,26 +278,6 @@ class NormalFloatLinear(nn.Linear):
             weight = weight.float() - B.float() @ A.float()
         for name, part in quantise(weight, self.how).parts().items():
             setattr(self, name, part.to(weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As ``nn.Linear``, in the precision of x (of autocast, where that is on)."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        y: Tensor = _Product.apply(x, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> NormalFloatLinear:
-        """Moves between devices; scales, offset and the low-rank part keep their precision whatever is asked."""
-        kept = {name: getattr(self, name).dtype for name in ("super_scales", "offset", "low_rank_A", "low_rank_B")
-                if getattr(self, name) is not None}  # fmt: skip
-        exact = {name: getattr(self, name) for name in kept}
-        super()._apply(fn, recurse)
-        for name, dtype in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != dtype:
-                setattr(self, name, exact[name].to(moved.device))
-        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, stored={self.how}"

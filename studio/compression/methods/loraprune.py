@@ -1,8 +1,8 @@
 """``studio compress loraprune``: a smaller base, pruned while a LoRA learns (LoRAPrune, arXiv 2305.18403).
 
 A language training with one more plugin; at its end the LoRA is merged into what is left of the base. The folder gets
-``NAME/``, a transformers directory. If all layers are pruned alike (whole_first = whole_last = 0), any program opens it;
-the paper keeps the first tenth of the layers and the last one whole, which only the studio opens.
+``NAME/``, a transformers directory. If all layers are pruned alike (whole_first = whole_last = 0), any program opens
+it; the paper keeps the first tenth of the layers and the last one whole, which only the studio opens.
 """
 
 from __future__ import annotations
