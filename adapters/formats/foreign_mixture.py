@@ -14,10 +14,11 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters.errors import InputError
 from adapters.formats.format import Format
+from adapters.formats.header import CONFIG
 from adapters.formats.lora import LoraFile
 
 if TYPE_CHECKING:
@@ -148,6 +149,46 @@ class MixtureFormat(Format):
             f"'{head.path.name}' is a {TITLES[self.method]} mixture of experts, whose effect differs from token to "
             "token: it is used with its language model, and cannot be mixed, merged or converted as one LoRA."
         )
+
+
+class NumberedExperts(MixtureFormat):
+    """A PEFT directory whose linear layers have numbered experts; its configuration says it is a LoRA and gives alpha.
+
+    Attributes:
+        expert, router: of keys, with the groups ``module`` and ``side``, ``expert`` or ``kind``.
+        acting: which experts act, as fields of :class:`Mixture`, and what the file does not say.
+        counted: the entry of the configuration that gives the number of experts; "" for none.
+    """
+
+    expert: re.Pattern[str]
+    router: re.Pattern[str]
+    acting: ClassVar[Mapping[str, Any]]
+    counted = ""
+
+    def recognises(self, head: Header) -> bool:
+        return self.counted in head.config or any(self.expert.match(name) for name in head.shapes)
+
+    def outline(self, head: Header) -> Outline:
+        base = text(head.config, "base_model_name_or_path")
+        return outlined(self.method, head.shapes, head.config, self.expert, self.router, base)
+
+    def mixture(self, head: Header) -> Mixture:
+        """The mixture; raises :class:`InputError` if it is damaged or incomplete."""
+        tensors, source = tensors_of(head)
+        if not (config := head.config):
+            raise InputError(
+                f"{source} is a {self.title} mixture, but '{CONFIG}', which holds its alpha, is missing: copy the "
+                "whole directory."
+            )
+        halves, gates, strange = sorted_keys(tensors, self.expert, self.router, None)
+        refuse_strange(strange, source, self.title)
+        alpha = number(config, "lora_alpha", source)
+        layers = {name: layer_of(name, pair, alpha, False, source) for name, pair in halves.items()}
+        if self.counted:
+            check_said(config, self.counted, (layer.experts for layer in layers.values()), "experts", source)
+        routers = routers_of(gates, layers, source)
+        base = text(config, "base_model_name_or_path")
+        return Mixture(self.method, self.name, layers, routers, base=base, path=head.path, **self.acting)
 
 
 def is_foreign(path: Path) -> bool:
