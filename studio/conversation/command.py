@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from adapters.compression.backends import QUANTIZATIONS, check_quantization
 from adapters.errors import InputError
 from studio import silence
 from studio.cli.output import Json, Output, Quiet
-from studio.conversation import parse_adapter, variants_of
+from studio.conversation import options, parse_adapter, variants_of
 from studio.conversation.talk import Talk
 
 HELP = "Talk to a language model, with adapters."
@@ -25,45 +24,34 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     base: Annotated[str, typer.Argument(help="Language model: name in the library, directory or hub id.")] = "smollm2",
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", "-a", metavar="NAME[:STRENGTH]", help="An adapter; repeatable."),
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Show the answers of the base and of each adapter alone.")
-    ] = False,
+    adapter: options.Adapters = None,
+    compare: options.Compare = False,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and exit.")] = None,
-    system: Annotated[str, typer.Option("--system", help="System message.")] = "",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="0 = always the likeliest word; 0.7 is lively.")
-    ] = 0.0,
+    system: options.System = "",
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", min=0.01, max=1, help="Sample among the likeliest words up to this probability.")
     ] = 0.95,
     repetition_penalty: Annotated[
         float, typer.Option("--repetition-penalty", min=0.5, max=5, help="Above 1 avoids repeating words.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same answer.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", metavar="auto|fp32|fp16|bf16", help="Precision.")] = "auto",
-    quantization: Annotated[
-        str, typer.Option("--quantization", metavar="|".join(QUANTIZATIONS), help="Store the base in few bits.")
-    ] = "none",
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Precision = "auto",
+    quantization: options.Quantization = "none",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Talk to a language model, with adapters."""
     output = Output(json, quiet)
     silence.library_warnings()
-    if dtype not in ("auto", "fp32", "fp16", "bf16"):
-        raise InputError(f"--dtype is auto, fp32, fp16 or bf16, got '{dtype}'.")
+    options.check(dtype, quantization)
     if json and prompt is None:
         raise InputError("--json gives one answer: add --prompt with the question.")
     variants = variants_of([parse_adapter(text) for text in adapter or ()], compare)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
               "repetition_penalty": repetition_penalty, "seed": seed}  # fmt: skip
-    check_quantization(quantization)
     talk = Talk(base, variants, system, device, dtype, sampling, output, quantization)
     if prompt is not None:
         answers = talk.ask(prompt)
