@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +100,47 @@ class Average:
 def gradient_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Clip the gradients to a global norm of ``limit`` and return the norm before clipping."""
     return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+
+
+class Both(torch.optim.Optimizer):
+    """Muon for the matrices inside a network and AdamW for everything else, as one optimizer.
+
+    Muon (Jordan 2024) makes every step of a matrix orthogonal; scaled as by Liu et al. 2025 (arXiv 2502.16982) it takes
+    AdamW's learning rates.
+
+    Args:
+        model: whose parameters learn.
+        inside: says by name and values which of them are such matrices.
+        decay: weight decay of Muon's part; AdamW's has none.
+    """
+
+    def __init__(
+        self, model: nn.Module, inside: Callable[[str, Tensor], bool], decay: float = 0.01, fused: bool = True
+    ) -> None:
+        named = list(model.named_parameters())
+        chosen = [p for n, p in named if p.ndim == 2 and inside(n, p)]
+        known = {id(p) for p in chosen}
+        rest = [p for _, p in named if id(p) not in known]
+        muon = torch.optim.Muon(chosen, lr=0.0, weight_decay=decay, ns_steps=4, adjust_lr_fn="match_rms_adamw")
+        self.parts = (muon, torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=fused))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:
+        """Make both steps."""
+        for part in self.parts:
+            part.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of both."""
+        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
+            part.load_state_dict(state_dict[name])
+        self.param_groups = [group for part in self.parts for group in part.param_groups]

@@ -27,7 +27,7 @@ import assets
 from assets.build import base, grounding, lessons, text
 from assets.build import latents as cache
 from assets.build.base import load_average as load_average
-from assets.build.common import autocast, build_dir, gradient_norm, pick_device
+from assets.build.common import Both, autocast, build_dir, gradient_norm, pick_device
 
 FOLDER = "flow"
 """Where the checkpoints lie in the build folder."""
@@ -216,44 +216,9 @@ class Model(nn.Module):
         return unpatch(final.linear(final.norm_final(x[:, :count]) * scale), height, width)
 
 
-class Both(torch.optim.Optimizer):
-    """Muon for the matrices inside the blocks and AdamW for everything else, as one optimizer.
-
-    Muon (Jordan 2024) makes every step of a matrix orthogonal; scaled as by Liu et al. 2025 (arXiv 2502.16982) it takes
-    AdamW's learning rates.
-    """
-
-    def __init__(self, model: nn.Module, decay: float = 0.01) -> None:
-        named = list(model.named_parameters())
-        inside = [
-            p for n, p in named if p.ndim == 2 and any(k in n for k in (".attention.", "feed_forward", "layers.0."))
-        ]
-        inside = [p for p in inside if min(p.shape) > 1]
-        chosen = {id(p) for p in inside}
-        rest = [p for _, p in named if id(p) not in chosen]
-        muon = torch.optim.Muon(inside, lr=0.0, weight_decay=decay, ns_steps=4, adjust_lr_fn="match_rms_adamw")
-        self.parts = (muon, torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True))
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: Any = None) -> None:
-        """Make both steps."""
-        for part in self.parts:
-            part.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of both."""
-        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
-            part.load_state_dict(state_dict[name])
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+def inside_blocks(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix inside the blocks."""
+    return any(k in name for k in (".attention.", "feed_forward", "layers.0.")) and min(parameter.shape) > 1
 
 
 def borrow_words(model: Model, teacher: Path) -> None:
@@ -275,7 +240,7 @@ class Run(base.Run):
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """Return Muon and AdamW."""
-        return Both(self.model)
+        return Both(self.model, inside_blocks)
 
 
 class Lessons:

@@ -41,7 +41,7 @@ from transformers import (
 import assets
 from adapters import files
 from assets.build import data
-from assets.build.common import build_dir, gradient_norm, write_json
+from assets.build.common import Both, build_dir, gradient_norm, write_json
 from assets.build.text import general_words
 
 NAME = "tinysight"
@@ -321,37 +321,9 @@ class Student(nn.Module):
         return naming, functional.cross_entropy(self.model.lm_head(told[learnt]), labels[learnt])
 
 
-class Both(torch.optim.Optimizer):
-    """Muon for the matrices inside the layers, AdamW for everything else, as in :mod:`assets.build.flow`."""
-
-    def __init__(self, student: Student) -> None:
-        named = list(student.named_parameters())
-        inside = [p for n, p in named if p.ndim == 2 and (".layers." in n or "projector" in n)]
-        chosen = {id(p) for p in inside}
-        rest = [p for _, p in named if id(p) not in chosen]
-        muon = torch.optim.Muon(inside, lr=0.0, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw")
-        self.parts = (muon, torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0))
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: Any = None) -> None:
-        """Make both steps."""
-        for part in self.parts:
-            part.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of both."""
-        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
-            part.load_state_dict(state_dict[name])
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+def inside_layers(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix inside the layers or the projector."""
+    return ".layers." in name or "projector" in name
 
 
 # ---------------------------------------------------------------- training
@@ -371,7 +343,7 @@ def train(minutes: float, naming_for: float, decay_for: float, peak: float, at_m
     from ``peak`` to zero.
     """
     student = Student()
-    optimizer = Both(student)
+    optimizer = Both(student, inside_layers, fused=False)
     spent, step, curve = 0.0, 0, []
     if checkpoint().is_file():
         state = torch.load(checkpoint(), weights_only=True)
