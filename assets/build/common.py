@@ -115,7 +115,7 @@ class Both(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, model: nn.Module, inside: Callable[[str, Tensor], bool], decay: float = 0.01, fused: bool = True
+        self, model: nn.Module, inside: Callable[[str, Tensor], bool], decay: float = 0.01, fused: bool | None = True
     ) -> None:
         named = list(model.named_parameters())
         chosen = [p for n, p in named if p.ndim == 2 and inside(n, p)]

@@ -343,7 +343,7 @@ def train(minutes: float, naming_for: float, decay_for: float, peak: float, at_m
     from ``peak`` to zero.
     """
     student = Student()
-    optimizer = Both(student, inside_layers, fused=False)
+    optimizer = Both(student, inside_layers, fused=None)
     spent, step, curve = 0.0, 0, []
     if checkpoint().is_file():
         state = torch.load(checkpoint(), weights_only=True)
