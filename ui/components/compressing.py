@@ -131,18 +131,12 @@ def wire(settings: Settings, result: Result, base: gr.Dropdown) -> None:
         except InputError:  # deleted meanwhile
             return ["", gr.Timer(active=False), _EMPTY, "", *[gr.update(visible=False)] * 3]
 
-    @errors_shown
-    def go_on(job_id: str) -> Any:
-        jobs.resume(job_id)
-        jobs.ensure_worker()
-        return follow(job_id)
-
     asked = [settings.method, base, *settings.widgets]
     settings.estimate.click(estimate, asked, settings.estimated, **_PRIVATE)
     settings.start.click(begin, asked, result.view, **_PRIVATE)
     result.timer.tick(look, result.job, result.view, **_PRIVATE)
-    result.cancel.click(job_panel.stopper(lambda job_id, shown: follow(job_id)), result.job, result.view, **_PRIVATE)
-    result.resume.click(go_on, result.job, result.view, **_PRIVATE)
+    result.cancel.click(job_panel.stopper(follow), result.job, result.view, **_PRIVATE)
+    result.resume.click(job_panel.resumer(follow), result.job, result.view, **_PRIVATE)
 
 
 def config_of(forms: dict[str, Form], method: str, base: str, values: Sequence[Any]) -> Any:
@@ -183,7 +177,7 @@ def _estimated(config: Any) -> str:
     ]) + f"<p>{markup.text(found.advice)}</p>"  # fmt: skip
 
 
-def follow(job_id: str) -> Any:
+def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
     """The right side for a job."""
     if not job_id:
         return gr.skip()

@@ -36,6 +36,18 @@ def stopper(follow: Callable[[str, tuple[Any, ...]], Any]) -> Callable[[str], An
     return stop
 
 
+def resumer(follow: Callable[[str, tuple[Any, ...]], Any]) -> Callable[[str], Any]:
+    """The handler of a page's Resume: queue the job again and let ``follow`` show its state."""
+
+    @errors_shown
+    def go_on(job_id: str) -> Any:
+        jobs.resume(job_id)
+        jobs.ensure_worker()
+        return follow(job_id, ())
+
+    return go_on
+
+
 def status_tag(job: Job) -> str:
     """The job's status as a coloured label."""
     return markup.tag(job.status, TONES.get(job.status, ""))

@@ -91,17 +91,6 @@ class Run:
                 return ["", (), gr.Timer(active=False), self.empty, "", *[off] * 5, gr.skip(), "", off]
 
         @errors_shown
-        def stop(job_id: str) -> Any:
-            jobs.cancel(job_id)
-            return follow(job_id, ())
-
-        @errors_shown
-        def go_on(job_id: str) -> Any:
-            jobs.resume(job_id)
-            jobs.ensure_worker()
-            return follow(job_id, ())
-
-        @errors_shown
         def keep(job_id: str, step: Any) -> Any:
             name = add_to_library(jobs.get(job_id), step)
             gr.Info(f"It is in the library as '{markup.text(name)}'.", title="Added")
@@ -110,8 +99,8 @@ class Run:
         start.click(started, inputs, self.view, **_PRIVATE)
         start.click(None, None, None, js=TO_RESULT)
         self.timer.tick(look, [self.job, self.shown], self.view, **_PRIVATE)
-        self.cancel.click(stop, self.job, self.view, **_PRIVATE)
-        self.resume.click(go_on, self.job, self.view, **_PRIVATE)
+        self.cancel.click(job_panel.stopper(follow), self.job, self.view, **_PRIVATE)
+        self.resume.click(job_panel.resumer(follow), self.job, self.view, **_PRIVATE)
         self.keep.click(keep, [self.job, self.step], self.adapter, **_PRIVATE)
         self.step.input(chosen_file, [self.job, self.step], self.download, **_PRIVATE)
         self.samples.select(step_of_sample, self.job, [self.step, self.download], **_PRIVATE)

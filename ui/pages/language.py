@@ -457,25 +457,14 @@ def _wire_train(
         except InputError:  # deleted meanwhile
             return ["", gr.Timer(active=False), _EMPTY, "", "", *[gr.update(visible=False)] * 3]
 
-    @errors_shown
-    def stop(job_id: str) -> Any:
-        jobs.cancel(job_id)
-        return follow(job_id)
-
-    @errors_shown
-    def go_on(job_id: str) -> Any:
-        jobs.resume(job_id)
-        jobs.ensure_worker()
-        return follow(job_id)
-
     drop.change(dropped, [drop, form["task"]], [rows, preview], **_PRIVATE)
     form["task"].change(look_again, [rows, form["task"]], preview, **_PRIVATE)
     fields = [form[name] for name in NAMES if name != "base"]
     start.click(begin, [rows, base, *fields], result.view, **_PRIVATE)
     start.click(None, None, None, js=training_run.TO_RESULT)
     result.timer.tick(look, result.job, result.view, **_PRIVATE)
-    result.cancel.click(stop, result.job, result.view, **_PRIVATE)
-    result.resume.click(go_on, result.job, result.view, **_PRIVATE)
+    result.cancel.click(job_panel.stopper(follow), result.job, result.view, **_PRIVATE)
+    result.resume.click(job_panel.resumer(follow), result.job, result.view, **_PRIVATE)
 
 
 def _wire_crossing(page: Page, result: _Result) -> None:

@@ -361,13 +361,7 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
     start.click(begin, [drop, *fields], page.view, **_PRIVATE)
     result.timer.tick(look, [result.job, result.shown], page.view, **_PRIVATE)
 
-    @errors_shown
-    def go_on(job_id: str) -> Any:
-        jobs.resume(job_id)
-        jobs.ensure_worker()
-        return follow(job_id, ())
-
-    result.resume.click(go_on, result.job, page.view, **_PRIVATE)
+    result.resume.click(job_panel.resumer(follow), result.job, page.view, **_PRIVATE)
     result.cancel.click(job_panel.stopper(follow), result.job, page.view, **_PRIVATE)
 
 
