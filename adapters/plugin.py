@@ -155,6 +155,10 @@ class Plugin:
         """Files to write beside the adapter: name -> tensors."""
         return {}
 
+    def recorded(self) -> Mapping[str, Any]:
+        """Entries of the recipe on the training, besides the configuration."""
+        return {}
+
     def finalize(self, layers: Layers) -> Layers:
         """Change the adapter (component -> module -> layer) before it is saved as an ordinary LoRA."""
         return layers
@@ -220,6 +224,9 @@ class Plugins:
 
     def beside(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
         return {name: tensors for plugin in self.plugins for name, tensors in plugin.beside().items()}
+
+    def recorded(self) -> Mapping[str, Any]:
+        return {name: value for plugin in self.plugins for name, value in plugin.recorded().items()}
 
     def finalize(self, layers: Layers) -> Layers:
         for plugin in self.plugins:

@@ -160,6 +160,22 @@ def offset_of(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor] | N
     return None if offset is None else (offset.A0, offset.B0)
 
 
+def set_residual(layer: Any, left: Tensor, right: Tensor, adapter: str = "default") -> None:
+    """Add s left right x, frozen, to the layer's output: left (out, q), right (q, in * kernel), any q.
+
+    Stored as an offset with the sign changed, so the base stays as it is and :func:`read_layers` includes it.
+
+    Raises:
+        InputError: the layer has an offset already.
+    """
+    if offset_of(layer, adapter) is not None:
+        raise InputError("This layer already starts at an offset, to which nothing can be added.")
+    attach(layer, adapter)
+    down, up = pair(layer, adapter)
+    kept = right.to(down).reshape(-1, *down.shape[1:]), -left.to(up).reshape(up.shape[0], -1, *up.shape[2:])
+    _store(layer, OFFSET, adapter, Offset(*kept))
+
+
 def set_core(layer: Any, R: Tensor, adapter: str = "default") -> Tensor:
     """Put a trained R (r, r) between A and B and freeze both; returns R."""
     attach(layer, adapter)

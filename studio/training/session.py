@@ -312,7 +312,7 @@ class TrainSession:
         }
         return make_recipe(
             self.task.asked, base={"name": config.base, **base, "digest": self.base_digest}, data=data,
-            training=training | self.task.trained(),
+            training=training | self.task.trained() | dict(self.plugins.recorded()),
         )  # fmt: skip
 
     def _save_intermediate(self) -> None:
