@@ -103,8 +103,9 @@ def _with_av(frames: Sequence[Image.Image], path: Path, rate: float, sound: Soun
         audio: Any = made.add_stream("aac", rate=sound.rate) if sound else None
         if audio is not None:
             audio.layout = "stereo"
+        from_image: Any = av.VideoFrame.from_image  # typed or not, by the version
         for frame in frames:
-            for packet in video.encode(av.VideoFrame.from_image(frame.convert("RGB"))):
+            for packet in video.encode(from_image(frame.convert("RGB"))):
                 made.mux(packet)
         made.mux(list(video.encode()))
         if sound is not None:
