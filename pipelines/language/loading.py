@@ -5,6 +5,7 @@ Code from the model's repository is never run (``trust_remote_code`` stays off).
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,6 +238,11 @@ def opened(source: str, load: Callable[[], Any], what: str = "model") -> Any:
         raise InputError(
             f"'{source}' is not a local model and cannot be fetched from the hub ({reason}): check the name and the "
             "network."
+        ) from None
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"The {what} in '{source}' is a pickle that holds more than tensors, which is never opened: save it as "
+            ".safetensors."
         ) from None
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
