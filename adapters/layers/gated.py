@@ -570,10 +570,11 @@ def dora_rows(weight: Tensor, layer: LoraLayer, scale: float) -> Tensor:
 
 
 def _cast(name: str, A: Tensor, B: Tensor, scale: float, device: torch.device, dtype: torch.dtype) -> Pair:
-    """Both matrices in the compute dtype; if a large scale overflows B in fp16, it is moved to A."""
+    """Both matrices in the compute dtype; if a large scale overflows B in fp16, it is moved to A.
+    Values on the meta device are not checked."""
     for left, right in ((A, B), (A * scale, B / scale)):
         pair = left.to(device, dtype), right.to(device, dtype)
-        if all(bool(torch.isfinite(tensor).all()) for tensor in pair):
+        if all(tensor.is_meta or bool(torch.isfinite(tensor).all()) for tensor in pair):
             return pair
     raise InputError(f"The adapter's values in '{name}' are too large for {dtype}: use fp32 or bf16.")
 

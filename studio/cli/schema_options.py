@@ -21,7 +21,7 @@ def with_options(schema: type[JobConfig], skip: Collection[str] = ()) -> Callabl
     """Give a command one option per field of ``schema``; those that were given reach it as the dict ``fields``.
 
     Args:
-        skip: fields without an option.
+        skip: fields and parameters of the command without an option.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +34,8 @@ def with_options(schema: type[JobConfig], skip: Collection[str] = ()) -> Callabl
             }
             return command(fields=fields, **values)
 
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "fields"]
+        taken = inspect.signature(command, eval_str=True).parameters.values()
+        own = [parameter for parameter in taken if parameter.name not in ("fields", *skip)]
         often_first = sorted(names, key=lambda name: bool(_extra(schema.model_fields[name]).get("advanced")))
         options = [_parameter(name, schema.model_fields[name]) for name in often_first]
         wrapper.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]

@@ -32,6 +32,8 @@ class Kind:
             otherwise resuming starts the job over.
         ready: ``"module:function"``, called ``(config)`` before a job is made: raises :class:`InputError` for what is
             known to fail without doing it.
+        estimate: ``"module:function"``, called ``(config, dtype) ->`` :class:`~studio.training.estimate.Work`: what one
+            step of a training costs; empty where memory and time are not estimated.
         afterwards: ``"module:function"``, called ``(config, result) -> result`` when the job is done.
         keeps_pipeline: the job uses the pipeline that the worker keeps loaded; it is released before other kinds.
         together: module of jobs that can run as one: ``check(configs)`` takes them by the name of their file or job
@@ -49,6 +51,7 @@ class Kind:
     entry: str
     continues: bool = False
     ready: str = ""
+    estimate: str = ""
     afterwards: str = ""
     keeps_pipeline: bool = False
     together: str = ""
@@ -73,6 +76,17 @@ class Kind:
         """Refuse what is known to fail; raises :class:`InputError`."""
         if self.ready:
             _load(self.ready)(config)
+
+    def counts(self) -> Callable[..., Any]:
+        """Import and return the function that counts what one step of a training costs.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self.estimate:
+            raise InputError(f"Memory and time of {self.name} are not estimated.")
+        function: Callable[..., Any] = _load(self.estimate)
+        return function
 
     def check_together(self, configs: Mapping[str, JobConfig]) -> None:
         """Refuse jobs that cannot run as one; raises :class:`InputError`.

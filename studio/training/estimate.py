@@ -1,4 +1,4 @@
-"""Estimates the memory and time of an image or language training before any weight is read.
+"""Estimates the memory and time of a training before any weight is read: of pictures, of text, of distillation.
 
 The base is built on torch's "meta" device from its configuration files, the adapter is injected, and one forward and
 backward pass runs there: this counts parameters, the tensors kept for the backward pass and the floating-point
@@ -14,17 +14,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapters.compression import backends
 from adapters.errors import InputError
+from studio.schema import JobConfig
+from studio.training.schemas.distill import DistillConfig
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.schemas.language import TrainLanguageConfig
 
-Config = TrainImageConfig | TrainLanguageConfig
+Config = TrainImageConfig | TrainLanguageConfig | DistillConfig
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -52,6 +55,8 @@ class Work:
         remark: a sentence on what is trained, if there is something to say.
         few: of its numbers, those that are stored in few bits.
         few_bytes: bytes of those.
+        first: passes before the first step, as (how many, floating-point operations, operations) of one.
+        held: bytes of data that stay in main memory.
     """
 
     parameters: Mapping[str, int]
@@ -63,15 +68,21 @@ class Work:
     remark: str = ""
     few: int = 0
     few_bytes: int = 0
+    first: tuple[int, float, int] = (0, 0.0, 0)
+    held: int = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by purpose, and seconds of the training steps (without loading, caching and samples); a remark, if any."""
+    """Bytes by purpose, and seconds of the training steps (without loading, caching and samples); a remark, if any.
+
+    ``recording``: those of the seconds in which trajectories are recorded before the first step.
+    """
 
     memory: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     remark: str = ""
+    recording: float = 0.0
 
     @property
     def total(self) -> int:
@@ -80,7 +91,9 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
-        more = {"remark": self.remark} if self.remark else {}
+        more: dict[str, Any] = {"remark": self.remark} if self.remark else {}
+        if self.recording:
+            more["seconds_recording"] = self.recording
         return {"memory": dict(self.memory), "memory_total": self.total, "seconds": self.seconds, **more}
 
 
@@ -101,9 +114,14 @@ def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) 
         "optimiser": work.learnt * STATES[config.optimizer],
         "activations": work.kept,
     }
+    if work.held and device == "cpu":
+        memory["trajectories"] = work.held
     passes = steps(config) * config.gradient_accumulation
-    seconds = passes * (work.flops / (speed * EFFICIENCY) + work.operations * OVERHEAD[device])
-    return Estimate(memory, seconds, work.remark)
+    recording, learning = (
+        times * (flops / (speed * EFFICIENCY) + operations * OVERHEAD[device])
+        for times, flops, operations in (work.first, (passes, work.flops, work.operations))
+    )
+    return Estimate(memory, recording + learning, work.remark, recording)
 
 
 def steps(config: Config, pictures: int | None = None) -> int:
@@ -112,7 +130,7 @@ def steps(config: Config, pictures: int | None = None) -> int:
     Args:
         pictures: how many pictures there are; None: those of the folder.
     """
-    if not config.epochs:
+    if isinstance(config, DistillConfig) or not config.epochs:
         return config.steps
     from studio.training import ready
     from studio.training.language import rows
@@ -133,30 +151,72 @@ def look(config: TrainImageConfig, dtype: str) -> Work:
     """
     import torch
 
-    from studio.training.families import family_of
-    from studio.training.inject import inject, lora_config, trainable
-    from studio.training.trainee import Trainee
+    from studio.training.inject import inject, lora_config
 
-    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    pipe = _pipeline(config, kind)
-    family = family_of(pipe)
-    counts = {n: sum(p.numel() for p in part.parameters()) for n, part in _modules(pipe).items()}
-    few = stored(family.denoiser, config.quantization, config.denoiser)
+    family, counts, few = _base(config, dtype)
     encoders = family.text_encoders if config.train_text_encoder else {}
-    models = {family.denoiser_name: family.denoiser, **encoders}
     with torch.device("meta"):
-        for name, model in models.items():
+        for name, model in {family.denoiser_name: family.denoiser, **encoders}.items():
             inject(model, lora_config(model, config, name in encoders, family.about.targets))
-        trainee = Trainee(family, encoders).train()
-        inputs = _inputs(family, config, bool(encoders), kind)
-        kept, operations, flops = count(trainee, inputs)
-        if config.gradient_checkpointing or config.memory == "low":
-            family.denoiser.enable_gradient_checkpointing()
-            blocks = sum(bool(getattr(part, "gradient_checkpointing", False)) for part in family.denoiser.modules())
-            between, operations, flops = count(trainee, inputs)
-            kept = between + kept // max(1, blocks)  # one block is complete while its gradients are computed
-    learnt = sum(p.numel() for model in models.values() for p in trainable(model))
-    return Work(counts, learnt, kept, flops, operations, family.denoiser_name, "", *few)
+        step = _step(family, config, encoders, _inputs(family, config, bool(encoders), _kind(dtype)))
+    return Work(counts, *step, family.denoiser_name, "", *few)
+
+
+def look_at_distillation(config: DistillConfig, dtype: str) -> Work:
+    """As :func:`look`, with the teacher's passes: in each step, and those that record its trajectories before.
+
+    Raises:
+        InputError: as :func:`look`; or a style is missing or does not fit the base.
+    """
+    import torch
+
+    from pipelines.diffusion.distillation import embedding, trajectories
+    from pipelines.diffusion.distillation.student import Student
+    from studio.training.inject import ADAPTER, inject, lora_config
+    from studio.training.teacher import styles_attached
+
+    training = config.training()
+    family, counts, few = _base(training, dtype)
+    denoiser, meta = family.denoiser, torch.device("meta")
+    with ExitStack() as stack:
+        stack.enter_context(styles_attached(config, family, meta))
+        stack.enter_context(meta)
+        inject(denoiser, lora_config(denoiser, training, False, family.about.targets))
+        noisy, times, given = _inputs(family, training, False, _kind(dtype))
+        batch = len(noisy)
+        if config.guidance_mode == "embedding":
+            embedding.add_projection(denoiser)
+            given = given | {"guidance": torch.empty(batch, embedding.WIDTH)}
+        student = Student(denoiser, ADAPTER)
+        if config.guidance_mode == "strength":
+            student.set_strength(torch.ones(batch))
+
+        @torch.no_grad()
+        def ask(rows: int) -> None:
+            """A pass of ``rows`` samples."""
+            inputs = {name: value[:1].expand(rows, *value.shape[1:]) for name, value in given.items()}
+            family.predict(denoiser, noisy[:1].expand(rows, *noisy.shape[1:]), times[:1].expand(rows), inputs)
+
+        def taught() -> None:
+            """The passes of one step that nothing learns from directly."""
+            if config.states == "data":
+                with student.off():
+                    ask(2 * batch)  # with and without the prompt
+            if config.objective == "consistency":
+                ask(batch)  # the student, one knot further
+
+        step = _step(family, training, {}, (noisy, times, given), taught)
+        student.set_strength(None)
+        with student.off(), _counting() as teacher:
+            ask(2 * trajectories.PART)
+    if config.states == "data":
+        return Work(counts, *step, family.denoiser_name, "", *few)
+    parts = range(math.ceil(config.trajectory_count / trajectories.PART))
+    place = Path(config.trajectories.strip()).expanduser()
+    reused = sum(trajectories.part_file(place, part).is_file() for part in parts) if config.trajectories.strip() else 0
+    first = ((len(parts) - reused) * config.knots, teacher.flops, teacher.operations)
+    held = 2 * 2 * config.trajectory_count * config.knots * noisy[0].numel()  # states and predictions, in fp16
+    return Work(counts, *step, family.denoiser_name, "", *few, first, held)
 
 
 def stored(model: Any, quantization: str, file: str = "", skip: Collection[str] = ()) -> tuple[int, int]:
@@ -251,32 +311,36 @@ class _Logits:
         return self.model(input_ids=ids, attention_mask=mask).logits
 
 
-def estimated(config: Config) -> Estimate:
+def estimated(config: JobConfig) -> Estimate:
     """:func:`estimate` on the device that ``config`` chooses.
 
     Raises:
-        InputError: as :func:`look`; or the parts of the base cannot be built without their weights.
+        InputError: as :func:`look`; there is no estimate for this kind of training; or the parts of the base cannot be
+            built without their weights.
     """
     import torch
 
     from pipelines.precision import DTYPES, choose_dtype
     from studio import devices
+    from studio.jobs import kinds
 
-    device = devices.resolve(config.device)
-    chosen = choose_dtype(config.dtype, torch.device(device))
+    look_at = kinds.find(config.kind).counts()
+    asked: Any = config
+    device = devices.resolve(asked.device)
+    chosen = choose_dtype(asked.dtype, torch.device(device))
     dtype = next(name for name, value in DTYPES.items() if value == chosen)
     try:
-        work = look_at_language(config, dtype) if isinstance(config, TrainLanguageConfig) else look(config, dtype)
+        work: Work = look_at(asked, dtype)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError, ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"What '{config.base}' needs cannot be estimated: {reason}") from error
+        raise InputError(f"What '{asked.base}' needs cannot be estimated: {reason}") from error
     speed = measured_speed(device, dtype)
-    return estimate(work, config, dtype, torch.device(device).type, speed)
+    return estimate(work, asked, dtype, torch.device(device).type, speed)
 
 
-def apart(config: Config) -> Estimate:
+def apart(config: JobConfig) -> Estimate:
     """:func:`estimated` in a separate process, so that the caller does not load torch.
 
     Raises:
@@ -293,16 +357,17 @@ def apart(config: Config) -> Estimate:
         raise InputError("The estimate could not be made: see  studio train ... --estimate.") from None
     if "error" in found:
         raise InputError(found["error"])
-    return Estimate(found["memory"], found["seconds"], found.get("remark", ""))
+    return Estimate(found["memory"], found["seconds"], found.get("remark", ""), found.get("seconds_recording", 0.0))
 
 
 def printed() -> None:
     """Print the estimate of ``KIND FILE`` as JSON, in the process that :func:`apart` starts."""
     from studio import silence
+    from studio.jobs import kinds
 
     silence.library_warnings()
     kind, file = sys.argv[1:]
-    schema: type[Config] = TrainLanguageConfig if kind == TrainLanguageConfig.kind else TrainImageConfig
+    schema: type[Any] = kinds.find(kind).model()
     try:
         print(json.dumps(estimated(schema.from_yaml(file)).as_json()))
     except InputError as error:
@@ -314,13 +379,58 @@ def sentence(found: Estimate) -> str:
     from studio.cli.output import duration, size
 
     parts = ", ".join(f"{name} {size(number)}" for name, number in found.memory.items())
+    recorded = f" ({duration(found.recording)} of it to record trajectories)" if found.recording else ""
     return (
-        f"About {size(found.total)} of memory ({parts}) and {duration(found.seconds)} for the training steps; loading, "
-        "caching and samples are extra." + (f" {found.remark}." if found.remark else "")
+        f"About {size(found.total)} of memory ({parts}) and {duration(found.seconds)} for the training steps{recorded};"
+        " loading, caching and samples are extra." + (f" {found.remark}." if found.remark else "")
     )
 
 
 # ------------------------------------------------------------------------------------------------ counting
+
+
+def _kind(dtype: str) -> Any:
+    """torch's type for "fp32", "fp16" or "bf16"."""
+    import torch
+
+    return getattr(torch, _TORCH[dtype])
+
+
+def _base(config: TrainImageConfig, dtype: str) -> tuple[Any, dict[str, int], tuple[int, int]]:
+    """The base's family on the meta device, the numbers of each part, and what :func:`stored` says of its denoiser."""
+    from studio.training.families import family_of
+
+    pipe = _pipeline(config, _kind(dtype))
+    family = family_of(pipe)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in _modules(pipe).items()}
+    return family, counts, stored(family.denoiser, config.quantization, config.denoiser)
+
+
+def _step(
+    family: Any,
+    config: TrainImageConfig,
+    encoders: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    before: Callable[[], None] = lambda: None,
+) -> tuple[int, int, float, int]:
+    """(learnt numbers, bytes kept, floating-point operations, operations) of one step of models with an adapter.
+
+    Args:
+        encoders: the text encoders that learn.
+        before: passes without gradients that belong to the step.
+    """
+    from studio.training.inject import trainable
+    from studio.training.trainee import Trainee
+
+    trainee = Trainee(family, encoders).train()
+    kept, operations, flops = count(trainee, inputs, before)
+    if config.gradient_checkpointing or config.memory == "low":
+        family.denoiser.enable_gradient_checkpointing()
+        blocks = sum(bool(getattr(part, "gradient_checkpointing", False)) for part in family.denoiser.modules())
+        between, operations, flops = count(trainee, inputs, before)
+        kept = between + kept // max(1, blocks)  # one block is complete while its gradients are computed
+    learnt = sum(p.numel() for model in (family.denoiser, *encoders.values()) for p in trainable(model))
+    return learnt, kept, flops, operations
 
 
 def _pipeline(config: TrainImageConfig, dtype: Any) -> Any:
@@ -392,32 +502,10 @@ def _inputs(family: Any, config: TrainImageConfig, text_learns: bool, dtype: Any
     return noisy, times.to("meta"), {name: value.to("meta") for name, value in given.items()}
 
 
-def count(trainee: Any, inputs: tuple[Any, ...]) -> tuple[int, int, float]:
+def count(trainee: Any, inputs: tuple[Any, ...], before: Callable[[], None] = lambda: None) -> tuple[int, int, float]:
     """(bytes kept for the backward pass, operations, floating-point operations) of one forward and backward pass, on
-    the device of ``trainee`` and its inputs."""
-    from unittest.mock import patch
-
+    the device of ``trainee`` and its inputs; ``before`` belongs to it and is called first."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    mode: Any = TorchDispatchMode
-
-    plain = torch.nn.functional.scaled_dot_product_attention
-
-    def fused(*args: Any, **kwargs: Any) -> Any:
-        """Attention on the meta device as with the fused kernels of real devices: its matrix is not kept."""
-        if not args or not args[0].is_meta:
-            return plain(*args, **kwargs)
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(*args[:3], None, torch.is_grad_enabled(), 0.0, False)[0]
-
-    class Counter(mode):  # type: ignore[misc]
-        count = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += 1
-            return func(*args, **(kwargs or {}))
 
     own = {parameter.untyped_storage()._cdata for parameter in trainee.parameters()}
     kept: dict[int, Any] = {}
@@ -428,12 +516,50 @@ def count(trainee: Any, inputs: tuple[Any, ...]) -> tuple[int, int, float]:
             kept[storage._cdata] = storage  # held, so that no other gets its address
         return tensor
 
-    counter: Any = Counter()
-    flops = FlopCounterMode(display=False)
-    # A function mode would be off in the backward pass, where checkpointing computes forward again.
-    with flops, counter, patch.object(torch.nn.functional, plain.__name__, fused):
+    with _counting() as counter:
+        before()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = trainee(*inputs).float().square().mean()
         held = sum(storage.nbytes() for storage in kept.values())
         loss.backward()
-    return held, counter.count, float(flops.get_total_flops())
+    return held, counter.operations, counter.flops
+
+
+@dataclass
+class _Counter:
+    operations: int = 0
+    flops: float = 0.0
+
+
+@contextmanager
+def _counting() -> Iterator[_Counter]:
+    """Inside, torch operations and their floating-point operations are counted; the sums are there on exit."""
+    from unittest.mock import patch
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    mode: Any = TorchDispatchMode
+    found = _Counter()
+    name = "scaled_dot_product_attention"
+    plain = getattr(torch.nn.functional, name)
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        """Attention on the meta device as with the fused kernels of real devices: its matrix is not kept."""
+        if not args or not args[0].is_meta:
+            return plain(*args, **kwargs)
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(*args[:3], None, torch.is_grad_enabled(), 0.0, False)[0]
+
+    class Operations(mode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.operations += 1
+            return func(*args, **(kwargs or {}))
+
+    operations: Any = Operations()
+    flops = FlopCounterMode(display=False)
+    # A function mode would be off in the backward pass, where checkpointing computes forward again.
+    with flops, operations, patch.object(torch.nn.functional, name, fused):
+        yield found
+    found.flops = float(flops.get_total_flops())

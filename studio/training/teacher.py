@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from adapters.errors import InputError
+from adapters.formats import read
+from adapters.formats.fit import fit
+from adapters.layers.gated import Adapter, GatedAdapters
 from pipelines.diffusion.distillation.consistency import DiffusionPath, FlowPath, Path
 from pipelines.diffusion.distillation.guidance import guided, within
 from pipelines.diffusion.distillation.student import Student, first_not_finite
 from pipelines.diffusion.families.base import joined
 from studio.training.families import Family, Tensors
 from studio.training.objective import Diffusion, FlowMatching
-from studio.training.schemas.distill import DistillConfig
+from studio.training.schemas.distill import DistillConfig, style
 
 
 def path_of(family: Family, knots: int) -> Path:
@@ -33,6 +37,30 @@ def path_of(family: Family, knots: int) -> Path:
             "is undefined: distil with states 'data' and objective 'guidance', or a base that predicts v."
         )
     return path
+
+
+@contextmanager
+def styles_attached(config: DistillConfig, family: Family, device: torch.device) -> Iterator[None]:
+    """Inside, the styles act on the base, in teacher and student alike.
+
+    Raises:
+        InputError: one is missing, or does not fit the base.
+    """
+    from studio import library
+
+    models = {family.denoiser_name: family.denoiser, **family.encoder_parts}
+    chosen = [style(text) for text in config.styles]
+    files = [fit(read(library.resolve_adapter(name)), models, config.base, tables=False) for name, _ in chosen]
+    with ExitStack() as attached:
+        for component, model in models.items():
+            parts = [
+                Adapter(file.parts.get(component, {}), strength=weight)
+                for file, (_, weight) in zip(files, chosen, strict=True)
+            ]
+            if any(part.layers for part in parts):
+                engine = GatedAdapters(model, parts, device, model.dtype)
+                attached.enter_context(engine.attached()).joint([1.0] * len(parts))
+        yield
 
 
 class Teacher:

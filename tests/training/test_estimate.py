@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +15,19 @@ from adapters.compression import backends
 from adapters.compression.storage import stored_bytes
 from adapters.errors import InputError
 from studio.cli.app import run as command
+from studio.jobs import kinds
 from studio.training import estimate as estimates
 from studio.training.base import load_base
 from studio.training.estimate import Work, estimate
 from studio.training.families import family_of
 from studio.training.inject import inject, lora_config
+from studio.training.schemas.distill import DistillConfig
 from studio.training.schemas.image import TrainImageConfig
+from studio.training.tasks import distillation as tasks
 from studio.training.tasks.image import run
+from studio.training.teacher import Teacher
 from studio.training.trainee import Trainee
-from ui.pages import train
+from ui.pages import distill, train
 
 WORK = Work(
     {"unet": 1000, "text_encoder": 500, "vae": 100}, learnt=10, kept=7, flops=5e9, operations=0, denoiser="unet"
@@ -120,3 +126,104 @@ def test_command_and_page(tmp_path, monkeypatch, capsys):
     single.write_bytes(b"")
     with pytest.raises(InputError):
         estimates.estimated(config(base=str(single)))
+
+
+# ------------------------------------------------------------------------------------------------ distillation
+
+DISTILLED: list[dict[str, Any]] = [
+    {"guidance_mode": "strength", "trajectory_count": 3},
+    {"objective": "consistency", "states": "data", "guidance_mode": "embedding", "styles": ["fox:0.5"]},
+]
+
+
+def distillation(place, **values):
+    """A short distillation on the embedded base, from two prompts or captioned pictures in ``place``."""
+    prompts, pictures = place / "prompts.txt", place / "pictures"
+    prompts.write_text("a flat icon of a dog\na flat icon of a cat\n")
+    pictures.mkdir(exist_ok=True)
+    for name in ("red", "blue"):
+        Image.new("RGB", (64, 64), name).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(name)
+    given = {"data": str(pictures)} if values.get("states") == "data" else {"prompts": str(prompts)}
+    few = {"steps": 1, "batch_size": 2, "rank": 4, "knots": 2, "sample_every": 0, "save_every": 0, "device": "cpu"}
+    return DistillConfig.parse({**given, **few, **values})
+
+
+@pytest.mark.parametrize("values", DISTILLED)
+def test_a_real_step_of_distillation_costs_what_was_estimated(values, tmp_path, monkeypatch):
+    """Against the bytes kept and the operations of the task's own loss, and the teacher's own passes."""
+    chosen = distillation(tmp_path, **values)
+    work = estimates.look_at_distillation(chosen, "fp32")
+    seen: dict[str, Any] = {"teacher": []}
+    own_loss, own_teacher = tasks.DistillationTask.loss, Teacher.__call__
+
+    def loss(task, batch):
+        learnt = [p for p in task.family.denoiser.parameters() if p.requires_grad]
+        own = {p.untyped_storage()._cdata for p in task.family.denoiser.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        with sdpa_kernel(SDPBackend.MATH), estimates._counting() as cost:  # whose operations torch counts on a CPU
+            found = own_loss(task, batch)
+            torch.autograd.grad(found[0], learnt, allow_unused=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = own_loss(task, batch)
+        seen.update(kept=sum(map(torch.UntypedStorage.nbytes, kept.values())), cost=cost, learnt=learnt)
+        return found
+
+    def teacher(self, *given):
+        with sdpa_kernel(SDPBackend.MATH), estimates._counting() as cost:
+            found = own_teacher(self, *given)
+        seen["teacher"].append(cost)
+        return found
+
+    monkeypatch.setattr(tasks.DistillationTask, "loss", loss)
+    monkeypatch.setattr(Teacher, "__call__", teacher)
+    tasks.run(chosen, tmp_path / "run")
+    assert work.learnt == sum(parameter.numel() for parameter in seen["learnt"])
+    assert work.kept == pytest.approx(seen["kept"], rel=0.02)
+    assert work.operations == pytest.approx(seen["cost"].operations, rel=0.1)
+    assert work.flops == pytest.approx(seen["cost"].flops, rel=0.05)
+    if chosen.states == "data":
+        assert work.first == (0, 0.0, 0)
+        return
+    passes, flops, _ = work.first
+    assert passes == len(seen["teacher"])  # before the step, in which none is needed
+    assert flops == pytest.approx(seen["teacher"][0].flops, rel=0.05)
+    again = estimates.look_at_distillation(
+        chosen.model_copy(update={"trajectories": str(tmp_path / "run" / "trajectories")}), "fp32"
+    )
+    assert again.first[0] == 0, "recorded paths are used again"
+
+
+@pytest.mark.journey
+def test_a_distillation_takes_about_the_time_that_was_estimated(tmp_path):
+    chosen = distillation(tmp_path, steps=10, trajectory_count=16)
+    found = estimates.estimated(chosen)
+    begun = time.perf_counter()
+    tasks.run(chosen, tmp_path / "run")
+    assert 0 < found.recording < found.seconds
+    assert found.seconds / 4 < time.perf_counter() - begun < found.seconds * 4
+
+
+def test_command_and_page_of_distilling(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
+    chosen = distillation(tmp_path)
+    assert command(["train", "distill", "--prompts", chosen.prompts, "--device", "cpu", "--estimate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory_total"] == sum(found["memory"].values()) > 50e6
+    assert 0 < found["seconds_recording"] < found["seconds"]
+    shown = {name: distill.schema_form.show(item, item.default) for name, item in distill.KNOWN.items()}
+    shown |= {"prompts": "a flat icon of a dog", "styles": [], "device": "cpu"}
+    monkeypatch.setattr(estimates, "apart", estimates.estimated)  # which a test above calls
+    line = distill.needed(*(shown[name] for name in distill.NAMES))
+    assert line.startswith("About ")
+    assert "to record trajectories)" in line
+    assert command(["train", "scene", "--estimate"]) == 2
+    with pytest.raises(InputError, match="not estimated"):
+        kinds.find("compose").counts()

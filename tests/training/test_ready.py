@@ -85,7 +85,7 @@ def test_wrong_input_makes_no_job(
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(values))
     folder = str(tmp_path / "run")
-    for more in ([], ["--detach"], ["--folder", folder], *([["--estimate"]] if kind in ("image", "language") else [])):
+    for more in ([], ["--detach"], ["--folder", folder], ["--estimate"]):
         assert command(["train", kind, str(file), *more]) == 2
         assert sentence in capsys.readouterr().err
     assert jobs.list() == []

@@ -10,11 +10,12 @@ import gradio as gr
 
 from studio import jobs
 from studio.datasets.prompts import keep_prompts
-from studio.training import presets
+from studio.training import presets, ready
 from studio.training.schemas.distill import DistillConfig
 from ui import markup
 from ui.components import faces, schema_form, training_run
 from ui.components import presets as preset_fields
+from ui.errors import errors_shown
 from ui.pages import compose
 
 KNOWN = schema_form.fields(DistillConfig)
@@ -65,9 +66,13 @@ def build() -> Page:
         form = _settings()
         with gr.Row(elem_classes="as-actions"):
             start = gr.Button("Start distilling", variant="primary", elem_id="distill-start", scale=3)
+            ask = gr.Button("Memory and time", elem_id="distill-estimate", scale=1, min_width=120)
+        needs = gr.HTML("", elem_id="distill-needs", elem_classes="as-help", apply_default_css=False)
     with gr.Column(scale=6, min_width=320, elem_classes="as-training-result"):
         result = training_run.Run.draw("distill", _EMPTY)
-    result.follow_job(start, _begin, [form[name] for name in NAMES])
+    inputs = [form[name] for name in NAMES]
+    ask.click(errors_shown(needed), inputs, needs, api_visibility="private")
+    result.follow_job(start, _begin, inputs)
     return Page(form, result.job, result.try_it, result.step, result.view)
 
 
@@ -161,6 +166,15 @@ def config_of(values: Sequence[Any]) -> DistillConfig:
     if written.strip() or not str(config["data"]).strip():
         config["prompts"] = str(keep_prompts(written, str(config["name"])))
     return DistillConfig.parse(config, source="the form")
+
+
+def needed(*values: Any) -> str:
+    """Memory and time of the form's distillation, as a line of HTML."""
+    from studio.training import estimate
+
+    config = config_of(values)
+    ready.distill(config)
+    return markup.text(estimate.sentence(estimate.apart(config)))
 
 
 def _begin(*values: Any) -> str:

@@ -21,6 +21,7 @@ def register(group: typer.Typer, kind: Kind) -> None:
     def train(
         fields: dict[str, Any],
         config: Annotated[Path | None, typer.Argument(help="Configuration file; flags change what it says.")] = None,
+        estimate: training_run.Estimate = False,
         folder: training_run.Folder = None,
         resume: training_run.Resume = False,
         keep: training_run.Keep = False,
@@ -29,7 +30,21 @@ def register(group: typer.Typer, kind: Kind) -> None:
         json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        chosen = training_run.read(schema, config, fields, folder, resume, keep=keep)
-        training_run.begin(chosen, folder, resume, detach, Output(json, quiet), training_run.kept(keep, step))
+        chosen, output = training_run.read(schema, config, fields, folder, resume, keep), Output(json, quiet)
+        if estimate:
+            training_run.estimate(chosen, output)
+            return
+        if kind.estimate and not (keep or detach or quiet or folder or _embedded(chosen)):
+            training_run.announce(chosen, output)
+        training_run.begin(chosen, folder, resume, detach, output, training_run.kept(keep, step))
 
-    group.command(kind.train, help=kind.help)(with_options(schema)(train))
+    hidden = () if kind.estimate else ("estimate",)
+    group.command(kind.train, help=kind.help)(with_options(schema, skip=hidden)(train))
+
+
+def _embedded(config: Any) -> bool:
+    """Whether the base is shipped with the studio, so small that its cost needs no announcement."""
+    import assets
+    from studio import library
+
+    return Path(library.resolve_pipeline(config.base)).is_relative_to(assets.path("models"))

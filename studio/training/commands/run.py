@@ -83,14 +83,14 @@ def check(config: JobConfig) -> None:
     kinds.find(config.kind).check(config)
 
 
-def estimate(config: estimates.Config, output: Output) -> None:
+def estimate(config: JobConfig, output: Output) -> None:
     """Print an estimate of memory and time, without training."""
     check(config)
     found = estimates.estimated(config)
     output.result(found.as_json(), estimates.sentence(found))
 
 
-def announce(config: estimates.Config, output: Output) -> None:
+def announce(config: JobConfig, output: Output) -> None:
     """Print an estimate before a real model is loaded."""
     check(config)
     try:

@@ -19,9 +19,7 @@ from torch import nn
 
 from adapters.errors import InputError
 from adapters.files import whole, write_text
-from adapters.formats import LoraFile, read
-from adapters.formats.fit import fit
-from adapters.layers.gated import Adapter, GatedAdapters
+from adapters.formats import LoraFile
 from adapters.plugin import Handles, Layers, Outputs, Plugin
 from adapters.progress import Monitor, Progress
 from pipelines.diffusion.checks import check_pristine
@@ -60,11 +58,12 @@ from studio.training.session import SILENT, TrainSession
 from studio.training.supply import Batch, bucket_rule
 from studio.training.task import Task
 from studio.training.tasks.image import ImageTask
-from studio.training.teacher import Teacher, path_of
+from studio.training.teacher import Teacher, path_of, styles_attached
 
 KIND = Kind(
     "distill", "studio.training.schemas.distill:DistillConfig", "studio.training.tasks.distillation:run",
     continues=True, ready="studio.training.ready:distill",
+    estimate="studio.training.estimate:look_at_distillation",
     afterwards="studio.library.adopt:trained", title="Distil", train="distill",
     help="Distil guidance (one pass per step instead of two) or few-step sampling into a LoRA.",
     example="studio train distill --prompts prompts.txt --guidance 4 --name guided",
@@ -135,7 +134,8 @@ class DistillationTask(Task):
     def encode(self) -> None:
         wanted, pictures = self.asked, self.pictures
         self.path = path_of(pictures.family, wanted.knots) if self._needs_path else None
-        self._attach_styles()
+        device = self.session.accelerator.device
+        self.attached.enter_context(styles_attached(wanted, pictures.family, device))
         self.teacher = Teacher(pictures.family, wanted, pictures.family.null_condition(wanted.null_prompt))
         if wanted.states == "data":
             assert self.report is not None
@@ -170,25 +170,6 @@ class DistillationTask(Task):
                 f"Guidance as an embedding is for UNet models (SD, SDXL), not for {self.family.name}: choose "
                 "guidance_mode 'fixed' or 'strength'."
             )
-
-    def _attach_styles(self) -> None:
-        """Let the styles act on the base, in teacher and student alike."""
-        names = self.asked.styles
-        if not names:
-            return
-        from studio import library
-
-        models = {self.family.denoiser_name: self.family.denoiser, **self.family.encoder_parts}
-        chosen = [style(text) for text in names]
-        files = [fit(read(library.resolve_adapter(name)), models, self.asked.base, tables=False) for name, _ in chosen]
-        for component, model in models.items():
-            parts = [
-                Adapter(file.parts.get(component, {}), strength=weight)
-                for file, (_, weight) in zip(files, chosen, strict=True)
-            ]
-            if any(part.layers for part in parts):
-                engine = GatedAdapters(model, parts, self.session.accelerator.device, model.dtype)
-                self.attached.enter_context(engine.attached()).joint([1.0] * len(parts))
 
     def _prepare_trajectories(self, report: FolderReport | None) -> None:
         wanted, family, accelerator = self.asked, self.family, self.session.accelerator

@@ -49,11 +49,10 @@ from studio.training.trainee import Trainee
 
 KIND = Kind(
     "train-image", "studio.training.schemas.image:TrainImageConfig", "studio.training.tasks.image:run",
-    continues=True, ready="studio.training.ready:image",
+    continues=True, ready="studio.training.ready:image", estimate="studio.training.estimate:look",
     afterwards="studio.library.adopt:trained", title="Train", train="image",
     help="Train a LoRA of a text-to-image model from a folder of pictures.",
     example="studio train image --data photos/ --preset concept --trigger zxq --name my-thing",
-    command="studio.training.commands.image",
 )  # fmt: skip
 
 

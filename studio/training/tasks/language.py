@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 KIND = Kind(
     "train-language", "studio.training.schemas.language:TrainLanguageConfig", "studio.training.tasks.language:run",
     continues=True, ready="studio.training.ready:language", together="studio.training.together",
+    estimate="studio.training.estimate:look_at_language",
     afterwards="studio.library.adopt:trained", title="Language", train="language",
     help="Train a LoRA of a language model from rows of text.",
     example="studio train language --data facts.jsonl --name facts",
