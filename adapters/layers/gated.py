@@ -531,6 +531,19 @@ class _Acting:
         return forward(x)
 
 
+def summed(
+    name: str, module: nn.Module, adapters: Sequence[Adapter], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The adapters of ``module`` at their strengths as one: A (R, in), B (R, out), and the sum of DoRA's d_i (out,).
+
+    y = W0 x + d * (W0 x) + B^T A x, with every scale, strength and DoRA norm in B; d is None without DoRA.
+    """
+    layers = [adapter.layers.get(name) for adapter in adapters]
+    pairs, rows = _pairs(name, module, layers, adapters, device, dtype)
+    A, B = _joined(pairs)
+    return A, B, None if rows is None else rows.sum(0)
+
+
 def _pairs(
     name: str,
     module: nn.Module,
