@@ -60,10 +60,14 @@ def load(
     from pipelines.diffusion import MultiLoRAPipeline
 
     silence.loading_bars()
+    from studio.composition import base_settings
+
     place = library.resolve_pipeline(os.fspath(base))
-    return MultiLoRAPipeline.from_pretrained(
+    pipe = MultiLoRAPipeline.from_pretrained(
         place, family, dtype, device, attention, memory, quantization, os.fspath(denoiser)
     )
+    pipe.usual = base_settings.of_pipeline(os.fspath(base), pipe.pipe)
+    return pipe
 
 
 def compose(

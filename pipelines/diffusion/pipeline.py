@@ -66,6 +66,9 @@ class MultiLoRAPipeline:
         pipe: a diffusers pipeline of a known family; it is used, not copied.
         settings: its settings (default: read from ``pipe``).
 
+    Attributes:
+        usual: steps and guidance of a call that asks for none: the base's own, unless set to others.
+
     Raises:
         InputError: an unknown family, a base that is not supported, or a pipeline that already has adapters.
     """
@@ -73,6 +76,7 @@ class MultiLoRAPipeline:
     def __init__(self, pipe: Any, settings: Settings | None = None) -> None:
         self.pipe = pipe
         self.family: Family = family_of(pipe)
+        self.usual = self.family.usual(pipe)
         self.settings = settings or self._found_settings()
         self.rack = Rack(pipe, self.family, self.settings)
         self.composition = Composition()
@@ -136,6 +140,7 @@ class MultiLoRAPipeline:
         pipe = kind(**{**plain, **own, **parts})
         pipe.set_progress_bar_config(**getattr(self.pipe, "_progress_bar_config", {}))
         other = MultiLoRAPipeline(pipe, self.settings)
+        other.usual = self.usual
         other.rack.loaded, other.composition = dict(self.rack.loaded), self.composition
         return other
 
@@ -273,7 +278,7 @@ class MultiLoRAPipeline:
                 is left.
         """
         with sampling(self.pipe, scheduler, self.family.flow) as fresh:
-            count = self.family.usual(self.pipe)[0] if steps is None else steps
+            count = self.usual[0] if steps is None else steps
             positions = self._positions(fresh, count, others, self._pixels(None, None, others))
         guidance, mark = self._check_use(guidance_scale, True)
         plan, _ = self._planned(positions, self._guided(guidance, mark), prompt, image=others.get("image"))
@@ -381,7 +386,7 @@ class MultiLoRAPipeline:
         check_prompt(negative_prompt, "The negative prompt")
         ours = diffusers_arguments(self.pipe, others, {"steps": steps, "images": images, "frames": frames})
         call = Call(
-            prompt, negative_prompt, ours.get("steps", self.family.usual(self.pipe)[0]), guidance_scale, seed,
+            prompt, negative_prompt, ours.get("steps", self.usual[0]), guidance_scale, seed,
             ours.get("images", 1), width, height, scheduler, monitor or Silent(), preview_every, true_cfg_scale,
             output_type, allow_double_guidance, ours.get("generator"), ours.get("callback_on_step_end"),
             tuple(ours.get("callback_on_step_end_tensor_inputs", ())), tuple(strengths), ours["more"],
@@ -424,8 +429,7 @@ class MultiLoRAPipeline:
             raise InputError("This base is distilled and takes no guidance: leave guidance_scale out, or set it to 1.")
         wanted = call.true_cfg_scale if flow_flux else self._wanted_guidance(call)
         guidance, mark = self._check_use(wanted, call.allow_double_guidance)
-        usual = self.family.usual(self.pipe)[1]
-        scale = (usual if call.guidance_scale is None else call.guidance_scale) if flow_flux else guidance
+        scale = (self.usual[1] if call.guidance_scale is None else call.guidance_scale) if flow_flux else guidance
         width, height = call.width, call.height
         check_call(self.family, self.pipe, call.steps, scale, call.images, (width, height), call.seed)
         check_pristine(self.pipe, self.rack.components)
@@ -496,7 +500,7 @@ class MultiLoRAPipeline:
         """The guidance of a call, and the mark of the distilled adapter in use."""
         family = self.family
         off = 1.0 if family.guidance_input else family.no_guidance
-        usual = 5.0 if family.guidance_input else family.usual(self.pipe)[1]
+        usual = 5.0 if family.guidance_input else self.usual[1]
         return check_use(self._active_marks(), self.composition.method, guidance, allow_double, usual, off)
 
     def _guided(self, guidance: float, mark: Mark | None) -> bool:

@@ -1,4 +1,4 @@
-"""Steps and guidance of a composition that asks for none: measured ones, or those of the base's family and kind."""
+"""Steps and guidance of pictures that ask for none: measured ones, or those of the base's family and kind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import assets
 from adapters.errors import InputError
-from pipelines.diffusion.families import FAMILIES, Family
+from pipelines.diffusion.families import FAMILIES, Family, family_of
 from studio import library
 from studio.composition import distilled_adapters
 from studio.composition.canvas_size import family
@@ -32,21 +33,33 @@ def usual(base: str) -> tuple[int, float]:
     return steps, _measured(base, guidance)
 
 
+def of_pipeline(base: str, pipe: Any) -> tuple[int, float]:
+    """As :func:`usual`, of a base that is open.
+
+    Args:
+        base: as it was named when ``pipe`` was opened.
+        pipe: the diffusers pipeline.
+    """
+    steps, guidance = family_of(pipe).usual(pipe)
+    return steps, _measured(base, guidance)
+
+
 def decided(config: ComposeConfig, pipe: Any) -> dict[str, Any]:
     """Steps and guidance where ``config`` has none: what its distilled adapter was made for, else the base's own.
 
     Args:
         pipe: the opened :class:`pipelines.diffusion.MultiLoRAPipeline`.
     """
-    steps, guidance = pipe.family.usual(pipe.pipe)
-    usual = {"steps": steps, "guidance_scale": _measured(config.base, guidance)}
+    usual: dict[str, Any] = dict(zip(("steps", "guidance_scale"), of_pipeline(config.base, pipe.pipe), strict=True))
     none = 1.0 if pipe.family.guidance_input else pipe.family.no_guidance
     usual |= distilled_adapters.suited(config.model_dump(include={"adapters"}), none)
     return {name: usual[name] for name in ("steps", "guidance_scale") if getattr(config, name) is None}
 
 
 def _measured(base: str, guidance: float) -> float:
-    return MEASURED.get(base, {}).get("guidance_scale", guidance)
+    """The measured guidance of an embedded base, by its name or place; ``guidance`` for others."""
+    found = {name for name in MEASURED if base == name or Path(base) == assets.path(f"models/{name}")}
+    return MEASURED[found.pop()]["guidance_scale"] if found else guidance
 
 
 def _index(place: Path) -> dict[str, Any]:

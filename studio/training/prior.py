@@ -19,18 +19,22 @@ from studio.datasets.buckets import Size
 from studio.datasets.cache import key_of
 from studio.datasets.seeds import generator
 
-STEPS = 25
-GUIDANCE = 5.0
 BATCH = 4
 
+Usual = tuple[int, float]
+"""Steps and guidance of the base, see :mod:`studio.composition.base_settings`."""
 
-def class_folder(root: Path, base_digest: str, prompt: str, size: Size) -> Path:
+
+def class_folder(root: Path, base_digest: str, prompt: str, size: Size, usual: Usual) -> Path:
     """Where the class pictures of a base, prompt and size are kept."""
-    return root / "class" / key_of(base_digest, prompt, size, STEPS, GUIDANCE)
+    return root / "class" / key_of(base_digest, prompt, size, *usual)
 
 
-def draw_class_pictures(pipe: Any, folder: Path, prompt: str, count: int, size: Size, monitor: Monitor) -> list[Path]:
+def draw_class_pictures(
+    pipe: Any, folder: Path, prompt: str, count: int, size: Size, usual: Usual, monitor: Monitor
+) -> list[Path]:
     """Draw the missing pictures; picture i always has seed i. Returns the first ``count``."""
+    steps, guidance = usual
     files = [folder / f"{number:05d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     for start in range(0, len(missing), BATCH):
@@ -39,8 +43,8 @@ def draw_class_pictures(pipe: Any, folder: Path, prompt: str, count: int, size: 
         with torch.no_grad():
             made = pipe(
                 prompt=[prompt] * len(numbers),
-                num_inference_steps=STEPS,
-                **family_of(pipe).guidance_arguments(GUIDANCE),
+                num_inference_steps=steps,
+                **family_of(pipe).guidance_arguments(guidance),
                 **family_of(pipe).picture_arguments(),
                 width=size[0],
                 height=size[1],

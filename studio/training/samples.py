@@ -14,6 +14,7 @@ from PIL import Image
 from adapters.files import whole
 from pipelines.diffusion.drawing import stills
 from pipelines.diffusion.families import family_of
+from studio.composition import base_settings
 from studio.datasets.buckets import Size
 from studio.datasets.seeds import global_seed
 from studio.training.schemas.image import TrainImageConfig
@@ -45,13 +46,16 @@ def evaluation(pipe: Any, device: torch.device) -> Iterator[None]:
 def draw_samples(
     pipe: Any, prompts: Sequence[str], size: Size, config: TrainImageConfig, device: torch.device
 ) -> list[Image.Image]:
-    """One picture per prompt; picture i uses ``sample_seed + i``."""
+    """One picture per prompt; picture i uses ``sample_seed + i``. Steps and guidance that are empty are the base's."""
+    steps, guidance = base_settings.of_pipeline(config.base, pipe)
+    steps = config.sample_steps or steps
+    guidance = guidance if config.sample_guidance is None else config.sample_guidance
     pictures = []
     with torch.no_grad(), evaluation(pipe, device), global_seed(config.sample_seed, "samples"):
         for number, prompt in enumerate(prompts):
             made = pipe(
-                **_arguments(pipe, prompt, config),
-                num_inference_steps=config.sample_steps,
+                **_arguments(pipe, prompt, config.sample_negative, guidance),
+                num_inference_steps=steps,
                 **family_of(pipe).size_arguments(pipe, size[1], size[0]),
                 generator=torch.Generator().manual_seed(config.sample_seed + number),
             )
@@ -59,9 +63,9 @@ def draw_samples(
     return pictures
 
 
-def _arguments(pipe: Any, prompt: str, config: TrainImageConfig) -> dict[str, Any]:
+def _arguments(pipe: Any, prompt: str, negative: str, scale: float) -> dict[str, Any]:
     """Prompts and guidance as arguments of the pipeline; encoded, if it takes a negative prompt in no other way."""
-    family, scale, negative = family_of(pipe), config.sample_guidance, config.sample_negative
+    family = family_of(pipe)
     if not negative or "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
         return {"prompt": prompt, **family.guidance_arguments(scale, negative), **family.picture_arguments()}
     encoding = family.encode(pipe, prompt, negative, 1, scale > family.no_guidance)

@@ -5,14 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import torch
+from PIL import Image
 
+import assets
+import studio
 from adapters.progress import Silent
 from studio.cli.app import run
 from studio.composition import base_settings, recipe_png, recipes, sweep
 from studio.composition import job as compose
 from studio.composition.schema import ComposeConfig
 from studio.composition.sweep_schema import SweepConfig
+from studio.datasets import seeds
+from studio.training import prior, samples
+from studio.training.schemas.image import TrainImageConfig
 from tests import tiny
 from ui.pages import compose as page
 
@@ -88,6 +96,29 @@ def test_a_distilled_adapter_decides_where_nothing_is_said(base: Path, tmp_path:
     assert base_settings.decided(said, pipe) == {"steps": 3}
     pipe = _Opened(tiny.sd())
     assert base_settings.decided(config, pipe) == {"steps": 3, "guidance_scale": 1.0}
+
+
+def test_python_draws_as_page_and_command(tmp_path: Path) -> None:
+    for name in ("tinymoji", assets.path("models/tinymoji")):
+        with studio.load(name) as pipe:
+            assert pipe.usual == base_settings.usual(str(name)) == (25, 4.0)
+            assert pipe.for_task("image").usual == pipe.usual
+    plain, said = (pipe("a flat icon of a dog", steps=2, **more).images[0] for more in ({}, {"guidance_scale": 4.0}))
+    assert plain.tobytes() == said.tobytes()
+
+
+def test_pictures_of_a_training_are_drawn_as_the_base_was_made_for(base: Path, tmp_path: Path) -> None:
+    """Samples and class pictures alike."""
+    config = TrainImageConfig(base=str(base), data="x", trigger="zxq", class_prompt="a cat")
+    assert (config.sample_steps, config.sample_guidance) == (None, None)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base, safety_checker=None)
+    own = {"num_inference_steps": 2, "guidance_scale": 1.0, "width": 32, "height": 32}
+    drawn = samples.draw_samples(pipe, ["a cat"], (32, 32), config, torch.device("cpu"))[0]
+    assert drawn.tobytes() == pipe("a cat", generator=torch.Generator().manual_seed(0), **own).images[0].tobytes()
+    usual = base_settings.of_pipeline(str(base), pipe)
+    kept = prior.draw_class_pictures(pipe, tmp_path, "a cat", 1, (32, 32), usual, Silent())[0]
+    again = pipe("a cat", generator=seeds.generator(0, "class-picture", 0), **own).images[0]
+    assert Image.open(kept).tobytes() == again.tobytes()
 
 
 class _Opened:

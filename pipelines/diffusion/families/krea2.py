@@ -107,8 +107,8 @@ class Krea2(Family):
         precedence=7,
     )
 
-    def usual(self, pipe: Any) -> tuple[int, float]:
-        return (8, 0.0) if pipe.config.is_distilled else super().usual(pipe)
+    def usual_of(self, name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+        return (8, 0.0) if config.get("is_distilled") else super().usual_of(name, config)
 
     def resolution(self, pipe: Any) -> int:
         return 128 * latent_factor(pipe)  # nothing in the configuration says it

@@ -56,9 +56,10 @@ class PictureFields(BaseModel):
         description="Folder of the caches and drawn class pictures; empty = the studio's own.",
         json_schema_extra=_MEMORY_MORE,
     )
-    sample_steps: int = Field(
-        20, ge=1, le=1000, description="Denoising steps of a sample.", json_schema_extra=_OUTPUT_MORE
-    )
+    sample_steps: int | None = Field(
+        None, ge=1, le=1000, description="Denoising steps of a sample; empty = the base's own.",
+        json_schema_extra=_OUTPUT_MORE,
+    )  # fmt: skip
     sample_seed: int = Field(
         0, ge=0, description="Seed of the samples, always the same.", json_schema_extra=_OUTPUT_MORE
     )
@@ -262,7 +263,9 @@ class TrainImageConfig(MethodFields, PictureFields, ModelChoice, AdapterTrainCon
 
     # ---------------------------------------------------------------- Samples and saving
     sample_negative: str = Field("", description="Negative prompt of the samples.", json_schema_extra=_OUTPUT_MORE)
-    sample_guidance: float = Field(5.0, ge=0, description="Guidance of the samples.", json_schema_extra=_OUTPUT_MORE)
+    sample_guidance: float | None = Field(
+        None, ge=0, description="Guidance of the samples; empty = the base's own.", json_schema_extra=_OUTPUT_MORE
+    )
     validation_split: float = Field(
         0.0,
         ge=0,

@@ -334,7 +334,7 @@ class DistillationTask(Task):
     def sample(self, step: int) -> None:
         """One conditional pass per step; few steps with their own sampler."""
         wanted, pipe = self.asked, self.family.pipe
-        values: dict[str, Any] = {"sample_guidance": 1.0}
+        values: dict[str, Any] = {"sample_guidance": self._scale(1.0)}
         own = pipe.scheduler
         with ExitStack() as stack:
             if wanted.objective == "consistency":
@@ -342,7 +342,7 @@ class DistillationTask(Task):
                 pipe.scheduler = sampler("lcm", own, self.family.denoiser_name != "unet")
                 stack.callback(setattr, pipe, "scheduler", own)
             if wanted.guidance_mode == "embedding":
-                values["sample_guidance"] = wanted.guidance
+                values["sample_guidance"] = self._scale(wanted.guidance)
                 stack.enter_context(embedding.announced(self.family.denoiser))
             self.pictures.draw(step, self.config.model_copy(update=values))
 
@@ -352,7 +352,7 @@ class DistillationTask(Task):
             return
         wanted = self.asked
         config = self.config.model_copy(
-            update={"sample_guidance": wanted.guidance, "sample_negative": wanted.null_prompt}
+            update={"sample_guidance": self._scale(wanted.guidance), "sample_negative": wanted.null_prompt}
         )
         with self.student.off():
             pictures = draw_samples(
@@ -365,6 +365,10 @@ class DistillationTask(Task):
         for number, picture in enumerate(pictures):
             with whole(self.session.folder / "samples" / f"teacher-{number}.png") as part:
                 picture.save(part, format="PNG")
+
+    def _scale(self, guidance: float) -> float:
+        """guidance_scale of the base's pipeline for a guidance where 1 is none."""
+        return guidance - 1 + self.family.about.no_guidance
 
     def mark(self) -> Mark:
         """The file's metadata on the distillation."""

@@ -18,6 +18,7 @@ from adapters.layers.variant import untouched
 from adapters.plugin import Layers, Outputs, Plugin
 from adapters.progress import Monitor, Progress
 from studio import settings
+from studio.composition import base_settings
 from studio.datasets.cache import fingerprint
 from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.plan import PictureSet, Plan
@@ -159,12 +160,12 @@ class ImageTask(Task):
             return None
         place = Path(config.class_data).expanduser()
         if not config.class_data:
-            size = self.rule.square
-            place = class_folder(self._cache_folder, self.session.base_digest, config.class_prompt, size)
+            size, pipe = self.rule.square, self.family.pipe
+            usual = base_settings.of_pipeline(config.base, pipe)
+            place = class_folder(self._cache_folder, self.session.base_digest, config.class_prompt, size, usual)
             if self.session.accelerator.is_main_process:
-                pipe = self.family.pipe
                 files = draw_class_pictures(
-                    pipe, place, config.class_prompt, config.class_images, size, self.session.monitor
+                    pipe, place, config.class_prompt, config.class_images, size, usual, self.session.monitor
                 )
             self.session.accelerator.wait_for_everyone()
         report = usable_pictures(place, skip_broken=config.skip_broken)
