@@ -159,6 +159,10 @@ class Plugin:
         """Entries of the recipe on the training, besides the configuration."""
         return {}
 
+    def texts_beside(self) -> Mapping[str, str]:
+        """Text files to write beside the adapter: name -> text."""
+        return {}
+
     def finalize(self, layers: Layers) -> Layers:
         """Change the adapter (component -> module -> layer) before it is saved as an ordinary LoRA."""
         return layers
@@ -227,6 +231,9 @@ class Plugins:
 
     def recorded(self) -> Mapping[str, Any]:
         return {name: value for plugin in self.plugins for name, value in plugin.recorded().items()}
+
+    def texts_beside(self) -> Mapping[str, str]:
+        return {name: text for plugin in self.plugins for name, text in plugin.texts_beside().items()}
 
     def finalize(self, layers: Layers) -> Layers:
         for plugin in self.plugins:

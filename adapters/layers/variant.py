@@ -7,11 +7,13 @@ PEFT allows one ``LoraVariant`` per layer and adapter; ours is attached after a 
 - an offset (A0, B0), frozen: the model starts as the pre-trained one although A and B are not zero, the base is never
   changed, and the update is s (B A - B0 A0), an ordinary LoRA of rank 2r;
 - a core R (r, r) between A and B (LoRA-SB): the update is s B R A;
+- a share (S2-LoRA): the pair belongs to several layers, and the update is s B diag(v) A with an own v;
 - a rule f that sets how gradients flow (ALLoRA); without one, plain autograd;
 - a perturbation e(x), in training mode only.
 
-Only A, B and the core R are in PEFT's state dict; :func:`read_layers` gives the adapter as an ordinary LoRA. It works
-on quantised bases too, since the base is only called. A layer without parts has no variant and is exactly PEFT's own.
+Only A, B, the core R and v are in PEFT's state dict; :func:`read_layers` gives the adapter as an ordinary LoRA. It
+works on quantised bases too, since the base is only called. A layer without parts has no variant and is exactly PEFT's
+own.
 """
 
 from __future__ import annotations
@@ -36,9 +38,11 @@ from transformers.pytorch_utils import Conv1D
 from adapters.compression.storage import plain_weight
 from adapters.errors import InputError
 from adapters.formats.lora import LoraLayer
+from adapters.layers.shared import Shares
 
 OFFSET = "studio_offset"
 CORE = "lora_R"
+SHARES = "lora_shares"
 PREFIX = "base_model.model."
 
 
@@ -82,8 +86,11 @@ class StudioVariant(LoraVariant):
         down, up, scale = module.lora_A[adapter], module.lora_B[adapter], module.scaling[adapter]
         dropped = module.lora_dropout[adapter](x)
         core = _part(module, CORE, adapter)
+        shares = shares_of(module, adapter)
         if self.rule is not None:
             update = self.rule(module, adapter, dropped)
+        elif shares is not None:
+            update = shares(dropped)
         elif core is not None:
             update = up(_through(core, down(dropped), isinstance(module, LoraConv2d)))
         else:
@@ -197,6 +204,39 @@ def core_of(layer: Any, adapter: str = "default") -> Tensor | None:
     return None if core is None else core.weight
 
 
+def set_shares(layer: Any, shares: Shares, adapter: str = "default") -> None:
+    """Put a share in the place of the layer's own pair, which becomes empty (rank 0) and frozen.
+
+    Raises:
+        InputError: the layer is not linear, or PEFT computes it without variants.
+    """
+    kind = type(layer).__module__.rpartition(".")[2]
+    if kind not in _WITH_VARIANTS or isinstance(layer, LoraConv2d | LoraEmbedding):
+        raise InputError(
+            f"A {type(layer.get_base_layer()).__name__} cannot share a pair: leave it out of the targets, or load the "
+            "base without quantization."
+        )
+    attach(layer, adapter)
+    for name, empty in (("lora_A", slice(0, 0)), ("lora_B", (slice(None), slice(0, 0)))):
+        own = getattr(layer, name)[adapter]
+        own.weight = nn.Parameter(own.weight.detach()[empty].clone(), requires_grad=False)
+        own.out_features, own.in_features = own.weight.shape
+        freeze(layer, name, adapter)
+    if SHARES not in layer.adapter_layer_names:
+        layer.adapter_layer_names = (*layer.adapter_layer_names, SHARES)
+    _store(layer, SHARES, adapter, shares)
+
+
+_WITH_VARIANTS = ("layer", "bnb", "gptq", "hqq", "torchao")
+"""PEFT's modules of layers that call a variant."""
+
+
+def shares_of(layer: Any, adapter: str = "default") -> Shares | None:
+    """The layer's share of a pair, or None."""
+    found: Shares | None = _part(layer, SHARES, adapter)
+    return found
+
+
 def freeze(layer: Any, weight: str, adapter: str = "default") -> None:
     """Freeze ``"lora_A"`` or ``"lora_B"`` for good: PEFT's ``set_adapter`` does not unfreeze it.
 
@@ -221,6 +261,9 @@ def pair(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def effective(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
     """(L, R) with update s L R: L (out, k), R (k, in * kernel), detached, in fp32 or the adapter's higher dtype."""
+    if (shares := shares_of(layer, adapter)) is not None:
+        found, lifted = shares.as_lora()
+        return lifted, found
     down, up = (_precise(tensor.detach().flatten(1)) for tensor in pair(layer, adapter))
     core, offset = core_of(layer, adapter), offset_of(layer, adapter)
     if core is not None:
@@ -250,15 +293,21 @@ def delta_like(layer: Any, adapter: str, weight: Tensor) -> Tensor:
 
 
 def read_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
-    """The adapter of ``model`` as an ordinary LoRA of the untouched base: module path -> copy of its layer (CPU)."""
+    """The adapter of ``model`` as an ordinary LoRA of the untouched base: module path -> copy of its layer (CPU).
+
+    Layers whose share is zero are left out.
+    """
     found = {}
     for name, layer in adapted(model, adapter).items():
         down, up = pair(layer, adapter)
-        plain = core_of(layer, adapter) is None and offset_of(layer, adapter) is None
+        parts = (core_of(layer, adapter), offset_of(layer, adapter), shares_of(layer, adapter))
+        plain = all(part is None for part in parts)
         if plain:
             A, B = down.detach().clone(), up.detach().clone()
         else:
             left, right = effective(layer, adapter)
+            if not left.numel():
+                continue
             A, B = right.reshape(-1, *down.shape[1:]), left.reshape(left.shape[0], -1, *up.shape[2:])
         rank = A.shape[0]
         rslora = bool(layer.use_rslora.get(adapter, False))

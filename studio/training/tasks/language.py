@@ -314,7 +314,7 @@ class LanguageTask(TrainerTask):
         with self.session.best_weights():
             heads, more = _heads(self._model), self.session.plugins.beside()
         options = {"task_type": self.peft_type, "fan_in_fan_out": self._model.peft_config["default"].fan_in_fan_out}
-        beside = {"README.md": self._card(recipe)}
+        beside = {"README.md": self._card(recipe), **self.session.plugins.texts_beside()}
         place = write_model_adapter(
             layers[COMPONENT], folder / name, self.config, recipe, beside, options, heads, more
         )  # fmt: skip
