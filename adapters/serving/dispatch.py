@@ -7,7 +7,7 @@ Tokens are sorted into one segment per adapter; in each module the segments are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +66,18 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def sized(self, rows: int) -> BatchPlan:
+        """The plan for a module that sees so many rows: experts see a token as often as they are chosen for it.
+
+        Raises:
+            ValueError: the rows are not those of the batch, and their tokens have different adapters.
+        """
+        if rows == len(self):
+            return self
+        if len(self.adapters) != 1 or (self._slots < 0).any():
+            raise ValueError(f"A module sees {rows} rows of a batch of {len(self)} tokens with different adapters.")
+        return BatchPlan(self.adapters * rows, self.pool)
+
     def groups(self, module: str) -> list[Group]:
         """The work to do in one module; empty if no token's adapter changes it."""
         if module not in self._groups:
@@ -107,7 +119,7 @@ class LoraDispatch:
         self._plan: BatchPlan | None = None
         self._hooks: dict[str, RemovableHandle] = {}
 
-    def watch(self, modules: Sequence[str] | Iterator[str]) -> None:
+    def watch(self, modules: Iterable[str]) -> None:
         """Put hooks on these modules, where there are none yet."""
         for name in modules:
             if name not in self._hooks:
@@ -134,9 +146,11 @@ class LoraDispatch:
             plan = self._plan
             if plan is not None and name == self.head and plan.head is not None:
                 plan = plan.head
-            if plan is None or not plan.adapters or not (groups := plan.groups(name)):
+            if plan is None or not plan.adapters:
                 return None
-            return self._added(module, args[0], output, groups)
+            plan = plan.sized(output.numel() // output.shape[-1])
+            groups = plan.groups(name)
+            return self._added(module, args[0], output, groups) if groups else None
 
         return act
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
@@ -13,25 +12,7 @@ import torch
 
 from adapters.errors import InputError
 from pipelines.language.loading import longest_input
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to generate.
-
-    Attributes:
-        max_tokens: most new tokens.
-        temperature: 0 always takes the likeliest token; higher is more varied.
-        top_p: sample only from the likeliest tokens that together have this probability.
-        repetition_penalty: above 1 discourages repetition.
-        seed: the same seed gives the same answer.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 0.95
-    repetition_penalty: float = 1.0
-    seed: int = 0
+from pipelines.language.tokens import Sampling
 
 
 def stream(
@@ -71,8 +52,8 @@ def _pieces(
     asked_to_stop = threading.Event()
     options = _options(model, tokenizer, sampling, mark)
     worker = threading.Thread(
-        target=_generate, args=(model, inputs, tokenizer, options, sampling.seed, pieces, asked_to_stop), name="answer",
-        daemon=True,
+        target=_generate, name="answer", daemon=True,
+        args=(model, inputs, tokenizer, options, sampling.seed or 0, pieces, asked_to_stop),
     )  # fmt: skip
     worker.start()
     try:
@@ -185,12 +166,17 @@ def _options(model: Any, tokenizer: Any, sampling: Sampling, mark: str = "") -> 
     }  # fmt: skip
     if sampling.temperature > 0:
         options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    if ends := end_tokens(model, tokenizer, mark):
+        options["eos_token_id"] = sorted(ends)
+    return options
+
+
+def end_tokens(model: Any, tokenizer: Any, mark: str = "") -> set[int]:
+    """The tokens that end an answer: the tokenizer's, the model's, and ``mark`` if it is one token."""
     ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
     if mark and len(one := tokenizer.encode(mark, add_special_tokens=False)) == 1:
         ends.add(one[0])
-    if ends:
-        options["eos_token_id"] = sorted(ends)
-    return options
+    return ends
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from adapters.errors import InputError
-from pipelines.language.answer import Sampling, generated, text_after, written
+from pipelines.language.answer import generated, text_after, written
+from pipelines.language.tokens import Sampling
 from pipelines.multimodal.loading import VisionLanguageModel
 from pipelines.multimodal.messages import PLACE, with_pictures
 

@@ -11,8 +11,9 @@ from typing import Any
 from adapters.compression import L4Q_FILE
 from adapters.errors import InputError
 from pipelines.language.adapters import AdaptedModel
-from pipelines.language.answer import Sampling, stream
+from pipelines.language.answer import stream
 from pipelines.language.loading import LanguageModel, open_model
+from pipelines.language.tokens import Sampling
 from pipelines.multimodal import answer as answers
 from pipelines.multimodal import loading as vision
 from pipelines.multimodal.adapters import AdaptedVision

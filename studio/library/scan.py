@@ -34,6 +34,25 @@ def records(kind: Kind) -> list[Record]:
     return sorted(found.values(), key=lambda record: record.name.lower())
 
 
+def in_folder(root: Path, kind: Kind = "adapter") -> list[Record]:
+    """All adapters, or all base models, below one folder, by name."""
+    found: dict[str, Record] = {}
+    for path in _candidates(root, kind):
+        record = _record(path, kind, "folder", found)
+        found[record.name] = record
+    return sorted(found.values(), key=lambda record: record.name.lower())
+
+
+def stamp(path: Path) -> str:
+    """Changes when the file or folder changes.
+
+    Raises:
+        OSError: it is gone.
+    """
+    path.stat()
+    return _stamp(path)
+
+
 def roots(kind: Kind) -> Iterator[tuple[Path, Source]]:
     """The folders searched, in order of precedence."""
     own, *further = settings.adapter_folders() if kind == "adapter" else settings.base_folders()

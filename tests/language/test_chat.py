@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, Rob
 from adapters.errors import FamilyError, InputError, MissingDependencyError
 from adapters.progress import Silent
 from pipelines.language.adapters import AdaptedModel
-from pipelines.language.answer import Sampling, _until, end_of_turn, prompt, stream
+from pipelines.language.answer import _until, end_of_turn, prompt, stream
 from pipelines.language.loading import open_model
+from pipelines.language.tokens import Sampling
 from studio import jobs, library
 from studio.cli.app import run as command
 from studio.conversation import Question, Variant, parse_adapter, variants_of
