@@ -140,6 +140,21 @@ def paper_layers(layers: int) -> tuple[int, int]:
     return int(0.1 * layers), 1
 
 
+def sized(sizes: Sizes, settings: Settings) -> Pruning:
+    """A pruning of the counts at the end of a run, whatever is chosen (the first groups), for estimates.
+
+    Raises:
+        InputError: a share that leaves nothing, or no block to prune.
+    """
+    settings.check()
+    chosen = prunable(sizes, settings.keep_first, settings.keep_last) if settings.ratio else range(0)
+    counts = (sizes.kv_heads - removed(sizes.kv_heads, settings.ratio),
+              sizes.channels - removed(sizes.channels, settings.ratio))  # fmt: skip
+    kept = Kept(*(tuple(range(count)) for count in counts))
+    layers = tuple(kept if number in chosen else Kept() for number in range(sizes.layers))
+    return with_whole_blocks(Pruning(sizes, layers, f"loraprune {settings.criterion}", settings.ratio))
+
+
 class LoraPrune(Plugin):
     """The criterion, the schedule and the masks, in any training loop with the plugin's hooks.
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters.errors import InputError
 from studio.cli.output import Json, Output, Quiet, size, table
 from studio.cli.schema_options import with_options
 from studio.compression import recover_command
@@ -22,9 +21,15 @@ def register(app: typer.Typer) -> None:
     """Add the group."""
     for name, kind in kinds.compressions().items():
         text = f"{kind.help}\n\nExample:  {kind.example}".replace("[", "\\[") if kind.example else kind.help
-        group.command(name, help=text)(with_options(kind.model(), skip=["base"])(_command(kind)))
+        group.command(name, help=text)(with_options(kind.model(), skip=["base", *fixed(kind)])(_command(kind)))
     group.command("recover")(recover_command.recover)
     app.add_typer(group, name="compress")
+
+
+def fixed(kind: kinds.Kind) -> tuple[str, ...]:
+    """Fields of the kind's configuration that have one possible value."""
+    found: tuple[str, ...] = getattr(kind.model(), "fixed", ())
+    return found
 
 
 @group.command()
@@ -55,7 +60,7 @@ def _command(kind: kinds.Kind) -> Callable[..., None]:
         fields: dict[str, Any],
         base: Annotated[str, typer.Argument(help="Language model: name in the library, or directory.")],
         estimate: Annotated[
-            bool, typer.Option("--estimate", help="Only say how large it will be.", rich_help_panel="Output")
+            bool, typer.Option("--estimate", help="Only say what it will need and give.", rich_help_panel="Output")
         ] = False,
         detach: launch.Detach = False,
         json: Json = False,
@@ -86,19 +91,10 @@ def _command(kind: kinds.Kind) -> Callable[..., None]:
 
 
 def _print_estimate(config: JobConfig, output: Output) -> None:
-    """Print what the result will take; raises :class:`InputError` for methods that know it only afterwards."""
-    from dataclasses import asdict
+    """Print what the job will need and give."""
+    from studio.compression.estimate import sentence
 
-    from studio.compression.estimate import estimated
-    from studio.compression.schema import CompressLqConfig
-
-    kinds.find(config.kind).check(config)
-    if not isinstance(config, CompressLqConfig):
-        raise InputError("--estimate: the size of this method's result is known when it has run.")
-    found = estimated(config)
-    output.result(
-        asdict(found),
-        f"About {size(int(found.bytes))} at {found.bits:.2f} bits per weight (matrices {size(int(found.matrices))}, "
-        f"low-rank part {size(int(found.low_rank))}, the rest {size(int(found.rest))}) instead of "
-        f"{size(int(found.base_bytes))}. {found.advice}",
-    )
+    kind = kinds.find(config.kind)
+    kind.check(config)
+    found = kind.foreseen(config)
+    output.result(found.as_json(), sentence(found))

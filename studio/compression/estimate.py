@@ -1,4 +1,4 @@
-"""What a compression will give, before it runs: bytes from the shapes, and what to expect of the quality."""
+"""What a compression will need and give, before it runs: bytes from the shapes, and what to expect of the quality."""
 
 from __future__ import annotations
 
@@ -6,17 +6,45 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
+from adapters.compression import L4Q_FILE
 from adapters.errors import InputError
-from studio.compression.schema import CompressLqConfig
+from studio.cli.output import size
+from studio.compression.layers import Left
+from studio.compression.schema import CompressL4qConfig, CompressLqConfig
 
 if TYPE_CHECKING:
     from studio.compression.base import Base
+    from studio.schema import JobConfig
 
 GB = 1e9
+
+
+class Forecast(Protocol):
+    """What every estimate says."""
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """(what, how much), readable."""
+        ...
+
+    @property
+    def advice(self) -> str:
+        """What to expect and to do, in a sentence."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[Left]:
+        """Figures per layer, where they are known before the run."""
+        ...
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,17 @@ class Estimate:
     low_rank: float
     rest: float
     bits: float
+    layers: Sequence[Left] = ()
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """(what, how much)."""
+        return [
+            ("Files", f"{size(self.bytes)} instead of {size(self.base_bytes)}"),
+            ("Matrices", f"{size(self.matrices)} at {self.bits:.2f} bits"),
+            *([("Low-rank part", size(self.low_rank))] if self.low_rank else []),
+            ("The rest", size(self.rest)),
+        ]
 
     @property
     def advice(self) -> str:
@@ -47,9 +86,22 @@ class Estimate:
             return "Below 3 bits expect a loss that shows: give rows, and train afterwards with init lq_lora."
         return "Near 2 bits the loss is large: train afterwards with init lq_lora, or take more bits."
 
+    def as_json(self) -> dict[str, Any]:
+        """The numbers."""
+        return {name: value for name, value in asdict(self).items() if name != "layers"}
+
+
+@dataclass(frozen=True)
+class IntegerEstimate(Estimate):
+    """Of an integer base, whose quality its training has measured already."""
+
+    @property
+    def advice(self) -> str:
+        return "Its loss is the training's validation loss, which counted the rounding."
+
 
 def estimated(config: CompressLqConfig) -> Estimate:
-    """The estimate for ``config``; reads only the heads of the base's files.
+    """The estimate of LQ-LoRA; reads only the heads of the base's files.
 
     Raises:
         InputError: a base that cannot be compressed, or a size into which it does not fit.
@@ -62,6 +114,28 @@ def estimated(config: CompressLqConfig) -> Estimate:
     bits = bits_of(config, base, low_rank + rest)
     matrices = base.count * bits / 8
     return Estimate(matrices + low_rank + rest, float(base.bytes), matrices, low_rank, rest, bits)
+
+
+def of_l4q(config: CompressL4qConfig) -> Estimate:
+    """The estimate of the integer base: layers that the adapter did not train stay as they are.
+
+    Raises:
+        InputError: a base that cannot be compressed, or an adapter that was not trained through a rounding.
+    """
+    from safetensors import safe_open
+
+    from studio.compression.base import Base
+    from studio.compression.ready import rounded
+
+    base = Base.of(config.base)
+    with safe_open(rounded(config.adapter) / L4Q_FILE, framework="pt") as opened:
+        bits, group = (int(opened.get_tensor(name)) for name in ("bits", "group"))
+        trained = [name.removesuffix(".step") for name in opened.keys() if name.endswith(".step")]  # noqa: SIM118
+    per_weight = bits + 64 / group  # steps and offsets are fp32
+    count = sum(out * inputs for out, inputs in (base.matrices[name] for name in trained if name in base.matrices))
+    rest = float(base.bytes - sum(base.nbytes(f"{name}.weight") for name in trained if name in base.matrices))
+    matrices = count * per_weight / 8
+    return IntegerEstimate(matrices + rest, float(base.bytes), matrices, 0.0, rest, per_weight)
 
 
 def bits_of(config: CompressLqConfig, base: Base, other: float) -> float:
@@ -86,32 +160,50 @@ def bits_of(config: CompressLqConfig, base: Base, other: float) -> float:
     return min(bits, 8.0)
 
 
-def apart(config: CompressLqConfig) -> Estimate:
-    """:func:`estimated` in a separate process, so that the caller does not load torch.
+def sentence(found: Forecast) -> str:
+    """The estimate as text."""
+    return "; ".join(f"{what}: {much}" for what, much in found.facts) + f". {found.advice}"
+
+
+@dataclass(frozen=True)
+class Told:
+    """A forecast as plain values."""
+
+    facts: Sequence[tuple[str, str]]
+    advice: str
+    layers: Sequence[Left]
+
+
+def apart(config: JobConfig) -> Told:
+    """The forecast of a compression, made in a separate process, so that the caller does not load torch.
 
     Raises:
-        InputError: as :func:`estimated`.
+        InputError: as the kind's estimate.
     """
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "config.yaml"
         file.write_text(config.to_yaml(), encoding="utf-8")
-        asked = [sys.executable, "-c", f"from {__name__} import printed; printed()", str(file)]
+        asked = [sys.executable, "-c", f"from {__name__} import printed; printed()", config.kind, str(file)]
         answer = subprocess.run(asked, capture_output=True, text=True, check=False)
     try:
-        found = json.loads(answer.stdout)
+        found: Mapping[str, Any] = json.loads(answer.stdout)
     except ValueError:
-        raise InputError("The estimate could not be made: see  studio compress lq BASE --estimate.") from None
+        raise InputError("The estimate could not be made: see  studio compress METHOD BASE --estimate.") from None
     if "error" in found:
         raise InputError(found["error"])
-    return Estimate(**found)
+    return Told([(what, much) for what, much in found["facts"]], found["advice"], [Left(**o) for o in found["layers"]])
 
 
 def printed() -> None:
-    """Print the estimate of a configuration file as JSON, in the process that :func:`apart` starts."""
+    """Print the forecast of ``KIND FILE`` as JSON, in the process that :func:`apart` starts."""
     from studio import silence
+    from studio.jobs import kinds
 
     silence.library_warnings()
+    kind = kinds.find(sys.argv[1])
     try:
-        print(json.dumps(asdict(estimated(CompressLqConfig.from_yaml(sys.argv[1])))))
+        found: Forecast = kind.foreseen(kind.model().from_yaml(sys.argv[2]))
+        layers = [{"title": one.title, "values": dict(one.values), "shape": one.shape} for one in found.layers]
+        print(json.dumps({"facts": found.facts, "advice": found.advice, "layers": layers}))
     except InputError as error:
         print(json.dumps({"error": str(error)}))

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from adapters.compression.structure import read_pruning
+from adapters.compression.structure import Pruning, read_pruning
 from pipelines.language.compressed import Matrix, read_manifest
 
 
@@ -26,8 +27,16 @@ def of_base(folder: str | Path) -> list[Left]:
     if manifest is not None:
         return [Left("Bits per weight, layer by layer", bits_by_layer(manifest.matrices), "{:.2f}")]
     pruning = read_pruning(Path(folder))
-    if pruning is None:
-        return []
+    return [] if pruning is None else of_pruning(pruning)
+
+
+def of_job(result: Mapping[str, Any] | None) -> list[Left]:
+    """The figures of what a finished compression made: its base, or the pruned one that its adapter learnt on."""
+    return next((of_base(result[key]) for key in ("path", "base", "pruned") if result and result.get(key)), [])
+
+
+def of_pruning(pruning: Pruning) -> list[Left]:
+    """Heads and channels kept of every layer."""
     names = ("Key-value heads kept, layer by layer", "Channels kept, layer by layer")
     return [
         Left(name, {str(layer): float(pair[number]) for layer, pair in enumerate(pruning.counts())}, "{:.0f}")

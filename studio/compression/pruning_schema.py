@@ -17,7 +17,13 @@ _ALIGNMENT_MORE = option("Alignment", advanced=True)
 
 
 class PruningConfig(TrainLanguageConfig):
-    """What both have."""
+    """What both have.
+
+    Attributes:
+        fixed: fields of a training that have one possible value here; forms and commands leave them out.
+    """
+
+    fixed: ClassVar[tuple[str, ...]] = ("preset", "task", "method", "use_dora", "continue_from", "l4q_bits")
 
     preset: str = changed(TrainLanguageConfig, "preset", description="Starting values; there are none for pruning.")
     prune: float = Field(
@@ -72,6 +78,7 @@ class LoraPruneConfig(PruningConfig):
     """Prune a base while a LoRA learns, and merge the two into a smaller base (LoRAPrune)."""
 
     kind: ClassVar[str] = "compress-loraprune"
+    fixed: ClassVar[tuple[str, ...]] = (*PruningConfig.fixed, "init")
 
     criterion: Literal["lora", "gradient", "magnitude", "random"] = Field(
         "lora",
@@ -105,6 +112,7 @@ _REFUSED: list[rules.Refusal] = [
     (lambda c: c.task != "causal", "only models that write (task causal) are pruned: set task to 'causal'"),
     (lambda c: c.method != "lora", "an ordinary LoRA is trained here: set method to 'lora'"),
     (lambda c: c.use_dora, "DoRA's norms do not survive cutting: switch use_dora off"),
+    (lambda c: bool(c.l4q_bits), "the rounding of the small base is not that of the whole one: set l4q_bits to 0"),
     (lambda c: bool(c.continue_from), "the adapter of another base does not fit the pruned one: empty continue_from"),
 ]
 _TIMED: list[rules.Refusal] = [

@@ -31,9 +31,7 @@ def open_whole(config: TrainLanguageConfig) -> LanguageModel:
     Raises:
         InputError: another architecture, or a base that is quantised or pruned already.
     """
-    place = library.resolve_language(config.base)
-    if read_pruning(Path(place)) is not None:
-        raise InputError(f"'{config.base}' is pruned already: prune the model it was made from, with a larger share.")
+    place = check_whole(config)
     base = open_model(
         place, dtype=config.dtype, device=torch.device(devices.resolve(config.device)), attention=config.attention
     )
@@ -44,13 +42,21 @@ def open_whole(config: TrainLanguageConfig) -> LanguageModel:
     return base
 
 
+def check_whole(config: TrainLanguageConfig) -> str:
+    """Where the base of ``config`` is; raises :class:`InputError` for one that is pruned already."""
+    place = library.resolve_language(config.base)
+    if read_pruning(Path(place)) is not None:
+        raise InputError(f"'{config.base}' is pruned already: prune the model it was made from, with a larger share.")
+    return place
+
+
 def write(model: Any, tokenizer: Any, pruning: Pruning, target: Path, config: TrainLanguageConfig, made: str) -> Path:
     """Write the small ``model`` as the directory ``target``, in the precision of its base's files; returns it.
 
     Args:
         made: a sentence for the card: how it came about.
     """
-    dtype = _stored_dtype(config) or next(model.parameters()).dtype
+    dtype = stored_dtype(config) or next(model.parameters()).dtype
     model.config.use_cache = True
     with files.whole(target) as part, silence.no_bars():
         part.mkdir()
@@ -63,7 +69,7 @@ def write(model: Any, tokenizer: Any, pruning: Pruning, target: Path, config: Tr
     return target
 
 
-def _stored_dtype(config: TrainLanguageConfig) -> torch.dtype | None:
+def stored_dtype(config: TrainLanguageConfig) -> torch.dtype | None:
     """The precision named in the base's configuration."""
     place = Path(library.resolve_language(config.base)) / "config.json"
     if not place.is_file():

@@ -34,6 +34,8 @@ class Kind:
             known to fail without doing it.
         estimate: ``"module:function"``, called ``(config, dtype) ->`` :class:`~studio.training.estimate.Work`: what one
             step of a training costs; empty where memory and time are not estimated.
+        forecast: ``"module:function"``, called ``(config)``: what a compression will need and give
+            (:class:`studio.compression.estimate.Forecast`), without doing it.
         afterwards: ``"module:function"``, called ``(config, result) -> result`` when the job is done.
         keeps_pipeline: the job uses the pipeline that the worker keeps loaded; it is released before other kinds.
         together: module of jobs that can run as one: ``check(configs)`` takes them by the name of their file or job
@@ -52,6 +54,7 @@ class Kind:
     continues: bool = False
     ready: str = ""
     estimate: str = ""
+    forecast: str = ""
     afterwards: str = ""
     keeps_pipeline: bool = False
     together: str = ""
@@ -87,6 +90,16 @@ class Kind:
             raise InputError(f"Memory and time of {self.name} are not estimated.")
         function: Callable[..., Any] = _load(self.estimate)
         return function
+
+    def foreseen(self, config: JobConfig) -> Any:
+        """What the job will need and give.
+
+        Raises:
+            InputError: a base that cannot be read or used.
+        """
+        if not self.forecast:
+            raise InputError(f"What {self.title or self.name} needs is known when it has run.")
+        return _load(self.forecast)(config)
 
     def check_together(self, configs: Mapping[str, JobConfig]) -> None:
         """Refuse jobs that cannot run as one; raises :class:`InputError`.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.compression import backends
+from adapters.compression.structure import Pruning, read_pruning
 from adapters.errors import InputError
 from studio.schema import JobConfig
 from studio.training.schemas.distill import DistillConfig
@@ -240,30 +241,23 @@ def stored(model: Any, quantization: str, file: str = "", skip: Collection[str] 
     return few, round(few * backends.probe(quantization).bits / 8)
 
 
-def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
+def look_at_language(config: TrainLanguageConfig, dtype: str, pruning: Pruning | None = None) -> Work:
     """As :func:`look`, for a language model: every sample of a batch is as long as ``max_length`` allows.
+
+    Args:
+        pruning: of the base that is trained on, where ``config`` names the whole one.
 
     Raises:
         InputError: the base is a hub id, or not a model for the task.
     """
     import torch
-    import transformers
 
     from pipelines.language.loading import outputs
-    from studio import library
     from studio.training.language.layers import add_adapter
 
-    source = Path(library.resolve_language(config.base))
-    if not (source / "config.json").is_file():
-        raise InputError(f"What '{config.base}' needs cannot be estimated: only bases that are folders can.")
-    kinds = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
-             "masked": "AutoModelForMaskedLM"}  # fmt: skip
-    made: Any = transformers.AutoConfig.from_pretrained(source)
-    made.use_cache = False
-    kind: Any = getattr(transformers, kinds[config.task])
     plain = config.model_copy(update={"quantization": "none"})  # the same products, on smaller numbers
+    base = shapes_of(config, dtype, pruning)
     with torch.device("meta"):
-        base = kind.from_config(made).to(getattr(torch, _TORCH[dtype])).requires_grad_(False)
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.enable_input_require_grads()
@@ -271,10 +265,7 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
     few = stored(base, config.quantization, skip=outputs(base))
     with torch.device("meta"):
         model = add_adapter(base, plain).train()
-        size = (config.batch_size, config.max_length)
-        ids = torch.zeros(size, dtype=torch.long)
-        mask = torch.zeros(size[0], 1, size[1], size[1], dtype=base.dtype)  # given, so that no library inspects it
-        kept, operations, flops = count(_Logits(model), (ids, mask))
+    kept, operations, flops = count_language(model, config.batch_size, config.max_length)
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     remark = f"Every sample is counted with {config.max_length} tokens (max_length); shorter ones need less"
     if config.method != "lora":
@@ -282,6 +273,47 @@ def look_at_language(config: TrainLanguageConfig, dtype: str) -> Work:
 
         remark = f"{remark}. {sizes_of_experts.size(model)}"
     return Work(counts, learnt, kept, flops, operations, "model", remark, *few)
+
+
+def shapes_of(config: TrainLanguageConfig, dtype: str, pruning: Pruning | None = None) -> Any:
+    """The base of ``config`` with shapes but no values; cut as ``pruning`` says, if there is one.
+
+    Raises:
+        InputError: the base is a hub id.
+    """
+    import torch
+    import transformers
+
+    from studio import library
+
+    source = Path(library.resolve_language(config.base))
+    if not (source / "config.json").is_file():
+        raise InputError(f"What '{config.base}' needs cannot be estimated: only bases that are folders can.")
+    kinds = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
+             "masked": "AutoModelForMaskedLM"}  # fmt: skip
+    own = read_pruning(source)
+    pruning = pruning or (own if own and not own.uniform else None)  # what is cut evenly has an ordinary configuration
+    made: Any = transformers.AutoConfig.from_pretrained(source)
+    made.use_cache = False
+    kind: Any = getattr(transformers, kinds[config.task])
+    with torch.device("meta"):
+        base = kind.from_config(made).to(getattr(torch, _TORCH[dtype])).requires_grad_(False)
+        if pruning is not None:
+            from adapters.compression.slicing import resize
+
+            resize(base, pruning)
+            base.requires_grad_(False)
+    return base
+
+
+def count_language(model: Any, samples: int, length: int) -> tuple[int, int, float]:
+    """:func:`count` of a language model without values, on so many samples of so many tokens."""
+    import torch
+
+    with torch.device("meta"):
+        ids = torch.zeros(samples, length, dtype=torch.long)
+        mask = torch.zeros(samples, 1, length, length, dtype=model.dtype)  # given, so that no library inspects it
+        return count(_Logits(model), (ids, mask))
 
 
 def measured_speed(device: str, dtype: str) -> float:
@@ -320,15 +352,11 @@ def estimated(config: JobConfig) -> Estimate:
     """
     import torch
 
-    from pipelines.precision import DTYPES, choose_dtype
-    from studio import devices
     from studio.jobs import kinds
 
     look_at = kinds.find(config.kind).counts()
     asked: Any = config
-    device = devices.resolve(asked.device)
-    chosen = choose_dtype(asked.dtype, torch.device(device))
-    dtype = next(name for name, value in DTYPES.items() if value == chosen)
+    device, dtype = chosen(asked)
     try:
         work: Work = look_at(asked, dtype)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError, ValueError, OSError) as error:
@@ -338,6 +366,18 @@ def estimated(config: JobConfig) -> Estimate:
         raise InputError(f"What '{asked.base}' needs cannot be estimated: {reason}") from error
     speed = measured_speed(device, dtype)
     return estimate(work, asked, dtype, torch.device(device).type, speed)
+
+
+def chosen(config: Any) -> tuple[str, str]:
+    """Device and precision ("fp32" ...) of ``config`` on this machine."""
+    import torch
+
+    from pipelines.precision import DTYPES, choose_dtype
+    from studio import devices
+
+    device = devices.resolve(config.device)
+    precision = choose_dtype(config.dtype, torch.device(device))
+    return device, next(name for name, value in DTYPES.items() if value == precision)
 
 
 def apart(config: JobConfig) -> Estimate:

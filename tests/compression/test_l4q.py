@@ -32,6 +32,7 @@ from pipelines.language import compressed
 from pipelines.language.loading import open_model
 from studio import library
 from studio.compression import ready
+from studio.compression.estimate import of_l4q
 from studio.compression.methods import l4q as job
 from studio.compression.schema import CompressL4qConfig
 from studio.conversation import Question, Variant
@@ -183,6 +184,11 @@ def test_a_training_becomes_the_integer_base_that_was_trained(trained: dict[str,
     asked = CompressL4qConfig.parse({"base": str(base), "adapter": result["adapter"], "name": "whole numbers"})
     ready.l4q(asked)
     made = job.run(asked, tmp_path, Silent())
+    expected = of_l4q(asked)
+    assert expected.bits == pytest.approx(made["bits"])
+    assert expected.base_bytes == made["base_bytes"]
+    weights = sum(file.stat().st_size for file in Path(made["path"]).glob("*.safetensors"))
+    assert expected.bytes == pytest.approx(weights, rel=0.1)
     assert library.find("whole numbers", "base").notes["compressed"].startswith("l4q, ")
     opened = open_model(made["path"])
     assert storage(opened.model.model.layers[0].self_attn.q_proj) == "int3"

@@ -19,7 +19,7 @@ from adapters.formats.lora import MODEL
 from adapters.progress import Progress
 from pipelines.language.loading import open_model
 from studio import library
-from studio.compression import recovery
+from studio.compression import pruning_estimate, recovery
 from studio.compression.methods import loram, loraprune
 from studio.compression.pruning_schema import LoramConfig, LoraPruneConfig
 from studio.conversation import Question, Variant
@@ -166,6 +166,25 @@ def test_the_pruned_base_is_in_the_library_and_its_adapters_are_recovered(
         recovery.recover(Path(again["adapter"]), different, tmp_path / "x", str(base))
 
 
+def test_the_estimate_of_loram_is_what_comes_out(base: Path, rows: Path, recovered: dict[str, Any]) -> None:
+    config = asked_loram(base, rows, align_data=str(rows), align_steps=6)
+    found = pruning_estimate.of_loram(config)
+    pruning = read_pruning(Path(recovered["pruned"]))
+    assert pruning is not None
+    assert found.pruning.counts() == pruning.counts()
+    assert found.ratios.small == recovered["ratios"]["small"]
+    assert set(found.memory) == {"cutting", "importance", "alignment", "training"}
+    whole: Any = AutoModelForCausalLM.from_pretrained(base)
+    weights = sum(p.numel() * p.element_size() for p in whole.parameters())
+    assert found.memory["importance"] > weights
+    assert found.memory["alignment"] > 16 * found.ratios.small
+    assert [len(one.values) for one in found.layers] == [4, 4]
+    assert "Hold" not in found.advice
+    silent = pruning_estimate.of_loram(asked_loram(base, rows, validation_split=0.0, importance="magnitude"))
+    assert "validation_split" in silent.advice
+    assert set(silent.memory) == {"cutting", "training"}
+
+
 @pytest.mark.parametrize(("stage", "step"), [pytest.param("aligning", 2, marks=pytest.mark.slow), ("training", 2)])
 def test_a_stopped_loram_goes_on_to_the_same_adapter(
     base: Path, rows: Path, home: Path, recovered: dict[str, Any], tmp_path: Path, stage: str, step: int
@@ -227,6 +246,17 @@ def test_the_small_base_opens_in_stock_transformers_and_computes_what_was_traine
 
 
 @pytest.mark.parametrize("pruned", [2], indirect=True)
+def test_the_estimate_of_loraprune_is_what_comes_out(pruned: dict[str, Any]) -> None:
+    found = pruning_estimate.of_loraprune(pruned["config"])
+    assert found.ratios.small == pruned["ratios"]["small"]
+    assert found.files == pytest.approx((Path(pruned["base"]) / "model.safetensors").stat().st_size, rel=0.1)
+    assert found.base_files == (pruned["own"] / "model.safetensors").stat().st_size
+    assert found.as_json()["counts"] == [(1, 32)] * 4
+    with pytest.raises(InputError, match="pruned already"):
+        pruning_estimate.of_loraprune(pruned["config"].model_copy(update={"base": pruned["base"]}))
+
+
+@pytest.mark.parametrize("pruned", [2], indirect=True)
 def test_chat_and_training_use_the_small_base(pruned: dict[str, Any], rows: Path, tmp_path: Path) -> None:
     check_chat(pruned["library"])
     place = library.resolve_language(pruned["library"])
@@ -258,7 +288,8 @@ def test_layers_that_stay_whole_open_here(base: Path, rows: Path, tmp_path: Path
 @pytest.mark.parametrize("pruned", [2], indirect=True)
 def test_refusals(base: Path, rows: Path, pruned: dict[str, Any], tmp_path: Path) -> None:
     for changes, text in (
-        ({"task": "masked"}, "task"), ({"use_dora": True}, "DoRA"), ({"prune": 1.0}, "less than 1"),
+        ({"task": "masked"}, "task"), ({"use_dora": True}, "DoRA"), ({"l4q_bits": 4}, "l4q_bits"),
+        ({"prune": 1.0}, "less than 1"),
         ({"init": "pissa"}, "init"), ({"prune_warmup": 0.5, "prune_cooldown": 0.5}, "prune_warmup"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=text):

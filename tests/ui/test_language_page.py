@@ -13,6 +13,7 @@ from adapters.errors import InputError
 from tests.language import tiny
 from tests.ui.conftest import Tab
 from tests.ui.test_browser import LONG, until_done
+from ui.components import rows_file
 from ui.pages import language
 
 
@@ -122,14 +123,14 @@ def test_the_form_is_the_schema() -> None:
 def test_rows_are_shown_as_they_will_be_understood(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("text,label\n<b>good</b>,yes\nbad,no\n")
-    shown = language.describe(file, "classification")
+    shown = rows_file.describe(file, "classification")
     assert "2 rows; columns text, label" in shown
     assert "<b>good</b>" not in shown  # what a file says never becomes markup
     assert re.search(r"yes</span> &lt;b&gt;good", shown)
-    kept = language.keep(file)
+    kept = rows_file.keep(file)
     assert kept.read_text() == file.read_text()
     with pytest.raises(InputError, match="needs a text and a label"):
-        language.describe(_write(tmp_path / "other.csv", "a,b\n1,2\n"), "classification")
+        rows_file.describe(_write(tmp_path / "other.csv", "a,b\n1,2\n"), "classification")
 
 
 def _write(file: Path, text: str) -> Path:

@@ -10,18 +10,24 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import jobs, library
+from studio.cli.output import size
+from studio.compression import advice, command, layers
 from studio.jobs import Job, kinds
+from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
-from ui.components import job_panel, schema_form
-from ui.components.layer_bars import of_base
+from ui.components import job_panel, layer_bars, loss_plot, method_help, rows_file, schema_form
 from ui.errors import errors_shown
 
 SECONDS = 1.0
+FIRST = "lq"
+"""The method that is chosen at first: it needs nothing but a base."""
+USUAL = ("data", "name", "validation_split", "steps", "rank", "learning_rate", "batch_size", "max_length")
+"""Fields of a training that are shown beside a method's own."""
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _CANCEL = "Cancel"
 _EMPTY = markup.empty(
     "The smaller base appears here",
-    "Choose a method and how small it should be. It becomes a base in your library; what was done can be resumed.",
+    "Choose a method and how small it should be. The result goes into your library; a stopped job can be resumed.",
 )
 
 Form = dict[str, gr.components.Component]
@@ -32,10 +38,12 @@ class Settings:
     """The left side."""
 
     method: gr.Radio
+    told: gr.HTML
     forms: dict[str, Form]
     """Method -> its widgets by field, without the base."""
+    drop: gr.File
+    preview: gr.HTML
     estimate: gr.Button
-    estimated: gr.HTML
     start: gr.Button
 
     @property
@@ -62,39 +70,70 @@ class Result:
         return [self.job, self.timer, self.panel, self.picture, self.cancel, self.resume, self.use]
 
 
-def draw_settings() -> Settings:
-    """Draw the method and its fields inside the current column."""
+def draw_settings(base: str = "") -> Settings:
+    """Draw the method and its fields inside the current column.
+
+    Args:
+        base: the language model that is chosen at first.
+    """
     found = kinds.compressions()
-    first = next(iter(found))
     with gr.Group(elem_classes="as-card"):
-        method = gr.Radio([(kind.title, name) for name, kind in found.items()], value=first, label="Method",
+        method = gr.Radio([(kind.title, name) for name, kind in found.items()], value=FIRST, label="Method",
                           elem_classes="as-choices", elem_id="compress-method")  # fmt: skip
-        told = gr.HTML(_told(first), elem_classes="as-help", apply_default_css=False)
+        told = gr.HTML(lambda: _told(FIRST) + _help(advice.of(base, rows=False)), elem_classes="as-help",
+                       elem_id="compress-told", apply_default_css=False)  # fmt: skip
+    with gr.Group(elem_classes="as-card", visible="data" in schema_form.fields(found[FIRST].model())) as rows:
+        gr.HTML(markup.heading("Rows", "Text of the kind the model is for: conversations, prompts or plain texts."),
+                apply_default_css=False)  # fmt: skip
+        drop = gr.File(label="Drop a file here", file_types=rows_file.TYPES, height=110, elem_id="compress-drop",
+                       show_label=False)  # fmt: skip
+        preview = gr.HTML("", elem_id="compress-preview", apply_default_css=False)
     forms: dict[str, Form] = {}
     areas: list[gr.Column] = []
     for name, kind in found.items():
-        known = schema_form.fields(kind.model())
-        form: Form = {}
-        with gr.Column(visible=name == first, elem_classes="as-form") as area:
-            with gr.Group(elem_classes="as-card"):
-                for item in known.values():
-                    if not item.advanced and item.name != "base":
-                        form[item.name] = schema_form.widget(item, elem_id=f"compress-{name}-{item.name}")
-            with gr.Accordion("Rarely needed", open=False, elem_classes="as-more"):
-                for item in known.values():
-                    if item.advanced and item.name != "base":
-                        form[item.name] = schema_form.widget(item, elem_id=f"compress-{name}-{item.name}")
-        forms[name] = form
+        with gr.Column(visible=name == FIRST, elem_classes="as-form") as area:
+            forms[name] = _form(name, kind)
         areas.append(area)
     with gr.Row(elem_classes="as-actions"):
         estimate = gr.Button("Estimate", elem_id="compress-estimate", scale=1)
         start = gr.Button("Make it smaller", variant="primary", elem_id="compress-start", scale=2)
-    estimated = gr.HTML("", elem_id="compress-estimated", elem_classes="as-help", apply_default_css=False)
     method.change(
-        lambda chosen: [_told(chosen), *(gr.update(visible=name == chosen) for name in found)], method, [told, *areas],
-        **_PRIVATE,
+        lambda chosen: [_told(chosen), gr.update(visible="data" in forms[chosen]),
+                        *(gr.update(visible=name == chosen) for name in found)],
+        method, [told, rows, *areas], **_PRIVATE,
     )  # fmt: skip
-    return Settings(method, forms, estimate, estimated, start)
+    return Settings(method, told, forms, drop, preview, estimate, start)
+
+
+def _form(method: str, kind: kinds.Kind) -> Form:
+    """Draw the fields of a method: its own and the usual ones of a training first, the others by group."""
+    known = schema_form.fields(kind.model())
+    hidden = {"base", *command.fixed(kind)}
+    hidden |= {name for name, (decides, _) in method_help.OPTIONS.items() if decides in hidden}
+    training = set(TrainLanguageConfig.model_fields) if issubclass(kind.model(), TrainLanguageConfig) else set()
+    own = [name for name, item in known.items() if not item.advanced and name not in training]
+    own.sort(key=lambda name: known[name].group == "Data")
+    usual = [name for name in USUAL if name in training]
+    form: Form = {}
+
+    def add(name: str, **more: Any) -> None:
+        form[name] = schema_form.widget(known[name], elem_id=f"compress-{method}-{name}", **more)
+
+    with gr.Group(elem_classes="as-card"):
+        for name in (name for name in (*own, *usual) if name not in hidden):
+            add(name, **({"placeholder": "or drop a file above"} if name == "data" else {}))
+    for group, names in schema_form.groups(known, [*form, *hidden]).items():
+        with gr.Accordion(group, open=False, elem_classes="as-more"):
+            place = gr.Column() if group == "Method" else None
+            for name in names:
+                if place:
+                    form[name] = method_help.widget(known[name], f"compress-{method}")
+                else:
+                    add(name)
+        if place:
+            with place:
+                method_help.watch(form, known, f"compress-{method}")
+    return form
 
 
 def draw_result() -> Result:
@@ -113,9 +152,21 @@ def draw_result() -> Result:
 def wire(settings: Settings, result: Result, base: gr.Dropdown) -> None:
     """Connect both sides; ``base`` is the page's language model."""
 
+    datas: list[Any] = [form["data"] for form in settings.forms.values() if "data" in form]
+
     @errors_shown
     def estimate(method: str, base: str, *values: Any) -> Any:
-        return _estimated(config_of(settings.forms, method, base, values))
+        return [_forecast(config_of(settings.forms, method, base, values)), ""]
+
+    @errors_shown
+    def dropped(file: str | None) -> Any:
+        if not file:
+            return ["", *[""] * len(datas)]
+        kept = rows_file.keep(file)
+        return [rows_file.describe(kept, "causal"), *[str(kept)] * len(datas)]
+
+    def advised(method: str, base: str, *given: str) -> str:
+        return _told(method) + _help(advice.of(base, any(given)))
 
     @errors_shown
     def begin(method: str, base: str, *values: Any) -> Any:
@@ -132,7 +183,10 @@ def wire(settings: Settings, result: Result, base: gr.Dropdown) -> None:
             return ["", gr.Timer(active=False), _EMPTY, "", *[gr.update(visible=False)] * 3]
 
     asked = [settings.method, base, *settings.widgets]
-    settings.estimate.click(estimate, asked, settings.estimated, **_PRIVATE)
+    settings.drop.change(dropped, settings.drop, [settings.preview, *datas], **_PRIVATE)
+    for changed in (base.change, *(data.change for data in datas), settings.method.change):
+        changed(advised, [settings.method, base, *datas], settings.told, **_PRIVATE)
+    settings.estimate.click(estimate, asked, [result.panel, result.picture], **_PRIVATE)
     settings.start.click(begin, asked, result.view, **_PRIVATE)
     result.timer.tick(look, result.job, result.view, **_PRIVATE)
     result.cancel.click(job_panel.stopper(follow), result.job, result.view, **_PRIVATE)
@@ -158,23 +212,23 @@ def config_of(forms: dict[str, Form], method: str, base: str, values: Sequence[A
     return config
 
 
+def _help(sentence: str) -> str:
+    return f"<p>{markup.text(sentence)}</p>" if sentence else ""
+
+
 def _told(name: str) -> str:
-    return f"<p>{markup.text(kinds.compressions()[name].help)}</p>"
+    return _help(kinds.compressions()[name].help)
 
 
-def _estimated(config: Any) -> str:
-    """Bytes and what to expect, where the method can say it before it runs."""
-    if config.kind != "compress-lq":
-        return markup.notice("The size of this method's result is known when it has run.", "info")
+def _forecast(config: Any) -> str:
+    """What the form's job will need and give, before it runs."""
     from studio.compression.estimate import apart
 
     found = apart(config)
-    return markup.facts([
-        ("Files", f"{found.bytes / 1e6:.0f} MB instead of {found.base_bytes / 1e6:.0f}"),
-        ("Matrices", f"{found.matrices / 1e6:.0f} MB at {found.bits:.2f} bits"),
-        ("Low-rank part", f"{found.low_rank / 1e6:.0f} MB"),
-        ("The rest", f"{found.rest / 1e6:.0f} MB"),
-    ]) + f"<p>{markup.text(found.advice)}</p>"  # fmt: skip
+    return (
+        '<section id="compress-estimated" aria-label="Estimate">' + markup.heading("Before it runs", found.advice)
+        + markup.facts(found.facts) + layer_bars.of(found.layers) + "</section>"
+    )  # fmt: skip
 
 
 def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
@@ -184,27 +238,36 @@ def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
     job = jobs.get(job_id)
     return [
         job.id, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)) + _facts(job),
-        of_base(str((job.result or {}).get("path", ""))) if job.status == "done" and (job.result or {}).get("path")
-        else "",
+        loss_plot.of_job(job) + layer_bars.of(layers.of_job(job.result) if job.status == "done" else []),
         gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
         gr.update(visible=job.status in ("cancelled", "interrupted", "failed")),
         gr.update(visible=made(job) is not None),
     ]  # fmt: skip
 
 
-def made(job: Job) -> library.Record | None:
-    """The base that a finished job brought into the library; None if there is none (any more)."""
-    name = (job.result or {}).get("library") if job.status == "done" else None
-    return next((record for record in library.bases() if record.name == name), None)
+def made(job: Job) -> tuple[library.Record, list[str]] | None:
+    """The base to talk to when a job is done, and the adapters on it; None if they are not in the library."""
+    result = job.result or {}
+    if job.status != "done" or "library" not in result:
+        return None
+    if any(record.name == result["library"] for record in library.adapters()) and "adapter" in result:
+        wanted, adapters = str(job.config.get("base", "")), [str(result["library"])]
+    else:
+        wanted, adapters = str(result["library"]), []
+    found = next((record for record in library.bases() if record.name == wanted), None)
+    return None if found is None else (found, adapters)
 
 
 def _facts(job: Job) -> str:
     result = job.result or {}
     if job.status != "done" or "library" not in result:
         return ""
-    figures = [("Bits per weight", result.get("bits"))]
-    if "base_bytes" in result:
-        figures.append(("Files", f"{result['bytes'] / 1e6:.0f} MB instead of {result['base_bytes'] / 1e6:.0f}"))
-    if result.get("plain"):
-        figures.append(("Error with and without the low-rank part", f"{result['error']:.4g} / {result['plain']:.4g}"))
-    return markup.notice(f"In your library as '{result['library']}'.", "info") + markup.facts(figures)
+    ratios = result.get("ratios") or {}
+    kept = f"{ratios['small'] / 1e6:.4g} of {ratios['whole'] / 1e6:.4g} million" if ratios else ""
+    files = f"{size(result['bytes'])} instead of {size(result['base_bytes'])}" if "base_bytes" in result else ""
+    pair = f"{result['error']:.4g} / {result['plain']:.4g}" if result.get("plain") else ""
+    losses = [(f"Loss, {name.replace('_', ' + ')}", f"{loss:.4f}") for name, loss in result.get("losses", {}).items()]
+    return markup.notice(f"In your library as '{result['library']}'.", "info") + markup.facts([
+        ("Bits per weight", result.get("bits")), ("Parameters", kept), ("Files in 16 bits" if kept else "Files", files),
+        ("Error with and without the low-rank part", pair), *losses,
+    ])  # fmt: skip

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from studio.compression import layers
+from studio.compression.layers import Left
 from ui import markup
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 170, 34, 22
 
 
-def of_base(folder: str) -> str:
-    """The pictures of the base in ``folder``; empty if it is not a smaller one."""
-    return "".join(bars(one.values, one.title, one.shape) for one in layers.of_base(folder))
+def of(figures: Iterable[Left]) -> str:
+    """One picture per figure."""
+    return "".join(bars(one.values, one.title, one.shape) for one in figures)
 
 
 def bars(values: Mapping[str, float], title: str, shape: str) -> str:

@@ -99,7 +99,7 @@ def widget(item: Field, **changes: Any) -> gr.components.Component:
     if item.kind in ("integer", "number"):
         return gr.Number(**_number_options(item), **options)
     lines = 1 if item.kind == "text" else 2
-    return gr.Textbox(lines=lines, max_lines=8, placeholder=_PLACEHOLDER[item.kind], **options)
+    return gr.Textbox(lines=lines, max_lines=8, **{"placeholder": _PLACEHOLDER[item.kind], **options})
 
 
 def read(item: Field, value: Any) -> Any:

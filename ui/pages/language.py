@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,16 +12,14 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError, StudioError
-from studio import jobs, library, settings
+from studio import jobs, library
 from studio.conversation import Message, Question, Variant, variants_of
 from studio.conversation.client import Client
-from studio.datasets import texts
-from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
 from studio.jobs import Job
 from studio.training import presets, ready, saved
 from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
-from ui.components import compressing, job_panel, loss_plot, method_help, schema_form, training_run
+from ui.components import compressing, job_panel, loss_plot, method_help, rows_file, schema_form, training_run
 from ui.components import presets as preset_fields
 from ui.errors import errors_shown, say
 
@@ -77,7 +73,7 @@ def build() -> Page:
             with gr.Column(elem_classes="as-form", visible=False) as train_side:
                 form, drop, rows, preview, start = _train_settings(base)
             with gr.Column(elem_classes="as-form", visible=False) as compress_side:
-                smaller = compressing.draw_settings()
+                smaller = compressing.draw_settings(EMBEDDED)
         with gr.Column(scale=8, min_width=320) as chat_result:
             chat = _Chat.draw()
         with gr.Column(scale=8, min_width=320, visible=False) as compress_result:
@@ -94,15 +90,17 @@ def build() -> Page:
     page = Page(base, adapters, mode, result.view)
     _wire_crossing(page, result)
     compressing.wire(smaller, compressed, base)
-    compressed.use.click(errors_shown(_use_smaller), compressed.job, [mode, base], **_PRIVATE)
+    compressed.use.click(errors_shown(_use_smaller), compressed.job, [mode, base, adapters], **_PRIVATE)
     return page
 
 
 def _use_smaller(job_id: str) -> Any:
-    record = compressing.made(jobs.get(job_id))
-    if record is None:
-        raise InputError("This base is no longer in the library.")
-    return ["chat", gr.update(choices=base_choices(), value=record.name)]
+    found = compressing.made(jobs.get(job_id))
+    if found is None:
+        raise InputError("What this job made is no longer in the library.")
+    record, chosen = found
+    return ["chat", gr.update(choices=base_choices(), value=record.name),
+            gr.update(choices=adapter_choices(), value=chosen)]  # fmt: skip
 
 
 def base_choices() -> list[tuple[str, str]]:
@@ -278,7 +276,7 @@ def _train_settings(base: gr.Dropdown) -> tuple[Form, gr.File, gr.State, gr.HTML
         gr.HTML(markup.heading("Rows", "A file of prompts with completions, conversations, texts or labelled texts."),
                 apply_default_css=False)  # fmt: skip
         drop = gr.File(
-            label="Drop a file here", file_types=[".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"], height=110,
+            label="Drop a file here", file_types=rows_file.TYPES, height=110,
             elem_id="language-drop", show_label=False,
         )  # fmt: skip
         rows = gr.State("")
@@ -317,51 +315,6 @@ def _train_settings(base: gr.Dropdown) -> tuple[Form, gr.File, gr.State, gr.HTML
 def preset_values(preset: str) -> list[Any]:
     """Widget values of :data:`PRESET_FIELDS` for a preset."""
     return preset_fields.values(TrainLanguageConfig.kind, KNOWN, PRESET_FIELDS, preset, EMBEDDED)
-
-
-def keep(file: str | Path) -> Path:
-    """Copy a dropped file to where jobs find it later, under the hash of its content."""
-    source = Path(file)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-    target = settings.folder("datasets", f"rows-{digest}") / source.name
-    if not target.is_file():
-        shutil.copyfile(source, target)
-    return target
-
-
-def describe(file: Path, task: str) -> str:
-    """The first rows of a file as a training would read them.
-
-    Raises:
-        InputError: as the training itself.
-    """
-    report = texts.scan(str(file))
-    broken = f"{len(report.broken)} unreadable ({', '.join(map(report.place, list(report.broken)[:5]))})"
-    texts.usable_rows(report, skip_broken=True)
-    understood: list[Any] = (
-        list(labelled_texts(report, Columns())) if task == "classification"
-        else list(plain_texts(report, Columns())) if task == "masked" else conversations(report, Columns())
-    )  # fmt: skip
-    shown = "".join(f"<li>{_example(item)}</li>" for item in understood[:3])
-    facts = f"{len(report.rows)} rows" + (f", {broken}" if report.broken else "")
-    return (
-        f'<section class="as-recipe" aria-label="Rows"><p><strong>{markup.text(file.name)}</strong>: '
-        f"{markup.text(facts)}; columns {markup.text(', '.join(report.columns))}</p><ul>{shown}</ul></section>"
-    )
-
-
-def _example(item: Any) -> str:
-    if isinstance(item, Conversation):
-        turns = (
-            f"{markup.tag(message['role'])} {markup.text(_short(message['content']))}" for message in item.messages
-        )
-        return "<br>".join(turns)
-    label = f"{markup.tag(item.label)} " if item.label is not None else ""
-    return f"{label}{markup.text(_short(item.text))}"
-
-
-def _short(text: str, most: int = 160) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def config_of(data: str, base: str, values: Sequence[Any]) -> TrainLanguageConfig:
@@ -431,16 +384,16 @@ def _wire_train(
     def dropped(file: str | None, task: str) -> Any:
         if not file:
             return "", ""
-        place = keep(file)
+        place = rows_file.keep(file)
         try:
-            return str(place), describe(place, task)
+            return str(place), rows_file.describe(place, task)
         except StudioError as error:
             return str(place), markup.notice(str(error))
 
     @errors_shown
     def look_again(data: str, task: str) -> Any:
         try:
-            return describe(Path(data), task) if data else ""
+            return rows_file.describe(Path(data), task) if data else ""
         except StudioError as error:
             return markup.notice(str(error))
 

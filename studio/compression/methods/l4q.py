@@ -30,6 +30,7 @@ from studio.jobs.kinds import Kind
 KIND = Kind(
     "compress-l4q", "studio.compression.schema:CompressL4qConfig", "studio.compression.methods.l4q:run",
     title="L4Q", compress="l4q", ready="studio.compression.ready:l4q",
+    forecast="studio.compression.estimate:of_l4q",
     help="Make the integer base of an adapter that was trained with l4q_bits (L4Q).",
     example="studio compress l4q smollm2 --adapter facts",
 )  # fmt: skip

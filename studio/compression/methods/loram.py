@@ -42,6 +42,7 @@ KIND = Kind(
     "compress-loram", "studio.compression.pruning_schema:LoramConfig", "studio.compression.methods.loram:run",
     continues=True, ready="studio.training.ready:language", afterwards="studio.compression.methods.loram:adopted",
     title="LoRAM", compress="loram",
+    forecast="studio.compression.pruning_estimate:of_loram",
     help="Train a LoRA on a pruned copy of a base and use it with the whole base.",
     example="studio compress loram smollm2 --data facts.jsonl --prune 0.65 --name facts",
 )  # fmt: skip

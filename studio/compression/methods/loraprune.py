@@ -33,6 +33,7 @@ KIND = Kind(
     "compress-loraprune", "studio.compression.pruning_schema:LoraPruneConfig",
     "studio.compression.methods.loraprune:run", continues=True, ready="studio.training.ready:language",
     afterwards="studio.compression.methods.loraprune:adopted", title="LoRAPrune", compress="loraprune",
+    forecast="studio.compression.pruning_estimate:of_loraprune",
     help="Prune heads and channels of a base while it learns from rows of text: a smaller base.",
     example="studio compress loraprune smollm2 --data rows.jsonl --prune 0.3 --name small",
 )  # fmt: skip

@@ -36,6 +36,7 @@ from studio.jobs.kinds import Kind
 KIND = Kind(
     "compress-lq", "studio.compression.schema:CompressLqConfig", "studio.compression.methods.lq:run", continues=True,
     title="LQ-LoRA", compress="lq", ready="studio.compression.ready:base_and_rows",
+    forecast="studio.compression.estimate:estimated",
     help="Store a language model in few bits, with a low-rank part that absorbs the error (LQ-LoRA).",
     example="studio compress lq smollm2 --bits 2.75 --data rows.jsonl",
 )  # fmt: skip
