@@ -17,11 +17,14 @@ GROUPS = {"base": "Model", "family": "Model", "dtype": "Model", "device": "Model
           "memory": "Model", "quantization": "Model", "denoiser": "Model"}  # fmt: skip
 
 
-def with_options(schema: type[JobConfig], skip: Collection[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+def with_options(
+    schema: type[JobConfig], skip: Collection[str] = (), without: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Give a command one option per field of ``schema``; those that were given reach it as the dict ``fields``.
 
     Args:
-        skip: fields and parameters of the command without an option.
+        skip: fields without an option.
+        without: parameters of the command that it does not take here.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +38,7 @@ def with_options(schema: type[JobConfig], skip: Collection[str] = ()) -> Callabl
             return command(fields=fields, **values)
 
         taken = inspect.signature(command, eval_str=True).parameters.values()
-        own = [parameter for parameter in taken if parameter.name not in ("fields", *skip)]
+        own = [parameter for parameter in taken if parameter.name not in ("fields", *without)]
         often_first = sorted(names, key=lambda name: bool(_extra(schema.model_fields[name]).get("advanced")))
         options = [_parameter(name, schema.model_fields[name]) for name in often_first]
         wrapper.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]

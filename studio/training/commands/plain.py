@@ -39,7 +39,7 @@ def register(group: typer.Typer, kind: Kind) -> None:
         training_run.begin(chosen, folder, resume, detach, output, training_run.kept(keep, step))
 
     hidden = () if kind.estimate else ("estimate",)
-    group.command(kind.train, help=kind.help)(with_options(schema, skip=hidden)(train))
+    group.command(kind.train, help=kind.help)(with_options(schema, without=hidden)(train))
 
 
 def _embedded(config: Any) -> bool:
