@@ -118,6 +118,10 @@ class Plugin:
         """What the driver must provide."""
         return frozenset()
 
+    def batches(self, samples: int, size: int, steps: int) -> list[list[int]] | None:
+        """Numbers of the samples of every step, or None for the driver's own order (batches of ``size``)."""
+        return None
+
     def before_inject(self, models: Mapping[str, nn.Module]) -> None:
         """Called with the frozen models, before adapters are added."""
 
@@ -180,6 +184,12 @@ class Plugins:
 
     def needs(self) -> frozenset[Need]:
         return frozenset().union(*(plugin.needs() for plugin in self.plugins))
+
+    def batches(self, samples: int, size: int, steps: int) -> list[list[int]] | None:
+        chosen = [found for plugin in self.plugins if (found := plugin.batches(samples, size, steps)) is not None]
+        if len(chosen) > 1:
+            raise InputError("Two training methods choose the samples of each step: use one of them.")
+        return chosen[0] if chosen else None
 
     def before_inject(self, models: Mapping[str, nn.Module]) -> None:
         for plugin in self.plugins:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import InputError
-from adapters.federated.state import A, B, Factors, Facts, R, State
+from adapters.federated.facts import Facts
+from adapters.federated.state import A, B, Factors, R, State
 from adapters.initialise.statistics import capture_gradients
 from adapters.layers.variant import core_of, pair, set_core, set_residual
 from adapters.learn.ffa import freeze_a
@@ -123,12 +124,16 @@ class Participant(Plugin):
 
 
 class Gradients(Plugin):
-    """Measures the gradient of every adapted weight on the first batches, without training (Fed-SB's start)."""
+    """Measures the gradient of every adapted weight, without training (Fed-SB's start).
+
+    Args:
+        count: batches to sum over, or all of a run that has fewer.
+    """
 
     name = "federated-gradients"
 
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.found: dict[str, Tensor] = {}
 
     def needs(self) -> frozenset[Need]:
@@ -138,8 +143,9 @@ class Gradients(Plugin):
         layers, look = matrices_of(handles), handles.calibration
         assert look is not None
         bases = {name: layer.get_base_layer() for name, layer in layers.items()}
-        means = capture_gradients(bases, look.losses(self.batches), self.batches)
-        self.found = {name: gradient * self.batches for name, gradient in means.items()}
+        losses = list(look.losses(self.count))
+        means = capture_gradients(bases, losses, len(losses))
+        self.found = {name: gradient * len(losses) for name, gradient in means.items()}
         for model in handles.models.values():
             model.zero_grad(set_to_none=True)
 

@@ -46,6 +46,11 @@ COMMANDS: dict[str, Command] = {
         "Ask about a picture, with adapters.",
         "studio ask cat.png 'What is it?'",
     ),
+    "federate": Command(
+        "studio.federation.command",
+        "Train one adapter on the data of several clients, which stay with them.",
+        "studio federate simulate federation.yaml",
+    ),
     "reconstruct": Command(
         "studio.reconstruction.command",
         "Photos in, 3D out: cameras, points, self-calibration.",

@@ -41,6 +41,8 @@ class Kind:
         together: module of jobs that can run as one: ``check(configs)`` takes them by the name of their file or job
             and raises :class:`InputError` for what cannot be together; ``run(works)`` calls each work with its share
             of what they have in common, which ``run`` takes as ``member``, and returns when all have ended.
+        federated: the training can be a client's in a federation: its data are one file or folder, and ``run`` takes
+            ``plugins`` and ``keep``.
         title: what pages call it.
         train: name of a training: ``studio train NAME``, ``studio.train("NAME")``; empty for other kinds.
         compress: name of a method that makes a base smaller: ``studio compress NAME``; empty for other kinds.
@@ -58,6 +60,7 @@ class Kind:
     afterwards: str = ""
     keeps_pipeline: bool = False
     together: str = ""
+    federated: bool = False
     title: str = ""
     train: str = ""
     compress: str = ""
@@ -183,6 +186,8 @@ for _kind in (
          title="Sweep"),
     Kind("reconstruct", "studio.reconstruction.schema:ReconstructConfig", "studio.reconstruction.job:run",
          continues=True, title="Reconstruct"),
+    Kind("federate", "studio.federation.schema:FederateConfig", "studio.federation.engine:run", continues=True,
+         ready="studio.federation.clients:check", afterwards="studio.library.adopt:trained", title="Federate"),
     Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure",
          title="Forgetting"),
     Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften", title="Soften"),

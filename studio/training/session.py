@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from studio.training.drivers.packed import Member
 
 SILENT = Silent()
+
+Keep = bool | int | Literal["start"]
+"""What to save instead of training: nothing (False), the newest checkpoint (True), that of a step (its number), or the
+adapter as the run would start ("start")."""
 
 DEAD_STEPS = 5
 """A run ends after so many steps without a gradient at more than twice the first loss."""
@@ -130,13 +134,15 @@ class TrainSession:
             self.average.to(self.device)
 
     # ---------------------------------------------------------------- start and resume
-    def found(self, resume: bool, keep: bool | int = False) -> Checkpoint | None:
+    def found(self, resume: bool, keep: Keep = False) -> Checkpoint | None:
         """The newest checkpoint of this run, if it is to be resumed and there is one.
 
         Raises:
             InputError: it is damaged, has another configuration or other data, or there is none to ``keep`` (True: the
                 newest; a number: that step's).
         """
+        if keep == "start":
+            return None
         places = checkpoints.existing(self.folder / "checkpoints") if resume or keep else []
         if keep and keep is not True:
             steps = {checkpoints.step_of(place): place for place in places}
@@ -335,7 +341,8 @@ class TrainSession:
         self.accelerator.wait_for_everyone()
         task = self.task
         measured = bool(self.validation) and self.validation[-1]["step"] == self.step
-        if task.measures_at_end and task.measurable and not measured:
+        wanted = task.measures_at_end or self.step == 0  # a start is saved to look at it
+        if wanted and task.measurable and not measured:
             self.measure()
         if not main_process():
             return {}
@@ -352,14 +359,15 @@ class TrainSession:
         return {
             "adapter": next(iter(paths.values())),
             "card": str(card),
-            "loss": recent(self.losses),
-            "first_loss": self.losses[0],
+            "loss": recent(self.losses) if self.losses else None,
+            "first_loss": self.losses[0] if self.losses else None,
             "steps": self.step,
             "seconds": round(self.seconds, 3),
             "steps_per_second": self.step / self.seconds if self.seconds else 0.0,
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "triggers": recipe["triggers"],
             "layers": recipe["training"]["layers"],
+            **({"validation": self.validation} if self.validation else {}),
             **task.result(paths),
             **({"warning": warning} if warning else {}),
         }

@@ -76,11 +76,15 @@ class StudioTrainerMixin:
     # ---------------------------------------------------------------- before the first step
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """As the trainer's, after the plugins have initialised the adapter."""
+        self.start_methods(resumed=bool(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)  # type: ignore[misc]
+
+    def start_methods(self, resumed: bool) -> None:
+        """Let the plugins initialise the adapter; unless the run is resumed, with batches to measure."""
         calibration = None
-        if "calibration" in self.plugins.needs() and not resume_from_checkpoint:
+        if "calibration" in self.plugins.needs() and not resumed:
             calibration = Calibration(self._calibration_losses, self.first_rate)
         self.plugins.initialise(self._handles(calibration=calibration))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)  # type: ignore[misc]
 
     def _handles(self, **more: Any) -> Handles:
         return Handles(

@@ -12,20 +12,8 @@ from hypothesis import strategies as st
 
 from adapters.errors import InputError
 from adapters.federated import fed_sb, fedex_lora, fedit, ffa_lora, flexlora, flora, lora_fair
-from adapters.federated.state import (
-    Options,
-    bias,
-    check_reply,
-    deviation,
-    digest,
-    facts,
-    mean,
-    refuse_secure_aggregation,
-    rules,
-    sent,
-    shares,
-    stacked,
-)  # fmt: skip
+from adapters.federated.facts import facts, refuse_secure_aggregation, rules, sent
+from adapters.federated.state import Options, bias, check_reply, deviation, digest, mean, shares, stacked
 from adapters.low_rank import norm
 
 OUT, IN, RANK = 9, 7, 3

@@ -25,11 +25,11 @@ from studio.training.checkpoint import Checkpoint
 from studio.training.device import main_process, make_accelerator
 from studio.training.inject import trainable
 from studio.training.optimizers import lr_factor, make_optimizer, parameter_groups
-from studio.training.session import TrainSession
+from studio.training.session import Keep, TrainSession
 
 
-def train(session: TrainSession, resume: bool = False, keep: bool | int = False) -> dict[str, Any]:
-    """Run the session to its end, or ``keep`` its newest checkpoint as the adapter; returns its result."""
+def train(session: TrainSession, resume: bool = False, keep: Keep = False) -> dict[str, Any]:
+    """Run the session to its end, or ``keep`` a checkpoint or its start as the adapter; returns its result."""
     device = devices.resolve(session.config.device)
     session.dtype = choose_dtype(session.config.dtype, torch.device(device))
     session.accelerator = make_accelerator(session.config, session.dtype, device, session.folder)
@@ -56,7 +56,7 @@ class Loop:
         self.accelerator, self.plugins = session.accelerator, session.plugins
         self._tracks = False
 
-    def prepare(self, resume: bool = False, keep: bool | int = False) -> None:
+    def prepare(self, resume: bool = False, keep: Keep = False) -> None:
         """Base, data, adapter, optimiser and, to ``resume`` or ``keep`` one, the newest checkpoint."""
         session, config = self.session, self.config
         torch.backends.cuda.matmul.allow_tf32 = config.tf32

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from studio import devices
@@ -23,7 +23,7 @@ from studio.datasets.seeds import global_seed, rng
 from studio.training.checkpoint import Checkpoint
 from studio.training.device import fresh_state, own_device, processes
 from studio.training.optimizers import lr_factor, make_optimizer, parameter_groups
-from studio.training.session import TrainSession
+from studio.training.session import Keep, TrainSession
 from studio.training.task import Task
 from studio.training.trainer_mixin import COMPONENT, StudioTrainerMixin
 
@@ -86,8 +86,8 @@ class RunSampler(Sampler[int]):
             given += self.samples
 
 
-def train(session: TrainSession, resume: bool = False, keep: bool | int = False) -> dict[str, Any]:
-    """Run the session to its end, or ``keep`` its newest checkpoint as the adapter; returns its result."""
+def train(session: TrainSession, resume: bool = False, keep: Keep = False) -> dict[str, Any]:
+    """Run the session to its end, or ``keep`` a checkpoint or its start as the adapter; returns its result."""
     device = own_device(devices.resolve(session.config.device))
     session.device = torch.device(device)
     with fresh_state(device), global_seed(session.config.seed, "run"):
@@ -134,6 +134,7 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
             first_rate=config.learning_rate * lr_factor(0, session.total, config),
             callbacks=[_Follow(self)],
         )
+        self._chosen = session.plugins.batches(len(task.samples), config.batch_size, session.total)
         self.remove_callback(PrinterCallback)  # it would print a table of its own
         self.args._n_gpu = min(1, self.args.n_gpu)  # several GPUs: accelerate launch, not DataParallel
 
@@ -160,6 +161,12 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def get_train_dataloader(self) -> Any:
+        """The run's batches, unless a method chooses them itself."""
+        if self._chosen is None:
+            return super().get_train_dataloader()
+        return DataLoader(SampleSet(self.task.samples), batch_sampler=self._chosen, collate_fn=self.data_collator)
 
     def _get_train_sampler(self, *args: Any, **options: Any) -> RunSampler:
         return RunSampler(len(self.task.samples), self.task.total * self.task.samples_per_step, self.task.config.seed)
@@ -207,8 +214,8 @@ class SessionTrainer(StudioTrainerMixin, Trainer):  # type: ignore[misc]  # the 
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def take_up(self) -> None:
-        """Load the checkpoint without taking a step."""
-        self.plugins.initialise(self._handles())
+        """Load the checkpoint, or start the adapter, without taking a step."""
+        self.start_methods(resumed=self.saved is not None)
         self.create_optimizer()
         if self.saved is not None:
             self.optimizer.load_state_dict(self.saved.optimizer)

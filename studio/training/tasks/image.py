@@ -33,7 +33,7 @@ from studio.training.prior import class_folder, draw_class_pictures
 from studio.training.ready import check_family, read_folder
 from studio.training.samples import Pair, draw_samples, sample_prompts, save_samples
 from studio.training.schemas.image import TrainImageConfig
-from studio.training.session import SILENT, TrainSession
+from studio.training.session import SILENT, Keep, TrainSession
 from studio.training.supply import (
     Batch,
     Supply,
@@ -50,7 +50,7 @@ from studio.training.trainee import Trainee
 
 KIND = Kind(
     "train-image", "studio.training.schemas.image:TrainImageConfig", "studio.training.tasks.image:run",
-    continues=True, ready="studio.training.ready:image", estimate="studio.training.estimate:look",
+    continues=True, federated=True, ready="studio.training.ready:image", estimate="studio.training.estimate:look",
     afterwards="studio.library.adopt:trained", title="Train", train="image",
     help="Train a LoRA of a text-to-image model from a folder of pictures.",
     example="studio train image --data photos/ --preset concept --trigger zxq --name my-thing",
@@ -63,7 +63,7 @@ def run(
     monitor: Monitor = SILENT,
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
-    keep: bool | int = False,
+    keep: Keep = False,
 ) -> dict[str, Any]:
     """Train the adapter that ``config`` describes in ``folder``.
 
@@ -71,7 +71,7 @@ def run(
         folder: gets ``NAME.safetensors``, ``card.md``, ``config.yaml``, ``loss.csv``, ``samples/``, ``checkpoints/``.
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
-        keep: do not train: save the newest checkpoint, or a given step's, as the adapter.
+        keep: do not train: save the newest checkpoint, a given step's, or the start, as the adapter.
 
     Returns:
         ``adapter`` (path), ``exports`` (format -> path), ``card``, ``loss`` (mean of the last tenth), ``steps``,

@@ -44,7 +44,7 @@ from studio.training.language.layers import add_adapter
 from studio.training.language.measure import resting
 from studio.training.language.rows import Rows, template_of
 from studio.training.schemas.language import TrainLanguageConfig
-from studio.training.session import SILENT, TrainSession
+from studio.training.session import SILENT, Keep, TrainSession
 from studio.training.trainer_mixin import COMPONENT
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 KIND = Kind(
     "train-language", "studio.training.schemas.language:TrainLanguageConfig", "studio.training.tasks.language:run",
-    continues=True, ready="studio.training.ready:language", together="studio.training.together",
+    continues=True, federated=True, ready="studio.training.ready:language", together="studio.training.together",
     estimate="studio.training.estimate:look_at_language",
     afterwards="studio.library.adopt:trained", title="Language", train="language",
     help="Train a LoRA of a language model from rows of text.",
@@ -67,7 +67,7 @@ def run(
     monitor: Monitor = SILENT,
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
-    keep: bool | int = False,
+    keep: Keep = False,
     member: Member | None = None,
 ) -> dict[str, Any]:
     """Train the adapter that ``config`` describes in ``folder``.
@@ -77,7 +77,7 @@ def run(
             ``checkpoints/``.
         resume: go on from the newest checkpoint in ``folder`` (from the beginning if there is none).
         plugins: training methods that join those of the configuration.
-        keep: do not train: save the newest checkpoint, or a given step's, as the adapter.
+        keep: do not train: save the newest checkpoint, a given step's, or the start, as the adapter.
         member: its place among trainings that share the base (:mod:`studio.training.drivers.packed`).
 
     Returns:

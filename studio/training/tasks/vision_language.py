@@ -37,7 +37,7 @@ from studio.training.language.data import Samples
 from studio.training.language.layers import add_adapter
 from studio.training.language.measure import measure, resting
 from studio.training.schemas.vision_language import TrainVisionLanguageConfig
-from studio.training.session import SILENT, TrainSession
+from studio.training.session import SILENT, Keep, TrainSession
 from studio.training.task import Measures
 from studio.training.tasks.language import LanguageTask
 from studio.training.trainer_mixin import COMPONENT
@@ -60,7 +60,7 @@ def run(
     monitor: Monitor = SILENT,
     resume: bool = False,
     plugins: Sequence[Plugin] = (),
-    keep: bool | int = False,
+    keep: Keep = False,
 ) -> dict[str, Any]:
     """Train the adapter that ``config`` describes in ``folder``; arguments and result as of a language training.
 
