@@ -237,6 +237,10 @@ class Engine:
             self.step()
 
     @property
+    def threaded(self) -> bool:
+        return self._thread is not None
+
+    @property
     def idle(self) -> bool:
         return not (self.waiting or self.running or self._inbox)
 
@@ -486,7 +490,6 @@ class Engine:
     def _end(
         self, request: Request, reason: Reason, error: str = "", text: str = "", found: tuple[Any, ...] = ()
     ) -> None:
-        request.done = True
         self.pool.free(request.owner)
         self._release(request)
         with self._wake:
@@ -497,6 +500,7 @@ class Engine:
         self.metrics.count("request_success_total", finished_reason=reason)
         self.metrics.observe("e2e_request_latency_seconds", time.monotonic() - request.arrived)
         request.sink(Piece(text, found, reason, error))
+        request.over.set()
 
     def _release(self, request: Request) -> None:
         if self._residents.pop(request.number, None) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,11 +66,15 @@ class Request:
     shadow: Any = None  # the same for X-LoRA's first pass
     first_token: float | None = None
     cancelled: bool = False
-    done: bool = False
 
     def __post_init__(self) -> None:
+        self.over = threading.Event()
         self.random = generator(self.sampling.seed)
         self.text: TextStream | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.over.is_set()
 
     @property
     def owner(self) -> tuple[str, int]:
