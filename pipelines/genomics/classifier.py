@@ -15,7 +15,7 @@ from adapters.errors import FamilyError, InputError
 from pipelines.genomics import scoring
 from pipelines.genomics.fasta import Record
 from pipelines.genomics.kmers import Kmers
-from pipelines.genomics.model import RnaModel, encoder_digest, head_modules, open_base
+from pipelines.genomics.model import RnaModel, encoder_digest, head_modules, longer_positions, open_base
 from pipelines.genomics.scoring import Score
 from pipelines.genomics.task_file import RnaTask
 
@@ -59,8 +59,9 @@ class RnaClassifier:
             task, remarks = _assumed(told, opened, str(base))
             return cls(opened.model, opened.kmers, task, remarks)
         if told is not None:
-            opened.tokenizer = _lengthened(opened, told, adapter)
-            told.check(opened.kmers, encoder_digest(opened.model), adapter.name, Path(base).name)
+            digest = encoder_digest(opened.model)
+            _lengthen(opened, told, adapter)
+            told.check(opened.kmers, digest, adapter.name, Path(base).name)
         model = with_adapter(opened, adapter)
         task, remarks = _assumed(told, opened, adapter.name)
         return cls(model, dataclasses.replace(opened.kmers, longest=task.max_length), task, remarks)
@@ -114,17 +115,13 @@ def with_adapter(base: RnaModel, adapter: Path) -> Any:
     return model.eval()
 
 
-def _lengthened(base: RnaModel, task: RnaTask, adapter: Path) -> Kmers:
-    """The tokenizer of a base whose positions an adapter brings (trained with train_positions)."""
-    from pipelines.genomics.model import longer_positions
-
+def _lengthen(base: RnaModel, task: RnaTask, adapter: Path) -> None:
+    """Give a base as many positions as the adapter brings (trained with train_positions)."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    if "position_embeddings" in " ".join(config.get("modules_to_save") or ()) and task.max_length > base.kmers.longest:
-        task.check(dataclasses.replace(base.kmers, longest=task.max_length), encoder_digest(base.model), adapter.name,
-                   Path(base.source).name)  # fmt: skip
+    brings = any("position_embeddings" in name for name in config.get("modules_to_save") or ())
+    if brings and task.max_length > base.kmers.longest:
         longer_positions(base.model, task.max_length)
-        return dataclasses.replace(base.kmers, longest=task.max_length)
-    return base.kmers
+        base.tokenizer = dataclasses.replace(base.kmers, longest=task.max_length)
 
 
 def _assumed(told: RnaTask | None, base: RnaModel, name: str) -> tuple[RnaTask, tuple[str, ...]]:

@@ -102,7 +102,10 @@ def read(path: Path, tally: Tally | None = None, shortest: int = SHORTEST) -> It
     with closing(_raw(path)) as raw, closing(_Seen()) as seen:
         for number, (header, text) in enumerate(raw, 1):
             name = header.split(maxsplit=1)[0] if header.strip() else ""
-            record = Record(name, header, checked(text, name, path, number), number)
+            record = Record(name, header, dna(text), number)
+            reason = fault(name, record.sequence) if name else "the record has no id after '>'"
+            if reason:
+                raise refused(path, number, reason)
             if not seen.new(name):
                 raise refused(path, number, f"the id '{name}' was used by an earlier record: every id must be its own")
             tally.read += 1
@@ -120,29 +123,24 @@ def read(path: Path, tally: Tally | None = None, shortest: int = SHORTEST) -> It
         raise InputError(f"All {number} transcripts in '{path}' are shorter than {shortest} nt: none is left.")
 
 
-def checked(text: str, name: str, path: Path, number: int) -> str:
-    """Letters of a record as upper-case DNA.
+def dna(text: str) -> str:
+    """Letters as upper-case DNA, without gaps and spaces."""
+    return text.translate(_DNA).upper()
 
-    Raises:
-        InputError: no name, no letters, a protein, or too many unknown letters.
-    """
-    if not name:
-        raise refused(path, number, "the record has no id after '>'")
-    sequence = text.translate(_DNA).upper()
+
+def fault(name: str, sequence: str) -> str:
+    """What is wrong with a sequence from :func:`dna`; empty if nothing is."""
     if not sequence:
-        raise refused(path, number, f"the record '{name}' has no sequence")
-    strange = set(_KNOWN.findall(sequence))
-    if protein := sorted(strange & PROTEIN):
-        raise refused(path, number, f"'{name}' is a protein, it has the letter {protein[0]}: give nucleotides")
-    if strange:
-        share = len(_KNOWN.findall(sequence)) / len(sequence)
-        if share > MOST_UNKNOWN:
-            raise refused(
-                path, number,
-                f"{share:.0%} of '{name}' are letters other than A, C, G, T and U, at most {MOST_UNKNOWN:.0%} can be: "
-                "leave the record out",
-            )  # fmt: skip
-    return sequence
+        return f"'{name}' has no sequence"
+    strange = _KNOWN.findall(sequence)
+    if protein := sorted(PROTEIN.intersection(strange)):
+        return f"'{name}' is a protein, it has the letter {protein[0]}: give nucleotides"
+    if len(strange) > MOST_UNKNOWN * len(sequence):
+        return (
+            f"{len(strange) / len(sequence):.0%} of '{name}' are letters other than A, C, G, T and U, at most "
+            f"{MOST_UNKNOWN:.0%} can be: leave the record out"
+        )
+    return ""
 
 
 def refused(path: Path, number: int, reason: str) -> InputError:

@@ -166,10 +166,11 @@ def word_length(vocabulary: Sequence[str]) -> int | None:
 
 
 def is_kmer_folder(folder: Path) -> bool:
-    """Whether a checkpoint's vocabulary is one of k-mers."""
+    """Whether a checkpoint's vocabulary is one of k-mers; other vocabularies are mostly told by their size."""
     try:
-        return word_length(_words(folder)) is not None
-    except InputError:
+        size = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+        return any(4**k < size <= 4**k + 64 for k in range(2, 9)) and word_length(_words(folder)) is not None
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

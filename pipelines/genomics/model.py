@@ -86,7 +86,7 @@ def open_base(
     folder, device = Path(source), torch.device(device)
     if not folder.is_dir():
         raise InputError(f"'{source}' is no folder: k-mer models are opened from folders, fetch it first.")
-    config = opened(str(folder), lambda: _config(folder))
+    config = opened(str(folder), lambda: read_config(folder))
     reads = longest_input(config)
     kmers = Kmers.read(folder, longest or reads or 512, stride)
     if config.vocab_size < len(kmers):
@@ -166,7 +166,7 @@ def _named(labels: Sequence[str]) -> dict[str, Any]:
             "label2id": {label: number for number, label in enumerate(labels)}}  # fmt: skip
 
 
-def _config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
     """The configuration; files from before transformers 3 do not say that they are BERT's."""
     from transformers import AutoConfig, BertConfig
 

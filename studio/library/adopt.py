@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from studio import error_sentences
-from studio.library import edit, scan
+from studio.library import edit, facts, scan
 from studio.schema import JobConfig
 
 
 def trained(config: JobConfig, result: dict[str, Any]) -> dict[str, Any]:
-    """Copy the adapter of ``result`` into the library, with its last sample as preview.
+    """Copy the adapter of ``result`` (or the whole model it is) into the library, with its last sample as preview.
 
     Returns ``result`` with ``library``, its name there, or ``library_problem``, why it could not be copied; the
     adapter stays in the job's folder either way.
     """
-    name = free_name(str(getattr(config, "name", "")) or "adapter")
+    wanted = str(getattr(config, "name", ""))
+    whole = facts.is_language_model(Path(str(result.get("adapter"))))
     try:
-        record = edit.import_adapter(result["adapter"], name)
+        if whole:
+            record = edit.import_base(result["adapter"], free_name(wanted, "base"))
+        else:
+            record = edit.import_adapter(result["adapter"], free_name(wanted or "adapter"))
         samples = [Path(sample) for sample in result.get("samples") or [] if Path(sample).is_file()]
         if samples:
             edit.set_preview(record, samples[-1])

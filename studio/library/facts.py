@@ -21,6 +21,7 @@ from adapters.formats.keys import refuse_foreign
 from adapters.formats.mixture import mixture_config
 from adapters.formats.peft_directory import PREFIX
 from pipelines.diffusion.families import FAMILIES, of_checkpoint
+from pipelines.genomics.task_file import FILE as RNA_TASK
 from pipelines.language.compressed import FILE as COMPRESSED
 from studio.composition import distilled_adapters
 from studio.library import recognition
@@ -66,7 +67,7 @@ def adapter(path: Path) -> dict[str, Any]:
         **{key: text for key in ("description", "license", "base_model") if (text := _line(card.get(key)))},
     }
     return {
-        "family": recognition.adapter_family(head),
+        "family": "rna" if _for_rna(path, recipe) else recognition.adapter_family(head),
         "format": format.name if format else "",
         "rank": counts.most_common(1)[0][0] if counts else None,
         "targets": recognition.targets(head.layers)[:_MOST],
@@ -74,6 +75,11 @@ def adapter(path: Path) -> dict[str, Any]:
         "recipe": recipe,
         "notes": {key: value for key, value in notes.items() if value},
     }
+
+
+def _for_rna(path: Path, recipe: Mapping[str, Any] | None) -> bool:
+    """Whether an adapter belongs to a k-mer model, whose layers have the names of any BERT's."""
+    return (path / RNA_TASK).is_file() or _table((recipe or {}).get("base")).get("family") == "rna"
 
 
 def _foreign_mixture(format: str, outline: Outline, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +113,8 @@ def _mixture(path: Path, head: Header, config: Mapping[str, Any]) -> dict[str, A
         **{key: text for key in ("description", "license", "base_model") if (text := _line(card.get(key)))},
     }  # fmt: skip
     return {
-        "family": recognition.adapter_family(head), "format": "peft", "rank": max(ranks, default=None),
+        "family": "rna" if _for_rna(path, recipe) else recognition.adapter_family(head), "format": "peft",
+        "rank": max(ranks, default=None),
         "targets": recognition.targets(places)[:_MOST], "triggers": _triggers(card, recipe, head.metadata),
         "recipe": recipe, "notes": {key: value for key, value in notes.items() if value},
     }  # fmt: skip
@@ -166,6 +173,13 @@ def is_language_model(folder: Path) -> bool:
     return isinstance(heads, list) and any(_LANGUAGE_HEADS.search(str(head)) for head in heads)
 
 
+def is_rna_model(folder: Path) -> bool:
+    """Whether the folder is a transformers model whose tokens are k-mers of nucleotides."""
+    from pipelines.genomics.kmers import is_kmer_folder
+
+    return is_language_model(folder) and is_kmer_folder(folder)
+
+
 def is_vision_language_model(folder: Path) -> bool:
     """Whether the folder is a transformers model that answers questions about pictures."""
     if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
@@ -202,7 +216,7 @@ def _language_model(folder: Path) -> dict[str, Any]:
         "compressed": _compressed(folder),
         **{key: text for key in ("description", "license", "base_model") if (text := _line(card.get(key)))},
     }  # fmt: skip
-    return {"family": "language", "format": "transformers",
+    return {"family": "rna" if is_rna_model(folder) else "language", "format": "transformers",
             "notes": {key: value for key, value in notes.items() if value}}  # fmt: skip
 
 

@@ -96,6 +96,22 @@ def resolve_language(name_or_path: str | Path) -> str:
     return place
 
 
+def resolve_rna(name_or_path: str | Path) -> str:
+    """As :func:`resolve_base`, for a k-mer model of RNA, which is a folder on this computer.
+
+    Raises:
+        InputError: there is nothing of this name, or it has no k-mer vocabulary.
+    """
+    place = None if str(name_or_path) == smollm2.NAME else resolve_base(name_or_path)
+    if place is not None and not Path(place).exists():
+        raise InputError(f"'{name_or_path}' is not on this computer: fetch it with  studio library import --base.")
+    if place is None or not facts.is_rna_model(Path(place)):
+        raise InputError(
+            f"'{name_or_path}' is no k-mer model of RNA (its vocabulary is another): choose one such as tinyrna."
+        )
+    return place
+
+
 def resolve_vision_language(name_or_path: str | Path) -> str:
     """As :func:`resolve_base`, for a model that answers questions about pictures.
 

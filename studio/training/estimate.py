@@ -58,6 +58,7 @@ class Work:
         few_bytes: bytes of those.
         first: passes before the first step, as (how many, floating-point operations, operations) of one.
         held: bytes of data that stay in main memory.
+        samples: of one pass over the data, if they were counted.
     """
 
     parameters: Mapping[str, int]
@@ -71,6 +72,7 @@ class Work:
     few_bytes: int = 0
     first: tuple[int, float, int] = (0, 0.0, 0)
     held: int = 0
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) 
     }
     if work.held and device == "cpu":
         memory["trajectories"] = work.held
-    passes = steps(config) * config.gradient_accumulation
+    passes = steps(config, samples=work.samples) * config.gradient_accumulation
     recording, learning = (
         times * (flops / (speed * EFFICIENCY) + operations * OVERHEAD[device])
         for times, flops, operations in (work.first, (passes, work.flops, work.operations))
@@ -125,11 +127,12 @@ def estimate(work: Work, config: Config, dtype: str, device: str, speed: float) 
     return Estimate(memory, recording + learning, work.remark, recording)
 
 
-def steps(config: Config, pictures: int | None = None) -> int:
+def steps(config: Config, pictures: int | None = None, samples: int = 0) -> int:
     """Optimiser steps of the run; those of its ``epochs`` as if all data had one size.
 
     Args:
         pictures: how many pictures there are; None: those of the folder.
+        samples: of one pass over the data; 0: counted here.
     """
     if isinstance(config, DistillConfig) or not config.epochs:
         return config.steps
@@ -137,8 +140,8 @@ def steps(config: Config, pictures: int | None = None) -> int:
     from studio.training.language import rows
 
     if isinstance(config, TrainLanguageConfig):
-        samples = len(rows.read(config).shown)
-    else:
+        samples = samples or len(rows.read(config).shown)
+    elif not samples:
         count = len(ready.read_folder(config).pictures) if pictures is None else pictures
         samples = (count - ready.kept_out(count, config.validation_split)) * config.repeats
     return math.ceil(config.epochs * samples / (config.batch_size * config.gradient_accumulation))

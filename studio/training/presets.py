@@ -62,6 +62,11 @@ PRESETS: dict[str, dict[str, Values]] = {
         "quick": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3},
         "normal": {"steps": 300, "batch_size": 8, "learning_rate": 2e-4},
     },
+    "train-rna": {
+        "quick": {"steps": 100, "batch_size": 12, "learning_rate": 2e-3},
+        "paper": {"mode": "full", "learning_rate": 5e-5, "lr_schedule": "linear", "weight_decay": 0.001,
+                  "warmup_steps": 500, "batch_size": 64, "epochs": 10, "strands": "both"},
+    },
     "distill": {
         "guidance": {"objective": "guidance", "steps": 500},
         "few-steps": {"objective": "consistency", "steps": 500},

@@ -21,10 +21,12 @@ from studio.library import scan, smollm2
 from studio.reconstruction.job import pictures_in
 from studio.training.language import experts, rows
 from studio.training.records import check_tracker
+from studio.training.rna import rows as rna_rows
 from studio.training.schemas.base import TrainConfig
 from studio.training.schemas.distill import DistillConfig, style
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.schemas.rna import NEW, TrainRnaConfig
 from studio.training.schemas.scene import TrainSceneConfig
 from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 
@@ -76,6 +78,20 @@ def vision_language(config: TrainVisionLanguageConfig) -> None:
     if experts.frozen(config.method):
         experts.places(config)
     check_quantization(config.quantization)
+    _common(config)
+
+
+def rna(config: TrainRnaConfig) -> None:
+    """Check base, transcripts with their labels, and the adapter to continue from.
+
+    Raises:
+        InputError: the first thing that would make the training fail.
+    """
+    if config.base != NEW:
+        library.resolve_rna(config.base)
+    rna_rows.read(config)
+    if experts.frozen(config.method):
+        experts.places(config)
     _common(config)
 
 

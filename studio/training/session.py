@@ -20,7 +20,7 @@ from torch import nn
 
 from adapters.errors import Cancelled, InputError
 from adapters.files import whole
-from adapters.formats.coverage import Coverage, told, trained
+from adapters.formats.coverage import Coverage, told
 from adapters.plugin import Handles, Layers, Plugin, Plugins
 from adapters.progress import Monitor, Progress, Silent
 from studio.datasets.seeds import global_seed
@@ -112,8 +112,8 @@ class TrainSession:
         earlier = task.earlier(models)
         with global_seed(self.config.seed, "init"):
             self.models = task.inject(models)
-        self.reach = {name: trained(model) for name, model in self.models.items()}
-        self.monitor.report(Progress("data", message=f"The adapter changes {told(self.reach)}"))
+        self.reach = task.reach()
+        self.monitor.report(Progress("data", message=f"The {task.learner_noun} changes {told(self.reach)}"))
         if earlier is not None:
             start_from(models, earlier)
 

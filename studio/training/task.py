@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from adapters.formats import LoraFile
+from adapters.formats.coverage import Coverage, trained
 from adapters.plugin import Answers, Layers, Outputs, Plugin
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Task:
     """What users call the data, a plural, for messages."""
     measures_at_end: ClassVar[bool] = False
     """Whether the finished adapter is measured if there is data for it."""
+    learner_noun: str = "adapter"
+    """What learns, for messages."""
     leftovers: ClassVar[tuple[str, ...]] = ("checkpoints",)
     """Files of an earlier run in the folder, deleted when a run starts afresh."""
 
@@ -92,6 +95,10 @@ class Task:
     def inject(self, models: dict[str, Any]) -> dict[str, Any]:
         """Add the adapters; returns the models with them (the same objects, or wrapped)."""
         raise NotImplementedError
+
+    def reach(self) -> dict[str, Coverage]:
+        """Component -> which share of its layers learns, after :meth:`inject`."""
+        return {name: trained(model) for name, model in self.session.models.items()}
 
     def trainee(self) -> nn.Module:
         """Everything that learns as one module, with gradient checkpointing and compilation as configured."""

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
+from studio.training.schemas.rna import TrainRnaConfig
+
 WORDS = {k: ["".join(letters) for letters in itertools.product("ATCG", repeat=k)] for k in (3, 4, 6)}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -51,3 +53,30 @@ def masked(tmp_path_factory) -> Path:
 def classified(tmp_path_factory) -> Path:
     """A base with a classifier."""
     return save(tmp_path_factory.mktemp("classified") / "base", BertForSequenceClassification, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path_factory.getbasetemp() / "genomics-home"))
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory) -> list[str]:
+    """Non-coding and coding transcripts that differ in their letters, two of each gene, as LABEL=FILE."""
+    folder = tmp_path_factory.mktemp("two")
+    nc = {f"n{i} gene=N{i // 2}": letters(100 + i, i, "AATTCG") for i in range(20)}
+    coding = {f"m{i} gene=M{i // 2}": f"CATG{letters(120 + 3 * i, 50 + i, 'CCGGA')}TAA" for i in range(16)}
+    files = {"lncRNA": write_fasta(folder / "nc.fa", nc), "mRNA": write_fasta(folder / "coding.fa", coding)}
+    return [f"{label}={file}" for label, file in files.items()]
+
+
+def settings(base: Path | str, data: list[str], **changes: object) -> TrainRnaConfig:
+    """A short run on a small base."""
+    values: dict[str, object] = {
+        "base": str(base), "data": data, "device": "cpu", "steps": 4, "batch_size": 4, "learning_rate": 1e-2,
+        "checkpoint_every": 0, "save_every": 0, "warmup_ratio": 0.0, "name": "little",
+    }  # fmt: skip
+    if changes.get("mode") != "full":
+        values |= {"rank": 2, "alpha": 4, "dropout": 0.0}
+    return TrainRnaConfig.parse(values | changes)

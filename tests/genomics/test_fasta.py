@@ -54,7 +54,7 @@ REFUSED = {
     "empty": ("", "is empty"),
     "no FASTA": ("hello\n", r"line 1: this is not FASTA, expected '>'"),
     "no id": (f"{GOOD}> \nACGT\n", r"line 3: the record has no id"),
-    "nothing": (f"{GOOD}>void\n>last\n{letters(120, 1)}\n", r"line 3: the record 'void' has no sequence"),
+    "nothing": (f"{GOOD}>void\n>last\n{letters(120, 1)}\n", r"line 3: 'void' has no sequence"),
     "twice": (f"{GOOD}>b\n{letters(120, 1)}\n{GOOD}", r"line 5: the id 'good' was used by an earlier record"),
     "protein": (f"{GOOD}\n>p\nMKVLEQ\n", r"line 4: 'p' is a protein, it has the letter E"),
     "unknown": (f"{GOOD}>n\n{'N' * 30}{letters(100, 1)}\n", r"line 3: 23% of 'n' are letters other than"),

@@ -47,4 +47,5 @@ def _embedded(config: Any) -> bool:
     import assets
     from studio import library
 
-    return Path(library.resolve_pipeline(config.base)).is_relative_to(assets.path("models"))
+    known = {record.name: record.path for record in library.bases()}
+    return known.get(config.base, Path(config.base)).is_relative_to(assets.path("models"))

@@ -116,7 +116,7 @@ class LanguageTask(TrainerTask):
 
     data_noun = "rows"
     measures_at_end = True
-    leftovers = ("checkpoints", "answers.jsonl", "saved")
+    leftovers: ClassVar[tuple[str, ...]] = ("checkpoints", "answers.jsonl", "saved")
 
     opens: ClassVar[ModelTask]
     peft_type: ClassVar[str | None] = None
