@@ -1,7 +1,8 @@
 """The embedded vision-language model: a LLaVA that answers questions about emoji pictures.
 
 ``python -m assets.build.vlm --minutes 50 --decay-for 12`` trains it (minutes of CPU time; run again to go on),
-``--export`` writes ``assets/models/tinysight`` with its scores on pictures drawn with other seeds.
+``--export`` writes ``assets/models/tinysight`` with its scores on pictures drawn with other seeds. Without a checkpoint,
+``--from-shipped`` goes on from the weights, minutes and steps of ``assets/models/tinysight``.
 
 A SigLIP vision tower looks at 64 x 64 pixels, a projector turns its 64 patches into tokens, a Llama reads them and the
 question. The tower first learns which subject covers each of its patches (the head that tells it is thrown away), then
@@ -11,6 +12,7 @@ everything learns together to answer several questions per picture.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -334,7 +336,21 @@ def checkpoint() -> Path:
     return build_dir() / NAME / "checkpoint.pt"
 
 
-def train(minutes: float, naming_for: float, decay_for: float, peak: float, at_most: float) -> bool:
+def shipped(student: Student) -> tuple[float, int, list[Any]]:
+    """Put the shipped weights into ``student``; return the seconds, steps and curve of their training.
+
+    The head that names patches is not shipped and starts anew, as the optimizer does.
+    """
+    folder = assets.path(f"models/{NAME}")
+    found = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    student.model.load_state_dict(found.state_dict())
+    facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return 60 * facts["minutes"], facts["steps"], facts["curve"]
+
+
+def train(
+    minutes: float, naming_for: float, decay_for: float, peak: float, at_most: float, from_shipped: bool = False
+) -> bool:
     """Train until ``minutes`` of CPU time are spent in all, or ``at_most`` in this call; a checkpoint every minute.
 
     Returns whether the training is complete.
@@ -344,26 +360,29 @@ def train(minutes: float, naming_for: float, decay_for: float, peak: float, at_m
     """
     student = Student()
     optimizer = Both(student, inside_layers, fused=None)
-    spent, step, curve = 0.0, 0, []
+    spent, step, first, curve = 0.0, 0, 0, []
     if checkpoint().is_file():
         state = torch.load(checkpoint(), weights_only=True)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        spent, step, curve = state["seconds"], state["step"], state["curve"]
+        spent, step, first, curve = state["seconds"], state["step"], state.get("first", 0), state["curve"]
+    elif from_shipped:
+        spent, step, curve = shipped(student)
+        first = step
     pictures = Pictures(1000 + step)  # a resumed run sees new pictures
     begun, saved, told = time.process_time() - spent, spent, {"naming": 0.0, "answering": 0.0, "count": 0}
     student.train()
 
     def keep() -> None:
         state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "seconds": spent, "step": step,
-                 "curve": curve}  # fmt: skip
+                 "first": first, "curve": curve}  # fmt: skip
         files.write(checkpoint(), lambda part: torch.save(state, part))
 
     stop, asked = min(60 * minutes, spent + 60 * at_most), Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())  # an interrupted run keeps what it has learnt
     signal.signal(signal.SIGINT, lambda *_: asked.set())
     while spent < stop and not asked.is_set():
-        rate = peak * min(1.0, (step + 1) / 100, max(0.0, (60 * minutes - spent) / (60 * decay_for)))
+        rate = peak * min(1.0, (step - first + 1) / 100, max(0.0, (60 * minutes - spent) / (60 * decay_for)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         answering = spent > 60 * naming_for
@@ -533,13 +552,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--decay-for", type=float, default=12)
     parser.add_argument("--at-most", type=float, default=1e9, help="minutes of this call; run again to go on")
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--from-shipped", action="store_true", help="without a checkpoint: go on from the shipped model")
     parser.add_argument("--export", action="store_true", help="write the model instead of training it")
     parser.add_argument("--per-kind", type=int, default=200, help="questions of each kind for the scores")
     options = parser.parse_args(arguments)
     if options.export:
         export(Path(assets.__file__).parent / "models" / NAME, options.per_kind)
         return
-    done = train(options.minutes, options.naming_for, options.decay_for, options.rate, options.at_most)
+    done = train(
+        options.minutes, options.naming_for, options.decay_for, options.rate, options.at_most, options.from_shipped
+    )
     print("complete" if done else "run again to go on")
 
 
