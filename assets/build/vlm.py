@@ -1,8 +1,8 @@
 """The embedded vision-language model: a LLaVA that answers questions about emoji pictures.
 
 ``python -m assets.build.vlm --minutes 50 --decay-for 12`` trains it (minutes of CPU time; run again to go on),
-``--export`` writes ``assets/models/tinysight`` with its scores on pictures drawn with other seeds. Without a checkpoint,
-``--from-shipped`` goes on from the weights, minutes and steps of ``assets/models/tinysight``.
+``--export`` writes ``assets/models/tinysight`` with its scores on pictures drawn with other seeds. Without a
+checkpoint, ``--from-shipped`` goes on from the weights, minutes and steps of ``assets/models/tinysight``.
 
 A SigLIP vision tower looks at 64 x 64 pixels, a projector turns its 64 patches into tokens, a Llama reads them and the
 question. The tower first learns which subject covers each of its patches (the head that tells it is thrown away), then
@@ -552,7 +552,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--decay-for", type=float, default=12)
     parser.add_argument("--at-most", type=float, default=1e9, help="minutes of this call; run again to go on")
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--from-shipped", action="store_true", help="without a checkpoint: go on from the shipped model")
+    parser.add_argument("--from-shipped", action="store_true", help="without a checkpoint: go on from what is shipped")
     parser.add_argument("--export", action="store_true", help="write the model instead of training it")
     parser.add_argument("--per-kind", type=int, default=200, help="questions of each kind for the scores")
     options = parser.parse_args(arguments)
