@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.layers.experts.gates import Gates
+from adapters.layers.experts.gates import Gates, without_autocast
 
 STACKED_UP_TO = 512
 """Sum of ranks up to which a linear layer's experts are computed stacked."""
@@ -48,9 +48,47 @@ class Rows:
     inverse: Tensor
     tokens: int
 
+    def gathered(self, x: Tensor) -> Tensor:
+        """(S, in): the token x (T, in) of each row."""
+        return _Gathered.apply(x, self)  # type: ignore[no-any-return]
+
     def combined(self, rows: Tensor) -> Tensor:
-        """(T, out): the sum over each token's rows (S, out), in a fixed order."""
-        return rows[self.inverse].view(self.tokens, -1, rows.shape[1]).sum(1)
+        """(T, out): the sum over each token's rows (S, out), each times its gate, in a fixed order."""
+        return _Combined.apply(rows, self.gate.to(rows.dtype), self)  # type: ignore[no-any-return]
+
+
+class _Gathered(torch.autograd.Function):
+    """x[token]. Its gradient is the sum over each token's rows, which autograd's own would scatter into zeros."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, rows: Rows) -> Tensor:
+        context.rows = rows
+        return x[rows.token]
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        ones = gradient.new_ones(gradient.shape[0], 1)
+        return _Combined.apply(gradient, ones, context.rows), None
+
+
+class _Combined(torch.autograd.Function):
+    """The sum over each token's rows of gate x row; with gates of 1 the transpose of :class:`_Gathered`."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, gate: Tensor, rows: Rows) -> Tensor:
+        context.rows = rows
+        context.save_for_backward(x, gate)
+        gates = gate[rows.inverse].view(rows.tokens, 1, -1)
+        with without_autocast(x):
+            return torch.bmm(gates, x[rows.inverse].view(rows.tokens, -1, x.shape[1])).squeeze(1)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, gate = context.saved_tensors
+        each = _Gathered.apply(gradient, context.rows)
+        of_gate = torch.linalg.vecdot(each, x)[:, None] if context.needs_input_grad[1] else None
+        of_x = each * gate if torch.is_grad_enabled() else each.mul_(gate)
+        return of_x, of_gate, None
 
 
 def sort(gates: Gates) -> Rows:
@@ -90,33 +128,34 @@ def block_path(asked: str, x: Tensor, *factors: tuple[Tensor, Tensor]) -> str:
     return "loop" if path == "sorted" and not all(grouped_fits(x, A, B) for A, B in factors) else path
 
 
-def mixed(x: Tensor, A: Tensor, B: Tensor, gates: Gates, path: str) -> Tensor:
-    """sum_e gate_e B_e A_e x for each token: (T, out) for x (T, in)."""
+def mixed(x: Tensor, A: Tensor, B: Tensor, gates: Gates, path: str, scale: float = 1.0) -> Tensor:
+    """sum_e gate_e s B_e A_e x for each token: (T, out) for x (T, in)."""
     if gates.plain:
-        return x @ A[0].T @ B[0].T
+        return (x @ A[0].T * scale) @ B[0].T
     if path == "stacked":
         experts, rank, width = A.shape
-        inner = (x @ A.reshape(-1, width).T).view(-1, experts, rank) * gates.dense().to(x.dtype)[..., None]
+        weights = gates.dense().to(x.dtype) * scale
+        inner = (x @ A.reshape(-1, width).T).view(-1, experts, rank) * weights[..., None]
         return inner.flatten(1) @ B.transpose(1, 2).reshape(experts * rank, -1)
     rows = sort(gates)
-    return rows.combined(by_expert(x[rows.token], A, B, rows, path) * rows.gate.to(x.dtype))
+    return rows.combined(by_expert(rows.gathered(x), A, B, rows, path, scale))
 
 
-def by_expert(x: Tensor, A: Tensor, B: Tensor, rows: Rows, path: str) -> Tensor:
-    """B_e A_e x for each row x (S, in) with its own expert: (S, out)."""
+def by_expert(x: Tensor, A: Tensor, B: Tensor, rows: Rows, path: str, scale: float = 1.0) -> Tensor:
+    """s B_e A_e x for each row x (S, in) with its own expert: (S, out). The scale goes to the r numbers between."""
     if A.shape[0] == 1 or x.is_meta:  # without values, for estimates: as many operations as sorted rows
-        return x @ A[0].T @ B[0].T
+        return (x @ A[0].T * scale) @ B[0].T
     if path == "sorted":
         spare = -A.shape[1] % RANKS
         A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
         grouped: Any = F.grouped_mm
-        inner = grouped(x, A.transpose(1, 2), offs=rows.ends)
+        inner = grouped(x, A.transpose(1, 2), offs=rows.ends) * scale
         return grouped(inner, B.transpose(1, 2), offs=rows.ends)
     if path == "stacked":
         experts, rank, width = A.shape
-        own = F.one_hot(rows.expert, experts).to(x.dtype)
+        own = F.one_hot(rows.expert, experts).to(x.dtype) * scale
         inner = (x @ A.reshape(-1, width).T).view(-1, experts, rank) * own[..., None]
         return inner.flatten(1) @ B.transpose(1, 2).reshape(experts * rank, -1)
     starts = [0, *rows.ends.tolist()]
-    parts = [x[start:end] @ A[e].T @ B[e].T for e, (start, end) in enumerate(pairwise(starts))]
+    parts = [(x[start:end] @ A[e].T * scale) @ B[e].T for e, (start, end) in enumerate(pairwise(starts))]
     return torch.cat(parts)

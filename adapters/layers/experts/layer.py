@@ -234,7 +234,7 @@ class ExpertLinear(ExpertLayer):
         flat = self.dropped(adapter, x, found.A).reshape(-1, x.shape[-1])
         path = compute.linear_path(config.compute, flat, found.A, found.B)
         if found.magnitude is None:
-            update = compute.mixed(flat, found.A, found.B, gates, path) * found.scale
+            update = compute.mixed(flat, found.A, found.B, gates, path, found.scale)
         else:
             update = self._dora(flat, result[rows].reshape(flat.shape[0], -1), found, gates, path)
         return update.view(*x.shape[:-1], -1).to(result.dtype)
@@ -282,9 +282,9 @@ class ExpertBlock(ExpertLayer):
             )
         first = {role: self.linear(role)(x) for role in self.roles if role != "down"}
         parts = [self._part(segment, x, first) for segment in segments]
-        out = self.linear("down")(torch.cat([part[0] for part in parts]))
-        extra = torch.cat([part[1] for part in parts])
-        return finished(self.get_base_layer(), self.structure, (out + extra).to(out.dtype))
+        inputs, updates = (one[0] if len(parts) == 1 else torch.cat(one) for one in zip(*parts, strict=True))
+        out = self.linear("down")(inputs)
+        return finished(self.get_base_layer(), self.structure, (out + updates).to(out.dtype))
 
     def _part(self, segment: Segment, x: Tensor, first: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What goes through the last layer for some samples (batch, length, ff), and what is added to its output."""
@@ -305,31 +305,32 @@ class ExpertBlock(ExpertLayer):
         flat = self.dropped(adapter, x, example).reshape(-1, x.shape[-1])
         path = compute.block_path(self.settings[adapter].compute, flat, *((f.A, f.B) for f in found.values()))
         rows = compute.sort(gates)
-        gate, given = rows.gate.to(flat.dtype), flat[rows.token]
+        given = rows.gathered(flat)
         hidden = inner(
             block, self.structure,
-            {role: self._row(role, out[rows.token], given, found.get(role), rows, path) for role, out in first.items()},
+            {role: self._row(role, rows.gathered(out), given, found.get(role), rows, path) for role, out in first.items()},
         )  # fmt: skip
         last, dtype = found.get("down"), next(iter(first.values())).dtype
         kept = None if gates.whole else inner(block, self.structure, first) * (1 - gates.total().to(flat.dtype))
         if last is not None and last.magnitude is not None:
             return self._scaled_last(adapter, hidden, last, rows, path, kept, dtype)
-        mixed = rows.combined(hidden * gate)
+        mixed = rows.combined(hidden)
         mixed = mixed if kept is None else mixed + kept
         outputs = sizes(self.linear("down"))[0]
         extra = mixed.new_zeros(mixed.shape[0], outputs)
         if last is not None:
             dropped = self.dropped(adapter, hidden, last.A)
-            extra = rows.combined(compute.by_expert(dropped, last.A, last.B, rows, path) * gate) * last.scale
+            extra = rows.combined(compute.by_expert(dropped, last.A, last.B, rows, path, last.scale))
         return mixed.to(dtype), extra
 
     def _row(self, role: str, out: Tensor, x: Tensor, found: Factors | None, rows: compute.Rows, path: str) -> Tensor:
         """The output of a first layer for each row: base (S, out) plus that of the row's expert."""
         if found is None:
             return out
-        update = compute.by_expert(x, found.A, found.B, rows, path) * found.scale
+        update = compute.by_expert(x, found.A, found.B, rows, path, found.scale)
         if found.magnitude is None:
-            return out + update
+            # a large tensor less, whose pages cost as much as the sum
+            return update.add_(out) if update.dtype == torch.promote_types(update.dtype, out.dtype) else out + update
         bias = getattr(self.linear(role), "bias", None)
         ratio = magnitude_ratio(self.linear(role), found)[rows.expert]
         return ratio * (out + update) if bias is None else ratio * (out - bias + update) + bias
@@ -347,10 +348,10 @@ class ExpertBlock(ExpertLayer):
         """With DoRA on the last layer: its output for each row, mixed; the shared one gets the base's part only."""
         down = self.linear("down")
         each = self._row("down", down(hidden.to(dtype)), self.dropped(adapter, hidden, last.A), last, rows, path)
-        mixed = rows.combined(each * rows.gate.to(each.dtype))
+        mixed = rows.combined(each)
         bias = getattr(down, "bias", None)
         if bias is not None:  # the shared product adds it once
-            mixed = mixed - bias * rows.combined(rows.gate.to(each.dtype))
+            mixed = mixed - bias * rows.combined(torch.ones_like(each[:, :1]))
         rest = hidden.new_zeros(rows.tokens, hidden.shape[1]) if kept is None else kept
         return rest.to(dtype), mixed
 
