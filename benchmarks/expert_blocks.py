@@ -8,8 +8,8 @@ of our mixtures. All ways have the same weights and the same input:
 - ``mixlora``: the layer of the package of that name (2 + k products);
 - ``stacked``, ``loop``, ``sorted``: ours (3 products, as many as the block without experts).
 
-Time is the least CPU time of :data:`ROUNDS` rounds of one forward and one backward pass, all ways taking turns. Memory is
-what autograd keeps for the backward pass, each storage once, without the parameters.
+Time is the least CPU time of :data:`ROUNDS` rounds of one forward and one backward pass, all ways taking turns. Memory
+is what autograd keeps for the backward pass, each storage once, without the parameters.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def measure() -> dict[str, Any]:
     theirs = published(ours)
     if theirs is not None:
         ways["mixlora"] = theirs[0]
-    ways |= {name: block for name, block in blocks.items()}
+    ways.update(blocks)
     x = torch.randn(4, TOKENS // 4, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
     towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     wanted = ways["whole blocks"](x)
@@ -158,7 +158,7 @@ def measure() -> dict[str, Any]:
     reference, mine = [x.grad.clone(), *(g.clone() for g in gradients(ours))], list(ours.parameters())  # type: ignore[union-attr]
     found: dict[str, Any] = {"rounds": ROUNDS, "ways": {}}
     for name, forward in ways.items():
-        own = [p for p in forward.parameters()] if isinstance(forward, nn.Module) else mine
+        own = list(forward.parameters()) if isinstance(forward, nn.Module) else mine
         besides = [*own, *mine, *(theirs[1] if theirs else []), x]
         found["ways"][name] = {"kept": kept(forward, x.detach(), besides), "seconds": []}
         if name in ("LoRA", "whole blocks"):
@@ -196,9 +196,9 @@ def report(runs: dict[str, Any]) -> list[str]:
     lines = [
         "## A feed-forward block with experts",
         "",
-        f"Width {WIDTH}, inner width {INNER}, {TOKENS} tokens, {EXPERTS} experts, {CHOSEN} per token, rank {RANK}, fp32.",
-        f"Least CPU time of {runs['block']['rounds']} forward and backward passes; MiB kept for the backward pass;",
-        "largest difference to whole blocks over the largest number, of the output and of any gradient.",
+        f"Width {WIDTH}, inner width {INNER}, {TOKENS} tokens, {EXPERTS} experts, {CHOSEN} per token, rank {RANK},",
+        f"fp32. Least CPU time of {runs['block']['rounds']} forward and backward passes; MiB kept for the backward",
+        "pass; largest difference to whole blocks over the largest number, of the output and of any gradient.",
         "",
         "| | ms | over whole blocks | kept (MiB) | output | gradients |",
         "|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
 """Mixtures of LoRA experts: what a block costs, what experts are good for, and where they are not.
 
     python -m benchmarks.experts block       # time, memory and parity of a feed-forward block (2 minutes)
-    python -m benchmarks.experts tasks       # bed T: tasks that contradict each other, LoRAMoE, MoLA, X-LoRA (25 minutes)
+    python -m benchmarks.experts tasks       # bed T: contradicting tasks, LoRAMoE, MoLA, X-LoRA (25 minutes)
     python -m benchmarks.experts families    # SmolLM2-135M: three forms of answer (20 minutes a seed)
     python -m benchmarks.experts report      # writes the tables again from the .json
 
@@ -67,8 +67,8 @@ def report(found: dict[str, Any]) -> str:
         "    python -m benchmarks.experts tasks",
         "    python -m benchmarks.experts families",
         "",
-        f"One thread, torch {found['torch']}, {found['machine']}. Every table is printed as it came out. Bytes and time of",
-        "training several adapters at once: [packed_training.md](packed_training.md).",
+        f"One thread, torch {found['torch']}, {found['machine']}. Every table is printed as it came out. Bytes and",
+        "time of training several adapters at once: [packed_training.md](packed_training.md).",
         "",
     ]
     for part, module in PARTS.items():
