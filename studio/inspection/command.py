@@ -1,7 +1,8 @@
-"""``studio inspect``: what training did to a model's weights."""
+"""``studio inspect``: what training did to a model's weights, and what a mixture does with tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +14,16 @@ from studio.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from adapters.inspection.intruders import Report
+    from studio.inspection.experts import Report as ExpertsReport
 
 Base = Annotated[str, typer.Option("--base", help="The untouched base model: name in the library, folder or hub id.")]
 K = Annotated[int, typer.Option("--k", min=1, help="How many of the largest singular directions to compare.")]
 Eps = Annotated[float, typer.Option("--eps", help="An intruder's cosines with the base's directions are below this.")]
 Adapter = Annotated[str, typer.Argument(help="Name in the library, file or PEFT folder.")]
 
-group = typer.Typer(help="What training did to the weights: intruder dimensions, forgetting.", no_args_is_help=True)
+group = typer.Typer(
+    help="What training did to the weights: intruder dimensions, forgetting; what experts do.", no_args_is_help=True
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -138,6 +142,64 @@ def forgetting(
     values = [{"variant": r.variant, "factor": r.strength, "norm": r.norm, **r.losses} for r in rows]
     names = list(values[0])
     output.result(values, lambda: table(names, [[_cell(value[name]) for name in names] for value in values]))
+
+
+@group.command()
+def experts(
+    adapter: Adapter,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Rows to look at, as for a training; repeatable. Empty: those of its training."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option("--by", help="Column whose values are the groups to compare; empty: one group per file.")
+    ] = "",
+    base: Annotated[str, typer.Option("--base", help="The base model; empty: the one that the adapter names.")] = "",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows of each file to read.")] = 64,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Plot every router in this .png file.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show which expert of a mixture takes which tokens: per layer, and per group of rows.
+
+    Example:  studio inspect experts several --data rows.jsonl --by task --plot routing.png
+    """
+    from studio import silence
+    from studio.inspection import experts as routers
+
+    output = Output(json, quiet)
+    silence.library_warnings()
+    silence.loading_bars()
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"--plot: pictures are written as .png, got '{plot.suffix}'.")
+    with Terminal(quiet) as terminal:
+        report = routers.experts(adapter, data or (), base, by, rows, terminal)
+    if plot is not None:
+        from adapters import files
+
+        drawn = routers.picture(report)
+        files.write(plot, lambda part: drawn.save(part, format="PNG"))
+        output.note(f"Plotted to {plot}")
+    output.result(report.to_dict(), lambda: _routers(report))
+
+
+def _routers(report: ExpertsReport) -> Any:
+    """A row per router, and what each expert of the last one takes."""
+    from rich.console import Group
+
+    rows = [
+        (router["module"] or "the whole model", *(_loads(router["groups"].get(group, ())) for group in report.groups),
+         f"{router['busiest']:.1f}", str(router["unused"]), f"{router['entropy']:.2f}", f"{router['apart']:.2f}")
+        for router in report.routers
+    ]  # fmt: skip
+    names = ["router", *(f"{group} (%)" for group in report.groups), "busiest", "unused", "entropy", "apart"]
+    last = report.routers[-1]
+    words = [(report.experts[n], " ".join(repr(word) for word in own)) for n, own in enumerate(last["words"])]
+    return Group(table(names, rows), facts([(f"expert {name}", own or "nothing of its own") for name, own in words]))
+
+
+def _loads(loads: Sequence[float]) -> str:
+    return " ".join(f"{100 * load:.0f}" for load in loads)
 
 
 def _cell(value: Any) -> str:

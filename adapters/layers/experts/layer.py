@@ -306,10 +306,10 @@ class ExpertBlock(ExpertLayer):
         path = compute.block_path(self.settings[adapter].compute, flat, *((f.A, f.B) for f in found.values()))
         rows = compute.sort(gates)
         given = rows.gathered(flat)
-        hidden = inner(
-            block, self.structure,
-            {role: self._row(role, rows.gathered(out), given, found.get(role), rows, path) for role, out in first.items()},
-        )  # fmt: skip
+        each = {
+            role: self._row(role, rows.gathered(out), given, found.get(role), rows, path) for role, out in first.items()
+        }
+        hidden = inner(block, self.structure, each)
         last, dtype = found.get("down"), next(iter(first.values())).dtype
         kept = None if gates.whole else inner(block, self.structure, first) * (1 - gates.total().to(flat.dtype))
         if last is not None and last.magnitude is not None:
