@@ -29,12 +29,12 @@ def loss_plot(points: Sequence[tuple[int, float]], validation: Sequence[tuple[in
     everything = [*points, *validation]
     low, high = room([loss for _, loss in everything])
     axes = Axes(0, max(total, everything[-1][0], 2), low, high)
-    thin = _thin(points)
-    smooth = _thin(running_average(points))
+    points_shown = thin(points)
+    smooth = thin(running_average(points))
     end = axes.place(smooth[-1])
     parts = [
         axes.grid(whole=True),
-        f'<path class="raw" d="{axes.path(thin)}"/>',
+        f'<path class="raw" d="{axes.path(points_shown)}"/>',
         f'<path class="smooth" d="{axes.path(smooth)}"/>',
         f'<path class="check" d="{axes.path(validation)}"/>' if validation else "",
         f'<circle class="end" cx="{end[0]:.1f}" cy="{end[1]:.1f}" r="4"/>',
@@ -59,6 +59,7 @@ def running_average(points: Sequence[tuple[int, float]], keep: float = 0.9) -> l
     return result
 
 
-def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """So many points as a plot can show, the last one among them."""
     stride = max(1, math.ceil(len(points) / _MOST_POINTS))
     return [*points[:-1:stride], points[-1]]

@@ -10,7 +10,7 @@ import gradio as gr
 
 from adapters.errors import InputError
 from studio import library
-from studio.inspection import intruders
+from studio.inspection import experts, intruders
 from ui import markup
 from ui.components import softening
 from ui.errors import errors_shown
@@ -56,12 +56,12 @@ def draw() -> Spectrum:
 
 
 def wire(spectrum: Spectrum, chosen: gr.State, shelf: gr.Radio) -> None:
-    """Show it for the chosen adapter and inspect on request; changing ``eps`` only recolours."""
+    """Show it for the chosen adapter (not for a mixture) and inspect on request; changing ``eps`` only recolours."""
 
     @errors_shown
     def offer(name: str, shown: str) -> Any:
         record = next((one for one in library.adapters() if one.name == name), None) if shown == "adapter" else None
-        if record is None or record.problem:
+        if record is None or record.problem or experts.is_mixture(record.path):
             return [gr.update(visible=False), gr.skip(), "", None]
         bases = [one.name for one in library.bases() if not one.problem]
         known = str(record.notes.get("base_model") or "")

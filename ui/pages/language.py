@@ -19,7 +19,16 @@ from studio.jobs import Job
 from studio.training import presets, ready, saved
 from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
-from ui.components import compressing, job_panel, loss_plot, method_help, rows_file, schema_form, training_run
+from ui.components import (
+    compressing,
+    job_panel,
+    loss_plot,
+    method_help,
+    router_plot,
+    rows_file,
+    schema_form,
+    training_run,
+)
 from ui.components import presets as preset_fields
 from ui.errors import errors_shown, say
 
@@ -452,7 +461,7 @@ def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
     usable = not job.active and bool(saved.steps(job)) and job.config.get("task") == "causal"
     return [
         job.id, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
-        kept + loss_plot.of_job(job) + _measures(job),
+        kept + loss_plot.of_job(job) + router_plot.of_job(job) + _measures(job),
         answers(job), gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
         gr.update(visible=job.status in ("cancelled", "interrupted", "failed")), gr.update(visible=usable),
     ]  # fmt: skip

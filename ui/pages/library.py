@@ -14,7 +14,7 @@ from studio import jobs, library
 from studio.library import Record, Trashed, base_families
 from studio.printable import without_bytes
 from ui import markup
-from ui.components import rack, spectrum
+from ui.components import expert_loads, rack, spectrum
 from ui.components.pick_list import pick_list, picked
 from ui.errors import errors_shown
 
@@ -55,6 +55,7 @@ def build() -> Page:
     page = Page([shelf, search, chosen], shown, chosen, shelf, detail.use, [shelf, detail.spectrum.fold, *shown], [])
     page.acts += [cards.select, shelf.input, search.input, importing.button.click, detail.rename.click]
     spectrum.wire(detail.spectrum, chosen, shelf)
+    expert_loads.wire(detail.loads, chosen, shelf)
     page.acts += [detail.trash.click, detail.restore.click, detail.empty_for_good.click]
     _wire_choosing(page, search, cards)
     _wire_import(page, importing)
@@ -91,6 +92,7 @@ class _Detail:
     actions: gr.Row
     download: gr.DownloadButton
     spectrum: spectrum.Spectrum
+    loads: expert_loads.Loads
     changes: gr.Accordion
     new_name: gr.Textbox
     rename: gr.Button
@@ -106,6 +108,7 @@ class _Detail:
             use = gr.Button("Use in Compose", variant="primary", size="md", elem_id="use-in-compose")
             download = gr.DownloadButton("Download", size="md", visible=False)
         layers = spectrum.draw()
+        loads = expert_loads.draw()
         with gr.Accordion("Rename or remove", open=False, visible=False, elem_classes="as-more") as changes:
             new_name = gr.Textbox(label="New name", max_lines=1, elem_id="new-name")
             with gr.Row():
@@ -116,8 +119,9 @@ class _Detail:
             gr.Markdown("Everything in the trash is deleted from the disk and cannot be brought back.")
             empty_for_good = gr.Button("Delete permanently", variant="stop", size="md", elem_id="empty-trash")
         return cls(
-            panel, use, actions, download, layers, changes, new_name, rename, trash, restore, empty, empty_for_good
-        )
+            panel, use, actions, download, layers, loads, changes, new_name, rename, trash, restore, empty,
+            empty_for_good,
+        )  # fmt: skip
 
     @property
     def view(self) -> list[Any]:

@@ -50,11 +50,13 @@ class Rows:
 
     def gathered(self, x: Tensor) -> Tensor:
         """(S, in): the token x (T, in) of each row."""
-        return _Gathered.apply(x, self)  # type: ignore[no-any-return]
+        found: Tensor = _Gathered.apply(x, self)
+        return found
 
     def combined(self, rows: Tensor) -> Tensor:
         """(T, out): the sum over each token's rows (S, out), each times its gate, in a fixed order."""
-        return _Combined.apply(rows, self.gate.to(rows.dtype), self)  # type: ignore[no-any-return]
+        found: Tensor = _Combined.apply(rows, self.gate.to(rows.dtype), self)
+        return found
 
 
 class _Gathered(torch.autograd.Function):
@@ -66,7 +68,7 @@ class _Gathered(torch.autograd.Function):
         return x[rows.token]
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Any:
         ones = gradient.new_ones(gradient.shape[0], 1)
         return _Combined.apply(gradient, ones, context.rows), None
 
@@ -83,7 +85,7 @@ class _Combined(torch.autograd.Function):
             return torch.bmm(gates, x[rows.inverse].view(rows.tokens, -1, x.shape[1])).squeeze(1)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Any:
         x, gate = context.saved_tensors
         each = _Gathered.apply(gradient, context.rows)
         of_gate = torch.linalg.vecdot(each, x)[:, None] if context.needs_input_grad[1] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from adapters.plugin import Answers, Handles, Outputs, Plugin
 class ExpertsPlugin(Plugin):
     """Adds the auxiliary loss of the last forward pass, and logs how evenly the experts are used.
 
-    Logged: ``router_loss``, and over the routers ``router_busiest`` (largest share of one expert, times N: 1 is even)
-    and ``router_unused`` (experts without a token).
+    Logged: ``router_loss``, and over the routers ``router_busiest`` (largest share of one expert, times N: 1 is even),
+    ``router_unused`` (experts without a token) and ``router_entropy`` (of a token's probabilities over ln N, the
+    mean: 1 is a router that does not decide).
     """
 
     name = "experts"
@@ -34,6 +36,7 @@ class ExpertsPlugin(Plugin):
             "router_loss": float(aux.detach()),
             "router_busiest": max(max(one.fraction) * len(one.fraction) for one in loads),
             "router_unused": float(sum(one.unused for one in loads)),
+            "router_entropy": sum(one.entropy / math.log(len(one.fraction)) for one in loads) / len(loads),
         }
         return loss + aux.to(loss.device) * (outputs.share if isinstance(outputs, Answers) else 1.0), logs
 
