@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,6 +13,11 @@ from transformers.pytorch_utils import Conv1D
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer of any kind: ``nn.Linear``, GPT-2's Conv1D, or a quantised one."""
     return isinstance(module, nn.Linear | Conv1D) or (hasattr(module, "in_features") and hasattr(module, "weight"))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's numbers are; packed weights are buffers."""
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def sizes(module: Any) -> tuple[int, int]:

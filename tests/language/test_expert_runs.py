@@ -189,6 +189,15 @@ def names_of(layer):
     return [layer.path if not role else f"{layer.path}.{layer.structure.roles[role]}" for role in roles]
 
 
+@pytest.mark.parametrize("width", ["4bit", "8bit"])
+def test_a_quantised_base_learns_with_experts(width, bases, chats, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra bnb)")
+    config = settings(bases("llama"), chats, quantization=width, method="mixlora", experts="4", steps=8)
+    result = run(config, tmp_path, watcher := Watcher())
+    assert watcher.losses[-1] < watcher.losses[0]
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(result).values())
+
+
 def test_pictures_have_no_experts(tmp_path):
     with pytest.raises(InputError, match=r"'method' belongs to .*mixlora.*, which train language models only"):
         TrainImageConfig.parse({"data": str(tmp_path), "base": "x", "method": "mixlora"})

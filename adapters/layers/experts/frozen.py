@@ -27,7 +27,7 @@ from adapters.layers.experts.config import MoeConfig
 from adapters.layers.experts.layer import ExpertLinear, Factors, Place
 from adapters.layers.experts.passes import GatesFromBase
 from adapters.layers.experts.routing import Record, Segment
-from adapters.layers.sizes import sizes
+from adapters.layers.sizes import device_of, sizes
 
 
 class FrozenExperts(ExpertLinear):
@@ -51,7 +51,7 @@ class FrozenExperts(ExpertLinear):
         """Make room for an adapter's experts; all zeros, so that nothing changes."""
         frozen = config.frozen[place.position]
         outputs, inputs = sizes(self.get_base_layer())
-        device, total = next(self.get_base_layer().parameters()).device, sum(frozen["ranks"])
+        device, total = device_of(self.get_base_layer()), sum(frozen["ranks"])
         self.places[adapter], self.settings[adapter] = replace(place, rank=total), config
         for name, shape in (("A", (total, inputs)), ("B", (outputs, total))):
             self._tensors("", name)[adapter] = nn.Parameter(torch.zeros(shape, device=device))

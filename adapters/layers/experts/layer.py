@@ -18,7 +18,7 @@ from adapters.layers.experts.config import MoeConfig
 from adapters.layers.experts.gates import Gates, choose, one_expert, without_autocast
 from adapters.layers.experts.routing import Record, Routing, Segment
 from adapters.layers.experts.structure import Structure, finished, inner
-from adapters.layers.sizes import sizes
+from adapters.layers.sizes import device_of, sizes
 from adapters.low_rank import shifted_row_norms_squared
 
 PREFIX = "moeadapter_"
@@ -116,10 +116,9 @@ class ExpertLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------------------------------ adapters
     def update_layer(self, adapter: str, place: Place, config: MoeConfig, inference_mode: bool = False) -> None:
         """Add an adapter: A as ``nn.Linear`` starts, B zero, so that nothing changes."""
-        example = next(self.get_base_layer().parameters())
-        device = example.device
-        floating = (p.dtype for p in self.get_base_layer().parameters() if p.is_floating_point())
-        dtype = next(floating, torch.float32)
+        base = self.get_base_layer()
+        device = device_of(base)
+        dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
         self.places[adapter], self.settings[adapter] = place, config
         for role in place.roles:
             outputs, inputs = sizes(self.linear(role))

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from adapters.errors import InputError
-from adapters.layers.sizes import is_linear, sizes
+from adapters.layers.sizes import device_of, is_linear, sizes
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def check_structure(block: Any, structure: Structure, path: str) -> None:
     floating = next((p for p in parameters if p.is_floating_point()), None)
     dtype = floating.dtype if floating is not None else torch.float32
     width = sizes(_own(first[0]))[1]
-    x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(parameters[0].device, dtype)
+    x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(device_of(block), dtype)
     was_training = block.training
     block.eval()
     try:
