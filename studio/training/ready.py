@@ -64,6 +64,12 @@ def language(config: TrainLanguageConfig) -> None:
     _common(config)
 
 
+def remark(config: TrainLanguageConfig | TrainVisionLanguageConfig) -> str:
+    """What a ready training may do otherwise than meant, in words; usually nothing."""
+    found = experts.remark(config)
+    return f"{found[0].upper()}{found[1:]}." if found else ""
+
+
 def vision_language(config: TrainVisionLanguageConfig) -> None:
     """Check base, rows with their columns and pictures, sample pictures and the adapter to continue from.
 

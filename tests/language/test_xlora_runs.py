@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,21 @@ def test_the_library_and_the_card_name_the_experts(trained):
     assert "Mixes these adapters" in Path(result["card"]).read_text()
     config = json.loads((Path(result["adapter"]) / "adapter_config.json").read_text())
     assert all(len(one["sha256"]) == 64 for one in config["experts"])
+
+
+def test_experts_of_different_bases_are_said_to_the_person(bases, chats, experts, tmp_path):
+    places = [Path(place) for place in experts.split(",")]
+    for place in places:
+        shutil.copytree(place, tmp_path / place.name)
+    file = tmp_path / "wide" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "someone/other"}))
+    named = ",".join(str(tmp_path / place.name) for place in places)
+    config = settings(bases("llama"), chats, steps=1, method="x-lora", experts=named)
+    assert ready.remark(settings(bases("llama"), chats, method="x-lora", experts=experts)) == ""
+    assert "'wide' for someone/other): an expert works as trained only on its own." in ready.remark(config)
+    assert "The experts name different bases (" in ready.remark(config)
+    run(config, tmp_path / "run", watcher := Watcher())
+    assert any("'wide' for someone/other)" in report.message for report in watcher.seen)
 
 
 def test_it_is_estimated(trained):

@@ -344,10 +344,6 @@ def needed(data: str, base: str, *values: Any) -> str:
     return markup.text(estimate.sentence(estimate.apart(config)))
 
 
-def _begin(data: str, base: str, *values: Any) -> str:
-    return jobs.submit("train-language", config_of(data, base, values))
-
-
 @dataclass
 class _Result:
     """The right side of training: progress, loss, answers, what to do with the adapter."""
@@ -408,8 +404,11 @@ def _wire_train(
 
     @errors_shown
     def begin(data: str, name: str, *values: Any) -> Any:
-        job_id = _begin(data, name, *values)
+        config = config_of(data, name, values)
+        job_id = jobs.submit(config.kind, config)
         jobs.ensure_worker()
+        if remark := ready.remark(config):
+            say(remark, title="Different bases")
         return follow(job_id)
 
     @errors_shown

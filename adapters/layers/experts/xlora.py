@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from adapters.errors import FamilyError, InputError
 from adapters.formats.lora import LoraFile, LoraLayer
+from adapters.formats.mixture import different_bases
 from adapters.formats.xlora import NamedExpert, XLoraFile, check_outputs
 from adapters.layers.experts.classifier import Classifier, ClassifierOptions
 from adapters.layers.experts.config import MoeConfig
@@ -157,10 +158,8 @@ def _check_fits(one: Expert, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _warn_bases(experts: Sequence[Expert]) -> None:
-    bases = {one.base: one.name for one in experts if one.base}
-    if len(bases) > 1:
-        told = ", ".join(f"'{name}' for {base}" for base, name in bases.items())
-        _log.warning("The experts name different bases (%s): an expert works as trained only on its own.", told)
+    if told := different_bases({one.name: one.base for one in experts}):
+        _log.warning("%s", told)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.catalogue import find, stage
 from adapters.errors import InputError
+from adapters.formats.mixture import base_named, different_bases
 from studio import library
 from studio.library.scan import own_name
 
@@ -50,6 +51,13 @@ def read(config: Any, model: Any) -> list[Expert]:
     from pipelines.language.adapters import read_fitting
 
     return [expert(name, read_fitting(place, model, config.base)) for name, place in places(config).items()]
+
+
+def remark(config: Any) -> str:
+    """Words for people if the experts are for different bases; else nothing."""
+    if not frozen(config.method):
+        return ""
+    return different_bases({name: base_named(place) for name, place in places(config).items()})
 
 
 def options(config: Any) -> Any:

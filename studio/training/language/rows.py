@@ -14,6 +14,7 @@ from studio.datasets.conversations import Columns, Text, conversations, labelled
 from studio.datasets.encoding import CHATML
 from studio.datasets.seeds import rng
 from studio.datasets.texts import TextReport, scan, usable_rows
+from studio.training.language import experts
 from studio.training.language.about import known
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.schemas.vision_language import TrainVisionLanguageConfig
@@ -31,7 +32,7 @@ class Rows:
         labels: classification: names of the classes, sorted.
         types: row number -> its type, where a method tells types of rows apart.
         digest: identity of the data.
-        remarks: what is not used.
+        remarks: what is not used, or may not work as meant.
     """
 
     shown: Items
@@ -72,7 +73,9 @@ def gather(config: Any, understand: Callable[[TextReport], list[Any]]) -> Rows:
         report.remarks += [f"{other.source}: {remark}" for remark in other.remarks if remark not in report.remarks]
     elif config.validation_split:
         items, held_out = split(items, config.validation_split, config.seed)
-    return Rows(items, held_out, [], types_of(report, config), digest, report.columns, report.remarks)
+    told = experts.remark(config)
+    remarks = [*report.remarks, *([told] if told else [])]
+    return Rows(items, held_out, [], types_of(report, config), digest, report.columns, remarks)
 
 
 def types_of(report: TextReport, config: Any) -> dict[int, int]:
