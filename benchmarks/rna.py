@@ -52,11 +52,11 @@ COMMON: dict[str, Any] = {"device": "cpu", "batch_size": 12, "warmup_ratio": 0.1
                           "checkpoint_every": 0}  # fmt: skip
 BASE: dict[str, Any] = {
     "base": "new", "mode": "full", "task": "masked", "width": 96, "depth": 3, "heads": 4, "max_length": 384,
-    "view": "full", "long": "windows", "learning_rate": 2e-3, "steps": 150,
+    "view": "full", "long": "windows", "learning_rate": 2e-3, "steps": 60,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
-    "full": {"mode": "full", "learning_rate": 1e-3, "steps": 120},
-    "LoRA r8": {"mode": "lora", "rank": 8, "alpha": 16, "learning_rate": 5e-3, "steps": 120},
+    "full": {"mode": "full", "learning_rate": 1e-3, "steps": 100},
+    "LoRA r8": {"mode": "lora", "rank": 8, "alpha": 16, "learning_rate": 5e-3, "steps": 100},
 }
 AREAS = ("whole", "ORF", "mean", "mean and lengths (logistic)")
 BARS = {"full": 0.75, "LoRA r8": 0.70}

@@ -6,8 +6,8 @@
     pictures[0].save("fox-and-robot.png")
 
 :func:`compose` makes pictures, :func:`load` gives the pipeline behind them, :func:`train` trains an adapter,
-:func:`reconstruct` turns photos into 3D, :func:`chat` asks a language model, :func:`ask` asks about a picture. Nothing
-heavy is imported before the first of them is used.
+:func:`reconstruct` turns photos into 3D, :func:`chat` asks a language model, :func:`ask` asks about a picture,
+:func:`classify` tells RNA transcripts apart. Nothing heavy is imported before the first of them is used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from studio.api import ask as ask
     from studio.api import chat as chat
+    from studio.api import classify as classify
     from studio.api import compose as compose
     from studio.api import load as load
     from studio.api import reconstruct as reconstruct
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["__version__", "ask", "chat", "compose", "load", "reconstruct", "train"]
+__all__ = ["__version__", "ask", "chat", "classify", "compose", "load", "reconstruct", "train"]
 
 
 def __getattr__(name: str) -> Any:

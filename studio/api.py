@@ -126,7 +126,7 @@ def train(
     """Train an adapter.
 
     Args:
-        kind: "image", "distill", "language", "vision-language" or "scene".
+        kind: "image", "distill", "language", "vision-language", "rna" or "scene".
         folder: where the run lives: adapter, card, samples, checkpoints.
         resume: go on from the newest checkpoint in ``folder``.
         monitor: told of every step; may cancel (a checkpoint is written then).
@@ -252,6 +252,47 @@ def ask(
     silence.library_warnings()
     talk: list[Message] = [{"role": "user", "content": question}]
     return _said(_inside("picture", picture), talk, adapters, os.fspath(base), system, device, dtype, sampling)
+
+
+def classify(
+    file: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] = "lncrna",
+    *,
+    base: str | os.PathLike[str] = "tinyrna",
+    folder: str | os.PathLike[str] | None = None,
+    monitor: Monitor | None = None,
+    **values: Any,
+) -> list[dict[str, str]]:
+    """Tell RNA transcripts apart.
+
+    Args:
+        file: a FASTA file, plain or compressed.
+        adapter: name in the library or folder; empty: the base has a classifier of its own.
+        base: a k-mer model, name in the library or directory.
+        folder: where ``scores.tsv`` and ``summary.json`` are kept; if left out, nothing is.
+        monitor: told of every few transcripts; may cancel.
+        values: every other key of :class:`studio.genomics.schema.ClassifyRnaConfig` (view, long, threshold ...).
+
+    Returns:
+        One row per transcript by column (id, length, label, probabilities, ORF), all text as in the table. For files
+        with millions of transcripts use :func:`studio.genomics.job.run`, which keeps none in memory.
+
+    Raises:
+        InputError: a file, base, adapter or value that cannot be used.
+        Cancelled: ``monitor`` asked to stop.
+    """
+    from studio import silence
+    from studio.genomics import job, table
+    from studio.genomics.schema import ClassifyRnaConfig
+
+    silence.library_warnings()
+    silence.loading_bars()
+    asked = {**values, "file": os.fspath(file), "adapter": os.fspath(adapter), "base": os.fspath(base)}
+    config = ClassifyRnaConfig.parse(asked, source="classify")
+    if folder is not None:
+        return table.read(Path(job.run(config, _made(folder), monitor or Silent())["table"]))
+    with tempfile.TemporaryDirectory(prefix="adapter-studio-") as place:
+        return table.read(Path(job.run(config, Path(place), monitor or Silent())["table"]))
 
 
 def _said(

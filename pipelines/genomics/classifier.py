@@ -70,9 +70,9 @@ class RnaClassifier:
         """Scores of some transcripts."""
         return scoring.score(self.model, self.kmers, self.task, records)
 
-    def stream(self, records: Iterable[Record]) -> Iterator[Score]:
-        """Scores of any number of transcripts, in their order."""
-        return scoring.stream(self.model, self.kmers, self.task, records)
+    def stream(self, records: Iterable[Record], most: int = scoring.TOKENS) -> Iterator[Score]:
+        """Scores of any number of transcripts, in their order; a batch has ``most`` tokens at most."""
+        return scoring.stream(self.model, self.kmers, self.task, records, most)
 
     def label(self, score: Score, threshold: float | None = None) -> str:
         """The label of a score; empty for a transcript without a reading."""

@@ -123,6 +123,16 @@ def read(path: Path, tally: Tally | None = None, shortest: int = SHORTEST) -> It
         raise InputError(f"All {number} transcripts in '{path}' are shorter than {shortest} nt: none is left.")
 
 
+def count(path: Path) -> int:
+    """How many records a file seems to have, for progress; 0 if it cannot be read."""
+    _dnaio()
+    try:
+        with _open(path) as lines:
+            return sum(line.startswith(">") for line in lines)
+    except (OSError, EOFError, zlib.error):
+        return 0
+
+
 def dna(text: str) -> str:
     """Letters as upper-case DNA, without gaps and spaces."""
     return text.translate(_DNA).upper()

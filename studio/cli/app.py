@@ -51,6 +51,11 @@ COMMANDS: dict[str, Command] = {
         "Train one adapter on the data of several clients, which stay with them.",
         "studio federate simulate federation.yaml",
     ),
+    "classify": Command(
+        "studio.genomics.command",
+        "Tell RNA transcripts apart: long non-coding or messenger RNA.",
+        "studio classify rna transcripts.fa.gz --out scores.tsv",
+    ),
     "reconstruct": Command(
         "studio.reconstruction.command",
         "Photos in, 3D out: cameras, points, self-calibration.",

@@ -191,6 +191,8 @@ for _kind in (
     Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure",
          title="Forgetting"),
     Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften", title="Soften"),
+    Kind("classify-rna", "studio.genomics.schema:ClassifyRnaConfig", "studio.genomics.job:run", continues=True,
+         ready="studio.genomics.job:ready", title="Classify RNA"),
     *(kind for place in ("studio.training.tasks", "studio.compression.methods") for file in discovery.sources(place)
       for kind in discovery.declarations(file, {"Kind": Kind}, "KIND")),
 ):  # fmt: skip

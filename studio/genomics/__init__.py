@@ -1,0 +1,1 @@
+"""Classifying RNA transcripts: the job, its configuration, its table and command."""
