@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LENGTH, BATCH, HELD_OUT = 128, 8, 96
-BASE_STEPS, BASE_BATCH, BASE_RATE = 4000, 16, 3e-3
+BASE_STEPS, BASE_BATCH, BASE_RATE = 3500, 8, 5e-3
 CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
