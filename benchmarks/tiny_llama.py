@@ -25,8 +25,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapters import files
+
 LENGTH, BATCH, HELD_OUT = 128, 8, 96
-BASE_STEPS, BASE_BATCH, BASE_RATE = 3500, 8, 5e-3
+BASE_STEPS, BASE_RATE = 600, 1.5e-2
 CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
@@ -89,15 +91,43 @@ def learn(
         after_step(step)
 
 
-def base_of(text: Text, cache: Path, steps: int = BASE_STEPS) -> Any:
-    """The base, from ``cache`` if it was trained before."""
+def base_of(text: Text, cache: Path, steps: int = BASE_STEPS, chunk: int = BASE_STEPS) -> Any:
+    """The base, from ``cache`` if it was trained before: Muon on matrices, AdamW on embedding and norms, a cosine.
+
+    Args:
+        chunk: stop after so many steps; the next call goes on from ``cache``.
+
+    Raises:
+        SystemExit: the training has more steps to go.
+    """
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(copy.deepcopy(CONFIG))
-    if cache.is_file():
-        model.load_state_dict(torch.load(cache, weights_only=True))
-    else:
-        learn(model, text, steps, BASE_RATE, 99, BASE_BATCH)
-        torch.save(model.state_dict(), cache)
+    inner = [layer.weight for layer in linear(model).values()]
+    outer = [p for p in model.parameters() if all(p is not weight for weight in inner)]
+    optimizers = [
+        torch.optim.Muon(inner, lr=BASE_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=BASE_RATE, weight_decay=0.0),
+    ]
+    kept = torch.load(cache, weights_only=True) if cache.is_file() else {"step": 0}
+    if kept["step"]:
+        model.load_state_dict(kept["model"])
+        for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    end = min(steps, kept["step"] + chunk)
+    for step in range(kept["step"], end):
+        ids = text.batch(99, step)
+        model.zero_grad()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = BASE_RATE * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.step()
+    if end > kept["step"]:
+        state = {"step": end, "model": model.state_dict(), "optimizers": [one.state_dict() for one in optimizers]}
+        files.write(cache, lambda part: torch.save(state, part))
+    if end < steps:
+        raise SystemExit(f"The base has learnt {end} of {steps} steps: run the same again to go on.")
     return model.requires_grad_(False).eval()
 
 
@@ -118,9 +148,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options with the texts and the base's file."""
     parser.add_argument("--texts", type=Path, default=Path(), help="folder with shakespeare.txt and bible.txt")
     parser.add_argument("--cache", type=Path, default=Path("tiny-llama.pt"), help="where the trained base is kept")
+    parser.add_argument("--chunk", type=int, default=BASE_STEPS, help="stop training the base after so many steps")
 
 
 def opened(asked: argparse.Namespace) -> tuple[Any, dict[str, Text]]:
     """The base, and the texts "shakespeare" (its own) and "bible" (the task)."""
     texts = {name: Text.of_bytes(asked.texts / f"{name}.txt") for name in ("shakespeare", "bible")}
-    return base_of(texts["shakespeare"], asked.cache), texts
+    return base_of(texts["shakespeare"], asked.cache, chunk=asked.chunk), texts

@@ -164,6 +164,8 @@ class Pruning:
         ratio: share of the groups that was asked to go, in the blocks that are pruned.
         base: fingerprint of the whole model's weights; ``base_name``: what it was called.
         aligned: the small model was trained further, so that its weights are no longer the base's.
+        zeros: share of zeros in the pruned blocks' linear layers, where nothing is cut but weights are zero instead
+            (:mod:`adapters.compression.sparsity`); ``mask``: digest of what stays of them.
     """
 
     sizes: Sizes
@@ -173,6 +175,8 @@ class Pruning:
     base: str = ""
     base_name: str = ""
     aligned: bool = False
+    zeros: float = 0.0
+    mask: str = ""
 
     def counts(self) -> list[tuple[int, int]]:
         """(key-value heads, channels) of every block."""
@@ -191,7 +195,7 @@ class Pruning:
     @property
     def identity(self) -> str:
         """Changes with the base and with every kept index, not with the alignment."""
-        told = json.dumps([self.base, [asdict(kept) for kept in self.layers]])
+        told = json.dumps([self.base, [asdict(kept) for kept in self.layers], *([self.mask] if self.mask else [])])
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
     def write(self, folder: Path) -> Path:
@@ -215,7 +219,8 @@ def read_pruning(folder: Path) -> Pruning | None:
         layers = tuple(Kept(*(_indices(kept[part]) for part in ("heads", "channels"))) for kept in given["layers"])
         found = Pruning(
             sizes, layers, str(given["method"]), float(given["ratio"]), str(given["base"]),
-            str(given.get("base_name", "")), bool(given["aligned"]),
+            str(given.get("base_name", "")), bool(given["aligned"]), float(given.get("zeros", 0)),
+            str(given.get("mask", "")),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"'{place}' is damaged ({error}): prune the model again.") from None

@@ -108,6 +108,11 @@ def attach(layer: Any, grid: Grid, adapter: str = "default") -> None:
     layer.adapter_layer_names = (*layer.adapter_layer_names, STEP, ZERO)  # PEFT freezes and activates them with A, B
 
 
+def _head(model: Any) -> Any:
+    """The layer that writes tokens, or None."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
 class L4QPlugin(Plugin):
     """L4Q: every adapted layer through the rounding."""
 
@@ -123,7 +128,10 @@ class L4QPlugin(Plugin):
 
     def initialise(self, handles: Handles) -> None:
         self.layers, self.adapter = layers_of(handles), handles.adapter
+        heads = {id(head.weight) for model in handles.models.values() if (head := _head(model)) is not None}
         for name, layer in self.layers.items():
+            if id(layer.get_base_layer().weight) in heads:
+                raise InputError(f"l4q leaves the output layer whole: take '{name}' out of the targets.")
             try:
                 attach(layer, self.grid, self.adapter)
             except InputError as error:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from adapters import files
+from adapters.compression.sparsity import keep_zeros
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check
 from pipelines.language.loading import LanguageModel
@@ -49,6 +50,7 @@ def align(small: LanguageModel, config: LoramConfig, folder: Path, monitor: Moni
     model.requires_grad_(True)
     if head is not embedding:
         head.requires_grad_(False)
+    hooks = keep_zeros(model) if config.pattern != "groups" else []
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=config.align_rate, weight_decay=0.0)
     begun, losses = _load(folder / STATE, model, optimizer) if resume else (0, [])
@@ -69,6 +71,8 @@ def align(small: LanguageModel, config: LoramConfig, folder: Path, monitor: Moni
         optimizer.step()
         losses.append(float(loss.detach()))
         monitor.report(Progress("aligning", step + 1, steps, loss=losses[-1]))
+    for hook in hooks:
+        hook.remove()
     model.requires_grad_(False).eval()
     (folder / STATE).unlink(missing_ok=True)
     last = losses[-max(1, steps // 10) :]

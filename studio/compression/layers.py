@@ -36,7 +36,9 @@ def of_job(result: Mapping[str, Any] | None) -> list[Left]:
 
 
 def of_pruning(pruning: Pruning) -> list[Left]:
-    """Heads and channels kept of every layer."""
+    """Heads and channels kept of every layer; nothing where zeros are in place."""
+    if pruning.mask:
+        return []
     names = ("Key-value heads kept, layer by layer", "Channels kept, layer by layer")
     return [
         Left(name, {str(layer): float(pair[number]) for layer, pair in enumerate(pruning.counts())}, "{:.0f}")

@@ -18,7 +18,7 @@ from adapters.errors import InputError
 from studio import library
 from studio.cli.output import duration, size
 from studio.compression import layers as figures
-from studio.compression import small_bases
+from studio.compression import ready, small_bases
 from studio.compression.layers import Left
 from studio.compression.pruning_schema import LoramConfig, LoraPruneConfig, PruningConfig
 from studio.training import estimate as training
@@ -85,7 +85,8 @@ def of_loram(config: LoramConfig) -> PruningEstimate:
     device, dtype = training.chosen(config)
     whole = _whole(config, dtype)
     sizes = sizes_of(whole.config)
-    pruning = loram.sized(sizes, config.prune, config.whole_first, config.whole_last)
+    cut = config.prune if config.pattern == "groups" else 0.0
+    pruning = loram.sized(sizes, cut, config.whole_first, config.whole_last)
     small = training.shapes_of(config, dtype, pruning)
     speed = training.measured_speed(device, dtype)
     learning = training.estimate(training.look_at_language(config, dtype, pruning), config, dtype, device, speed)
@@ -98,6 +99,10 @@ def of_loram(config: LoramConfig) -> PruningEstimate:
         return passes * (flops / (speed * training.EFFICIENCY) + operations * training.OVERHEAD[device.split(":")[0]])
 
     chosen = loram.blocks(sizes, config.prune, config.whole_first, config.whole_last)
+    if config.importance == "wanda" and chosen:
+        counted = training.count_language(whole, config.batch_size, config.max_length)
+        memory["importance"] = weights
+        seconds["importance"] = spent(counted, config.importance_batches)
     if config.importance == "taylor" and chosen:
         scored = [module.weight for _, number, _, module in members(whole) if number in chosen]
         for weight in scored:
@@ -146,14 +151,13 @@ def _whole(config: PruningConfig, dtype: str) -> Any:
     Raises:
         InputError: one that is pruned or quantised already, or not like Llama.
     """
-    small_bases.check_whole(config)
+    ready.base_to_prune(config)
     try:
         found = training.shapes_of(config, dtype)
     except (ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"The configuration of '{config.base}' cannot be read ({error}).") from None
-    sizes_of(found.config)
     return found
 
 
@@ -180,12 +184,14 @@ def _heads(config: PruningConfig, pruning: Pruning) -> str:
 
 def _loram_advice(config: LoramConfig, pruning: Pruning) -> str:
     found = reduction(pruning)
-    if found.small < 0.7 * found.whole and not config.align_data:
+    if config.pattern != "groups":
+        told = "Zeros save no memory here: this is for comparison, and for hardware that skips them."
+    elif found.small < 0.7 * found.whole and not config.align_data:
         told = "A small model cut so far hardly writes, and its adapter fits the whole one less: give general text "
         told += "(align_data) to train it first."
     else:
         told = "The recovered adapter usually gains less than one trained on the whole base."
-    told += _heads(config, pruning)
+    told += _heads(config, pruning) if config.pattern == "groups" else ""
     if config.validation_data or config.validation_split:
         return told
     return told + " Hold rows out (validation_split), or nobody knows whether the recovered adapter helps."

@@ -50,14 +50,20 @@ class LoramConfig(PruningConfig):
     prune: float = changed(PruningConfig, "prune", default=0.65)
     whole_first: int = changed(PruningConfig, "whole_first", default=4)
     whole_last: int = changed(PruningConfig, "whole_last", default=2)
-    importance: Literal["taylor", "magnitude", "random"] = Field(
+    pattern: Literal["groups", "unstructured", "4:8", "2:4"] = Field(
+        "groups",
+        description="groups cuts whole heads and channels; the others put zeros in place, which saves no memory here: "
+        "single weights, or all but 4 of 8 (2 of 4) neighbouring inputs.",
+        json_schema_extra=_PRUNING,
+    )
+    importance: Literal["taylor", "wanda", "magnitude", "random"] = Field(
         "taylor",
-        description="What is kept: taylor looks at gradients of the rows (and needs memory for one gradient of every "
-        "weight), magnitude at the weights, random at nothing.",
+        description="What is kept: taylor (groups) looks at gradients of the rows and needs memory for one gradient of "
+        "every weight, wanda (zeros) at weights and inputs, magnitude at the weights, random at nothing.",
         json_schema_extra=_PRUNING,
     )
     importance_batches: int = Field(
-        10, ge=1, description="taylor: batches that are looked at.", json_schema_extra=_PRUNING_MORE
+        10, ge=1, description="taylor, wanda: batches that are looked at.", json_schema_extra=_PRUNING_MORE
     )
     keep_pruned: bool = Field(
         False,
@@ -72,6 +78,12 @@ class LoramConfig(PruningConfig):
     align_steps: int = Field(100, ge=1, description="Steps of that training.", json_schema_extra=_ALIGNMENT)
     align_rate: float = Field(5e-5, gt=0, description="Its learning rate.", json_schema_extra=_ALIGNMENT)
     align_batch: int = Field(8, ge=1, description="Its samples per step.", json_schema_extra=_ALIGNMENT_MORE)
+
+
+    @model_validator(mode="after")
+    def _patterned(self) -> LoramConfig:
+        rules.refuse(self, _PATTERNS)
+        return self
 
 
 class LoraPruneConfig(PruningConfig):
@@ -114,6 +126,20 @@ _REFUSED: list[rules.Refusal] = [
     (lambda c: c.use_dora, "DoRA's norms do not survive cutting: switch use_dora off"),
     (lambda c: bool(c.l4q_bits), "the rounding of the small base is not that of the whole one: set l4q_bits to 0"),
     (lambda c: bool(c.continue_from), "the adapter of another base does not fit the pruned one: empty continue_from"),
+]
+_PATTERNS: list[rules.Refusal] = [
+    (
+        lambda c: c.pattern == "groups" and c.importance == "wanda",
+        "wanda judges single weights: set importance to 'taylor', or pattern to 'unstructured'",
+    ),
+    (
+        lambda c: c.pattern != "groups" and c.importance == "taylor",
+        "taylor judges whole groups: set importance to 'wanda', 'magnitude' or 'random'",
+    ),
+    (
+        lambda c: ":" in c.pattern and c.prune != 0.5,
+        "this pattern makes half of the weights zero: set prune to 0.5",
+    ),
 ]
 _TIMED: list[rules.Refusal] = [
     (

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from adapters.compression import L4Q_FILE
+from adapters.compression.structure import prunable, read_pruning, sizes_of
 from adapters.errors import InputError
 from pipelines.language.compressed import read_manifest
 from studio import library
+from studio.compression.pruning_schema import PruningConfig
 from studio.compression.schema import CompressConfig, CompressL4qConfig, RowsFields
 from studio.library import smollm2
+from studio.training.ready import language
 
 
 def base_and_rows(config: CompressConfig) -> None:
@@ -27,6 +31,36 @@ def base_and_rows(config: CompressConfig) -> None:
         from studio.training.schemas.language import TrainLanguageConfig
 
         rows.read(TrainLanguageConfig.parse({"data": config.data, "base": config.base}))
+
+
+def pruning(config: PruningConfig) -> None:
+    """Check what a language training checks, and that the base can be pruned.
+
+    Raises:
+        InputError: the first thing that would make the pruning fail.
+    """
+    language(config)
+    base_to_prune(config)
+
+
+def base_to_prune(config: PruningConfig) -> None:
+    """Check that the base is like Llama, whole, not in few bits, and has layers to prune; reads no weights.
+
+    Raises:
+        InputError: it is not.
+    """
+    if config.base == smollm2.NAME:  # which is unpacked when it is used
+        return
+    place = Path(library.resolve_language(config.base))
+    if read_pruning(place) is not None:
+        raise InputError(f"'{config.base}' is pruned already: prune the model it was made from, with a larger share.")
+    if read_manifest(place) is not None:
+        raise InputError(f"'{config.base}' is compressed already: prune the model it was made from.")
+    file = place / "config.json"
+    if file.is_file():
+        sizes = sizes_of(json.loads(file.read_text(encoding="utf-8")))
+        if config.prune:
+            prunable(sizes, config.whole_first, config.whole_last)
 
 
 def l4q(config: CompressL4qConfig) -> None:

@@ -60,7 +60,8 @@ def _told(recipe: dict[str, Any], pruning: Pruning, config: TrainLanguageConfig)
         return {}
     found = reduction(pruning, config.quantization == "4bit")
     small = {"method": pruning.method, "aligned": pruning.aligned, "identity": pruning.identity,
-             "parameters": found.small, "of": found.whole, "reduction": round(found.nominal, 2)}  # fmt: skip
+             "parameters": found.small, "of": found.whole, "reduction": round(found.nominal, 2),
+             **({"zeros": pruning.zeros} if pruning.mask else {})}  # fmt: skip
     base = {**recipe["base"], "name": config.base, "digest": pruning.base}
     base.pop("pruning", None)
     return {**recipe, "job": config.kind, "name": config.name, "base": base,

@@ -13,11 +13,12 @@ from torch import nn
 from adapters import files
 from adapters.compression.slicing import members
 from adapters.compression.storage import storage
-from adapters.compression.structure import Pruning, read_pruning, reduction, sizes_of
+from adapters.compression.structure import Pruning, reduction
 from adapters.errors import InputError
 from pipelines.language.loading import LanguageModel, open_model
 from studio import devices, library, silence
-from studio.compression import picture
+from studio.compression import picture, ready
+from studio.compression.pruning_schema import PruningConfig
 from studio.training.cards import base_name, front_matter
 from studio.training.schemas.language import TrainLanguageConfig
 
@@ -25,29 +26,21 @@ PICTURE = "kept.png"
 """In a job's folder: what is kept of every layer."""
 
 
-def open_whole(config: TrainLanguageConfig) -> LanguageModel:
+def open_whole(config: PruningConfig) -> LanguageModel:
     """The base of ``config`` in floating point.
 
     Raises:
         InputError: another architecture, or a base that is quantised or pruned already.
     """
-    place = check_whole(config)
+    ready.base_to_prune(config)
+    place = library.resolve_language(config.base)
     base = open_model(
         place, dtype=config.dtype, device=torch.device(devices.resolve(config.device)), attention=config.attention
     )
-    sizes_of(base.model.config)
     for name, _, _, module in members(base.model):
         if not isinstance(module, nn.Linear) or storage(module) or not module.weight.is_floating_point():
             raise InputError(f"The weight '{name}' of '{config.base}' is stored in few bits: prune the original.")
     return base
-
-
-def check_whole(config: TrainLanguageConfig) -> str:
-    """Where the base of ``config`` is; raises :class:`InputError` for one that is pruned already."""
-    place = library.resolve_language(config.base)
-    if read_pruning(Path(place)) is not None:
-        raise InputError(f"'{config.base}' is pruned already: prune the model it was made from, with a larger share.")
-    return place
 
 
 def write(model: Any, tokenizer: Any, pruning: Pruning, target: Path, config: TrainLanguageConfig, made: str) -> Path:
@@ -63,8 +56,9 @@ def write(model: Any, tokenizer: Any, pruning: Pruning, target: Path, config: Tr
         model.to(dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
         pruning.write(part)
-        drawn = picture.kept(pruning)
-        files.write(part / picture.FILE, lambda place: drawn.save(place, format="PNG"))
+        if not pruning.mask:
+            drawn = picture.kept(pruning)
+            files.write(part / picture.FILE, lambda place: drawn.save(place, format="PNG"))
         files.write_text(part / "README.md", card(pruning, config, made))
     return target
 
@@ -98,6 +92,8 @@ def card(pruning: Pruning, config: TrainLanguageConfig, made: str) -> str:
         "(`pipelines.language.loading.open_model`); transformers alone refuses it."
     )
     told = f"{base_name(config.base)} pruned to {share:.0%} of its parameters ({pruning.method})."
+    if pruning.mask:
+        told = f"{base_name(config.base)} with zeros in place of single weights ({pruning.method})."
     lines = [
         *front_matter(config.base, "transformers", ["pruned", "adapter-studio"], pipeline_tag="text-generation",
             base_model=base_name(config.base),
@@ -109,10 +105,11 @@ def card(pruning: Pruning, config: TrainLanguageConfig, made: str) -> str:
         f"- Parameters: {found.small:,} of {found.whole:,} ({share:.1%}), embeddings, norms and head included",
         f"- Key-value heads per layer: {_range(heads)} of {pruning.sizes.kv_heads} "
         f"({pruning.sizes.repeats} query heads each); channels: {_range(channels)} of {pruning.sizes.channels}",
+        *([f"- Zeros in the linear layers of the pruned blocks: {pruning.zeros:.1%}, which save no memory"]
+          if pruning.mask else []),
         f"- Fingerprint of the whole base: `{pruning.base}`; of what is kept: `{pruning.identity}`",
         "",
-        f"![Kept heads and channels]({picture.FILE})",
-        "",
+        *([] if pruning.mask else [f"![Kept heads and channels]({picture.FILE})", ""]),
     ]  # fmt: skip
     return "\n".join(lines)
 

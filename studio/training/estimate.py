@@ -564,7 +564,8 @@ def count(trainee: Any, inputs: tuple[Any, ...], before: Callable[[], None] = la
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = trainee(*inputs).float().square().mean()
         held = sum(storage.nbytes() for storage in kept.values())
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
     return held, counter.operations, counter.flops
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
 from adapters.compression import L4Q_FILE
 from adapters.compression.l4q import (
@@ -26,7 +27,7 @@ from adapters.compression.l4q import (
 )
 from adapters.compression.storage import storage, stored_bytes
 from adapters.errors import InputError
-from adapters.learn.l4q import L4QLinear
+from adapters.learn.l4q import L4QLinear, attach
 from adapters.progress import Silent
 from pipelines.language import compressed
 from pipelines.language.loading import open_model
@@ -162,6 +163,20 @@ def test_what_cannot_be_rounded(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
             TrainLanguageConfig.parse({"data": str(rows), "l4q_bits": 4} | changes)
+
+
+def test_output_layers_and_stored_weights_are_not_rounded(home: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    for tied in (True, False):
+        base = tiny.llama(tmp_path / f"tied-{tied}", tie_word_embeddings=tied)
+        config = settings(base, rows, l4q_bits=4, l4q_group=16, steps=1, target_regex=r".*(q_proj|lm_head)")
+        with pytest.raises(InputError, match="leaves the output layer whole"):
+            train(config, tmp_path / f"run-{tied}", Watcher())
+    grid, W = Grid(4, 16), torch.ones(16, 16)
+    stored = nn.Sequential(IntegerLinear(integer_parts(W, *start(W, grid), grid), (16, 16), grid), nn.LayerNorm(16))
+    wrapped: Any = get_peft_model(stored, LoraConfig(r=2, target_modules=["0"]))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="l4q rounds ordinary linear layers, not int4"):
+        attach(wrapped.base_model.model[0], Grid(4, 16))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from studio.compression.methods import loram, loraprune
 from studio.compression.pruning_schema import LoramConfig, LoraPruneConfig
 from studio.conversation import Question, Variant
 from studio.conversation.session import Session
+from studio.jobs import kinds
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.language import run as train
 from tests.language import tiny
@@ -204,6 +205,58 @@ def test_qloram_trains_on_a_pruned_base_in_few_bits(base: Path, rows: Path, tmp_
     layers = read(Path(result["adapter"])).parts[MODEL]
     assert layers["model.layers.1.mlp.up_proj"].B.shape == (64, 2)
     assert result["ratios"]["nominal"] == pytest.approx(4 * result["ratios"]["whole"] / result["ratios"]["small"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "importance", "share"), [("4:8", "wanda", 0.5), ("unstructured", "magnitude", 0.65)]
+)
+def test_zeros_in_place_need_no_recovery(
+    base: Path, rows: Path, tmp_path: Path, pattern: str, importance: str, share: float
+) -> None:
+    config = asked_loram(base, rows, pattern=pattern, importance=importance, prune=share, steps=2, align_steps=2,
+                         align_data=str(rows), align_rate=3e-3)  # fmt: skip
+    result = loram.run(config, tmp_path, Watcher())
+    pruning = read_pruning(Path(result["pruned"]))
+    assert pruning is not None
+    assert pruning.counts() == [(2, 64)] * 4
+    assert pruning.zeros == pytest.approx(share, abs=0.02)
+    assert pruning.method == f"loram {pattern} {importance}"
+    whole, zeroed = open_model(base).model, open_model(tmp_path / "pruned").model
+    aligned = open_model(tmp_path / "aligned").model
+    W, Z, L = (m.model.layers[1].mlp.down_proj.weight for m in (whole, zeroed, aligned))
+    assert float((Z == 0).double().mean()) == pytest.approx(share, abs=0.02)
+    assert torch.equal(Z[Z != 0], W[Z != 0])
+    assert torch.equal(L == 0, Z == 0)
+    assert not torch.equal(L, Z)
+    assert torch.equal(zeroed.model.layers[0].mlp.down_proj.weight, whole.model.layers[0].mlp.down_proj.weight)
+    small, back = (read(Path(result[key])).parts[MODEL] for key in ("small_adapter", "adapter"))
+    assert all(torch.equal(small[name].B, layer.B) and torch.equal(small[name].A, layer.A)
+               for name, layer in back.items())  # fmt: skip
+    other = loram.prune(config.model_copy(update={"importance": "random"}), tmp_path / "other", Watcher())
+    with pytest.raises(InputError, match="another pruned base"):
+        recovery.recover(Path(result["small_adapter"]), other, tmp_path / "x", str(base))
+    assert "no memory" in pruning_estimate.of_loram(config).advice
+
+
+def test_bases_that_cannot_be_pruned_are_refused_before_the_training(
+    base: Path, rows: Path, home: Path, tmp_path: Path
+) -> None:
+    packed = home / "packed"
+    packed.mkdir(exist_ok=True)
+    for file in base.iterdir():
+        (packed / file.name).write_bytes(file.read_bytes())
+    plain = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**plain, "quantization_config": {"load_in_4bit": True}}))
+    for kind, asked in (("compress-loram", asked_loram), ("compress-loraprune", asked_loraprune)):
+        for place, changes, said in ((packed, {}, "quantised model cannot be pruned"),
+                                     (base, {"whole_first": 4}, "leaves none to prune"),
+                                     (tiny.gpt2(home / "gpt2"), {"chat_template": "chatml"}, "gpt2")):  # fmt: skip
+            with pytest.raises(InputError, match=said):
+                kinds.find(kind).check(asked(place, rows, **changes))
+    for changes, said in (({"importance": "wanda"}, "wanda judges"), ({"pattern": "4:8"}, "taylor judges"),
+                          ({"pattern": "2:4", "importance": "wanda", "prune": 0.6}, "set prune to 0.5")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            asked_loram(base, rows, **changes)
 
 
 # ------------------------------------------------------------------------------------------------ LoRAPrune

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from adapters import files
-from adapters.compression import importance, loram
+from adapters.compression import importance, loram, sparsity
 from adapters.compression.slicing import small_model
-from adapters.compression.structure import Pruning, read_pruning, sizes_of
+from adapters.compression.structure import Kept, Pruning, read_pruning, sizes_of
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, check
 from pipelines.language.adapters import AdaptedModel
@@ -40,7 +40,7 @@ from studio.training.tasks.language import task_for
 
 KIND = Kind(
     "compress-loram", "studio.compression.pruning_schema:LoramConfig", "studio.compression.methods.loram:run",
-    continues=True, ready="studio.training.ready:language", afterwards="studio.compression.methods.loram:adopted",
+    continues=True, ready="studio.compression.ready:pruning", afterwards="studio.compression.methods.loram:adopted",
     title="LoRAM", compress="loram",
     forecast="studio.compression.pruning_estimate:of_loram",
     help="Train a LoRA on a pruned copy of a base and use it with the whole base.",
@@ -71,7 +71,7 @@ def run(
     small = folder / (ALIGNED if config.align_data else PRUNED)
     pruning = read_pruning(small)
     assert pruning is not None
-    small_bases.draw(pruning, folder)
+    drawn = {} if pruning.mask else {"picture": str(small_bases.draw(pruning, folder))}
     training = small_training(config, small)
     result = language.run(training, folder, monitor, resume, keep=keep)
     monitor.report(Progress("recovering"))
@@ -81,7 +81,7 @@ def run(
     losses = compare(config, small, Path(result["adapter"]), place, monitor)
     return {
         **result, "small_adapter": result["adapter"], "adapter": str(place), "pruned": str(small),
-        "picture": str(folder / small_bases.PICTURE), "aligned": aligned, "losses": losses,
+        **drawn, "aligned": aligned, "losses": losses, "zeros": pruning.zeros,
         **small_bases.figures(pruning, config.quantization == "4bit"),
     }  # fmt: skip
 
@@ -101,9 +101,14 @@ def _told(config: LoramConfig, result: Mapping[str, Any]) -> str:
     share = ratios["small"] / ratios["whole"]
     name = result.get("library") or result["adapter"]
     losses = ", ".join(f"{key.replace('_', ' + ')} {value:.4f}" for key, value in result["losses"].items())
+    cut = (
+        f"{share:.0%} of the parameters of {config.base} ({ratios['nominal']:.2f} times smaller, "
+        f"{ratios['counted']:.2f} in bytes)"
+        if config.pattern == "groups"
+        else f"{config.base} with {result['zeros']:.0%} zeros in the pruned layers (no smaller in memory)"
+    )
     return (
-        f"'{name}' learnt on {share:.0%} of the parameters of {config.base} ({ratios['nominal']:.2f} times smaller, "
-        f"{ratios['counted']:.2f} in bytes)" + (f"; losses on held-out rows: {losses}" if losses else "")
+        f"'{name}' learnt on {cut}" + (f"; losses on held-out rows: {losses}" if losses else "")
         + f". Try it with  studio chat {config.base} -a '{name}'"
     )  # fmt: skip
 
@@ -128,6 +133,8 @@ def prune(config: LoramConfig, target: Path, monitor: Monitor) -> Pruning:
     whole = small_bases.open_whole(config)
     sizes = sizes_of(whole.model.config)
     chosen = loram.blocks(sizes, config.prune, config.whole_first, config.whole_last)
+    if config.pattern != "groups":
+        return _zeroed(config, whole, chosen, target, monitor)
     loram.kept_counts(sizes, config.prune)
     scores = _scores(config, whole, chosen, monitor)
     made = loram.plan(sizes, scores, config.prune, config.importance)
@@ -136,6 +143,30 @@ def prune(config: LoramConfig, target: Path, monitor: Monitor) -> Pruning:
     small = small_model(whole.model, pruning)
     told = f"A part of {config.base} on which adapters for the whole of it are trained (LoRAM)."
     small_bases.write(small, whole.tokenizer, pruning, target, config, told)
+    return pruning
+
+
+def _zeroed(config: LoramConfig, whole: LanguageModel, chosen: range, target: Path, monitor: Monitor) -> Pruning:
+    """Write the base with zeros in place into ``target``; all shapes stay."""
+    base, sizes = fingerprint(whole.model), sizes_of(whole.model.config)
+    norms: dict[str, Tensor] = {}
+    if config.importance == "wanda" and chosen:
+        norms = sparsity.input_norms(whole.model, chosen, _runs(config, whole, monitor))
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def score(name: str, weight: Tensor) -> Tensor:
+        if config.importance == "random":
+            return torch.rand(weight.shape, generator=generator).to(weight.device)
+        found = weight.detach().float().abs()
+        return found * norms[name].to(weight.device) if norms else found
+
+    monitor.report(Progress("pruning"))
+    zeros, mask = sparsity.put_zeros(whole.model, chosen, config.pattern, config.prune, score)
+    layers = tuple(Kept() for _ in range(sizes.layers))
+    method = f"loram {config.pattern} {config.importance}"
+    pruning = Pruning(sizes, layers, method, config.prune, base, config.base, zeros=zeros, mask=mask)
+    told = f"{config.base} with zeros in place, on which adapters for the whole of it are trained (LoRAM)."
+    small_bases.write(whole.model, whole.tokenizer, pruning, target, config, told)
     return pruning
 
 
@@ -148,14 +179,16 @@ def _scores(
     if config.importance == "magnitude" or not chosen:
         return importance.magnitude(whole.model, sizes, chosen)
 
-    def losses() -> Iterator[Callable[[], Tensor]]:
-        for number, batch in enumerate(_first_batches(config, whole)):
-            check(monitor)
-            monitor.report(Progress("measuring importance", number, config.importance_batches))
-            given = {name: value.to(whole.device) for name, value in batch.items()}
-            yield lambda given=given: whole.model(**given).loss  # type: ignore[misc]
+    return importance.taylor(whole.model, sizes, chosen, _runs(config, whole, monitor))
 
-    return importance.taylor(whole.model, sizes, chosen, losses())
+
+def _runs(config: LoramConfig, whole: LanguageModel, monitor: Monitor) -> Iterator[Callable[[], Tensor]]:
+    """The losses of the batches that importance is measured on."""
+    for number, batch in enumerate(_first_batches(config, whole)):
+        check(monitor)
+        monitor.report(Progress("measuring importance", number, config.importance_batches))
+        given = {name: value.to(whole.device) for name, value in batch.items()}
+        yield lambda given=given: whole.model(**given).loss  # type: ignore[misc]
 
 
 def _first_batches(config: LoramConfig, whole: LanguageModel) -> Iterator[Batch]:

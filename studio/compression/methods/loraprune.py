@@ -21,7 +21,7 @@ from adapters.formats import read
 from adapters.formats.lora import MODEL
 from adapters.progress import Monitor, Progress
 from studio import library
-from studio.compression import small_bases
+from studio.compression import ready, small_bases
 from studio.compression.pruning_schema import LoraPruneConfig
 from studio.datasets.cache import fingerprint
 from studio.jobs.kinds import Kind
@@ -31,7 +31,7 @@ from studio.training.tasks import language
 
 KIND = Kind(
     "compress-loraprune", "studio.compression.pruning_schema:LoraPruneConfig",
-    "studio.compression.methods.loraprune:run", continues=True, ready="studio.training.ready:language",
+    "studio.compression.methods.loraprune:run", continues=True, ready="studio.compression.ready:pruning",
     afterwards="studio.compression.methods.loraprune:adopted", title="LoRAPrune", compress="loraprune",
     forecast="studio.compression.pruning_estimate:of_loraprune",
     help="Prune heads and channels of a base while it learns from rows of text: a smaller base.",
@@ -52,6 +52,7 @@ def run(
         InputError: what cannot be pruned or trained, in one sentence.
         Cancelled: stopped on request; a checkpoint to resume from was written.
     """
+    ready.base_to_prune(config)
     plugin = LoraPrune(settings(config))
     result = language.run(config, folder, monitor, resume, [plugin], keep)
     adapter = Path(result.pop("adapter"))
