@@ -124,7 +124,7 @@ def measure(asked: argparse.Namespace) -> None:
         **{f"LoRAPrune {c}": lambda seed, c=c: loraprune_arm(base, old, new, seed, c) for c in CRITERIA},
     }  # fmt: skip
     done = {(run["arm"], run["seed"]) for run in found["runs"]}
-    for seed, name in ((seed, name) for seed in SEEDS for name in arms if (name, seed) not in done):
+    for seed, name in ((seed, name) for seed in asked.seeds for name in arms if (name, seed) not in done):
         worked = time.process_time()
         run = {"arm": name, "seed": seed, **arms[name](seed)}
         found["runs"].append(run | {"cpu_seconds": round(time.process_time() - worked, 1)})
@@ -207,6 +207,7 @@ def report(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tiny_llama.add_arguments(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--report", action="store_true", help="only write the table from the .json")
     asked = parser.parse_args()
     if not asked.report:

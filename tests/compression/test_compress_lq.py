@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,25 @@ def test_a_stopped_job_goes_on_to_the_same_base(base: Path, made: dict[str, Any]
     result = lq.run(config, tmp_path, watching, resume=True)
     assert not any(one.stage == "looking at rows" for one in watching.seen)
     assert compressed.digest_of(Path(result["path"])) == compressed.digest_of(Path(made["path"]))
+
+
+def test_matrices_are_in_memory_one_at_a_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a base may be larger than memory."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    together: list[int] = []
+    read = Base.read
+
+    def watched(self: Base, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        if name.removesuffix(".weight") in self.matrices:
+            seen.append(weakref.ref(tensor))
+            together.append(sum(one() is not None for one in seen))
+        return tensor
+
+    monkeypatch.setattr(Base, "read", watched)
+    lq.run(asked(base, name="streamed"), tmp_path, Silent())
+    assert len(together) >= 2 * len(Base.of(str(base)).matrices)  # measured, then decomposed
+    assert max(together) <= 2  # the next is read before the last one's name is given away
 
 
 def test_rows_change_what_is_kept(base: Path, made: dict[str, Any], tmp_path: Path) -> None:
