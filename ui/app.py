@@ -24,7 +24,7 @@ from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
 from ui.components import faces, job_panel, rack, remembered
 from ui.errors import errors_shown
-from ui.pages import ask, compose, gallery, jobs, language, library, reconstruct, train
+from ui.pages import ask, compose, gallery, jobs, language, library, reconstruct, rna, train
 from ui.theme import STATIC, StudioTheme, css, script
 
 A_DAY = 86400
@@ -41,6 +41,7 @@ class _Pages:
     train: train.Page
     language: language.Page
     ask: ask.Page
+    rna: rna.Page
     reconstruct: reconstruct.Page
     library: library.Page
     jobs: jobs.Page
@@ -66,6 +67,8 @@ def build() -> gr.Blocks:
                     language_page = language.build()
                 with _tab("ask"):
                     ask_page = ask.build()
+                with _tab("rna"):
+                    rna_page = rna.build()
                 with _tab("reconstruct"):
                     reconstruct_page = reconstruct.build()
                 with _tab("library"):
@@ -73,8 +76,8 @@ def build() -> gr.Blocks:
                 with _tab("jobs"):
                     jobs_page = jobs.build()
         pages = _Pages(
-            tabs, sheet, compose_page, gallery_page, train_page, language_page, ask_page, reconstruct_page,
-            library_page, jobs_page,
+            tabs, sheet, compose_page, gallery_page, train_page, language_page, ask_page, rna_page,
+            reconstruct_page, library_page, jobs_page,
         )  # fmt: skip
         _wire_tabs(app, menu, pages)
         _wire_crossings(pages)
@@ -94,7 +97,7 @@ def _choosers(pages: _Pages) -> list[Any]:
     return [
         pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
         distilling["styles"], pages.language.base, pages.language.adapters, pages.ask.base, pages.ask.adapters,
-        pages.reconstruct.form["adapter"], pages.faces,
+        pages.rna.base, pages.rna.adapter, pages.reconstruct.form["adapter"], pages.faces,
     ]  # fmt: skip
 
 
@@ -118,6 +121,7 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         ("distill", train.follow, pages.train.distill.view),
         ("language", language.follow, pages.language.view),
         ("reconstruct", reconstruct.follow, pages.reconstruct.view),
+        ("rna", rna.follow, pages.rna.view),
     ):
         own = remembered.remember_job(name, view[0])
         app.load(partial(_own, follow), own, view, **_PRIVATE)
@@ -144,7 +148,8 @@ def _choices() -> list[Any]:
     models, talkers = gr.update(choices=language.base_choices()), gr.update(choices=language.adapter_choices())
     sights, seers = gr.update(choices=ask.base_choices()), gr.update(choices=ask.adapter_choices())
     scenes, sheet = gr.update(choices=reconstruct.adapter_choices()), faces.sheet(compose.adapters_to_choose())
-    return [adapters, bases, bases, bases, adapters, models, talkers, sights, seers, scenes, sheet]
+    cells, tellers = gr.update(choices=rna.base_choices()), gr.update(choices=rna.adapter_choices())
+    return [adapters, bases, bases, bases, adapters, models, talkers, sights, seers, cells, tellers, scenes, sheet]
 
 
 def _own(follow: Callable[[str, tuple[Any, ...]], Any], job_id: Any) -> Any:
@@ -163,10 +168,12 @@ def _wire_crossings(pages: _Pages) -> None:
     def use(chosen: str, shelf: str, rows: list[rack.Row]) -> Any:
         record = shelves.find(chosen, "base" if shelf == "base" else "adapter")
         if record.family == "language":
-            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record), *[gr.skip()] * 2]
+            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record), *[gr.skip()] * 4]
         if record.family == ask.FAMILY:
-            return [gr.Tabs(selected="ask"), *[gr.skip()] * 5, *ask.use(record)]
-        skipped = [gr.skip()] * 5
+            return [gr.Tabs(selected="ask"), *[gr.skip()] * 5, *ask.use(record), *[gr.skip()] * 2]
+        if record.family == rna.FAMILY:
+            return [gr.Tabs(selected="rna"), *[gr.skip()] * 7, *rna.use(record)]
+        skipped = [gr.skip()] * 7
         if shelf == "base":
             return [gr.Tabs(selected="compose"), gr.skip(), chosen, *skipped]
         return [gr.Tabs(selected="compose"), rack.add(rows, record), gr.skip(), *skipped]
@@ -185,19 +192,21 @@ def _wire_crossings(pages: _Pages) -> None:
         job = job_store.get(job_id)
         views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
                  "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view,
-                 "forgetting": pages.library.looking}  # fmt: skip
+                 "classify-rna": pages.rna.view, "forgetting": pages.library.looking}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
         kind = job_panel.VIEWS[job.kind]
         follow = {
             "compose": compose.follow,
             "train-language": language.open_job,
             "reconstruct": reconstruct.follow,
+            "classify-rna": rna.follow,
             "forgetting": library.open_job,
         }.get(kind, train.follow)
         shown[kind] = list(follow(job.id, ()))
         way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
         switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
-        own_tab = {"compose": "compose", "train-language": "language", "reconstruct": kind, "forgetting": "library"}
+        own_tab = {"compose": "compose", "train-language": "language", "reconstruct": kind, "classify-rna": "rna",
+                   "forgetting": "library"}  # fmt: skip
         tab = gr.Tabs(selected=own_tab.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
 
@@ -215,7 +224,7 @@ def _wire_crossings(pages: _Pages) -> None:
     used = pages.library.use.click(
         use, [pages.library.chosen, pages.library.shelf, target.rack],
         [pages.tabs, target.rack, base, pages.language.mode, pages.language.base, pages.language.adapters,
-         pages.ask.base, pages.ask.adapters], **_PRIVATE,
+         pages.ask.base, pages.ask.adapters, pages.rna.base, pages.rna.adapter], **_PRIVATE,
     )  # fmt: skip
     tried = [
         page.try_it.click(try_it, [page.job, page.step, target.rack, prompt],
@@ -225,7 +234,8 @@ def _wire_crossings(pages: _Pages) -> None:
     opened = pages.jobs.open.click(
         open_job, pages.jobs.chosen,
         [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,
-         *pages.language.jobs_view, *pages.reconstruct.view, *pages.library.looking],
+         *pages.language.jobs_view, *pages.reconstruct.view, *pages.rna.view,
+         *pages.library.looking],
         **_PRIVATE,
     )  # fmt: skip
     for arrival in (used, *tried, opened):  # a page that was not opened by its tab

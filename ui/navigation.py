@@ -41,6 +41,7 @@ GROUPS: tuple[tuple[str, tuple[Place, ...]], ...] = (
             Place("ask", "Ask about pictures", ("vision", "vlm", "see")),
         ),
     ),
+    ("Genomics", (Place("rna", "Classify RNA", ("genomics", "fasta", "lncrna")),)),
     ("3D", (Place("reconstruct", "Reconstruct", ("3d", "scenes", "scene")),)),
     (
         "Yours",

@@ -6,7 +6,6 @@ into ``--out``
     labelled.fa     one transcript of each gene: mRNA (RefSeq NM_) and non-coding RNA of 200 nt or more (NR_); genes
                     with both kinds are left out. Headers end in ``gene=... label=...``.
     unlabelled.fa   transcripts that StringTie assembled and no annotation names (MSTRG), for pre-training.
-    demo.fa         a small balanced part of labelled.fa, which ships with the studio.
 
 A gene is StringTie's: transcripts of overlapping loci belong together.
 """
@@ -31,10 +30,6 @@ VERSION = "5.0.1"
 INSIDE = "usr/lib/transdecoder/sample_data/stringtie_example"
 LABELS = {"NM": "mRNA", "NR": "lncRNA"}
 SHORTEST_NON_CODING = 200
-DEMO = 30
-"""Transcripts of each label in the demo."""
-
-LONGEST_DEMO = 3000
 
 
 def unpacked(package: Path | None, place: Path) -> Path:
@@ -85,13 +80,6 @@ def unlabelled(records: Iterable[Record], genes: Mapping[str, str]) -> list[tupl
     return [(record, genes[record.id]) for record in records if record.id.partition("_")[0] not in LABELS]
 
 
-def demo(rows: Iterable[tuple[Record, str, str]]) -> list[tuple[Record, str, str]]:
-    """The first of each label that are not too long, in turns."""
-    kept = [row for row in rows if len(row[0].sequence) <= LONGEST_DEMO]
-    each = [[row for row in kept if row[2] == label][:DEMO] for label in LABELS.values()]
-    return [row for pair in zip(*each, strict=True) for row in pair]
-
-
 def written(header: str, sequence: str, width: int = 80) -> str:
     """A record as FASTA."""
     lines = (sequence[start : start + width] for start in range(0, len(sequence), width))
@@ -99,13 +87,12 @@ def written(header: str, sequence: str, width: int = 80) -> str:
 
 
 def write(folder: Path, out: Path) -> dict[str, Path]:
-    """Write the three files from the package's folder; returns them by name."""
+    """Write both files from the package's folder; returns them by name."""
     records, genes = read(folder)
     rows = labelled(records, genes)
     texts = {
         "labelled.fa": "".join(written(f"{r.id} gene={gene} label={label}", r.sequence) for r, gene, label in rows),
         "unlabelled.fa": "".join(written(f"{r.id} gene={gene}", r.sequence) for r, gene in unlabelled(records, genes)),
-        "demo.fa": "".join(written(f"{r.id} gene={gene} label={label}", r.sequence) for r, gene, label in demo(rows)),
     }
     return {name: files.write_text(out / name, text) for name, text in texts.items()}
 

@@ -18,6 +18,7 @@ TONES = {
 VIEWS = {
     "compose": "compose", "compare": "compose", "sweep": "compose", "train-image": "train-image", "distill": "distill",
     "train-language": "train-language", "train-vision-language": "train-language",
+    "train-rna": "train-language", "classify-rna": "classify-rna",
     "reconstruct": "reconstruct", "train-scene": "reconstruct",
     "forgetting": "forgetting", "soften": "forgetting",
 }  # fmt: skip
