@@ -1,4 +1,4 @@
-"""The page that classifies RNA: the example at once, a dropped file, plots, a table to download, errors as sentences."""
+"""The page that classifies RNA: the example at once, a dropped file, plots, a table, errors as sentences."""
 
 from __future__ import annotations
 
