@@ -11,8 +11,8 @@ from pipelines.diffusion.methods import Properties
 FLOW = tuple(name for name, family in FAMILIES.items() if family.flow)
 """Families trained by flow matching."""
 
-WRITING = ("language", "vision-language")
-"""Families of models that write text instead of drawing pictures."""
+WRITING = ("language", "vision-language", "rna")
+"""Families of models that write or classify instead of drawing pictures."""
 
 if TYPE_CHECKING:
     FamilyName = str

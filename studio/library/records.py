@@ -20,7 +20,7 @@ class Record:
         name: what commands and pages call it, unique within its kind.
         path: the file, or the folder when it is one.
         kind: "adapter" or "base".
-        family: "sd", "sdxl", "sd3", "flux", "language", "vision-language", or "unknown".
+        family: "sd", "sdxl", "sd3", "flux", "language", "vision-language", "rna", or "unknown".
         format: "kohya", "diffusers", "peft" ... for adapters; "diffusers", "transformers" or "single file" for bases.
         rank: the most common rank of an adapter, None for bases and for what has no rank.
         targets: the modules an adapter changes, as ``component.module`` ("unet.to_q").

@@ -92,3 +92,27 @@ def test_judge_is_small_and_accurate_by_its_own_record() -> None:
     assert len(load_judge().labels) >= 112
     facts = json.loads((MODELS / "judge" / "facts.json").read_text("utf-8"))
     assert facts["seen"][0] >= 0.95
+
+
+needs_tinyrna = pytest.mark.skipif(not (MODELS / "tinyrna").is_dir(), reason="tinyrna has not been trained here")
+
+
+@needs_tinyrna
+def test_tinyrna_its_adapter_and_its_example_belong_together() -> None:
+    """Stock transformers and PEFT open both; the example is scored, and its source is named."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from pipelines.genomics import fasta
+    from pipelines.genomics.classifier import RnaClassifier
+
+    base, adapter = MODELS / "tinyrna", MODELS.parent / "adapters" / "lncrna"
+    assert size(base) + size(adapter) < 3e6
+    assert size(base / "examples") < 1e6
+    PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), adapter)
+    records = list(fasta.read(base / "examples" / "demo.fa"))
+    scores = RnaClassifier.open(base, adapter).score(records[:4])
+    assert all(0 < score.probability < 1 for score in scores)
+    notice = assets.path("NOTICE").read_text("utf-8")
+    assert "transdecoder-doc   5.0.1" in notice
+    assert "Neither the name of the Broad Institute" in notice
