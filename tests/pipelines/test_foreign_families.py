@@ -336,7 +336,7 @@ SPELLINGS: dict[str, tuple[str, bool, str, str]] = {
 
 @pytest.mark.parametrize(("family", "written"), [
     (family, written) for family in AUTHORS for written in SPELLINGS
-    if (written != "ai-toolkit" or family == "ernie-image") and (family, written) != ("cogview4", "kohya")
+    if written != "ai-toolkit" or family == "ernie-image"
 ])  # fmt: skip
 def test_authors_names_are_what_diffusers_makes_of_whole_models(family: str, written: str, tmp_path: Path) -> None:
     modules, reference = AUTHORS[family]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.compression.storage import storage
 from adapters.errors import FamilyError, InputError
 from pipelines.diffusion import MultiLoRAPipeline
 from pipelines.diffusion.families import FAMILIES
@@ -21,6 +23,7 @@ from pipelines.diffusion.regions import Region
 from tests import tiny
 from tests.pipelines.conftest import PROMPT
 from tests.pipelines.test_composition import Watcher
+from tests.pipelines.test_quantized import write_gguf
 
 STEPS = 4
 CALL: dict[str, Any] = {"steps": STEPS, "seed": 3, "output_type": "latent", "width": 32, "height": 32, "frames": 5}
@@ -525,3 +528,46 @@ def test_a_recipe_knows_both_files_of_its_denoisers(tmp_path: Path) -> None:
     (tmp_path / "x_low_noise.safetensors").write_bytes(b"another")
     with pytest.raises(InputError, match="of the recipe is not here"):
         recipes._present_beside(config.denoiser, made, "denoiser", "denoiser")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
+def test_a_gguf_pair_takes_a_pair_of_adapters(tmp_path: Path) -> None:
+    """Against diffusers' own GGUF transformers with each half loaded into its own."""
+    import diffusers
+
+    def wide() -> Any:
+        return FAMILIES["wan"].tiny(0, boundary_ratio=0.8, attention_head_dim=16)
+
+    wide().save_pretrained(tmp_path / "pair")
+    words = {"high": "transformer", "low": "transformer_2"}
+    pipe = wide()
+    for seed, (word, name) in enumerate(words.items(), 1):
+        write_gguf(getattr(pipe, name), tmp_path / f"x_{word}_noise.gguf", "Q8_0")
+        made = tiny.lora_file(
+            wide(), tmp_path / word, seed=seed, rank=2, targets=("to_q", "ffn.net.2"), text_targets=()
+        )
+        half(made, tmp_path / f"thing_{word}_noise.safetensors")
+    stored = diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32)
+    parts = {
+        name: diffusers.WanTransformer3DModel.from_single_file(
+            tmp_path / f"x_{word}_noise.gguf", config=str(tmp_path / "pair"), subfolder=name,
+            quantization_config=stored, dtype=torch.float32,
+        )
+        for word, name in words.items()
+    }  # fmt: skip
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path / "pair", **parts)
+    pipe.set_progress_bar_config(disable=True)
+    plain = theirs(pipe)
+    for word, name in words.items():
+        place = tmp_path / f"thing_{word}_noise.safetensors"
+        pipe.load_lora_weights(place, adapter_name="thing", load_into_transformer_2=name == "transformer_2")
+    use(pipe, thing=0.7)
+    made = MultiLoRAPipeline.from_pretrained(tmp_path / "pair", device="cpu", denoiser=tmp_path / "x_low_noise.gguf")
+    assert all(storage(model.blocks[0].attn1.to_q) == "gguf q8_0" for model in models(made.pipe))
+    close(ours(made, "merge"), plain)
+    made.load_lora(tmp_path / "thing_high_noise.safetensors", "thing", weight=0.7)
+    wanted = theirs(pipe)
+    close(ours(made, "merge"), wanted)
+    assert not torch.allclose(wanted, plain, atol=1e-2)
+    made.rack.clear()
+    close(ours(made, "merge"), plain)

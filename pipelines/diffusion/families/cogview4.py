@@ -90,7 +90,7 @@ class CogView4(Family):
         r"layers[._]\d+[._](attention[._](query_key_value|dense)|mlp[._]dense_(h_to_4h|4h_to_h))|mixins[._]adaln[._]",
         checkpoint=r"time_condition_embed\.condition_embedder|mixins\.adaln\.adaln_modules\.",
         hints=r"cogview.?4",
-        precedence=0,
+        precedence=1,
     )
 
     def named(self, file: LoraFile, pipe: Any) -> LoraFile:
