@@ -246,11 +246,9 @@ class MultiLoRAPipeline:
             )
         if self.family.video and kind.regional and not self.family.video.regions:
             raise InputError(f"{self.family.short} has no regions, because its sound has no place: leave them out.")
-        if self.family.video and (kind.regions == "network" or regions == "auto"):
-            able = methods.names(lambda known: known.regions == "predictions")
+        if self.family.video and regions == "auto":
             raise InputError(
-                f"Regions of a video blend predictions: with {self.family.short} use {', '.join(able)}, and give each "
-                "region its place."
+                f"Where a word of the prompt stands is not known for {self.family.title}: give every region a place."
             )
         names = tuple(self.rack.loaded) if chosen is None else chosen
         own = regions is None and kind.regional and any(self.rack.loaded[name].report.region for name in names)

@@ -21,6 +21,7 @@ from pipelines.diffusion.families import FAMILIES
 from pipelines.diffusion.families.wan import ORIGINAL
 from pipelines.diffusion.regions import Region
 from tests import tiny
+from tests.pipelines import test_activation_reference as reference
 from tests.pipelines.conftest import PROMPT
 from tests.pipelines.test_composition import Watcher
 from tests.pipelines.test_quantized import write_gguf
@@ -56,7 +57,11 @@ def composer(kind: str, files: dict[str, Path], *names: str, **weights: float) -
 
 
 def ours(made: MultiLoRAPipeline, method: str, **options: Any) -> Tensor:
-    how = {key: options.pop(key) for key in list(options) if key in ("tau", "adapter_batch", "fold", "regions")}
+    how = {
+        key: options.pop(key)
+        for key in list(options)
+        if key in ("tau", "adapter_batch", "fold", "regions", "self_mask")
+    }
     found: Tensor = made.compose(method, **how)(PROMPT, **(CALL | options)).images
     return found
 
@@ -81,9 +86,9 @@ def models(pipe: Any) -> list[Any]:
 
 
 def theirs(pipe: Any, **options: Any) -> Tensor:
-    call = {"guidance_scale": 5.0, "generator": [torch.Generator().manual_seed(3)]}
+    call = {"prompt": PROMPT, "guidance_scale": 5.0, "generator": [torch.Generator().manual_seed(3)]}
     size = {"height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
-    found: Tensor = pipe(prompt=PROMPT, num_inference_steps=STEPS, **size, **(call | options)).frames
+    found: Tensor = pipe(num_inference_steps=STEPS, **(size | call | options)).frames
     return found
 
 
@@ -400,11 +405,56 @@ def test_a_base_for_start_pictures(files: dict[str, Path], tmp_path: Path) -> No
 # Regions
 
 
+@pytest.mark.parametrize("method", ["output", "activation"])
 @pytest.mark.parametrize("kind", BASES)
-def test_a_region_of_the_whole_picture_is_plain_lora(kind: str, files: dict[str, Path]) -> None:
+def test_a_region_of_the_whole_picture_is_plain_lora(kind: str, method: str, files: dict[str, Path]) -> None:
     made = composer(kind, files, "a", "c")
+    parts = [part for model in models(made.pipe) for part in model.modules()]
+    weights = [value.clone() for model in models(made.pipe) for value in model.parameters()]
+    hooks = [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in parts]
     plain = ours(made, "merge")
-    close(ours(made, "output", regions=[Region(("a", "c"), box=(0.0, 0.0, 1.0, 1.0))]), plain)
+    close(ours(made, method, regions=[Region(("a", "c"), box=(0.0, 0.0, 1.0, 1.0))]), plain)
+    assert [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in parts] == hooks
+    after = [value for model in models(made.pipe) for value in model.parameters()]
+    assert all(map(torch.equal, after, weights))
+    assert torch.equal(ours(made, "merge"), plain)
+
+
+@pytest.mark.parametrize("kind", ["2.1", "A14B"])
+def test_regions_that_do_not_see_each_other_are_separate_runs(kind: str, files: dict[str, Path]) -> None:
+    """With self_mask every half is what diffusers draws alone, of half the width, with its own prompt and adapter: the
+    network knows distances only. Over all steps and with guidance; in the A14B in both denoisers."""
+    noise = torch.randn((1, 4, 2, 4, 4), generator=torch.Generator().manual_seed(3))
+    halves = {"a": (0.0, 0.0, 0.5, 1.0), "b": (0.5, 0.0, 1.0, 1.0)}
+    runs = []
+    for name, part in zip(halves, (noise[..., :2], noise[..., 2:]), strict=True):
+        pipe = stock(kind, files, name)
+        use(pipe, **{name: 0.7})
+        runs.append(theirs(pipe, prompt=f"a {name}", latents=part, width=16))
+    made = composer(kind, files, "a", "b", a=0.7, b=0.7)
+    regions = [Region((name,), box=box, prompt=f"a {name}") for name, box in halves.items()]
+    close(ours(made, "activation", regions=regions, self_mask=True), torch.cat(runs, -1))
+
+
+def test_activation_is_a_loop_over_the_rows(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of all frames see each other; of the texts each sees those of its rows."""
+    texts = ("a cat", "a dog", "a fox")
+    made = composer("2.1", files, "a", "b", a=reference.WEIGHTS[0], b=reference.WEIGHTS[1])
+    regions = [
+        Region((name,), box=box, prompt=text, scale=scale)
+        for name, box, text, scale in zip("ab", reference.QUARTERS, texts[1:], reference.SCALES, strict=True)
+    ]
+    found = made.compose("activation", regions=regions)(texts[0], **CALL, guidance_scale=1.0).images
+    share = reference.shares(reference.QUARTERS, 2, 2).repeat(1, 2)  # in both frames
+    pipe = base("2.1")
+    embeds = torch.cat([made.family.encode(pipe, text, None, 1, False).positive["embeds"] for text in texts], 1)
+    slow = reference.Slow("wan", share, embeds.shape[1] // 3, 0)
+    rows = reference.deltas([files[name] for name in "ab"], (3 / 2, 3 / 3))
+    for name, module in pipe.transformer.named_modules():
+        if any(name in row for row in rows):
+            module.register_forward_hook(slow.hook(name, rows))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slow.attention)
+    close(found, theirs(pipe, prompt=None, prompt_embeds=embeds, guidance_scale=1.0))
 
 
 def test_blended_regions_are_separate_passes(files: dict[str, Path]) -> None:
@@ -423,13 +473,17 @@ def test_blended_regions_are_separate_passes(files: dict[str, Path]) -> None:
     close(ours(made, "output", regions=regions, steps=1, guidance_scale=1.0), wanted)
 
 
-def test_regions_inside_the_network_are_refused(files: dict[str, Path]) -> None:
+def test_regions_that_a_video_does_not_have_are_refused(files: dict[str, Path]) -> None:
     made = composer("2.1", files, "a")
-    for method in ("activation", "lora-composer"):
-        with pytest.raises(InputError, match="Regions of a video blend predictions: with Wan use output"):
-            made.compose(method, regions=[Region(("a",), box=(0, 0, 0.5, 1))])
-    with pytest.raises(InputError, match="give each region its place"):
-        made.compose("output", regions="auto")
+    for method in ("lora-composer", "cross"):
+        with pytest.raises(InputError, match=r"no separate cross-attention|only for UNet"):
+            made.compose(method, regions=[Region(("a",), box=(0, 0, 0.5, 1))])(PROMPT, **CALL)
+    for method in ("output", "activation"):
+        with pytest.raises(InputError, match=r"not known for Wan .*: give every region a place"):
+            made.compose(method, regions="auto")
+    made.pipe.transformer.register_to_config(image_dim=16)
+    with pytest.raises(InputError, match=r"Wan 2\.1 for start pictures"):
+        ours(made, "activation", regions=[Region(("a",), box=(0, 0, 0.5, 1))])
 
 
 # Frames

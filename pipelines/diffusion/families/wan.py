@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters.errors import InputError
@@ -19,6 +20,7 @@ from pipelines.diffusion.families.base import (
     Denoiser,
     Encoding,
     Family,
+    Joined,
     Layout,
     Signature,
     Tensors,
@@ -80,9 +82,8 @@ class Wan(Family):
         "linear": _ALL,
         "all": _ALL,
     }
-    layout = Layout(("image",), patch=2)
+    layout = Layout(("image",), patch=2, text_layers=r"attn2\.to_[kv]$|text_embedder\.", across=r"attn2$")
     predictions = ("flow",)
-    inner_regions = False
     prompt_tokens = TOKENS
     vae_fields = (
         "latents_mean", "latents_std", "base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks",
@@ -101,7 +102,11 @@ class Wan(Family):
     # ------------------------------------------------------------------ sizes
     def pixel_step(self, pipe: Any) -> int:
         # diffusers' pipeline asks for multiples of 16 whatever the VAE
-        return math.lcm(16, pipe.vae_scale_factor_spatial * self.layout.patch)
+        return math.lcm(16, self.token_step(pipe))
+
+    def token_step(self, pipe: Any) -> int:
+        step: int = pipe.vae_scale_factor_spatial * self.layout.patch
+        return step
 
     def grid(self, pipe: Any, height: int, width: int) -> tuple[int, int]:
         return height // pipe.vae_scale_factor_spatial, width // pipe.vae_scale_factor_spatial
@@ -148,6 +153,20 @@ class Wan(Family):
 
         with torch.no_grad():
             return {"embeds": embedded(pipe, texts)}
+
+    @contextmanager
+    def alone(self, pipe: Any, joined: Joined, images: int, run: Any) -> Iterator[None]:
+        """Texts have no positions.
+
+        Raises:
+            InputError: the transformer takes all but the last 512 tokens of its text for those of a start picture.
+        """
+        if pipe.transformer is not None and pipe.transformer.config.get("image_dim"):
+            raise InputError(
+                "Regions inside Wan 2.1 for start pictures are not possible, because it reads the picture as the "
+                "beginning of one text: use method 'output'."
+            )
+        yield
 
     # ------------------------------------------------------------------ denoiser
     def predict(

@@ -8,6 +8,8 @@ the regions' shares. Attention:
     picture cell  -> text segment i      if the cell is in region i (background: in no region)
     text segment  -> itself, and the picture cells of its region
 
+A video's cells are those of a picture in every frame: a region is at the same place in all of them.
+
 Tokens of reference pictures and padding belong to the background and see all cells. The pooled text vector, and layers
 that only read it or the time, have no place: the vector is the background prompt's, and adapters act there at their
 mean share.
@@ -83,6 +85,7 @@ class Tokens:
         texts: number of tokens of each row's text.
         references: number of tokens of reference pictures.
         self_mask: regions do not attend to each other.
+        frames: of a video, whose tokens come frame by frame.
 
     Attributes:
         kinds: sequence -> kind of each token. Sequences are "text", "image" (with references), "joint" and "prompt"
@@ -91,11 +94,17 @@ class Tokens:
     """
 
     def __init__(
-        self, layout: Layout, cells: Level, hard: Level, texts: Sequence[int], references: int, self_mask: bool
+        self,
+        layout: Layout,
+        cells: Level,
+        hard: Level,
+        texts: Sequence[int],
+        references: int,
+        self_mask: bool,
+        frames: int = 1,
     ) -> None:
         rows, device = len(cells.shares), cells.shares.device
-        self.among = hard.allowed if self_mask else None
-        self.cells = slice(0, cells.tokens)
+        self.among = hard.allowed.repeat(frames, frames) if self_mask else None
 
         def padded(shares: Tensor, kind: int, more: int) -> tuple[Tensor, Tensor]:
             """Shares (tokens, rows) and kinds with ``more`` tokens of the background, and padding, at the end."""
@@ -114,8 +123,8 @@ class Tokens:
         for length in texts if layout.leading else ():
             text_kinds[begin : begin + layout.leading] = LEAD
             begin += layout.leading + length
-        image, image_kinds = padded(cells.shares.T, CELL, references)
-        members, _ = padded((hard.shares.T > 0).float(), CELL, references)
+        image, image_kinds = padded(cells.shares.T.repeat(frames, 1), CELL, references)
+        members, _ = padded((hard.shares.T > 0).float().repeat(frames, 1), CELL, references)
         order = ("text", "image") if layout.text_first else ("image", "text")
         self.kinds = {"text": text_kinds, "image": image_kinds}
         self.shares = {"text": text, "image": image}
@@ -215,27 +224,32 @@ class RegionalTransformer:
         return self._tokens
 
     @contextmanager
-    def attached(self, denoiser: nn.Module) -> Iterator[RegionalTransformer]:
-        """Inside, regions act on ``denoiser``; its hooks and attention backend are restored on exit."""
+    def attached(self, *denoisers: nn.Module) -> Iterator[RegionalTransformer]:
+        """Inside, regions act on the denoisers, of which the pipeline calls one at each step; their hooks and attention
+        backend are restored on exit."""
         with ExitStack() as stack:
             stack.enter_context(self.engine.attached())
             stack.enter_context(attention_backend("native"))  # others take no mask, or ignore it
-            self.device = next(denoiser.parameters()).device
-            modules = {name: module for name, module in denoiser.named_modules() if hasattr(module, "processor")}
-            two_streams = {name for name, module in modules.items() if getattr(module, "add_k_proj", None) is not None}
-            self._reading = two_streams or set(modules)
-            for name, module in denoiser.named_modules() if self.layout.twice else ():
-                if re.search(self.layout.twice, name):
-                    turn = module.register_forward_pre_hook(lambda *_, name=name: self._turned(name))
-                    stack.callback(turn.remove)
-            for name, module in modules.items():
-                stack.enter_context(native(module))
-                stack.enter_context(entering(module, lambda name=name: _Masking(self, name)))  # type: ignore[misc]
-            before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
-            stack.callback(before.remove)
-            after = denoiser.register_forward_hook(self._after)
-            stack.callback(after.remove)
+            for denoiser in denoisers:
+                self._attach(denoiser, stack)
             yield self
+
+    def _attach(self, denoiser: nn.Module, stack: ExitStack) -> None:
+        self.device = next(denoiser.parameters()).device
+        modules = {name: module for name, module in denoiser.named_modules() if hasattr(module, "processor")}
+        two_streams = {name for name, module in modules.items() if getattr(module, "add_k_proj", None) is not None}
+        self._reading = two_streams or set(modules)
+        for name, module in denoiser.named_modules() if self.layout.twice else ():
+            if re.search(self.layout.twice, name):
+                turn = module.register_forward_pre_hook(lambda *_, name=name: self._turned(name))
+                stack.callback(turn.remove)
+        for name, module in modules.items():
+            stack.enter_context(native(module))
+            stack.enter_context(entering(module, lambda name=name: _Masking(self, name)))  # type: ignore[misc]
+        before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
+        stack.callback(before.remove)
+        after = denoiser.register_forward_hook(self._after)
+        stack.callback(after.remove)
 
     def gates_of(self, name: str, tokens: int) -> Tensor:
         """The engine's token gates (tokens, N), or (1, N) for layers without a place."""
@@ -290,8 +304,11 @@ class RegionalTransformer:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._tokens is None:
-            references = _references(args, kwargs, self.level.tokens) if self.layout.packed else 0
-            self._tokens = Tokens(self.layout, self.level, self.hard, self.texts, references, self.self_mask)
+            states = args[0] if args else kwargs["hidden_states"]
+            # of reference pictures, which follow the picture's cells in a packed sequence
+            references = max(0, int(states.shape[1]) - self.level.tokens) if self.layout.packed else 0
+            frames = int(states.shape[2]) if not self.layout.packed and states.ndim == 5 else 1
+            self._tokens = Tokens(self.layout, self.level, self.hard, self.texts, references, self.self_mask, frames)
         self.half, self._step = (0 if self._step != self.step else self.half + 1), self.step
         self._second.clear()
         if self.capture is not None:
@@ -389,9 +406,3 @@ def native(module: Any) -> Iterator[None]:
             own._attention_backend = backend
         if kind.startswith("XFormers"):
             module.set_processor(own)
-
-
-def _references(args: tuple[Any, ...], kwargs: Mapping[str, Any], cells: int) -> int:
-    """Tokens of reference pictures that follow the picture's cells in a packed sequence."""
-    states = args[0] if args else kwargs["hidden_states"]
-    return max(0, int(states.shape[1]) - cells)

@@ -193,9 +193,7 @@ class RegionalCall:
         with ExitStack() as stack:
             if isinstance(self.run, Blending):
                 stack.enter_context(self.context.adapters.attached())
-                stack.enter_context(self.run.attached(*self.context.denoisers))
-            else:
-                stack.enter_context(self.run.attached(self.context.denoiser))
+            stack.enter_context(self.run.attached(*self.context.denoisers))
             if isinstance(self.run, RegionalTransformer):
                 joined = self.context.family.joined(self.encodings)
                 stack.enter_context(self.context.family.alone(self.context.pipe, joined, self.request.images, self.run))
