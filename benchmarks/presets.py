@@ -20,7 +20,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 
 import assets
+from adapters.files import write_text
 from adapters.progress import Silent
 from assets.build import data
 from assets.build.judge import Judge, load_judge
@@ -212,9 +213,14 @@ def main() -> None:
         made = measure_distilled(preset, judge) if preset in DISTILLED else measure(preset, options.pictures, judge)
         rows[preset] = made
         print(rows[preset], flush=True)
+        keep(rows)
+
+
+def keep(rows: Mapping[str, dict[str, Any]]) -> None:
+    """Write the rows by preset, and the table, after every preset: a run that is stopped keeps what it has measured."""
     ordered = [rows[name] for name in [*NAMES, *DISTILLED] if name in rows]
-    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    RESULTS.with_suffix(".md").write_text(table(ordered), encoding="utf-8")
+    write_text(RESULTS, json.dumps(ordered, indent=1) + "\n")
+    write_text(RESULTS.with_suffix(".md"), table(ordered))
 
 
 if __name__ == "__main__":
