@@ -104,7 +104,7 @@ class Tokens:
         frames: int = 1,
     ) -> None:
         rows, device = len(cells.shares), cells.shares.device
-        self.among = hard.allowed.repeat(frames, frames) if self_mask else None
+        self.among = hard.allowed.repeat(frames, frames) if self_mask and hard.allowed is not None else None
 
         def padded(shares: Tensor, kind: int, more: int) -> tuple[Tensor, Tensor]:
             """Shares (tokens, rows) and kinds with ``more`` tokens of the background, and padding, at the end."""
