@@ -11,7 +11,7 @@ import argparse
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,13 @@ MASS = {"corn"}
 # ---------------------------------------------------------------- packages and sprites
 
 
-def fetch_packages(root: Path) -> Path:
-    """Install the pinned npm packages below ``root/npm`` unless they are there; return node_modules.
+def fetch_packages(root: Path, packages: Mapping[str, str] = PACKAGES) -> Path:
+    """Install the pinned npm ``packages`` below ``root/npm`` unless they are there; return node_modules.
 
     Raises ``RuntimeError`` when npm is missing or fails.
     """
     modules = root / "npm" / "node_modules"
-    missing = [f"{name}@{version}" for name, version in PACKAGES.items() if not _has(modules / name, version)]
+    missing = [f"{name}@{version}" for name, version in packages.items() if not _has(modules / name, version)]
     if not missing:
         return modules
     npm = shutil.which("npm")

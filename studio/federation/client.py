@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import files, formats
+from adapters import files
 from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.federated.facts import facts
@@ -190,5 +191,8 @@ def _run(
 
 def recipe_of(adapter: Path) -> dict[str, Any]:
     """The recipe in an adapter that a training wrote."""
-    found: dict[str, Any] = json.loads(formats.read(adapter).metadata.get(RECIPE_ENTRY, "{}"))
+    file = adapter / "adapter_model.safetensors" if adapter.is_dir() else adapter
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    found: dict[str, Any] = json.loads(metadata.get(RECIPE_ENTRY, "{}"))
     return found

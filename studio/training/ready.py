@@ -19,10 +19,12 @@ from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.prompts import read_prompts
 from studio.library import scan, smollm2
 from studio.reconstruction.job import pictures_in
+from studio.training import labelled_rows
 from studio.training.language import experts, rows
 from studio.training.records import check_tracker
 from studio.training.rna import rows as rna_rows
 from studio.training.schemas.base import TrainConfig
+from studio.training.schemas.classifier import TrainClassifierConfig
 from studio.training.schemas.distill import DistillConfig, style
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.schemas.language import TrainLanguageConfig
@@ -98,6 +100,16 @@ def rna(config: TrainRnaConfig) -> None:
     rna_rows.read(config)
     if experts.frozen(config.method):
         experts.places(config)
+    _common(config)
+
+
+def classifier(config: TrainClassifierConfig) -> None:
+    """Check base, rows with their pictures and labels, and the adapter to continue from.
+
+    Raises:
+        InputError: the first thing that would make the training fail.
+    """
+    labelled_rows.read(config)
     _common(config)
 
 

@@ -312,7 +312,7 @@ class LanguageTask(TrainerTask):
         if self.config.method != "lora":
             return self._export_experts(folder / name, recipe)
         with self.session.best_weights():
-            heads, more = _heads(self._model), self.session.plugins.beside()
+            heads, more = heads_of(self._model), self.session.plugins.beside()
         options = {"task_type": self.peft_type, "fan_in_fan_out": self._model.peft_config["default"].fan_in_fan_out}
         beside = {"README.md": self._card(recipe), **self.session.plugins.texts_beside()}
         place = write_model_adapter(
@@ -342,7 +342,7 @@ class LanguageTask(TrainerTask):
         return {"validation": self.session.validation, "labels": self.read.labels, **answered}
 
 
-def _heads(model: Any) -> dict[str, torch.Tensor]:
+def heads_of(model: Any) -> dict[str, torch.Tensor]:
     """Whole modules trained besides the LoRA (a classification head), tensors by PEFT's names."""
     from peft import get_peft_model_state_dict
 

@@ -1,0 +1,1 @@
+"""Image classifiers: loading, and the MLP-Mixer, which transformers does not have."""
