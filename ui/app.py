@@ -24,7 +24,7 @@ from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
 from ui.components import faces, job_panel, rack, remembered
 from ui.errors import errors_shown
-from ui.pages import ask, compose, gallery, jobs, language, library, reconstruct, rna, train
+from ui.pages import ask, compose, federated, gallery, jobs, language, library, reconstruct, rna, train
 from ui.theme import STATIC, StudioTheme, css, script
 
 A_DAY = 86400
@@ -42,6 +42,7 @@ class _Pages:
     language: language.Page
     ask: ask.Page
     rna: rna.Page
+    federated: federated.Page
     reconstruct: reconstruct.Page
     library: library.Page
     jobs: jobs.Page
@@ -69,6 +70,8 @@ def build() -> gr.Blocks:
                     ask_page = ask.build()
                 with _tab("rna"):
                     rna_page = rna.build()
+                with _tab("federated"):
+                    federated_page = federated.build()
                 with _tab("reconstruct"):
                     reconstruct_page = reconstruct.build()
                 with _tab("library"):
@@ -76,7 +79,7 @@ def build() -> gr.Blocks:
                 with _tab("jobs"):
                     jobs_page = jobs.build()
         pages = _Pages(
-            tabs, sheet, compose_page, gallery_page, train_page, language_page, ask_page, rna_page,
+            tabs, sheet, compose_page, gallery_page, train_page, language_page, ask_page, rna_page, federated_page,
             reconstruct_page, library_page, jobs_page,
         )  # fmt: skip
         _wire_tabs(app, menu, pages)
@@ -120,6 +123,7 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         ("train", train.follow, pages.train.view),
         ("distill", train.follow, pages.train.distill.view),
         ("language", language.follow, pages.language.view),
+        ("federated", federated.follow, pages.federated.view),
         ("reconstruct", reconstruct.follow, pages.reconstruct.view),
         ("rna", rna.follow, pages.rna.view),
     ):
@@ -191,13 +195,15 @@ def _wire_crossings(pages: _Pages) -> None:
     def open_job(job_id: str) -> Any:
         job = job_store.get(job_id)
         views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
-                 "train-language": pages.language.jobs_view, "reconstruct": pages.reconstruct.view,
-                 "classify-rna": pages.rna.view, "forgetting": pages.library.looking}  # fmt: skip
+                 "train-language": pages.language.jobs_view, "federate": pages.federated.view,
+                 "reconstruct": pages.reconstruct.view, "classify-rna": pages.rna.view,
+                 "forgetting": pages.library.looking}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
         kind = job_panel.VIEWS[job.kind]
         follow = {
             "compose": compose.follow,
             "train-language": language.open_job,
+            "federate": federated.follow,
             "reconstruct": reconstruct.follow,
             "classify-rna": rna.follow,
             "forgetting": library.open_job,
@@ -205,7 +211,8 @@ def _wire_crossings(pages: _Pages) -> None:
         shown[kind] = list(follow(job.id, ()))
         way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
         switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
-        own_tab = {"compose": "compose", "train-language": "language", "reconstruct": kind, "classify-rna": "rna",
+        own_tab = {"compose": "compose", "train-language": "language", "federate": "federated", "reconstruct": kind,
+                   "classify-rna": "rna",
                    "forgetting": "library"}  # fmt: skip
         tab = gr.Tabs(selected=own_tab.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
@@ -234,7 +241,7 @@ def _wire_crossings(pages: _Pages) -> None:
     opened = pages.jobs.open.click(
         open_job, pages.jobs.chosen,
         [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,
-         *pages.language.jobs_view, *pages.reconstruct.view, *pages.rna.view,
+         *pages.language.jobs_view, *pages.federated.view, *pages.reconstruct.view, *pages.rna.view,
          *pages.library.looking],
         **_PRIVATE,
     )  # fmt: skip

@@ -42,6 +42,7 @@ GROUPS: tuple[tuple[str, tuple[Place, ...]], ...] = (
         ),
     ),
     ("Genomics", (Place("rna", "Classify RNA", ("genomics", "fasta", "lncrna")),)),
+    ("Together", (Place("federated", "Federated", ("federate", "federation", "clients")),)),
     ("3D", (Place("reconstruct", "Reconstruct", ("3d", "scenes", "scene")),)),
     (
         "Yours",

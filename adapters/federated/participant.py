@@ -113,6 +113,10 @@ class Participant(Plugin):
         """Layer -> s."""
         return {name: float(layer.scaling[self.adapter]) for name, layer in self.layers.items()}
 
+    def inputs(self) -> dict[str, list[int]]:
+        """Layer -> shape of A without its rank: (in,), or (in, height, width) of a convolution."""
+        return {name: list(pair(layer, self.adapter)[0].shape[1:]) for name, layer in self.layers.items()}
+
     def _redraw(self, name: str, layer: Any) -> None:
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
         down, up = pair(layer, self.adapter)

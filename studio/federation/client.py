@@ -132,7 +132,7 @@ def answer(message: Instruction, config: FederateConfig, member: Member, folder:
     result, recipe = _run(training, folder, monitor, plugins, start=message.asked != "train")
     told = told_of(result, recipe)
     if message.asked == "start":
-        told["scales"] = learnt.scales()
+        told |= {"scales": learnt.scales(), "inputs": learnt.inputs()}
         return Reply(member.name, {} if facts(rule).redraws else _sent(learnt, rule), learnt.frozen(), told)
     if message.asked == "evaluate":
         return Reply(member.name, facts=told)

@@ -90,6 +90,94 @@ def show(fields: dict[str, Any], config: Config = None, json: Json = False) -> N
     )
 
 
+Needed = Annotated[Path, typer.Argument(help="Configuration file, with a clients entry for every client.")]
+Folder = Annotated[Path, typer.Option("--folder", help="Where this side keeps its state and results.")]
+Certificates = Annotated[
+    Path | None, typer.Option("--certificates", help="Folder made by  studio federate certificates.")
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and without keys: only to try it out.")]
+
+
+@group.command()
+def certificates(
+    config: Needed,
+    out: Annotated[Path, typer.Option("--out", help="Folder for certificates and keys.")],
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="Name or address at which clients reach the server; repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make the server's certificate and a key for every client of the configuration.
+
+    Example:  studio federate certificates federation.yaml --out secrets --host server.example.org
+
+    Give authority.crt and NAME.key to the client NAME, over a way you trust; keep the other files on the server.
+    """
+    from studio.federation.flower import certificates as making
+
+    chosen = FederateConfig.from_yaml(config)
+    made = making.make(out, host or ["127.0.0.1", "localhost"], [client.name for client in chosen.clients])
+    Output(json).result(
+        [str(file) for file in made], "\n".join(map(str, made)) or "All certificates and keys are there already."
+    )
+
+
+@group.command()
+def server(
+    config: Needed,
+    folder: Folder,
+    certificates: Certificates = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 = all.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 9092,
+    patience: Annotated[
+        float, typer.Option("--patience", min=1, help="Seconds to wait for clients and for their answers.")
+    ] = 3600.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round in --folder.")] = False,
+    insecure: Insecure = False,
+    json: Json = False,
+) -> None:
+    """Run the server of a federation over a network, with TLS and a key for every client.
+
+    Example:  studio federate server federation.yaml --folder run --certificates secrets
+
+    It needs no data and no model. Clients that stop are named and left out of the round; they may come back. Install
+    it beside the app, in an environment of its own:  pip install 'adapter-studio[federated]'
+    """
+    from studio.federation.flower import launch as flower
+
+    found = flower.serve(config, folder, host, port, _secrets(certificates, insecure), patience, resume)
+    Output(json).result(found, lambda: summary(found))
+
+
+@group.command()
+def client(
+    name: Annotated[str, typer.Argument(help="Name of this client in the configuration.")],
+    config: Annotated[Path, typer.Argument(help="The same configuration file; only this client's data are needed.")],
+    folder: Folder,
+    address: Annotated[str, typer.Option("--server", help="Address of the server, HOST:PORT.")],
+    certificates: Certificates = None,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Port of this client's own processes, on this machine.")
+    ] = 9094,
+    insecure: Insecure = False,
+) -> None:
+    """Take part in a federation: train on this machine's data when the server asks, until it is stopped.
+
+    Example:  studio federate client north federation.yaml --folder north --server server:9092 --certificates secrets
+    """
+    from studio.federation.flower import launch as flower
+
+    log = folder / "client.log"
+    Output().note(f"Waiting for the server at {address}; the log is {log}. Stop with Ctrl-C.")
+    flower.take_part(config, name, folder, address, _secrets(certificates, insecure), port, log)
+
+
+def _secrets(certificates: Path | None, insecure: bool) -> Path | None:
+    if (certificates is None) != insecure:
+        raise InputError("Name the folder of certificates with --certificates, or say --insecure to do without.")
+    return certificates
+
+
 def read(config: Path | None, fields: dict[str, Any]) -> FederateConfig:
     """The configuration: the file's values, overridden by the flags; relative data paths are the file's."""
     values = read_yaml(config) if config else {}

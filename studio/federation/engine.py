@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,13 @@ from adapters.progress import check as check_stop
 from studio import error_sentences
 from studio.federation import client, messages
 from studio.federation.clients import Member, members
+from studio.federation.history import HISTORY, WORTH, read_history
 from studio.federation.messages import Instruction, Reply
 from studio.federation.schema import FederateConfig
 from studio.federation.server import Round, Server
 from studio.jobs import kinds
 
 Answer = Callable[[Member, Instruction], Reply]
-
-HISTORY = "rounds.jsonl"
-"""Every round as one line: what pages draw."""
-
-WORTH = ("accuracy", "macro_f1", "validation_loss", "perplexity")
-"""Measures by which rounds are compared, the first that clients have."""
-
 
 def run(config: FederateConfig, folder: Path, monitor: Monitor = Silent(), resume: bool = False) -> dict[str, Any]:
     """Train the adapter that ``config`` describes in ``folder``.
@@ -271,11 +265,4 @@ def write_history(server: Server, folder: Path) -> None:
     files.write_text(folder / HISTORY, "\n".join(lines) + "\n")
 
 
-def read_history(folder: Path) -> list[Mapping[str, Any]]:
-    """The rounds so far; empty when there are none."""
-    file = folder / HISTORY
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
-
-
+__all__ = ["InProcess", "read_history", "run"]

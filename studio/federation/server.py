@@ -77,6 +77,7 @@ class Server:
         known: client -> (has the frozen factors, how many residuals it has).
         rounds: the rounds done, the start as number 0.
         base: digest of the base's weights, the same for every client.
+        scales, inputs: layer -> s, and shape of A without its rank.
     """
 
     config: FederateConfig
@@ -88,6 +89,8 @@ class Server:
     rounds: list[Round] = field(default_factory=list)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     base: str = ""
+    scales: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.method = rule_of(self.config)
@@ -131,10 +134,10 @@ class Server:
         """
         self.tensors, self.fixed, self.base = dict(first.tensors), dict(first.fixed), str(first.facts["base"])
         record = Round(0, up=size(first.flat()) + sum(size(reply.flat()) for reply in gradients))
-        scales = first.facts["scales"]
+        self.scales, self.inputs = dict(first.facts["scales"]), dict(first.facts.get("inputs", {}))
         if self.facts.trains == "R":
             found = [reply.tensors for reply in gradients]
-            self.fixed, cores = fed_sb.basis(found, self._rank(), scales, self._step(), self.config.seed)
+            self.fixed, cores = fed_sb.basis(found, self._rank(), self.scales, self._step(), self.config.seed)
             self.tensors |= cores
         self.shapes = {name: list(value.shape) for name, value in self.tensors.items()}
         if self.facts.redraws:
@@ -226,7 +229,8 @@ class Server:
                 kept |= {f"left/{number}/{name}": left, f"right/{number}/{name}": right}
         plain = {
             "config": self.config.model_dump(mode="json"), "names": self.names, "known": self.known, "base": self.base,
-            "shapes": self.shapes, "rounds": [record.__dict__ for record in self.rounds],
+            "shapes": self.shapes, "scales": self.scales, "inputs": self.inputs,
+            "rounds": [record.__dict__ for record in self.rounds],
         }  # fmt: skip
         with files.whole(folder / "server") as part:
             part.mkdir()
@@ -257,6 +261,7 @@ class Server:
             )
         made = cls(config, names)
         made.base, made.shapes = plain["base"], plain["shapes"]
+        made.scales, made.inputs = plain["scales"], plain["inputs"]
         made.known = {name: (bool(has), int(number)) for name, (has, number) in plain["known"].items()}
         made.rounds = [Round(**record) for record in plain["rounds"]]
         count = 1 + max((int(name.split("/")[1]) for name in kept if name.startswith("left/")), default=-1)

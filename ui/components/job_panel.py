@@ -20,7 +20,7 @@ VIEWS = {
     "train-language": "train-language", "train-vision-language": "train-language",
     "train-rna": "train-language", "classify-rna": "classify-rna",
     "reconstruct": "reconstruct", "train-scene": "reconstruct",
-    "forgetting": "forgetting", "soften": "forgetting",
+    "federate": "federate", "forgetting": "forgetting", "soften": "forgetting",
 }  # fmt: skip
 """Kind of job -> the kind whose page area shows it."""
 
