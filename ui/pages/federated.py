@@ -74,7 +74,7 @@ def build() -> Page:
             job, shown, timer = gr.State(""), gr.State(()), gr.Timer(SECONDS, active=False)
             panel = gr.HTML(EMPTY, elem_id="federated-panel", apply_default_css=False)
             divided = gr.HTML("", elem_id="federated-parts", apply_default_css=False)
-            plots = gr.HTML("", elem_id="federated-rounds", apply_default_css=False)
+            plots = gr.HTML("", elem_id="federated-curves", apply_default_css=False)
     view = [job, shown, timer, panel, divided, plots, cancel, resume]
     inputs = [form[name] for name in NAMES]
 
