@@ -193,7 +193,7 @@ def test_real_processes_with_tls_and_keys(federation, tmp_path):
     try:
         time.sleep(40)
         stranger = client("north", ports[3], tmp_path / "strange", "stranger")
-        assert stranger.wait(120) != 0
+        assert stranger.wait(400) != 0
         there = [client("north", ports[1], secrets), client("south", ports[2], secrets)]
         assert server.wait(400) == 0
     finally:

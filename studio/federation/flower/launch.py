@@ -27,6 +27,12 @@ from studio.federation.schema import FederateConfig
 
 CONNECTION = "federation"
 
+STILL_THERE = "[code: 2004]"
+"""Flower's words when a key is turned away, also for a client that died and is back before this was noticed."""
+
+TRIES, PAUSE = 12, 15.0
+"""How often such a client tries again, and the seconds between."""
+
 APP = """[project]
 name = "adapter-studio-federation"
 version = "1.0.0"
@@ -141,10 +147,18 @@ def take_part(
             "--ssl-ca-certfile", str(own / AUTHORITY), "--ssl-certfile", str(own / SERVER),
             "--ssl-keyfile", str(own / KEY),
         ]  # fmt: skip
-    with running(command, home, log) as process:
-        code = process.wait()
-    if code not in (0, -signal.SIGTERM, -signal.SIGINT):
-        raise StudioError(f"The client ended with code {code}: {_last_line(log)}")
+    tries = 0
+    while True:
+        written = log.stat().st_size if log.is_file() else 0
+        with running(command, home, log) as process:
+            code = process.wait()
+        if code in (0, -signal.SIGTERM, -signal.SIGINT):
+            return
+        said = log.read_text(encoding="utf-8", errors="replace")[written:]
+        if STILL_THERE not in said or tries == TRIES:
+            raise StudioError(f"The client ended: {_reason(said)}")
+        tries += 1
+        time.sleep(PAUSE)
 
 
 def link(host: str, port: int, certificates: Path | None) -> list[str]:
@@ -266,5 +280,14 @@ def _run(command: Sequence[str], home: Path, log: Path | None = None) -> None:
 
 
 def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else f"see '{log}'"
+    return _reason(log.read_text(encoding="utf-8", errors="replace")) or f"see '{log}'"
+
+
+def _reason(said: str) -> str:
+    """The line of a log that says most: one with Flower's code, else an error, else the last."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    for mark in ("[code:", "Error", "ERROR", ""):
+        found = [line for line in lines if mark in line]
+        if found:
+            return found[-1]
+    return ""

@@ -104,6 +104,7 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         every, last = self.server.config.evaluate_every, self.server.done == self.server.config.rounds
+        self.sent = {}
         if not last and not (every and self.server.done % every == 0):
             return []
         tested = {client.name for client in self.server.config.clients if client.test}
@@ -133,9 +134,11 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
     def _sorted(self, replies: Iterable[Message], asked: Iterable[int]) -> tuple[dict[str, Reply], dict[str, str]]:
         """Client -> reply, and client -> why there is none."""
         found: dict[str, Reply] = {}
-        failed = {self.nodes[node]: "did not answer in time" for node in asked}
+        failed = {self.nodes[node]: "stopped, or did not answer in time" for node in asked}
         for message in replies:
-            name = self.nodes[message.metadata.src_node_id]
+            name = self.nodes.get(message.metadata.src_node_id, "")
+            if not name:  # Flower itself answers for a node that has gone
+                continue
             try:
                 found[name] = records.reply_of(message)
                 failed.pop(name, None)
