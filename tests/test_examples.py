@@ -12,6 +12,7 @@ import yaml
 
 import assets
 from studio.composition.schema import ComposeConfig
+from studio.federation.schema import FederateConfig
 from studio.schema import JobConfig
 from studio.training.schemas.distill import DistillConfig
 from studio.training.schemas.image import TrainImageConfig
@@ -130,11 +131,12 @@ def test_train_on_two_processes(tmp_path: Path) -> None:
     [
         ("concept", TrainImageConfig), ("style", TrainImageConfig), ("sdxl", TrainImageConfig),
         ("distil-guidance", DistillConfig), ("language", TrainLanguageConfig), ("regions", ComposeConfig),
+        ("federate", FederateConfig),
     ],
 )  # fmt: skip
 def test_configurations_are_valid(name: str, schema: type[JobConfig]) -> None:
     values = yaml.safe_load((EXAMPLES / "configs" / f"{name}.yaml").read_text())
-    missing = {} if schema is ComposeConfig else {"data": "rows.jsonl"}
+    missing = {} if schema in (ComposeConfig, FederateConfig) else {"data": "rows.jsonl"}
     if schema is DistillConfig:
         missing = {"prompts": "prompts.txt"}
     config = schema.parse({**values, **missing}, source=name)

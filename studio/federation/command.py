@@ -19,7 +19,8 @@ from studio.training.commands import launch
 group = typer.Typer(no_args_is_help=True)
 
 Config = Annotated[
-    Path | None, typer.Argument(help="Configuration file; flags change what it says. See examples/federate.yaml.")
+    Path | None,
+    typer.Argument(help="Configuration file; flags change what it says. See examples/configs/federate.yaml."),
 ]
 
 
