@@ -4,6 +4,7 @@
     python -m benchmarks.federated methods --data FOLDER --out RUNS --bases emoji-vit emoji-mixer --seeds 0 1 2
     python -m benchmarks.federated privacy --data FOLDER --out RUNS
     python -m benchmarks.federated traffic
+    FLOWER/bin/python -m benchmarks.federated deployment --data FOLDER --out RUNS     # where Flower is installed
     python -m benchmarks.federated report --out RUNS               # writes benchmarks/results/federated.md
 
 Four clients have one style of emoji each (Noto, Twemoji, Fluent flat, Fluent high contrast), the base has learnt
@@ -192,6 +193,102 @@ def traffic_lines() -> list[str]:
     return lines
 
 
+# ------------------------------------------------------------------------------------------------ deployment
+
+
+def deployment(given: argparse.Namespace) -> None:
+    """A server and three clients as processes with TLS and keys; one is killed in round 2 and started again."""
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    import yaml
+
+    from studio.federation.flower import certificates
+    from studio.federation.history import read_history
+
+    folder, port = (given.out / "deployment").resolve(), 19192
+    names = ("noto", "twemoji", "fluent-emoji-flat")
+    rows = [json.loads(line) for line in (given.data / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    clients = []
+    for name in names:
+        mine = [{**row, "image": str((given.data / row["image"]).resolve())} for row in rows if row["domain"] == name]
+        text = "".join(f"{json.dumps(row)}\n" for row in mine[: given.limit])
+        clients.append({"name": name, "data": str(files.write_text(folder / f"{name}.jsonl", text))})
+    values = federation(given.data, given.bases[0], "fedex-lora", 0, 3, 1)
+    values = {key: value for key, value in values.items() if key not in ("partition", "by", "test_by", "test_share")}
+    values |= {"clients": clients, "data": ""}
+    values["training"]["base"] = str((given.data / given.bases[0]).resolve())
+    config = files.write_text(folder / "federation.yaml", yaml.safe_dump(values))
+    certificates.make(folder / "secrets", ["127.0.0.1"], names)
+    events: list[str] = []
+    began = time.time()
+
+    def note(what: str) -> None:
+        events.append(f"{time.time() - began:.0f} s: {what}")
+        print(events[-1], flush=True)
+
+    def studio(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "studio", "federate", *words, "--certificates", str(folder / "secrets")],
+            stdout=subprocess.DEVNULL, stderr=(folder / "errors.log").open("ab"),
+        )  # fmt: skip
+
+    def client(name: str, own: int) -> subprocess.Popen[bytes]:
+        return studio("client", name, str(config), "--folder", str(folder / name), "--server", f"127.0.0.1:{port}",
+                      "--port", str(own))  # fmt: skip
+
+    def rounds() -> int:
+        return len(read_history(folder / "run")) - 1
+
+    server = studio("server", str(config), "--folder", str(folder / "run"), "--host", "127.0.0.1", "--port", str(port),
+                    "--patience", "900")  # fmt: skip
+    time.sleep(30)
+    there = {name: client(name, port + 1 + number) for number, name in enumerate(names)}
+    try:
+        while rounds() < 1 and server.poll() is None:
+            time.sleep(1)
+        note("round 1 is done")
+        time.sleep(5)
+        lost = there[names[2]]
+        for node in subprocess.run(["pgrep", "-P", str(lost.pid)], capture_output=True, text=True).stdout.split():
+            os.killpg(int(node), signal.SIGKILL)
+        lost.kill()
+        lost.wait()
+        note(f"{names[2]} is killed with SIGKILL, with its processes, in round 2")
+        time.sleep(10)
+        there[names[2]] = client(names[2], port + 9)
+        note(f"{names[2]} is started again")
+        code = server.wait()
+        note(f"the server ended with {code}")
+    finally:
+        for process in (*there.values(), server):
+            process.terminate()
+        for process in (*there.values(), server):
+            process.wait(60)
+    result = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))
+    found = {"events": events, "result": result, "rounds": read_history(folder / "run"), "clients": list(names)}
+    files.write_text(given.out / "deployment.json", json.dumps(found))
+
+
+def deployment_lines(out: Path) -> list[str]:
+    """What happened in the deployment."""
+    file = out / "deployment.json"
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = [f"- {event}" for event in found["events"]]
+    lines += ["", "| round | answered | left out | up (bytes) | down (bytes) | seconds |", "|---" * 6 + "|"]
+    for one in found["rounds"][1:]:
+        out_of = "; ".join(f"{name}: {why}" for name, why in one["failed"].items()) or "-"
+        lines.append(
+            f"| {one['number']} | {', '.join(one['clients'])} | {out_of} | {one['up']:,} | {one['down']:,} | "
+            f"{one['seconds']:.0f} |"
+        )
+    return lines
+
+
 # ------------------------------------------------------------------------------------------------ report
 
 
@@ -283,6 +380,10 @@ def report(given: argparse.Namespace) -> None:
             f"batch {one['config']['training']['batch_size']}, C = 1, delta 1e-4, {seeds} seed(s)", "",
             "Mean accuracy (%).", "", *table, "",
         ]  # fmt: skip
+    events = deployment_lines(given.out)
+    if events:
+        head = "## Deployment: a server and three clients as processes, TLS and keys, FedEx-LoRA"
+        lines += [head, "", *events, ""]
     told = "Numbers per round and client; heads are not counted."
     lines += ["## Traffic by count", "", told, "", *traffic_lines(), ""]
     print(files.write_text(RESULTS / "federated.md", "\n".join(lines)))
@@ -291,7 +392,7 @@ def report(given: argparse.Namespace) -> None:
 def main() -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("methods", "privacy", "traffic", "report"))
+    parser.add_argument("what", choices=("methods", "privacy", "traffic", "deployment", "report"))
     parser.add_argument("--data", type=Path, default=Path("emoji"))
     parser.add_argument("--out", type=Path, default=Path("federated-runs"))
     parser.add_argument("--bases", nargs="+", default=["emoji-vit"])
@@ -299,12 +400,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=160, help="deployment: rows of a client")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of private runs")
     given = parser.parse_args()
     if given.what == "traffic":
         print("\n".join(traffic_lines()))
         return
-    {"methods": methods, "privacy": privacy, "report": report}[given.what](given)
+    {"methods": methods, "privacy": privacy, "deployment": deployment, "report": report}[given.what](given)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from studio.federation.server import Server
 WAIT = 2.0
 """Seconds between looks for clients."""
 
+GRACE = 60.0
+"""Seconds that a round waits for a client which was lost in the round before, and may be on its way back."""
+
 
 class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any without flwr
     """Combines by the server's rule, and saves the state after every round.
@@ -42,7 +45,8 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
         Raises:
             StudioError: fewer than needed within the time.
         """
-        deadline = time.monotonic() + self.patience
+        deadline, grace = time.monotonic() + self.patience, time.monotonic() + GRACE
+        lost = self._lost()
         while True:
             present = [int(node) for node in grid.get_node_ids()]
             unknown = [node for node in present if node not in self.nodes]
@@ -55,12 +59,21 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
                         continue
             found = {node: self.nodes[node] for node in present if self.nodes.get(node) in self.server.names}
             enough = len(self.server.names) if not self.server.started else self.server.needed
-            if len(set(found.values())) >= enough:
+            back = lost <= set(found.values()) or time.monotonic() > grace
+            if len(set(found.values())) >= enough and back:
                 return found
             if time.monotonic() > deadline:
                 there = ", ".join(sorted(found.values())) or "nobody"
                 raise StudioError(f"{enough} clients are needed, but there is only: {there}.")
             time.sleep(WAIT)
+
+    def _lost(self) -> set[str]:
+        """Clients that took part in the round before the last one, but not in the last."""
+        if len(self.server.rounds) < 2:
+            return set()
+        before, last = self.server.rounds[-2:]
+        took_part = set(before.clients) or set(self.server.names)
+        return took_part - set(last.clients)
 
     def ask(self, grid: Grid, node: int, asked: Asked) -> Reply:
         """One question to one client, outside the rounds."""
