@@ -56,6 +56,11 @@ COMMANDS: dict[str, Command] = {
         "Tell RNA transcripts apart: long non-coding or messenger RNA.",
         "studio classify rna transcripts.fa.gz --out scores.tsv",
     ),
+    "serve": Command(
+        "studio.serving.command",
+        "Serve a language model with its adapters over HTTP, as OpenAI does.",
+        "studio serve smollm2 --adapters my-adapters/",
+    ),
     "reconstruct": Command(
         "studio.reconstruction.command",
         "Photos in, 3D out: cameras, points, self-calibration.",

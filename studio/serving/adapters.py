@@ -149,6 +149,17 @@ class Adapters:
                         return place
         return next((record.path for record in self.records() if record.name == name), None)
 
+    def pin(self, name: str) -> Loaded:
+        """Read ``name`` and keep it in the pool.
+
+        Raises:
+            InputError: there is none, it is loaded already, or there is no room.
+        """
+        path = self._path(name)
+        if path is None:
+            raise UnknownModelError(f"There is no adapter '{name}'{nearest(name, self.names())}.")
+        return self.add(name, path, pinned=True)
+
     def add(self, name: str, path: Path, pinned: bool = False, watched: bool = False) -> Loaded:
         """Read the adapter at ``path`` and serve it as ``name``.
 

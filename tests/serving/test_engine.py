@@ -384,3 +384,31 @@ def test_a_thread_answers_and_survives_a_failure(base, several, monkeypatch):
     assert again.pieces[-1].reason == "length"
     engine.close()
     assert engine.pool.free_pages + engine.pool.stats().adapter == engine.pool.total
+
+
+def test_the_request_chooses_its_adapter_or_the_base(base, several, tmp_path):
+    """Descriptions from cards and training rows; a request that is near to none, or to two, is left to the base."""
+    from studio.serving.automatic import Chooser, Index
+
+    rows = {
+        "cooking": ["How long do I boil an egg?", "What goes into a tomato sauce?", "How do I bake bread in an oven?"],
+        "planets": ["How far is Mars from the sun?", "Which planet has rings?", "How long is a year on Venus?"],
+    }
+    index = Index(rows)
+    assert index.best("How do I boil potatoes for a sauce?")[0] == "cooking"
+    assert index.best("Does Venus have rings like other planets?")[0] == "planets"
+    assert index.best("zqx wvk")[1] == 0.0
+    assert index.best("") == ("", 0.0)
+    assert Index({}).best("anything") == ("", 0.0)
+    assert Index(rows | {"twin": rows["cooking"]}).best("How long do I boil an egg?")[1] == 0.0
+    for name, told in (("cooking", "Recipes: boiling, baking, sauces."), ("planets", "Mars, Venus and their orbits.")):
+        shutil.copytree(several["small"], tmp_path / name)
+        (tmp_path / name / "README.md").write_text(f"---\ndescription: '{told}'\n---\n# {name}\n")
+    engine, names = served(base, tmp_path)
+    choose = Chooser(names, threshold=0.4)
+    assert choose("Any good sauces for baking?") == "cooking"
+    assert choose("Tell me about the orbits of Venus and Mars") == "planets"
+    assert choose("qwertz") == "base-model"
+    shutil.rmtree(tmp_path / "planets")
+    assert choose("Tell me about the orbits of Venus and Mars") == "base-model"
+    engine.close()
