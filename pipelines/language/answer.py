@@ -15,24 +15,6 @@ from pipelines.language.loading import longest_input
 from pipelines.language.tokens import Sampling
 
 
-def stream(
-    model: Any, tokenizer: Any, messages: Sequence[dict[str, str]], sampling: Sampling, template: str | None = None
-) -> Generator[str, None, None]:
-    """The answer to ``messages`` in pieces; closing the generator stops the model.
-
-    Args:
-        messages: ``{"role": ..., "content": ...}`` each, the last one not empty.
-        template: chat template (Jinja) to use instead of the tokenizer's own; empty = none: the contents are joined by
-            newlines and continued.
-
-    Raises:
-        InputError: the last message is empty, or the conversation and its answer exceed the model's context.
-    """
-    mark = end_of_turn(tokenizer, messages, template)
-    inputs = prompt(tokenizer, messages, next(model.parameters()).device, template)
-    yield from generated(model, tokenizer, inputs, sampling, mark)
-
-
 def generated(
     model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], sampling: Sampling, mark: str = ""
 ) -> Generator[str, None, None]:

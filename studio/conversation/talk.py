@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -53,18 +53,50 @@ class Talk:
         return answers
 
     def _follow(self, events: Iterator[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
-        loud = not self.output.json
+        shown = _Printed([variant.name for variant in self.variants]) if not self.output.json else None
         for event in events:
             kind = event["event"]
             if kind in ("loading", "remark"):
                 self.output.note(event["text"])
-            elif kind == "begin" and loud and len(self.variants) > 1:
-                print(f"[{self.variants[event['variant']].name}]")
             elif kind == "piece":
                 answers[event["variant"]]["text"] += event["text"]
-                if loud:
-                    print(event["text"], end="", flush=True)
+                if shown:
+                    shown.add(event["variant"], event["text"])
             elif kind == "end":
                 answers[event["variant"]]["seconds"] = event["seconds"]
-                if loud:
-                    print(flush=True)
+                if shown:
+                    shown.end(event["variant"])
+
+
+class _Printed:
+    """Prints answers that come at the same time one below the other: the first as it comes, then the next."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._held = [""] * len(names)
+        self._ended = [False] * len(names)
+        self._now = -1
+        self._next()
+
+    def add(self, number: int, text: str) -> None:
+        self._held[number] += text
+        self._flush()
+
+    def end(self, number: int) -> None:
+        self._ended[number] = True
+        while self._now < len(self._names) and self._ended[self._now]:
+            self._flush()
+            print(flush=True)
+            self._next()
+
+    def _next(self) -> None:
+        self._now += 1
+        if self._now < len(self._names):
+            if len(self._names) > 1:
+                print(f"[{self._names[self._now]}]")
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._now < len(self._names):
+            print(self._held[self._now], end="", flush=True)
+            self._held[self._now] = ""

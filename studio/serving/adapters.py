@@ -170,6 +170,10 @@ class Adapters:
             InputError: the name cannot be used or is taken, or the adapter cannot be served.
         """
         self.check_name(name)
+        return self.load(name, path, pinned, watched)
+
+    def load(self, name: str, path: Path, pinned: bool = False, watched: bool = False) -> Loaded:
+        """As :meth:`add`, under any name; for those who ask from this process, not over a network."""
         with self._lock:
             if name in self._loaded:
                 raise InputError(f"The adapter '{name}' has already been loaded: unload it first, or load it in place.")

@@ -149,7 +149,7 @@ class _Routes:
         messages = [message.plain() for message in asked.messages]
         last = next((one["content"] for one in reversed(messages) if one["role"] == "user"), "")
         mix = await asyncio.to_thread(self.serve.mix, asked.adapter_id or asked.model, last)
-        return await self._answered(asked, http, mix, [self.serve.chat_ids(messages, mix)], chat=True)
+        return await self._answered(asked, http, mix, [self.serve.chat_ids(messages, mix.template)], chat=True)
 
     async def _answered(
         self, asked: Asked, http: Request, mix: Any, prompts: Sequence[tuple[list[int], str]], chat: bool

@@ -52,7 +52,8 @@ class ServeConfig:
     """How the engine works.
 
     Attributes:
-        pool_gb: memory of the pool in GB (1e9 bytes), for cache and adapters together.
+        pool_gb: memory of the pool in GB (1e9 bytes), for cache and adapters together; at most twice what
+            ``max_running`` requests of the longest length take.
         pool_pages: its pages, instead; 0 = as many as ``pool_gb`` holds.
         max_running: most requests at a time.
         max_batch_tokens: most tokens of prompts in one step.
@@ -104,7 +105,10 @@ class Engine:
         self.base, self.tokenizer = base, base.tokenizer
         self.shape = shape_of(base.model)
         kind = next(p.dtype for p in base.model.parameters() if p.is_floating_point())
-        count = config.pool_pages or int(config.pool_gb * 1e9 / (self.shape.page * kind.itemsize))
+        count = config.pool_pages or min(
+            int(config.pool_gb * 1e9 / (self.shape.page * kind.itemsize)),
+            2 * config.max_running * self.shape.pages_per_token * (longest_input(base.model.config) or 2**15),
+        )
         self.pool = PagePool(max(count, 2), self.shape.page, kind, base.device)
         self.model = PagedModel(base.model, self.pool)
         self.store = AdapterStore(self.pool)

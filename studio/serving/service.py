@@ -144,8 +144,11 @@ class ServeEngine:
             model = model.removeprefix(f"{self.name}:")
         return Mix(label=self.name) if model == self.name else self.adapters.mix({model: 1.0})
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]], mix: Mix) -> tuple[list[int], str]:
-        """The conversation's tokens up to the answer, and the text that ends it, in the adapter's own template.
+    def chat_ids(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> tuple[list[int], str]:
+        """The conversation's tokens up to the answer, and the text that ends it.
+
+        Args:
+            template: Jinja text instead of the base's own; empty = none, see :func:`pipelines.language.answer.prompt`.
 
         Raises:
             InputError: there is nothing to answer, or the template cannot take these messages.
@@ -154,10 +157,10 @@ class ServeEngine:
 
         talk = [dict(message) for message in messages]
         try:
-            ids = prompt_of(self.base.tokenizer, talk, "cpu", mix.template)["input_ids"][0].tolist()
+            ids = prompt_of(self.base.tokenizer, talk, "cpu", template)["input_ids"][0].tolist()
         except TemplateError as error:
             raise InputError(f"The model's chat template does not take these messages: {error}.") from None
-        return ids, end_of_turn(self.base.tokenizer, talk, mix.template)
+        return ids, end_of_turn(self.base.tokenizer, talk, template)
 
     def request(
         self, ids: Sequence[int], mix: Mix, sampling: Sampling, sink: Callable[[Piece], None], mark: str = ""

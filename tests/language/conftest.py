@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from adapters.progress import Progress
+from pipelines.language.answer import end_of_turn, generated, prompt
+from pipelines.language.tokens import Sampling
 from studio.training.language.data import Samples
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.language import task_for
@@ -38,6 +40,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return place if (place / "config.json").is_file() else makers[name](place)
 
     return get
+
+
+def stream(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], sampling: Sampling, template: str | None = None
+) -> Iterator[str]:
+    """The answer of transformers' own ``generate`` in pieces, to compare with."""
+    mark = end_of_turn(tokenizer, messages, template)
+    inputs = prompt(tokenizer, messages, next(model.parameters()).device, template)
+    yield from generated(model, tokenizer, inputs, sampling, mark)
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> Path:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, Rob
 from adapters.errors import FamilyError, InputError, MissingDependencyError
 from adapters.progress import Silent
 from pipelines.language.adapters import AdaptedModel
-from pipelines.language.answer import _until, end_of_turn, prompt, stream
+from pipelines.language.answer import _until, end_of_turn, prompt
 from pipelines.language.loading import open_model
 from pipelines.language.tokens import Sampling
 from studio import jobs, library
@@ -28,7 +28,7 @@ from studio.datasets.encoding import CHATML
 from studio.library import scan, smollm2
 from studio.training.tasks.language import run
 from tests.language import tiny
-from tests.language.conftest import settings, write_rows
+from tests.language.conftest import settings, stream, write_rows
 
 ASKED = [{"role": "user", "content": "hello"}]
 
@@ -168,6 +168,37 @@ def test_a_session_lets_every_variant_answer(bases, adapters):
     with pytest.raises(InputError, match="does not fit"):
         list(session.ask(Question(str(bases("llama")), variants_of([(str(adapters["foreign"]), 1.0)], False),
                                   (tuple(ASKED),), "cpu")))  # fmt: skip
+
+
+def test_six_adapters_side_by_side_are_one_batch(bases, adapters, tmp_path, monkeypatch):
+    """One forward pass per token for the base and six adapters together, and each answer is its own."""
+    names = []
+    for number in range(6):
+        shutil.copytree(adapters["one" if number % 2 else "two"], tmp_path / f"a{number}")
+        names.append((str(tmp_path / f"a{number}"), 1.0 + number / 2))
+    variants = variants_of(names, compare=True)
+    question = Question(str(bases("llama")), variants, (tuple(ASKED),) * 7, "cpu",
+                        sampling={"max_tokens": 6, "repetition_penalty": 1.2})  # fmt: skip
+    session = Session()
+    list(session.ask(question))
+    passes = []
+    forward = session._model.serve.engine.model.forward
+    monkeypatch.setattr(session._model.serve.engine.model, "forward",
+                        lambda batch, rows: passes.append(len(rows)) or forward(batch, rows))  # fmt: skip
+    texts = [""] * 7
+    for event in session.ask(question):
+        if event["event"] == "piece":
+            texts[event["variant"]] += event["text"]
+    assert len(passes) <= 6
+    assert passes[0] == 7
+    adapted = AdaptedModel(open_model(bases("llama")).model)
+    tokenizer = open_model(bases("llama")).tokenizer
+    for variant, text in zip(variants, texts, strict=True):
+        for name, _ in variant.adapters:
+            adapted.add(name, Path(name))
+        with adapted.active(dict(variant.adapters)) as model:
+            how = Sampling(max_tokens=6, repetition_penalty=1.2)
+            assert text == "".join(stream(model, tokenizer, ASKED, how))
 
 
 def spoken_in(session: Session, base: Path, *adapters: Path) -> tuple[str, list[str]]:

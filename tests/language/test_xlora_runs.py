@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM
 from adapters.errors import Cancelled, InputError
 from adapters.layers.experts import xlora
 from pipelines.language.adapters import AdaptedModel
-from pipelines.language.answer import stream
 from pipelines.language.loading import open_model
 from pipelines.language.tokens import Sampling
 from studio.library import scan
 from studio.training import estimate, ready
 from studio.training.tasks.language import run
-from tests.language.conftest import Watcher, settings
+from tests.language.conftest import Watcher, settings, stream
 
 EXPERTS = {
     "plain": {"r": 2, "target_modules": ["q_proj", "up_proj"]},

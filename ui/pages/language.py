@@ -37,8 +37,8 @@ NAMES = tuple(name for name in KNOWN if name != "data")
 EMBEDDED = "smollm2"
 LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
 PRESET_FIELDS = tuple(sorted(presets.fields(TrainLanguageConfig.kind)))
-COLUMNS = 4
-"""Variants that fit side by side: the base and three adapters."""
+COLUMNS = 7
+"""Variants that fit side by side: the base and six adapters."""
 SECONDS = 1.0
 
 Form = dict[str, Any]
