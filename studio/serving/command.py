@@ -60,6 +60,8 @@ def serve(
     if export or backend == "vllm":
         from studio.serving import export as elsewhere
 
+        if not export:
+            elsewhere.find_vllm()
         plan = elsewhere.plan(base, folders, out, max_running, dtype)
         if export:
             made = elsewhere.write(export, plan, storage)

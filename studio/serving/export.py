@@ -252,11 +252,11 @@ def check_ray(config: dict[str, Any]) -> str:
     return f"the schema of the installed Ray {ray.__version__}"
 
 
-def run_vllm(plan: Plan, host: str, port: int, api_key: str) -> None:
-    """Become ``vllm serve`` with the plan's adapters; does not return.
+def find_vllm() -> str:
+    """The program ``vllm``.
 
     Raises:
-        InputError: vLLM is not installed, or has not these options.
+        InputError: it is not installed.
     """
     program = shutil.which("vllm")
     if program is None or importlib.util.find_spec("vllm") is None:
@@ -265,6 +265,16 @@ def run_vllm(plan: Plan, host: str, port: int, api_key: str) -> None:
             "fastapi than the studio: install it in an environment of its own, and run the file that "
             "studio serve --export vllm  writes."
         )
+    return program
+
+
+def run_vllm(plan: Plan, host: str, port: int, api_key: str) -> None:
+    """Become ``vllm serve`` with the plan's adapters; does not return.
+
+    Raises:
+        InputError: vLLM is not installed, or has not these options.
+    """
+    program = find_vllm()
     options = vllm_options(plan) | {"host": host, "port": port}
     check_vllm(options)
     environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
