@@ -41,6 +41,7 @@ class Call:
     strengths: tuple[Strengths, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
     frames: int | None = None
+    prompts: tuple[str, ...] = ()
 
     def each(self) -> list[Call]:
         """One call for each picture."""
@@ -49,7 +50,8 @@ class Call:
         return [
             replace(
                 self, images=1, seed=self.seed + k, monitor=part(self.monitor, k, self.images),
-                generators=generators[k], strengths=self.strengths[k : k + 1],
+                generators=generators[k], strengths=self.strengths[k : k + 1], prompts=(),
+                prompt=self.prompts[k] if self.prompts else self.prompt,
                 more=self.more if latents is None else {**self.more, "latents": latents[k : k + 1]},
             )
             for k in range(self.images)

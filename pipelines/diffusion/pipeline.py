@@ -55,7 +55,7 @@ from pipelines.diffusion.report import LoraReport, Plan
 from pipelines.diffusion.samplers import count_part, count_steps, noise_levels
 from pipelines.diffusion.schedule import By, Keyframes, Positions
 from pipelines.diffusion.text import resolve_mode
-from pipelines.diffusion.varied import Strengths, Variant, Varied, check_varied
+from pipelines.diffusion.varied import Strengths, Variant, Varied, check_prompts, check_varied
 from pipelines.diffusion.wildcards import lines_of
 
 
@@ -345,6 +345,7 @@ class MultiLoRAPipeline:
         wildcards: str | Path | None = None,
         strengths: Sequence[Strengths] = (),
         frames: int | None = None,
+        prompts: Sequence[str] = (),
         **others: Any,
     ) -> Output:
         """Generate pictures; picture k uses the seed ``seed + k`` for any number of pictures.
@@ -370,6 +371,8 @@ class MultiLoRAPipeline:
             strengths: for each picture, adapter -> (weight, te_weight) instead of those it was loaded with; they are
                 still one batch (only text to image with merge).
             frames: of each video (default: the family's own number).
+            prompts: for each picture, its own instead of ``prompt``; only with ``strengths``, and without
+                ``<lora:...>``.
             others: diffusers' own names: ``num_inference_steps`` (steps), ``num_images_per_prompt`` or
                 ``num_videos_per_prompt`` (images), ``num_frames`` (frames), ``generator`` (one, or one per picture;
                 instead of the seed), ``callback_on_step_end`` with ``callback_on_step_end_tensor_inputs``,
@@ -388,8 +391,10 @@ class MultiLoRAPipeline:
             ours.get("images", 1), width, height, scheduler, monitor or Silent(), preview_every, true_cfg_scale,
             output_type, allow_double_guidance, ours.get("generator"), ours.get("callback_on_step_end"),
             tuple(ours.get("callback_on_step_end_tensor_inputs", ())), tuple(strengths), ours["more"],
-            check_frames(self.family, ours.get("frames")),
+            check_frames(self.family, ours.get("frames")), tuple(prompts),
         )  # fmt: skip
+        if call.prompts:
+            check_prompts(call.prompts, call.images, bool(call.strengths))
         if call.strengths:
             loaded = {item.report.name: item for item in self._chosen()}
             check_varied(call.strengths, call.images, self.composition.method, self._ordinary, loaded)
@@ -397,7 +402,7 @@ class MultiLoRAPipeline:
         regions = placed_regions(self.composition, self._chosen())
         texts = [text or "" for region in regions for text in (region.prompt, region.negative)]
         alone = call.images > 1 and not self._ordinary  # other pipelines repeat their pictures in their own ways
-        if not alone and not any(has_choices(text) for text in (prompt, negative_prompt, *texts)):
+        if not alone and not any(has_choices(text) for text in (prompt, negative_prompt, *call.prompts, *texts)):
             return self._make(call)
         own = self.composition
         made = []
@@ -460,7 +465,7 @@ class MultiLoRAPipeline:
             plan, texts = self._planned(positions, guided, call.prompt, call.negative_prompt, request.image)
             try:
                 if call.strengths:
-                    plan, result = self._varied(positions, request, call.strengths)
+                    plan, result = self._varied(positions, request, call.strengths, call.prompts)
                     places: tuple[PlacedRegion, ...] = ()
                 elif self.composition.properties.regional:
                     result, places = self._regional(plan, request)
@@ -611,8 +616,10 @@ class MultiLoRAPipeline:
             with run.attached(*self.rack.denoisers.values()):
                 return draw(self.pipe, run, request, encodings[given].call_arguments(), request.generators())
 
-    def _varied(self, positions: Positions, request: Request, strengths: Sequence[Strengths]) -> tuple[Plan, Any]:
-        """A call in which every picture has its own strengths; the plan of the first, and diffusers' result.
+    def _varied(
+        self, positions: Positions, request: Request, strengths: Sequence[Strengths], prompts: Sequence[str] = ()
+    ) -> tuple[Plan, Any]:
+        """A call in which every picture has its own strengths (and prompt); the plan of the first, diffusers' result.
 
         Raises:
             InputError: the base, or a layer that an adapter changes, takes the pictures of a batch together.
@@ -623,12 +630,11 @@ class MultiLoRAPipeline:
                 "adapter changes takes all of them together: make one picture at a time."
             )
         variants, plans = [], []
-        for one in strengths:
+        for one, prompt in zip(strengths, prompts or [request.prompt] * len(strengths), strict=True):
             with self.rack.at(one):
-                plan, texts = self._planned(positions, request.guided, request.prompt, request.negative, request.image)
+                plan, texts = self._planned(positions, request.guided, prompt, request.negative, request.image)
                 active = texts[0][0]
-                prompts = self._prompts(request.image)
-                known = prompts.by_adapters([active], request.prompt, request.negative, 1, request.guided)
+                known = self._prompts(request.image).by_adapters([active], prompt, request.negative, 1, request.guided)
                 variants.append(Variant(plan.steps, known[active]))
                 plans.append(replace(plan, folds=Folds()))
         with self.joined().denoiser.attached() as gates:

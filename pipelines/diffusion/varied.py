@@ -17,9 +17,11 @@ import torch
 from adapters.errors import InputError
 from adapters.layers.gated import Gates
 from pipelines.diffusion import methods
+from pipelines.diffusion.checks import check_prompt
 from pipelines.diffusion.denoise import Arguments, Denoising, as_batch
 from pipelines.diffusion.families import Encoding, Family
 from pipelines.diffusion.methods.step import Step
+from pipelines.diffusion.prompt_syntax import without_adapters
 from pipelines.diffusion.rack import Loaded
 
 Strengths = Mapping[str, tuple[float, float]]
@@ -63,6 +65,20 @@ def encodings(variants: Sequence[Variant]) -> Encoding:
 
 def _joined(texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: as_batch([one[name] for one in texts]) for name in texts[0]}
+
+
+def check_prompts(prompts: Sequence[str], images: int, varied: bool) -> None:
+    """Refuse prompts per picture that are not one for each, or come without strengths per picture.
+
+    Raises:
+        InputError: so, or a prompt sets strengths itself.
+    """
+    if len(prompts) != images or not varied:
+        raise InputError(f"{len(prompts)} prompts are given for {images} pictures: give one, and strengths, for each.")
+    for prompt in prompts:
+        check_prompt(prompt, "The prompt")
+        if without_adapters(prompt)[1]:
+            raise InputError("A prompt of several names an adapter itself (<lora:...>): give its strength beside it.")
 
 
 def check_varied(
