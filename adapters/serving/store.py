@@ -55,9 +55,14 @@ class _Kept:
 
 @dataclass
 class AdapterStore:
-    """The adapters of one pool, by any hashable key."""
+    """The adapters of one pool, by any hashable key.
+
+    Args:
+        limit: most pages of adapters in the pool; None = any, shared with the cache as both need them.
+    """
 
     pool: PagePool
+    limit: int | None = None
     counts: StoreCounts = field(default_factory=StoreCounts)
     _kept: dict[Key, _Kept] = field(default_factory=dict)
     _resident: OrderedDict[Key, Resident] = field(default_factory=OrderedDict)  # used longest ago first
@@ -145,7 +150,8 @@ class AdapterStore:
         """Copy an adapter into pages that are free, in front of its request; whether it is in the pool now."""
         if key in self._resident:
             return True
-        if key not in self or self.pages(key) > self.pool.free_pages:
+        full = self.limit is not None and self.pool.stats().adapter + self.pages(key) > self.limit
+        if key not in self or full or self.pages(key) > self.pool.free_pages:
             return False
         self.counts.prefetches += 1
         return self._load(key, ahead=True) is not None
@@ -167,7 +173,8 @@ class AdapterStore:
 
     def _load(self, key: Key, ahead: bool = False) -> Resident | None:
         packed = self._kept[key].packed
-        if not self.make_room(packed.count):
+        over = 0 if self.limit is None else self.pool.stats().adapter + packed.count - self.limit
+        if not self.make_room(max(packed.count, self.pool.free_pages + over)):
             return None
         ids = self.pool.alloc(packed.count, ("adapter", key), packed.padding)
         assert ids is not None

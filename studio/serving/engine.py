@@ -64,6 +64,8 @@ class ServeConfig:
         backend: see :mod:`adapters.serving.kernels`.
         optimistic: admit what fits now, and let the youngest request start again when the pool is full.
         prefetch: waiting requests whose adapters are fetched ahead into free pages.
+        adapter_share: part of the pool set apart for adapters, the rest for the cache (for measurements); 0 = both
+            share all of it.
     """
 
     pool_gb: float = 1.0
@@ -78,12 +80,15 @@ class ServeConfig:
     backend: str = "auto"
     optimistic: bool = False
     prefetch: int = 4
+    adapter_share: float = 0.0
 
     def check(self) -> None:
         """Raise :class:`InputError` for values that cannot work."""
         for name in ("max_running", "max_batch_tokens", "max_waiting", "max_rank", "cluster"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.adapter_share < 1:
+            raise InputError(f"adapter_share must be from 0 to below 1, got {self.adapter_share}.")
         if self.pool_gb <= 0 or self.pool_pages < 0 or self.prefetch < 0 or self.slo <= 0:
             raise InputError("pool_gb and slo must be above 0, and pool_pages and prefetch not below.")
 
@@ -111,7 +116,8 @@ class Engine:
         )
         self.pool = PagePool(max(count, 2), self.shape.page, kind, base.device)
         self.model = PagedModel(base.model, self.pool)
-        self.store = AdapterStore(self.pool)
+        limit = int(config.adapter_share * self.pool.total) if config.adapter_share else None
+        self.store = AdapterStore(self.pool, limit)
         head = base.model.get_output_embeddings()
         named = {id(module): name for name, module in base.model.named_modules()}
         self.dispatch = LoraDispatch(base.model, self.pool, config.backend, named.get(id(head), ""))
@@ -317,6 +323,10 @@ class Engine:
         present = {one.adapter for one in (*self.running, request)} - {None}
         adapters = sum(self.store.pages(key) for key in present if not self.store.is_pinned(key))
         room = self.pool.total - self.store.pinned_pages - adapters
+        if self.store.limit is not None:
+            if adapters > self.store.limit:
+                return False
+            room = self.pool.total - self.store.limit
         if self.config.optimistic:
             return sum(self._per_token(one) * (one.length + 1) for one in (*self.running, request)) <= room
         return peak(self._demands([*self.running, request])) <= room
