@@ -2,12 +2,13 @@
 
 Forward hooks on the modules that adapters change; the modules themselves stay. A :class:`BatchPlan` says which token
 belongs to which adapter. It is made once per step (and kept while the batch stays the same), and shared by all layers.
-Tokens are sorted into one segment per adapter; in each module the segments are grouped by rank, so no rank is padded.
+Tokens are sorted into one segment per adapter; adapters whose ranks agree in every module are computed together, so no
+rank is padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adapters.serving.kernels import Kernel, kernel
-from adapters.serving.packing import pages_of
+from adapters.serving.packing import Place, pages_of
 from adapters.serving.pool import PagePool
 from adapters.serving.store import Resident
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The n adapters of one module that have the same rank r, with their tokens: S in all, sorted by adapter.
+    """n adapters of the same rank r in one module, with their tokens: S in all, sorted by adapter.
 
     Attributes:
         rank, inputs, outputs: r, in, out.
@@ -61,6 +62,7 @@ class BatchPlan:
         numbers = {id(one): number for number, one in enumerate(self.adapters)}
         self._slots = np.array([-1 if one is None else numbers[id(one)] for one in tokens])
         self.head = None if keep is None else BatchPlan([tokens[row] for row in keep], pool)
+        self._shelves = list(self._sorted())
         self._groups: dict[str, list[Group]] = {}
 
     def __len__(self) -> int:
@@ -84,25 +86,45 @@ class BatchPlan:
             self._groups[module] = list(self._grouped(module))
         return self._groups[module]
 
-    def _grouped(self, module: str) -> Iterator[Group]:
-        device, page = self.pool.pages.device, self.pool.page_elems
-        places = [one.packed.places.get(module) for one in self.adapters]
-        for rank, dora in sorted({(place.rank, place.dora) for place in places if place}):
-            chosen = [n for n, place in enumerate(places) if place and (place.rank, place.dora) == (rank, dora)]
+    def _sorted(self) -> Iterator[_Shelf]:
+        """The adapters whose rows lie in the same places, together: their ranks agree in every module."""
+        device = self.pool.pages.device
+        alike: dict[Any, list[int]] = {}
+        for number, one in enumerate(self.adapters):
+            alike.setdefault(one.packed.layout, []).append(number)
+        for chosen in alike.values():
             rows = [np.flatnonzero(self._slots == number) for number in chosen]
-            lengths = tuple(map(len, rows))
-            first = places[chosen[0]]
-            assert first is not None
-            sizes = [rank * pages_of(first.inputs, page), rank * pages_of(first.outputs, page)]
-            sizes += [pages_of(first.outputs, page)] if dora else []
-            starts = [place.start for number in chosen if (place := places[number])]
-            own = np.stack([self.adapters[n].ids[start : start + sum(sizes)] for n, start in zip(chosen, starts, strict=True)])  # fmt: skip  # noqa: E501
-            A, B, *d = (part.contiguous() for part in torch.from_numpy(own).to(device).split(sizes, 1))
-            slot = np.repeat(np.arange(len(chosen)), lengths)
-            yield Group(
-                rank, first.inputs, first.outputs, torch.from_numpy(np.concatenate(rows)).to(device),
-                torch.from_numpy(slot).to(device), lengths, A, B, d[0] if d else None,
+            ids = np.stack([self.adapters[number].ids for number in chosen])
+            slot = np.repeat(np.arange(len(chosen)), [len(one) for one in rows])
+            yield _Shelf(
+                self.adapters[chosen[0]].packed.places, torch.from_numpy(ids).to(device),
+                torch.from_numpy(np.concatenate(rows)).to(device), torch.from_numpy(slot).to(device),
+                tuple(map(len, rows)),
             )  # fmt: skip
+
+    def _grouped(self, module: str) -> Iterator[Group]:
+        page = self.pool.page_elems
+        for shelf in self._shelves:
+            place = shelf.places.get(module)
+            if place is None:
+                continue
+            rank, wide, high = place.rank, pages_of(place.inputs, page), pages_of(place.outputs, page)
+            A, B, d = shelf.ids[:, place.start :].split_with_sizes(
+                [rank * wide, rank * high, shelf.ids.shape[1] - place.start - rank * (wide + high)], 1
+            )
+            yield Group(rank, place.inputs, place.outputs, shelf.tokens, shelf.slot, shelf.lengths, A.contiguous(),
+                        B.contiguous(), d[:, :high].contiguous() if place.dora else None)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Shelf:
+    """Adapters of one layout: their pages (n, count), and their tokens as in :class:`Group`."""
+
+    places: Mapping[str, Place]
+    ids: Tensor
+    tokens: Tensor
+    slot: Tensor
+    lengths: tuple[int, ...]
 
 
 class LoraDispatch:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,11 @@ class PackedAdapter:
     def count(self) -> int:
         """Number of pages."""
         return int(self.pages.shape[0])
+
+    @cached_property
+    def layout(self) -> tuple[tuple[str, Place], ...]:
+        """Equal for adapters with the same ranks in the same modules."""
+        return tuple(self.places.items())
 
     @property
     def rank(self) -> int:

@@ -32,7 +32,8 @@ def test_nothing_leaks_and_nobody_gets_another_adapters_answer(base, several, ma
     prompts = [[10 + number, 40, 60, 80 + 3 * number] for number in range(4)]
     wanted = {(name, number): alone(base, path, ids, 8) for name, path in [("tiny", None), *paths.items()]
               for number, ids in enumerate(prompts)}  # fmt: skip
-    serve = ServeEngine(open_model(base), "tiny", ServeConfig(pool_pages=700, max_running=24, max_waiting=4000), [shelf])
+    config = ServeConfig(pool_pages=700, max_running=24, max_waiting=4000)
+    serve = ServeEngine(open_model(base), "tiny", config, [shelf])
     step = serve.engine.step
 
     def checked_step() -> bool:
@@ -54,7 +55,8 @@ def test_nothing_leaks_and_nobody_gets_another_adapters_answer(base, several, ma
             body = {"model": name, "prompt": prompts[number], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
             try:
                 if leaves:
-                    async with http.stream("POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 60}) as one:
+                    more = {"stream": True, "max_tokens": 60}
+                    async with http.stream("POST", "/v1/completions", json=body | more) as one:
                         await one.aiter_lines().__anext__()
                     continue
                 answer = await http.post("/v1/completions", json=body)
