@@ -56,11 +56,6 @@ COMMANDS: dict[str, Command] = {
         "Tell RNA transcripts apart: long non-coding or messenger RNA.",
         "studio classify rna transcripts.fa.gz --out scores.tsv",
     ),
-    "serve": Command(
-        "studio.serving.command",
-        "Serve a language model with its adapters over HTTP, as OpenAI does.",
-        "studio serve smollm2 --adapters my-adapters/",
-    ),
     "reconstruct": Command(
         "studio.reconstruction.command",
         "Photos in, 3D out: cameras, points, self-calibration.",
@@ -96,6 +91,11 @@ COMMANDS: dict[str, Command] = {
         "studio.inspection.doctor_command",
         "Will these adapters get along? Overlap, strengths, trigger words, advice.",
         "studio doctor fox robot --prompt 'a fox and a robot'",
+    ),
+    "serve": Command(
+        "studio.serving.command",
+        "Serve a language model with its adapters over HTTP, as OpenAI does.",
+        "studio serve smollm2 --adapters my-adapters/",
     ),
     "jobs": Command("studio.jobs.command", "Jobs: list, watch, cancel, resume, run again, delete.", "studio jobs list"),
     "worker": Command("studio.jobs.worker_command", "Work on queued jobs in this terminal.", "studio worker"),
