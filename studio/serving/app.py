@@ -10,7 +10,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,7 @@ class _Routes:
                 sampling = asked.sampling(longest - len(ids))
                 for copy in range(asked.n):
                     seed = None if sampling.seed is None else sampling.seed + copy
-                    asks.append(self.serve.ask(ids, mix, type(sampling)(**{**vars(sampling), "seed": seed}), mark))
+                    asks.append(self.serve.ask(ids, mix, replace(sampling, seed=seed), mark))
         except InputError:
             for ask in asks:
                 ask.cancel()

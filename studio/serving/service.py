@@ -12,7 +12,7 @@ import queue
 import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ class ServeEngine:
         """
         ends = end_tokens(self.base.model, self.base.tokenizer, mark)
         if mark and mark not in sampling.stop:
-            sampling = Sampling(**{**vars(sampling), "stop": (*sampling.stop, mark)})
+            sampling = replace(sampling, stop=(*sampling.stop, mark))
         made = Request(list(ids), sampling, sink, frozenset(ends), mix.adapter, mix.mixture, mix.label)
         return self.engine.submit(made)
 
@@ -194,7 +194,7 @@ class ServeEngine:
         mixes = [self._mix_of(one) for one in adapters]
         found: list[list[Piece]] = [[] for _ in prompts]
         requests = [
-            self.request(self._ids(text), mix, how, pieces.append)
+            self.request(self.ids(text), mix, how, pieces.append)
             for text, mix, how, pieces in zip(prompts, mixes, each, found, strict=True)
         ]
         if self.engine.threaded:
@@ -243,7 +243,7 @@ class ServeEngine:
             InputError: a request that cannot be served.
         """
         mix = await asyncio.to_thread(self._mix_of, adapter)
-        ask = self.ask(self._ids(prompt), mix, sampling or Sampling())
+        ask = self.ask(self.ids(prompt), mix, sampling or Sampling())
         try:
             async for piece in ask.pieces():
                 yield piece
@@ -269,15 +269,14 @@ class ServeEngine:
             return Mix(label=self.name)
         return self.mix(adapter) if isinstance(adapter, str) else self.adapters.mix(adapter)
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The tokens of a text; token numbers are checked. Raises :class:`InputError`."""
         if isinstance(prompt, str):
             return list(self.base.tokenizer(prompt)["input_ids"])
         vocabulary = self.base.model.get_input_embeddings().weight.shape[0]
         if any(not 0 <= token < vocabulary for token in prompt):
             raise InputError(f"A token is not in the vocabulary, whose numbers are 0 to {vocabulary - 1}.")
         return list(prompt)
-
-    ids = _ids
 
 
 class Ask:
