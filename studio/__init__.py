@@ -7,7 +7,8 @@
 
 :func:`compose` makes pictures, :func:`load` gives the pipeline behind them, :func:`train` trains an adapter,
 :func:`reconstruct` turns photos into 3D, :func:`chat` asks a language model, :func:`ask` asks about a picture,
-:func:`classify` tells RNA transcripts apart. Nothing heavy is imported before the first of them is used.
+:func:`classify` tells RNA transcripts apart, :func:`transcribe` writes down speech. Nothing heavy is imported before
+the first of them is used.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from studio.api import load as load
     from studio.api import reconstruct as reconstruct
     from studio.api import train as train
+    from studio.api import transcribe as transcribe
 
     __version__: str
 
-__all__ = ["__version__", "ask", "chat", "classify", "compose", "load", "reconstruct", "train"]
+__all__ = ["__version__", "ask", "chat", "classify", "compose", "load", "reconstruct", "train", "transcribe"]
 
 
 def __getattr__(name: str) -> Any:

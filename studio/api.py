@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pipelines.diffusion import MultiLoRAPipeline
+    from pipelines.speech.transcript import Transcript
 
 Adapters = Iterable[str | os.PathLike[str] | Mapping[str, Any]]
 """Adapters as names or paths ("fox", "fox:0.8", Path), or as mappings with the keys of a composition's adapter."""
@@ -126,7 +127,7 @@ def train(
     """Train an adapter.
 
     Args:
-        kind: "image", "distill", "language", "vision-language", "rna" or "scene".
+        kind: "image", "distill", "language", "vision-language", "speech", "rna" or "scene".
         folder: where the run lives: adapter, card, samples, checkpoints.
         resume: go on from the newest checkpoint in ``folder``.
         monitor: told of every step; may cancel (a checkpoint is written then).
@@ -293,6 +294,50 @@ def classify(
         return table.read(Path(job.run(config, _made(folder), monitor or Silent())["table"]))
     with tempfile.TemporaryDirectory(prefix="adapter-studio-") as place:
         return table.read(Path(job.run(config, Path(place), monitor or Silent())["table"]))
+
+
+def transcribe(
+    sound: str | os.PathLike[str] | tuple[Any, int],
+    adapters: Adapters = (),
+    *,
+    base: str | os.PathLike[str] = "whisper-tiny.en",
+    monitor: Monitor | None = None,
+    **values: Any,
+) -> Transcript:
+    """Write down speech; the model and the adapters stay loaded for the next sound.
+
+    Args:
+        sound: a sound or video file of any format, or (samples, samples per second) with an array (n,) or (n,
+            channels).
+        adapters: names or paths, each with ``:strength`` if not 1; their updates are added.
+        base: a Whisper: name in the library, directory or hub id.
+        monitor: told after each window; may cancel.
+        values: every other key of :class:`studio.transcription.schema.TranscribeConfig` (language, task, times ...).
+
+    Returns:
+        The transcript: ``text``, and ``segments`` with ``start`` and ``end`` in seconds.
+
+    Raises:
+        InputError: the sound, the base, an adapter or a value cannot be used.
+        Cancelled: ``monitor`` asked to stop.
+    """
+    from studio import silence
+    from studio.transcription.schema import TranscribeConfig
+
+    silence.library_warnings()
+    from pipelines.speech import audio
+    from studio.transcription.listener import listener
+
+    if values.get("compare") or "sound" in values:
+        raise InputError("transcribe gives one transcript of its first argument: leave compare and sound out.")
+    chosen = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    if any(isinstance(use, Mapping) for use in chosen):
+        raise InputError("An adapter of a transcription is a name or path, with ':strength' if it is not 1.")
+    names = [os.fspath(use) for use in chosen if not isinstance(use, Mapping)]
+    config = TranscribeConfig.parse({**values, "base": os.fspath(base), "adapters": names})
+    heard = audio.of_array(*sound) if isinstance(sound, tuple) else audio.read(Path(sound).expanduser())
+    found: Transcript = listener().hear(heard, config, monitor)[0]["transcript"]
+    return found
 
 
 def _said(

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer as PeftLayer
@@ -125,7 +126,9 @@ def adapted(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
     return {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, PeftLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+        if isinstance(module, PeftLayer)
+        and not isinstance(module, AdaLoraLayer)  # its pairs are parameters of their own (adapters.learn.adalora)
+        and (adapter in module.lora_A or adapter in module.lora_embedding_A)
     }
 
 

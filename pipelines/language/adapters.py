@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -62,7 +62,14 @@ class AdaptedModel:
     Args:
         model: a loaded causal language model; it is not changed.
         base: its name in messages.
+
+    Attributes:
+        tasks: PEFT's names of the tasks whose adapters it takes.
+        does: what it does, for messages.
     """
+
+    tasks: ClassVar[tuple[str | None, ...]] = (None, "CAUSAL_LM")
+    does: ClassVar[str] = "writing text"
 
     def __init__(self, model: Any, base: str = "this base model") -> None:
         self.model = model
@@ -95,8 +102,8 @@ class AdaptedModel:
             self._mixtures[name] = ExpertsBeside(self.model, path)
             return
         file = self.read(path)
-        if file.config.get("task_type") not in (None, "CAUSAL_LM"):
-            raise FamilyError(f"The adapter '{path.name}' is for {file.config['task_type']}, not for writing text.")
+        if file.config.get("task_type") not in self.tasks:
+            raise FamilyError(f"The adapter '{path.name}' is for {file.config['task_type']}, not for {self.does}.")
         self._files[name] = file
         self._engine = None
 

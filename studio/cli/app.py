@@ -56,6 +56,11 @@ COMMANDS: dict[str, Command] = {
         "Tell RNA transcripts apart: long non-coding or messenger RNA.",
         "studio classify rna transcripts.fa.gz --out scores.tsv",
     ),
+    "transcribe": Command(
+        "studio.transcription.command",
+        "Write down speech, with times and adapters.",
+        "studio transcribe talk.m4a --format srt",
+    ),
     "reconstruct": Command(
         "studio.reconstruction.command",
         "Photos in, 3D out: cameras, points, self-calibration.",

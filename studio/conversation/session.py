@@ -22,7 +22,7 @@ from studio import devices, library, silence
 from studio.conversation import Question, Variant
 from studio.conversation.templates import Spoken, differs, spoken
 from studio.datasets.cache import fingerprint
-from studio.library import scan, smollm2
+from studio.library import packaged, scan
 from studio.serving.engine import ServeConfig
 from studio.serving.service import ServeEngine
 
@@ -123,7 +123,8 @@ class Session:
     def _load(self, question: Question) -> Iterator[Event]:
         key = (question.base, question.device, question.dtype, question.quantization, str(bool(question.picture)))
         if self._key != key:
-            first = question.base == smollm2.NAME and not smollm2.ready()
+            known = packaged.known().get(question.base)
+            first = known is not None and not known.ready
             once = " for the first time: it is unpacked, which takes a minute" if first else ""
             yield {"event": "loading", "text": f"Loading {question.base}{once} ..."}
             self.release()

@@ -188,6 +188,8 @@ for _kind in (
          continues=True, title="Reconstruct"),
     Kind("federate", "studio.federation.schema:FederateConfig", "studio.federation.engine:run", continues=True,
          ready="studio.federation.clients:check", afterwards="studio.library.adopt:trained", title="Federate"),
+    Kind("transcribe", "studio.transcription.schema:TranscribeConfig", "studio.transcription.job:run",
+         ready="studio.transcription.job:ready", title="Transcribe"),
     Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure",
          title="Forgetting"),
     Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften", title="Soften"),

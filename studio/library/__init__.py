@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         resolve_language,
         resolve_pipeline,
         resolve_rna,
+        resolve_speech,
         resolve_vision_language,
     )
 
@@ -43,13 +44,14 @@ _MODULES = {
     "records": ("Record",),
     "resolve": (
         "adapters", "bases", "find", "resolve_adapter", "resolve_base", "resolve_language", "resolve_pipeline",
-        "resolve_rna", "resolve_vision_language",
+        "resolve_rna", "resolve_speech", "resolve_vision_language",
     ),
 }  # fmt: skip
 
 __all__ = [
     "Record", "Trashed", "adapters", "bases", "empty_trash", "find", "import_adapter", "import_base", "places",
     "rename", "resolve_adapter", "resolve_base", "resolve_language", "resolve_pipeline", "resolve_rna",
+    "resolve_speech",
     "resolve_vision_language", "restore", "sha256", "show", "trash", "trashed",
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from pipelines.diffusion.methods import Properties
 FLOW = tuple(name for name, family in FAMILIES.items() if family.flow)
 """Families trained by flow matching."""
 
-WRITING = ("language", "vision-language", "rna")
+WRITING = ("language", "vision-language", "rna", "speech")
 """Families of models that write or classify instead of drawing pictures."""
 
 if TYPE_CHECKING:

@@ -193,6 +193,25 @@ def is_vision_language_model(folder: Path) -> bool:
     return writes and isinstance(config.get("vision_config"), dict)
 
 
+def is_speech_model(folder: Path) -> bool:
+    """Whether the folder is a transformers model that writes down speech."""
+    if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+        return False
+    try:
+        return bool(_json(folder / "config.json").get("model_type") == "whisper")
+    except InputError:
+        return False
+
+
+def _speech_model(folder: Path) -> dict[str, Any]:
+    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
+        raise InputError("its feature extractor is missing (preprocessor_config.json)")
+    config, found = _json(folder / "config.json"), _language_model(folder)
+    size = {"width": config.get("d_model"), "layers": config.get("decoder_layers")}
+    notes = {**found["notes"], **{key: value for key, value in size.items() if value}}
+    return {**found, "family": "speech", "notes": notes}
+
+
 def _vision_language_model(folder: Path) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise InputError("its processor is missing (processor_config.json)")
@@ -220,6 +239,10 @@ def _language_model(folder: Path) -> dict[str, Any]:
             "notes": {key: value for key, value in notes.items() if value}}  # fmt: skip
 
 
+TRANSFORMERS = (is_language_model, is_speech_model, is_vision_language_model)
+"""What tells that a folder is a transformers model of a known kind."""
+
+
 def _compressed(folder: Path) -> str:
     """How a compressed base was made, and its bits per weight."""
     if not (folder / COMPRESSED).is_file():
@@ -238,6 +261,8 @@ def base(path: Path) -> dict[str, Any]:
     """
     if path.is_dir() and is_language_model(path):
         return _language_model(path)
+    if path.is_dir() and is_speech_model(path):
+        return _speech_model(path)
     if path.is_dir() and is_vision_language_model(path):
         return _vision_language_model(path)
     if path.is_dir():

@@ -13,8 +13,10 @@ _END = 100
 
 
 def adapter_family(head: Header) -> str:
-    """The name of the family, "language", "vision-language", or "unknown"."""
+    """The name of the family, "language", "vision-language", "speech", or "unknown"."""
     names = "\n".join(head.shapes)
+    if _SPEECH.search(names):
+        return "speech"
     if _VISION_LANGUAGE.search(names):
         return "vision-language"
     if _LANGUAGE.search(names):
@@ -35,6 +37,11 @@ _VISION_LANGUAGE = re.compile(
     r"^base_model\.model\.(model\.)?(language_model|text_model)\.(model\.)?layers\.\d", re.MULTILINE
 )
 """PEFT's keys of the language model inside a vision-language model."""
+
+_SPEECH = re.compile(
+    r"^base_model\.model\.(model\.)?(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn|fc[12])\b", re.MULTILINE
+)
+"""PEFT's keys of Whisper's encoder and decoder."""
 
 _CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv]$")
 """Projections of the text embeddings in cross-attention."""

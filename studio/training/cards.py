@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from studio.library import packaged
 from studio.library.resolve import HUB_ID
 
 if TYPE_CHECKING:
     from studio.library import Record
 
-HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Hub ids of bases that have another name here."""
 
 
 def hub_id(base: str) -> str:
     """The hub id of a base, empty if it has none."""
-    if base in HUB_NAMES:
-        return HUB_NAMES[base]
+    if base in (known := packaged.known()):
+        return known[base].hub
     local = Path(base).expanduser().exists() or base.startswith((".", "~", "/"))
     return base if HUB_ID.fullmatch(base) and not local else ""
 

@@ -17,7 +17,7 @@ from studio import library
 from studio.datasets import texts
 from studio.datasets.pictures import FolderReport, usable_pictures
 from studio.datasets.prompts import read_prompts
-from studio.library import scan, smollm2
+from studio.library import packaged, scan
 from studio.reconstruction.job import pictures_in
 from studio.training import labelled_rows
 from studio.training.language import experts, rows
@@ -30,6 +30,7 @@ from studio.training.schemas.image import TrainImageConfig
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.schemas.rna import NEW, TrainRnaConfig
 from studio.training.schemas.scene import TrainSceneConfig
+from studio.training.schemas.speech import TrainSpeechConfig
 from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 
 PLAIN = ("adamw", "adafactor", "sgd")
@@ -55,7 +56,7 @@ def language(config: TrainLanguageConfig) -> None:
     Raises:
         InputError: the first thing that would make the training fail.
     """
-    if config.base != smollm2.NAME:  # which is unpacked when it is used
+    if not _packaged(config.base, "language model"):
         library.resolve_language(config.base)
     if not (texts.on_hub(config.data) or texts.on_hub(config.validation_data)):
         rows.read(config)
@@ -111,6 +112,29 @@ def classifier(config: TrainClassifierConfig) -> None:
     """
     labelled_rows.read(config)
     _common(config)
+
+
+def speech(config: TrainSpeechConfig) -> None:
+    """Check base, recordings with their texts, sample sounds and the adapter to continue from.
+
+    Raises:
+        InputError: the first thing that would make the training fail.
+    """
+    if not _packaged(config.base, "speech model"):
+        library.resolve_speech(config.base)
+    if not (texts.on_hub(config.data) or texts.on_hub(config.validation_data)):
+        rows.spoken(config)
+    for place in config.sample_prompts:
+        if not Path(place).expanduser().is_file():
+            raise InputError(f"There is no sound file '{place}' (sample_prompts).")
+    check_quantization(config.quantization)
+    _common(config)
+
+
+def _packaged(base: str, kind: str) -> bool:
+    """Whether ``base`` is a model of this kind that is unpacked from its package when it is used."""
+    known = packaged.known().get(base)
+    return known is not None and known.kind == kind
 
 
 def distill(config: DistillConfig) -> None:

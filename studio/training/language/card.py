@@ -16,6 +16,7 @@ def card(
     pipeline_tag: str,
     asking: Sequence[str],
     reader: tuple[str, str] = ("tokenizer", "AutoTokenizer"),
+    task: str = "",
 ) -> str:
     """The adapter's card: what it is, how it was made, how it is loaded.
 
@@ -24,11 +25,12 @@ def card(
         pipeline_tag: what a hub calls the task.
         asking: lines of Python that use the loaded ``model`` and its reader once.
         reader: what turns inputs into tokens: its name in those lines, and transformers' class for it.
+        task: what it does; empty = the configuration's task.
     """
     config, training, data, base = recipe["config"], recipe["training"], recipe["data"], recipe["base"]
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in training["validation"].items())
     labels = ", ".join(data.get("labels") or ())
-    task = config.get("task") or "vision-language"
+    task = task or config.get("task") or "vision-language"
     method = config.get("method", "lora")
     mixture = method != "lora"
     what = f"mixture of LoRA experts ({method})" if mixture else "LoRA"

@@ -55,7 +55,7 @@ def read(config: Any, model: Any) -> list[Expert]:
 
 def remark(config: Any) -> str:
     """Words for people if the experts are for different bases; else nothing."""
-    if not frozen(config.method):
+    if not frozen(getattr(config, "method", "lora")):
         return ""
     return different_bases({name: base_named(place) for name, place in places(config).items()})
 

@@ -13,10 +13,11 @@ from adapters.errors import InputError
 from adapters.layers.sizes import sizes
 from studio.training.language import experts
 from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.schemas.speech import TrainSpeechConfig
 from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 from studio.training.targets import check_ranks, no_match, peft_config
 
-Chosen = TrainLanguageConfig | TrainVisionLanguageConfig
+Chosen = TrainLanguageConfig | TrainVisionLanguageConfig | TrainSpeechConfig
 """Configurations that choose layers by the names of a language model."""
 
 ATTENTION = (
@@ -63,6 +64,12 @@ def layer_config(
     """PEFT's configuration for ``model``; ``fresh`` modules learn as a whole, ``task_type`` is PEFT's."""
     targets = [name for name in find_targets(model, config, inside) if name not in fresh]
     conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    if getattr(config, "adalora_rank", 0):
+        from adapters.learn.adalora import configuration
+
+        made: LoraConfig = configuration(config, targets, task_type=task_type, modules_to_save=list(fresh) or None)
+        check_ranks({name: sizes(model.get_submodule(name)) for name in targets}, made, config.rank)
+        return made
     made = peft_config(
         config, targets, task_type=task_type, fan_in_fan_out=conv1d, modules_to_save=list(fresh) or None
     )  # fmt: skip
@@ -74,7 +81,8 @@ def add_adapter(
     model: Any, config: Chosen, fresh: Sequence[str] = (), task_type: str | None = None, inside: str = ""
 ) -> PeftModel:
     """``model`` with a new adapter in fp32; besides it only the ``fresh`` modules (a new head) learn."""
-    mixture, existing = config.method != "lora", experts.read(config, model) if experts.frozen(config.method) else []
+    method = getattr(config, "method", "lora")
+    mixture, existing = method != "lora", experts.read(config, model) if experts.frozen(method) else []
     made: Any
     if existing:
         made = frozen_config(model, config, existing, fresh, task_type)

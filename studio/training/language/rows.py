@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import InputError, nearest
-from studio.datasets import picture_questions
+from studio.datasets import picture_questions, utterances
 from studio.datasets.conversations import Columns, Text, conversations, labelled_texts, plain_texts
 from studio.datasets.encoding import CHATML
 from studio.datasets.seeds import rng
@@ -17,6 +17,7 @@ from studio.datasets.texts import TextReport, scan, usable_rows
 from studio.training.language import experts
 from studio.training.language.about import known
 from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.schemas.speech import TrainSpeechConfig
 from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 
 Items = list[Any]
@@ -57,8 +58,13 @@ def read_rows(config: TrainLanguageConfig, understand: Callable[[TextReport, Col
     return gather(config, lambda report: understand(report, columns))
 
 
-def gather(config: Any, understand: Callable[[TextReport], list[Any]]) -> Rows:
+def gather(
+    config: Any, understand: Callable[[TextReport], list[Any]], scan: Callable[[str, str], TextReport] = scan
+) -> Rows:
     """The rows of a job with ``data``, ``validation_data`` or ``validation_split``, each as ``understand`` makes them.
+
+    Args:
+        scan: reads the file (or folder, or hub id).
 
     Raises:
         InputError: as :func:`read_rows`.
@@ -158,6 +164,16 @@ def pictured(config: TrainVisionLanguageConfig) -> Rows:
     columns = Columns(messages=config.messages_column, prompt=config.question_column, completion=config.answer_column)
     image, system, skip = config.image_column, config.system_prompt, config.skip_broken
     return gather(config, lambda report: picture_questions.pictured(report, columns, image, system, skip))
+
+
+def spoken(config: TrainSpeechConfig) -> Rows:
+    """Recordings with their texts; sounds are opened later.
+
+    Raises:
+        InputError: as :func:`read_rows`, and for missing sounds.
+    """
+    columns, skip = (config.audio_column, config.text_column), config.skip_broken
+    return gather(config, lambda report: utterances.utterances(report, *columns, skip), utterances.scan)
 
 
 def labels_of(rows: Rows, source: str) -> list[str]:

@@ -309,7 +309,7 @@ class LanguageTask(TrainerTask):
         return {"validation": {name: value for name, value in last.items() if name != "step"}}
 
     def export(self, layers: Layers, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:
-        if self.config.method != "lora":
+        if getattr(self.config, "method", "lora") != "lora":
             return self._export_experts(folder / name, recipe)
         with self.session.best_weights():
             heads, more = heads_of(self._model), self.session.plugins.beside()

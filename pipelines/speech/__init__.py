@@ -1,0 +1,1 @@
+"""Speech models (Whisper): sound in, text with times out, with adapters."""
