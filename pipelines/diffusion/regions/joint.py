@@ -307,7 +307,8 @@ class RegionalTransformer:
             states = args[0] if args else kwargs["hidden_states"]
             # of reference pictures, which follow the picture's cells in a packed sequence
             references = max(0, int(states.shape[1]) - self.level.tokens) if self.layout.packed else 0
-            frames = int(states.shape[2]) if not self.layout.packed and states.ndim == 5 else 1
+            # a video is (batch, channels, frames, height, width); some pictures are lists, a tensor per sample
+            frames = int(states.shape[2]) if isinstance(states, Tensor) and states.ndim == 5 else 1
             self._tokens = Tokens(self.layout, self.level, self.hard, self.texts, references, self.self_mask, frames)
         self.half, self._step = (0 if self._step != self.step else self.half + 1), self.step
         self._second.clear()
