@@ -24,7 +24,7 @@ from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
 from ui.components import faces, job_panel, rack, remembered
 from ui.errors import errors_shown
-from ui.pages import ask, compose, federated, gallery, jobs, language, library, reconstruct, rna, train
+from ui.pages import ask, compose, federated, gallery, jobs, language, library, reconstruct, rna, speech, train
 from ui.theme import STATIC, StudioTheme, css, script
 
 A_DAY = 86400
@@ -42,6 +42,7 @@ class _Pages:
     language: language.Page
     ask: ask.Page
     rna: rna.Page
+    speech: speech.Page
     federated: federated.Page
     reconstruct: reconstruct.Page
     library: library.Page
@@ -70,6 +71,8 @@ def build() -> gr.Blocks:
                     ask_page = ask.build()
                 with _tab("rna"):
                     rna_page = rna.build()
+                with _tab("speech"):
+                    speech_page = speech.build()
                 with _tab("federated"):
                     federated_page = federated.build()
                 with _tab("reconstruct"):
@@ -79,7 +82,8 @@ def build() -> gr.Blocks:
                 with _tab("jobs"):
                     jobs_page = jobs.build()
         pages = _Pages(
-            tabs, sheet, compose_page, gallery_page, train_page, language_page, ask_page, rna_page, federated_page,
+            tabs, sheet, compose_page, gallery_page, train_page, language_page, ask_page, rna_page, speech_page,
+            federated_page,
             reconstruct_page, library_page, jobs_page,
         )  # fmt: skip
         _wire_tabs(app, menu, pages)
@@ -100,7 +104,8 @@ def _choosers(pages: _Pages) -> list[Any]:
     return [
         pages.compose.picker, pages.compose.form["base"], pages.train.form["base"], distilling["base"],
         distilling["styles"], pages.language.base, pages.language.adapters, pages.ask.base, pages.ask.adapters,
-        pages.rna.base, pages.rna.adapter, pages.reconstruct.form["adapter"], pages.faces,
+        pages.rna.base, pages.rna.adapter, pages.speech.base, pages.speech.adapters, pages.reconstruct.form["adapter"],
+        pages.faces,
     ]  # fmt: skip
 
 
@@ -126,6 +131,7 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         ("federated", federated.follow, pages.federated.view),
         ("reconstruct", reconstruct.follow, pages.reconstruct.view),
         ("rna", rna.follow, pages.rna.view),
+        ("speech", speech.follow, pages.speech.view),
     ):
         own = remembered.remember_job(name, view[0])
         app.load(partial(_own, follow), own, view, **_PRIVATE)
@@ -153,7 +159,9 @@ def _choices() -> list[Any]:
     sights, seers = gr.update(choices=ask.base_choices()), gr.update(choices=ask.adapter_choices())
     scenes, sheet = gr.update(choices=reconstruct.adapter_choices()), faces.sheet(compose.adapters_to_choose())
     cells, tellers = gr.update(choices=rna.base_choices()), gr.update(choices=rna.adapter_choices())
-    return [adapters, bases, bases, bases, adapters, models, talkers, sights, seers, cells, tellers, scenes, sheet]
+    ears, voices = gr.update(choices=speech.base_choices()), gr.update(choices=speech.adapter_choices())
+    return [adapters, bases, bases, bases, adapters, models, talkers, sights, seers, cells, tellers, ears,
+            voices, scenes, sheet]
 
 
 def _own(follow: Callable[[str, tuple[Any, ...]], Any], job_id: Any) -> Any:
@@ -172,12 +180,14 @@ def _wire_crossings(pages: _Pages) -> None:
     def use(chosen: str, shelf: str, rows: list[rack.Row]) -> Any:
         record = shelves.find(chosen, "base" if shelf == "base" else "adapter")
         if record.family == "language":
-            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record), *[gr.skip()] * 4]
+            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record), *[gr.skip()] * 6]
         if record.family == ask.FAMILY:
-            return [gr.Tabs(selected="ask"), *[gr.skip()] * 5, *ask.use(record), *[gr.skip()] * 2]
+            return [gr.Tabs(selected="ask"), *[gr.skip()] * 5, *ask.use(record), *[gr.skip()] * 4]
         if record.family == rna.FAMILY:
-            return [gr.Tabs(selected="rna"), *[gr.skip()] * 7, *rna.use(record)]
-        skipped = [gr.skip()] * 7
+            return [gr.Tabs(selected="rna"), *[gr.skip()] * 7, *rna.use(record), *[gr.skip()] * 2]
+        if record.family == speech.FAMILY:
+            return [gr.Tabs(selected="speech"), *[gr.skip()] * 9, *speech.use(record)]
+        skipped = [gr.skip()] * 9
         if shelf == "base":
             return [gr.Tabs(selected="compose"), gr.skip(), chosen, *skipped]
         return [gr.Tabs(selected="compose"), rack.add(rows, record), gr.skip(), *skipped]
@@ -196,7 +206,7 @@ def _wire_crossings(pages: _Pages) -> None:
         job = job_store.get(job_id)
         views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
                  "train-language": pages.language.jobs_view, "federate": pages.federated.view,
-                 "reconstruct": pages.reconstruct.view, "classify-rna": pages.rna.view,
+                 "reconstruct": pages.reconstruct.view, "classify-rna": pages.rna.view, "transcribe": pages.speech.view,
                  "forgetting": pages.library.looking}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
         kind = job_panel.VIEWS[job.kind]
@@ -206,13 +216,14 @@ def _wire_crossings(pages: _Pages) -> None:
             "federate": federated.follow,
             "reconstruct": reconstruct.follow,
             "classify-rna": rna.follow,
+            "transcribe": speech.follow,
             "forgetting": library.open_job,
         }.get(kind, train.follow)
         shown[kind] = list(follow(job.id, ()))
         way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
         switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
         own_tab = {"compose": "compose", "train-language": "language", "federate": "federated", "reconstruct": kind,
-                   "classify-rna": "rna",
+                   "classify-rna": "rna", "transcribe": "speech",
                    "forgetting": "library"}  # fmt: skip
         tab = gr.Tabs(selected=own_tab.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
@@ -231,7 +242,8 @@ def _wire_crossings(pages: _Pages) -> None:
     used = pages.library.use.click(
         use, [pages.library.chosen, pages.library.shelf, target.rack],
         [pages.tabs, target.rack, base, pages.language.mode, pages.language.base, pages.language.adapters,
-         pages.ask.base, pages.ask.adapters, pages.rna.base, pages.rna.adapter], **_PRIVATE,
+         pages.ask.base, pages.ask.adapters, pages.rna.base, pages.rna.adapter,
+         pages.speech.base, pages.speech.adapters], **_PRIVATE,
     )  # fmt: skip
     tried = [
         page.try_it.click(try_it, [page.job, page.step, target.rack, prompt],
@@ -241,7 +253,7 @@ def _wire_crossings(pages: _Pages) -> None:
     opened = pages.jobs.open.click(
         open_job, pages.jobs.chosen,
         [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,
-         *pages.language.jobs_view, *pages.federated.view, *pages.reconstruct.view, *pages.rna.view,
+         *pages.language.jobs_view, *pages.federated.view, *pages.reconstruct.view, *pages.rna.view, *pages.speech.view,
          *pages.library.looking],
         **_PRIVATE,
     )  # fmt: skip

@@ -41,6 +41,7 @@ GROUPS: tuple[tuple[str, tuple[Place, ...]], ...] = (
             Place("ask", "Ask about pictures", ("vision", "vlm", "see")),
         ),
     ),
+    ("Speech", (Place("speech", "Speech", ("transcribe", "whisper", "audio")),)),
     ("Genomics", (Place("rna", "Classify RNA", ("genomics", "fasta", "lncrna")),)),
     ("Together", (Place("federated", "Federated", ("federate", "federation", "clients")),)),
     ("3D", (Place("reconstruct", "Reconstruct", ("3d", "scenes", "scene")),)),

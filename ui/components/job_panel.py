@@ -19,6 +19,7 @@ VIEWS = {
     "compose": "compose", "compare": "compose", "sweep": "compose", "train-image": "train-image", "distill": "distill",
     "train-language": "train-language", "train-vision-language": "train-language",
     "train-rna": "train-language", "classify-rna": "classify-rna",
+    "train-speech": "train-language", "transcribe": "transcribe",
     "reconstruct": "reconstruct", "train-scene": "reconstruct",
     "federate": "federate", "forgetting": "forgetting", "soften": "forgetting",
 }  # fmt: skip
