@@ -17,7 +17,7 @@ from studio import jobs, library, settings
 from studio.jobs import Job
 from studio.library import whisper_tiny
 from studio.transcription.schema import TranscribeConfig
-from ui import markup
+from ui import markup, pictures
 from ui.components import job_panel, schema_form, training_run
 from ui.errors import errors_shown
 
@@ -119,7 +119,7 @@ def build() -> Page:
         place = example()
         if place is None:
             raise InputError("The example is missing.")
-        return [str(place), EXAMPLE[1], *begin(place, EXAMPLE[1], *values[1:])]
+        return [str(pictures.taken(place.name, place)), EXAMPLE[1], *begin(place, EXAMPLE[1], *values[1:])]
 
     @errors_shown
     def look(job_id: str) -> Any:
