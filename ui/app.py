@@ -129,6 +129,7 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         ("distill", train.follow, pages.train.distill.view),
         ("language", language.follow, pages.language.view),
         ("federated", federated.follow, pages.federated.view),
+        ("ask", ask.follow, pages.ask.view),
         ("reconstruct", reconstruct.follow, pages.reconstruct.view),
         ("rna", rna.follow, pages.rna.view),
         ("speech", speech.follow, pages.speech.view),
@@ -180,14 +181,14 @@ def _wire_crossings(pages: _Pages) -> None:
     def use(chosen: str, shelf: str, rows: list[rack.Row]) -> Any:
         record = shelves.find(chosen, "base" if shelf == "base" else "adapter")
         if record.family == "language":
-            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record), *[gr.skip()] * 6]
+            return [gr.Tabs(selected="language"), gr.skip(), gr.skip(), *language.use(record), *[gr.skip()] * 7]
         if record.family == ask.FAMILY:
             return [gr.Tabs(selected="ask"), *[gr.skip()] * 5, *ask.use(record), *[gr.skip()] * 4]
         if record.family == rna.FAMILY:
-            return [gr.Tabs(selected="rna"), *[gr.skip()] * 7, *rna.use(record), *[gr.skip()] * 2]
+            return [gr.Tabs(selected="rna"), *[gr.skip()] * 8, *rna.use(record), *[gr.skip()] * 2]
         if record.family == speech.FAMILY:
-            return [gr.Tabs(selected="speech"), *[gr.skip()] * 9, *speech.use(record)]
-        skipped = [gr.skip()] * 9
+            return [gr.Tabs(selected="speech"), *[gr.skip()] * 10, *speech.use(record)]
+        skipped = [gr.skip()] * 10
         if shelf == "base":
             return [gr.Tabs(selected="compose"), gr.skip(), chosen, *skipped]
         return [gr.Tabs(selected="compose"), rack.add(rows, record), gr.skip(), *skipped]
@@ -205,14 +206,16 @@ def _wire_crossings(pages: _Pages) -> None:
     def open_job(job_id: str) -> Any:
         job = job_store.get(job_id)
         views = {"compose": target.view, "train-image": pages.train.view, "distill": pages.train.distill.view,
-                 "train-language": pages.language.jobs_view, "federate": pages.federated.view,
-                 "reconstruct": pages.reconstruct.view, "classify-rna": pages.rna.view, "transcribe": pages.speech.view,
+                 "train-language": pages.language.jobs_view, "train-vision-language": pages.ask.jobs_view,
+                 "federate": pages.federated.view, "reconstruct": pages.reconstruct.view,
+                 "classify-rna": pages.rna.view, "transcribe": pages.speech.view,
                  "forgetting": pages.library.looking}  # fmt: skip
         shown = {kind: [gr.skip()] * len(view) for kind, view in views.items()}
         kind = job_panel.VIEWS[job.kind]
         follow = {
             "compose": compose.follow,
             "train-language": language.open_job,
+            "train-vision-language": ask.open_job,
             "federate": federated.follow,
             "reconstruct": reconstruct.follow,
             "classify-rna": rna.follow,
@@ -222,8 +225,8 @@ def _wire_crossings(pages: _Pages) -> None:
         shown[kind] = list(follow(job.id, ()))
         way = {"train-image": "pictures", "distill": "distill"}.get(job.kind)
         switched = train.show_way(way) if way else [gr.skip()] * len(pages.train.switch)
-        own_tab = {"compose": "compose", "train-language": "language", "federate": "federated", "reconstruct": kind,
-                   "classify-rna": "rna", "transcribe": "speech",
+        own_tab = {"compose": "compose", "train-language": "language", "train-vision-language": "ask",
+                   "federate": "federated", "reconstruct": kind, "classify-rna": "rna", "transcribe": "speech",
                    "forgetting": "library"}  # fmt: skip
         tab = gr.Tabs(selected=own_tab.get(kind, "train"))
         return [tab, gr.Timer(active=False), *switched, *(part for view in shown.values() for part in view)]
@@ -242,7 +245,7 @@ def _wire_crossings(pages: _Pages) -> None:
     used = pages.library.use.click(
         use, [pages.library.chosen, pages.library.shelf, target.rack],
         [pages.tabs, target.rack, base, pages.language.mode, pages.language.base, pages.language.adapters,
-         pages.ask.base, pages.ask.adapters, pages.rna.base, pages.rna.adapter,
+         pages.ask.mode, pages.ask.base, pages.ask.adapters, pages.rna.base, pages.rna.adapter,
          pages.speech.base, pages.speech.adapters], **_PRIVATE,
     )  # fmt: skip
     tried = [
@@ -253,8 +256,8 @@ def _wire_crossings(pages: _Pages) -> None:
     opened = pages.jobs.open.click(
         open_job, pages.jobs.chosen,
         [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,
-         *pages.language.jobs_view, *pages.federated.view, *pages.reconstruct.view, *pages.rna.view, *pages.speech.view,
-         *pages.library.looking],
+         *pages.language.jobs_view, *pages.ask.jobs_view, *pages.federated.view, *pages.reconstruct.view,
+         *pages.rna.view, *pages.speech.view, *pages.library.looking],
         **_PRIVATE,
     )  # fmt: skip
     for arrival in (used, *tried, opened):  # a page that was not opened by its tab

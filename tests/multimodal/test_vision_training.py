@@ -20,6 +20,7 @@ from pipelines.multimodal.answer import inputs_of, processed
 from pipelines.multimodal.loading import language_part, open_model
 from pipelines.multimodal.messages import PLACE, with_pictures
 from studio.datasets.seeds import global_seed
+from studio.inspection import experts
 from studio.training.drivers import accelerate
 from studio.training.drivers.trainer import RunSampler
 from studio.training.optimizers import lr_factor
@@ -279,3 +280,9 @@ def test_a_mixture_of_experts_trains_and_reloads_under_the_language_model(llava,
         assert torch.allclose(ours, theirs(**inputs).logits, atol=1e-5)
         assert torch.equal(base.model(**inputs).logits, plain)
     assert float((ours - plain).abs().max()) > 1e-4
+
+    seen = experts.experts(str(result["adapter"]), [str(sights)], str(llava))
+    assert seen.groups.keys() == {"rows", "rows, pictures"}
+    assert seen.groups["rows, pictures"] == 6 * 4  # the tokens of six pictures
+    assert [router["module"] for router in seen.routers] == [f"model.language_model.layers.{n}.mlp" for n in range(2)]
+    assert all(sum(router["groups"]["rows, pictures"]) == pytest.approx(1) for router in seen.routers)

@@ -1,7 +1,9 @@
-"""The page that asks about pictures: an example that runs at once, a dropped picture, an adapter beside the base."""
+"""The page that asks about pictures: an example that runs at once, a dropped picture, an adapter beside the base; and a
+training from dropped questions with their pictures."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import assets
 from adapters.errors import InputError
 from tests.ui.conftest import Server, Tab
 from tests.ui.test_browser import LONG
+from ui.components import rows_file, schema_form
 from ui.pages import ask
 
 
@@ -97,3 +100,70 @@ def test_examples_come_with_the_model() -> None:
     found = ask.examples()
     assert len(found) == 3
     assert all(one.picture.is_file() and one.question.endswith("?") for one in found)
+
+
+COLOURS = ("red", "blue")
+
+
+def coloured(folder: Path) -> list[str]:
+    """A file of questions and the pictures that it names in a folder of their own."""
+    (folder / "shots").mkdir(parents=True)
+    for colour in COLOURS:
+        Image.new("RGB", (40, 30), colour).save(folder / "shots" / f"{colour}.png")
+    rows = [{"image": f"shots/{colour}.png", "question": "What hue?", "answer": f"<{colour}>"} for colour in COLOURS]
+    file = folder / "hues.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(file), *(str(folder / "shots" / f"{colour}.png") for colour in COLOURS)]
+
+
+def test_dropped_questions_find_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
+    files = coloured(tmp_path / "given")
+    kept = rows_file.keep_with_pictures(files)
+    assert (kept.parent / "shots" / "red.png").is_file()  # where the rows look for it
+    told = rows_file.describe_pictured(kept)
+    assert "2 rows" in told
+    assert "red.png" in told
+    assert "&lt;red&gt;" in told
+    outside = tmp_path / "given" / "outside.jsonl"
+    outside.write_text(json.dumps({"image": "../../red.png", "question": "?", "answer": "red"}))
+    rows_file.keep_with_pictures([str(outside), files[1]])
+    assert not (tmp_path / "home" / "red.png").exists()
+    with pytest.raises(InputError, match=r"there is no picture 'shots/red\.png'"):
+        rows_file.describe_pictured(rows_file.keep_with_pictures(files[:1]))
+    with pytest.raises(InputError, match=r"one file of rows .* there are 0"):
+        rows_file.keep_with_pictures(files[1:])
+    values = [schema_form.show(ask.KNOWN[name], ask.KNOWN[name].default) for name in ask.NAMES]
+    config = ask.config_of(str(kept), "", *values)
+    assert (config.base, config.data) == ("tinysight", str(kept))
+    with pytest.raises(InputError, match="no rows yet"):
+        ask.config_of("", "", *values)
+
+
+@pytest.mark.journey
+@pytest.mark.browser
+@pytest.mark.flaky(reruns=2)
+def test_training_from_questions_and_asking_with_the_adapter(tab: Tab, tmp_path: Path) -> None:
+    page = tab.open("ask")
+    page.set_default_timeout(LONG)
+    page.click("#ask-mode label:has-text('Train')")
+    page.wait_for_selector("#sight-start", state="visible")
+    page.click("#sight-start")
+    page.wait_for_selector("text=There are no rows yet")
+    page.set_input_files("#sight-drop input[type=file]", coloured(tmp_path / "given"))
+    page.wait_for_selector("#sight-preview :text('2 rows')")
+    page.fill("#sight-name textarea, #sight-name input", "hues")
+    page.fill("#sight-steps input", "2")
+    pictured(page, "ask-train-form")
+    page.click("#sight-start")
+    page.wait_for_selector("#sight-talk", state="visible")
+    pictured(page, "ask-train-done")
+    assert page.locator("#sight-answers td").count() > 0
+    page.click("#sight-talk")
+    page.wait_for_selector("#ask-send", state="visible")
+    assert "hues" in page.inner_text("#ask-adapters")
+    tab.leave()
+    page = tab.open("jobs")
+    page.click(".as-job-row:has-text('hues')")
+    page.click("#job-open")
+    page.wait_for_selector("#sight-panel :text('hues')", state="visible")

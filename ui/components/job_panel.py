@@ -17,7 +17,7 @@ TONES = {
 }  # fmt: skip
 VIEWS = {
     "compose": "compose", "compare": "compose", "sweep": "compose", "train-image": "train-image", "distill": "distill",
-    "train-language": "train-language", "train-vision-language": "train-language",
+    "train-language": "train-language", "train-vision-language": "train-vision-language",
     "train-rna": "train-language", "classify-rna": "classify-rna",
     "train-speech": "train-language", "transcribe": "transcribe",
     "reconstruct": "reconstruct", "train-scene": "reconstruct",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,21 +14,12 @@ from adapters.errors import InputError, StudioError
 from studio import jobs, library
 from studio.conversation import Message, Question, Variant, variants_of
 from studio.conversation.client import Client
-from studio.jobs import Job
-from studio.training import presets, ready, saved
+from studio.training import presets, ready
 from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
-from ui.components import (
-    compressing,
-    job_panel,
-    loss_plot,
-    method_help,
-    router_plot,
-    rows_file,
-    schema_form,
-    training_run,
-)
+from ui.components import compressing, method_help, rows_file, schema_form, training_run
 from ui.components import presets as preset_fields
+from ui.components.answers_run import Run, follow
 from ui.errors import errors_shown, say
 
 KNOWN = schema_form.fields(TrainLanguageConfig)
@@ -39,7 +29,6 @@ LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
 PRESET_FIELDS = tuple(sorted(presets.fields(TrainLanguageConfig.kind)))
 COLUMNS = 7
 """Variants that fit side by side: the base and six adapters."""
-SECONDS = 1.0
 
 Form = dict[str, Any]
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -89,7 +78,7 @@ def build() -> Page:
             compressed = compressing.draw_result()
         with gr.Column(scale=8, min_width=320, visible=False, elem_id="language-result",
                        elem_classes="as-training-result") as train_result:  # fmt: skip
-            result = _Result.draw()
+            result = Run.draw("language", _EMPTY, "Chat with it")
     mode.change(
         lambda chosen: [gr.update(visible=chosen == way) for way in ("chat", "train", "compress") for _ in range(2)],
         mode, [chat_side, chat_result, train_side, train_result, compress_side, compress_result], **_PRIVATE,
@@ -344,38 +333,6 @@ def needed(data: str, base: str, *values: Any) -> str:
     return markup.text(estimate.sentence(estimate.apart(config)))
 
 
-@dataclass
-class _Result:
-    """The right side of training: progress, loss, answers, what to do with the adapter."""
-
-    job: gr.State
-    timer: gr.Timer
-    panel: gr.HTML
-    plot: gr.HTML
-    answers: gr.HTML
-    cancel: gr.Button
-    resume: gr.Button
-    talk: gr.Button
-
-    @classmethod
-    def draw(cls) -> _Result:
-        job = gr.State("")
-        timer = gr.Timer(SECONDS, active=False)
-        panel = gr.HTML(_EMPTY, elem_id="language-panel", apply_default_css=False)
-        with gr.Row(elem_classes="as-actions-row"):
-            cancel = gr.Button(_CANCEL, variant="stop", visible=False, size="md", elem_id="language-cancel")
-            resume = gr.Button("Resume", visible=False, size="md", elem_id="language-resume")
-            talk = gr.Button("Chat with it", variant="primary", visible=False, size="md", elem_id="language-talk")
-        plot = gr.HTML("", elem_id="language-plot", apply_default_css=False)
-        answers = gr.HTML("", elem_id="language-answers", apply_default_css=False)
-        return cls(job, timer, panel, plot, answers, cancel, resume, talk)
-
-    @property
-    def view(self) -> list[Any]:
-        return [self.job, self.timer, self.panel, self.plot, self.answers, self.cancel, self.resume, self.talk]
-
-
-_CANCEL = "Cancel and keep what is learnt"
 _EMPTY = markup.empty(
     "Your training appears here",
     "Drop a file of rows, give the adapter a name, and start. Loss, measures and answers appear while it learns.",
@@ -383,7 +340,7 @@ _EMPTY = markup.empty(
 
 
 def _wire_train(
-    form: Form, base: gr.Dropdown, drop: gr.File, rows: gr.State, preview: gr.HTML, start: gr.Button, result: _Result
+    form: Form, base: gr.Dropdown, drop: gr.File, rows: gr.State, preview: gr.HTML, start: gr.Button, result: Run
 ) -> None:
     @errors_shown
     def dropped(file: str | None, task: str) -> Any:
@@ -402,33 +359,13 @@ def _wire_train(
         except StudioError as error:
             return markup.notice(str(error))
 
-    @errors_shown
-    def begin(data: str, name: str, *values: Any) -> Any:
-        config = config_of(data, name, values)
-        job_id = jobs.submit(config.kind, config)
-        jobs.ensure_worker()
-        if remark := ready.remark(config):
-            say(remark, title="Different bases")
-        return follow(job_id)
-
-    @errors_shown
-    def look(job_id: str) -> Any:
-        try:
-            return follow(job_id)
-        except InputError:  # deleted meanwhile
-            return ["", gr.Timer(active=False), _EMPTY, "", "", *[gr.update(visible=False)] * 3]
-
     drop.change(dropped, [drop, form["task"]], [rows, preview], **_PRIVATE)
     form["task"].change(look_again, [rows, form["task"]], preview, **_PRIVATE)
     fields = [form[name] for name in NAMES if name != "base"]
-    start.click(begin, [rows, base, *fields], result.view, **_PRIVATE)
-    start.click(None, None, None, js=training_run.TO_RESULT)
-    result.timer.tick(look, result.job, result.view, **_PRIVATE)
-    result.cancel.click(job_panel.stopper(follow), result.job, result.view, **_PRIVATE)
-    result.resume.click(job_panel.resumer(follow), result.job, result.view, **_PRIVATE)
+    result.follow_job(start, lambda data, name, *values: config_of(data, name, values), [rows, base, *fields])
 
 
-def _wire_crossing(page: Page, result: _Result) -> None:
+def _wire_crossing(page: Page, result: Run) -> None:
     @errors_shown
     def talk(job_id: str) -> Any:
         job = jobs.get(job_id)
@@ -448,46 +385,3 @@ def use(record: library.Record) -> list[Any]:
 def open_job(job_id: str, shown: tuple[Any, ...]) -> list[Any]:
     """Values of :attr:`Page.jobs_view`."""
     return ["train", *follow(job_id, shown)]
-
-
-def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
-    """The right side for a training."""
-    if not job_id:
-        return gr.skip()
-    job = jobs.get(job_id)
-    name = training_run.in_library(job)
-    kept = markup.notice(f"The adapter is in your library as '{name}'.", "info") if name else ""
-    usable = not job.active and bool(saved.steps(job)) and job.config.get("task") == "causal"
-    return [
-        job.id, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
-        kept + loss_plot.of_job(job) + router_plot.of_job(job) + _measures(job),
-        answers(job), gr.update(visible=job.active, value="Stop now" if job.status == "cancelling" else _CANCEL),
-        gr.update(visible=job.status in ("cancelled", "interrupted", "failed")), gr.update(visible=usable),
-    ]  # fmt: skip
-
-
-def _measures(job: Job) -> str:
-    """The latest measures on the held-out rows."""
-    found = (job.result or {}).get("validation") or []
-    if not found:
-        return ""
-    last = found[-1]
-    names = {"validation_loss": "Validation loss", "perplexity": "Perplexity", "accuracy": "Accuracy",
-             "macro_f1": "Macro F1", "exact_answers": "Exact answers"}  # fmt: skip
-    return markup.facts((title, f"{last[name]:.4g}") for name, title in names.items() if name in last)
-
-
-def answers(job: Job) -> str:
-    """The answers to the sample prompts so far, newest first."""
-    file = job.folder / "answers.jsonl"
-    if not file.is_file():
-        return ""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    rows = "".join(
-        f"<tr><td>{line['step']}</td><td>{markup.text(line['prompt'])}</td><td>{markup.text(line['answer'])}</td></tr>"
-        for line in reversed(lines[-40:])
-    )
-    return (
-        '<section class="as-answers"><h3>Answers while it learns</h3><table><thead><tr><th>Step</th><th>Prompt</th>'
-        f"<th>Answer</th></tr></thead><tbody>{rows}</tbody></table></section>"
-    )
