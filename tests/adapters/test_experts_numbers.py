@@ -28,7 +28,7 @@ from adapters.layers.experts.export import as_lora
 from adapters.layers.experts.gates import choose
 from adapters.layers.experts.presets import preset
 from adapters.layers.experts.redundancy import distances, redundancy
-from adapters.layers.experts.routing import Record, Segment, watched
+from adapters.layers.experts.routing import Record, Routing, Segment, watched
 from adapters.layers.experts.size import size
 from adapters.layers.sizes import sizes
 from tests.adapters.test_experts import IDS, answers, filled, llama
@@ -367,6 +367,17 @@ def test_the_balance_loss_is_its_formula_one_when_even_and_n_when_collapsed() ->
     assert float(losses.load_balance([record(lost, 1)], "one")) == pytest.approx(4, rel=1e-4)
 
 
+def test_molas_loss_is_summed_over_layers_one_for_each_that_is_even() -> None:
+    config = preset("mola", aux_coefficient=1.0, num_experts=4)
+    even = torch.full((1, 4, 4), 0.25)
+    chosen = torch.tensor([[[0, 1], [1, 2], [2, 3], [3, 0]]])
+    routing = Routing(configs={"default": config})
+    for layer in range(3):
+        for module in range(7):
+            routing.record("default", Record(f"{layer}.{module}", layer, even.log(), even, chosen, None, None))
+    assert float(losses.total(routing, "default")) == pytest.approx(3)
+
+
 def test_padding_changes_no_loss_and_pooled_layers_hide_a_collapse() -> None:
     p = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
@@ -500,6 +511,16 @@ def test_external_gates_that_learn_survive_checkpointing_and_refuse_the_reentran
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(InputError, match="use_reentrant"):
         model(input_ids=IDS, labels=IDS)
+
+
+@pytest.mark.parametrize("name", ["mixlora", "llava-mole"])
+def test_blocks_of_experts_decode_with_a_cache_as_without(name: str) -> None:
+    model = mixture(preset(name, r=2, task_type="CAUSAL_LM"))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    cached, slow = (model.generate(input_ids=IDS, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(cached, slow)
+    assert not torch.equal(cached, llama().generate(input_ids=IDS, use_cache=True, **options))
+    assert routing_of(model).records == {}
 
 
 def test_nothing_is_recorded_in_evaluation_or_by_generate_and_a_copy_has_its_own_context() -> None:

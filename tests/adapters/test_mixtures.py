@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from adapters.errors import InputError
@@ -14,6 +15,8 @@ from adapters.formats import read
 from adapters.formats.format import recognise
 from adapters.formats.moe_peft import write_mixlora
 from adapters.formats.reading import header_of
+from adapters.layers.experts import importing
+from adapters.layers.experts.presets import preset
 from studio.library import facts
 
 WIDTH, INNER, RANK, ALPHA = 8, 12, 2, 6.0
@@ -383,3 +386,17 @@ def test_what_peft_lost_for_good_is_said(peft_xlora, tmp_path):
     shutil.rmtree(place / "0")
     with pytest.raises(InputError, match="broken X-LoRA of PEFT: layer 0 of its classifier was lost"):
         mixture(place)
+
+
+def test_the_mixlora_package_computes_what_we_wrote(tmp_path):
+    """Its own loader and layers (PyPI) give our model's logits; its dropout is never off, so there is nearly none."""
+    theirs = pytest.importorskip("mixlora", reason="mixlora is not installed (pip install --no-deps mixlora)")
+    from tests.adapters.test_experts import IDS, filled, llama
+
+    llama().save_pretrained(tmp_path / "base")
+    config = preset("mixlora", {"experts": "4"}.get, r=2, lora_alpha=4, lora_dropout=1e-9, task_type="CAUSAL_LM")
+    ours = filled(get_peft_model(llama(), config)).eval()
+    written = write_mixlora(importing.mixture_of(ours), tmp_path / "written", base=str(tmp_path / "base"))
+    model, _ = theirs.MixLoraModelForCausalLM.from_pretrained(str(written))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, model.eval()(IDS).logits, atol=1e-5, rtol=0)

@@ -23,6 +23,7 @@ from studio.library import scan
 from studio.training import estimate as estimates
 from studio.training.drivers import accelerate
 from studio.training.language.layers import add_adapter
+from studio.training.optimizers import parameter_groups
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.session import TrainSession
 from studio.training.tasks.language import run, task_for
@@ -72,6 +73,15 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_and_peft_and_chats_l
     with pytest.raises(InputError, match="depends on the token"):
         formats.read(whole["adapter"])
     assert MoeConfig.from_pretrained(whole["adapter"]).preset == method
+
+
+def test_routers_are_not_decayed(bases, chats):
+    config = settings(bases("llama"), chats, method="mola", weight_decay=0.1)
+    model = add_adapter(AutoModelForCausalLM.from_pretrained(bases("llama")), config)
+    groups = parameter_groups({"model": model}, "model", config)
+    assert {group["part"]: group["weight_decay"] for group in groups} == {"A": 0.1, "B": 0.1, "router": 0.0}
+    routers = {id(p) for name, p in model.named_parameters() if "router" in name}
+    assert {id(p) for group in groups if group["part"] == "router" for p in group["params"]} == routers
 
 
 def test_either_driver_turns_the_steps(bases, chats, tmp_path):
