@@ -31,7 +31,7 @@ import adapters.layers.experts  # noqa: F401  PEFT knows mixtures after it
 from adapters.layers.experts.presets import preset
 from adapters.layers.experts.size import size
 from adapters.progress import Silent
-from benchmarks.expert_tasks import mean, spread
+from benchmarks.expert_tables import mean, spread
 from benchmarks.language_adapters import HELD_OUT, SHOWN, facts
 from pipelines.language.answer import complete
 from pipelines.language.loading import open_model

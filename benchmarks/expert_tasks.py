@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -281,7 +280,7 @@ def gates(seed: int) -> dict[str, Any]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ plan and report
+# ------------------------------------------------------------------------------------------------ plan
 
 
 def plan(seeds: int) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -305,155 +304,3 @@ def plan(seeds: int) -> dict[str, Callable[[], dict[str, Any]]]:
         for name in ALLOCATIONS:
             found[f"mola/{name}/{seed}"] = partial(allocation, name, seed)
     return found
-
-
-def of(runs: dict[str, Any], start: str) -> list[dict[str, Any]]:
-    """The seeds of a run."""
-    return [run for name, run in runs.items() if name.startswith(f"{start}/")]
-
-
-def mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean (least to largest)."""
-    if not values:
-        return ""
-    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def right(runs: list[dict[str, Any]]) -> list[float]:
-    """Mean accuracy over the tasks, by seed."""
-    return [mean(run["accuracies"]) for run in runs]
-
-
-def report(runs: dict[str, Any]) -> list[str]:
-    parts = (_tasks, _loads, _alone, _routing, _recall, _mola, _gates)
-    return ["## Tasks that contradict each other", "", *(line for part in parts for line in part(runs))]
-
-
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    rows = (f"| {' | '.join(line)} |" for line in lines)
-    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *rows, ""]
-
-
-def _tasks(runs: dict[str, Any]) -> list[str]:
-    lines = []
-    for method in METHODS:
-        each = [of(runs, f"tasks/{setting}/{method}") for setting in SETTINGS]
-        sizes = [f", {found[0]['parameters']:,}" if found else "" for found in each]
-        lines.append([method, *(f"{spread(right(found))}{text}" for found, text in zip(each, sizes, strict=True))])
-    return [
-        "Share of right answers, mean over tasks and seeds (lowest to highest seed), and parameters. LoRAs beside, or",
-        f"experts around, the feed-forward layers of bed T; AdamW {RATE:g}, {ROWS} rows of each task in a batch; 3, 4",
-        "and 6 experts; 300, 300 and 500 steps.",
-        "",
-        *_table(["", *SETTINGS], lines),
-    ]
-
-
-def _loads(runs: dict[str, Any]) -> list[str]:
-    setting, lines = "6 tasks, rank 1", []
-    for method in ("MixLoRA", "MixLoRA without loss", "LLaVA-MoLE", "LLaVA-MoLE without loss"):
-        found = of(runs, f"tasks/{setting}/{method}")
-        each = [layer for run in found for layer in run["loads"]]
-        if each:
-            lines.append([method, spread([max(layer) for layer in each]), spread([min(layer) for layer in each]),
-                          spread(right(found))])  # fmt: skip
-    return [
-        f"How evenly experts are used ({setting}): tokens of the busiest and of the least used expert of a layer, over",
-        "an even share; over layers and seeds.",
-        "",
-        *_table(["", "busiest", "least used", "right"], lines),
-    ]
-
-
-def _alone(runs: dict[str, Any]) -> list[str]:
-    setting = "3 tasks, rank 2"
-    together = of(runs, f"tasks/{setting}/MixLoRA")
-    lines = []
-    for task in range(3):
-        alone = of(runs, f"alone/{setting}/{task}")
-        lines.append([str(task), spread([run["accuracies"][task] for run in alone]),
-                      spread([run["accuracies"][task] for run in together])])  # fmt: skip
-    return [f"MixLoRA on one task and on all ({setting}):", "", *_table(["task", "alone", "together"], lines)]
-
-
-def _routing(runs: dict[str, Any]) -> list[str]:
-    lines = []
-    for beta, delta in SPLITS:
-        found = of(runs, f"routing/{beta:g}/{delta:g}")
-        if found:
-            lines.append([f"{beta:g}", f"{delta:g}", spread([mean(run["difference"]) for run in found]),
-                          spread([run["difference"][-1] for run in found]), spread([run["busiest"] for run in found]),
-                          spread(right(found))])  # fmt: skip
-    return [
-        "### LoRAMoE: where two types of rows go",
-        "",
-        f"{TYPED} tasks in two types, 6 experts of rank 2, 400 steps. Mass of the gates on the first half of the",
-        "experts, type 0 less type 1 (at most delta by the constraint alone): mean over layers, and the last layer.",
-        "",
-        *_table(["beta", "delta", "all layers", "last layer", "largest load (even: 0.17)", "right"], lines),
-    ]
-
-
-def _recall(runs: dict[str, Any]) -> list[str]:
-    lines = []
-    for method in ("full", "LoRA", "LoRAMoE"):
-        found = of(runs, f"recall/{method}")
-        if found:
-            lines.append([{"full": "full fine-tuning", "LoRA": "LoRA of equal parameters"}.get(method, method),
-                          spread([run["recall"] for run in found]), spread(right(found)),
-                          f"{found[0]['parameters']:,}"])  # fmt: skip
-    before = [run["before"] for run in of(runs, "recall/full")]
-    return [
-        "### LoRAMoE: what is left of facts",
-        "",
-        f"A base that knows {FACTS} facts (recall {spread(before)}) learns three new tasks, a tenth of the rows being",
-        f"{OTHER} other facts, 300 steps; recall of the {FACTS} facts, which are never repeated.",
-        "",
-        *_table(["", "recall", "new tasks", "parameters"], lines),
-    ]
-
-
-def _mola(runs: dict[str, Any]) -> list[str]:
-    lines = []
-    for name in ALLOCATIONS:
-        found = of(runs, f"mola/{name}")
-        if found:
-            ranks = [float(spearmanr([int(k) for k in run["distance"]], list(run["distance"].values())).statistic)
-                     for run in found if len(run["distance"]) > 2]  # fmt: skip
-            lines.append([name, str(found[0]["experts"]), f"{found[0]['parameters']:,}", spread(right(found)),
-                          spread(ranks)])  # fmt: skip
-    return [
-        "### MoLA: experts by layer",
-        "",
-        "Eight layers, four tasks, rank 2, two experts per token where there are as many, 120 steps. `distance` is the",
-        "rank correlation of a layer's number with the mean distance of its experts (attention): 1 means that experts",
-        "differ more in higher layers.",
-        "",
-        *_table(["allocation", "experts per projection", "parameters", "right", "distance"], lines),
-    ]
-
-
-def _gates(runs: dict[str, Any]) -> list[str]:
-    found = of(runs, "gates")
-    if not found:
-        return []
-    lines = [["the base alone", *_columns([run["base"] for run in found])]]
-    lines += [[f"expert {n}", *_columns([run["experts"][n] for run in found])] for n in range(3)]
-    names = [name for name in found[0] if name in ("average", "sum") or name.startswith("X-LoRA")]
-    lines += [[name, *_columns([run[name] for run in found])] for name in names]
-    return [
-        "### X-LoRA: three tasks, an expert each",
-        "",
-        f"Experts of rank 4, then a classifier of two layers ({found[0]['classifier']:,} parameters by layer) alone.",
-        "",
-        *_table(["", "task 0", "task 1", "task 2", "mean"], lines),
-    ]
-
-
-def _columns(runs: list[list[float]]) -> list[str]:
-    each = [spread([run[task] for run in runs]) for task in range(3)]
-    return [*each, spread([mean(run) for run in runs])]

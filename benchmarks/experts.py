@@ -24,10 +24,15 @@ from typing import Any
 import torch
 
 from adapters import files
-from benchmarks import expert_blocks, expert_families, expert_tasks
+from benchmarks import expert_blocks, expert_families, expert_tables, expert_tasks
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = {"block": expert_blocks, "tasks": expert_tasks, "families": expert_families}
+PARTS = {
+    "block": (expert_blocks.plan, expert_blocks.report),
+    "tasks": (expert_tasks.plan, expert_tables.report),
+    "families": (expert_families.plan, expert_families.report),
+}
+"""Part -> its runs by name, and its tables."""
 
 
 class Runs:
@@ -71,9 +76,9 @@ def report(found: dict[str, Any]) -> str:
         "time of training several adapters at once: [packed_training.md](packed_training.md).",
         "",
     ]
-    for part, module in PARTS.items():
+    for part, (_, tables) in PARTS.items():
         if found.get(part):
-            lines += [*module.report(found[part]), ""]
+            lines += [*tables(found[part]), ""]
     return "\n".join(lines)
 
 
@@ -90,7 +95,7 @@ def main() -> None:
         runs = Runs(chosen.part, file)
         if chosen.again:
             runs.forget()
-        for name, work in PARTS[chosen.part].plan(chosen.seeds).items():
+        for name, work in PARTS[chosen.part][0](chosen.seeds).items():
             if name.startswith(chosen.only):
                 runs(name, work)
     text = report(json.loads(file.read_text(encoding="utf-8")))

@@ -1,7 +1,6 @@
 """X-LoRA learns which expert a token needs: three tasks that contradict each other, told apart by their first token.
 
-On bed T (``benchmarks/dialects.py``), whose base knows the first tokens 0 to 2 as those of its dialects. Task d asks
-for Q_d(a) after a symbol a, with a permutation Q_d of the 28 symbols; a LoRA is trained on each, then a classifier.
+The tasks are those of ``benchmarks/contradictions.py``; a LoRA is trained on each, then a classifier.
 """
 
 from __future__ import annotations
@@ -9,50 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 
 from adapters.layers.experts import xlora
 from adapters.layers.experts.classifier import ClassifierOptions
 from adapters.layers.variant import read_layers
 from benchmarks import dialects
+from benchmarks.contradictions import accuracies, learn
 
-FIRST, PAIRS, TASKS = 4, 6, 3
-
-
-def rows(task: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(ids, labels), both (count, 13): the task's token, then six times a symbol and its answer; answers are learnt."""
-    answers = torch.randperm(28, generator=torch.Generator().manual_seed(500 + task))
-    asked = torch.randint(0, 28, (count, PAIRS), generator=generator)
-    ids = torch.stack([asked, answers[asked]], -1).flatten(1) + FIRST
-    ids = torch.cat([torch.full((count, 1), task), ids], 1)
-    labels = torch.full_like(ids, -100)
-    labels[:, 2::2] = ids[:, 2::2]
-    return ids, labels
-
-
-def learn(model, tasks, steps, rate, seed=0):
-    """Train the model's parameters that learn, on all ``tasks`` in every batch."""
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        ids, labels = (torch.cat(parts) for parts in zip(*(rows(t, 16, generator) for t in tasks), strict=True))
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-@torch.no_grad()
-def accuracies(model) -> list[float]:
-    """Share of right answers in each task."""
-    found = []
-    for task in range(TASKS):
-        ids, _ = rows(task, 128, torch.Generator().manual_seed(9))
-        guessed = model(input_ids=ids).logits[:, 1:-1:2].argmax(-1)
-        found.append(float((guessed == ids[:, 2::2]).float().mean()))
-    return found
+TASKS = 3
 
 
 def mean(values) -> float:
