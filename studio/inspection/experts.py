@@ -316,7 +316,7 @@ def picture(report: Report) -> Image.Image:
     width = LEFT + len(panels) * (wide + GAP) + SIDE
     image = Image.new("RGB", (width, TOP + ROW * len(report.routers) + 54), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
-    title = f"Which expert takes which tokens: {report.adapter}"
+    title = f"Which expert takes which tokens: {Path(report.adapter).name}"
     draw.text((10, 8), title, fill="black", font=ImageFont.load_default(15))
     for panel, group in enumerate(panels):
         x = LEFT + panel * (wide + GAP)
@@ -335,7 +335,8 @@ def picture(report: Report) -> Image.Image:
         for panel, group in enumerate(panels):
             for expert, load in enumerate(router["groups"].get(group, ())):
                 x = LEFT + panel * (wide + GAP) + CELL * expert
-                draw.rectangle((x, y, x + CELL - 2, y + ROW - 2), fill=shade(load, len(router["load"])))
+                box = (x, y, x + CELL - 2, y + ROW - 2)
+                draw.rectangle(box, fill=shade(load, len(router["load"])), outline="#d5dae2")
         text = f"{router['busiest']:.1f}x        {router['entropy']:.2f}        {router['apart']:.2f}"
         draw.text((right, y + ROW // 2), text, fill="black", font=font, anchor="lm")
     y = TOP + ROW * len(report.routers) + 14
