@@ -39,9 +39,9 @@ from studio.library import smollm2
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.language import run
 
-STEPS, BATCH, RANK, EXPERTS, EXPERT_RANK = 48, 6, 8, 8, 4
-GATE_STEPS = 16
-ASKED = 8
+STEPS, BATCH, RANK, EXPERTS, EXPERT_RANK = 30, 6, 8, 8, 4
+GATE_STEPS = 10
+ASKED = 6
 """Countries of the test: two questions of each, in every family."""
 SYSTEM = "Answer."
 FRENCH = {"Africa": "Afrique", "Americas": "Amérique", "Asia": "Asie", "Europe": "Europe", "Oceania": "Océanie"}
