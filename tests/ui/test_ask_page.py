@@ -122,7 +122,7 @@ def test_dropped_questions_find_their_pictures(tmp_path: Path, monkeypatch: pyte
     kept = rows_file.keep_with_pictures(files)
     assert (kept.parent / "shots" / "red.png").is_file()  # where the rows look for it
     told = rows_file.describe_pictured(kept)
-    assert "2 rows" in told
+    assert "2 rows; columns image, question, answer" in told
     assert "red.png" in told
     assert "&lt;red&gt;" in told
     outside = tmp_path / "given" / "outside.jsonl"

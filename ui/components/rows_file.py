@@ -77,9 +77,10 @@ def describe_pictured(file: Path) -> str:
     """
     report = texts.scan(str(file))
     texts.usable_rows(report, skip_broken=True)
+    columns = report.columns
     understood = pictured(report, Columns())
     shown = "".join(f"<li>{_pictured(item)}</li>" for item in understood[:3])
-    return _described(file, report, shown)
+    return _described(file, report, columns, shown)
 
 
 def _pictured(item: Any) -> str:
@@ -101,16 +102,16 @@ def describe(file: Path, task: str) -> str:
         else list(plain_texts(report, Columns())) if task == "masked" else conversations(report, Columns())
     )  # fmt: skip
     shown = "".join(f"<li>{_example(item)}</li>" for item in understood[:3])
-    return _described(file, report, shown)
+    return _described(file, report, report.columns, shown)
 
 
-def _described(file: Path, report: texts.TextReport, shown: str) -> str:
+def _described(file: Path, report: texts.TextReport, columns: Sequence[str], shown: str) -> str:
     """The file, how many rows it has, its columns, and the first rows."""
     broken = f"{len(report.broken)} unreadable ({', '.join(map(report.place, list(report.broken)[:5]))})"
     facts = f"{len(report.rows)} rows" + (f", {broken}" if report.broken else "")
     return (
         f'<section class="as-recipe" aria-label="Rows"><p><strong>{markup.text(file.name)}</strong>: '
-        f"{markup.text(facts)}; columns {markup.text(', '.join(report.columns))}</p><ul>{shown}</ul></section>"
+        f"{markup.text(facts)}; columns {markup.text(', '.join(columns))}</p><ul>{shown}</ul></section>"
     )
 
 
