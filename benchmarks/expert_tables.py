@@ -136,7 +136,7 @@ def _mola(runs: Runs) -> list[str]:
     return [
         "### MoLA: experts by layer",
         "",
-        "Eight layers, four tasks, rank 1, two experts per token where there are as many, 50 steps. `distance` is the",
+        "Eight layers, four tasks, rank 2, two experts per token where there are as many, 120 steps. `distance` is the",
         "rank correlation of a layer's number with the mean distance of its experts (attention): 1 means that experts",
         "differ more in higher layers.",
         "",

@@ -239,9 +239,9 @@ def deep() -> LlamaForCausalLM:
 def allocation(name: str, seed: int) -> dict[str, Any]:
     """Four tasks with MoLA on all linear layers: accuracies, parameters, distance of experts by layer."""
     torch.manual_seed(seed)
-    config = mixture("mola", 1, ALLOCATIONS[name], target_modules=dialects.TARGETS)
+    config = mixture("mola", 2, ALLOCATIONS[name], target_modules=dialects.TARGETS)
     model = get_peft_model(copy.deepcopy(deep()), config)
-    learn(model, range(4), 50, RATE / 2, seed, 4, 6)
+    learn(model, range(4), 120, RATE / 2, seed, 4, 6)
     distance = redundancy(model)
     return {"accuracies": accuracies(model, 4), "parameters": numbers(model), "experts": sum(config.num_experts),
             "distance": {str(layer): value for layer, value in distance.items()}}  # fmt: skip

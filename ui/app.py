@@ -22,7 +22,7 @@ from studio.composition import gallery as kept
 from studio.composition import recipe_png
 from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
-from ui.components import faces, job_panel, rack, remembered
+from ui.components import answers_run, faces, job_panel, rack, remembered
 from ui.errors import errors_shown
 from ui.pages import ask, compose, federated, gallery, jobs, language, library, reconstruct, rna, speech, train
 from ui.theme import STATIC, StudioTheme, css, script
@@ -127,9 +127,9 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         ("compose", compose.follow, pages.compose.view),
         ("train", train.follow, pages.train.view),
         ("distill", train.follow, pages.train.distill.view),
-        ("language", language.follow, pages.language.view),
+        ("language", answers_run.follow, pages.language.view),
+        ("ask", answers_run.follow, pages.ask.view),
         ("federated", federated.follow, pages.federated.view),
-        ("ask", ask.follow, pages.ask.view),
         ("reconstruct", reconstruct.follow, pages.reconstruct.view),
         ("rna", rna.follow, pages.rna.view),
         ("speech", speech.follow, pages.speech.view),

@@ -71,6 +71,11 @@ class Pictured:
         return self.talk.number
 
 
+def without_places(text: str) -> str:
+    """A text of a :class:`Pictured` row without the marks of its pictures' places."""
+    return text.replace(PLACE, "")
+
+
 def pictured(
     report: TextReport, columns: Columns, image_column: str = "", system: str = "", skip_broken: bool = False
 ) -> list[Pictured]:

@@ -93,7 +93,8 @@ def follow(job_id: str, shown: tuple[Any, ...] = ()) -> Any:
     job = jobs.get(job_id)
     name = training_run.in_library(job)
     kept = markup.notice(f"The adapter is in your library as '{name}'.", "info") if name else ""
-    usable = not job.active and bool(saved.steps(job)) and job.config.get("task", "causal") == "causal"
+    answers_questions = job.kind == "train-vision-language" or job.config.get("task") == "causal"
+    usable = not job.active and bool(saved.steps(job)) and answers_questions
     return [
         job.id, gr.Timer(active=job.active), job_panel.job_panel(job, job_panel.ahead(job)),
         kept + loss_plot.of_job(job) + router_plot.of_job(job) + _measures(job),

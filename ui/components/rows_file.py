@@ -12,7 +12,7 @@ from adapters.errors import InputError
 from studio import settings
 from studio.datasets import texts
 from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
-from studio.datasets.picture_questions import PLACE, pictured
+from studio.datasets.picture_questions import pictured, without_places
 from ui import markup
 
 TYPES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"]
@@ -86,7 +86,7 @@ def describe_pictured(file: Path) -> str:
 def _pictured(item: Any) -> str:
     """The names of a row's pictures, then its conversation without their places."""
     named = " ".join(markup.tag(picture.name or "picture", "soft") for picture in item.pictures)
-    return f"{named}<br>{_example(item.talk).replace(PLACE, '')}"
+    return f"{named}<br>{without_places(_example(item.talk))}"
 
 
 def describe(file: Path, task: str) -> str:
