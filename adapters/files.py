@@ -35,12 +35,13 @@ def sha256(*parts: Path) -> str:
 
 
 @contextmanager
-def whole(target: Path, sync: bool = True) -> Iterator[Path]:
+def whole(target: Path, sync: bool = True, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``target`` to write a file or folder to, then rename it to ``target``.
 
     Args:
         target: the final file or folder; an existing one is replaced, or kept if writing fails.
         sync: flush to disk first, so that not even a power cut leaves half (slow for many small files).
+        private: only the owner can read the files.
 
     Raises:
         InputError: the disk is full or not writable.
@@ -52,7 +53,7 @@ def whole(target: Path, sync: bool = True) -> Iterator[Path]:
         yield part
         files = [part] if part.is_file() else [file for file in part.rglob("*") if file.is_file()]
         for file in files:
-            file.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
+            file.chmod(0o600 if private else 0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
             if sync:
                 _flush(file)
         if part.is_dir() and target.is_dir():
@@ -87,9 +88,9 @@ def remove_leftovers(folder: Path) -> int:
 _PART = re.compile(r"\..+\.[0-9a-f]{12}(\.[^.]+)?")
 
 
-def write(target: Path, content: Callable[[Path], object], sync: bool = True) -> Path:
+def write(target: Path, content: Callable[[Path], object], sync: bool = True, private: bool = False) -> Path:
     """Write ``target`` by one call of ``content(temporary path)``, as with :func:`whole`; returns ``target``."""
-    with whole(target, sync) as part:
+    with whole(target, sync, private) as part:
         content(part)
     return target
 

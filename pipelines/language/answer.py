@@ -32,7 +32,7 @@ def _pieces(
     _check_room(model, inputs["input_ids"].shape[1], sampling)
     pieces: Queue[Any] = Queue()
     asked_to_stop = threading.Event()
-    options = _options(model, tokenizer, sampling, mark)
+    options = generate_options(model, tokenizer, sampling, mark)
     worker = threading.Thread(
         target=_generate, name="answer", daemon=True,
         args=(model, inputs, tokenizer, options, sampling.seed or 0, pieces, asked_to_stop),
@@ -127,7 +127,7 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int
 @torch.no_grad()
 def written(model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], max_tokens: int, mark: str = "") -> str:
     """The greedy continuation of ``inputs`` (a batch of one) up to the text ``mark``, without surrounding space."""
-    made = model.generate(**inputs, **_options(model, tokenizer, Sampling(max_tokens=max_tokens), mark))
+    made = model.generate(**inputs, **generate_options(model, tokenizer, Sampling(max_tokens=max_tokens), mark))
     text = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(text.partition(mark)[0] if mark else text).strip()
 
@@ -141,7 +141,8 @@ def _check_room(model: Any, length: int, sampling: Sampling) -> None:
         )
 
 
-def _options(model: Any, tokenizer: Any, sampling: Sampling, mark: str = "") -> dict[str, Any]:
+def generate_options(model: Any, tokenizer: Any, sampling: Sampling, mark: str = "") -> dict[str, Any]:
+    """The arguments of transformers' ``generate``, which ends at the model's end tokens, and at a short ``mark``."""
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_tokens, "do_sample": sampling.temperature > 0,
         "pad_token_id": tokenizer.pad_token_id, "repetition_penalty": sampling.repetition_penalty, "use_cache": True,

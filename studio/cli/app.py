@@ -102,6 +102,11 @@ COMMANDS: dict[str, Command] = {
         "Serve a language model with its adapters over HTTP, as OpenAI does.",
         "studio serve smollm2 --adapters my-adapters/",
     ),
+    "audit": Command(
+        "studio.audit.command",
+        "Does an adapter weaken refusals, refuse harmless requests, or cost ability?",
+        "studio audit my-adapter --base smollm2 --harmful requests.csv",
+    ),
     "jobs": Command("studio.jobs.command", "Jobs: list, watch, cancel, resume, run again, delete.", "studio jobs list"),
     "worker": Command("studio.jobs.worker_command", "Work on queued jobs in this terminal.", "studio worker"),
     "ui": Command("studio.cli.ui", "Open the web app.", "studio ui"),

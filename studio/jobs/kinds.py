@@ -192,6 +192,7 @@ for _kind in (
          ready="studio.transcription.job:ready", title="Transcribe"),
     Kind("forgetting", "studio.inspection.schema:ForgettingConfig", "studio.inspection.jobs:measure",
          title="Forgetting"),
+    Kind("audit", "studio.audit.schema:AuditConfig", "studio.audit.job:run", title="Safety audit"),
     Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften", title="Soften"),
     Kind("classify-rna", "studio.genomics.schema:ClassifyRnaConfig", "studio.genomics.job:run", continues=True,
          ready="studio.genomics.job:ready", title="Classify RNA"),

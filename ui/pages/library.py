@@ -14,7 +14,7 @@ from studio import jobs, library
 from studio.library import Record, Trashed, base_families
 from studio.printable import without_bytes
 from ui import markup
-from ui.components import expert_loads, rack, spectrum
+from ui.components import auditing, expert_loads, rack, spectrum
 from ui.components.pick_list import pick_list, picked
 from ui.errors import errors_shown
 
@@ -56,6 +56,7 @@ def build() -> Page:
     page.acts += [cards.select, shelf.input, search.input, importing.button.click, detail.rename.click]
     spectrum.wire(detail.spectrum, chosen, shelf)
     expert_loads.wire(detail.loads, chosen, shelf)
+    auditing.wire(detail.auditing, chosen, shelf)
     page.acts += [detail.trash.click, detail.restore.click, detail.empty_for_good.click]
     _wire_choosing(page, search, cards)
     _wire_import(page, importing)
@@ -93,6 +94,7 @@ class _Detail:
     download: gr.DownloadButton
     spectrum: spectrum.Spectrum
     loads: expert_loads.Loads
+    auditing: auditing.Auditing
     changes: gr.Accordion
     new_name: gr.Textbox
     rename: gr.Button
@@ -109,6 +111,7 @@ class _Detail:
             download = gr.DownloadButton("Download", size="md", visible=False)
         layers = spectrum.draw()
         loads = expert_loads.draw()
+        audit = auditing.draw()
         with gr.Accordion("Rename or remove", open=False, visible=False, elem_classes="as-more") as changes:
             new_name = gr.Textbox(label="New name", max_lines=1, elem_id="new-name")
             with gr.Row():
@@ -119,8 +122,8 @@ class _Detail:
             gr.Markdown("Everything in the trash is deleted from the disk and cannot be brought back.")
             empty_for_good = gr.Button("Delete permanently", variant="stop", size="md", elem_id="empty-trash")
         return cls(
-            panel, use, actions, download, layers, loads, changes, new_name, rename, trash, restore, empty,
-            empty_for_good,
+            panel, use, actions, download, layers, loads, audit, changes, new_name, rename, trash, restore,
+            empty, empty_for_good,
         )  # fmt: skip
 
     @property
@@ -162,7 +165,8 @@ def card(record: Record, chosen: bool) -> str:
     words = "".join(markup.tag(word) for word in record.triggers[:3])
     problem = markup.tag("cannot be used", "bad") if record.problem else ""
     shipped = markup.tag("shipped", "soft") if record.read_only else ""
-    return _card(record.name, record.name, facts, problem + words + shipped, _portrait(record), chosen)
+    tags = problem + words + shipped + auditing.verdict_tag(record)
+    return _card(record.name, record.name, facts, tags, _portrait(record), chosen)
 
 
 def _card(key: str, name: str, facts: str, tags: str, portrait: str, chosen: bool) -> str:
