@@ -35,7 +35,7 @@ def test_a_result_without_a_table_and_with_one(tmp_path):
 @pytest.mark.flaky(reruns=2)
 def test_an_audit_from_upload_to_verdict(tab: Tab, tmp_path) -> None:
     world = toy.build(tmp_path / "world")
-    shutil.copytree(world.regressed, tab.server.home / "library" / "adapters" / "leaky")
+    shutil.copytree(world.regressed, tab.server.home / "library" / "adapters" / "leaky", dirs_exist_ok=True)
     page = tab.open("library")
     page.set_default_timeout(240_000)
     page.click(".as-card-item:has-text('leaky')")
