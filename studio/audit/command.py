@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 def audit(
     fields: dict[str, Any],
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Language adapter: name in the library, file or PEFT folder.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Language adapter: name in the library, file or PEFT folder.")
+    ],
     limits: Annotated[
         Path | None,
         typer.Option("--limits", metavar="FILE.yaml", help="Limits as key: value; flags come first.",
