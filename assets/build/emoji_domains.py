@@ -159,7 +159,8 @@ def build(out: Path, sample: bool, style: str) -> dict[str, int]:
     else:
         chosen = common(modules, (*DOMAINS, STYLES[0]))
         write(modules, out, DOMAINS, chosen, "rows.jsonl")
-        write(modules, out, (style,), [pair for pair in chosen if pair[0] in icons(modules, style)], "bases.jsonl")
+        known = icons(modules, style)
+        write(modules, out, (style,), [pair for pair in chosen if pair[0] in known], "bases.jsonl")
         files.write_text(out / "ATTRIBUTION", attribution(modules, (*DOMAINS, style)))
     return dict(Counter(label for _, label in chosen))
 

@@ -220,6 +220,7 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"adapter: {result.get('adapter')}",
         *([f"library: {result['library']}"] if "library" in result else []),
+        *([f"not in the library: {result['library_problem']}"] if "library_problem" in result else []),
         f"rounds: {result.get('rounds')} with {result.get('clients')} clients",
         *([f"measured on the clients' test data: {measures}"] if measures else []),
         f"sent by clients: {shown_size(sent.get('up', 0))}, to clients: {shown_size(sent.get('down', 0))}, "

@@ -179,15 +179,27 @@ def export(server: Server, member: Member, folder: Path, monitor: Monitor) -> di
     message = Instruction("evaluate", server.done, server.tensors)
     learnt = client.begin(server.method, memory, message, config.seed, recipe=facts(server))
     training = member.config(config.seed, name=config.name)
-    result = kinds.find(training.kind).function()(training, folder, monitor, plugins=[learnt], keep="start")
-    for left in ("config.yaml", "loss.csv"):
-        (folder / left).unlink(missing_ok=True)  # of the training's own form; the job writes its own
+    place = folder / "export"  # apart from the job's own files, some of which have the same names
+    result = kinds.find(training.kind).function()(training, place, monitor, plugins=[learnt], keep="start")
+    adapter, card = (_moved(Path(result[key]), folder) for key in ("adapter", "card"))
+    shutil.rmtree(place)
+    if not (folder / "config.yaml").is_file():
+        files.write_text(folder / "config.yaml", config.to_yaml())
+    monitor.report(Progress("round", server.done, config.rounds))
     epsilon = {"epsilon": max(record.epsilon.values())} if record.epsilon else {}
     return {
-        "adapter": result["adapter"], "card": result["card"], "rounds": server.done, "clients": len(server.names),
+        "adapter": str(adapter), "card": str(card), "rounds": server.done, "clients": len(server.names),
         "measures": means(record), "bytes": traffic(server), **epsilon, "history": str(folder / HISTORY),
         "parameters": result["parameters"],
     }  # fmt: skip
+
+
+def _moved(file: Path, folder: Path) -> Path:
+    """A file or folder, moved into ``folder``."""
+    target = folder / file.name
+    if target.is_dir():
+        shutil.rmtree(target)
+    return file.replace(target)
 
 
 def facts(server: Server) -> dict[str, Any]:
