@@ -244,11 +244,15 @@ def deployment(given: argparse.Namespace) -> None:
 
     server = studio("server", str(config), "--folder", str(folder / "run"), "--host", "127.0.0.1", "--port", str(port),
                     "--patience", "900")  # fmt: skip
-    time.sleep(30)
+    while not (folder / "run" / "flower" / "commands.log").is_file() and server.poll() is None:
+        time.sleep(1)  # until it listens and registers keys
+    time.sleep(20)
     there = {name: client(name, port + 1 + number) for number, name in enumerate(names)}
     try:
         while rounds() < 1 and server.poll() is None:
             time.sleep(1)
+        if rounds() < 1:
+            raise SystemExit(f"The server ended early: see {folder}")
         note("round 1 is done")
         time.sleep(5)
         lost = there[names[2]]

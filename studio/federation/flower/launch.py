@@ -255,7 +255,7 @@ def running(command: Sequence[str], home: Path, log: Path) -> Iterator[subproces
             os.killpg(process.pid, signal.SIGTERM)
 
 
-def wait_for(host: str, port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 120.0) -> None:
+def wait_for(host: str, port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 600.0) -> None:
     """Wait until the server ``process`` listens; raises :class:`StudioError` if it does not, or has ended."""
     reached = "127.0.0.1" if host == "0.0.0.0" else host
     deadline = time.monotonic() + seconds
