@@ -248,6 +248,27 @@ def test_traffic_by_count():
     assert ratio == pytest.approx(18.67, abs=0.004)
 
 
+def test_noise_reaches_the_weight_least_through_fed_sb():
+    """One noised step on 768 x 768 at the same sigma C: |dW| of Fed-SB (r 64) < FFA-LoRA (r 32) < LoRA (r 32)."""
+    g = torch.Generator().manual_seed(0)
+    size, sigma = 768, 0.01
+
+    def noise(*shape):
+        return sigma * torch.randn(*shape, generator=g)
+
+    basis = [torch.linalg.qr(torch.randn(size, 64, generator=g))[0] for _ in range(2)]
+    through_core = float(torch.linalg.norm(basis[0] @ noise(64, 64) @ basis[1].T))
+    A = torch.empty(32, size)
+    torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=g)
+    B = 0.02 * torch.randn(size, 32, generator=g)
+    first, second = noise(size, 32), noise(32, size)
+    through_B = float(torch.linalg.norm(first @ A))
+    through_both = float(torch.linalg.norm((B + first) @ (A + second) - B @ A))
+    assert through_core == pytest.approx(sigma * 64, rel=0.05)
+    assert through_B == pytest.approx(sigma * math.sqrt(size * 32 / 3), rel=0.05)
+    assert through_core < through_B < through_both
+
+
 def test_digest_sees_names_shapes_and_numbers():
     state = {"a": torch.zeros(2, 3)}
     assert digest(state) == digest({"a": torch.zeros(2, 3)})
