@@ -42,7 +42,7 @@ EMPTY = markup.empty(
 )
 
 SAMPLE: dict[str, Any] = {
-    "train": "classifier", "training": {"base": "emoji-vit", "rank": 8, "steps": 20, "batch_size": 16},
+    "train": "classifier", "training": {"base": "emoji-mixer", "rank": 8, "steps": 20, "batch_size": 16},
     "partition": "column", "by": "domain", "test_by": "code", "test_share": 0.3, "name": "three-styles",
 }  # fmt: skip
 """What the sample fills in: emoji of three artists, one for each client."""
