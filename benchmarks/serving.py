@@ -139,11 +139,11 @@ def peft_config(rank: int) -> Any:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
 
 
-def load(model: Any, number: int) -> str:
+def load(model: Any, number: int, parts: dict[str, LoraLayer]) -> str:
     """Add adapter ``number`` to a PEFT model."""
     from peft import set_peft_model_state_dict
 
-    name, parts = f"a{number}", layers(number, model.base_model.model)
+    name = f"a{number}"
     model.add_adapter(name, peft_config(RANKS[number % len(RANKS)]))
     state = {}
     for path, layer in parts.items():
@@ -175,12 +175,13 @@ def switching(asked: list[Asked]) -> Any:
 
     model = get_peft_model(base(), peft_config(8)).eval()
     waiting, answers = list(enumerate(asked)), {}
+    kept = {one.adapter: layers(one.adapter, model.base_model.model) for one in asked}
     cpu, wall = time.process_time(), time.monotonic()
     while waiting:
         adapter = waiting[0][1].adapter
         batch = [one for one in waiting if one[1].adapter == adapter][:6]
         waiting = [one for one in waiting if one not in batch]
-        name = load(model, adapter)
+        name = load(model, adapter, kept[adapter])
         model.set_adapter(name)
         found = written(model, [one for _, one in batch])
         model.delete_adapter(name)
@@ -193,7 +194,8 @@ def mixed(asked: list[Asked]) -> Any:
     from peft import get_peft_model
 
     model = get_peft_model(base(), peft_config(8)).eval()
-    names = {number: load(model, number) for number in sorted({one.adapter for one in asked})}
+    names = {number: load(model, number, layers(number, model.base_model.model))
+             for number in sorted({one.adapter for one in asked})}  # fmt: skip
     answers = []
     cpu, wall = time.process_time(), time.monotonic()
     for start in range(0, len(asked), RUNNING):
@@ -230,23 +232,27 @@ def keep(found: dict[str, Any]) -> None:
     FILE.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def arms(seeds: int) -> None:
-    answers: dict[tuple[str, int], Any] = {}
+def arms(seeds: int, only: str = "") -> None:
+    kept = FILE.with_name("serving-answers.json")  # to compare arms that are run one by one; not committed
+    answers: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     for seed in range(seeds):
         for name, run in ARMS.items():
             found = known()
+            if only and not name.startswith(only):
+                continue
             if any(one["seed"] == seed for one in found.get("arms", {}).get(name, [])):
                 continue
             asked, (cpu, wall, tokens, counts) = run(seed)
-            answers[name, seed] = [tokens[: len(asked)], asked]
+            answers[f"{name} {seed}"] = tokens
+            kept.write_text(json.dumps(answers))
             row = {"seed": seed, "requests": len(asked), "cpu_s": cpu, "wall_s": wall,
                    "requests_per_cpu_s": len(asked) / cpu, **counts}  # fmt: skip
             for other, reference in (("b: PEFT, one at a time", "a: 1000 adapters, uniform"),
                                      ("c: PEFT, adapter_names, 64 adapters", "a: 64 adapters"),
                                      ("d: fixed halves, little room", "a: little room"),
                                      ("a: little room", "a: 1000 adapters, uniform")):  # fmt: skip
-                if name == other and (reference, seed) in answers:
-                    pairs = list(zip(tokens, answers[reference, seed][0], strict=False))
+                if name == other and f"{reference} {seed}" in answers:
+                    pairs = list(zip(tokens, answers[f"{reference} {seed}"], strict=False))
                     row["equal_answers"] = sum(one == two for one, two in pairs) / len(pairs)
             found.setdefault("arms", {}).setdefault(name, []).append(row)
             keep(found)
@@ -388,10 +394,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("arms", "schedulers", "pictures", "report"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="arms whose names begin so")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     if chosen.part == "arms":
-        arms(chosen.seeds)
+        arms(chosen.seeds, chosen.only)
     else:
         {"schedulers": schedulers, "pictures": pictures, "report": report}[chosen.part]()
 
