@@ -156,10 +156,11 @@ def main() -> None:
             found[name].append(measure(choose, own, outside))
             print(seed, name, json.dumps(found[name][-1]), flush=True)
     keys = list(found["words (the server's)"][0])
+    command = f"python -m benchmarks.choosing --seeds {asked.seeds} --rows {asked.rows} --held-out {asked.held_out}"
+    command += " --without-hidden" if asked.without_hidden else ""
     lines = [
-        "# Choosing an adapter by the request", "", f"`python -m benchmarks.choosing --seeds {asked.seeds} --rows "
-        f"{asked.rows} --held-out {asked.held_out}{' --without-hidden' * asked.without_hidden}`; {len(TOPICS)} adapters, mean of the seeds. The threshold 0.5 is "
-        "the server's default and means nothing for ways that read the base.", "",
+        "# Choosing an adapter by the request", "", f"`{command}`; {len(TOPICS)} adapters, mean of the seeds. The "
+        "threshold 0.5 is the server's default and means nothing for ways that read the base.", "",
         "| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|",
         *(f"| {key} | " + " | ".join(f"{mean(one[key] for one in each):.3f}" for each in found.values()) + " |"
           for key in keys),
