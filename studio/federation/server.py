@@ -159,7 +159,8 @@ class Server:
         """
         record = Round(self.done + 1, failed=dict(failed), down=down)
         good = []
-        for reply in replies:
+        place = {name: number for number, name in enumerate(self.names)}  # sums do not depend on who was first
+        for reply in sorted(replies, key=lambda reply: place.get(reply.client, len(place))):
             try:
                 self._check(reply)
             except InputError as error:

@@ -152,6 +152,11 @@ def test_a_client_that_cannot_be_used_is_named_and_left_out(server):
         assert record.number == number
         wanted = (10 * good[0].tensors["m.lora_B"] + 30 * good[2].tensors["m.lora_B"]) / 40
         torch.testing.assert_close(server.tensors["m.lora_B"], wanted)
+    one, other = Server(server.config, server.names), Server(server.config, server.names)
+    for made, answers in ((one, replies()), (other, replies()[::-1])):  # whoever is first
+        made.base = "w0"
+        made.take(answers, {})
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
     record = server.take(replies("ac"), {"b": "did not answer"})
     assert record.failed == {"b": "did not answer"}
     before = dict(server.tensors)
