@@ -110,6 +110,9 @@ def test_a_run_resumes_exactly_and_its_file_is_the_same_model_in_stock_peft(kind
     config = settings(whisper, utterances, **values)
     whole = speech.run(config, tmp_path / "whole")
     steps = [found["step"] for found in whole["validation"]]
+    recipe = scan.record(Path(whole["adapter"]), "adapter").recipe
+    assert recipe is not None
+    assert recipe["data"]["seconds"] == 6.0  # those learnt from, without those held out
     assert steps == [0, config.steps]
     assert {"validation_loss", "wer", "cer", "loops"} <= whole["validation"][0].keys()
 

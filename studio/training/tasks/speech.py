@@ -123,7 +123,7 @@ class SpeechTask(LanguageTask):
 
     def encode(self) -> None:
         config = self.config
-        shown, remarks = self._encoded(self.read.shown)
+        shown, remarks, self.seconds = self._encoded(self.read.shown)
         held_out = self._encoded(self.read.held_out)[0] if self.read.held_out else []
         self.data = Samples(shown, held_out, "; ".join([*self.read.remarks, *remarks]))
         self.samples, self.data_digest = shown, self._digest()
@@ -133,8 +133,8 @@ class SpeechTask(LanguageTask):
             self.total = math.ceil(config.epochs * len(self.samples) / self.samples_per_step)
         self.session.monitor.report(Progress("data", message=self._summary()))
 
-    def _encoded(self, items: Sequence[Utterance]) -> tuple[list[Any], list[str]]:
-        """Samples of recordings, and sentences on what was left out or changed."""
+    def _encoded(self, items: Sequence[Utterance]) -> tuple[list[Any], list[str], float]:
+        """Samples of recordings, sentences on what was left out or changed, and their length in seconds."""
         made: list[Any] = []
         left_out: dict[str, list[str]] = {}
         changed: set[str] = set()
@@ -163,9 +163,8 @@ class SpeechTask(LanguageTask):
                 self.session.monitor.report(Progress("data", count, len(items), message="reading recordings"))
         if not made:
             raise InputError(f"No recording is left to learn from: {_told(left_out)}.")
-        self.seconds = seconds
         remarks = [f"{len(names)} {sentence} ({', '.join(names[:3])})" for sentence, names in left_out.items()]
-        return made, [*remarks, *sorted(changed)]
+        return made, [*remarks, *sorted(changed)], seconds
 
     def _tokens(self, item: Utterance) -> list[int]:
         """The text and the end token; a text begins with a space, as Whisper writes it."""
