@@ -64,6 +64,7 @@ CASES = {
     "little room": {"pool_pages": 200, "max_batch_tokens": 7},
     "optimistic": {"pool_pages": 150, "optimistic": True, "max_batch_tokens": 5},
     "reference, clustered": {"backend": "reference", "scheduler": "cluster", "cluster": 2},
+    "fixed halves": {"pool_pages": 400, "adapter_share": 0.5},
     "fair": {"scheduler": "vtc", "max_running": 2},
 }
 
@@ -98,6 +99,8 @@ def test_every_answer_is_that_of_its_own_adapter(base, several, case):
         assert [piece.reason for piece in request.pieces][-1] == "length"
     if case == "optimistic":
         assert engine.metrics.total("num_preemptions_total") > 0
+    if case == "fixed halves":
+        assert engine.pool.stats().adapter <= 200
     if case == "little room":
         assert engine.store.counts.evictions > 0
     assert engine.pool.stats().kv == 0
@@ -169,6 +172,13 @@ def test_mixtures_of_experts_are_served_beside_everything_else(base, several, mi
 
 def test_an_adapter_that_is_unloaded_finishes_its_requests_first(base, several, tmp_path):
     engine, names = served(base, tmp_path)
+    shutil.copytree(several["medium"], tmp_path / "kept")
+    pinned = names.pin("kept")
+    assert engine.store.make_room(engine.pool.total) is False
+    names.remove("kept")
+    assert pinned.rank == 4
+    with pytest.raises(UnknownModelError, match="did you mean 'kept'"):
+        names.pin("kep")
     shutil.copytree(several["small"], tmp_path / "mine")
     first = asked(engine, names, [10, 20, 30], {"mine": 1.0}, max_tokens=6)
     engine.step()
