@@ -199,7 +199,8 @@ def _loram_advice(config: LoramConfig, pruning: Pruning) -> str:
 
 def _loraprune_advice(config: LoraPruneConfig, pruning: Pruning) -> str:
     found = reduction(pruning)
-    events = int((1 - config.prune_warmup - config.prune_cooldown) * config.steps / config.prune_every)
+    first, last = config.prune_warmup * config.steps, (1 - config.prune_cooldown) * config.steps
+    events = 1 + sum(first < step < last for step in range(0, config.steps, config.prune_every))  # one exact at the end
     few = f" Only {events} prunings fit into {config.steps} steps: take more steps." if events < 5 else ""
     few += _heads(config, pruning)
     if found.small >= 0.85 * found.whole:
