@@ -340,7 +340,10 @@ def front(rows: list[Row]) -> Any:
         }  # fmt: skip
         if not points:
             continue
-        xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
+        whole = next((points.pop(key) for key in list(points) if key[0] == "whole"), None)
+        xs, ys = [x for x, _ in points.values()], [y for _, y in [*points.values(), *([whole] if whole else [])]]
+        if not xs:
+            continue
         x0, x1, y0, y1 = 0.9 * min(xs), 1.05 * max(xs), min(ys), max(ys)
         y0, y1 = y0 - 0.08 * (y1 - y0 or 1), y1 + 0.08 * (y1 - y0 or 1)
         at = lambda x, y, n=number, a=(x0, x1, y0, y1): (  # noqa: E731
@@ -353,6 +356,10 @@ def front(rows: list[Row]) -> Any:
             x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
             draw.text((at(x, y0)[0], high - low + 6), f"{x:.3g}", "#555", font, anchor="ma")
             draw.text((at(x0, y)[0] - 6, at(x0, y)[1]), f"{y:.3g}", "#555", font, anchor="rm")
+        if whole:  # far to the right: a line at its perplexity
+            draw.line([at(x0, whole[1]), at(x1, whole[1])], "#3a8a5f", 1)
+            told = f"whole, {whole[0]:.3g} MB"
+            draw.text((at(x1, 0)[0], at(x1, whole[1])[1] - 2), told, "#3a8a5f", font, anchor="rb")
         for place, arm in enumerate(dict.fromkeys(arm for arm, _ in points)):
             colour = next((c for word, c in COLOURS.items() if arm.startswith(word)), "#3a8a5f")
             line = sorted(points[key] for key in points if key[0] == arm)

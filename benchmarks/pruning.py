@@ -148,9 +148,9 @@ def report(found: dict[str, Any]) -> str:
     lines = [
         "# Pruned bases: LoRAM and LoRAPrune", "",
         f"Byte-level Llama of {base['parameters']:,} parameters, trained on Shakespeare: {base['shakespeare']:.3f} "
-        f"nats per byte there, {base['bible']:.3f} on the Bible (both held out). Means of {seeds} seeds; made with "
-        f"`python -m benchmarks.pruning` in {sum(run['cpu_seconds'] for run in found['runs']):.0f} s of one CPU core "
-        "after the base.",
+        f"nats per byte there, {base['bible']:.3f} on the Bible (both held out). Means of the seeds shown (up to "
+        f"{seeds}); made with `python -m benchmarks.pruning` in "
+        f"{sum(run['cpu_seconds'] for run in found['runs']):.0f} s of one CPU core after the base.",
         "",
         "## LoRAM: the LoRA learns the Bible on a pruned model (Shakespeare / Bible)", "",
         "| arm | pruned base | pruned + LoRA | whole base + recovered LoRA | Bible, by seed |", "|---|---|---|---|---|",
@@ -185,7 +185,8 @@ def report(found: dict[str, Any]) -> str:
     for criterion in CRITERIA:
         arm = f"LoRAPrune {criterion}"
         each = ", ".join(f"{run['shakespeare']:.3f}" for run in found["runs"] if run["arm"] == arm)
-        lines.append(f"| {criterion} | {mean(found, arm, 'jargon'):.4f} | {each} | {mean(found, arm, 'bible'):.4f} |")
+        own, other = (mean(found, arm, text) for text in ("shakespeare", "bible"))
+        lines.append(f"| {criterion} | {own:.4f} | {each} | {other:.4f} |")
     ours = mean(found, "LoRAPrune lora", "shakespeare")
     first = next(run for run in found["runs"] if run["arm"] == "LoRAPrune lora")
     gaps = {c: mean(found, f"LoRAPrune {c}", "shakespeare") - ours for c in CRITERIA}
