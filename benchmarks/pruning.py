@@ -27,8 +27,8 @@ import torch
 from adapters.compression import importance
 from adapters.compression.loram import recovered
 from adapters.compression.loraprune import LoraPrune, Settings
-from adapters.compression.slicing import small_model
-from adapters.compression.structure import Pruning, linear_parameters, sizes_of
+from adapters.compression.slicing import masked, small_model
+from adapters.compression.structure import Kept, Pruning, linear_parameters, sizes_of
 from adapters.layers.variant import pair, read_layers
 from adapters.plugin import Handles
 from benchmarks import tiny_llama
@@ -83,8 +83,8 @@ def full_arm(base: Any, old: Text, new: Text, seed: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ LoRAPrune
 
 
-def loraprune_arm(base: Any, old: Text, new: Text, seed: int, criterion: Any) -> dict[str, Any]:
-    """Prune while a LoRA learns the source text; the cut and merged model is measured."""
+def judged(base: Any, seed: int, criterion: Any) -> tuple[LoraPrune, Any]:
+    """A copy of the base with a LoRA and the plugin on it."""
     plugin = LoraPrune(Settings(0.5, EVERY, keep_first=1, keep_last=1, criterion=criterion))
     plugin.configure(object())
     model = copy.deepcopy(base)
@@ -93,6 +93,12 @@ def loraprune_arm(base: Any, old: Text, new: Text, seed: int, criterion: Any) ->
     handles = Handles({"model": adapted}, steps=PRUNE_STEPS, seed=seed)
     plugin.initialise(handles)
     plugin.after_inject(handles)
+    return plugin, adapted
+
+
+def loraprune_arm(base: Any, old: Text, new: Text, seed: int, criterion: Any) -> dict[str, Any]:
+    """Prune while a LoRA learns the source text; the cut and merged model is measured."""
+    plugin, adapted = judged(base, seed, criterion)
     learn(adapted, old, PRUNE_STEPS, RATE, seed, before_step=plugin.grads_ready)
     merged = copy.deepcopy(base)
     for name, layer in read_layers(adapted).items():
@@ -103,6 +109,46 @@ def loraprune_arm(base: Any, old: Text, new: Text, seed: int, criterion: Any) ->
     lora = sum(p.numel() * 4 for _, _, layer in plugin.layers.values() for p in pair(layer))
     dense = sum(layer.base_layer.weight.numel() * 4 for _, _, layer in plugin.layers.values())
     return both(small, old, new) | {"parameters": small.num_parameters(), "lora_bytes": lora, "dense_bytes": dense}
+
+
+def agreement(base: Any, text: Text) -> dict[str, Any]:
+    """What the criteria keep of layers 1 and 2 after ten steps, and how much higher the loss is without each head."""
+    sizes, blocks, ids = sizes_of(base.config), (1, 2), text.held[::4]
+
+    def loss(cut: dict[int, int]) -> float:
+        layers = tuple(
+            Kept(tuple(h for h in range(sizes.kv_heads) if h != cut[i])) if i in cut else Kept()
+            for i in range(sizes.layers)
+        )
+        model = copy.deepcopy(base)
+        model.load_state_dict(masked(base.state_dict(), Pruning(sizes, layers)))
+        with torch.no_grad():
+            return float(model(input_ids=ids, labels=ids).loss)
+
+    whole = loss({})
+    found: dict[str, Any] = {
+        "without_head": {i: [round(loss({i: h}) - whole, 4) for h in range(sizes.kv_heads)] for i in blocks}
+    }
+    channels: dict[str, list[set[int]]] = {}
+    for criterion in CRITERIA[:3]:
+        plugin, adapted = judged(base, 0, criterion)
+        for step in range(10):
+            batch = text.batch(0, step)
+            adapted.zero_grad()
+            adapted.train()(input_ids=batch, labels=batch).loss.backward()
+            with torch.no_grad():
+                for parameter in adapted.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.05 * parameter.grad
+            plugin._update()
+        means = [plugin.means[i] for i in blocks]
+        heads = [importance.highest(one.heads, HEADS) for one in means]
+        found[f"{criterion}_heads"] = dict(zip(blocks, heads, strict=True))
+        channels[criterion] = [set(importance.highest(one.channels, sizes.channels // 2)) for one in means]
+    for one, other in (("lora", "gradient"), ("lora", "magnitude")):
+        pairs = zip(channels[one], channels[other], strict=True)
+        found[f"channels_in_common_{one}_{other}"] = [len(mine & theirs) for mine, theirs in pairs]
+    return found | {"channels_kept": sizes.channels // 2}
 
 
 # ------------------------------------------------------------------------------------------------ run and report
@@ -117,6 +163,11 @@ def measure(asked: argparse.Namespace) -> None:
     found |= {"base": both(base, old, new) | {"parameters": base.num_parameters()}, "machine": platform.machine(),
               "torch": torch.__version__}  # fmt: skip
     print("base", found["base"], flush=True)
+    if asked.agreement:
+        found["agreement"] = agreement(base, old)
+        print(found["agreement"], flush=True)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return
     arms: dict[str, Callable[[int], dict[str, Any]]] = {
         "full LoRA": lambda seed: full_arm(base, old, new, seed),
         "LoRAM": lambda seed: loram_arm(base, old, new, seed, False),
@@ -133,14 +184,15 @@ def measure(asked: argparse.Namespace) -> None:
 
 
 def mean(found: dict[str, Any], arm: str, *keys: str) -> float:
-    """Mean over the seeds."""
+    """Mean over the seeds; not a number where an arm has not run."""
 
     def value(run: Any) -> float:
         for key in keys:
             run = run[key]
         return float(run)
 
-    return statistics.mean(value(run) for run in found["runs"] if run["arm"] == arm)
+    values = [value(run) for run in found["runs"] if run["arm"] == arm]
+    return statistics.mean(values) if values else math.nan
 
 
 def report(found: dict[str, Any]) -> str:
@@ -165,6 +217,8 @@ def report(found: dict[str, Any]) -> str:
 
     lines.append(f"| LoRA of the whole base | - | - | {cell('full LoRA')} | {by_seed('full LoRA')} |")
     for arm, start in (("LoRAM", "cut"), ("LoRAM aligned", "aligned")):
+        if math.isnan(mean(found, arm, "frozen")):
+            continue
         lines.append(f"| {arm} | {cell(arm, start)} | {cell(arm, 'pruned_lora')} | {cell(arm, 'recovered')} | "
                      f"{by_seed(arm, 'recovered')} |")  # fmt: skip
     lines += ["", "| bar | wanted | found | |", "|---|---|---|---|"]
@@ -179,18 +233,21 @@ def report(found: dict[str, Any]) -> str:
     bars.append(("alignment lowers the pruned base's source loss by", "> 0", lower, lower > 0))
     frozen = mean(found, "LoRAM", "frozen")
     bars.append(("linear weights left of the whole model's", "<= 0.55 (spec's own run: 0.57)", frozen, frozen <= 0.55))
-    lines += [f"| {what} | {wanted} | {value:.3f} | {'yes' if met else 'no'} |" for what, wanted, value, met in bars]
+    lines += [f"| {what} | {wanted} | {value:.3f} | {'yes' if met else 'no'} |" for what, wanted, value, met in bars
+              if not math.isnan(value)]  # fmt: skip
     lines += ["", "## LoRAPrune: layers 1 and 2 of 4 to half, judged by four criteria", "",
               "| criterion | Shakespeare | by seed | Bible |", "|---|---|---|---|"]  # fmt: skip
     for criterion in CRITERIA:
         arm = f"LoRAPrune {criterion}"
         each = ", ".join(f"{run['shakespeare']:.3f}" for run in found["runs"] if run["arm"] == arm)
         own, other = (mean(found, arm, text) for text in ("shakespeare", "bible"))
+        if not each:
+            continue
         lines.append(f"| {criterion} | {own:.4f} | {each} | {other:.4f} |")
     ours = mean(found, "LoRAPrune lora", "shakespeare")
-    first = next(run for run in found["runs"] if run["arm"] == "LoRAPrune lora")
+    first = next((run for run in found["runs"] if run["arm"] == "LoRAPrune lora"), None)
     gaps = {c: mean(found, f"LoRAPrune {c}", "shakespeare") - ours for c in CRITERIA}
-    memory = first["lora_bytes"] / first["dense_bytes"]
+    memory = first["lora_bytes"] / first["dense_bytes"] if first else math.nan
     bars = [
         ("random minus lora", ">= 0.03", gaps["random"], gaps["random"] >= 0.03),
         ("lora minus true gradient", "<= 0.02", -gaps["gradient"], gaps["gradient"] >= -0.02),
@@ -198,17 +255,26 @@ def report(found: dict[str, Any]) -> str:
         ("bytes of gradients, lora over true gradient (rank 8)", "<= 0.10", memory, memory <= 0.1),
     ]
     lines += ["", "| bar | wanted | found | |", "|---|---|---|---|"]
-    lines += [f"| {what} | {wanted} | {value:.4f} | {'yes' if met else 'no'} |" for what, wanted, value, met in bars]
-    lines += [
-        "", f"The pruned models have {first['parameters']:,} parameters.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    lines += [f"| {what} | {wanted} | {value:.4f} | {'yes' if met else 'no'} |" for what, wanted, value, met in bars
+              if not math.isnan(value)]  # fmt: skip
+    if "agreement" in found:
+        same = found["agreement"]
+        lines += ["", "After ten steps the criteria keep these key-value heads of layers 1 and 2: "
+                  + "; ".join(f"{c} {list(same[f'{c}_heads'].values())}" for c in CRITERIA[:3])
+                  + f". Of {same['channels_kept']} channels they keep in common: lora and true gradient "
+                  + f"{same['channels_in_common_lora_gradient']}, lora and magnitude "
+                  + f"{same['channels_in_common_lora_magnitude']}. Loss that is lost with each head alone: "
+                  + f"{list(same['without_head'].values())}."]  # fmt: skip
+    if first:
+        lines += ["", f"The pruned models have {first['parameters']:,} parameters."]
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tiny_llama.add_arguments(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--agreement", action="store_true", help="compare what the criteria keep, without the runs")
     parser.add_argument("--report", action="store_true", help="only write the table from the .json")
     asked = parser.parse_args()
     if not asked.report:
