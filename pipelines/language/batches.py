@@ -14,8 +14,9 @@ from torch import Tensor
 
 from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, Silent, check
-from pipelines.language.answer import Sampling, end_of_turn, generate_options, prompt
+from pipelines.language.answer import end_of_turn, generate_options, prompt
 from pipelines.language.loading import longest_input
+from pipelines.language.tokens import Sampling
 
 Messages = Sequence[dict[str, str]]
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def wire(auditing: Auditing, chosen: gr.State, shelf: gr.Radio) -> None:
                 *follow(mine, ())]  # fmt: skip
 
     def begin(
-        name: str, base: str | None, harmful: list[str] | None, benign: list[str] | None, unaligned: str | None,
-        screen_only: bool,
+        screen_only: bool, name: str, base: str | None, harmful: list[str] | None, benign: list[str] | None,
+        unaligned: str | None,
     ) -> Any:  # fmt: skip
         if not base:
             raise InputError("Choose the base that the adapter was trained on.")
@@ -109,8 +110,8 @@ def wire(auditing: Auditing, chosen: gr.State, shelf: gr.Radio) -> None:
 
     a = auditing
     asked = [chosen, a.base, a.harmful, a.benign, a.unaligned]
-    a.start.click(errors_shown(lambda *values: begin(*values, False)), asked, a.view, **_PRIVATE)
-    a.screen.click(errors_shown(lambda *values: begin(*values, True)), asked, a.view, **_PRIVATE)
+    a.start.click(errors_shown(partial(begin, False)), asked, a.view, **_PRIVATE)
+    a.screen.click(errors_shown(partial(begin, True)), asked, a.view, **_PRIVATE)
     a.timer.tick(errors_shown(follow), [a.job, a.shown], a.view, **_PRIVATE)
     a.cancel.click(stopper(follow), a.job, a.view, **_PRIVATE)
     chosen.change(offer, [chosen, shelf], [a.fold, a.base, a.unaligned, *a.view], **_PRIVATE)
