@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +109,8 @@ def wire(auditing: Auditing, chosen: gr.State, shelf: gr.Radio) -> None:
 
     a = auditing
     asked = [chosen, a.base, a.harmful, a.benign, a.unaligned]
-    a.start.click(errors_shown(partial(begin, False)), asked, a.view, **_PRIVATE)
-    a.screen.click(errors_shown(partial(begin, True)), asked, a.view, **_PRIVATE)
+    a.start.click(errors_shown(lambda *values: begin(False, *values)), asked, a.view, **_PRIVATE)
+    a.screen.click(errors_shown(lambda *values: begin(True, *values)), asked, a.view, **_PRIVATE)
     a.timer.tick(errors_shown(follow), [a.job, a.shown], a.view, **_PRIVATE)
     a.cancel.click(stopper(follow), a.job, a.view, **_PRIVATE)
     chosen.change(offer, [chosen, shelf], [a.fold, a.base, a.unaligned, *a.view], **_PRIVATE)
