@@ -280,7 +280,9 @@ def deployment(given: argparse.Namespace) -> None:
         for process in (*there.values(), server):
             process.wait(60)
     result = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))
-    found = {"events": events, "result": result, "rounds": read_history(folder / "run"), "clients": list(names)}
+    about = f"{given.bases[0]}, {given.limit} pictures for each client, one epoch a round."
+    history = read_history(folder / "run")
+    found = {"about": about, "events": events, "result": result, "rounds": history, "clients": list(names)}
     files.write_text(given.out / "deployment.json", json.dumps(found))
 
 
@@ -290,7 +292,7 @@ def deployment_lines(out: Path) -> list[str]:
     if not file.is_file():
         return []
     found = json.loads(file.read_text(encoding="utf-8"))
-    lines = [f"- {event}" for event in found["events"]]
+    lines = [*([found["about"], ""] if "about" in found else []), *(f"- {event}" for event in found["events"])]
     lines += ["", "| round | answered | left out | up (bytes) | down (bytes) | seconds |", "|---" * 6 + "|"]
     for one in found["rounds"][1:]:
         out_of = "; ".join(f"{name}: {why}" for name, why in one["failed"].items()) or "-"
@@ -383,6 +385,8 @@ def report(given: argparse.Namespace) -> None:
             ]
             rounds, epochs = len(label[0]["rounds"]), label[0]["config"]["training"]["epochs"]
             lines += [f"## {base}: {rounds} rounds of {epochs} local epoch(s)", "", *table, ""]
+    if not kept(given.out, "methods"):
+        lines += ["Accuracy, bias and the privacy table have not been run yet.", ""]
     table = privacy_lines(given.out)
     if table:
         one = kept(given.out, "privacy")[0]
