@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "speech.json"
 TABLE = RESULTS.with_suffix(".md")
 PLACE = Path("/tmp/speech_benchmark")
 
-TRAIN, TEST, WINDOW, STEPS, BATCH = 150, 40, 4, 70, 6
+TRAIN, TEST, WINDOW, STEPS, BATCH = 150, 40, 4, 40, 4
 COMMON: dict[str, Any] = {
     "base": "whisper-tiny.en", "window": WINDOW, "steps": STEPS, "batch_size": BATCH, "targets": "linear",
     "learning_rate": 1e-3, "warmup_ratio": 0.1, "validation_answers": TEST, "validation_every": 10**6,
