@@ -10,7 +10,8 @@ one: of the whole), and the mean of both margins. Baselines see the same split.
 
     python -m assets.build.transcripts                 # the data
     python -m benchmarks.rna                           # 3 seeds; about 10 minutes each on a busy core
-    python -m benchmarks.rna --continue                # keeps the seeds already in the .json
+    python -m benchmarks.rna --continue                # keeps what is already in the .json
+    python -m benchmarks.rna --models                  # the baselines alone, in seconds
     python -m benchmarks.rna --report                  # writes the table again from the .json
 
 Writes benchmarks/results/rna.{json,md}; ``--keep FOLDER`` also keeps base and adapters of every seed.
@@ -25,7 +26,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,10 @@ BASE: dict[str, Any] = {
     "view": "full", "long": "windows", "learning_rate": 2e-3, "steps": 60,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
-    "full": {"mode": "full", "learning_rate": 1e-3, "steps": 60},
-    "LoRA r8": {"mode": "lora", "rank": 8, "alpha": 16, "learning_rate": 5e-3, "steps": 60},
+    "full": {"mode": "full", "learning_rate": 1e-3, "steps": 48, "batch_size": 8},
+    "LoRA r8": {"mode": "lora", "rank": 8, "alpha": 16, "learning_rate": 2e-3, "steps": 48, "batch_size": 8},
 }
-FITTED = 300
+FITTED = 100
 """Training transcripts on which the margin is weighed against the lengths."""
 AREAS = ("whole", "ORF", "mean", "mean and lengths (logistic)")
 BARS = {"full": 0.75, "LoRA r8": 0.70}
@@ -119,8 +120,8 @@ def baselines(shown: Sequence[Transcript], held: Sequence[Transcript]) -> dict[s
 # ------------------------------------------------------------------------------------------------ one seed
 
 
-def one(seed: int, data: Path, place: Path) -> dict[str, Any]:
-    """Everything of one seed."""
+def one(seed: int, data: Path, place: Path, models: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
+    """The baselines of one seed, and those of ``models`` that are not ``known`` already."""
     items = transcripts.read([str(data / "labelled.fa")], LABELS).items
     shown, held = transcripts.split(items, TEST, seed)
     tested = {item.gene for item in held}
@@ -131,12 +132,17 @@ def one(seed: int, data: Path, place: Path) -> dict[str, Any]:
     truth = [item.label or 0 for item in held]
     found: dict[str, Any] = {
         "seed": seed, "train": len(shown), "test": len(held), "positive": sum(truth), "free": len(allowed),
-        "auc": {name: metrics.area(truth, score) for name, score in baselines(shown, held).items()}, "models": {},
+        "auc": {name: metrics.area(truth, score) for name, score in baselines(shown, held).items()},
+        "base": known.get("base", {}), "models": dict(known.get("models", {})),
     }  # fmt: skip
+    missing = [name for name in models if name not in found["models"]]
+    if not missing:
+        return found
     asked = {**COMMON, **BASE, "data": [str(free), str(train)], "seed": seed, "name": "base"}
     made = trained(asked, place / "base")
     found["base"] = {key: made[key] for key in ("first_loss", "loss", "seconds", "parameters")}
-    for name, values in MODELS.items():
+    for name in missing:
+        values = MODELS[name]
         asked = {**COMMON, **values, "base": made["adapter"], "data": [str(train)], "seed": seed, "name": "it"}
         result = trained(asked, place / name.replace(" ", "-"))
         opened = [Path(made["adapter"]), Path(result["adapter"])] if values["mode"] == "lora" else [
@@ -192,72 +198,84 @@ def judged(
 
 
 def report(found: dict[str, Any]) -> str:
-    """The table, from the .json."""
+    """The tables, from the .json; a model is averaged over the seeds that measured it."""
     seeds = found["seeds"]
-
-    def told(value: Callable[[dict[str, Any]], float], digits: int = 3) -> str:
-        values = [value(seed) for seed in seeds]
-        spread = f" ({min(values):.{digits}f}-{max(values):.{digits}f})" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-    lines = [
+    models = {name: [s for s in seeds if name in s["models"]] for name in MODELS}
+    return "\n".join([
         "# LncRNA or mRNA, on human chromosome X", "",
         (__doc__ or "").partition("\n\n")[2].partition("\n\n    python")[0].replace("\n", " "), "",
         f"{len(seeds)} seeds ({', '.join(str(seed['seed']) for seed in seeds)}), {seeds[0]['train']} transcripts to "
-        f"learn from, {seeds[0]['test']} to test with ({seeds[0]['positive']} of them non-coding); area under the ROC "
-        f"curve, mean over the seeds (smallest-largest). {found['machine']}. Repeat it with "
-        "`python -m benchmarks.rna`.", "",
-        "| scored by | trained parameters | whole | ORF | mean of both | with the lengths beside it |",
-        "|---|---|---|---|---|---|",
-        *(f"| {name} | | | | {told(lambda s, name=name: s['auc'][name])} | |" for name in seeds[0]["auc"]),
-        *(
-            f"| {name} | {seeds[0]['models'][name]['parameters']:,} | "
-            + " | ".join(told(lambda s, n=name, k=key: s["models"][n]["auc"][k]) for key in AREAS) + " |"
-            for name in MODELS
-        ),
-        "",
-    ]  # fmt: skip
-    full, lora = (statistics.fmean(s["models"][n]["auc"]["mean"] for s in seeds) for n in MODELS)
-    shares = seeds[0]["models"]["LoRA r8"]["parameters"] / seeds[0]["models"]["full"]["parameters"]
+        f"learn from, {seeds[0]['test']} to test with ({seeds[0]['positive']} of them non-coding). Area under the ROC "
+        f"curve, mean over the seeds (smallest-largest). {found['machine']}.", "",
+        "| scored by | seeds | trained parameters | whole | ORF | mean of both | with the lengths beside it |",
+        "|---|---|---|---|---|---|---|",
+        *(f"| {name} | {len(seeds)} | | | | {told([s['auc'][name] for s in seeds])} | |" for name in seeds[0]["auc"]),
+        *(_row(name, mine) for name, mine in models.items()), "",
+        *_bars(seeds, models), "",
+        "No number of the paper (arXiv 2411.08073) is reproduced here: its data (GENCODE), size (86.9 M) and training "
+        "are others.", "", *_more({name: mine for name, mine in models.items() if mine}),
+        f"Settings: base `{json.dumps(BASE)}`, models `{json.dumps(MODELS)}`, all `{json.dumps(COMMON)}`.", "",
+    ])  # fmt: skip
+
+
+def told(values: Sequence[float], digits: int = 3) -> str:
+    """The mean of some values, and their range if they are several."""
+    spread = f" ({min(values):.{digits}f}-{max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def _row(name: str, seeds: Sequence[dict[str, Any]]) -> str:
+    if not seeds:
+        return f"| {name} | not run yet | | | | | |"
+    cells = " | ".join(told([s["models"][name]["auc"][key] for s in seeds]) for key in AREAS)
+    return f"| {name} | {len(seeds)} | {seeds[0]['models'][name]['parameters']:,} | {cells} |"
+
+
+def _bars(seeds: Sequence[dict[str, Any]], models: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The thresholds, and what is known about them."""
+
+    def mean(name: str) -> float | None:
+        values = [s["models"][name]["auc"]["mean"] for s in models[name]]
+        return statistics.fmean(values) if values else None
+
+    def line(text: str, value: float | None, good: bool) -> str:
+        return f"| {text} | {'' if value is None else f'{value:.3f}'} | " + (
+            "not run yet |" if value is None else "yes |" if good else "**no** |"
+        )
+
+    full, lora = mean("full"), mean("LoRA r8")
     kmers = statistics.fmean(s["auc"]["3-mer shares (logistic)"] for s in seeds)
     orf = statistics.fmean(s["auc"]["ORF length alone"] for s in seeds)
-    bars = [
-        (f"full reaches {BARS['full']:.2f} on the mean score", full >= BARS["full"], f"{full:.3f}"),
-        (f"LoRA reaches {BARS['LoRA r8']:.2f}", lora >= BARS["LoRA r8"], f"{lora:.3f}"),
-        ("both are above 3-mer shares", min(full, lora) > kmers, f"{kmers:.3f}"),
-        ("LoRA is within 0.10 of full", lora >= full - 0.10, f"{full - lora:+.3f}"),
-        ("with at most 6 % of its parameters", shares <= 0.06, f"{shares:.1%}"),
-    ]
-    lines += ["| bar | measured | reached |", "|---|---|---|",
-              *(f"| {text} | {value} | {'yes' if good else '**no**'} |" for text, good, value in bars), ""]  # fmt: skip
-    beaten = max(full, lora) > orf
-    lines += [
-        f"The length of the longest ORF alone reaches {orf:.3f}: the models of this size and budget "
-        + ("beat it." if beaten else "do **not** beat it, and whoever needs a label today should use that length."),
-        "Error of LoRA over error of full, 1 - accuracy at probability 0.5: "
-        + told(lambda s: (1 - s["models"]["LoRA r8"]["measures"]["accuracy"])
-               / (1 - s["models"]["full"]["measures"]["accuracy"]), 2) + ".",
-        "No number of the paper (arXiv 2411.08073) is reproduced here: its data (GENCODE), size (86.9 M) and training "
-        "are others.", "",
-        "| model | accuracy | balanced accuracy | macro F1 | MCC | PR AUC | ROC AUC, bootstrap 95 % (first seed) |",
-        "|---|---|---|---|---|---|---|",
+    apart = None if full is None or lora is None else full - lora
+    both = [value for value in (full, lora) if value is not None]
+    beaten = bool(both) and max(both) > orf
+    return [
+        "| bar | measured | reached |", "|---|---|---|",
+        line(f"full reaches {BARS['full']:.2f} on the mean score", full, (full or 0) >= BARS["full"]),
+        line(f"LoRA reaches {BARS['LoRA r8']:.2f}", lora, (lora or 0) >= BARS["LoRA r8"]),
+        line(f"full is above 3-mer shares ({kmers:.3f})", full, (full or 0) > kmers),
+        line(f"LoRA is above 3-mer shares ({kmers:.3f})", lora, (lora or 0) > kmers),
+        line("full minus LoRA is at most 0.10", apart, (apart or 0) <= 0.10), "",
+        f"The length of the longest ORF alone reaches {orf:.3f}: a model of this size and budget "
+        + ("beats it." if beaten else "does **not** beat it, and whoever needs a label today should use that length."),
     ]  # fmt: skip
-    for name in MODELS:
-        keys = ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "pr_auc")
+
+
+def _more(models: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Further measures, and quarters by length of the first seed."""
+    keys = ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "pr_auc")
+    lines = ["| model | accuracy | balanced accuracy | macro F1 | MCC | PR AUC | ROC AUC, 95 % (first seed) |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, seeds in models.items():
         low, high = seeds[0]["models"][name]["auc_95"]
-        lines.append(
-            f"| {name} | " + " | ".join(told(lambda s, n=name, k=key: s["models"][n]["measures"][k]) for key in keys)
-            + f" | {low:.3f}-{high:.3f} |"
-        )  # fmt: skip
-    heads = " | ".join(f"{name}: accuracy, ROC AUC" for name in MODELS)
-    lines += ["", f"| quarter by length (nt, first seed) | {heads} |", "|---|" + "---|" * len(MODELS)]
-    for rows in zip(*(seeds[0]["models"][name]["by_length"] for name in MODELS), strict=True):
-        cells = [f"{row['accuracy']:.3f}, {row.get('roc_auc', float('nan')):.3f}" for row in rows]
-        lines.append(f"| {rows[0]['from']}-{rows[0]['to']} | " + " | ".join(cells) + " |")
-    seconds = [s["base"]["seconds"] + sum(m["seconds"] for m in s["models"].values()) for s in seeds]
-    lines += ["", f"Training took {', '.join(f'{value / 60:.1f}' for value in seconds)} minutes. Settings: base "
-              f"`{json.dumps(BASE)}`, models `{json.dumps(MODELS)}`, all `{json.dumps(COMMON)}`.", ""]  # fmt: skip
-    return "\n".join(lines)
+        cells = " | ".join(told([s["models"][name]["measures"][key] for s in seeds]) for key in keys)
+        lines.append(f"| {name} | {cells} | {low:.3f}-{high:.3f} |")
+    lines += ["", "| model | quarter by length (nt, first seed) | accuracy | ROC AUC |", "|---|---|---|---|"]
+    for name, seeds in models.items():
+        for row in seeds[0]["models"][name]["by_length"]:
+            area = f"{row['roc_auc']:.3f}" if "roc_auc" in row else "one label only"
+            lines.append(f"| {name} | {row['from']}-{row['to']} | {row['accuracy']:.3f} | {area} |")
+    return [*lines, ""]
 
 
 def main() -> None:
@@ -265,22 +283,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=build_dir() / "transcripts")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--keep", type=Path, help="keep bases and adapters below this folder")
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS), help="none: baselines only")
     parser.add_argument("--continue", dest="go_on", action="store_true")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     silence.library_warnings()
     silence.loading_bars()
     target = RESULTS / "rna.json"
-    known = json.loads(target.read_text()) if target.is_file() and (options.go_on or options.report) else {}
+    before = json.loads(target.read_text()) if target.is_file() and (options.go_on or options.report) else {}
     machine = f"{os.cpu_count()} {platform.machine()} cores, one thread, busy with other work"
-    found: dict[str, Any] = {"machine": machine, "seeds": [], **known}
+    found: dict[str, Any] = {"machine": machine, "seeds": [], **before}
     for seed in [] if options.report else options.seeds:
-        if seed in [done["seed"] for done in found["seeds"]]:
-            continue
         begun = time.perf_counter()
+        known = next((done for done in found["seeds"] if done["seed"] == seed), {})
         with tempfile.TemporaryDirectory() as temporary:
             place = (options.keep or Path(temporary)) / f"seed-{seed}"
-            found["seeds"].append(one(seed, options.data, place))
+            made = one(seed, options.data, place, options.models, known)
+        found["seeds"] = sorted([*(s for s in found["seeds"] if s["seed"] != seed), made], key=lambda s: s["seed"])
         files.write_text(target, json.dumps(found, indent=1) + "\n")
         print(f"seed {seed}: {time.perf_counter() - begun:.0f} s")
     files.write_text(RESULTS / "rna.md", report(found))
