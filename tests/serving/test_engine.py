@@ -277,6 +277,23 @@ def test_models_whose_attention_needs_more_than_pages_are_refused(tmp_path):
     PagedModel(sliding, PagePool(200, 16))  # its own check compares seven tokens
 
 
+def test_other_architectures_compute_the_same_on_pages():
+    """Each is compared with its own forward pass when it is opened: windows, soft caps, other names and layouts."""
+    import transformers
+
+    from adapters.serving.pool import PagePool
+
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    grouped = sizes | {"num_key_value_heads": 2, "head_dim": 8}
+    window = grouped | {"sliding_window": 3, "query_pre_attn_scalar": 8}
+    for name, values in {"Gemma2": window, "Qwen3": grouped, "GPTNeoX": sizes,
+                         "GPT2": {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}}.items():  # fmt: skip
+        model = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")
+        made = model(getattr(transformers, f"{name}Config")(**values)).eval()
+        PagedModel(made, PagePool(200, shape_of(made).page)).close()
+
+
 def test_cancelled_and_late_requests_leave_their_pages(base, several):
     engine, names = served(base, scheduler="early-abort", slo=0.6)
     names.add("small", several["small"])
