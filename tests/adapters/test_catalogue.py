@@ -24,7 +24,11 @@ def test_read_from_the_text_is_what_the_modules_hold() -> None:
     held = []
     for package in catalogue.SEARCHED:
         for info in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-            module = importlib.import_module(info.name)
+            try:
+                module = importlib.import_module(info.name)
+            except ModuleNotFoundError as error:  # the compiled kernels of a package that is not installed
+                assert (error.name or "").partition(".")[0] in ("triton",)
+                continue
             held += getattr(module, "METHODS", ()) or ([module.METHOD] if hasattr(module, "METHOD") else [])
     by_name = {(method.stage, method.name): method for method in catalogue.methods()}
     assert held == [by_name[method.stage, method.name] for method in held]

@@ -108,7 +108,7 @@ def _page(kind: str, values: dict[str, Any]) -> None:
                          for name in distill.NAMES))  # fmt: skip
     else:
         names = [name for name in language.NAMES if name != "base"]
-        language._begin(shown["data"], shown["base"], *(shown[name] for name in names))
+        jobs.submit(kind, language.config_of(shown["data"], shown["base"], [shown[name] for name in names]))
 
 
 BASES: dict[str, tuple[str, dict[str, Any], str]] = {
