@@ -13,7 +13,6 @@ from adapters.errors import InputError, StudioError
 from studio import silence
 from studio.cli.output import Output
 from studio.schema import JobConfig, read_yaml
-from studio.training import estimate as estimates
 from studio.training.commands import launch
 
 C = TypeVar("C", bound=JobConfig)
@@ -86,6 +85,8 @@ def check(config: JobConfig) -> None:
 def estimate(config: JobConfig, output: Output) -> None:
     """Print an estimate of memory and time, without training."""
     check(config)
+    from studio.training import estimate as estimates
+
     found = estimates.estimated(config)
     output.result(found.as_json(), estimates.sentence(found))
 
@@ -94,6 +95,8 @@ def announce(config: JobConfig, output: Output) -> None:
     """Print an estimate before a real model is loaded."""
     check(config)
     try:
+        from studio.training import estimate as estimates
+
         output.note(estimates.sentence(estimates.estimated(config)))
     except InputError as error:  # the run itself may still be possible
         output.note(str(error))
