@@ -20,6 +20,9 @@ from studio.federation.server import Server
 WAIT = 2.0
 """Seconds between looks for clients."""
 
+ASK = 300.0
+"""Seconds for a newcomer to say its name; its process must start first."""
+
 GRACE = 60.0
 """Seconds that a round waits for a client which was lost in the round before, and may be on its way back."""
 
@@ -52,7 +55,7 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
             unknown = [node for node in present if node not in self.nodes]
             if unknown:
                 asked = [self._message(node, "start", "query.who") for node in unknown]
-                for answer in grid.send_and_receive(asked, timeout=min(120.0, self.patience)):
+                for answer in grid.send_and_receive(asked, timeout=min(ASK, self.patience)):
                     try:
                         self.nodes[answer.metadata.src_node_id] = records.reply_of(answer).client
                     except records.ClientError:
