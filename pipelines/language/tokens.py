@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if any(not text for text in self.stop):
             raise InputError("A stop text is empty: leave it out.")
+        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
+            raise InputError("A number of logit_bias is not finite.")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise InputError(f"Log-probabilities are given for up to 20 tokens, not {self.logprobs}.")
 

@@ -111,7 +111,8 @@ class _Routes:
 
     async def metrics(self) -> Response:
         engine = self.serve.engine
-        return PlainTextResponse(engine.metrics.text(engine.gauges(), self.serve.name),
+        gauges = await asyncio.to_thread(engine.gauges)  # waits for the running step
+        return PlainTextResponse(engine.metrics.text(gauges, self.serve.name),
                                  media_type="text/plain; version=0.0.4; charset=utf-8")  # fmt: skip
 
     async def models(self) -> dict[str, Any]:

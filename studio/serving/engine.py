@@ -119,6 +119,7 @@ class Engine:
         limit = int(config.adapter_share * self.pool.total) if config.adapter_share else None
         self.store = AdapterStore(self.pool, limit)
         head = base.model.get_output_embeddings()
+        self.vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         named = {id(module): name for name, module in base.model.named_modules()}
         self.dispatch = LoraDispatch(base.model, self.pool, config.backend, named.get(id(head), ""))
         self.mixtures: dict[str, ExpertsBeside] = {}
@@ -145,6 +146,11 @@ class Engine:
             InputError: it can never be served: its sampling, its length, the pool, an adapter that is not loaded.
         """
         request.sampling.check()
+        strange = [token for token in request.sampling.logit_bias if not 0 <= token < self.vocabulary]
+        if strange:
+            raise InputError(
+                f"logit_bias names the token {strange[0]}, and the vocabulary's numbers are 0 to {self.vocabulary - 1}."
+            )
         if len(self.waiting) + len(self._inbox) >= self.config.max_waiting:
             raise QueueFullError(f"{self.config.max_waiting} requests are waiting already: try again later.")
         self._check_room(request)
@@ -280,7 +286,8 @@ class Engine:
                 except Exception as error:
                     _log.exception("a forward pass failed")
                     for request, _ in group:
-                        self._end(request, "error", str(error))
+                        if not request.done:
+                            self._end(request, "error", str(error))
             self.running = [one for one in self.running if not one.done]
             self._prefetch()
             return bool(parts)
@@ -472,9 +479,14 @@ class Engine:
         now = time.monotonic()
         for number, request in enumerate(requests):
             sampling = request.sampling
-            token = likeliest[number] if sampling.plain else choose(
-                logits[number], sampling, request.prompt, request.answer, request.random
-            )  # fmt: skip
+            try:
+                token = likeliest[number] if sampling.plain else choose(
+                    logits[number], sampling, request.prompt, request.answer, request.random
+                )  # fmt: skip
+            except Exception as error:  # of this request's numbers alone: the others go on
+                _log.exception("no token could be chosen")
+                self._end(request, "error", str(error))
+                continue
             found = () if sampling.logprobs is None else (logprobs(logits[number], token, sampling.logprobs),)
             if request.first_token is None:
                 request.first_token = now

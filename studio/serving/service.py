@@ -273,9 +273,8 @@ class ServeEngine:
         """The tokens of a text; token numbers are checked. Raises :class:`InputError`."""
         if isinstance(prompt, str):
             return list(self.base.tokenizer(prompt)["input_ids"])
-        vocabulary = self.base.model.get_input_embeddings().weight.shape[0]
-        if any(not 0 <= token < vocabulary for token in prompt):
-            raise InputError(f"A token is not in the vocabulary, whose numbers are 0 to {vocabulary - 1}.")
+        if any(not 0 <= token < self.engine.vocabulary for token in prompt):
+            raise InputError(f"A token is not in the vocabulary, whose numbers are 0 to {self.engine.vocabulary - 1}.")
         return list(prompt)
 
 

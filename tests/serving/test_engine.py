@@ -389,6 +389,18 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_text():
     assert broken.finish() == "�"
 
 
+def test_numbers_that_cannot_be_sampled_end_their_own_request_alone(base, several):
+    engine, names = served(base)
+    names.add("small", several["small"])
+    bad = asked(engine, names, [10, 20], {"small": 1.0}, temperature=1e-320, top_p=1.0)
+    good = asked(engine, names, [10, 20], {"small": 1.0})
+    engine.finish([bad, good])
+    assert bad.pieces[-1].reason == "error"
+    assert good.answer == alone(base, several["small"], [10, 20], 8)
+    names.remove("small")
+    assert engine.pool.free_pages == engine.pool.total
+
+
 def test_a_thread_answers_and_survives_a_failure(base, several, monkeypatch):
     engine, names = served(base)
     engine.start()

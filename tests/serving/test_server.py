@@ -180,6 +180,7 @@ def test_models_are_listed_and_new_ones_found_without_a_restart(running, several
     ({"prompt": []}, 400, "prompt"),
     ({"prompt": [999999]}, 400, "not in the vocabulary"),
     ({"prompt": ""}, 400, "no tokens"),
+    ({"logit_bias": {"999999": 1}}, 400, "logit_bias names the token 999999"),
     ({"best_of": 3}, 400, "best_of: is not a field that is served here"),
     ({"nonsense": 1}, 400, "nonsense: is not a field that is served here"),
     ({"stream_options": {"include_usage": True}}, 400, "set stream to true"),
