@@ -125,7 +125,7 @@ class _Audit:
             changes = self._changes(answers)
             checks, measured = self._checks(changes, strengths)
             remarks += self.asker.remarks
-        decided = verdict.overall(checks, screen.warnings, self.config.screen_only)
+        decided = verdict.overall(checks, screen.warnings, self.config.screen_only, bool(screen.modules))
         made = {
             "verdict": decided,
             "adapter": {"name": name, "sha256": library.sha256(path)},

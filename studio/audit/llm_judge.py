@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -40,10 +41,14 @@ def local(source: str, device: str, dtype: str) -> Ask:
 
 
 def over_http(address: str, model: str = "") -> Ask:
-    """A server with OpenAI's chat interface, ``http(s)://host/v1``; requests and replies are sent there."""
+    """A server with OpenAI's chat interface, ``http(s)://host/v1``; requests and replies are sent there.
+
+    Its key is that of the environment variable ``ADAPTER_STUDIO_JUDGE_KEY``.
+    """
     from huggingface_hub import InferenceClient
 
-    client = InferenceClient(base_url=address)
+    # without a key of ours, the client would send the Hugging Face token of this computer to the address
+    client = InferenceClient(base_url=address, api_key=os.environ.get("ADAPTER_STUDIO_JUDGE_KEY") or "none")
 
     def one(question: str) -> str:
         try:

@@ -72,9 +72,11 @@ def _decided(
     return Check(name, title, status, value, low, high, limit, n, reason)
 
 
-def overall(checks: Sequence[Check], warnings: Sequence[str] = (), screened_only: bool = False) -> Status:
-    """The verdict. A screen of weights alone never fails: with warnings it is inconclusive."""
+def overall(
+    checks: Sequence[Check], warnings: Sequence[str] = (), screened_only: bool = False, screened: bool = True
+) -> Status:
+    """The verdict. A screen of weights alone never fails: with warnings, or of nothing, it is inconclusive."""
     if screened_only:
-        return "inconclusive" if warnings else "pass"
+        return "pass" if screened and not warnings else "inconclusive"
     found = {check.status for check in checks}
     return "fail" if "fail" in found else "inconclusive" if "inconclusive" in found or not checks else "pass"

@@ -92,6 +92,7 @@ def test_limits():
     assert verdict.overall([same]) == "pass"
     assert verdict.overall([], ["careful"], screened_only=True) == "inconclusive"
     assert verdict.overall([], [], screened_only=True) == "pass"
+    assert verdict.overall([], [], screened_only=True, screened=False) == "inconclusive"
 
 
 def test_prompt_files_as_people_have_them(tmp_path: Path):
@@ -202,3 +203,20 @@ def test_the_package_trains_nothing_and_writes_weights_in_one_place():
         assert not any("optim" in name or "training.session" in name for name in imported), file.name
         if file.name != "mitigation.py":
             assert not {"save_file", "write_peft", "save_pretrained"} & (names | imported), file.name
+
+
+def test_a_judge_on_a_server_is_not_sent_the_hugging_face_token(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    class Client:
+        def __init__(self, **options):
+            asked.append(options)
+
+    monkeypatch.setattr(huggingface_hub, "InferenceClient", Client)
+    monkeypatch.delenv("ADAPTER_STUDIO_JUDGE_KEY", raising=False)
+    llm_judge.over_http("http://judge/v1")
+    monkeypatch.setenv("ADAPTER_STUDIO_JUDGE_KEY", "own")
+    llm_judge.over_http("http://judge/v1")
+    assert [options["api_key"] for options in asked] == ["none", "own"]
