@@ -10,14 +10,19 @@ from adapters.errors import InputError
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+def check_open(host: str, api_key: str) -> None:
+    """Raise :class:`InputError` if others could reach the server without a key."""
+    if host not in LOOPBACK and not api_key:
+        raise InputError(f"Others could reach the server at '{host}': give a key that they must know (--api-key).")
+
+
 def listening(host: str, port: int, api_key: str) -> socket.socket:
     """A socket bound to the address; port 0 takes a free one.
 
     Raises:
         InputError: others could reach the server without a key, or nothing can listen there.
     """
-    if host not in LOOPBACK and not api_key:
-        raise InputError(f"Others could reach the server at '{host}': give a key that they must know (--api-key).")
+    check_open(host, api_key)
     try:
         kind, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(kind)

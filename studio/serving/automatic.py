@@ -2,9 +2,10 @@
 
 Every adapter is described by its name, its card and the rows it was trained on, where they are still to be read. A
 request's words and groups of letters are compared with each description (weights: tf-idf; cosine with each of the
-description's texts). With s_a the mean of the three most similar texts of adapter a, the confidence of the best is
+description's texts). With s_a the mean of the three most similar texts of adapter a, times the share of the request's
+words and groups that any description has, the confidence of the best is
 
-    s_1 / (s_1 + s_2)  scaled to 0 .. 1, times  min(1, s_1 / FAMILIAR)
+    sqrt(2 s_1 / (s_1 + s_2) - 1) min(1, s_1 / FAMILIAR)
 
 so a request that is equally near to two adapters, or near to none, is left to the base.
 """

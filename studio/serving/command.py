@@ -12,6 +12,7 @@ from studio import silence
 from studio.cli.output import Json, Output, Quiet
 from studio.conversation import options
 from studio.serving import options as own
+from studio.serving.address import check_open, listening, names
 
 HELP = "Serve a language model with its adapters over HTTP, as OpenAI does."
 
@@ -61,6 +62,7 @@ def serve(
         from studio.serving import export as elsewhere
 
         if not export:
+            check_open(host, api_key)
             elsewhere.find_vllm()
         plan = elsewhere.plan(base, folders, out, max_running, dtype)
         if export:
@@ -70,8 +72,6 @@ def serve(
             return
         elsewhere.run_vllm(plan, host, port, api_key)
         return
-    from studio.serving.address import listening, names
-
     place = listening(host, port, api_key)
     silence.library_warnings()
     silence.loading_bars()

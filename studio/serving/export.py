@@ -272,7 +272,7 @@ def run_vllm(plan: Plan, host: str, port: int, api_key: str) -> None:
     """Become ``vllm serve`` with the plan's adapters; does not return.
 
     Raises:
-        InputError: vLLM is not installed, or has not these options.
+        InputError: vLLM is not installed, or lacks one of these options.
     """
     program = find_vllm()
     options = vllm_options(plan) | {"host": host, "port": port}

@@ -68,6 +68,9 @@ def test_what_vllm_cannot_serve_is_refused_by_name(base, shelf, several, tmp_pat
     with pytest.raises(InputError, match="'dora' is a DoRA, which vLLM cannot serve"):
         export.plan(str(base), [shelf], tmp_path / "out", 16, "auto")
     shutil.rmtree(shelf / "dora")
+    open_to_all = ["serve", str(base), "--adapters", str(shelf), "--backend", "vllm", "--host", "0.0.0.0"]
+    assert command(open_to_all) == 2
+    assert "--api-key" in capsys.readouterr().err
     assert command(["serve", str(base), "--adapters", str(shelf), "--backend", "vllm"]) == 2
     assert "--export vllm" in capsys.readouterr().err
 
