@@ -48,7 +48,7 @@ CONDITION = 1e-10
 """Below this share of the largest eigenvalue of G, Am counts as rank-deficient."""
 
 LARGEST = 10.0
-"""A correction longer than this many times Bm (and the ideal) has diverged; the layer then keeps FedIT's mean."""
+"""A correction longer than this many times Bm has diverged; the layer then keeps FedIT's mean."""
 
 
 def aggregate(replies: Sequence[State], weights: Sequence[float], options: Options) -> Aggregate:

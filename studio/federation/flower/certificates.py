@@ -154,8 +154,4 @@ def _private(key: Any) -> bytes:
 
 
 def _write(target: Path, content: bytes, secret: bool = False) -> Path:
-    with files.whole(target) as part:
-        part.write_bytes(content)
-    if secret:
-        target.chmod(0o600)
-    return target
+    return files.write(target, lambda part: part.write_bytes(content), private=secret)

@@ -154,7 +154,7 @@ def take_part(
             code = process.wait()
         if code in (0, -signal.SIGTERM, -signal.SIGINT):
             return
-        said = log.read_text(encoding="utf-8", errors="replace")[written:]
+        said = log.read_bytes()[written:].decode("utf-8", errors="replace")
         if STILL_THERE not in said or tries == TRIES:
             raise StudioError(f"The client ended: {_reason(said)}")
         tries += 1

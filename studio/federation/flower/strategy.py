@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
             if not name:  # Flower itself answers for a node that has gone
                 continue
             try:
-                found[name] = records.reply_of(message)
+                found[name] = replace(records.reply_of(message), client=name)  # whoever it says it is
                 failed.pop(name, None)
             except records.ClientError as error:
                 failed[name] = str(error)
