@@ -78,6 +78,9 @@ def as_vtt(transcript: Transcript) -> str:
 FORMATS: dict[str, Callable[[Transcript], str]] = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt}
 """Forms by name."""
 
+ENDINGS = {"text": "txt", "json": "json", "srt": "srt", "vtt": "vtt"}
+"""Endings of their files."""
+
 
 def clock(seconds: float, point: str = ".") -> str:
     """Hours, minutes, seconds and milliseconds: 01:02:03.400."""

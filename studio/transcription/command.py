@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from adapters.errors import InputError
+from pipelines.speech.transcript import ENDINGS
 from studio import silence
 from studio.cli.output import Json, Output, Quiet, table
 from studio.cli.schema_options import with_options
@@ -16,8 +17,8 @@ from studio.training.commands import launch
 from studio.transcription.schema import TranscribeConfig
 
 HELP = "Write down speech, with times and adapters."
-FORMS = ("text", "json", "srt", "vtt")
-BY_ENDING = {".txt": "text", ".json": "json", ".srt": "srt", ".vtt": "vtt"}
+FORMS = tuple(ENDINGS)
+BY_ENDING = {f".{ending}": form for form, ending in ENDINGS.items()}
 
 
 def register(app: typer.Typer) -> None:

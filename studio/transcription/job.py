@@ -9,12 +9,10 @@ from adapters.errors import InputError
 from adapters.files import write_text
 from adapters.progress import Monitor, Progress
 from pipelines.speech import audio
-from pipelines.speech.transcript import FORMATS
+from pipelines.speech.transcript import ENDINGS, FORMATS
 from studio import library
 from studio.transcription.listener import Listener
 from studio.transcription.schema import TranscribeConfig
-
-ENDINGS = {"text": "txt", "json": "json", "srt": "srt", "vtt": "vtt"}
 
 
 def ready(config: TranscribeConfig) -> None:

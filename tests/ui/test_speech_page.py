@@ -14,6 +14,7 @@ from studio.jobs import Job
 from studio.library import whisper_tiny
 from tests.ui.conftest import Tab
 from tests.ui.test_browser import LONG
+from ui import dropped
 from ui.pages import speech
 
 ONE = {"variant": "a<b", "text": "one & two", "segments": [{"start": 0, "end": 1.25, "text": "one"},
@@ -41,8 +42,8 @@ def test_the_example_is_there_and_kept_sounds_are_named_by_content(tmp_path, mon
     monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path))
     place = speech.example()
     assert place is not None
-    kept = speech.keep(place)
-    assert kept == speech.keep(place)
+    kept = dropped.keep(place, "sound")
+    assert kept == dropped.keep(place, "sound")
     assert kept.read_bytes() == place.read_bytes()
     assert any(value == whisper_tiny.NAME for _, value in speech.base_choices())
     assert speech.adapter_choices() == []

@@ -13,20 +13,15 @@ from studio import settings
 from studio.datasets import texts
 from studio.datasets.conversations import Columns, Conversation, conversations, labelled_texts, plain_texts
 from studio.datasets.picture_questions import pictured, without_places
-from ui import markup
+from ui import dropped, markup
 
 TYPES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"]
 """Endings of files that hold rows."""
 
 
 def keep(file: str | Path) -> Path:
-    """Copy a dropped file to where jobs find it later, under the hash of its content."""
-    source = Path(file)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-    target = settings.folder("datasets", f"rows-{digest}") / source.name
-    if not target.is_file():
-        shutil.copyfile(source, target)
-    return target
+    """Copy a dropped file to where jobs find it later."""
+    return dropped.keep(file, "rows")
 
 
 def keep_with_pictures(files: Sequence[str | Path]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 
 import gradio as gr
 
-from adapters import files
 from adapters.errors import InputError
-from studio import jobs, library, settings
+from studio import jobs, library
 from studio.genomics.schema import ADAPTER, BASE, ClassifyRnaConfig
 from studio.jobs import Job
-from ui import markup
+from ui import dropped, markup
 from ui.components import job_panel, rna_plots, schema_form, training_run
 from ui.errors import errors_shown
 
@@ -116,17 +114,17 @@ def build() -> Page:
         return [_told(found), str(found), *begin(str(found), *values)]
 
     @errors_shown
-    def dropped(path: str | None) -> Any:
+    def taken(path: str | None) -> Any:
         if not path:
             return gr.skip()
-        place = keep(Path(path))
+        place = dropped.keep(path, "fasta")
         return None, str(place), _told(place)
 
     @errors_shown
     def look(job_id: str) -> Any:
         return follow(job_id, ())
 
-    drop.upload(dropped, drop, [drop, file, chosen], **_PRIVATE)
+    drop.upload(taken, drop, [drop, file, chosen], **_PRIVATE)
     for button in (start, sample):
         button.click(None, None, None, js=training_run.TO_RESULT)
     start.click(started, [file, *settings_of], view, **_PRIVATE)
@@ -135,14 +133,6 @@ def build() -> Page:
     cancel.click(job_panel.stopper(follow), job, view, **_PRIVATE)
     resume.click(job_panel.resumer(follow), job, view, **_PRIVATE)
     return Page(base, adapter, view)
-
-
-def keep(file: Path) -> Path:
-    """Copy a dropped file to where jobs find it later, under the hash of its content."""
-    target = settings.folder("datasets", f"fasta-{files.sha256(file)[:12]}") / file.name
-    if not target.is_file():
-        shutil.copyfile(file, target)
-    return target
 
 
 def _told(file: Path) -> str:

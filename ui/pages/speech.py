@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 import gradio as gr
 
 import assets
-from adapters import files
 from adapters.errors import InputError
-from studio import jobs, library, settings
+from studio import jobs, library
 from studio.jobs import Job
 from studio.library import whisper_tiny
 from studio.transcription.schema import TranscribeConfig
-from ui import markup, pictures
+from ui import dropped, markup, pictures
 from ui.components import job_panel, schema_form, training_run
 from ui.errors import errors_shown
 
@@ -112,7 +110,7 @@ def build() -> Page:
     def started(file: str | None, *values: Any) -> Any:
         if not file:
             raise InputError("There is no sound yet: record something, drop a sound or video, or try the example.")
-        return begin(keep(Path(file)), *values)
+        return begin(dropped.keep(file, "sound"), *values)
 
     @errors_shown
     def try_example(*values: Any) -> Any:
@@ -138,14 +136,6 @@ def build() -> Page:
 def how_is(asked: Mapping[str, Any]) -> bool:
     """Whether adapters are to be compared with the base."""
     return bool(asked["compare"] == "compare")
-
-
-def keep(file: Path) -> Path:
-    """Copy a recorded or dropped sound to where jobs find it later, under the hash of its content."""
-    target = settings.folder("datasets", f"sound-{files.sha256(file)[:12]}") / file.name
-    if not target.is_file():
-        shutil.copyfile(file, target)
-    return target
 
 
 def follow(job_id: str, shown: tuple[Any, ...]) -> list[Any]:
