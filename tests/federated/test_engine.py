@@ -287,6 +287,7 @@ def test_bad_configurations_say_what_to_do(federation, rows, tmp_path):
     for training, words in (
         ({"use_dora": True}, "use_dora"), ({"freeze_a": True}, "ffa-lora"), ({"init": "pissa"}, "init"),
         ({"validation_split": 0.1}, "test file"), ({"rnak": 2}, "client 'north'|rnak"), ({"ema": True}, "ema"),
+        ({"s2_share": "shape"}, "s2_share"), ({"adalora_rank": 2}, "adalora_rank"), ({"l4q_bits": 4}, "l4q_bits"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             check(federation(training=training))
