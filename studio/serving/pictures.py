@@ -34,6 +34,9 @@ _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 WAITING = 256
 """Pictures that wait at most."""
 
+PIXELS = 2048 * 2048
+"""Most pixels of a picture, so that one request does not take all memory."""
+
 
 class Use(BaseModel):
     """An adapter of a picture, and its strength."""
@@ -180,7 +183,10 @@ class PictureService:
         found = _SIZE.fullmatch(text or "")
         if not found:
             raise InputError(f"size is width x height in pixels, such as 512x512, got '{text}'.")
-        return int(found[1]), int(found[2])
+        width, height = int(found[1]), int(found[2])
+        if width * height > PIXELS:
+            raise InputError(f"size {text} is more than the {PIXELS / 1e6:.1f} million pixels that are drawn here.")
+        return width, height
 
     # ------------------------------------------------------------------------------------------ drawing
     def submit(self, pictures: Sequence[Picture]) -> None:

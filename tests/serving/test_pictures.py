@@ -46,11 +46,12 @@ def test_requests_with_different_adapters_are_one_batch_and_each_its_own_picture
         first.result()
         assert max(drawing.batches) > 1
         refused = [ask("x", {"foz": 1.0}, 1), ask("x", {}, 1, size="wide"), ask("x", {}, 1, quality="hd"),
-                   ask("x", {}, 1, n=0)]  # fmt: skip
+                   ask("x", {}, 1, n=0), ask("x", {}, 1, size="99999x99999")]  # fmt: skip
         region = ask("icons", {}, 1, regions=[{"box": [0, 0, 0.5, 1], "adapters": ["fox"], "prompt": "a fox"}])
         listed = [card["id"] for card in client.get("/v1/models").json()["data"]]
-    assert [set(one) for one in refused] == [{"error"}] * 4
+    assert [set(one) for one in refused] == [{"error"}] * 5
     assert "did you mean 'fox'" in refused[0]["error"]["message"]
+    assert "million pixels" in refused[4]["error"]["message"]
     assert seen(region).shape == made[0].shape
     assert {"tinymoji", "tinymoji:fox"} <= set(listed)
     for (prompt, weights, seed), picture in zip(ASKS, made, strict=True):
