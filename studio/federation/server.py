@@ -166,6 +166,9 @@ class Server:
             except InputError as error:
                 record.failed[reply.client] = str(error)
                 continue
+            except (KeyError, TypeError, ValueError, AttributeError) as error:  # another program, or another version
+                record.failed[reply.client] = f"The client '{reply.client}' sent facts that cannot be read ({error})."
+                continue
             good.append(reply)
         if len(good) < self.needed:
             told = "; ".join(f"{name}: {why}" for name, why in record.failed.items())

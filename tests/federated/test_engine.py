@@ -144,6 +144,7 @@ def test_a_client_that_cannot_be_used_is_named_and_left_out(server):
         "another base": (good[1].tensors, {**good[1].facts, "base": "w1"}),
         "no examples": (good[1].tensors, {**good[1].facts, "examples": 0}),
         "loss that is not finite": (good[1].tensors, {**good[1].facts, "measures": {"loss": math.inf}}),
+        "cannot be read": (good[1].tensors, {"examples": 20, "base": "w0"}),
     }
     for number, (words, wrong) in enumerate(bad.items(), 1):
         record = server.take(replies(b=wrong), {})

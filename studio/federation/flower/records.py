@@ -63,10 +63,13 @@ def reply_of(message: Message) -> Reply:
     """
     if message.has_error():
         raise ClientError(str(message.error.reason or "did not answer").splitlines()[0])
-    told = json.loads(str(message.content["config"]["told"]))
-    if "error" in told:
-        raise ClientError(told["error"])
-    return messages.reply(told["client"], _tensors(message), told["facts"])
+    try:
+        told = json.loads(str(message.content["config"]["told"]))
+        if "error" in told:
+            raise ClientError(str(told["error"]))
+        return messages.reply(str(told["client"]), _tensors(message), dict(told["facts"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ClientError(f"sent an answer that cannot be read ({error})") from None
 
 
 def _arrays(flat: Mapping[str, Tensor]) -> ArrayRecord:
