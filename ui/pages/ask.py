@@ -19,7 +19,7 @@ from studio.conversation.client import Client
 from studio.training import presets
 from studio.training.schemas.vision_language import TrainVisionLanguageConfig
 from ui import markup, pictures
-from ui.components import method_help, rows_file, schema_form, training_run
+from ui.components import library_choices, method_help, rows_file, schema_form, training_run
 from ui.components import presets as preset_fields
 from ui.components.answers_run import Run, follow
 from ui.errors import errors_shown, say
@@ -78,14 +78,12 @@ def examples() -> list[Example]:
 
 def base_choices() -> list[tuple[str, str]]:
     """Usable vision-language models."""
-    found = [record for record in library.bases() if record.family == FAMILY and not record.problem]
-    return [(f"{record.name}   {record.notes.get('architecture', '')}", record.name) for record in found]
+    return library_choices.bases(FAMILY)
 
 
 def adapter_choices() -> list[tuple[str, str]]:
     """Usable adapters of vision-language models."""
-    found = [record for record in library.adapters() if record.family == FAMILY and not record.problem]
-    return [(f"{record.name}   rank {record.rank}", record.name) for record in found]
+    return library_choices.adapters(FAMILY)
 
 
 def build() -> Page:

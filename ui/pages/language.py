@@ -17,7 +17,7 @@ from studio.conversation.client import Client
 from studio.training import presets, ready
 from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
-from ui.components import compressing, method_help, rows_file, schema_form, training_run
+from ui.components import compressing, library_choices, method_help, rows_file, schema_form, training_run
 from ui.components import presets as preset_fields
 from ui.components.answers_run import Run, follow
 from ui.errors import errors_shown, say
@@ -103,15 +103,13 @@ def _use_smaller(job_id: str) -> Any:
 
 def base_choices() -> list[tuple[str, str]]:
     """Usable language models; the embedded one also before it is unpacked."""
-    found = [record for record in library.bases() if record.family == "language" and not record.problem]
-    names = {record.name: f"{record.name}   {record.notes.get('architecture', '')}" for record in found}
+    names = {name: text for text, name in library_choices.bases("language")}
     return [(text, name) for name, text in ({EMBEDDED: f"{EMBEDDED}   llama"} | names).items()]
 
 
 def adapter_choices() -> list[tuple[str, str]]:
     """Usable adapters of language models."""
-    found = [record for record in library.adapters() if record.family == "language" and not record.problem]
-    return [(f"{record.name}   rank {record.rank}", record.name) for record in found]
+    return library_choices.adapters("language")
 
 
 # ------------------------------------------------------------------------------------------------ talking

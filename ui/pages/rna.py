@@ -15,7 +15,7 @@ from studio import jobs, library
 from studio.genomics.schema import ADAPTER, BASE, ClassifyRnaConfig
 from studio.jobs import Job
 from ui import dropped, markup
-from ui.components import job_panel, rna_plots, schema_form, training_run
+from ui.components import job_panel, library_choices, rna_plots, schema_form, training_run
 from ui.errors import errors_shown
 
 FAMILY = "rna"
@@ -44,14 +44,12 @@ class Page:
 
 def base_choices() -> list[tuple[str, str]]:
     """Usable k-mer models."""
-    found = [record for record in library.bases() if record.family == FAMILY and not record.problem]
-    return [(f"{record.name}   {record.notes.get('architecture', '')}", record.name) for record in found]
+    return library_choices.bases(FAMILY)
 
 
 def adapter_choices() -> list[tuple[str, str]]:
     """Usable adapters of k-mer models, and none."""
-    found = [record for record in library.adapters() if record.family == FAMILY and not record.problem]
-    return [("none: the model's own classifier", ""), *((f"{one.name}   rank {one.rank}", one.name) for one in found)]
+    return [("none: the model's own classifier", ""), *library_choices.adapters(FAMILY)]
 
 
 def example() -> Path | None:

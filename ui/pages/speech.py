@@ -16,7 +16,7 @@ from studio.jobs import Job
 from studio.library import whisper_tiny
 from studio.transcription.schema import TranscribeConfig
 from ui import dropped, markup, pictures
-from ui.components import job_panel, schema_form, training_run
+from ui.components import job_panel, library_choices, schema_form, training_run
 from ui.errors import errors_shown
 
 FAMILY = "speech"
@@ -42,16 +42,14 @@ class Page:
 
 def base_choices() -> list[tuple[str, str]]:
     """Usable speech models; the packaged one also before it is unpacked."""
-    found = [record for record in library.bases() if record.family == FAMILY and not record.problem]
-    listed = [(f"{record.name}   {record.notes.get('architecture', '')}", record.name) for record in found]
-    here = any(record.name == whisper_tiny.NAME for record in found)
+    listed = library_choices.bases(FAMILY)
+    here = any(name == whisper_tiny.NAME for _, name in listed)
     return listed if here else [(f"{whisper_tiny.NAME}   fetched on first use", whisper_tiny.NAME), *listed]
 
 
 def adapter_choices() -> list[tuple[str, str]]:
     """Usable adapters of speech models."""
-    found = [record for record in library.adapters() if record.family == FAMILY and not record.problem]
-    return [(f"{record.name}   rank {record.rank}", record.name) for record in found]
+    return library_choices.adapters(FAMILY)
 
 
 def example() -> Path | None:
