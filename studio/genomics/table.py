@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.genomics.scoring import Score
-from pipelines.genomics.task_file import RnaTask
+if TYPE_CHECKING:
+    from pipelines.genomics.scoring import Score
+    from pipelines.genomics.task_file import RnaTask
 
 BINS = 20
 """Bars of the histogram of probabilities."""

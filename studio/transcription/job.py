@@ -11,7 +11,6 @@ from adapters.progress import Monitor, Progress
 from pipelines.speech import audio
 from pipelines.speech.transcript import ENDINGS, FORMATS
 from studio import library
-from studio.transcription.listener import Listener
 from studio.transcription.schema import TranscribeConfig
 
 
@@ -45,6 +44,8 @@ def run(config: TranscribeConfig, folder: Path, monitor: Monitor) -> dict[str, A
         InputError: the sound, the base or an adapter cannot be used.
         Cancelled: ``monitor`` asked to stop.
     """
+    from studio.transcription.listener import Listener
+
     sound = audio.read(Path(config.sound).expanduser())
     for remark in sound.remarks:
         monitor.report(Progress("reading", message=f"The sound was {remark}" if remark[0] == "r" else remark))

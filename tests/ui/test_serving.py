@@ -109,7 +109,8 @@ def test_others_need_a_password(open_to: dict[str, object]) -> None:
 
 def test_the_web_process_loads_no_torch(tmp_path: Path) -> None:
     program = (
-        "import sys, ui.app; ui.app.build(); "
+        "import importlib, sys, ui.app; ui.app.build(); from studio.jobs import kinds; "
+        "[importlib.import_module(kind.ready.partition(':')[0]) for kind in kinds._KINDS.values() if kind.ready]; "
         "heavy = ('torch', 'diffusers', 'transformers', 'peft', 'pipelines.diffusion.pipeline'); "
         "print([name for name in heavy if name in sys.modules])"
     )

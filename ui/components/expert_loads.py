@@ -11,6 +11,7 @@ import gradio as gr
 from studio import library
 from studio.inspection import experts
 from ui import markup
+from ui.components import rows_file
 from ui.errors import errors_shown
 
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -42,7 +43,7 @@ def draw() -> Loads:
             by = gr.Textbox(label="Column that groups the rows", placeholder="none: one group", max_lines=1,
                             min_width=150, elem_id="loads-by")  # fmt: skip
         data = gr.File(label="Rows", file_count="multiple", height=100, elem_id="loads-data",
-                       file_types=[".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"])  # fmt: skip
+                       file_types=rows_file.TYPES)  # fmt: skip
         ask = gr.Button("Look at its routers", size="md", elem_id="loads-ask")
         told = gr.HTML("", elem_id="loads-told", apply_default_css=False)
     return Loads(fold, base, data, by, ask, told)
