@@ -13,7 +13,7 @@ from torch import nn
 
 from adapters.errors import InputError
 from pipelines.genomics.kmers import Kmers
-from pipelines.language.loading import LanguageModel, longest_input, opened
+from pipelines.language.loading import LanguageModel, incomplete, longest_input, opened
 from pipelines.precision import choose_dtype
 
 Head = Literal["masked", "classification"]
@@ -108,8 +108,7 @@ def open_base(
     fresh = sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]})
     inner = [name for name in fresh if not any(part in name.split(".") for part in (*HEADS, "cls", "lm_head"))]
     if inner or (head == "masked" and fresh):
-        first = (inner or fresh)[0]
-        raise InputError(f"The weights in '{folder}' are incomplete: '{first}' and {len(fresh) - 1} more are missing.")
+        raise incomplete(folder, inner or fresh)
     if reads is not None and kmers.longest > reads:
         longer_positions(model, kmers.longest)
     return RnaModel(model.to(device).requires_grad_(False).eval(), kmers, str(folder), tuple(fresh))

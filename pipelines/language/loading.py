@@ -123,9 +123,7 @@ def open_model(
     model, report = opened(source, lambda: opener.from_pretrained(source, output_loading_info=True, **options))
     fresh = sorted({key.rsplit(".", 1)[0] for key in report["missing_keys"]})
     if fresh and task != "classification":
-        raise InputError(
-            f"The weights in '{source}' are incomplete: '{fresh[0]}' and {len(fresh) - 1} more are missing."
-        )
+        raise incomplete(source, fresh)
     backends.as_stored_here(model)
     if not while_loading:
         backends.quantize(model, quantization, options["dtype"], outputs(model))
@@ -217,6 +215,12 @@ def _auto() -> Any:
     import transformers
 
     return transformers
+
+
+def incomplete(source: str | Path, missing: Sequence[str]) -> InputError:
+    """The error about weights that a checkpoint lacks."""
+    more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+    return InputError(f"The weights in '{source}' are incomplete: '{missing[0]}'{more} missing.")
 
 
 def opened(source: str, load: Callable[[], Any], what: str = "model") -> Any:

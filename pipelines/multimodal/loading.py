@@ -15,7 +15,7 @@ from torch import nn
 
 from adapters.compression import backends
 from adapters.errors import FamilyError, InputError
-from pipelines.language.loading import LanguageModel, opened, outputs
+from pipelines.language.loading import LanguageModel, incomplete, opened, outputs
 from pipelines.precision import choose_dtype
 
 PARTS = ("language_model", "text_model")
@@ -76,9 +76,7 @@ def open_model(
     processor = open_processor(source)
     model, report = opened(source, lambda: auto.from_pretrained(source, output_loading_info=True, **options))
     if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"The weights in '{source}' are incomplete: '{missing[0]}' and {len(missing) - 1} more are missing."
-        )
+        raise incomplete(source, missing)
     language = language_part(model)
     backends.as_stored_here(model)
     if not while_loading:

@@ -11,7 +11,7 @@ from torch import nn
 
 from adapters.compression import backends
 from adapters.errors import FamilyError, InputError
-from pipelines.language.loading import LanguageModel, opened, outputs
+from pipelines.language.loading import LanguageModel, incomplete, opened, outputs
 from pipelines.precision import choose_dtype
 
 FRAMES_PER_SECOND = 50
@@ -127,9 +127,7 @@ def open_model(
     model, report = opened(source, lambda: kind.from_pretrained(source, output_loading_info=True, **options))
     missing = sorted(set(report["missing_keys"]) - {"proj_out.weight"})
     if missing:
-        raise InputError(
-            f"The weights in '{source}' are incomplete: '{missing[0]}' and {len(missing) - 1} more are missing."
-        )
+        raise incomplete(source, missing)
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     backends.as_stored_here(model)
