@@ -9,13 +9,11 @@ a multiple of 2^12 and halved twelve times by convolutions. Batch normalisation 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Arch = Literal["mlp", "conv"]
+from adapters.generation.settings import Arch
 
 CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 """Channels of the twelve convolutions of ``conv``."""

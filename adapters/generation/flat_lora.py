@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapters.errors import FamilyError, InputError
 from adapters.formats.lora import LoraFile, LoraLayer, group_dict
-
-Gauge = Literal["none", "balanced", "aligned"]
+from adapters.generation.settings import Gauge
 
 BASE = "base_model_name_or_path"
 KEPT = (BASE, "task_type")

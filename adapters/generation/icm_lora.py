@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +39,9 @@ from adapters.catalogue import Method
 from adapters.errors import Cancelled, FamilyError, InputError, nearest
 from adapters.formats.lora import LoraFile
 from adapters.formats.tensors import check_finite, load_pickle, read_tensors, write_tensors
-from adapters.generation.conditional_vae import Arch, ConditionalVae, build, kl, parameters
-from adapters.generation.flat_lora import Gauge, LoraCodec, in_gauge
+from adapters.generation.conditional_vae import ConditionalVae, build, kl, parameters
+from adapters.generation.flat_lora import LoraCodec, in_gauge
+from adapters.generation.settings import Settings
 from adapters.progress import Monitor, Progress, Silent
 
 METHOD = Method(
@@ -51,61 +52,13 @@ METHOD = Method(
     makes="ordinary LoRA",
     paper="In-Context Meta LoRA Generation, arXiv 2501.17635",
     entry="adapters.generation.icm_lora:fit",
-    status="Python only: there is no command yet",
 )
-
-Normalise = Literal["dataset", "reference"]
 
 ENTRY = "adapter_studio_icm_lora"
 """Metadata entry of a generator file: everything but the tensors, as JSON."""
 
 BYTES = 16
 """Memory per parameter in training: weight, gradient, two moments, in fp32."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a generator is trained.
-
-    Attributes:
-        arch: layout of the network.
-        latent: width of z.
-        hidden: width of ``mlp``'s hidden layers.
-        kld_weight: weight of the KL term.
-        free_bits: nats per entry of z below which its KL costs nothing.
-        warm_up: steps over which the weight rises from 0.
-        normalise: "dataset" or "reference" statistics.
-        gauge: what the terms of a layer are brought to.
-        steps, batch, learning_rate: of AdamW, with a cosine schedule.
-        seed: of the network, the batches and the noise.
-        single_task: allow one task only, which no condition can tell from others.
-    """
-
-    arch: Arch = "mlp"
-    latent: int = 32
-    hidden: int = 256
-    kld_weight: float = 0.005
-    free_bits: float = 0.0
-    warm_up: int = 0
-    normalise: Normalise = "dataset"
-    gauge: Gauge = "aligned"
-    steps: int = 400
-    batch: int = 16
-    learning_rate: float = 1e-3
-    seed: int = 0
-    single_task: bool = False
-
-    def __post_init__(self) -> None:
-        for name, kind in (("arch", Arch), ("normalise", Normalise), ("gauge", Gauge)):
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got '{getattr(self, name)}'.")
-        for name, least in (("latent", 1), ("hidden", 1), ("steps", 1), ("batch", 2), ("warm_up", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be {least} or more, got {getattr(self, name)}.")
-        for name in ("kld_weight", "free_bits", "learning_rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0) or (name == "learning_rate" and value == 0):
-                raise InputError(f"{name} must be a finite number, not negative, got {value}.")
 
 
 @dataclass(eq=False)
@@ -225,7 +178,7 @@ class Generator:
         """
         tensors, metadata = read_tensors(path)
         if ENTRY not in metadata:
-            raise InputError(f"'{path}' is no generator of LoRAs (ICM-LoRA).")
+            raise InputError(f"'{path}' is no generator: make one with  studio generate train.")
         check_finite(tensors, f"'{path}'")
         try:
             head = json.loads(metadata[ENTRY])
@@ -470,13 +423,13 @@ def _train(
         value, mse, divergence = loss(
             network, data.x[index].to(device), data.c[task].to(device), noise.to(device), weight, s.free_bits
         )
-        if not math.isfinite(float(value)):
+        if not math.isfinite(value.item()):
             raise InputError(f"The loss is no longer finite at step {step + 1}: lower the learning rate.")
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        last = {"mse": float(mse), "kl": float(divergence)}
-        monitor.report(Progress("training", step + 1, s.steps, loss=float(value), metrics=last))
+        last = {"mse": mse.item(), "kl": divergence.item()}
+        monitor.report(Progress("training", step + 1, s.steps, loss=value.item(), metrics=last))
         if (step + 1) % save_every == 0 and step + 1 < s.steps:
             save(step + 1)
     network.eval().requires_grad_(False)

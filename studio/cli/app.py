@@ -87,6 +87,11 @@ COMMANDS: dict[str, Command] = {
         "Make a base smaller: fewer bits, fewer heads and channels.",
         "studio compress lq smollm2 --bits 2.75",
     ),
+    "generate": Command(
+        "studio.generation.command",
+        "Learn a generator of adapters, and make the adapter of a task with it.",
+        "studio generate sample generator.safetensors --task sums",
+    ),
     "inspect": Command(
         "studio.inspection.command",
         "What training did to the weights: intruder dimensions, forgetting.",

@@ -196,6 +196,10 @@ for _kind in (
     Kind("soften", "studio.inspection.schema:SoftenConfig", "studio.inspection.jobs:soften", title="Soften"),
     Kind("classify-rna", "studio.genomics.schema:ClassifyRnaConfig", "studio.genomics.job:run", continues=True,
          ready="studio.genomics.job:ready", title="Classify RNA"),
+    Kind("generate-train", "studio.generation.schema:GenerateTrainConfig", "studio.generation.job:train",
+         continues=True, title="Train a generator"),
+    Kind("generate-sample", "studio.generation.schema:GenerateSampleConfig", "studio.generation.job:sample",
+         title="Generate adapters"),
     *(kind for place in ("studio.training.tasks", "studio.compression.methods") for file in discovery.sources(place)
       for kind in discovery.declarations(file, {"Kind": Kind}, "KIND")),
 ):  # fmt: skip

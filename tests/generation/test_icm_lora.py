@@ -16,7 +16,6 @@ from adapters.generation.conditional_vae import build, kl, parameters
 from adapters.generation.flat_lora import LoraCodec, aligned, balanced, in_gauge
 from adapters.generation.icm_lora import (
     Generator,
-    Settings,
     denormalised,
     fit,
     loss,
@@ -24,6 +23,7 @@ from adapters.generation.icm_lora import (
     task_vector,
     tensor_statistics,
 )
+from adapters.generation.settings import Settings
 from adapters.progress import Progress
 
 SETTINGS = Settings(hidden=48, latent=8, steps=250, batch=8, learning_rate=3e-3)
@@ -153,13 +153,13 @@ def test_loss_is_its_formula_and_its_gradient_that_of_differences():
         for step in (1e-6, -1e-6):
             with torch.no_grad():
                 weight[place] += step
-                ends.append(float(loss(network, x, c, e, 0.3)[0]))
+                ends.append(loss(network, x, c, e, 0.3)[0].item())
                 weight[place] -= step
         assert float(weight.grad[place]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4, abs=1e-7)
     with torch.no_grad():  # a decoder that gives x leaves the KL alone
         network.decoder[-1].weight.zero_()
         network.decoder[-1].bias.copy_(x[0])
-    assert float(loss(network, x[:1], c[:1], e[:1], 1.0)[1]) == 0
+    assert loss(network, x[:1], c[:1], e[:1], 1.0)[1].item() == 0
 
 
 # ---------------------------------------------------------------- training and generating

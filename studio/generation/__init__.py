@@ -1,0 +1,1 @@
+"""Generated adapters: training a generator, making adapters with it."""
