@@ -38,8 +38,8 @@ def test_from_snapshots_to_an_adapter_in_the_library(tmp_path, capsys):
             model.save_pretrained(tmp_path / task / f"step{i}")
     options = [part for task in ("sums", "dates") for part in
                ("--snapshots", f"{task}={tmp_path / task}", "--examples", f"{task}={tmp_path / task}.txt")]  # fmt: skip
-    train = ["generate", "train", *options, "--base", str(base), "--steps", "200", "--learning-rate", "0.005", "--hidden", "32", "--json"]
-    assert run(train) == 0
+    size = ["--steps", "200", "--learning-rate", "0.005", "--hidden", "32"]
+    assert run(["generate", "train", *options, "--base", str(base), *size, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tasks"]["sums"]["error"] < told["tasks"]["sums"]["mean_error"]
     assert run(["generate", "sample", told["generator"], "--task", "sums", "--count", "2", "--json"]) == 0
