@@ -41,7 +41,7 @@ def whole(target: Path, sync: bool = True, private: bool = False) -> Iterator[Pa
     Args:
         target: the final file or folder; an existing one is replaced, or kept if writing fails.
         sync: flush to disk first, so that not even a power cut leaves half (slow for many small files).
-        private: only the owner can read the files.
+        private: a file that only its owner can read, also while it is written.
 
     Raises:
         InputError: the disk is full or not writable.
@@ -50,6 +50,8 @@ def whole(target: Path, sync: bool = True, private: bool = False) -> Iterator[Pa
     part = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:12]}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if private:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # before anything is in it
         yield part
         files = [part] if part.is_file() else [file for file in part.rglob("*") if file.is_file()]
         for file in files:

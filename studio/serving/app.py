@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from adapters.errors import InputError
+from adapters.errors import InputError, StudioError
 from pipelines.language.loading import longest_input
 from studio.serving import replies
 from studio.serving.adapters import AUTO, UnknownModelError
@@ -206,9 +206,16 @@ class _Routes:
             raise InputError(f"'{asked.lora_path}' is not in a folder from which adapters may be loaded.")
 
         def act() -> None:
-            if asked.load_inplace and any(one.name == asked.lora_name for one in self.serve.adapters.loaded):
-                self.serve.adapters.remove(asked.lora_name)
-            self.serve.adapters.add(asked.lora_name, path, asked.pinned)
+            adapters = self.serve.adapters
+            old = next((one for one in adapters.loaded if asked.load_inplace and one.name == asked.lora_name), None)
+            if old is not None:
+                adapters.remove(old.name)
+            try:
+                adapters.add(asked.lora_name, path, asked.pinned)
+            except StudioError:
+                if old is not None:  # what was served before is served on
+                    adapters.load(old.name, old.path)
+                raise
 
         await asyncio.to_thread(act)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")

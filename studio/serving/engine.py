@@ -41,6 +41,8 @@ from studio.serving.schedulers import scheduler
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+_PAUSE = 0.5
+"""Seconds after a step that failed."""
 
 
 class QueueFullError(InputError):
@@ -267,6 +269,7 @@ class Engine:
                 worked = self.step()
             except Exception:
                 _log.exception("a step failed")
+                time.sleep(_PAUSE)  # what fails at once may fail again
                 worked = True
             if not worked:
                 with self._wake:

@@ -91,13 +91,21 @@ class Reply:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
         return {
-            "tokens": texts, "token_logprobs": [one.logprob for one in tokens], "text_offset": offsets,
-            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in tokens],
+            "tokens": texts, "token_logprobs": [_finite(one.logprob) for one in tokens], "text_offset": offsets,
+            "top_logprobs": [{self._text(token): _finite(value) for token, value in one.top} for one in tokens],
         }  # fmt: skip
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+
+LOWEST = -9999.0
+"""What OpenAI writes for a token that cannot come; JSON has no infinity."""
+
+
+def _finite(logprob: float) -> float:
+    return max(LOWEST, logprob) if logprob == logprob else LOWEST
