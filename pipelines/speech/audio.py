@@ -51,9 +51,11 @@ def read(source: str | Path | bytes) -> Sound:
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise InputError(f"There is no sound file {name}.")
     try:
-        opened = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
-        # a playlist may name other files and addresses: nothing but what was given is opened
-        with opened, av.open(opened, options={"protocol_whitelist": "data"}) as container:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as opened,
+            # a playlist may name other files and addresses: nothing but what was given is opened
+            av.open(opened, options={"protocol_whitelist": "data"}) as container,
+        ):
             if not container.streams.audio:
                 raise InputError(f"{name} holds no sound.")
             stream = container.streams.audio[0]
