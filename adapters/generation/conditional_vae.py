@@ -69,10 +69,10 @@ class Mlp(ConditionalVae):
         )  # fmt: skip
 
     def features(self, x: Tensor) -> Tensor:
-        return self.encoder(x)  # type: ignore[no-any-return]
+        return self.encoder(x)
 
     def decode(self, z: Tensor, c: Tensor) -> Tensor:
-        return self.decoder(torch.cat([z, c], 1))  # type: ignore[no-any-return]
+        return self.decoder(torch.cat([z, c], 1))
 
 
 class Conv(ConditionalVae):
@@ -96,7 +96,7 @@ class Conv(ConditionalVae):
 
     def features(self, x: Tensor) -> Tensor:
         padded = functional.pad(x, (0, self.padded - self.size))
-        return self.encoder(padded[:, None])  # type: ignore[no-any-return]
+        return self.encoder(padded[:, None])
 
     def decode(self, z: Tensor, c: Tensor) -> Tensor:
         h = self.spread(torch.cat([z, c], 1)).unflatten(1, (CHANNELS[-1], self.length))

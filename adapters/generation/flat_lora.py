@@ -111,8 +111,8 @@ class LoraCodec:
                     f"{label} differs in '{name}': {_told(its[name])}, the others have {_told(layer)}. All adapters of "
                     "a generator need the same shapes, rank and alpha."
                 )
-        for component, module, layer in file.layers():
-            if not bool(layer.A.isfinite().all() and layer.B.isfinite().all()):
+        for component, module, pair in file.layers():
+            if not bool(pair.A.isfinite().all() and pair.B.isfinite().all()):
                 raise InputError(f"{label} holds values that are not finite in '{component}.{module}'.")
 
     def flatten(self, file: LoraFile) -> Tensor:

@@ -426,7 +426,7 @@ def _train(
         if not math.isfinite(value.item()):
             raise InputError(f"The loss is no longer finite at step {step + 1}: lower the learning rate.")
         optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         optimizer.step()
         last = {"mse": mse.item(), "kl": divergence.item()}
         monitor.report(Progress("training", step + 1, s.steps, loss=value.item(), metrics=last))
