@@ -39,7 +39,8 @@ class Shape:
 
     Attributes:
         layers: L, layers with attention.
-        page: P = kv_heads * head_dim, numbers of one token's keys in one layer.
+        page: P = kv_heads * head_dim, numbers of one token's keys in the widest layer; narrower ones (a pruned model's)
+            fill the start of their pages.
     """
 
     layers: int
@@ -145,19 +146,20 @@ def attention(
     if batch is None:
         raise FamilyError(f"{type(module).__name__} does not hand further arguments on to its attention function.")
     batch = batch.shadow if batch.in_first and batch.shadow is not None else batch
-    if s_aux is not None or key.shape != value.shape or key.shape[1] * key.shape[3] != batch.pool.page_elems:
+    if s_aux is not None or key.shape != value.shape or key.shape[1] * key.shape[3] > batch.pool.page_elems:
         raise FamilyError(f"{type(module).__name__} keeps more, or others, than keys and values of one size.")
     layer, pages, heads = 2 * module.layer_idx, batch.pool.pages, query.shape[1]
     kv_heads, size = key.shape[1], key.shape[3]
+    used = pages[:, : kv_heads * size]
     for row, new in ((layer, key), (layer + 1, value)):
-        pages.index_copy_(0, batch.written[row], new[0].transpose(0, 1).reshape(-1, batch.pool.page_elems).to(pages))
+        used.index_copy_(0, batch.written[row], new[0].transpose(0, 1).flatten(1).to(pages))
     window = sliding_window if sliding_window is not None and sliding_window > 0 else None
     scale = size**-0.5 if scaling is None else scaling
     found = query.new_empty(query.shape[2], heads, size)
 
     def gathered(ids: Tensor) -> Tensor:
         """(n, length) pages as (n, kv_heads, length, head_dim)."""
-        return pages.index_select(0, ids.flatten()).view(*ids.shape, kv_heads, size).transpose(1, 2).to(query)
+        return used.index_select(0, ids.flatten()).view(*ids.shape, kv_heads, size).transpose(1, 2).to(query)
 
     count = batch.decoding
     if count:
