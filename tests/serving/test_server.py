@@ -25,6 +25,7 @@ from pipelines.language.tokens import Sampling
 from studio.serving.app import ServerOptions, create_app
 from studio.serving.engine import ServeConfig
 from studio.serving.service import ServeEngine
+from tests.loops import run
 
 openai = pytest.importorskip("openai")
 
@@ -154,7 +155,7 @@ def test_many_clients_at_once_each_get_their_own(running, base, shelf):
 
     ids = AutoTokenizer.from_pretrained(base)("xyz")["input_ids"]
     wanted = [greedy(base, path, ids, 6) for path in (None, shelf / "small", shelf / "large", shelf / "dora")]
-    assert asyncio.run(all_of_them()) == wanted * 6
+    assert run(all_of_them()) == wanted * 6
 
 
 def test_models_are_listed_and_new_ones_found_without_a_restart(running, several, shelf):
@@ -309,6 +310,6 @@ def test_a_peft_model_is_served_with_all_its_adapters(base):
     async def streamed() -> str:
         return "".join([piece.text async for piece in serve.stream(ids, "two", how)])
 
-    assert asyncio.run(streamed()) == found[1].text
+    assert run(streamed()) == found[1].text
     serve.close()
     assert json.dumps(serve.stats())

@@ -15,6 +15,7 @@ from pipelines.language.loading import open_model
 from studio.serving.app import ServerOptions
 from studio.serving.engine import ServeConfig
 from studio.serving.service import ServeEngine
+from tests.loops import run
 from tests.serving.test_engine import alone
 from tests.serving.test_server import KEY, Running
 
@@ -87,7 +88,7 @@ def test_nothing_leaks_and_nobody_gets_another_adapters_answer(base, several, ma
                                      limits=limits) as http:  # fmt: skip
             await asyncio.gather(trouble(http), *(client(http, jobs[n::CLIENTS]) for n in range(CLIENTS)))
 
-    asyncio.run(everybody())
+    run(everybody())
     until = time.monotonic() + 30
     while not serve.engine.idle and time.monotonic() < until:
         time.sleep(0.1)

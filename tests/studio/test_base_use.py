@@ -35,7 +35,7 @@ def test_every_family_says_what_it_works_with(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "wanted"), [
     ("sdxl", "regions (activation, output, lora-composer, cross)"), ("flux", "regions (activation, output)"),
-    ("wan", "regions (output)"), ("hidream", "regions (output)"), ("ltx2", ""),
+    ("wan", "regions (activation, output)"), ("hidream", "regions (output)"), ("ltx2", ""),
 ])  # fmt: skip
 def test_methods_whose_regions_work_are_named(name: str, wanted: str) -> None:
     found = [one for one in base_families.works_with(name) if "regions" in one]

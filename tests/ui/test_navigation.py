@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from tests.loops import run
 from ui.navigation import Addresses
 
 
@@ -22,9 +21,7 @@ def answer(path: str, **scope: Any) -> tuple[int, str]:
         sent.append(message)
 
     asked = {"type": "http", "method": "GET", "path": path, **scope}
-    # In a thread of its own: where a browser test ran before in this process, its event loop is still running here.
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, Addresses(app)(asked, None, send)).result()  # type: ignore[arg-type]
+    run(Addresses(app)(asked, None, send))  # type: ignore[arg-type]
     return sent[0]["status"], dict(sent[0]["headers"])[b"location"].decode()
 
 

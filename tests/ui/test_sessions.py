@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+from tests.loops import run
 from ui.sessions import Sessions
 
 
@@ -21,12 +21,6 @@ def app_of(pages: list[str]) -> Any:
 
 async def connect(sessions: Sessions, app: Any, page: str) -> None:
     await sessions({"type": "http", "path": f"/gradio_api/heartbeat/{page}", "app": app}, None, None)  # type: ignore[arg-type]
-
-
-def run(coroutine: Any) -> None:
-    """To its end, in a thread of its own: the browser's driver may have a loop running in this one."""
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, coroutine).result()
 
 
 def test_the_last_closed_pages_are_kept() -> None:
