@@ -80,8 +80,8 @@ def draw_settings(base: str = "") -> Settings:
     with gr.Group(elem_classes="as-card"):
         method = gr.Radio([(kind.title, name) for name, kind in found.items()], value=FIRST, label="Method",
                           elem_classes="as-choices", elem_id="compress-method")  # fmt: skip
-        told = gr.HTML(lambda: _told(FIRST) + _help(advice.of(base, rows=False)), elem_classes="as-help",
-                       elem_id="compress-told", apply_default_css=False)  # fmt: skip
+        told = gr.HTML(elem_classes="as-help", elem_id="compress-told", apply_default_css=False)
+        gr.on(None, lambda: _told(FIRST) + _help(advice.of(base, rows=False)), None, told, **_PRIVATE)  # at the start
     with gr.Group(elem_classes="as-card", visible="data" in schema_form.fields(found[FIRST].model())) as rows:
         gr.HTML(markup.heading("Rows", "Text of the kind the model is for: conversations, prompts or plain texts."),
                 apply_default_css=False)  # fmt: skip
