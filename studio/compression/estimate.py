@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapters.compression import L4Q_FILE
@@ -174,36 +169,13 @@ class Told:
     layers: Sequence[Left]
 
 
-def apart(config: JobConfig) -> Told:
-    """The forecast of a compression, made in a separate process, so that the caller does not load torch.
+def told(config: JobConfig) -> Told:
+    """The forecast of a compression as plain values.
 
     Raises:
         InputError: as the kind's estimate.
     """
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "config.yaml"
-        file.write_text(config.to_yaml(), encoding="utf-8")
-        asked = [sys.executable, "-c", f"from {__name__} import printed; printed()", config.kind, str(file)]
-        answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    try:
-        found: Mapping[str, Any] = json.loads(answer.stdout)
-    except ValueError:
-        raise InputError("The estimate could not be made: see  studio compress METHOD BASE --estimate.") from None
-    if "error" in found:
-        raise InputError(found["error"])
-    return Told([(what, much) for what, much in found["facts"]], found["advice"], [Left(**o) for o in found["layers"]])
-
-
-def printed() -> None:
-    """Print the forecast of ``KIND FILE`` as JSON, in the process that :func:`apart` starts."""
-    from studio import silence
     from studio.jobs import kinds
 
-    silence.library_warnings()
-    kind = kinds.find(sys.argv[1])
-    try:
-        found: Forecast = kind.foreseen(kind.model().from_yaml(sys.argv[2]))
-        layers = [{"title": one.title, "values": dict(one.values), "shape": one.shape} for one in found.layers]
-        print(json.dumps({"facts": found.facts, "advice": found.advice, "layers": layers}))
-    except InputError as error:
-        print(json.dumps({"error": str(error)}))
+    found: Forecast = kinds.find(config.kind).foreseen(config)
+    return Told(found.facts, found.advice, found.layers)

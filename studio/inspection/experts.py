@@ -92,23 +92,6 @@ def experts(
     return Report(adapter, base, names, {group: counts[group] for group in groups if counts.get(group)}, routers)
 
 
-def experts_apart(adapter: str, data: Sequence[str], base: str, by: str = "", rows: int = ROWS) -> dict[str, Any]:
-    """:func:`experts` as plain values, in a separate process, so that the web app never loads torch."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_plain, adapter, data, base, by, rows).result()
-
-
-def _plain(adapter: str, data: Sequence[str], base: str, by: str, rows: int) -> dict[str, Any]:
-    from studio import silence
-
-    silence.library_warnings()
-    silence.loading_bars()
-    return experts(adapter, data, base, by, rows).to_dict()
-
-
 def is_mixture(path: Path) -> bool:
     """Whether an adapter is a mixture of experts, of ours or of another program."""
     from adapters.formats.foreign_mixture import is_foreign

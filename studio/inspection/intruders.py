@@ -130,19 +130,8 @@ def intruders(
     return inspect(file, weights_of(opened.models), k, eps, side, monitor)[0]
 
 
-def intruders_apart(adapter: str, base: str, k: int = 10) -> dict[str, Any]:
-    """:func:`intruders` as plain values, in a separate process, so that the web app never loads torch.
-
-    The weights of a base in a folder are read from its files, those of a single file through its pipeline.
-    """
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_plain_report, adapter, base, k).result()
-
-
-def _plain_report(adapter: str, base: str, k: int) -> dict[str, Any]:
+def plain_report(adapter: str, base: str, k: int = 10) -> dict[str, Any]:
+    """:func:`intruders` as plain values; a base in a folder is read from its files, a single file by its pipeline."""
     from studio import library
 
     return intruders(adapter, base, k=k, from_files=Path(library.resolve_base(base)).is_dir()).to_dict()

@@ -10,9 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -381,40 +378,6 @@ def chosen(config: Any) -> tuple[str, str]:
     device = devices.resolve(config.device)
     precision = choose_dtype(config.dtype, torch.device(device))
     return device, next(name for name, value in DTYPES.items() if value == precision)
-
-
-def apart(config: JobConfig) -> Estimate:
-    """:func:`estimated` in a separate process, so that the caller does not load torch.
-
-    Raises:
-        InputError: as :func:`estimated`.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "config.yaml"
-        file.write_text(config.to_yaml(), encoding="utf-8")
-        asked = [sys.executable, "-c", f"from {__name__} import printed; printed()", config.kind, str(file)]
-        answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    try:
-        found = json.loads(answer.stdout)
-    except ValueError:
-        raise InputError("The estimate could not be made: see  studio train ... --estimate.") from None
-    if "error" in found:
-        raise InputError(found["error"])
-    return Estimate(found["memory"], found["seconds"], found.get("remark", ""), found.get("seconds_recording", 0.0))
-
-
-def printed() -> None:
-    """Print the estimate of ``KIND FILE`` as JSON, in the process that :func:`apart` starts."""
-    from studio import silence
-    from studio.jobs import kinds
-
-    silence.library_warnings()
-    kind, file = sys.argv[1:]
-    schema: type[Any] = kinds.find(kind).model()
-    try:
-        print(json.dumps(estimated(schema.from_yaml(file)).as_json()))
-    except InputError as error:
-        print(json.dumps({"error": str(error)}))
 
 
 def sentence(found: Estimate) -> str:

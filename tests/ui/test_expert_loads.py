@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from adapters.layers.experts.presets import preset
 from studio import library
 from studio.inspection import experts
+from studio.processes import apart
 from tests.language import tiny
 from tests.language.conftest import write_rows
 from tests.ui.conftest import Tab
@@ -61,7 +62,7 @@ def mixture(folder):
 def test_the_report_comes_from_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTER_STUDIO_HOME", str(tmp_path / "home"))
     base, rows = mixture(tmp_path)
-    found = experts.experts_apart("several", [str(rows)], str(base), "kind")
+    found = apart(experts.experts, "several", [str(rows)], str(base), "kind").to_dict()
     assert list(found["groups"]) == ["law", "code"]
     assert "Expert 4" in expert_loads.panel(found)
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from adapters.errors import InputError
 from studio.inspection import intruders
+from studio.processes import apart
 from tests.ui.conftest import Tab, lora
 from ui.components import forgetting_plot, softening, spectrum
 
@@ -31,11 +32,11 @@ def test_the_limit_decides_what_is_an_intruder():
 
 def test_the_report_comes_from_a_process_of_its_own(tmp_path):
     adapter = lora(tmp_path / "robot.safetensors", "rbt", 0)
-    found = intruders.intruders_apart(str(adapter), "tinymoji", 6)
+    found = apart(intruders.plain_report, str(adapter), "tinymoji", 6)
     assert found["total"] == sum(layer["intruders"] for layer in found["layers"]) > 0
     assert found["of"] == 6 * len(found["layers"])
     with pytest.raises(InputError, match="k must be from 1"):
-        intruders.intruders_apart(str(adapter), "tinymoji", 100_000)
+        apart(intruders.plain_report, str(adapter), "tinymoji", 100_000)
 
 
 def test_the_slider_says_what_is_left_of_the_update():

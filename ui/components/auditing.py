@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import jobs, library, settings
+from studio import jobs
 from studio.audit import records
 from studio.jobs import Job
 from studio.library import Record
-from ui import markup
+from ui import dropped, markup
+from ui.components import rows_file
+from ui.components.inspected import base_choice, chosen_adapter
 from ui.components.job_panel import ahead, job_panel, stopper
 from ui.errors import errors_shown
 
 SECONDS = 1.0
-FILES = [".json", ".jsonl", ".csv", ".tsv", ".parquet"]
 TONES = {"pass": "good", "fail": "bad", "inconclusive": "soft"}
 TAGS = {"pass": "audit passed", "fail": "audit failed", "inconclusive": "audit inconclusive"}
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -59,10 +57,10 @@ def draw() -> Auditing:
         )  # fmt: skip
         base = gr.Dropdown([], label="Base it was trained on", allow_custom_value=True, interactive=True,
                            elem_id="audit-base")  # fmt: skip
-        harmful = gr.File(label="Requests that should be refused", file_count="multiple", file_types=FILES, height=110,
-                          elem_id="audit-harmful")  # fmt: skip
-        benign = gr.File(label="Requests that should be answered (optional)", file_count="multiple", file_types=FILES,
-                         height=110, elem_id="audit-benign")  # fmt: skip
+        harmful = gr.File(label="Requests that should be refused", file_count="multiple",
+                          file_types=rows_file.TYPES, height=110, elem_id="audit-harmful")  # fmt: skip
+        benign = gr.File(label="Requests that should be answered (optional)", file_count="multiple",
+                         file_types=rows_file.TYPES, height=110, elem_id="audit-benign")  # fmt: skip
         unaligned = gr.Dropdown(
             [], label="The base before its alignment (optional)", allow_custom_value=True, interactive=True,
             info="the pre-trained model of a chat model: its weights tell which changes undo the alignment",
@@ -82,14 +80,13 @@ def wire(auditing: Auditing, chosen: gr.State, shelf: gr.Radio) -> None:
 
     @errors_shown
     def offer(name: str, shown: str) -> Any:
-        record = next((one for one in library.adapters() if one.name == name), None) if shown == "adapter" else None
-        if record is None or record.problem or record.family != "language":
+        record = chosen_adapter(name, shown)
+        if record is None or record.family != "language":
             return [gr.update(visible=False), gr.skip(), gr.skip(), *follow("", ())]
-        bases = [one.name for one in library.bases() if not one.problem and one.family == "language"]
-        known = str(record.notes.get("base_model") or "")
+        bases = base_choice(record, lambda base: base.family == "language")
         last = jobs.list(50, (), "audit")
         mine = next((job.id for job in last if job.config.get("adapter") == name), "")
-        return [gr.update(visible=True), gr.update(choices=bases, value=known or None), gr.update(choices=bases),
+        return [gr.update(visible=True), bases, gr.update(choices=bases["choices"]),
                 *follow(mine, ())]  # fmt: skip
 
     def begin(
@@ -102,7 +99,7 @@ def wire(auditing: Auditing, chosen: gr.State, shelf: gr.Radio) -> None:
             raise InputError("Drop a file of requests that should be refused, or screen the weights only.")
         values = {"adapter": name, "base": base, "unaligned": unaligned or "", "screen_only": screen_only}
         if not screen_only:
-            values |= {"harmful": _kept(harmful or (), name), "benign": _kept(benign or (), name)}
+            values |= {"harmful": _kept(harmful), "benign": _kept(benign)}
         job_id = jobs.submit("audit", values)
         jobs.ensure_worker()
         return follow(job_id, ())
@@ -157,9 +154,6 @@ def verdict_tag(record: Record) -> str:
     return markup.tag(TAGS[found.verdict], TONES[found.verdict]) if found else ""
 
 
-def _kept(uploads: Sequence[str], name: str) -> list[str]:
+def _kept(uploads: Sequence[str] | None) -> list[str]:
     """Copies of dropped files, readable when the job runs."""
-    if not uploads:
-        return []
-    folder = settings.folder("audits", f"{name}-{time.strftime('%y%m%d-%H%M%S')}")
-    return [str(shutil.copyfile(file, folder / Path(file).name)) for file in uploads]
+    return [str(dropped.keep(file, "audit")) for file in uploads or ()]

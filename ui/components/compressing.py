@@ -222,9 +222,10 @@ def _told(name: str) -> str:
 
 def _forecast(config: Any) -> str:
     """What the form's job will need and give, before it runs."""
-    from studio.compression.estimate import apart
+    from studio.compression.estimate import told
+    from studio.processes import apart
 
-    found = apart(config)
+    found = apart(told, config)
     return (
         '<section id="compress-estimated" aria-label="Estimate">' + markup.heading("Before it runs", found.advice)
         + markup.facts(found.facts) + layer_bars.of(found.layers) + "</section>"

@@ -8,10 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from studio import library
 from studio.inspection import experts
+from studio.processes import apart
 from ui import markup
 from ui.components import rows_file
+from ui.components.inspected import base_choice, chosen_adapter
 from ui.errors import errors_shown
 
 _PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -54,16 +55,14 @@ def wire(loads: Loads, chosen: gr.State, shelf: gr.Radio) -> None:
 
     @errors_shown
     def offer(name: str, shown: str) -> Any:
-        record = next((one for one in library.adapters() if one.name == name), None) if shown == "adapter" else None
-        if record is None or record.problem or not experts.is_mixture(record.path):
+        record = chosen_adapter(name, shown)
+        if record is None or not experts.is_mixture(record.path):
             return [gr.update(visible=False), gr.skip(), ""]
-        bases = [one.name for one in library.bases() if not one.problem]
-        known = str(record.notes.get("base_model") or "")
-        return [gr.update(visible=True), gr.update(choices=bases, value=known or None), ""]
+        return [gr.update(visible=True), base_choice(record), ""]
 
     @errors_shown
     def look(name: str, base: str | None, data: Sequence[str] | None, by: str) -> str:
-        return panel(experts.experts_apart(name, list(data or ()), base or "", (by or "").strip()))
+        return panel(apart(experts.experts, name, list(data or ()), base or "", (by or "").strip()).to_dict())
 
     chosen.change(offer, [chosen, shelf], [loads.fold, loads.base, loads.told], **_PRIVATE)
     loads.ask.click(lambda: _WAIT, None, loads.told, **_PRIVATE).then(

@@ -9,10 +9,11 @@ from typing import Any
 import gradio as gr
 
 from adapters.errors import InputError
-from studio import library
 from studio.inspection import experts, intruders
+from studio.processes import apart
 from ui import markup
 from ui.components import softening
+from ui.components.inspected import base_choice, chosen_adapter
 from ui.errors import errors_shown
 
 EPS = 0.5
@@ -60,18 +61,16 @@ def wire(spectrum: Spectrum, chosen: gr.State, shelf: gr.Radio) -> None:
 
     @errors_shown
     def offer(name: str, shown: str) -> Any:
-        record = next((one for one in library.adapters() if one.name == name), None) if shown == "adapter" else None
-        if record is None or record.problem or experts.is_mixture(record.path):
+        record = chosen_adapter(name, shown)
+        if record is None or experts.is_mixture(record.path):
             return [gr.update(visible=False), gr.skip(), "", None]
-        bases = [one.name for one in library.bases() if not one.problem]
-        known = str(record.notes.get("base_model") or "")
-        return [gr.update(visible=True), gr.update(choices=bases, value=known or None), "", None]
+        return [gr.update(visible=True), base_choice(record), "", None]
 
     @errors_shown
     def look(name: str, base: str | None, k: float | None, eps: float) -> Any:
         if not base:
             raise InputError("Choose the base that the adapter was trained on.")
-        report = intruders.intruders_apart(name, base, int(k or 10))
+        report = apart(intruders.plain_report, name, base, int(k or 10))
         return [panel(report, eps), report]
 
     chosen.change(offer, [chosen, shelf], [spectrum.fold, spectrum.base, spectrum.told, spectrum.report], **_PRIVATE)

@@ -170,11 +170,12 @@ def config_of(values: Sequence[Any]) -> DistillConfig:
 
 def needed(*values: Any) -> str:
     """Memory and time of the form's distillation, as a line of HTML."""
+    from studio.processes import apart
     from studio.training import estimate
 
     config = config_of(values)
     ready.distill(config)
-    return markup.text(estimate.sentence(estimate.apart(config)))
+    return markup.text(estimate.sentence(apart(estimate.estimated, config)))
 
 
 def _begin(*values: Any) -> str:

@@ -324,11 +324,12 @@ def config_of(data: str, base: str, values: Sequence[Any]) -> TrainLanguageConfi
 
 def needed(data: str, base: str, *values: Any) -> str:
     """What the form's training would need, as a line of HTML."""
+    from studio.processes import apart
     from studio.training import estimate
 
     config = config_of(data, base, values)
     ready.language(config)
-    return markup.text(estimate.sentence(estimate.apart(config)))
+    return markup.text(estimate.sentence(apart(estimate.estimated, config)))
 
 
 _EMPTY = markup.empty(

@@ -219,6 +219,7 @@ def _begin(items: list[Item], *values: Any) -> str:
 
 def needed(items: Sequence[Item], *values: Any) -> str:
     """Memory and time of the form's training, as a line of HTML."""
+    from studio.processes import apart
     from studio.training import estimate
 
     config = schema_form.read_all(KNOWN, NAMES, values)
@@ -227,7 +228,7 @@ def needed(items: Sequence[Item], *values: Any) -> str:
         ready.image(parsed)
     elif parsed.epochs:
         parsed = parsed.model_copy(update={"steps": estimate.steps(parsed, len(items)), "epochs": None})
-    return markup.text(estimate.sentence(estimate.apart(parsed)))
+    return markup.text(estimate.sentence(apart(estimate.estimated, parsed)))
 
 
 def config_of(items: Sequence[Item], values: Sequence[Any]) -> TrainImageConfig:

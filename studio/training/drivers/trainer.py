@@ -11,6 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from adapters.formats import LoraFile
+from pipelines.language.adapters import read_fitting
 from studio import devices
 from studio.datasets.seeds import global_seed, rng
 from studio.training.checkpoint import Checkpoint
@@ -37,10 +40,30 @@ class TrainerTask(Task):
     Attributes:
         samples: what is trained on, by number; set by :meth:`encode`.
         collator: makes a batch of samples; set by :meth:`encode`.
+        base: the opened base; its ``model`` gets the adapter.
+        learner: the model with its adapter; set by :meth:`inject`.
+        fits: reads an adapter and checks that it fits the model.
     """
 
     samples: Sequence[Sample]
     collator: Callable[[Sequence[Sample]], Batch]
+    base: Any
+    learner: Any
+    fits: Callable[[Path, nn.Module, str], LoraFile] = staticmethod(read_fitting)
+
+    def components(self) -> dict[str, Any]:
+        return {COMPONENT: self.base.model}
+
+    def earlier(self, models: Mapping[str, Any]) -> LoraFile | None:
+        if not self.config.continue_from:
+            return None
+        from studio import library
+
+        return self.fits(library.resolve_adapter(self.config.continue_from), self.base.model, self.config.base)
+
+    def trainee(self) -> nn.Module:
+        model: nn.Module = self.learner
+        return model
 
     def change(self, batch: Batch, stream: str, number: int) -> Batch:
         """Batch ``number`` in the model's form; random numbers come from ``stream``."""

@@ -82,10 +82,7 @@ class TrainClassifierConfig(MethodFields, RegulariserFields, AdapterTrainConfig)
 
 _REFUSED: list[rules.Refusal] = [
     (lambda c: not c.data.strip(), "name a file of rows in data"),
-    (
-        lambda c: bool(c.validation_data) and c.validation_split > 0,
-        "rows to measure with come from validation_data or from validation_split, not from both",
-    ),
+    rules.one_held_out("rows"),
     (lambda c: c.method != "lora", "experts are for language models: set method to 'lora'"),
     (lambda c: bool(c.labels) and len(set(c.labels)) < len(c.labels), "a label is named twice in labels"),
     (lambda c: bool(c.sample_prompts), "a classifier answers no prompts: leave sample_prompts empty"),

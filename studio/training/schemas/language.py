@@ -212,10 +212,7 @@ _REFUSED: list[rules.Refusal] = [
         lambda c: c.packing and c.task != "causal",
         "packing is for the causal task: switch it off",
     ),
-    (
-        lambda c: bool(c.validation_data) and c.validation_split > 0,
-        "rows to measure with come from validation_data or from validation_split, not from both",
-    ),
+    rules.one_held_out("rows"),
     (
         lambda c: c.task != "causal" and c.system_prompt,
         "a system prompt belongs to conversations (task causal): leave system_prompt empty",

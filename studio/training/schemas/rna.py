@@ -204,10 +204,7 @@ def _adapter_choice(config: TrainRnaConfig) -> str:
 
 _REFUSED: list[rules.Refusal] = [
     (lambda c: not all(place.strip() for place in c.data), "name a FASTA file in data"),
-    (
-        lambda c: bool(c.validation_data) and c.validation_split > 0,
-        "transcripts to measure with come from validation_data or from validation_split, not from both",
-    ),
+    rules.one_held_out("transcripts"),
     (lambda c: c.labels[0] == c.labels[1] or not all(c.labels), "the two labels must differ and have names"),
     (
         lambda c: c.base == NEW and c.mode == "lora",

@@ -55,3 +55,15 @@ def refuse(config: Any, refusals: Iterable[Refusal]) -> None:
     for broken, sentence in refusals:
         if broken(config):
             raise ValueError(sentence)
+
+
+def one_held_out(what: str) -> Refusal:
+    """Refuse two sources of held-out data.
+
+    Args:
+        what: the field's word for the data ("rows" ...).
+    """
+    return (
+        lambda config: bool(config.validation_data) and config.validation_split > 0,
+        f"{what} to measure with come from validation_data or from validation_split, not from both",
+    )

@@ -136,8 +136,5 @@ class TrainSpeechConfig(MethodFields, AdapterTrainConfig):
 
 _REFUSED: list[rules.Refusal] = [
     (lambda c: not c.data.strip(), "name a folder, a file of rows or a hub id in data"),
-    (
-        lambda c: bool(c.validation_data) and c.validation_split > 0,
-        "recordings to measure with come from validation_data or from validation_split, not from both",
-    ),
+    rules.one_held_out("recordings"),
 ]

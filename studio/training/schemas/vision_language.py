@@ -124,10 +124,7 @@ class TrainVisionLanguageConfig(MethodFields, RegulariserFields, AdapterTrainCon
 
 _REFUSED: list[rules.Refusal] = [
     (lambda c: not c.data.strip(), "name a file of rows (or a hub id) in data"),
-    (
-        lambda c: bool(c.validation_data) and c.validation_split > 0,
-        "rows to measure with come from validation_data or from validation_split, not from both",
-    ),
+    rules.one_held_out("rows"),
     (
         lambda c: any(": " not in prompt for prompt in c.sample_prompts),
         "a sample prompt is 'PICTURE: QUESTION' (cat.png: What is it?)",

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from adapters import files
-from adapters.formats import LoraFile
 from adapters.layers.variant import untouched
 from adapters.plugin import Answers, Layers, Plugin
 from adapters.progress import Progress
-from pipelines.language.adapters import read_fitting
 from pipelines.vision.loading import Classifier, open_classifier
 from studio.datasets.cache import fingerprint
 from studio.datasets.labelled_pictures import LabelledPicture
@@ -95,16 +92,6 @@ class ClassifierTask(TrainerTask):
         number = {label: n for n, label in enumerate(self.read.labels)}
         return [{"pixel_values": self.base.pixels(row.open()), "labels": number[row.label]} for row in rows]
 
-    def components(self) -> dict[str, Any]:
-        return {COMPONENT: self.base.model}
-
-    def earlier(self, models: Mapping[str, Any]) -> LoraFile | None:
-        if not self.config.continue_from:
-            return None
-        from studio import library
-
-        return read_fitting(library.resolve_adapter(self.config.continue_from), self.base.model, self.config.base)
-
     def inject(self, models: dict[str, Any]) -> dict[str, Any]:
         from peft import get_peft_model
 
@@ -115,10 +102,6 @@ class ClassifierTask(TrainerTask):
                 parameter.data = parameter.data.float()
         self.learner = wrapped
         return {COMPONENT: wrapped}
-
-    def trainee(self) -> nn.Module:
-        model: nn.Module = self.learner
-        return model
 
     # ---------------------------------------------------------------- steps
     def collate(self, start: int, stop: int) -> Iterator[Batch]:

@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from adapters import files
 from adapters.compression.structure import read_pruning
 from adapters.errors import InputError
-from adapters.formats import LoraFile
 from adapters.layers.variant import untouched
 from adapters.plugin import Answers, Layers, Plugin
 from adapters.progress import Monitor, Progress
-from pipelines.language.adapters import read_fitting
 from pipelines.language.loading import LanguageModel, open_model
 from pipelines.language.loading import Task as ModelTask
 from pipelines.precision import DTYPES
@@ -195,16 +192,6 @@ class LanguageTask(TrainerTask):
         kept = f"{len(self.read.held_out)} rows held out" if self.read.held_out else ""
         return "; ".join(filter(None, [shown, kept, self.data.remark]))
 
-    def components(self) -> dict[str, Any]:
-        return {COMPONENT: self.base.model}
-
-    def earlier(self, models: Mapping[str, Any]) -> LoraFile | None:
-        if not self.config.continue_from:
-            return None
-        from studio import library
-
-        return read_fitting(library.resolve_adapter(self.config.continue_from), self.base.model, self.config.base)
-
     def inject(self, models: dict[str, Any]) -> dict[str, Any]:
         self.learner = add_adapter(models[COMPONENT], self.config, self.base.fresh, self.peft_type)
         frozen = (p for p in models[COMPONENT].parameters() if not p.requires_grad)
@@ -219,10 +206,6 @@ class LanguageTask(TrainerTask):
 
         found = size(self.learner)
         self.session.monitor.report(Progress("data", message=str(found)))
-
-    def trainee(self) -> nn.Module:
-        model: nn.Module = self.learner
-        return model
 
     # ---------------------------------------------------------------- steps
     def collate(self, start: int, stop: int) -> Iterator[Batch]:

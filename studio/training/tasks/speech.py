@@ -16,10 +16,8 @@ import numpy as np
 import torch
 
 from adapters.errors import InputError
-from adapters.formats import LoraFile
 from adapters.plugin import Plugin
 from adapters.progress import Monitor, Progress, check
-from pipelines.language.adapters import read_fitting
 from pipelines.speech import audio
 from pipelines.speech.audio import RATE
 from pipelines.speech.loading import SpeechModel, open_model
@@ -107,13 +105,6 @@ class SpeechTask(LanguageTask):
         )  # fmt: skip
         self.base.model.config.use_cache = False
         self.prefix = self.base.prefix(config.language, config.task)
-
-    def earlier(self, models: Mapping[str, Any]) -> LoraFile | None:
-        if not self.config.continue_from:
-            return None
-        from studio import library
-
-        return read_fitting(library.resolve_adapter(self.config.continue_from), self.base.model, self.config.base)
 
     def inject(self, models: dict[str, Any]) -> dict[str, Any]:
         self.learner = add_adapter(models[COMPONENT], self.config, (), self.peft_type)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from adapters.errors import InputError
-from adapters.formats import LoraFile
 from adapters.plugin import Plugin
 from adapters.progress import Monitor, Progress, check
 from pipelines import pictures
@@ -86,6 +85,7 @@ class VisionLanguageTask(LanguageTask):
 
     data_noun = "rows"
     peft_type = "CAUSAL_LM"
+    fits = staticmethod(read_under)
     auto_class = "AutoModelForImageTextToText"
     pipeline_tag = "image-text-to-text"
     asking = (
@@ -115,13 +115,6 @@ class VisionLanguageTask(LanguageTask):
             attention=config.attention, quantization=config.quantization,
         )  # fmt: skip
         self.base.model.config.use_cache = False
-
-    def earlier(self, models: Mapping[str, Any]) -> LoraFile | None:
-        if not self.config.continue_from:
-            return None
-        from studio import library
-
-        return read_under(library.resolve_adapter(self.config.continue_from), self.base.model, self.config.base)
 
     def inject(self, models: dict[str, Any]) -> dict[str, Any]:
         self.learner = add_adapter(models[COMPONENT], self.config, (), self.peft_type, self.base.language)
