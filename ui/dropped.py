@@ -17,4 +17,9 @@ def keep(file: str | Path, kind: str) -> Path:
     """
     source = Path(file)
     target = settings.folder("datasets", f"{kind}-{files.sha256(source)[:12]}") / source.name
-    return target if target.is_file() else files.write(target, lambda part: shutil.copyfile(source, part), sync=False)
+    return target if target.is_file() else copy(source, target)
+
+
+def copy(source: Path, target: Path) -> Path:
+    """Copy a file, whole or not at all; returns ``target``."""
+    return files.write(target, lambda part: shutil.copyfile(source, part), sync=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,14 @@ def keep_with_pictures(files: Sequence[str | Path]) -> Path:
     for name in sorted(loose):
         total.update(name.encode() + loose[name].read_bytes())
     target = settings.folder("datasets", f"rows-{total.hexdigest()[:12]}")
-    shutil.copyfile(table, target / table.name)
+    dropped.copy(table, target / table.name)
     report = texts.scan(str(target / table.name))
     wanted = {Path(text).name: text for row in report.rows for text in _strings(row.values) if Path(text).name in loose}
     for name, source in loose.items():
         place = (target / wanted.get(name, name)).resolve()
         place = place if place.is_relative_to(target.resolve()) else target / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, place)
+        dropped.copy(source, place)
     return target / table.name
 
 
