@@ -5,7 +5,8 @@ Fields shared with a language training take their help and default from there.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,11 +18,8 @@ from studio.training.schemas.method import MethodFields, RegulariserFields
 _MODEL = option("Model")
 _DATA = option("Data")
 _DATA_MORE = option("Data", advanced=True)
-
-
-def _same(name: str, **changes: Any) -> Any:
-    """A field of the language training."""
-    return changed(TrainLanguageConfig, name, **changes)
+_same = partial(changed, TrainLanguageConfig)
+"""A field of the language training, with changes."""
 
 
 class TrainClassifierConfig(MethodFields, RegulariserFields, AdapterTrainConfig):

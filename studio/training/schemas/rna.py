@@ -5,7 +5,8 @@ Fields shared with a language training take their help and default from there.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,11 +23,8 @@ _MODEL_MORE = option("Model", advanced=True)
 _DATA = option("Data")
 _DATA_MORE = option("Data", advanced=True)
 _ADAPTER = option("Adapter")
-
-
-def _same(name: str, **changes: Any) -> Any:
-    """A field of the language training."""
-    return changed(TrainLanguageConfig, name, **changes)
+_same = partial(changed, TrainLanguageConfig)
+"""A field of the language training, with changes."""
 
 
 class TrainRnaConfig(MethodFields, RegulariserFields, AdapterTrainConfig):
