@@ -24,12 +24,12 @@ from ui import access, markup, navigation, pictures, sessions
 from ui.address import check_access, check_address, check_root_path, names, netloc
 from ui.components import answers_run, faces, job_panel, rack, remembered
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 from ui.pages import ask, compose, federated, gallery, jobs, language, library, reconstruct, rna, speech, train
 from ui.theme import STATIC, StudioTheme, css, script
 
 A_DAY = 86400
 
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
     def go(event: gr.SelectData) -> Any:
         return [gr.Timer(active=event.value == navigation.TITLES["jobs"]), *_choices()]
 
-    app.load(arrive, menu, [pages.tabs, pages.jobs.timer, *choices], js="() => [location.pathname]", **_PRIVATE)
+    app.load(arrive, menu, [pages.tabs, pages.jobs.timer, *choices], js="() => [location.pathname]", **PRIVATE)
     for name, follow, view in (
         ("compose", compose.follow, pages.compose.view),
         ("train", train.follow, pages.train.view),
@@ -135,23 +135,23 @@ def _wire_tabs(app: gr.Blocks, menu: gr.HTML, pages: _Pages) -> None:
         ("speech", speech.follow, pages.speech.view),
     ):
         own = remembered.remember_job(name, view[0])
-        app.load(partial(_own, follow), own, view, **_PRIVATE)
-    app.load(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
+        app.load(partial(_own, follow), own, view, **PRIVATE)
+    app.load(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **PRIVATE)
     for name, page, outputs in (
         ("compose", compose, pages.compose.outputs),
         ("train", train, pages.train.kept),
     ):
         form = remembered.remember(name, getattr(pages, name).kept)
-        app.load(errors_shown(page.restore), form, outputs, **_PRIVATE)
+        app.load(errors_shown(page.restore), form, outputs, **PRIVATE)
     for arriving in (app.load, pages.tabs.select):
-        arriving(errors_shown(gallery.show), pages.gallery.refresh_inputs, pages.gallery.refresh_outputs, **_PRIVATE)
+        arriving(errors_shown(gallery.show), pages.gallery.refresh_inputs, pages.gallery.refresh_outputs, **PRIVATE)
     listed = [
-        arriving(errors_shown(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **_PRIVATE)
+        arriving(errors_shown(library.show), pages.library.refresh_inputs, pages.library.refresh_outputs, **PRIVATE)
         for arriving in (app.load, pages.tabs.select)
     ]
-    gr.on(pages.library.acts, None, cancels=listed, **_PRIVATE)  # an earlier answer must not overwrite a change
-    pages.tabs.select(go, None, [pages.jobs.timer, *choices], **_PRIVATE)
-    pages.tabs.select(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **_PRIVATE)
+    gr.on(pages.library.acts, None, cancels=listed, **PRIVATE)  # an earlier answer must not overwrite a change
+    pages.tabs.select(go, None, [pages.jobs.timer, *choices], **PRIVATE)
+    pages.tabs.select(errors_shown(jobs.show), pages.jobs.refresh_inputs, pages.jobs.refresh_outputs, **PRIVATE)
 
 
 def _choices() -> list[Any]:
@@ -239,18 +239,18 @@ def _wire_crossings(pages: _Pages) -> None:
     def go_on(key: str) -> Any:
         return [gr.Tabs(selected="compose"), *compose.begin_with(kept.find(key).path)]
 
-    pages.gallery.go_on.click(go_on, pages.gallery.chosen, [pages.tabs, *target.start.outputs[:2]], **_PRIVATE)
-    pages.gallery.reuse.click(reuse, pages.gallery.chosen, [pages.tabs, *target.outputs], **_PRIVATE)
+    pages.gallery.go_on.click(go_on, pages.gallery.chosen, [pages.tabs, *target.start.outputs[:2]], **PRIVATE)
+    pages.gallery.reuse.click(reuse, pages.gallery.chosen, [pages.tabs, *target.outputs], **PRIVATE)
     base, prompt = target.form["base"], target.form["prompt"]
     used = pages.library.use.click(
         use, [pages.library.chosen, pages.library.shelf, target.rack],
         [pages.tabs, target.rack, base, pages.language.mode, pages.language.base, pages.language.adapters,
          pages.ask.mode, pages.ask.base, pages.ask.adapters, pages.rna.base, pages.rna.adapter,
-         pages.speech.base, pages.speech.adapters], **_PRIVATE,
+         pages.speech.base, pages.speech.adapters], **PRIVATE,
     )  # fmt: skip
     tried = [
         page.try_it.click(try_it, [page.job, page.step, target.rack, prompt],
-                          [pages.tabs, target.rack, prompt, base], **_PRIVATE)
+                          [pages.tabs, target.rack, prompt, base], **PRIVATE)
         for page in (pages.train, pages.train.distill)
     ]  # fmt: skip
     opened = pages.jobs.open.click(
@@ -258,10 +258,10 @@ def _wire_crossings(pages: _Pages) -> None:
         [pages.tabs, pages.jobs.timer, *pages.train.switch, *target.view, *pages.train.view, *pages.train.distill.view,
          *pages.language.jobs_view, *pages.ask.jobs_view, *pages.federated.view, *pages.reconstruct.view,
          *pages.rna.view, *pages.speech.view, *pages.library.looking],
-        **_PRIVATE,
+        **PRIVATE,
     )  # fmt: skip
     for arrival in (used, *tried, opened):  # a page that was not opened by its tab
-        arrival.then(errors_shown(_choices), None, _choosers(pages), **_PRIVATE)
+        arrival.then(errors_shown(_choices), None, _choosers(pages), **PRIVATE)
 
 
 # ------------------------------------------------------------------------------------------------ serving

@@ -13,12 +13,12 @@ from studio.inspection import doctor
 from ui import markup
 from ui.components.rack import Row
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 TONES = {"none": "good", "low": "good", "medium": "wait", "high": "bad"}
 MOST = 6
 """How many pairs are shown, the worst first."""
 
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -60,10 +60,10 @@ def wire(advice: Advice, rack: gr.HTML, prompt: gr.Textbox, regions: gr.HTML) ->
         useful = new or advised["regions"] or advised["method"] in _offered()
         return [gr.skip(), panel(found), gr.update(visible=useful), {"asked": _asked(rows), **advised}]
 
-    rack.change(offer, [rack, advice.report], view, **_PRIVATE)
-    advice.ask.click(lambda: _WAIT, None, advice.told, **_PRIVATE).then(
-        ask, [rack, prompt, regions], view, **_PRIVATE
-    ).then(lambda told: "" if told == _WAIT else gr.skip(), advice.told, advice.told, **_PRIVATE)
+    rack.change(offer, [rack, advice.report], view, **PRIVATE)
+    advice.ask.click(lambda: _WAIT, None, advice.told, **PRIVATE).then(
+        ask, [rack, prompt, regions], view, **PRIVATE
+    ).then(lambda told: "" if told == _WAIT else gr.skip(), advice.told, advice.told, **PRIVATE)
 
 
 def followed(rows: Sequence[Row] | None, report: Mapping[str, Any] | None) -> tuple[list[Row], str, bool]:

@@ -20,9 +20,9 @@ from studio.training import ready, saved
 from ui import markup
 from ui.components import job_panel, loss_plot, router_plot, training_run
 from ui.errors import errors_shown, say
+from ui.events import PRIVATE
 
 SECONDS = 1.0
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -76,11 +76,11 @@ class Run:
             except InputError:  # deleted meanwhile
                 return ["", gr.Timer(active=False), self.empty, "", "", *[gr.update(visible=False)] * 3]
 
-        start.click(begin, inputs, self.view, **_PRIVATE)
+        start.click(begin, inputs, self.view, **PRIVATE)
         start.click(None, None, None, js=training_run.TO_RESULT)
-        self.timer.tick(look, self.job, self.view, **_PRIVATE)
-        self.cancel.click(job_panel.stopper(follow), self.job, self.view, **_PRIVATE)
-        self.resume.click(job_panel.resumer(follow), self.job, self.view, **_PRIVATE)
+        self.timer.tick(look, self.job, self.view, **PRIVATE)
+        self.cancel.click(job_panel.stopper(follow), self.job, self.view, **PRIVATE)
+        self.resume.click(job_panel.resumer(follow), self.job, self.view, **PRIVATE)
 
 
 _CANCEL = "Cancel and keep what is learnt"

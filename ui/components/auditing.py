@@ -18,11 +18,11 @@ from ui.components import rows_file
 from ui.components.inspected import base_choice, chosen_adapter
 from ui.components.job_panel import ahead, job_panel, stopper
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 SECONDS = 1.0
 TONES = {"pass": "good", "fail": "bad", "inconclusive": "soft"}
 TAGS = {"pass": "audit passed", "fail": "audit failed", "inconclusive": "audit inconclusive"}
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -106,11 +106,11 @@ def wire(auditing: Auditing, chosen: gr.State, shelf: gr.Radio) -> None:
 
     a = auditing
     asked = [chosen, a.base, a.harmful, a.benign, a.unaligned]
-    a.start.click(errors_shown(lambda *values: begin(False, *values)), asked, a.view, **_PRIVATE)
-    a.screen.click(errors_shown(lambda *values: begin(True, *values)), asked, a.view, **_PRIVATE)
-    a.timer.tick(errors_shown(follow), [a.job, a.shown], a.view, **_PRIVATE)
-    a.cancel.click(stopper(follow), a.job, a.view, **_PRIVATE)
-    chosen.change(offer, [chosen, shelf], [a.fold, a.base, a.unaligned, *a.view], **_PRIVATE)
+    a.start.click(errors_shown(lambda *values: begin(False, *values)), asked, a.view, **PRIVATE)
+    a.screen.click(errors_shown(lambda *values: begin(True, *values)), asked, a.view, **PRIVATE)
+    a.timer.tick(errors_shown(follow), [a.job, a.shown], a.view, **PRIVATE)
+    a.cancel.click(stopper(follow), a.job, a.view, **PRIVATE)
+    chosen.change(offer, [chosen, shelf], [a.fold, a.base, a.unaligned, *a.view], **PRIVATE)
 
 
 def follow(job_id: str, shown: tuple[Any, ...]) -> list[Any]:

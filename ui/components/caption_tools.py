@@ -11,17 +11,17 @@ from adapters.errors import InputError
 from studio.datasets import caption_edits as edits
 from ui import markup, pictures
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 from ui.pictures import Item
 
 SHOWN = 40
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def draw(captions: gr.HTML) -> None:
     """Draw the tools inside the current card; ``captions`` holds the pictures (a list of :data:`Item`)."""
     with gr.Accordion("Captions of all pictures", open=False, elem_classes="as-more", elem_id="caption-tools"):
         tags = gr.HTML(tag_list([]), apply_default_css=False, elem_id="caption-tags")
-        captions.change(tag_list, captions, tags, **_PRIVATE)
+        captions.change(tag_list, captions, tags, **PRIVATE)
         text = gr.Textbox(label="One caption for all", elem_id="caption-all")
         missing = gr.Checkbox(label="Only where there is none", elem_id="caption-missing")
         _button("Set captions", same_for_all, captions, [text, missing])
@@ -43,7 +43,7 @@ def draw(captions: gr.HTML) -> None:
 
 
 def _button(label: str, change: Callable[..., Any], captions: gr.HTML, inputs: list[Any], **options: Any) -> None:
-    gr.Button(label, size="sm").click(errors_shown(change), [captions, *inputs], captions, **{**_PRIVATE, **options})
+    gr.Button(label, size="sm").click(errors_shown(change), [captions, *inputs], captions, **{**PRIVATE, **options})
 
 
 def same_for_all(items: list[Item], text: str, only_missing: bool) -> list[Item]:

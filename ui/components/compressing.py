@@ -17,13 +17,13 @@ from studio.training.schemas.language import TrainLanguageConfig
 from ui import markup
 from ui.components import job_panel, layer_bars, loss_plot, method_help, rows_file, schema_form
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 SECONDS = 1.0
 FIRST = "lq"
 """The method that is chosen at first: it needs nothing but a base."""
 USUAL = ("data", "name", "validation_split", "steps", "rank", "learning_rate", "batch_size", "max_length")
 """Fields of a training that are shown beside a method's own."""
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _CANCEL = "Cancel"
 _EMPTY = markup.empty(
     "The smaller base appears here",
@@ -81,7 +81,7 @@ def draw_settings(base: str = "") -> Settings:
         method = gr.Radio([(kind.title, name) for name, kind in found.items()], value=FIRST, label="Method",
                           elem_classes="as-choices", elem_id="compress-method")  # fmt: skip
         told = gr.HTML(elem_classes="as-help", elem_id="compress-told", apply_default_css=False)
-        gr.on(None, lambda: _told(FIRST) + _help(advice.of(base, rows=False)), None, told, **_PRIVATE)  # at the start
+        gr.on(None, lambda: _told(FIRST) + _help(advice.of(base, rows=False)), None, told, **PRIVATE)  # at the start
     with gr.Group(elem_classes="as-card", visible="data" in schema_form.fields(found[FIRST].model())) as rows:
         gr.HTML(markup.heading("Rows", "Text of the kind the model is for: conversations, prompts or plain texts."),
                 apply_default_css=False)  # fmt: skip
@@ -100,7 +100,7 @@ def draw_settings(base: str = "") -> Settings:
     method.change(
         lambda chosen: [_told(chosen), gr.update(visible="data" in forms[chosen]),
                         *(gr.update(visible=name == chosen) for name in found)],
-        method, [told, rows, *areas], **_PRIVATE,
+        method, [told, rows, *areas], **PRIVATE,
     )  # fmt: skip
     return Settings(method, told, forms, drop, preview, estimate, start)
 
@@ -183,14 +183,14 @@ def wire(settings: Settings, result: Result, base: gr.Dropdown) -> None:
             return ["", gr.Timer(active=False), _EMPTY, "", *[gr.update(visible=False)] * 3]
 
     asked = [settings.method, base, *settings.widgets]
-    settings.drop.change(dropped, settings.drop, [settings.preview, *datas], **_PRIVATE)
+    settings.drop.change(dropped, settings.drop, [settings.preview, *datas], **PRIVATE)
     for changed in (base.change, *(data.change for data in datas), settings.method.change):
-        changed(advised, [settings.method, base, *datas], settings.told, **_PRIVATE)
-    settings.estimate.click(estimate, asked, [result.panel, result.picture], **_PRIVATE)
-    settings.start.click(begin, asked, result.view, **_PRIVATE)
-    result.timer.tick(look, result.job, result.view, **_PRIVATE)
-    result.cancel.click(job_panel.stopper(follow), result.job, result.view, **_PRIVATE)
-    result.resume.click(job_panel.resumer(follow), result.job, result.view, **_PRIVATE)
+        changed(advised, [settings.method, base, *datas], settings.told, **PRIVATE)
+    settings.estimate.click(estimate, asked, [result.panel, result.picture], **PRIVATE)
+    settings.start.click(begin, asked, result.view, **PRIVATE)
+    result.timer.tick(look, result.job, result.view, **PRIVATE)
+    result.cancel.click(job_panel.stopper(follow), result.job, result.view, **PRIVATE)
+    result.resume.click(job_panel.resumer(follow), result.job, result.view, **PRIVATE)
 
 
 def config_of(forms: dict[str, Form], method: str, base: str, values: Sequence[Any]) -> Any:

@@ -14,8 +14,7 @@ from ui import markup
 from ui.components import rows_file
 from ui.components.inspected import base_choice, chosen_adapter
 from ui.errors import errors_shown
-
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+from ui.events import PRIVATE
 
 
 @dataclass
@@ -64,10 +63,10 @@ def wire(loads: Loads, chosen: gr.State, shelf: gr.Radio) -> None:
     def look(name: str, base: str | None, data: Sequence[str] | None, by: str) -> str:
         return panel(apart(experts.experts, name, list(data or ()), base or "", (by or "").strip()).to_dict())
 
-    chosen.change(offer, [chosen, shelf], [loads.fold, loads.base, loads.told], **_PRIVATE)
-    loads.ask.click(lambda: _WAIT, None, loads.told, **_PRIVATE).then(
-        look, [chosen, loads.base, loads.data, loads.by], loads.told, **_PRIVATE
-    ).then(lambda told: "" if told == _WAIT else gr.skip(), loads.told, loads.told, **_PRIVATE)
+    chosen.change(offer, [chosen, shelf], [loads.fold, loads.base, loads.told], **PRIVATE)
+    loads.ask.click(lambda: _WAIT, None, loads.told, **PRIVATE).then(
+        look, [chosen, loads.base, loads.data, loads.by], loads.told, **PRIVATE
+    ).then(lambda told: "" if told == _WAIT else gr.skip(), loads.told, loads.told, **PRIVATE)
 
 
 def panel(report: Mapping[str, Any]) -> str:

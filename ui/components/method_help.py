@@ -15,6 +15,7 @@ from ui import markup
 from ui.components import schema_form
 from ui.components.schema_form import Field
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 CHOICES = {choice.key: choice for choice in catalogue.choices()}
 """Fields that choose a training method."""
@@ -89,12 +90,12 @@ def watch(form: Mapping[str, Any], known: Mapping[str, Field], page: str) -> gr.
             return markup.notice(str(error))
 
     for name in names:
-        form[name].change(changed, [form[n] for n in names], shown, show_progress="hidden", api_visibility="private")
+        form[name].change(changed, [form[n] for n in names], shown, **PRIVATE)
     for chooser in CHOICES:
         options = [name for name, (decides, _) in OPTIONS.items() if decides == chooser and name in form]
         if options:
             form[chooser].change(
                 lambda value, options=tuple(options): [gr.update(visible=needed(name, value)) for name in options],
-                form[chooser], [form[name] for name in options], show_progress="hidden", api_visibility="private",
+                form[chooser], [form[name] for name in options], **PRIVATE,
             )  # fmt: skip
     return shown

@@ -10,8 +10,7 @@ import gradio as gr
 from studio.training import presets
 from ui.components import schema_form
 from ui.components.schema_form import Field
-
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+from ui.events import PRIVATE
 
 
 def values(kind: str, known: Mapping[str, Field], names: Sequence[str], preset: str, base: str) -> list[Any]:
@@ -25,4 +24,4 @@ def follow_base(kind: str, known: Mapping[str, Field], form: Mapping[str, Any], 
     names = sorted({name for kinds in presets.MEASURED.values() for name in kinds.get(kind, {})})
     if names:
         base.input(lambda preset, name: values(kind, known, names, preset, str(name)), [form["preset"], base],
-                   [form[name] for name in names], **_PRIVATE)  # fmt: skip
+                   [form[name] for name in names], **PRIVATE)  # fmt: skip

@@ -7,6 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from ui.events import PRIVATE
+
 SECRET = "adapter-studio"
 """Key of the browser's copy; fixed, so that forms also survive a restart of the studio."""
 
@@ -16,14 +18,14 @@ def remember(name: str, components: Sequence[Any]) -> gr.BrowserState:
     kept = gr.BrowserState(None, storage_key=f"adapter-studio-{name}", secret=SECRET)
     own = f"(...values) => [values.slice(0, {len(components)})]"  # the earlier copy follows them
     gr.on([component.change for component in components], None, list(components), kept, js=own,
-          show_progress="hidden", api_visibility="private")  # fmt: skip
+          **PRIVATE)  # fmt: skip
     return kept
 
 
 def remember_job(name: str, job: gr.State) -> gr.BrowserState:
     """Keep the id of the job that a page shows, so that a reload of this browser comes back to it."""
     kept = gr.BrowserState("", storage_key=f"adapter-studio-{name}-job", secret=SECRET)
-    job.change(lambda job_id: job_id, job, kept, show_progress="hidden", api_visibility="private")
+    job.change(lambda job_id: job_id, job, kept, **PRIVATE)
     return kept
 
 

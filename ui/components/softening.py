@@ -19,12 +19,12 @@ from ui import markup, pictures
 from ui.components.forgetting_plot import forgetting_plot
 from ui.components.job_panel import ahead, job_panel, stopper
 from ui.errors import errors_shown, say
+from ui.events import PRIVATE
 
 KINDS = ("forgetting", "soften")
 STRENGTH = 0.75
 SECONDS = 1.0
 TEXTS = (".txt", ".md")
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -103,19 +103,19 @@ def wire(softening: Softening, chosen: gr.State, asked: Sequence[Any], report: g
         return begin("forgetting", name, values, *asked)
 
     s = softening
-    s.keep.click(keep, [chosen, s.strength, *asked], s.view, **_PRIVATE)
-    s.measure.click(measure, [chosen, s.strength, s.old, s.new, *asked], s.view, **_PRIVATE)
-    s.timer.tick(errors_shown(follow), [s.job, s.shown, s.strength], s.view, **_PRIVATE)
+    s.keep.click(keep, [chosen, s.strength, *asked], s.view, **PRIVATE)
+    s.measure.click(measure, [chosen, s.strength, s.old, s.new, *asked], s.view, **PRIVATE)
+    s.timer.tick(errors_shown(follow), [s.job, s.shown, s.strength], s.view, **PRIVATE)
     stop = stopper(lambda job_id, shown: follow(job_id, shown, STRENGTH))
-    s.cancel.click(stop, s.job, s.view, **_PRIVATE)
-    chosen.change(errors_shown(latest), [chosen, s.strength], s.view, **_PRIVATE)
+    s.cancel.click(stop, s.job, s.view, **PRIVATE)
+    chosen.change(errors_shown(latest), [chosen, s.strength], s.view, **PRIVATE)
     s.strength.change(
         lambda rows, strength: forgetting_plot(rows, strength), [s.rows, s.strength], s.plot,
-        trigger_mode="always_last", **_PRIVATE,
+        trigger_mode="always_last", **PRIVATE,
     )  # fmt: skip
     gr.on(
         [s.strength.change, eps.change, report.change], size_of, [report, eps, s.strength], s.size,
-        trigger_mode="always_last", **_PRIVATE,
+        trigger_mode="always_last", **PRIVATE,
     )  # fmt: skip
 
 

@@ -15,9 +15,9 @@ from ui import markup
 from ui.components import softening
 from ui.components.inspected import base_choice, chosen_adapter
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 EPS = 0.5
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -73,13 +73,13 @@ def wire(spectrum: Spectrum, chosen: gr.State, shelf: gr.Radio) -> None:
         report = apart(intruders.plain_report, name, base, int(k or 10))
         return [panel(report, eps), report]
 
-    chosen.change(offer, [chosen, shelf], [spectrum.fold, spectrum.base, spectrum.told, spectrum.report], **_PRIVATE)
-    spectrum.ask.click(lambda: _WAIT, None, spectrum.told, **_PRIVATE).then(
-        look, [chosen, spectrum.base, spectrum.k, spectrum.eps], [spectrum.told, spectrum.report], **_PRIVATE
-    ).then(lambda told: "" if told == _WAIT else gr.skip(), spectrum.told, spectrum.told, **_PRIVATE)
+    chosen.change(offer, [chosen, shelf], [spectrum.fold, spectrum.base, spectrum.told, spectrum.report], **PRIVATE)
+    spectrum.ask.click(lambda: _WAIT, None, spectrum.told, **PRIVATE).then(
+        look, [chosen, spectrum.base, spectrum.k, spectrum.eps], [spectrum.told, spectrum.report], **PRIVATE
+    ).then(lambda told: "" if told == _WAIT else gr.skip(), spectrum.told, spectrum.told, **PRIVATE)
     spectrum.eps.change(
         lambda report, eps: panel(report, eps) if report else gr.skip(), [spectrum.report, spectrum.eps],
-        spectrum.told, trigger_mode="always_last", **_PRIVATE,
+        spectrum.told, trigger_mode="always_last", **PRIVATE,
     )  # fmt: skip
     softening.wire(spectrum.softening, chosen, [spectrum.base, spectrum.k, spectrum.eps], spectrum.report)
 

@@ -20,6 +20,7 @@ from studio.composition.picture_schema import PictureFields
 from ui import pictures
 from ui.components import canvas, schema_form
 from ui.errors import errors_shown, say
+from ui.events import PRIVATE
 from ui.theme import script
 
 Started = dict[str, Any]
@@ -28,7 +29,6 @@ KNOWN = schema_form.fields(PictureFields)
 USUAL = 0.6
 """The form's initial strength; diffusers' defaults lie between 0.3 and 1."""
 
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -76,7 +76,7 @@ def wire(start: Start) -> None:
             say(f"{item['name']}: {remark}.", title="Picture read")
         return None, {**item, "mask": ""}
 
-    start.drop.upload(dropped, start.drop, [start.drop, start.picture], **_PRIVATE)
+    start.drop.upload(dropped, start.drop, [start.drop, start.picture], **PRIVATE)
 
 
 def read(item: Mapping[str, Any] | None, strength: float) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from studio.training.saved import step_of
 from ui import markup
 from ui.components import job_panel, loss_plot
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 SECONDS = 1.0
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -96,14 +96,14 @@ class Run:
             gr.Info(f"It is in the library as '{markup.text(name)}'.", title="Added")
             return name
 
-        start.click(started, inputs, self.view, **_PRIVATE)
+        start.click(started, inputs, self.view, **PRIVATE)
         start.click(None, None, None, js=TO_RESULT)
-        self.timer.tick(look, [self.job, self.shown], self.view, **_PRIVATE)
-        self.cancel.click(job_panel.stopper(follow), self.job, self.view, **_PRIVATE)
-        self.resume.click(job_panel.resumer(follow), self.job, self.view, **_PRIVATE)
-        self.keep.click(keep, [self.job, self.step], self.adapter, **_PRIVATE)
-        self.step.input(chosen_file, [self.job, self.step], self.download, **_PRIVATE)
-        self.samples.select(step_of_sample, self.job, [self.step, self.download], **_PRIVATE)
+        self.timer.tick(look, [self.job, self.shown], self.view, **PRIVATE)
+        self.cancel.click(job_panel.stopper(follow), self.job, self.view, **PRIVATE)
+        self.resume.click(job_panel.resumer(follow), self.job, self.view, **PRIVATE)
+        self.keep.click(keep, [self.job, self.step], self.adapter, **PRIVATE)
+        self.step.input(chosen_file, [self.job, self.step], self.download, **PRIVATE)
+        self.samples.select(step_of_sample, self.job, [self.step, self.download], **PRIVATE)
 
 
 def chosen_file(job_id: str, step: Any) -> Any:

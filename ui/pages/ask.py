@@ -23,6 +23,7 @@ from ui.components import library_choices, method_help, rows_file, schema_form, 
 from ui.components import presets as preset_fields
 from ui.components.answers_run import Run, follow
 from ui.errors import errors_shown, say
+from ui.events import PRIVATE
 
 EMBEDDED = "tinysight"
 FAMILY = "vision-language"
@@ -34,7 +35,6 @@ NAMES = tuple(name for name in KNOWN if name not in ("data", "base"))
 LENGTHS = [("Quick try", "quick"), ("Normal", "normal")]
 PRESET_FIELDS = tuple(sorted(presets.fields(TrainVisionLanguageConfig.kind)))
 
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 CLIENT = Client()
 """The process that holds the model; the app itself never loads one."""
@@ -107,11 +107,11 @@ def build() -> Page:
             result = Run.draw("sight", _NO_TRAINING, "Ask with it")
     mode.change(
         lambda chosen: [gr.update(visible=chosen == way) for way in ("ask", "train") for _ in range(2)],
-        mode, [asking, answered, training, learnt], **_PRIVATE,
+        mode, [asking, answered, training, learnt], **PRIVATE,
     )  # fmt: skip
     _wire_asking(fields, base, begun, shown, status, said)
     result.follow_job(start, config_of, [rows, base, *(form[name] for name in NAMES)])
-    result.talk.click(errors_shown(_use_trained), result.job, [mode, base, fields.adapters], **_PRIVATE)
+    result.talk.click(errors_shown(_use_trained), result.job, [mode, base, fields.adapters], **PRIVATE)
     return Page(base, fields.adapters, mode, result.view)
 
 
@@ -193,16 +193,16 @@ def _wire_asking(
         return None, item, _preview(item)
 
     f = fields
-    f.drop.upload(dropped, f.drop, [f.drop, f.picture, f.preview], **_PRIVATE)
+    f.drop.upload(dropped, f.drop, [f.drop, f.picture, f.preview], **PRIVATE)
     asked = [f.picture, f.question, base, *f.settings]
     for button in (f.send, *begun):
         button.click(None, None, None, js=training_run.TO_RESULT)
     for event in (f.send.click, f.question.submit):
-        event(answer, asked, [status, said], **_PRIVATE)
+        event(answer, asked, [status, said], **PRIVATE)
     for button, one in zip(begun, shown, strict=True):
-        filled = button.click(errors_shown(_filling(one)), None, [f.picture, f.preview, f.question], **_PRIVATE)
-        filled.then(answer, asked, [status, said], **_PRIVATE)
-    f.stop.click(errors_shown(lambda: CLIENT.stop()), None, None, queue=False, **_PRIVATE)
+        filled = button.click(errors_shown(_filling(one)), None, [f.picture, f.preview, f.question], **PRIVATE)
+        filled.then(answer, asked, [status, said], **PRIVATE)
+    f.stop.click(errors_shown(lambda: CLIENT.stop()), None, None, queue=False, **PRIVATE)
 
 
 def _filling(example: Example) -> Any:
@@ -339,12 +339,12 @@ def _training(base: gr.Dropdown) -> tuple[dict[str, Any], gr.State, gr.Button]:
                 form[name] = method_help.widget(KNOWN[name], "sight") if method else schema_form.widget(KNOWN[name])
             if method:
                 method_help.watch(form, KNOWN, "sight")
-    form["preset"].input(preset_values, form["preset"], [form[name] for name in PRESET_FIELDS], **_PRIVATE)
+    form["preset"].input(preset_values, form["preset"], [form[name] for name in PRESET_FIELDS], **PRIVATE)
     with gr.Row(elem_classes="as-actions"):
         start = gr.Button("Start training", variant="primary", elem_id="sight-start")
-    drop.change(errors_shown(_dropped), drop, [rows, preview], **_PRIVATE)
-    place.submit(errors_shown(_named), place, [rows, preview], **_PRIVATE)
-    place.blur(errors_shown(_named), place, [rows, preview], **_PRIVATE)
+    drop.change(errors_shown(_dropped), drop, [rows, preview], **PRIVATE)
+    place.submit(errors_shown(_named), place, [rows, preview], **PRIVATE)
+    place.blur(errors_shown(_named), place, [rows, preview], **PRIVATE)
     return form, rows, start
 
 

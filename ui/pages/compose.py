@@ -28,6 +28,7 @@ from ui.components.pick_list import pick_list, picked
 from ui.components.rack import Row
 from ui.components.start import Start
 from ui.errors import errors_shown, say
+from ui.events import PRIVATE
 from ui.pages import compose_regions
 from ui.pages.compose_regions import Where
 
@@ -166,10 +167,10 @@ def _method_settings(form: Form) -> Compare:
     on = gr.Checkbox(False, label="Compare methods side by side", container=False, elem_id="compare")
     form["method"].change(
         lambda name: (_method_help(name), gr.update(visible=methods.known(str(name)).turns)),
-        form["method"], [summary, form["tau"]], show_progress="hidden", api_visibility="private",
+        form["method"], [summary, form["tau"]], **PRIVATE,
     )  # fmt: skip
     on.input(lambda chosen: [gr.update(visible=chosen), gr.update(visible=not chosen)], on, [many, one],
-             show_progress="hidden", api_visibility="private")  # fmt: skip
+             **PRIVATE)  # fmt: skip
     with gr.Accordion("Sweep", open=False, elem_classes="as-more as-inside"):
         sweep = gr.Textbox(
             "", label="Vary", lines=2, max_lines=6, placeholder="fox=0:1.2:7\nseed=1,2,3", elem_id="sweep",
@@ -183,7 +184,6 @@ def _method_settings(form: Form) -> Compare:
 def _wire_where(page: Page) -> None:
     """The methods on offer depend on where adapters act; the doctor may change both."""
     where, method, many = page.where, page.form["method"], page.compare.methods
-    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def chosen(mode: str, name: str) -> Any:
         return [*compose_regions.switch(mode), *_offer(mode, name)]
@@ -205,12 +205,12 @@ def _wire_where(page: Page) -> None:
         frame = {**shown, "value": drawn} | ({"frame": list(size)} if size else {})
         return [changed, mode, told, frame, more, *_offer(mode, advised or name), *(size or [gr.skip()] * 2)]
 
-    where.mode.input(chosen, [where.mode, method], [*where.outputs[1:], method, many], **private)
+    where.mode.input(chosen, [where.mode, method], [*where.outputs[1:], method, many], **PRIVATE)
     where.canvas.edit_found(lambda name: [compose_regions.DRAWN, *chosen(compose_regions.DRAWN, name)], method,
-                            [*where.outputs, method, many], **private)  # fmt: skip
+                            [*where.outputs, method, many], **PRIVATE)  # fmt: skip
     shape = [*(page.form[name] for name in ("base", "width", "height")), page.start.picture]
     page.advice.follow.click(follow, [page.rack, page.advice.report, where.mode, method, where.canvas, *shape],
-                             [page.rack, *where.outputs, method, many, *shape[1:3]], **private)  # fmt: skip
+                             [page.rack, *where.outputs, method, many, *shape[1:3]], **PRIVATE)  # fmt: skip
     advice.wire(page.advice, page.rack, page.form["prompt"], where.canvas)
     compose_regions.wire(where, page.form, page.start.picture)
     start.wire(page.start)
@@ -238,7 +238,7 @@ def _picture_settings(form: Form) -> gr.Checkbox:
         info="From your library, or a hub id.", elem_id="base",
     )  # fmt: skip
     about = gr.HTML(about_base(str(KNOWN["base"].default)), elem_classes="as-help", apply_default_css=False)
-    form["base"].change(about_base, form["base"], about, show_progress="hidden", api_visibility="private")
+    form["base"].change(about_base, form["base"], about, **PRIVATE)
     with gr.Row():
         for name in ("steps", "guidance_scale", "images"):
             form[name] = schema_form.widget(
@@ -260,12 +260,11 @@ def _picture_settings(form: Form) -> gr.Checkbox:
                                  min_width=150)  # fmt: skip
         dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=84, scale=0)
         again = gr.Checkbox(True, label="New seed each time", elem_id="new-seed", min_width=150, container=False)
-    form["base"].input(lambda: ("", ""), None, suited, show_progress="hidden", api_visibility="private")
-    form["base"].change(lambda base: own_settings(str(base)), form["base"], suited, show_progress="hidden",
-                        api_visibility="private")  # fmt: skip
+    form["base"].input(lambda: ("", ""), None, suited, **PRIVATE)
+    form["base"].change(lambda base: own_settings(str(base)), form["base"], suited, **PRIVATE)  # fmt: skip
     form["base"].change(lambda base: gr.update(visible=_moves(str(base))), form["base"], video,
-                        show_progress="hidden", api_visibility="private")  # fmt: skip
-    dice.click(None, None, form["seed"], js=_RANDOM, show_progress="hidden")
+                        **PRIVATE)  # fmt: skip
+    dice.click(None, None, form["seed"], js=_RANDOM, **PRIVATE)
     return again
 
 
@@ -336,13 +335,11 @@ def _wire_rack(page: Page) -> None:
     def insert(written: str, event: gr.EventData) -> str:
         return with_word(written, str(getattr(event, "word", "")))
 
-    page.picker.input(add, [page.picker, page.rack], [page.picker, page.rack], show_progress="hidden",
-                      api_visibility="private")  # fmt: skip
+    page.picker.input(add, [page.picker, page.rack], [page.picker, page.rack], **PRIVATE)  # fmt: skip
     follow_distilled = [page.form[name] for name in ("guidance_scale", "steps", "scheduler")]
-    page.rack.change(suit, [page.rack, page.suited], [page.suited, *follow_distilled], show_progress="hidden",
-                     api_visibility="private")  # fmt: skip
+    page.rack.change(suit, [page.rack, page.suited], [page.suited, *follow_distilled], **PRIVATE)  # fmt: skip
     prompt = page.form["prompt"]
-    page.rack.insert_word(insert, prompt, prompt, show_progress="hidden", api_visibility="private")
+    page.rack.insert_word(insert, prompt, prompt, **PRIVATE)
 
 
 def suit(rows: list[Row], before: str) -> Any:
@@ -507,15 +504,14 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
             hidden = gr.update(visible=False)
             return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, earlier(), hidden]
 
-    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     fields = [page.form[name] for name in NAMES]
     for begin in (generate.click, page.form["prompt"].submit):
         begin(start, [page.new_seed, page.rack, page.compare.on, page.compare.methods, page.compare.sweep,
                       page.compare.batch, *fields, *page.start.inputs, *page.where.inputs],
-              [page.form["seed"], *view], **private)  # fmt: skip
+              [page.form["seed"], *view], **PRIVATE)  # fmt: skip
         begin(None, None, None, js=_TO_RESULT)
-    result.timer.tick(look, [result.job, result.shown], view, **private)
-    cancel.click(job_panel.stopper(follow), result.job, view, **private)
+    result.timer.tick(look, [result.job, result.shown], view, **PRIVATE)
+    cancel.click(job_panel.stopper(follow), result.job, view, **PRIVATE)
 
 
 _TO_RESULT = """() => { if (window.innerWidth < 760)
@@ -654,18 +650,17 @@ def _wire_recipes(page: Page, result: _Result) -> None:
         shown = gr.update(value=[playable(picture.path)], visible=True, columns=1)
         return [picture.job, gr.Timer(active=False), "", shown, str(picture.path)]
 
-    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     result.earlier.select(again, None, [result.job, result.timer, result.panel, result.gallery, result.chosen],
-                          **private)  # fmt: skip
-    result.gallery.select(choose, result.job, result.chosen, **private)
+                          **PRIVATE)  # fmt: skip
+    result.gallery.select(choose, result.job, result.chosen, **PRIVATE)
     described = [result.recipe, result.actions, result.download, result.mix, page.where.canvas]
-    result.chosen.change(describe, [result.chosen, result.job], described, **private)
-    result.reuse.click(reuse, result.chosen, page.outputs, **private)
-    result.reuse_seed.click(reuse_seed, result.chosen, page.form["seed"], **private)
-    result.go_on.click(go_on, result.chosen, page.start.outputs[:2], **private)
+    result.chosen.change(describe, [result.chosen, result.job], described, **PRIVATE)
+    result.reuse.click(reuse, result.chosen, page.outputs, **PRIVATE)
+    result.reuse_seed.click(reuse_seed, result.chosen, page.form["seed"], **PRIVATE)
+    result.go_on.click(go_on, result.chosen, page.start.outputs[:2], **PRIVATE)
     result.go_on.click(None, None, None, js=_TO_START)
-    result.save_mix.click(save, [result.chosen, result.mix_name], page.picker, **private)
-    result.drop.upload(dropped, result.drop, page.outputs, **private)
+    result.save_mix.click(save, [result.chosen, result.mix_name], page.picker, **PRIVATE)
+    result.drop.upload(dropped, result.drop, page.outputs, **PRIVATE)
 
 
 _TO_START = """() => document.getElementById('start')?.scrollIntoView({behavior: 'smooth', block: 'center'})"""

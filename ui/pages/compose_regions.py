@@ -19,6 +19,7 @@ from ui import markup
 from ui.components import canvas, rack, schema_form, start
 from ui.components.schema_form import Field
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 KNOWN = schema_form.fields(RegionFields)
 OPTIONS = tuple(name for name in KNOWN if name != "regions")
@@ -33,7 +34,6 @@ HELP = {
 }
 SWITCH = [("as the method says", ""), ("on", "on"), ("off", "off")]
 
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -129,12 +129,12 @@ def wire(where: Where, form: Mapping[str, Any], begun: gr.HTML) -> None:
         return [*size, gr.update(frame=list(size))] if size else gr.skip()
 
     shape = [*(form[name] for name in ("base", "width", "height")), begun]
-    where.canvas.side_by_side(widen, shape, [*shape[1:3], where.canvas], **_PRIVATE)
-    form["base"].change(reshape, shape, where.canvas, **_PRIVATE)
-    begun.change(reshape, shape, where.canvas, **_PRIVATE)
+    where.canvas.side_by_side(widen, shape, [*shape[1:3], where.canvas], **PRIVATE)
+    form["base"].change(reshape, shape, where.canvas, **PRIVATE)
+    begun.change(reshape, shape, where.canvas, **PRIVATE)
     for side in shape[1:3]:
-        side.blur(reshape, shape, where.canvas, **_PRIVATE)
-        side.submit(reshape, shape, where.canvas, **_PRIVATE)
+        side.blur(reshape, shape, where.canvas, **PRIVATE)
+        side.submit(reshape, shape, where.canvas, **PRIVATE)
 
 
 def wide(

@@ -16,6 +16,7 @@ from ui import markup
 from ui.components import faces, schema_form, training_run
 from ui.components import presets as preset_fields
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 from ui.pages import compose
 
 KNOWN = schema_form.fields(DistillConfig)
@@ -117,10 +118,10 @@ def _settings() -> Form:
                 form[name] = _widget(name)
     form["objective"].change(
         lambda objective: gr.update(visible=objective == "consistency"),
-        form["objective"], form["inference_steps"], show_progress="hidden", api_visibility="private",
+        form["objective"], form["inference_steps"], **PRIVATE,
     )  # fmt: skip
     form["objective"].input(preset_values, [form["objective"], form["base"]], [form[name] for name in PRESET_FIELDS],
-                            show_progress="hidden", api_visibility="private")  # fmt: skip
+                            **PRIVATE)  # fmt: skip
     preset_fields.follow_base(JOB, KNOWN, form, form["base"])
     return form
 
@@ -145,7 +146,7 @@ def _choice(name: str, choices: list[tuple[str, str]], words: dict[str, str], la
     radio = gr.Radio(choices, value=first, label=label, elem_classes="as-choices", elem_id=f"distill-{name}")
     shown = gr.HTML(_sentence(words[first]), elem_classes="as-help", apply_default_css=False)
     radio.change(
-        lambda value: _sentence(words.get(value, "")), radio, shown, show_progress="hidden", api_visibility="private"
+        lambda value: _sentence(words.get(value, "")), radio, shown, **PRIVATE
     )
     return radio
 

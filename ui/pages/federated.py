@@ -19,18 +19,18 @@ from ui import markup
 from ui.components import federation, job_panel, schema_form
 from ui.components.training_run import TO_RESULT
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 KNOWN = schema_form.fields(FederateConfig)
 MAIN = ("name", "method", "rounds", "train", "training")
 DIVIDED = ("data", "partition", "by", "count", "test_share")
-PRIVATE = ("privacy", "target_epsilon", "delta", "clip")
+PRIVACY = ("privacy", "target_epsilon", "delta", "clip")
 MORE = ("weights", "min_clients", "evaluate_every", "seed", "correction", "strength", "sb_batches", "sb_step",
         "concentration", "test_by", "public_data", "public_calibration")  # fmt: skip
-NAMES = (*MAIN, *DIVIDED, *PRIVATE, *MORE)
+NAMES = (*MAIN, *DIVIDED, *PRIVACY, *MORE)
 """Fields of the form; clients with files of their own and secure aggregation belong to the configuration file."""
 
 SECONDS = 1.0
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 Form = dict[str, Any]
 
 METHOD_HELP = {rule.name: f"{rule.title}: {rule.summary}" for rule in catalogue.stage("federated")}
@@ -91,14 +91,14 @@ def build() -> Page:
         except InputError:  # deleted meanwhile
             return ["", (), gr.Timer(active=False), EMPTY, "", "", *[gr.update(visible=False)] * 2]
 
-    start.click(begin, inputs, view, **_PRIVATE)
+    start.click(begin, inputs, view, **PRIVATE)
     start.click(None, None, None, js=TO_RESULT)
-    timer.tick(tick, [job, shown], view, **_PRIVATE)
-    cancel.click(job_panel.stopper(follow), job, view, **_PRIVATE)
-    resume.click(job_panel.resumer(follow), job, view, **_PRIVATE)
-    look.click(errors_shown(look_at), inputs, [divided, file], **_PRIVATE)
-    sample.click(lambda: fill(sample_config()), None, inputs, **_PRIVATE).then(
-        errors_shown(look_at), inputs, [divided, file], **_PRIVATE
+    timer.tick(tick, [job, shown], view, **PRIVATE)
+    cancel.click(job_panel.stopper(follow), job, view, **PRIVATE)
+    resume.click(job_panel.resumer(follow), job, view, **PRIVATE)
+    look.click(errors_shown(look_at), inputs, [divided, file], **PRIVATE)
+    sample.click(lambda: fill(sample_config()), None, inputs, **PRIVATE).then(
+        errors_shown(look_at), inputs, [divided, file], **PRIVATE
     )
     return Page(form, view)
 
@@ -112,7 +112,7 @@ def _settings(form: Form) -> tuple[gr.Button, gr.Button, gr.Code]:
                 for name in pair:
                     form[name] = schema_form.widget(KNOWN[name], elem_id=f"federated-{name}", min_width=150)
         form["training"] = schema_form.widget(KNOWN["training"], elem_id="federated-training")
-    form["method"].change(_help, form["method"], said, **_PRIVATE)
+    form["method"].change(_help, form["method"], said, **PRIVATE)
     with gr.Group(elem_classes="as-card"):
         form["data"] = schema_form.widget(KNOWN["data"], elem_id="federated-data")
         for pair in (("partition", "by"), ("count", "test_share")):
@@ -123,7 +123,7 @@ def _settings(form: Form) -> tuple[gr.Button, gr.Button, gr.Code]:
             look = gr.Button("Show who has what", size="md", elem_id="federated-look")
             sample = gr.Button("Use the sample", size="md", elem_id="federated-sample")
     with gr.Accordion("Privacy", open=False, elem_classes="as-more"):
-        for name in PRIVATE:
+        for name in PRIVACY:
             form[name] = schema_form.widget(KNOWN[name], elem_id=f"federated-{name}")
     with gr.Accordion("More", open=False, elem_classes="as-more"):
         for name in MORE:

@@ -14,9 +14,8 @@ from ui import markup
 from ui.components import picture_list
 from ui.components.pick_list import pick_list, picked
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 from ui.pages import compose
-
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass
@@ -188,13 +187,13 @@ def _wire(page: Page, cells: gr.HTML, filters: _Filters, detail: _Detail) -> Non
     def chosen_in(event: gr.EventData, *given: Any) -> Any:
         return choose(*given, event=event)
 
-    cells.select(chosen_in, page.refresh_inputs, page.refresh_outputs, **_PRIVATE)
+    cells.select(chosen_in, page.refresh_inputs, page.refresh_outputs, **PRIVATE)
     cells.select(None, None, None, js=_TO_DETAIL)
     for filtered in filters.all:
-        filtered.input(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **_PRIVATE)
-    detail.star.click(star, page.refresh_inputs, page.refresh_outputs, **_PRIVATE)
-    detail.compare.click(compare, page.refresh_inputs, page.refresh_outputs, **_PRIVATE)
-    detail.delete.click(delete, page.refresh_inputs, page.refresh_outputs, js=_SURE, **_PRIVATE)
+        filtered.input(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **PRIVATE)
+    detail.star.click(star, page.refresh_inputs, page.refresh_outputs, **PRIVATE)
+    detail.compare.click(compare, page.refresh_inputs, page.refresh_outputs, **PRIVATE)
+    detail.delete.click(delete, page.refresh_inputs, page.refresh_outputs, js=_SURE, **PRIVATE)
 
 
 _TO_DETAIL = """() => { if (window.innerWidth < 760)

@@ -19,6 +19,7 @@ from ui import markup, pictures
 from ui.components import job_panel, training_run
 from ui.components.pick_list import pick_list, picked
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 from ui.pages import compose, train
 
 SECONDS = 1.5
@@ -340,15 +341,14 @@ def _wire(page: Page, rows: gr.HTML, filters: gr.Radio, detail: _Detail) -> None
         jobs.delete(chosen)
         return show("", which, ())
 
-    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    rows.select(choose, filters, page.refresh_outputs, **private)
+    rows.select(choose, filters, page.refresh_outputs, **PRIVATE)
     rows.select(None, None, None, js=_TO_DETAIL)
-    filters.input(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **private)
-    page.timer.tick(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **private)
+    filters.input(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **PRIVATE)
+    page.timer.tick(errors_shown(show), page.refresh_inputs, page.refresh_outputs, **PRIVATE)
     for button, action in ((detail.cancel, cancel), (detail.resume, resume), (detail.rerun, rerun)):
-        button.click(action, [page.chosen, filters], page.refresh_outputs, **private)
-    detail.together.click(together, [page.chosen, detail.mates, filters], page.refresh_outputs, **private)
-    detail.delete.click(delete, [page.chosen, filters], page.refresh_outputs, js=_SURE, **private)
+        button.click(action, [page.chosen, filters], page.refresh_outputs, **PRIVATE)
+    detail.together.click(together, [page.chosen, detail.mates, filters], page.refresh_outputs, **PRIVATE)
+    detail.delete.click(delete, [page.chosen, filters], page.refresh_outputs, js=_SURE, **PRIVATE)
 
 
 _TO_DETAIL = """() => { if (window.innerWidth < 760)

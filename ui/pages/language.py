@@ -21,6 +21,7 @@ from ui.components import compressing, library_choices, method_help, rows_file, 
 from ui.components import presets as preset_fields
 from ui.components.answers_run import Run, follow
 from ui.errors import errors_shown, say
+from ui.events import PRIVATE
 
 KNOWN = schema_form.fields(TrainLanguageConfig)
 NAMES = tuple(name for name in KNOWN if name != "data")
@@ -31,7 +32,6 @@ COLUMNS = 7
 """Variants that fit side by side: the base and six adapters."""
 
 Form = dict[str, Any]
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 CLIENT = Client()
 """The process that holds the model; the app itself never loads one."""
@@ -81,14 +81,14 @@ def build() -> Page:
             result = Run.draw("language", _EMPTY, "Chat with it")
     mode.change(
         lambda chosen: [gr.update(visible=chosen == way) for way in ("chat", "train", "compress") for _ in range(2)],
-        mode, [chat_side, chat_result, train_side, train_result, compress_side, compress_result], **_PRIVATE,
+        mode, [chat_side, chat_result, train_side, train_result, compress_side, compress_result], **PRIVATE,
     )  # fmt: skip
     _wire_chat(chat, base, adapters, together, sampling)
     _wire_train(form, base, drop, rows, preview, start, result)
     page = Page(base, adapters, mode, result.view)
     _wire_crossing(page, result)
     compressing.wire(smaller, compressed, base)
-    compressed.use.click(errors_shown(_use_smaller), compressed.job, [mode, base, adapters], **_PRIVATE)
+    compressed.use.click(errors_shown(_use_smaller), compressed.job, [mode, base, adapters], **PRIVATE)
     return page
 
 
@@ -214,10 +214,10 @@ def _wire_chat(chat: _Chat, base: gr.Dropdown, adapters: gr.Dropdown, together: 
     ]
     outputs = [chat.message, chat.status, *chat.boxes]
     for begin in (chat.send.click, chat.message.submit):
-        begin(ask, [*inputs, *chat.boxes], outputs, **_PRIVATE)
-    chat.stop.click(errors_shown(lambda: CLIENT.stop()), None, None, queue=False, **_PRIVATE)
+        begin(ask, [*inputs, *chat.boxes], outputs, **PRIVATE)
+    chat.stop.click(errors_shown(lambda: CLIENT.stop()), None, None, queue=False, **PRIVATE)
     for changed in (adapters.change, together.change, base.change, chat.clear.click):
-        changed(fresh, [adapters, together], [*chat.boxes, chat.status], **_PRIVATE)
+        changed(fresh, [adapters, together], [*chat.boxes, chat.status], **PRIVATE)
 
 
 def plain(talk: Sequence[Mapping[str, Any]] | None) -> list[Message]:
@@ -299,12 +299,12 @@ def _train_settings(base: gr.Dropdown) -> tuple[Form, gr.File, gr.State, gr.HTML
             methods = place
     with methods:
         method_help.watch(form, KNOWN, "language")
-    form["preset"].input(preset_values, form["preset"], [form[name] for name in PRESET_FIELDS], **_PRIVATE)
+    form["preset"].input(preset_values, form["preset"], [form[name] for name in PRESET_FIELDS], **PRIVATE)
     with gr.Row(elem_classes="as-actions"):
         start = gr.Button("Start training", variant="primary", elem_id="language-start", scale=3)
         ask = gr.Button("Memory and time", elem_id="language-estimate", scale=1, min_width=120)
     needs = gr.HTML("", elem_id="language-needs", elem_classes="as-help", apply_default_css=False)
-    ask.click(errors_shown(needed), [rows, base, *(form[name] for name in NAMES if name != "base")], needs, **_PRIVATE)
+    ask.click(errors_shown(needed), [rows, base, *(form[name] for name in NAMES if name != "base")], needs, **PRIVATE)
     return form, drop, rows, preview, start
 
 
@@ -358,8 +358,8 @@ def _wire_train(
         except StudioError as error:
             return markup.notice(str(error))
 
-    drop.change(dropped, [drop, form["task"]], [rows, preview], **_PRIVATE)
-    form["task"].change(look_again, [rows, form["task"]], preview, **_PRIVATE)
+    drop.change(dropped, [drop, form["task"]], [rows, preview], **PRIVATE)
+    form["task"].change(look_again, [rows, form["task"]], preview, **PRIVATE)
     fields = [form[name] for name in NAMES if name != "base"]
     result.follow_job(start, lambda data, name, *values: config_of(data, name, values), [rows, base, *fields])
 
@@ -371,7 +371,7 @@ def _wire_crossing(page: Page, result: Run) -> None:
         name = training_run.add_to_library(job)
         return ["chat", job.config.get("base") or EMBEDDED, gr.update(choices=adapter_choices(), value=[name])]
 
-    result.talk.click(talk, result.job, [page.mode, page.base, page.adapters], **_PRIVATE)
+    result.talk.click(talk, result.job, [page.mode, page.base, page.adapters], **PRIVATE)
 
 
 def use(record: library.Record) -> list[Any]:

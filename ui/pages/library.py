@@ -17,6 +17,7 @@ from ui import markup
 from ui.components import auditing, expert_loads, rack, spectrum
 from ui.components.pick_list import pick_list, picked
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 Shelf = Literal["adapter", "base", "trash"]
 SHELVES = [("Adapters", "adapter"), ("Base models", "base"), ("Trash", "trash")]
@@ -275,7 +276,6 @@ def _trash_panel(item: Trashed) -> str:
 
 # ------------------------------------------------------------------------------------------------ what happens
 
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def _wire_choosing(page: Page, search: gr.Textbox, cards: gr.HTML) -> None:
@@ -286,10 +286,10 @@ def _wire_choosing(page: Page, search: gr.Textbox, cards: gr.HTML) -> None:
             library.show(name, shelf)  # reads the hash once
         return show(shelf, words, name)
 
-    cards.select(choose, [page.shelf, search], page.refresh_outputs, **_PRIVATE)
+    cards.select(choose, [page.shelf, search], page.refresh_outputs, **PRIVATE)
     cards.select(None, None, None, js=_TO_DETAIL)
     for change in (page.shelf.input, search.change):
-        change(errors_shown(show), page.refresh_inputs, page.refresh_outputs, trigger_mode="always_last", **_PRIVATE)
+        change(errors_shown(show), page.refresh_inputs, page.refresh_outputs, trigger_mode="always_last", **PRIVATE)
 
 
 _TO_DETAIL = """() => { if (window.innerWidth < 760)
@@ -339,7 +339,7 @@ def _wire_changes(page: Page, detail: _Detail) -> None:
         return show("trash", words, "")
 
     shelf, search = page.refresh_inputs[0], page.refresh_inputs[1]
-    detail.empty_for_good.click(delete_for_good, [search], page.refresh_outputs, **_PRIVATE)
-    detail.rename.click(rename, [page.chosen, detail.new_name, shelf, search], page.refresh_outputs, **_PRIVATE)
-    detail.trash.click(trash, [page.chosen, shelf, search], page.refresh_outputs, **_PRIVATE)
-    detail.restore.click(restore, [page.chosen, search], [shelf, *page.refresh_outputs], **_PRIVATE)
+    detail.empty_for_good.click(delete_for_good, [search], page.refresh_outputs, **PRIVATE)
+    detail.rename.click(rename, [page.chosen, detail.new_name, shelf, search], page.refresh_outputs, **PRIVATE)
+    detail.trash.click(trash, [page.chosen, shelf, search], page.refresh_outputs, **PRIVATE)
+    detail.restore.click(restore, [page.chosen, search], [shelf, *page.refresh_outputs], **PRIVATE)

@@ -20,6 +20,7 @@ from studio.reconstruction.schema import ReconstructConfig
 from ui import markup
 from ui.components import job_panel, loss_plot, schema_form
 from ui.errors import errors_shown, say
+from ui.events import PRIVATE
 
 KNOWN = schema_form.fields(ReconstructConfig)
 NAMES = tuple(name for name in KNOWN if name not in ("images", "also"))  # paths are for commands
@@ -36,7 +37,6 @@ MODELS = [
 
 SURFACES = {"automatic": None, "surfaces": True, "points": False}
 """How a scene is drawn, and the value of ``mesh`` for it."""
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 Form = dict[str, Any]
 
 
@@ -124,7 +124,7 @@ def _settings(form: Form) -> None:
         )  # fmt: skip
     form["model"].change(
         lambda name: (_licence(str(name)), gr.update(visible=_restricted(str(name)), value=False)), form["model"],
-        [said, form["accept_licence"]], **_PRIVATE,
+        [said, form["accept_licence"]], **PRIVATE,
     )  # fmt: skip
     with gr.Group(elem_classes="as-card"):
         form["calibrate"] = schema_form.widget(KNOWN["calibrate"], label="Calibrate to this scene", elem_id="calibrate")
@@ -270,9 +270,9 @@ def _draw_result(form: Form, cancel: gr.Button) -> _Result:
         event = control.release if isinstance(control, gr.Slider) else control.input
         event(show, [job, *controls], [after, points], show_progress="minimal", api_visibility="private",
               concurrency_limit=1)  # fmt: skip
-    make.click(prepare, [job, kind, *controls], download, **_PRIVATE)
+    make.click(prepare, [job, kind, *controls], download, **PRIVATE)
     # An earlier file does not have the settings shown now.
-    gr.on([after.change, kind.input], lambda: gr.update(interactive=False), None, download, **_PRIVATE)
+    gr.on([after.change, kind.input], lambda: gr.update(interactive=False), None, download, **PRIVATE)
     return result
 
 
@@ -332,8 +332,8 @@ def _wire_pictures(drop: gr.File, sample: gr.Button, chosen: gr.Gallery) -> None
         paths = sample_scene()
         return paths, gallery(paths)
 
-    drop.change(gallery, drop, chosen, **_PRIVATE)
-    sample.click(take_sample, None, [drop, chosen], **_PRIVATE)
+    drop.change(gallery, drop, chosen, **PRIVATE)
+    sample.click(take_sample, None, [drop, chosen], **PRIVATE)
 
 
 def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> None:
@@ -358,11 +358,11 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
         except InputError:  # deleted meanwhile
             return follow_nothing()
 
-    start.click(begin, [drop, *fields], page.view, **_PRIVATE)
-    result.timer.tick(look, [result.job, result.shown], page.view, **_PRIVATE)
+    start.click(begin, [drop, *fields], page.view, **PRIVATE)
+    result.timer.tick(look, [result.job, result.shown], page.view, **PRIVATE)
 
-    result.resume.click(job_panel.resumer(follow), result.job, page.view, **_PRIVATE)
-    result.cancel.click(job_panel.stopper(follow), result.job, page.view, **_PRIVATE)
+    result.resume.click(job_panel.resumer(follow), result.job, page.view, **PRIVATE)
+    result.cancel.click(job_panel.stopper(follow), result.job, page.view, **PRIVATE)
 
 
 def follow_nothing() -> list[Any]:

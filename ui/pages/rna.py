@@ -17,6 +17,7 @@ from studio.jobs import Job
 from ui import dropped, markup
 from ui.components import job_panel, library_choices, rna_plots, schema_form, training_run
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 FAMILY = "rna"
 KIND = ClassifyRnaConfig.kind
@@ -27,7 +28,6 @@ SECONDS = 0.8
 SHOWN = 50
 """Rows of the table on the page; the file has all of them."""
 
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _EMPTY = markup.empty("Transcripts appear here", "Drop a FASTA file, or try the example.")
 _COLUMNS = {"id": "Transcript", "length": "nt", "label": "Label", "p": "Probability", "orf_length": "ORF nt",
             "orf_coverage": "ORF share", "remark": "Remark"}  # fmt: skip
@@ -122,14 +122,14 @@ def build() -> Page:
     def look(job_id: str) -> Any:
         return follow(job_id, ())
 
-    drop.upload(taken, drop, [drop, file, chosen], **_PRIVATE)
+    drop.upload(taken, drop, [drop, file, chosen], **PRIVATE)
     for button in (start, sample):
         button.click(None, None, None, js=training_run.TO_RESULT)
-    start.click(started, [file, *settings_of], view, **_PRIVATE)
-    sample.click(try_example, settings_of, [chosen, file, *view], **_PRIVATE)
-    timer.tick(look, job, view, **_PRIVATE)
-    cancel.click(job_panel.stopper(follow), job, view, **_PRIVATE)
-    resume.click(job_panel.resumer(follow), job, view, **_PRIVATE)
+    start.click(started, [file, *settings_of], view, **PRIVATE)
+    sample.click(try_example, settings_of, [chosen, file, *view], **PRIVATE)
+    timer.tick(look, job, view, **PRIVATE)
+    cancel.click(job_panel.stopper(follow), job, view, **PRIVATE)
+    resume.click(job_panel.resumer(follow), job, view, **PRIVATE)
     return Page(base, adapter, view)
 
 

@@ -18,6 +18,7 @@ from studio.transcription.schema import TranscribeConfig
 from ui import dropped, markup, pictures
 from ui.components import job_panel, library_choices, schema_form, training_run
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 FAMILY = "speech"
 KIND = TranscribeConfig.kind
@@ -27,7 +28,6 @@ SECONDS = 0.8
 EXAMPLE = ("speech/example.ogg", "The small dog carries a red ball across the garden.")
 """A sound that comes with the studio, and what is said in it."""
 
-_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _EMPTY = markup.empty("Transcripts appear here", "Record something, drop a sound or video, or try the example.")
 
 
@@ -123,11 +123,11 @@ def build() -> Page:
 
     for button in (start, sample):
         button.click(None, None, None, js=training_run.TO_RESULT)
-    start.click(started, [heard, *values_of], view, **_PRIVATE)
-    sample.click(try_example, values_of, [heard, reference, *view], **_PRIVATE)
-    timer.tick(look, job, view, **_PRIVATE)
-    cancel.click(job_panel.stopper(follow), job, view, **_PRIVATE)
-    resume.click(job_panel.resumer(follow), job, view, **_PRIVATE)
+    start.click(started, [heard, *values_of], view, **PRIVATE)
+    sample.click(try_example, values_of, [heard, reference, *view], **PRIVATE)
+    timer.tick(look, job, view, **PRIVATE)
+    cancel.click(job_panel.stopper(follow), job, view, **PRIVATE)
+    resume.click(job_panel.resumer(follow), job, view, **PRIVATE)
     return Page(base, adapters, view)
 
 

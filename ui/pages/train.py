@@ -18,6 +18,7 @@ from ui.components import caption_tools, method_help, remembered, schema_form, t
 from ui.components import presets as preset_fields
 from ui.components.training_run import add_to_library, follow, samples
 from ui.errors import errors_shown, say
+from ui.events import PRIVATE
 from ui.pages import compose, distill
 from ui.pictures import Item
 from ui.theme import script
@@ -87,7 +88,7 @@ def build() -> Page:
         distill_page = distill.build()
     run = (result.job, result.try_it, result.step, result.view)
     page = Page(form, captions, *run, way, learning, distilling, distill_page)
-    way.input(show_way, way, page.switch, show_progress="hidden", api_visibility="private")
+    way.input(show_way, way, page.switch, **PRIVATE)
     _wire_pictures(drop, captions)
     ask.click(errors_shown(needed), [captions, *(form[name] for name in NAMES)], needs, api_visibility="private")
     result.follow_job(start, _begin, [captions, *(form[name] for name in NAMES)])
@@ -161,10 +162,10 @@ def _settings() -> Form:
         method_help.watch(form, KNOWN, "train")
     for chooser in (form["mode"], length):
         chooser.input(preset_values, [form["mode"], length, form["base"]], [form[name] for name in PRESET_FIELDS],
-                      show_progress="hidden", api_visibility="private")  # fmt: skip
+                      **PRIVATE)  # fmt: skip
     preset_fields.follow_base(JOB, KNOWN, form, form["base"])
     form["preset"].change(lambda name: name.rpartition("-")[2], form["preset"], length,  # a form that came back
-                          show_progress="hidden", api_visibility="private")  # fmt: skip
+                          **PRIVATE)  # fmt: skip
     return form
 
 
@@ -195,7 +196,7 @@ def _wire_pictures(drop: gr.File, captions: gr.HTML) -> None:
             say(" ".join(problems), title="About these files")
         return None, items
 
-    drop.upload(dropped, [drop, captions], [drop, captions], show_progress="hidden", api_visibility="private")
+    drop.upload(dropped, [drop, captions], [drop, captions], **PRIVATE)
 
 
 # ------------------------------------------------------------------------------------------------ the run
