@@ -168,6 +168,52 @@ def test_flowers_strategy_ends_where_the_engine_does(federation, tmp_path):
         RuleStrategy(Server(config, server.names), tmp_path, 0.0).connected(SimpleNamespace(get_node_ids=list))
 
 
+def test_a_clients_name_belongs_to_its_key_or_else_to_the_first_node(federation, tmp_path, capsys):
+    pytest.importorskip("flwr", reason=HAS_FLOWER)
+    from studio.federation.flower.strategy import RuleStrategy
+
+    server = Server(config := federation(), [client.name for client in config.clients])
+
+    class Nodes:
+        """Nodes that only say their names."""
+
+        def __init__(self, **said):
+            self.said = {int(number[1:]): name for number, name in said.items()}
+
+        def get_node_ids(self):
+            return list(self.said)
+
+        def send_and_receive(self, messages, *, timeout=None):
+            nodes = [message.metadata.dst_node_id for message in messages]
+            return [
+                SimpleNamespace(
+                    has_error=lambda: False, metadata=SimpleNamespace(src_node_id=node),
+                    content={"config": {"told": json.dumps({"client": self.said[node], "facts": {}})}},
+                ) for node in nodes
+            ]  # fmt: skip
+
+    first, second, third = server.names
+    keyed = RuleStrategy(server, tmp_path, 0.0, {first: 2, second: 3, third: 4})
+    with pytest.raises(StudioError, match=f"only: {second}. Node 1 was refused: .*'{first}', whose key it does not"):
+        keyed.connected(Nodes(n1=first, n3=second))
+    assert "Node 1 was refused" in capsys.readouterr().out
+    everyone = Nodes(n1=first, n2=first, n3=second, n4=third)
+    assert keyed.connected(everyone) == {2: first, 3: second, 4: third}
+    with pytest.raises(StudioError, match="Node 1 was refused"):  # the name stays its owner's while that is away
+        keyed.connected(Nodes(n1=first, n3=second))
+
+    unkeyed = RuleStrategy(server, tmp_path, 0.0)
+    assert unkeyed.connected(everyone) == {1: first, 3: second, 4: third}
+    assert "another node takes part already" in capsys.readouterr().out
+    assert unkeyed.connected(Nodes(n2=first, n3=second, n4=third)) == {2: first, 3: second, 4: third}
+
+
+def test_flowers_answer_tells_the_node_of_a_key():
+    assert launch.registered('{\n  "success": true,\n  "node-id": 1234567890123\n}\n', "north") == 1234567890123
+    with pytest.raises(StudioError, match="which node the key of 'north' has: Error: no such connection"):
+        launch.registered("Error: no such connection\n", "north")
+
+
 @pytest.mark.slow
 def test_real_processes_with_tls_and_keys(federation, tmp_path):
     """Server and two clients as processes; a client whose key is not registered is turned away."""

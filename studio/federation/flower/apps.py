@@ -18,6 +18,7 @@ from studio.federation import client as answering
 from studio.federation import engine, export
 from studio.federation.clients import Member, members
 from studio.federation.flower import records
+from studio.federation.flower.launch import OWNERS
 from studio.federation.flower.strategy import RuleStrategy, start
 from studio.federation.messages import Asked, Reply
 from studio.federation.schema import FederateConfig
@@ -36,7 +37,8 @@ def serve(grid: Grid, context: Context) -> None:
     try:
         config = FederateConfig.from_yaml(str(context.run_config["config"]))
         state = Server.load(config, [one.name for one in config.clients], folder)
-        start(RuleStrategy(state, folder, float(context.run_config["patience"])), grid)
+        owners = json.loads((folder / "flower" / OWNERS).read_text(encoding="utf-8"))
+        start(RuleStrategy(state, folder, float(context.run_config["patience"]), owners), grid)
         adapter = export.write(state, folder, engine.facts(state))
         found: dict[str, Any] = {
             "adapter": str(adapter), "rounds": state.done, "clients": len(state.names),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,9 @@ from studio.federation.flower.certificates import AUTHORITY, KEY, SERVER
 from studio.federation.schema import FederateConfig
 
 CONNECTION = "federation"
+
+OWNERS = "owners.json"
+"""File with the node that belongs to each client's key; empty without keys."""
 
 STILL_THERE = "[code: 2004]"
 """Flower's words when a key is turned away, also for a client that died and is back before this was noticed."""
@@ -101,10 +105,14 @@ def serve(
     with running(link(host, port, certificates), home, folder / "superlink.log") as superlink:
         wait_for(host, port, superlink, folder / "superlink.log")
         flower = program("flwr")
+        owners: dict[str, int] = {}
         if certificates is not None:
             for client in chosen.clients:
-                key = str((certificates / f"{client.name}.pub").resolve())
-                _run([flower, "supernode", "register", key, CONNECTION], home)
+                key, said = str((certificates / f"{client.name}.pub").resolve()), home / f"{client.name}.registered"
+                said.unlink(missing_ok=True)
+                _run([flower, "supernode", "register", key, CONNECTION, "--format", "json"], home, said)
+                owners[client.name] = registered(said.read_text(encoding="utf-8"), client.name)
+        files.write_text(home / OWNERS, json.dumps(owners))
         _run([flower, "run", str(app), CONNECTION, "--stream", "--run-config", told], home, folder / "flower.log")
     result = folder / "result.json"
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
@@ -173,6 +181,18 @@ def link(host: str, port: int, certificates: Path | None) -> list[str]:
         str((certificates / SERVER).resolve()), "--ssl-keyfile", str((certificates / KEY).resolve()),
         "--enable-supernode-auth",
     ]  # fmt: skip
+
+
+def registered(said: str, name: str) -> int:
+    """The node that Flower made for a client's key, by the answer of its command.
+
+    Raises:
+        StudioError: the answer does not tell it.
+    """
+    found = re.search(r'"node-id":\s*"?(\d+)', said)
+    if found is None:
+        raise StudioError(f"Flower did not say which node the key of '{name}' has: {_reason(said) or 'it was silent'}")
+    return int(found[1])
 
 
 def connection(host: str, port: int, certificates: Path | None) -> str:

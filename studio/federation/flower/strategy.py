@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,16 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
     Args:
         folder: gets ``server/`` and ``rounds.jsonl``.
         patience: seconds to wait for enough clients, and for their answers.
+        owners: client -> the node of its key; without keys a name is that of the first node that says it, for as long
+            as this node is connected.
     """
 
-    def __init__(self, server: Server, folder: Path, patience: float = 3600.0) -> None:
-        self.server, self.folder, self.patience = server, folder, patience
+    def __init__(
+        self, server: Server, folder: Path, patience: float = 3600.0, owners: Mapping[str, int] | None = None
+    ) -> None:
+        self.server, self.folder, self.patience, self.owners = server, folder, patience, owners or {}
         self.nodes: dict[int, str] = {}
+        self.refused: dict[int, str] = {}
         self.sent: dict[int, int] = {}
         self.began = 0.0
 
@@ -58,7 +63,7 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
                 asked = [self._message(node, "start", "query.who") for node in unknown]
                 for answer in grid.send_and_receive(asked, timeout=min(ASK, self.patience)):
                     try:
-                        self.nodes[answer.metadata.src_node_id] = records.reply_of(answer).client
+                        self._admit(answer.metadata.src_node_id, records.reply_of(answer).client, present)
                     except records.ClientError:
                         continue
             found = {node: self.nodes[node] for node in present if self.nodes.get(node) in self.server.names}
@@ -68,8 +73,20 @@ class RuleStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any withou
                 return found
             if time.monotonic() > deadline:
                 there = ", ".join(sorted(found.values())) or "nobody"
-                raise StudioError(f"{enough} clients are needed, but there is only: {there}.")
+                refused = "".join(f" {why}" for why in self.refused.values())
+                raise StudioError(f"{enough} clients are needed, but there is only: {there}.{refused}")
             time.sleep(WAIT)
+
+    def _admit(self, node: int, name: str, present: Sequence[int]) -> None:
+        """Give a newcomer the name it says, unless the name is another node's; then it is told once in the log."""
+        first = next((other for other in present if self.nodes.get(other) == name), node)
+        if self.owners.get(name, first) == node:
+            self.nodes[node] = name
+            self.refused.pop(node, None)
+        elif node not in self.refused:
+            whose = "whose key it does not have" if name in self.owners else "as which another node takes part already"
+            self.refused[node] = f"Node {node} was refused: it says it is '{name}', {whose}."
+            print(self.refused[node], flush=True)
 
     def _lost(self) -> set[str]:
         """Clients that took part in the round before the last one, but not in the last."""
