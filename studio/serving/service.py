@@ -184,7 +184,7 @@ class ServeEngine:
         """Continue texts (or token numbers), all in one batch, each with its own adapter (or several at strengths).
 
         Raises:
-            InputError: lists of different lengths, or a request that cannot be served.
+            InputError: lists of different lengths, or a request that cannot be served; then none is.
         """
         adapters = [None] * len(prompts) if adapters is None else adapters
         each = [sampling or Sampling()] * len(prompts) if not isinstance(sampling, Sequence) else sampling
@@ -193,15 +193,17 @@ class ServeEngine:
                 raise InputError(f"There are {len(prompts)} prompts but {len(given)} {what}: give one for each.")
         mixes = [self._mix_of(one) for one in adapters]
         found: list[list[Piece]] = [[] for _ in prompts]
-        requests = [
-            self.request(self.ids(text), mix, how, pieces.append)
-            for text, mix, how, pieces in zip(prompts, mixes, each, found, strict=True)
-        ]
-        if self.engine.threaded:
-            for request in requests:
-                request.over.wait()
-        else:
-            self.engine.finish(requests)
+        requests: list[Request] = []
+        try:
+            for text, mix, how, pieces in zip(prompts, mixes, each, found, strict=True):
+                requests.append(self.request(self.ids(text), mix, how, pieces.append))
+            if self.engine.threaded:
+                for request in requests:
+                    request.over.wait()
+            else:
+                self.engine.finish(requests)
+        finally:
+            self._withdraw(requests)
         return [_whole(request, pieces) for request, pieces in zip(requests, found, strict=True)]
 
     def pieces(
@@ -228,11 +230,15 @@ class ServeEngine:
                 open_ones -= piece.reason is not None
                 yield number, piece
         finally:
-            for request in requests:
-                if not request.done:
-                    self.engine.cancel(request)
-            if not self.engine.threaded and not all(request.done for request in requests):
-                self.engine.step()
+            self._withdraw(requests)
+
+    def _withdraw(self, requests: Sequence[Request]) -> None:
+        """Cancel what is not answered yet."""
+        left = [request for request in requests if not request.done]
+        for request in left:
+            self.engine.cancel(request)
+        if left and not self.engine.threaded:
+            self.engine.step()
 
     async def stream(
         self, prompt: str | Sequence[int], adapter: str | Weights | None = None, sampling: Sampling | None = None

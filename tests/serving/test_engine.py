@@ -24,6 +24,7 @@ from studio.serving.adapters import Adapters, UnknownModelError
 from studio.serving.engine import Engine, QueueFullError, ServeConfig
 from studio.serving.requests import Piece, Request
 from studio.serving.schedulers import scheduler
+from studio.serving.service import ServeEngine
 from tests.language import tiny
 
 
@@ -451,3 +452,23 @@ def test_the_request_chooses_its_adapter_or_the_base(base, several, tmp_path):
     shutil.rmtree(tmp_path / "planets")
     assert choose("Tell me about the orbits of Venus and Mars") == "base-model"
     engine.close()
+
+
+def test_a_refused_prompt_leaves_none_of_its_list_waiting(base, several, tmp_path):
+    """With and without a thread of its own; the engine then answers as before."""
+    serve = ServeEngine.from_pretrained(base, ServeConfig(pool_pages=4000))
+    free = serve.engine.pool.free_pages
+    for threaded in (False, True):
+        if threaded:
+            serve.start()
+        with pytest.raises(InputError, match="not in the vocabulary"):
+            serve.generate([[5, 6, 7], [5, 10**6]], sampling=Sampling(max_tokens=4))
+        with pytest.raises(InputError):
+            serve.generate([[5, 6, 7], [8]], sampling=[Sampling(max_tokens=4), Sampling(max_tokens=0)])
+        until = time.monotonic() + 20
+        while not serve.engine.idle and time.monotonic() < until:
+            time.sleep(0.01)
+        assert serve.engine.idle
+        assert serve.engine.pool.free_pages == free
+        assert len(serve.generate([[5, 6, 7]], sampling=Sampling(max_tokens=4, ignore_eos=True))[0].tokens) == 4
+    serve.close()
