@@ -43,6 +43,13 @@ def in_folder(root: Path, kind: Kind = "adapter") -> list[Record]:
     return sorted(found.values(), key=lambda record: record.name.lower())
 
 
+def searched(root: Path, kind: Kind = "adapter") -> tuple[list[Path], list[Path]]:
+    """The folders that :func:`in_folder` looks into, and what it finds there; nothing is opened."""
+    seen: dict[tuple[int, int], Path] = {}
+    found = list(_candidates(root, kind, seen=seen))
+    return list(seen.values()), found
+
+
 def stamp(path: Path) -> str:
     """Changes when the file or folder changes.
 
@@ -120,9 +127,11 @@ def _gather(path: Path, kind: Kind) -> dict[str, Any]:
         return {"problem": f"unexpected {type(error).__name__} while reading it"}
 
 
-def _candidates(root: Path, kind: Kind, depth: int = 0, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
+def _candidates(
+    root: Path, kind: Kind, depth: int = 0, seen: dict[tuple[int, int], Path] | None = None
+) -> Iterator[Path]:
     """Files and folders below ``root`` that are, or look like, an adapter or a base; each linked folder once."""
-    seen = set() if seen is None else seen
+    seen = {} if seen is None else seen
     if not _first_visit(root, seen):
         return
     for entry in _entries(root):
@@ -145,7 +154,7 @@ def _suffixes() -> tuple[str, ...]:
     return (".safetensors", *PICKLES, *(one.suffix for one in formats().values() if one.suffix))
 
 
-def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
+def _first_visit(folder: Path, seen: dict[tuple[int, int], Path]) -> bool:
     try:
         state = folder.stat()
     except OSError:
@@ -153,7 +162,7 @@ def _first_visit(folder: Path, seen: set[tuple[int, int]]) -> bool:
     place = (state.st_dev, state.st_ino)
     if place in seen:
         return False
-    seen.add(place)
+    seen[place] = folder
     return True
 
 

@@ -99,14 +99,35 @@ class Adapters:
     _sums: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     _versions: Any = field(default_factory=itertools.count)
     _lock: Any = field(default_factory=threading.RLock)
+    _records: Sequence[Record] = ()
+    _watched: tuple[list[Path], list[Path]] = ([], [])
+    _state: Any = None
 
     @property
     def loaded(self) -> list[Loaded]:
         with self._lock:
             return list(self._loaded.values())
 
-    def records(self) -> list[Record]:
-        """Adapters that can be asked for by name, loaded or not."""
+    def records(self) -> Sequence[Record]:
+        """Adapters that can be asked for by name, loaded or not; the same object until a folder has changed."""
+        with self._lock:
+            roots = self._roots()
+            if self._state is None or self._state != self._state_of(roots):
+                self._watched = _searched(roots)
+                state = self._state_of(roots)
+                self._records = self._read()
+                self._state = state if _searched(roots) == self._watched else None  # else it changed meanwhile
+            return self._records
+
+    def _roots(self) -> list[Path]:
+        return [*self.folders, *([root for root, _ in scan.roots("adapter")] if self.library else [])]
+
+    def _state_of(self, roots: Sequence[Path]) -> tuple[Any, ...]:
+        """Changes when an adapter comes, changes or goes: a new one changes the folder that it is in."""
+        folders, found = self._watched
+        return tuple(roots), tuple(map(_changed, folders)), tuple(map(_stamp, found))
+
+    def _read(self) -> list[Record]:
         found = {record.name: record for folder in reversed(self.folders) for record in scan.in_folder(folder)}
         if self.library:
             found = {record.name: record for record in resolve.adapters()} | found
@@ -295,6 +316,19 @@ class Adapters:
 
 def _mixture_key(key: tuple[str, int]) -> str:
     return f"{key[0]}#{key[1]}"
+
+
+def _searched(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The folders below ``roots``, and the adapters in them."""
+    pairs = [scan.searched(root) for root in roots]
+    return [one for folders, _ in pairs for one in folders], [one for _, found in pairs for one in found]
+
+
+def _changed(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _stamp(path: Path) -> str:

@@ -1,9 +1,9 @@
 """Which adapter suits a request: the model "auto".
 
-Every adapter is described by its name, its card and the rows it was trained on, where they are still to be read. A
-request's words and groups of letters are compared with each description (weights: tf-idf; cosine with each of the
-description's texts). With s_a the mean of the three most similar texts of adapter a, times the share of the request's
-words and groups that any description has, the confidence of the best is
+Every adapter is described by its name, its card and, if this studio trained it, the rows of that training, where they
+are still to be read. A request's words and groups of letters are compared with each description (weights: tf-idf;
+cosine with each of the description's texts). With s_a the mean of the three most similar texts of adapter a, times the
+share of the request's words and groups that any description has, the confidence of the best is
 
     sqrt(2 s_1 / (s_1 + s_2) - 1) min(1, s_1 / FAMILIAR)
 
@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from adapters.errors import InputError
 from studio.datasets import texts
@@ -34,6 +33,9 @@ FAMILIAR = 0.15
 
 ROWS = 200
 """Rows of a training that are read."""
+
+JOBS = 1000
+"""Newest jobs among which trainings are looked for."""
 
 NEAREST = 3
 
@@ -104,18 +106,32 @@ def _dot(first: Vector, second: Vector) -> float:
     return sum(value * large[one] for one, value in small.items() if one in large)
 
 
-def described(record: Record) -> list[str]:
-    """Texts that tell what an adapter is for: name and card, and the questions of its training."""
+def described(record: Record, rows: str = "") -> list[str]:
+    """Texts that tell what an adapter is for: name and card, and what the file ``rows`` of its training asks."""
     notes = " ".join(str(record.notes.get(name) or "") for name in ("description", "example"))
     found = [f"{record.name.replace('-', ' ').replace('_', ' ')} {' '.join(record.triggers)} {notes}"]
-    return [*found, *_rows(record.recipe or {})]
+    return [*found, *_rows(rows)]
 
 
-def _rows(recipe: Mapping[str, Any]) -> Iterator[str]:
+def trained_on() -> dict[str, str]:
+    """Name in the library, or path, of an adapter -> the file of rows, for the trainings of this studio.
+
+    A recipe in the adapter's own file does not count: whoever made the file chooses what it says.
+    """
+    from studio import jobs
+
+    found: dict[str, str] = {}
+    for job in jobs.list(JOBS):
+        data, result = str(job.config.get("data") or ""), job.result or {}
+        for made in (result.get("library"), result.get("adapter")):
+            if data and isinstance(made, str):
+                found.setdefault(made, data)
+    return found
+
+
+def _rows(source: str) -> Iterator[str]:
     """What the rows of a training ask, if their file is still there."""
-    config = recipe.get("config")
-    source = str(config.get("data") or "") if isinstance(config, Mapping) else ""
-    if not source or not Path(source).is_file():
+    if not source or not Path(source).expanduser().is_file():
         return
     try:
         rows = texts.scan(source).rows
@@ -138,6 +154,11 @@ def _question(row: Row) -> str:
     return " ".join(str(value) for value in row.values.values())
 
 
+def _file_of(record: Record, files: Mapping[str, str]) -> str:
+    """The rows of a record; a name counts in the library only, where it is one adapter's."""
+    return files.get(str(record.path)) or (files.get(record.name, "") if record.source == "library" else "")
+
+
 class Chooser:
     """Chooses among the adapters of a server; descriptions are read again when the adapters change.
 
@@ -148,17 +169,17 @@ class Chooser:
     def __init__(self, adapters: Adapters, threshold: float = 0.5) -> None:
         self.adapters, self.threshold = adapters, threshold
         self._lock = threading.Lock()
-        self._known: tuple[Any, ...] = ()
+        self._known: Sequence[Record] | None = None
         self._index = Index({})
 
     def __call__(self, text: str) -> str:
         """The name of the adapter for ``text``, or of the base."""
         records = self.adapters.records()
-        known = tuple((record.name, record.modified) for record in records)
         with self._lock:
-            if known != self._known:
-                self._index = Index({record.name: described(record) for record in records})
-                self._known = known
+            if records is not self._known:
+                files = trained_on()
+                self._index = Index({one.name: described(one, _file_of(one, files)) for one in records})
+                self._known = records
             name, confidence = self._index.best(text)
         _log.debug("auto: %r with confidence %.2f", name, confidence)
         return name if name and confidence >= self.threshold else self.adapters.base

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -472,3 +474,47 @@ def test_a_refused_prompt_leaves_none_of_its_list_waiting(base, several, tmp_pat
         assert serve.engine.pool.free_pages == free
         assert len(serve.generate([[5, 6, 7]], sampling=Sampling(max_tokens=4, ignore_eos=True))[0].tokens) == 4
     serve.close()
+
+
+def test_only_rows_of_the_studios_own_trainings_are_read(base, several, tmp_path, monkeypatch):
+    """The recipe in an adapter's file names whatever its maker likes."""
+    from studio import jobs
+    from studio.serving.automatic import Chooser, described
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "How far is Neptune from the sun?"}\n')
+    shutil.copytree(several["small"], tmp_path / "served" / "mine")
+    engine, names = served(base, tmp_path / "served")
+    (record,) = names.records()
+    foreign = replace(record, recipe={"config": {"data": str(rows)}})
+    assert not any("Neptune" in text for text in described(foreign))
+    monkeypatch.setattr(jobs, "list", lambda *_: [])
+    assert Chooser(names, threshold=0.1)("How far is Neptune?") == "base-model"
+    done = SimpleNamespace(config={"data": str(rows)}, result={"adapter": str(record.path)})
+    monkeypatch.setattr(jobs, "list", lambda *_: [done])
+    assert Chooser(names, threshold=0.1)("How far is Neptune?") == "mine"
+    engine.close()
+
+
+def test_folders_are_read_again_only_when_they_have_changed(base, several, tmp_path, monkeypatch):
+    from studio.library import scan
+
+    reads: list[Path] = []
+    record = scan.record
+    monkeypatch.setattr(scan, "record", lambda path, *rest: reads.append(path) or record(path, *rest))
+    (tmp_path / "deeper" / "empty").mkdir(parents=True)
+    shutil.copytree(several["small"], tmp_path / "one")
+    engine, names = served(base, tmp_path)
+    first = names.records()
+    assert names.records() is first
+    assert reads == [tmp_path / "one"]
+    shutil.copytree(several["medium"], tmp_path / "deeper" / "empty" / "two")
+    assert [one.name for one in names.records()] == ["one", "two"]
+    (tmp_path / "one" / "README.md").write_text("---\ndescription: changed\n---\n")
+    assert [one.notes.get("description") for one in names.records()] == ["changed", None]
+    shutil.rmtree(tmp_path / "deeper")
+    assert [one.name for one in names.records()] == ["one"]
+    before = len(reads)
+    names.records()
+    assert len(reads) == before
+    engine.close()
