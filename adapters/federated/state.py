@@ -11,7 +11,8 @@ normalised over the clients that replied.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -161,6 +162,27 @@ def check_reply(reply: State, expected: Mapping[str, Sequence[int]], client: str
             )
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"The client '{client}' sent numbers that are not finite in '{name}'.")
+
+
+def layer_shapes(
+    state: State, names: Iterable[str], inputs: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, int]]:
+    """The shapes that A and B of these layers have if they belong together: A's rank is B's, and A reads the inputs.
+
+    Args:
+        inputs: layer -> shape of A without its rank; of others, A's own is taken.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for name in names:
+        (rank, width), (out, _) = sides(state.get(name + A)), sides(state.get(name + B))
+        found |= {name + A: (rank, math.prod(inputs[name]) if name in inputs else width), name + B: (out, rank)}
+    return found
+
+
+def sides(tensor: Tensor | None) -> tuple[int, int]:
+    """The shape of a matrix that is not empty; of anything else (1, 1), which it does not have."""
+    rows, columns = tensor.shape if tensor is not None and tensor.ndim == 2 else (1, 1)
+    return max(rows, 1), max(columns, 1)
 
 
 def _fits(name: str, given: Sequence[int], wanted: Sequence[int], ragged: bool) -> bool:

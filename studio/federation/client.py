@@ -120,8 +120,8 @@ def answer(message: Instruction, config: FederateConfig, member: Member, folder:
     seed = member.seed(config.seed, message.round)
     if message.asked == "gradients":
         measure = Gradients(config.sb_batches)
-        _run(member.config(seed), folder, monitor, [measure], start=True)
-        return Reply(member.name, measure.found)
+        made = _run(member.config(seed), folder, monitor, [measure], start=True)
+        return Reply(member.name, measure.found, facts=told_of(*made))
     learnt = begin(rule, memory, message, seed)
     plugins: list[Plugin] = [learnt]
     guard = None

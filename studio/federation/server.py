@@ -20,7 +20,7 @@ from adapters import files
 from adapters.errors import InputError, StudioError
 from adapters.federated import fed_sb
 from adapters.federated.facts import facts
-from adapters.federated.state import Factors, Options, Rule, check_reply, digest
+from adapters.federated.state import A, Factors, Options, Rule, check_reply, digest, layer_shapes, others, sides
 from studio.federation.clients import rule_of
 from studio.federation.messages import Asked, Instruction, Reply, size
 from studio.federation.schema import FederateConfig
@@ -130,11 +130,21 @@ class Server:
         """Take the first client's start and, for Fed-SB, the gradients.
 
         Raises:
-            InputError: gradients from which no basis can be made.
+            InputError: a reply that is not such a start or such gradients (the client is named), or gradients from
+                which no basis can be made; the state is as before.
         """
-        self.tensors, self.fixed, self.base = dict(first.tensors), dict(first.fixed), str(first.facts["base"])
+        try:
+            scales, inputs = _layers_told(first)
+            self._check_start(first, scales, inputs)
+            for reply in gradients:
+                self._check_gradients(reply, gradients[0], first, inputs)
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # another program, or another version
+            raise InputError(f"A client's start has facts that cannot be read ({error}).") from None
         record = Round(0, up=size(first.flat()) + sum(size(reply.flat()) for reply in gradients))
-        self.scales, self.inputs = dict(first.facts["scales"]), dict(first.facts.get("inputs", {}))
+        self.scales, self.inputs = scales, inputs
+        self.tensors, self.fixed, self.base = dict(first.tensors), dict(first.fixed), str(first.facts["base"])
         if self.facts.trains == "R":
             found = [reply.tensors for reply in gradients]
             self.fixed, cores = fed_sb.basis(found, self._rank(), self.scales, self._step(), self.config.seed)
@@ -192,6 +202,28 @@ class Server:
             self.residuals.append(made.residual)
         self.rounds.append(record)
         return record
+
+    def _check_start(self, first: Reply, scales: Mapping[str, float], inputs: Mapping[str, list[int]]) -> None:
+        """Factors of every layer that is named, as the rule begins with them, and nothing else but whole tensors."""
+        if not str(first.facts["base"]):
+            raise InputError(f"The client '{first.client}' does not say which base it trains.")
+        whole = {name: list(first.tensors[name].shape) for name in others(first.tensors)}
+        pairs = layer_shapes({**first.tensors, **first.fixed}, scales, inputs)
+        if self.facts.trains == "R" or self.facts.redraws:
+            pairs = {}
+        frozen = {name: shape for name, shape in pairs.items() if self.facts.trains == "B" and name.endswith(A)}
+        check_reply(first.fixed, frozen, first.client)
+        check_reply(first.tensors, {**{k: v for k, v in pairs.items() if k not in frozen}, **whole}, first.client)
+
+    def _check_gradients(self, reply: Reply, other: Reply, first: Reply, inputs: Mapping[str, list[int]]) -> None:
+        """A gradient of every layer, of the same base and shapes."""
+        if reply.facts["base"] != first.facts["base"]:
+            raise InputError(f"The client '{reply.client}' measured another base: all need the same.")
+        found = {name: sides(other.tensors.get(name)) for name in first.facts["scales"]}
+        expected = {
+            name: (out, math.prod(inputs[name]) if name in inputs else width) for name, (out, width) in found.items()
+        }
+        check_reply(reply.tensors, expected, reply.client)
 
     def _check(self, reply: Reply) -> None:
         if str(reply.facts.get("base", "")) != self.base:
@@ -280,6 +312,18 @@ class Server:
                 number, _, layer = rest.partition("/")
                 made.residuals[int(number)][layer] = (value, kept[f"right/{rest}"])
         return made
+
+
+def _layers_told(first: Reply) -> tuple[dict[str, float], dict[str, list[int]]]:
+    """The scale of every layer, and the shape of its inputs, as plain values."""
+    scales = {str(name): float(value) for name, value in first.facts["scales"].items()}
+    inputs = {str(name): [int(size) for size in shape] for name, shape in first.facts.get("inputs", {}).items()}
+    if not scales:
+        raise InputError(f"The client '{first.client}' names no layer that it trains.")
+    for name, value in scales.items():
+        if not math.isfinite(value) or value == 0:
+            raise InputError(f"The client '{first.client}' gives '{name}' the scale {value}, which nothing can have.")
+    return scales, inputs
 
 
 FREE = frozenset({"rounds", "min_clients", "evaluate_every", "name"})

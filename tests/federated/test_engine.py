@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +166,61 @@ def test_a_client_that_cannot_be_used_is_named_and_left_out(server):
         server.take(replies("a"), {"b": "died", "c": "died"})
     assert server.tensors == before
     assert server.done == record.number
+
+
+STARTS = {
+    "sent no 'm.lora_B'": {"tensors": {"m.lora_A": torch.ones(2, 5)}},
+    "of shape (2, 6), not (2, 5)": {"tensors": {"m.lora_A": torch.ones(2, 6), "m.lora_B": torch.zeros(4, 2)}},
+    "of shape (4, 3), not (4, 2)": {"tensors": {"m.lora_A": torch.ones(2, 5), "m.lora_B": torch.zeros(4, 3)}},
+    "not finite in 'm.lora_A'": {"tensors": {"m.lora_A": torch.full((2, 5), math.nan), "m.lora_B": torch.zeros(4, 2)}},
+    "not finite in 'head'": {"tensors": {"head": torch.tensor([math.inf])}},
+    "as torch.int64": {"tensors": {"head": torch.tensor([1])}},
+    "'z.lora_A' (did you mean 'm.lora_A'?), which was not asked for": {"tensors": {"z.lora_A": torch.ones(2, 5)}},
+    "'m.lora_A', which was not asked": {"fixed": {"m.lora_A": torch.ones(2, 5)}},
+    "names no layer": {"scales": {}},
+    "the scale nan": {"scales": {"m": math.nan}},
+    "cannot be read": {"scales": 3},
+    "which base": {"base": ""},
+}
+
+
+@pytest.mark.parametrize("words", STARTS)
+def test_a_start_that_cannot_be_trained_is_refused(federation, words):
+    """The first round's tensors come from a client, too."""
+    wrong = STARTS[words]
+    pair = {"m.lora_A": torch.ones(2, 5), "m.lora_B": torch.zeros(4, 2), "head": torch.zeros(3)}
+    tensors = wrong.get("tensors", pair)
+    tensors = tensors if "m.lora_A" in tensors else {**pair, **tensors}
+    facts = {"base": wrong.get("base", "w0"), "scales": wrong.get("scales", {"m": 2.0}), "inputs": {"m": [5]}}
+    server = Server(federation(), ["a", "b", "c"])
+    with pytest.raises(InputError, match=f"^(The client 'a'|A client's start).*{re.escape(words)}"):
+        server.begin(Reply("a", tensors, wrong.get("fixed", {}), facts), [])
+    assert not server.started
+    assert not server.tensors
+    server.begin(Reply("a", pair, facts={"base": "w0", "scales": {"m": 2.0}, "inputs": {"m": [5]}}), [])
+    assert server.started
+
+
+def test_gradients_that_cannot_be_summed_are_refused_with_their_client(federation):
+    facts = {"base": "w0", "scales": {"m": 1.0}, "inputs": {"m": [5]}}
+    good = Reply("a", {"m": torch.randn(4, 5, generator=torch.Generator().manual_seed(0))}, facts={"base": "w0"})
+    bad = {
+        "'b' sent no 'm'": {},
+        "'b' sent 'n'": {"m": good.tensors["m"], "n": good.tensors["m"]},
+        "'b' sent 'm' of shape (5, 4)": {"m": good.tensors["m"].T},
+        "'b' sent numbers that are not finite": {"m": torch.full((4, 5), math.inf)},
+    }
+    server = Server(federation(method="fed-sb"), ["a", "b", "c"])
+    for words, tensors in bad.items():
+        with pytest.raises(InputError, match=re.escape(words)):
+            server.begin(Reply("a", facts=facts), [good, Reply("b", tensors, facts={"base": "w0"})])
+    with pytest.raises(InputError, match="'b' measured another base"):
+        server.begin(Reply("a", facts=facts), [good, replace(good, client="b", facts={"base": "w1"})])
+    with pytest.raises(InputError, match="cannot be read"):
+        server.begin(Reply("a", facts=facts), [replace(good, facts={})])
+    assert not server.started
+    server.begin(Reply("a", facts=facts), [good, replace(good, client="b")])
+    assert server.fixed["m.lora_A"].shape == (2, 5)
 
 
 def test_state_survives_and_messages_come_apart_again(server, tmp_path):
