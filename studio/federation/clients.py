@@ -116,6 +116,7 @@ def check(config: FederateConfig) -> None:
 
     from studio.federation import private
 
+    refuse_secure_aggregation(config)
     if config.privacy != "none":
         private.check_installed()
     with TemporaryDirectory() as place:
@@ -126,6 +127,14 @@ def check(config: FederateConfig) -> None:
             except InputError as error:
                 raise InputError(f"client '{member.name}': {error}") from None
             private.check(config, asked)
+
+
+def refuse_secure_aggregation(config: FederateConfig) -> None:
+    """Raise :class:`InputError` for a run in one process that is to hide from itself what its clients send."""
+    if config.secure_aggregation:
+        raise InputError(
+            "secure_aggregation cannot be had in one process, which sees what every client sends: switch it off."
+        )
 
 
 def _check_settings(config: FederateConfig, schema: type[JobConfig]) -> None:

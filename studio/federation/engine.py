@@ -23,7 +23,7 @@ from adapters.progress import Changed, Monitor, Progress, Silent
 from adapters.progress import check as check_stop
 from studio import error_sentences
 from studio.federation import client, messages
-from studio.federation.clients import Member, members
+from studio.federation.clients import Member, members, refuse_secure_aggregation
 from studio.federation.history import HISTORY, WORTH, read_history
 from studio.federation.messages import Instruction, Reply
 from studio.federation.schema import FederateConfig
@@ -50,6 +50,7 @@ def run(config: FederateConfig, folder: Path, monitor: Monitor = Silent(), resum
         StudioError: too few clients answered.
         Cancelled: stopped on request.
     """
+    refuse_secure_aggregation(config)
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
         for old in ("server", "clients", "answers", "data"):

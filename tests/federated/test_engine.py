@@ -357,6 +357,14 @@ def test_bad_configurations_say_what_to_do(federation, rows, tmp_path):
         check(federation(clients=[{"name": "a", "data": str(empty)}]))
 
 
+def test_secure_aggregation_is_not_passed_over_in_one_process(federation, tmp_path):
+    config = federation(secure_aggregation=True)
+    for act in (check, lambda config: engine.run(config, tmp_path / "run")):
+        with pytest.raises(InputError, match="secure_aggregation cannot be had in one process"):
+            act(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_rows_are_divided_as_asked(federation, tmp_path):
     file = tmp_path / "rows.jsonl"
     lines = [
