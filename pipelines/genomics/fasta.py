@@ -94,7 +94,7 @@ def read(path: Path, tally: Tally | None = None, shortest: int = SHORTEST) -> It
     Raises:
         InputError: no such file, not FASTA, an id twice, letters of a protein, more than 20 % other letters than
             A, C, G, T and U, or no usable record at all; with the line where it is.
-        MissingDependencyError: the package dnaio is not installed.
+        MissingDependencyError: the package dnaio is not installed, or for .zst, backports.zstd.
     """
     tally = Tally() if tally is None else tally
     tally.shortest = shortest
@@ -184,6 +184,8 @@ def _raw(path: Path) -> Generator[tuple[str, str]]:
         raise InputError(f"'{path}'{place}: this is not FASTA, {_lower(error.message)}") from None
     except UnicodeDecodeError:
         raise InputError(f"'{path}' is not FASTA: it holds bytes that are no text.") from None
+    except ImportError:
+        raise _no_zstd() from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"'{path}' cannot be read to its end ({error or type(error).__name__}).") from None
 
@@ -196,7 +198,15 @@ def _lower(text: str) -> str:
 def _open(path: Path) -> Any:
     from xopen import xopen  # dnaio brings it
 
-    return xopen(path, "rt", encoding="utf-8", errors="replace", threads=0)
+    try:
+        return xopen(path, "rt", encoding="utf-8", errors="replace", threads=0)
+    except ImportError:
+        raise _no_zstd() from None
+
+
+def _no_zstd() -> MissingDependencyError:
+    """For the one compression that Python cannot undo by itself, and xopen only since 2.1."""
+    return MissingDependencyError("backports.zstd", "genomics", "Reading .zst files")
 
 
 def _dnaio() -> Any:

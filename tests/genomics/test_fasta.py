@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import InputError
+from adapters.errors import InputError, MissingDependencyError
 from pipelines.genomics import fasta
 from tests.genomics.conftest import letters, write_fasta
 
@@ -40,6 +40,22 @@ def test_compressed_files_read_alike(tmp_path, ending):
     pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(ending[3:], bytes)
     (tmp_path / f"other.{ending}").write_bytes(pack(plain.read_bytes()))
     assert list(fasta.read(tmp_path / f"other.{ending}")) == list(fasta.read(plain))
+
+
+def test_zst_without_its_package_is_one_sentence(tmp_path, monkeypatch):
+    """As with an older xopen, which does not bring it."""
+    import dnaio
+    import xopen
+
+    def missing(*_, **__):
+        raise ImportError("zstandard module (or the zstd command line program) not available")
+
+    (tmp_path / "a.fa.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setattr(dnaio, "open", missing)
+    monkeypatch.setattr(xopen, "xopen", missing)
+    for act in (lambda path: list(fasta.read(path)), fasta.count):
+        with pytest.raises(MissingDependencyError, match=r"Reading .zst files .*backports.zstd.*genomics"):
+            act(tmp_path / "a.fa.zst")
 
 
 def test_windows_lines_and_blank_lines(tmp_path):
