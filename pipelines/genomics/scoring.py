@@ -59,9 +59,9 @@ class Score:
 
     @property
     def probability(self) -> float | None:
-        """Of the second label."""
+        """Of the second label; None without a reading, or if the model's answer is no number."""
         margin = self.margin
-        if margin is None:
+        if margin is None or math.isnan(margin):
             return None
         return 1 / (1 + math.exp(-margin)) if margin > -700 else 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +19,9 @@ BINS = 20
 
 DRAWN = 200
 """Rows that are kept in the summary, for a page."""
+
+NO_NUMBER = "the model gives no number"
+"""Remark on a transcript for which the model's answer is NaN."""
 
 BEFORE, AFTER = ("id", "length", "label"), (
     "margin_full", "margin_orf", "orf_start", "orf_end", "orf_strand", "orf_frame", "orf_length", "orf_coverage",
@@ -42,7 +46,9 @@ def row(score: Score, task: RnaTask, threshold: float) -> list[str]:
         orf = [str(start), str(end), frame.strand, str(frame.frame), str(len(frame)), f"{score.coverage:.4f}",
                "yes" if frame.complete else "no"]  # fmt: skip
     label = "" if share is None else task.labels[float(shown) >= threshold]
-    remark = "no ORF to read" if share is None else "longer than is read" if score.cut and task.long == "prefix" else ""
+    remark = "longer than is read" if score.cut and task.long == "prefix" else ""
+    if share is None:
+        remark = "no ORF to read" if score.margin is None else NO_NUMBER
     return [
         record.id, str(length), label, shown, other, _number(score.full), _number(score.orf), *orf, f"{score.gc:.4f}",
         remark,
@@ -50,7 +56,7 @@ def row(score: Score, task: RnaTask, threshold: float) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.5f}"
+    return "" if value is None or math.isnan(value) else f"{value:.5f}"
 
 
 @dataclass
@@ -60,13 +66,14 @@ class Summary:
     Attributes:
         labels: names of the two labels; the second is the one of the probabilities.
         rows: how many there are; ``drawn`` holds the first of them.
-        counts: rows by label; ``unread`` have none.
+        counts: rows by label; ``unread`` have none for want of an ORF, ``unknown`` for want of a number.
         histogram: rows by twentieth of the probability.
     """
 
     labels: Sequence[str]
     rows: int = 0
     unread: int = 0
+    unknown: int = 0
     cut: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     histogram: list[int] = field(default_factory=lambda: [0] * BINS)
@@ -79,6 +86,8 @@ class Summary:
         if values["label"]:
             self.counts[values["label"]] = self.counts.get(values["label"], 0) + 1
             self.histogram[min(BINS - 1, int(float(cells[3]) * BINS))] += 1
+        elif values["remark"] == NO_NUMBER:
+            self.unknown += 1
         else:
             self.unread += 1
         self.cut += values["remark"].startswith("longer")
@@ -90,6 +99,7 @@ class Summary:
         found = {
             f"{self.cut} transcripts are longer than the model reads: their first part decides": self.cut,
             f"{self.unread} transcripts have no ORF, and no label": self.unread,
+            f"{self.unknown} transcripts have no label: {NO_NUMBER}": self.unknown,
         }
         return [sentence for sentence, count in found.items() if count]
 

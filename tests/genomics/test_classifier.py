@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,30 @@ def test_an_orf_alone_is_not_guessed(classified):
     assert found.probability is None
     [found] = scoring.score(opened.model, opened.kmers, RnaTask(3, 1, 64), [none])
     assert found.margin == found.full
+
+
+def test_what_is_no_number_is_unknown_and_reports_stay_json(tmp_path):
+    """NaN margins are neither a label nor a NaN in a file; nothing read is null, not a failure."""
+    from studio.genomics import table
+    from studio.training.rna.report import Judged
+
+    record, task = Record("a", "a", letters(300, 5), 1), RnaTask(3, 1, 64)
+    broken = scoring.Score(record, math.nan, math.nan, None, 0.5, False)
+    assert broken.probability is None
+    cells = table.row(broken, task, 0.5)
+    assert "nan" not in cells
+    assert cells[-1] == table.NO_NUMBER
+    summary = table.Summary(task.labels)
+    summary.add(cells)
+    assert (summary.unknown, summary.unread, summary.counts) == (1, 0, {})
+    assert summary.remarks() == [f"1 transcripts have no label: {table.NO_NUMBER}"]
+    none = scoring.Score(record, None, None, None, 0.5, False)
+    judged = Judged.of([none, broken], [0, 1])
+    assert judged.measures(0.5) == {}
+    report = json.loads(json.dumps(judged.report(task.labels, 0.5, 0), allow_nan=False))
+    assert (report["transcripts"], report["not_read"], report["measures"]) == (0, 2, None)
+    some = Judged.of([broken, replace(none, full=1.0), replace(none, full=-1.0)], [0, 1, 0])
+    json.dumps(some.report(task.labels, 0.5, 0), allow_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------ adapters

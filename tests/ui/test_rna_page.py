@@ -35,6 +35,8 @@ def test_plots_and_table_say_what_they_show():
     assert table.count("<tr>") == rna.SHOWN + 1
     assert "a&lt;b" in table
     assert "The first 50 rows" in table
+    unknown = rna.table([dict.fromkeys(ROW, "") | {"id": "b", "length": "300"}], LABELS)
+    assert unknown.count("<td>—</td>") == 4
 
 
 def pictured(page: Any, name: str) -> None:

@@ -179,11 +179,11 @@ def table(rows: Sequence[Mapping[str, str]], labels: Sequence[str]) -> str:
 def _cell(row: Mapping[str, str], key: str, labels: Sequence[str]) -> str:
     if key == "label":
         tone = "work" if row["label"] == labels[1] else "good"
-        return f"<td>{markup.tag(row['label'], tone) if row['label'] else ''}</td>"
+        return f"<td>{markup.tag(row['label'], tone) if row['label'] else '—'}</td>"
     value = row[f"p_{labels[1]}"] if key == "p" else row[key]
     if key in ("p", "orf_coverage") and value:
         value = f"{float(value):.3f}"
-    return f"<td>{markup.text(value)}</td>"
+    return f"<td>{markup.text(value) if value or key == 'remark' else '—'}</td>"
 
 
 def use(record: library.Record) -> list[Any]:

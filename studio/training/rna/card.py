@@ -44,7 +44,7 @@ def card(recipe: Mapping[str, Any], auto_class: str, pipeline_tag: str) -> str:
         "",
         f"- {training['steps']} steps of {training['batch']} rows on {data['rows']} transcripts of {data['source']}, "
         f"{config['optimizer']} at {config['learning_rate']:g}, final loss {training['loss']:.4f}",
-        *([f"- On {data['held_out']} held-out transcripts: {measured}"] if measured else []),
+        *([f"- On {data['held_out']} held-out transcripts: {measured or '—'}"] if data["held_out"] else []),
         f"- Data digest: `{data['digest']}`",
         "",
         "```python",

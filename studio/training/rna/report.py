@@ -15,7 +15,7 @@ from studio.training.task import Measures
 
 @dataclass(frozen=True)
 class Judged:
-    """Held-out transcripts with their labels and scores; those without a reading are left out.
+    """Held-out transcripts with their labels and scores; those without a probability are left out.
 
     Attributes:
         unread: how many those are.
@@ -44,7 +44,9 @@ class Judged:
 
     def measures(self, threshold: float) -> Measures:
         """Measures of the classifier, and the areas that length and ORF length alone reach: the second label's are
-        taken as shorter, as lncRNAs are, and a model must beat them to be of use."""
+        taken as shorter, as lncRNAs are, and a model must beat them to be of use. Empty if no transcript was read."""
+        if not len(self.truth):
+            return {}
         found = {"validation_loss": self.loss(), **metrics.measures(self.truth, self.probability, threshold)}
         if "roc_auc" in found:
             found |= {"roc_auc_of_length": metrics.area(self.truth, -self.lengths),
@@ -52,11 +54,13 @@ class Judged:
         return found
 
     def report(self, labels: Sequence[str], threshold: float, seed: int) -> dict[str, Any]:
-        """Measures with the bootstrap 95 % interval of the area, and by quarters of length."""
+        """Measures with the bootstrap 95 % interval of the area, and by quarters of length; None if none was read."""
+        told = {"labels": list(labels), "transcripts": len(self.truth), "not_read": self.unread, "threshold": threshold}
+        if not len(self.truth):
+            return {**told, "measures": None, "by_label": None, "by_length": None}
         quarters = metrics.by_length(self.truth, self.probability, self.lengths, threshold)
         found: dict[str, Any] = {
-            "labels": list(labels), "transcripts": len(self.truth), "not_read": self.unread, "threshold": threshold,
-            "measures": self.measures(threshold),
+            **told, "measures": self.measures(threshold),
             "by_label": dict(zip(labels, metrics.by_label(self.truth, self.probability, threshold), strict=True)),
             "by_length": [{"from": low, "to": high, **measured} for low, high, measured in quarters],
         }  # fmt: skip

@@ -319,7 +319,8 @@ class Classification(RnaTraining):
         records = [Record(str(number), "", dna(text), number) for number, text in enumerate(prompts, 1)]
         for score in self._scores(records):
             found = score.probability
-            yield "no ORF" if found is None else f"{self.config.labels[1]} {found:.0%}"
+            nothing = "no ORF" if score.margin is None else "—"
+            yield nothing if found is None else f"{self.config.labels[1]} {found:.0%}"
 
     def _beside(self, place: Path) -> None:
         self.how.write(place)
