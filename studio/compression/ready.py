@@ -12,8 +12,14 @@ from pipelines.language.compressed import read_manifest
 from studio import library
 from studio.compression.pruning_schema import PruningConfig
 from studio.compression.schema import CompressConfig, CompressL4qConfig, RowsFields
-from studio.library import smollm2
+from studio.library import packaged
 from studio.training.ready import language
+
+
+def _packaged(base: str) -> bool:
+    """Whether it is a packaged language model: whole, and unpacked only when it is used."""
+    known = packaged.known().get(base)
+    return known is not None and known.kind == "language model"
 
 
 def base_and_rows(config: CompressConfig) -> None:
@@ -22,7 +28,7 @@ def base_and_rows(config: CompressConfig) -> None:
     Raises:
         InputError: there is no such base or file, or the base is compressed already.
     """
-    if config.base != smollm2.NAME:  # which is unpacked when it is used
+    if not _packaged(config.base):
         place = Path(library.resolve_language(config.base))
         if read_manifest(place) is not None:
             raise InputError(f"'{config.base}' is compressed already: start from the model it was made from.")
@@ -49,7 +55,7 @@ def base_to_prune(config: PruningConfig) -> None:
     Raises:
         InputError: it is not.
     """
-    if config.base == smollm2.NAME:  # which is unpacked when it is used
+    if _packaged(config.base):
         return
     place = Path(library.resolve_language(config.base))
     if read_pruning(place) is not None:

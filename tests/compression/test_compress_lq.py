@@ -310,3 +310,23 @@ def test_the_command(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     assert {"4bit", "int4", "gptq"} <= set(listed)
     assert all(one["works"] or one["reason"] for one in listed.values())
+
+
+def test_a_packaged_base_is_checked_without_being_unpacked(monkeypatch):
+    """Whichever it is: the list of packaged models says, and what kind they are."""
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from studio.library import packaged, smollm2
+
+    def unpack(model):
+        raise AssertionError("it is unpacked when it is used")
+
+    writes = replace(smollm2.PACKAGED, name="another")
+    listens = replace(writes, name="listens", kind="speech model")
+    monkeypatch.setattr(packaged, "known", lambda: {one.name: one for one in (writes, listens)})
+    monkeypatch.setattr(packaged.Packaged, "prepare", unpack)
+    for check in (ready.base_and_rows, ready.base_to_prune):
+        check(SimpleNamespace(base="another"))
+        with pytest.raises(InputError, match="'listens' is a speech model"):
+            check(SimpleNamespace(base="listens"))
