@@ -60,11 +60,11 @@ def experts(
     Args:
         data: files of rows as for a training; none = those that the adapter was trained on, if they are still there.
         base: the model it belongs to; empty = the one that the adapter names.
-        by: column whose values are the groups; empty = one group per file.
+        by: column whose values are the groups; empty = one group per file, called after it.
         rows: of each file at most.
 
     Raises:
-        InputError: no mixture of experts, no data, no such column, or a base that cannot be used.
+        InputError: no mixture of experts, no data or a file twice, no such column, or a base that cannot be used.
         adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     from adapters.layers.experts.usage import usage
@@ -154,19 +154,35 @@ class _Rows:
         from studio.datasets.texts import scan, usable_rows
 
         made, groups = cls([], [], []), dict[str, int]()
-        for file in files:
+        for file, own in zip(files, [""] * len(files) if by else _apart(files), strict=True):
             report = usable_rows(scan(file), limit=rows)
             if by and by not in report.columns:
                 raise InputError(
                     f"'{report.source}' has no column '{by}'{nearest(by, report.columns)}: it has "
                     f"{', '.join(report.columns)}."
                 )
-            named = {row.number: str(row.values.get(by)) if by else Path(file).stem for row in report.rows}
+            named = {row.number: str(row.values.get(by)) if by else own for row in report.rows}
             for item in understand(report):
                 made.items.append(item)
                 made.group.append(groups.setdefault(named[item.number], len(groups)))
         made.groups.extend(groups)
         return made
+
+
+def _apart(files: Sequence[str]) -> list[str]:
+    """A name for each file's group: its stem, or as much of its path as tells the files apart.
+
+    Raises:
+        InputError: a file is named twice.
+    """
+    paths = [Path(file).expanduser().absolute() for file in files]
+    deepest = max((len(path.parts) for path in paths), default=1)
+    longer = (["/".join(path.parts[-count:]) for path in paths] for count in range(1, deepest + 1))
+    for names in ([path.stem for path in paths], *longer):
+        if len(set(names)) == len(names):
+            return names
+    twice = next(file for file, path in zip(files, paths, strict=True) if paths.count(path) > 1)
+    raise InputError(f"The file '{twice}' is named twice: name each file once.")
 
 
 @dataclass(frozen=True)

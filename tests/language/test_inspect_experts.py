@@ -114,6 +114,27 @@ def test_the_command_tells_groups_apart_and_draws_them(bases, chats, rows, tmp_p
     assert "not a mixture of experts" in " ".join(capsys.readouterr().err.split())
 
 
+def test_files_of_one_name_are_groups_of_their_own(tmp_path):
+    def groups(*names: str) -> list[str]:
+        files = []
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            files.append(str(tmp_path / name))
+            if name.endswith(".jsonl"):
+                write_rows(tmp_path / name, [{"text": name}])
+            else:
+                (tmp_path / name).write_text(f"text\n{name}\n")
+        found = experts._Rows.of(files, "", 8, lambda report: report.rows)
+        assert [found.groups[number] for number in found.group] == found.groups
+        return found.groups
+
+    assert groups("a/rows.jsonl", "b/other.jsonl") == ["rows", "other"]
+    assert groups("a/rows.jsonl", "a/rows.csv") == ["rows.jsonl", "rows.csv"]
+    assert groups("a/rows.jsonl", "b/rows.jsonl") == ["a/rows.jsonl", "b/rows.jsonl"]
+    with pytest.raises(InputError, match=r"rows.jsonl' is named twice"):
+        groups("a/rows.jsonl", "a/rows.jsonl")
+
+
 def test_experts_of_an_x_lora_have_their_names(bases, chats, tmp_path):
     for number, name in enumerate(("law", "code")):
         run(settings(bases("llama"), chats, steps=1, name=name, seed=number), tmp_path / name)
