@@ -23,7 +23,7 @@ from adapters.catalogue import Method
 from adapters.errors import InputError
 from adapters.federated.facts import facts
 from adapters.federated.participant import Gradients, Participant
-from adapters.federated.state import Factors, digest
+from adapters.federated.state import Factors, R, digest, others
 from adapters.plugin import Plugin
 from adapters.progress import Monitor
 from studio.federation.clients import Member, rule_of
@@ -133,7 +133,7 @@ def answer(message: Instruction, config: FederateConfig, member: Member, folder:
     told = told_of(result, recipe)
     if message.asked == "start":
         told |= {"scales": learnt.scales(), "inputs": learnt.inputs()}
-        return Reply(member.name, {} if facts(rule).redraws else _sent(learnt, rule), learnt.frozen(), told)
+        return Reply(member.name, _sent(learnt, rule), learnt.frozen(), told)
     if message.asked == "evaluate":
         return Reply(member.name, facts=told)
     if guard is not None:
@@ -166,8 +166,11 @@ def told_of(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, A
 
 
 def _sent(learnt: Participant, rule: Method) -> dict[str, Tensor]:
-    """What the first round begins with; the cores of Fed-SB come later, from the gradients."""
-    return {name: value for name, value in learnt.collected().items() if not name.endswith(".lora_R")}
+    """What the first round begins with: no cores of Fed-SB, which come from the gradients, and no factors that every
+    client draws anew."""
+    found = learnt.collected()
+    names = others(found) if facts(rule).redraws else [name for name in found if not name.endswith(R)]
+    return {name: found[name] for name in names}
 
 
 def _start_seed(config: FederateConfig, message: Instruction, seed: int) -> int:

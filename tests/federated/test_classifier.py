@@ -130,6 +130,17 @@ def test_a_mixer_is_trained_by_three_clients_with_a_style_each(bases, sample, tm
     assert model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.shape == (1, 14)
 
 
+@pytest.mark.parametrize("method", ["flora", "fed-sb"])
+def test_rules_that_begin_otherwise_share_the_new_head_as_well(bases, sample, tmp_path, method):
+    changes = {"rounds": 2, "evaluate_every": 0, "training": {**federation(bases["vit"], sample).training, "steps": 1}}
+    result = engine.run(federation(bases["vit"], sample, method=method, **changes), tmp_path)
+    assert not any(record["failed"] for record in engine.read_history(tmp_path))
+    plain = ViTForImageClassification.from_pretrained(bases["vit"])
+    before = plain.classifier.weight.detach().clone()
+    model = PeftModel.from_pretrained(plain, result["adapter"])
+    assert not torch.equal(model.base_model.model.classifier.modules_to_save["default"].weight, before)
+
+
 # ------------------------------------------------------------------------------------------------ privacy
 
 
