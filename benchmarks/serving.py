@@ -321,7 +321,7 @@ def pictures(repeats: int = 3, steps: int = 10) -> None:
     shared = ((None, None), steps, None, "", "default")
     ask = [Picture(f"a {name}", {name: 1.0}, seed, shared) for seed, name in enumerate(names)]
     service.draw(ask)
-    pipe = DiffusionPipeline.from_pretrained(library.resolve_pipeline("tinymoji"))
+    pipe = DiffusionPipeline.from_pretrained(library.resolve_pipeline("tinymoji"), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for name in names:
         pipe.load_lora_weights(library.resolve_adapter(name), adapter_name=name)
