@@ -61,9 +61,9 @@ class PackedAdapter:
         return int(self.pages.shape[0])
 
     @cached_property
-    def layout(self) -> tuple[tuple[str, Place], ...]:
-        """Equal for adapters with the same ranks in the same modules."""
-        return tuple(self.places.items())
+    def layout(self) -> str:
+        """Equal for adapters with the same ranks in the same modules; text, because it keeps its hash."""
+        return repr(tuple(self.places.items()))
 
     @property
     def rank(self) -> int:
