@@ -8,6 +8,7 @@ E (tokens, width) is a layer on one-hot tokens, W0 = E^T: A (r, tokens), B (widt
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = (*DENOISERS, *TEXT_ENCODERS, "connectors")
 MODEL = "model"
 """The only component of an adapter for a single model (language, speech) instead of a diffusion pipeline."""
+
+RECIPE_ENTRY = "adapter_studio_recipe"
+"""Name of the metadata entry that holds the recipe of a training as JSON."""
 
 FORMAT_ENTRIES = ("lora_adapter_metadata", "format")
 """Metadata entries that formats write themselves."""
@@ -136,6 +140,14 @@ class LoraFile:
     def own_metadata(self) -> dict[str, str]:
         """The metadata without the entries that formats write themselves."""
         return {key: value for key, value in self.metadata.items() if key not in FORMAT_ENTRIES}
+
+    def recipe(self) -> dict[str, Any]:
+        """How the adapter was made, from its metadata; {} if they do not say."""
+        try:
+            found = json.loads(self.metadata.get(RECIPE_ENTRY, "{}"))
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def refusal_of_tables(self, format: str) -> str:
         """Why a format without embedding tables cannot hold this adapter; empty if it can."""

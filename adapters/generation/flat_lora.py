@@ -14,7 +14,8 @@ leave B A as it is. A general G is not undone: adapters should start from the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ from adapters.generation.settings import Gauge
 BASE = "base_model_name_or_path"
 KEPT = (BASE, "task_type")
 """Entries of PEFT's configuration that an adapter made from a vector gets too."""
+
+ORIGIN = ("name", "family", "architecture", "digest")
+"""Entries of a recipe's base that an adapter made from a vector gets too."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,13 @@ class LoraCodec:
     Attributes:
         layers: in the order of (component, module).
         config: PEFT's entries that adapters made from vectors get: the base and the kind of task, if known.
+        origin: what the first adapter's recipe says of its base (:data:`ORIGIN`), with the digest of its weights; empty
+            if the adapter has no recipe.
     """
 
     layers: tuple[LayerShape, ...]
     config: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, file: LoraFile) -> LoraCodec:
@@ -74,7 +81,7 @@ class LoraCodec:
         layers = tuple(_shape(component, module, layer) for component, module, layer in file.layers())
         if not layers:
             raise InputError("The adapter has no layers.")
-        return cls(layers, {key: str(file.config[key]) for key in KEPT if file.config.get(key)})
+        return cls(layers, _texts(file.config, KEPT), _texts(file.recipe().get("base"), ORIGIN))
 
     @property
     def size(self) -> int:
@@ -84,7 +91,31 @@ class LoraCodec:
     @property
     def base(self) -> str:
         """The base that the adapters name; empty if they name none."""
-        return self.config.get(BASE, "")
+        return self.config.get(BASE) or self.origin.get("name", "")
+
+    @property
+    def digest(self) -> str:
+        """The digest of the base's weights; empty if the adapters say none."""
+        return self.origin.get("digest", "")
+
+    def check_base(self, name: str, digest: str, label: str) -> None:
+        """Refuse another base: by the digests of the weights if both are known, else by the names.
+
+        Args:
+            name, digest: of the base; empty if unknown.
+            label: what it is the base of, for the message.
+
+        Raises:
+            FamilyError: the bases differ.
+        """
+        if self.digest and digest:
+            if self.digest != digest:
+                raise FamilyError(
+                    f"{label} is for a base with other weights ('{name or 'unnamed'}', {digest[:12]}) than the "
+                    f"adapters of the generator ('{self.base or 'unnamed'}', {self.digest[:12]})."
+                )
+        elif self.base and name and self.base != name:
+            raise FamilyError(f"{label} is for the base '{name}', the generator's adapters are for '{self.base}'.")
 
     def tensors(self) -> Iterator[tuple[str, int]]:
         """(name, number of entries) of each tensor in the order of the vector."""
@@ -100,8 +131,7 @@ class LoraCodec:
             FamilyError: it names another base.
         """
         other = LoraCodec.of(file)
-        if self.base and other.base and self.base != other.base:
-            raise FamilyError(f"{label} is for the base '{other.base}', the others are for '{self.base}'.")
+        self.check_base(other.base, other.digest, label)
         mine, its = ({layer.name: layer for layer in codec.layers} for codec in (self, other))
         if missing := sorted(mine.keys() ^ its.keys()):
             raise InputError(f"{label} has other layers than the others: '{missing[0]}' is in only one of them.")
@@ -150,7 +180,8 @@ class LoraCodec:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
-        return {"layers": [asdict(layer) for layer in self.layers], "config": dict(self.config)}
+        return {"layers": [asdict(layer) for layer in self.layers], "config": dict(self.config),
+                "origin": dict(self.origin)}  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraCodec:
@@ -174,7 +205,7 @@ class LoraCodec:
         )
         if not layers or any(layer.dtype not in _DTYPES or layer.A[0] != layer.B[1] for layer in layers):
             raise ValueError("no layers, or layers that fit no LoRA")
-        return cls(layers, {key: str(values["config"][key]) for key in KEPT if key in values["config"]})
+        return cls(layers, _texts(values["config"], KEPT), _texts(values.get("origin"), ORIGIN))
 
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -249,11 +280,13 @@ def _sizes(values: Any) -> tuple[int, ...]:
     return sizes
 
 
+def _texts(values: Any, names: Sequence[str]) -> dict[str, str]:
+    """The entries ``names`` of a table that are not empty, as text; {} for anything that is no table."""
+    return {name: str(values[name]) for name in names if values.get(name)} if isinstance(values, Mapping) else {}
+
+
 def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return math.prod(shape)
 
 
 def _told(layer: LayerShape) -> str:

@@ -36,8 +36,8 @@ from torch.nn import functional
 
 from adapters import files
 from adapters.catalogue import Method
-from adapters.errors import Cancelled, FamilyError, InputError, nearest
-from adapters.formats.lora import LoraFile
+from adapters.errors import Cancelled, InputError, nearest
+from adapters.formats.lora import RECIPE_ENTRY, LoraFile
 from adapters.formats.tensors import check_finite, load_pickle, read_tensors, write_tensors
 from adapters.generation.conditional_vae import ConditionalVae, build, kl, parameters
 from adapters.generation.flat_lora import LoraCodec, in_gauge
@@ -93,6 +93,7 @@ class Generator:
         temperature: float = 1.0,
         reference: LoraFile | None = None,
         base: str = "",
+        digest: str = "",
     ) -> LoraFile:
         """The LoRA of a task.
 
@@ -101,14 +102,14 @@ class Generator:
             seed: of z; the same seed gives the same LoRA.
             temperature: standard deviation of z; 0 is the mean LoRA of the task.
             reference: with normalise "reference": the LoRA whose statistics are taken.
-            base: the base that it will be used with, if that should be checked.
+            base, digest: name and digest of the weights of the base that it will be used with, if that should be
+                checked; digests decide where both are known.
 
         Raises:
             InputError: an unknown task, a vector of another width or not finite, no or a needless reference.
             FamilyError: another base than that of the snapshots.
         """
-        if base and self.codec.base and base != self.codec.base:
-            raise FamilyError(f"The generator makes LoRAs for the base '{self.codec.base}', not for '{base}'.")
+        self.codec.check_base(base, digest, "The wanted adapter")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise InputError(f"temperature must be a finite number, not negative, got {temperature}.")
         c = self.vector(task)
@@ -122,7 +123,10 @@ class Generator:
         told = {"method": "icm-lora", "seed": seed, "temperature": temperature} | (
             {"task": task} if isinstance(task, str) else {}
         )
-        return self.codec.unflatten(denormalised(x, statistics, self.codec), {"generated_by": json.dumps(told)})
+        metadata = {"generated_by": json.dumps(told)}
+        if self.codec.origin:
+            metadata[RECIPE_ENTRY] = json.dumps({"version": 1, "job": "icm-lora", "base": dict(self.codec.origin)})
+        return self.codec.unflatten(denormalised(x, statistics, self.codec), metadata)
 
     def vector(self, task: str | Tensor) -> Tensor:
         """c (d,) of a task by name, or the vector itself after a check.
@@ -256,19 +260,21 @@ def task_vector(
     layer: int = -1,
     position: Literal["last", "mean"] = "last",
     monitor: Monitor | None = None,
+    shots: int = 0,
 ) -> Tensor:
     """The vector c (d,) of a task: the mean hidden state over its examples, in fp32.
 
     Args:
         model: a transformers model; the base, so that the vector exists before any LoRA of the task, or the base with
             one (as in the authors' program).
-        examples: texts, each with as many solved examples in front as wanted.
+        examples: texts of the task, in the form in which it is asked later (with the same chat template).
         layer: which hidden state; -1 is the last, 0 the embeddings.
         position: "last" token of each text, or the "mean" over its tokens.
         monitor: receives progress per example and may cancel.
+        shots: how many other examples stand before each one (the paper's in-context prompts), a line each.
 
     Raises:
-        InputError: no example, an empty one, or no such layer.
+        InputError: no example, an empty one, no such layer, or not enough examples for the shots.
         Cancelled: the monitor asked to stop.
     """
     monitor = monitor or Silent()
@@ -277,7 +283,7 @@ def task_vector(
     training, total, device = model.training, torch.zeros(()), next(model.parameters()).device
     model.eval()
     try:
-        for number, text in enumerate(examples):
+        for number, text in enumerate(with_shots(examples, shots)):
             _stop(monitor)
             inputs = tokenizer(text, return_tensors="pt").to(device)
             if not inputs["input_ids"].shape[1]:
@@ -292,6 +298,17 @@ def task_vector(
     finally:
         model.train(training)
     return total / len(examples)
+
+
+def with_shots(examples: Sequence[str], shots: int) -> list[str]:
+    """Each example after the ``shots`` that precede it (the last ones precede the first), a line each.
+
+    Raises:
+        InputError: a negative number, or not enough examples.
+    """
+    if not 0 <= shots < max(1, len(examples)):
+        raise InputError(f"shots must be 0 to {max(0, len(examples) - 1)} with {len(examples)} examples, got {shots}.")
+    return ["\n".join(examples[i - k] for k in range(shots, -1, -1)) for i in range(len(examples))]
 
 
 def _check_vector(c: Tensor, width: int, label: str) -> None:
@@ -434,6 +451,16 @@ def _train(
             save(step + 1)
     network.eval().requires_grad_(False)
     return network.to("cpu"), last
+
+
+def untold(figures: Mapping[str, Any]) -> list[str]:
+    """The tasks whose LoRA is hardly nearer to their own snapshots than the mean LoRA of all tasks.
+
+    Args:
+        figures: :attr:`Generator.figures`.
+    """
+    tasks = figures["tasks"]
+    return [name for name, own in tasks.items() if len(tasks) > 1 and own["error"] > own["mean_error"] / 2]
 
 
 def _batch(data: _Data, settings: Settings, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,9 @@ Arch = Literal["mlp", "conv"]
 Gauge = Literal["none", "balanced", "aligned"]
 Normalise = Literal["dataset", "reference"]
 
+LEAST_ROWS = 8
+"""Fewest rows of a batch with batch normalisation; 2 as in the authors' program make evaluation unlike training."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -52,6 +55,11 @@ class Settings:
         for name, least in (("latent", 1), ("hidden", 1), ("steps", 1), ("batch", 2), ("warm_up", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        if self.arch == "conv" and self.batch < LEAST_ROWS:
+            raise InputError(
+                f"batch must be {LEAST_ROWS} or more with arch 'conv', whose batch normalisation learns its statistics "
+                f"from so few rows badly, got {self.batch}."
+            )
         for name in ("kld_weight", "free_bits", "learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0) or (name == "learning_rate" and value == 0):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from adapters.compression.loram import recovered
 from adapters.compression.structure import Pruning, reduction
 from adapters.errors import InputError
-from adapters.formats import LoraFile, read
+from adapters.formats import read
 from adapters.formats.lora import MODEL
-from studio.training.export import RECIPE_ENTRY, write_model_adapter
+from studio.training.export import write_model_adapter
 from studio.training.language.card import card
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.causal import CausalTask
@@ -31,7 +30,7 @@ def recover(
         InputError: an adapter of another pruning or of a whole base, a mixture, a new head, or DoRA.
     """
     file = read(adapter)
-    recipe = recipe_of(file)
+    recipe = file.recipe()
     made_for = recipe.get("base", {}).get("pruning", "")
     if made_for and made_for != pruning.identity:
         raise InputError(f"The adapter '{adapter.name}' was trained on another pruned base: choose that one.")
@@ -43,15 +42,6 @@ def recover(
     beside = {"README.md": card(told, CausalTask.auto_class, CausalTask.pipeline_tag, CausalTask.asking)}
     options = {"task_type": file.config.get("task_type") or CausalTask.peft_type}
     return write_model_adapter(layers, target, used, told if recipe else {}, beside if recipe else {}, options)
-
-
-def recipe_of(file: LoraFile) -> dict[str, Any]:
-    """The recipe in an adapter's metadata; {} if there is none."""
-    try:
-        found = json.loads(file.metadata.get(RECIPE_ENTRY, "{}"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _told(recipe: dict[str, Any], pruning: Pruning, config: TrainLanguageConfig) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from studio.generation.schema import GenerateSampleConfig, GenerateTrainConfig
 from studio.schema import JobConfig, read_yaml
 from studio.training.commands import launch
 
-group = typer.Typer(
-    help="Learn a generator of adapters, and make the adapter of a task with it.", no_args_is_help=True
-)
+group = typer.Typer(help="Learn a generator of adapters, and make the adapter of a task with it.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -89,4 +87,5 @@ def _shown(result: dict[str, Any]) -> Any:
         "MSE": f"{result['mse']:.4g}",
         "KL": f"{result['kl']:.4g}",
     }
-    return Group(table(["task", "error", "error of the mean of all tasks"], rows), facts(told.items()))
+    remarks = (f"Note: {remark}" for remark in result["remarks"])
+    return Group(table(["task", "error", "error of the mean of all tasks"], rows), facts(told.items()), *remarks)

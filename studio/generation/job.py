@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from adapters.errors import InputError
 from adapters.generation.settings import Settings
 from adapters.progress import Monitor, Progress, check
 from studio import library
+from studio.generation import vectors
 from studio.generation.schema import GenerateSampleConfig, GenerateTrainConfig
 from studio.library import adopt
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapters.formats import LoraFile
+    from adapters.generation.icm_lora import Generator
 
 STATE = "training.pt"
 """The state of a stopped training, in the job's folder."""
@@ -27,7 +30,8 @@ def train(config: GenerateTrainConfig, folder: Path, monitor: Monitor, resume: b
     """Train a generator; it lies in ``folder``.
 
     Returns:
-        ``generator`` (path) and the figures of :class:`~adapters.generation.icm_lora.Generator`.
+        ``generator`` (path), the figures of :class:`~adapters.generation.icm_lora.Generator` and ``remarks``, sentences
+        about what will not work well.
 
     Raises:
         adapters.errors.InputError: snapshots, examples or a base that cannot be used.
@@ -41,13 +45,19 @@ def train(config: GenerateTrainConfig, folder: Path, monitor: Monitor, resume: b
         (folder / STATE).unlink(missing_ok=True)
     monitor.report(Progress("loading"))
     snapshots = {task: _snapshots(task, Path(place), monitor) for task, place in config.snapshots.items()}
-    vectors = {task: _vector_file(Path(place)) for task, place in config.vectors.items()}
-    vectors |= _vectors(config.base, config.examples, config.limit, config.layer, config.position, monitor)
-    settings = Settings(**{one.name: getattr(config, one.name) for one in fields(Settings)})
-    made = fit(snapshots, vectors, settings, monitor, folder / STATE)
+    known = {task: vectors.read(Path(place)) for task, place in config.vectors.items()}
+    read: dict[str, Any] = {}
     if config.examples:
-        made.figures["vectors"] = {"base": base_name(config.base), "layer": config.layer, "position": config.position,
-                                   "limit": config.limit}  # fmt: skip
+        base = vectors.Base.open(config.base)
+        how = vectors.Reading(config.limit, config.layer, config.position, config.shots)
+        known |= base.vectors(config.examples, how, monitor)
+        read = {"vectors": {"base": base_name(config.base), "digest": base.digest, **asdict(how)}}
+    settings = Settings(**{one.name: getattr(config, one.name) for one in fields(Settings)})
+    made = fit(snapshots, known, settings, monitor, folder / STATE)
+    remarks = [*_other_starts(snapshots), *_untold(made)]
+    made.figures |= {**read, "triggers": {task: _triggers(own) for task, own in snapshots.items()}, "remarks": remarks}
+    for remark in remarks:
+        monitor.report(Progress("training", config.steps, config.steps, message=remark))
     path = made.save(folder / f"{config.name}.safetensors")
     (folder / STATE).unlink(missing_ok=True)
     return {"generator": str(path), **made.figures}
@@ -61,6 +71,7 @@ def sample(config: GenerateSampleConfig, folder: Path, monitor: Monitor) -> dict
 
     Raises:
         adapters.errors.InputError: a generator, task or base that cannot be used.
+        adapters.errors.FamilyError: a base with other weights than that of the snapshots.
         adapters.errors.Cancelled: ``monitor`` asked to stop.
     """
     from adapters import formats
@@ -68,32 +79,39 @@ def sample(config: GenerateSampleConfig, folder: Path, monitor: Monitor) -> dict
 
     monitor.report(Progress("loading"))
     generator = Generator.load(Path(config.generator))
-    task = config.task or _of_other_task(config, generator.figures.get("vectors"), monitor)
+    base = vectors.Base.open(config.base) if config.base else None
+    if base is not None and config.task:  # for examples, the base may be another one: that which made the vectors
+        generator.codec.check_base(Path(config.base).name, base.digest, "The wanted adapter")
+    task = config.task or _other_task(config, generator, base, monitor)
     reference = formats.read(library.resolve_adapter(config.reference)) if config.reference else None
     kept = []
     for number in range(config.count):
         check(monitor)
         made = generator.generate(task, config.seed + number, config.temperature, reference)
         free = adopt.free_name(config.name or config.task or "generated")
+        told = _recipe(generator, config, config.seed + number, free)
+        made = replace(made, metadata={**made.metadata, **told})
         kept.append(library.import_adapter(_write(made, folder / free), free).name)
         monitor.report(Progress("generating", number + 1, config.count))
     return {"library": kept}
 
 
-def _of_other_task(config: GenerateSampleConfig, trained: Any, monitor: Monitor) -> Tensor:
-    """The vector of a task by its file or examples; examples are read as in the training."""
-    from studio.training.cards import base_name
-
-    if config.vector:
-        return _vector_file(Path(config.vector))
+def _other_task(
+    config: GenerateSampleConfig, generator: Generator, base: vectors.Base | None, monitor: Monitor
+) -> Tensor:
+    """The vector of a task by its file or examples; examples are read as in the training, by the same weights."""
+    if config.vector or base is None:
+        return vectors.read(Path(config.vector))
+    trained = generator.figures.get("vectors")
     if not trained:
         raise InputError("The generator was trained with vectors of your own: give vector instead of examples.")
-    if base_name(config.base) != trained["base"]:
-        raise InputError(f"The task vectors were made by '{trained['base']}': give it as base, not '{config.base}'.")
-    found = _vectors(
-        config.base, {"": config.examples}, trained["limit"], trained["layer"], trained["position"], monitor
-    )
-    return found[""]
+    if trained.get("digest", base.digest) != base.digest:
+        raise InputError(
+            f"The task vectors were made by '{trained['base']}', whose weights are not those of '{config.base}': give "
+            "that base."
+        )
+    how = vectors.Reading(**{one.name: trained.get(one.name, 0) for one in fields(vectors.Reading)})
+    return base.vector(Path(config.examples), how, monitor)
 
 
 def _snapshots(task: str, folder: Path, monitor: Monitor) -> list[LoraFile]:
@@ -117,44 +135,43 @@ def _snapshots(task: str, folder: Path, monitor: Monitor) -> list[LoraFile]:
     return found
 
 
-def _vector_file(path: Path) -> Tensor:
-    from adapters.formats.tensors import read_tensors
-
-    tensors = read_tensors(path)[0]
-    if len(tensors) != 1 or next(iter(tensors.values())).ndim != 1:
-        raise InputError(f"'{path}' must hold one vector, the task's.")
-    return next(iter(tensors.values()))
+def _triggers(snapshots: Sequence[LoraFile]) -> list[str]:
+    """The trigger words of a task, from the recipe of its last snapshot."""
+    found = snapshots[-1].recipe().get("triggers")
+    return [str(word) for word in found] if isinstance(found, list) else []
 
 
-def _vectors(
-    base: str,
-    examples: Mapping[str, str],
-    limit: int,
-    layer: int,
-    position: Literal["last", "mean"],
-    monitor: Monitor,
-) -> dict[str, Tensor]:
-    """Task -> vector, made by the base from the lines of a text file."""
-    if not examples:
-        return {}
-    from adapters.generation.icm_lora import task_vector
-    from pipelines.language.loading import open_model
-
-    lines = {task: _lines(Path(place))[:limit] for task, place in examples.items()}
-    opened = open_model(library.resolve_base(base))
-    return {
-        task: task_vector(opened.model, opened.tokenizer, own, layer, position, monitor) for task, own in lines.items()
-    }
+def _other_starts(snapshots: Mapping[str, Sequence[LoraFile]]) -> list[str]:
+    """A remark if the tasks' trainings began from different seeds, and so in different coordinates."""
+    recipes = {task: own[0].recipe().get("config") for task, own in snapshots.items()}
+    seeds = {task: config.get("seed") for task, config in recipes.items() if isinstance(config, dict)}
+    if len(set(seeds.values())) < 2:
+        return []
+    told = ", ".join(f"{task} {seed}" for task, seed in seeds.items())
+    return [f"The trainings began from different seeds ({told}): from one seed, adapters of different tasks have more "
+            "in common, and a generator learns them better."]  # fmt: skip
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}' cannot be read as text with one example per line: {error}") from None
-    if not found:
-        raise InputError(f"'{path}' holds no examples: write one per line.")
-    return found
+def _untold(generator: Generator) -> list[str]:
+    """A remark if the generator hardly tells its tasks apart."""
+    from adapters.generation.icm_lora import untold
+
+    tasks = untold(generator.figures)
+    if not tasks:
+        return []
+    return [f"What is generated for {', '.join(tasks)} is hardly nearer to the task's own adapters than the mean over "
+            "all tasks is: take more steps, a wider network or more examples."]  # fmt: skip
+
+
+def _recipe(generator: Generator, config: GenerateSampleConfig, seed: int, name: str) -> dict[str, str]:
+    """The recipe of a generated adapter as an entry of its metadata; the base is that of the snapshots."""
+    from studio.training.export import RECIPE_ENTRY, make_recipe
+
+    given = config.model_copy(update={"seed": seed, "count": 1, "name": name})
+    training = {"generator": Path(config.generator).name, "settings": asdict(generator.settings)}
+    recipe = make_recipe(given, base=generator.codec.origin, data={}, training=training)
+    triggers = generator.figures.get("triggers", {}).get(config.task, [])
+    return {RECIPE_ENTRY: json.dumps({**recipe, "triggers": triggers}, ensure_ascii=False)}
 
 
 def _write(file: LoraFile, place: Path) -> Path:
@@ -165,4 +182,4 @@ def _write(file: LoraFile, place: Path) -> Path:
 
     if set(file.parts) == {MODEL}:
         return write_directory(place, file.parts[MODEL], file.own_metadata(), file.config)
-    return write_diffusers(file, place.with_name(f"{place.name}.safetensors"))
+    return write_diffusers(file, place.with_name(f"{place.name}.safetensors"), file.own_metadata())

@@ -36,6 +36,9 @@ class GenerateTrainConfig(JobConfig):
     position: Literal["last", "mean"] = Field(
         "last", description="The last token's hidden state, or the mean over all tokens.", json_schema_extra=_VECTORS
     )
+    shots: int = Field(
+        0, ge=0, description="How many other examples stand before each one.", json_schema_extra=_VECTORS
+    )
 
     steps: int = Field(_OWN.steps, ge=1, description="Training steps.")
     batch: int = Field(_OWN.batch, ge=2, description="Snapshots per step.")
@@ -84,7 +87,10 @@ class GenerateSampleConfig(JobConfig):
     task: str = Field("", description="A task of its training.")
     examples: str = Field("", description="Instead: a text file with one example of a task per line.")
     vector: str = Field("", description="Instead: a .safetensors file with a task's vector.")
-    base: str = Field("", description="The base that makes the vector of examples; it must be the training's.")
+    base: str = Field(
+        "", description="The base that makes the vector of examples, or for a task that of the adapters, as a check; "
+        "its weights must be the training's.",
+    )  # fmt: skip
     reference: str = Field("", description="Adapter whose statistics are taken (normalise 'reference').")
     count: int = Field(1, ge=1, description="How many adapters to make, with seeds in a row.")
     seed: int = Field(0, ge=0, description="Seed of the first.")

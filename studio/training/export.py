@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from adapters.errors import InputError
 from adapters.files import whole, write_text
 from adapters.formats import LoraFile, LoraLayer, write_diffusers, write_kohya, write_peft
+from adapters.formats.lora import RECIPE_ENTRY as RECIPE_ENTRY
 from adapters.formats.peft_directory import PREFIX, write_directory
 from adapters.plugin import Layers
 from pipelines.precision import DTYPES
@@ -23,9 +24,6 @@ from studio.schema import JobConfig
 from studio.training.cards import base_lines, base_name, card_words, front_matter
 from studio.training.samples import Pair
 from studio.training.schemas.image import TrainImageConfig
-
-RECIPE_ENTRY = "adapter_studio_recipe"
-"""Name of the safetensors metadata entry that holds the recipe as JSON."""
 
 
 def make_recipe(

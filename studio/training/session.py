@@ -42,6 +42,9 @@ Keep = bool | int | Literal["start"]
 """What to save instead of training: nothing (False), the newest checkpoint (True), that of a step (its number), or the
 adapter as the run would start ("start")."""
 
+SNAPSHOTS = "snapshots"
+"""Folder with the adapter after each of the last steps (``snapshots`` in the configuration)."""
+
 DEAD_STEPS = 5
 """A run ends after so many steps without a gradient at more than twice the first loss."""
 
@@ -168,7 +171,7 @@ class TrainSession:
         if not main_process():
             return
         if self.step == 0:
-            for old in self.task.leftovers:
+            for old in (*self.task.leftovers, SNAPSHOTS):
                 place = self.folder / old
                 shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
         self.task.rewind(self.step)
@@ -245,6 +248,8 @@ class TrainSession:
             self.sample()
         if due(self.step, self.config.save_every, self.total) and self.step < self.total:
             self._save_intermediate()
+        if self.total - self.step < self.config.snapshots:
+            self._save_snapshot()
         return shown
 
     def check_alive(self) -> None:
@@ -335,6 +340,15 @@ class TrainSession:
             for file in steps[step]:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
+    def _save_snapshot(self) -> None:
+        """Keep the adapter as it is now, in one file or folder of :data:`SNAPSHOTS`, for a generator of adapters."""
+        if not main_process():
+            return
+        name = f"{self.config.name}-{self.step:06d}"
+        _, *copies = self.task.export(self.layers(), self.folder / SNAPSHOTS, name, self.recipe()).values()
+        for copy in map(Path, copies):  # the same adapter in other formats
+            shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+
     def finish(self) -> dict[str, Any]:
         """Save the adapter, sample with and without it, write the card; returns the result (empty in other
         processes)."""
@@ -367,6 +381,7 @@ class TrainSession:
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "triggers": recipe["triggers"],
             "layers": recipe["training"]["layers"],
+            **({"snapshots": str(self.folder / SNAPSHOTS)} if self.config.snapshots else {}),
             **({"validation": self.validation} if self.validation else {}),
             **task.result(paths),
             **({"warning": warning} if warning else {}),

@@ -22,6 +22,7 @@ from adapters.generation.icm_lora import (
     normalised,
     task_vector,
     tensor_statistics,
+    untold,
 )
 from adapters.generation.settings import Settings
 from adapters.progress import Progress
@@ -125,6 +126,24 @@ def test_the_authors_layout_has_their_number_of_parameters():
     assert parameters("conv", 1_929_928, 768, 256, 0) == 7_508_369
 
 
+def test_the_authors_layout_halves_twelve_times_and_doubles_twelve_times():
+    network = build("conv", 2 * 4096, 5, 4, 0).eval()
+    x, shapes = torch.randn(3, 1, 8192), []
+    for part in network.encoder:
+        x = part(x)
+        if isinstance(part, nn.Conv1d):
+            shapes.append(tuple(x.shape[1:]))
+    channels = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
+    assert shapes == [(width, 4096 >> step) for step, width in enumerate(channels)]
+    assert x.shape == (3, 256)
+    x, shapes = network.spread(torch.randn(3, 9)).unflatten(1, (8, 2)), []
+    for part in network.decoder:
+        x = part(x)
+        if isinstance(part, nn.ConvTranspose1d | nn.Conv1d):
+            shapes.append(tuple(x.shape[1:]))
+    assert shapes == [*((width, 4 << step) for step, width in enumerate((*channels[-2::-1], 8))), (1, 8192)]
+
+
 def test_convolutions_never_show_the_padding():
     network = build("conv", 100, 3, 4, 0)
     decoded, mu, logvar = network(torch.randn(2, 100), torch.randn(2, 3), torch.randn(2, 4))
@@ -186,6 +205,12 @@ def test_each_task_gets_its_own_lora(tasks, generator):
     assert not torch.equal(codec.flatten(generator.generate("task0", 1)), codec.flatten(generator.generate("task0", 2)))
 
 
+def test_a_generator_that_ignores_the_vector_is_told(tasks, generator):
+    assert untold(generator.figures) == []
+    same = {name: torch.zeros(7) for name in tasks[0]}
+    assert untold(fit(tasks[0], same, SETTINGS).figures) == ["task0", "task1", "task2"]
+
+
 class StopAt:
     def __init__(self, step: int) -> None:
         self.step, self.seen = step, 0
@@ -221,7 +246,7 @@ def test_a_generator_file_gives_the_same_lora(generator, tmp_path):
 
 
 def test_statistics_of_a_reference_and_the_authors_layout(tasks, tmp_path):
-    settings = replace(SETTINGS, arch="conv", normalise="reference", steps=2, batch=2)
+    settings = replace(SETTINGS, arch="conv", normalise="reference", steps=2, batch=8)
     made = fit(*tasks, settings)
     made = Generator.load(made.save(tmp_path / "conv.safetensors"))
     with pytest.raises(InputError, match="give a LoRA"):
@@ -281,6 +306,10 @@ def test_a_tasks_vector_is_the_mean_hidden_state():
     torch.testing.assert_close(task_vector(model, tokenizer, texts), (states[0][-1] + states[1][-1]) / 2)
     mean = task_vector(model, tokenizer, texts, position="mean")
     torch.testing.assert_close(mean, (states[0].mean(0) + states[1].mean(0)) / 2)
+    shown = task_vector(model, tokenizer, texts, shots=1)
+    torch.testing.assert_close(shown, task_vector(model, tokenizer, ["hello\nabc", "abc\nhello"]))
+    with pytest.raises(InputError, match="shots must be 0 to 1 with 2 examples"):
+        task_vector(model, tokenizer, texts, shots=2)
     for examples, layer_, message in (([], -1, "at least one"), (["", "a"], -1, "empty"), (["a"], 9, "0 to 2")):
         with pytest.raises(InputError, match=message):
             task_vector(model, tokenizer, examples, layer_)
@@ -329,7 +358,10 @@ def test_too_little_or_useless_data_is_refused(tasks):
         with pytest.raises(InputError, match=message):
             fit(given, told, SETTINGS, **more)
     fit(*one, replace(SETTINGS, steps=1, single_task=True))
-    for wrong in ({"latent": 0}, {"kld_weight": -1.0}, {"arch": "gan"}, {"learning_rate": 0.0}, {"batch": 1}):
+    for wrong in (
+        {"latent": 0}, {"kld_weight": -1.0}, {"arch": "gan"}, {"learning_rate": 0.0}, {"batch": 1},
+        {"arch": "conv", "batch": 2},
+    ):  # fmt: skip
         with pytest.raises(InputError):
             Settings(**wrong)
 
@@ -339,7 +371,7 @@ def test_generating_refuses_what_it_does_not_know(generator, tmp_path):
         ("task9", {}, "did you mean 'task0'|knows task0"),
         (torch.ones(3), {}, "expected"),
         (torch.full((7,), torch.nan), {}, "not finite"),
-        ("task0", {"base": "other"}, "'tiny', not for 'other'"),
+        ("task0", {"base": "other"}, "for the base 'other', .*for 'tiny'"),
         ("task0", {"reference": lora(0)}, "leave the reference out"),
         ("task0", {"temperature": -1.0}, "temperature"),
     ):

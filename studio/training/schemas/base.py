@@ -184,6 +184,13 @@ class TrainConfig(JobConfig):
     keep_last: int = Field(
         3, ge=1, description="How many of the adapters from save_every to keep.", json_schema_extra=_OUTPUT_MORE
     )
+    snapshots: int = Field(
+        0,
+        ge=0,
+        description="Also save the adapter after each of the last N steps, in the folder 'snapshots': what a generator "
+        "of adapters learns from (studio generate train); 50 is plenty.",
+        json_schema_extra=_OUTPUT_MORE,
+    )
     checkpoint_every: int = Field(
         250,
         ge=0,

@@ -20,6 +20,10 @@ GENERAL = (
         "ema and optimizer == 'schedulefree-adamw'",
         "schedule-free AdamW already averages the weights: switch ema off or choose another optimizer",
     ),
+    Rule(
+        "snapshots > 0 and use_dora",
+        "snapshots are for a generator of adapters, which learns from plain LoRAs: leave out snapshots or use_dora",
+    ),
 )
 """Refused with every method."""
 

@@ -221,4 +221,8 @@ _REFUSED: list[rules.Refusal] = [
         lambda c: c.quantization != "none" and c.task == "masked",
         "quantized bases are for the causal and classification tasks: set quantization to 'none'",
     ),
+    (
+        lambda c: c.snapshots and c.method != "lora",
+        "snapshots are for a generator of adapters, which learns from plain LoRAs: set method to 'lora'",
+    ),
 ]
