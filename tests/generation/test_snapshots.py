@@ -20,8 +20,8 @@ from studio.generation.schema import GenerateSampleConfig, GenerateTrainConfig
 from studio.generation.vectors import Base
 from studio.training.schemas.image import TrainImageConfig
 from studio.training.schemas.language import TrainLanguageConfig
-from studio.training.tasks.language import run as train_language
 from studio.training.tasks.image import run as train_image
+from studio.training.tasks.language import run as train_language
 from tests import tiny
 from tests.language import tiny as language
 from tests.training import bed
