@@ -1,4 +1,4 @@
-"""Many conversations through one model at a time, padded on the left: greedy answers, likelihoods, hidden states.
+"""Many conversations through one model at a time, padded on the left: answers, likelihoods, hidden states.
 
 The padding is masked and never counted in positions, so a conversation's result does not depend on its neighbours.
 """
@@ -16,7 +16,7 @@ from adapters.errors import InputError
 from adapters.progress import Monitor, Progress, Silent, check
 from pipelines.language.answer import end_of_turn, generate_options, prompt
 from pipelines.language.loading import longest_input
-from pipelines.language.tokens import Sampling
+from pipelines.language.tokens import Sampling, generator
 
 Messages = Sequence[dict[str, str]]
 
@@ -88,6 +88,71 @@ def answers(
             text = tokenizer.decode(written, skip_special_tokens=True)
             made[place] = Answer((text.partition(mark)[0] if mark else text).strip(), written.cpu(), first[row])
     return [made[place] for place in range(len(ids))]
+
+
+@torch.no_grad()
+def sampled(
+    model: Any, tokenizer: Any, conversations: Sequence[Messages], sampling: Sampling, template: str | None = None
+) -> list[str]:
+    """Random answers as one batch, up to the first of ``sampling.stop``; one seed gives the same on one machine.
+
+    Of ``sampling`` count max_tokens, temperature, top_p, top_k, repetition_penalty, seed and stop.
+
+    Raises:
+        InputError: a conversation that does not fit the model's context, or a model that computes no numbers (NaN).
+    """
+    from transformers import StoppingCriteriaList
+
+    device = next(model.parameters()).device
+    ids = encoded(tokenizer, conversations, device, template)
+    _check_lengths(model, ids, sampling.max_tokens)
+    mark = end_of_turn(tokenizer, conversations[0], template)
+    stops = [*filter(None, [mark]), *sampling.stop]
+    inputs = padded(ids, tokenizer.pad_token_id)
+    inputs.pop("position_ids")  # generate makes its own from the mask
+    start = inputs["input_ids"].shape[1]
+
+    def text(row: Tensor) -> str:
+        return str(tokenizer.decode(row[start:], skip_special_tokens=True))
+
+    def ended(rows: Tensor, scores: Any, **more: Any) -> Tensor:
+        return torch.tensor([any(stop in text(row) for stop in stops) for row in rows], device=device)
+
+    options = generate_options(model, tokenizer, sampling, mark)
+    if sampling.temperature > 0:
+        options["top_k"] = sampling.top_k
+    criteria: Any = StoppingCriteriaList([ended] if stops else [])
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(generator(sampling.seed).initial_seed())
+        try:
+            rows = model.generate(**inputs, **options, stopping_criteria=criteria)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise InputError("The model computes no numbers (NaN): the adapter or the base is damaged.") from None
+    found = []
+    for row in rows:
+        written = text(row)
+        found.append(written[: min((written.index(stop) for stop in stops if stop in written), default=len(written))])
+    return found
+
+
+@torch.no_grad()
+def next_logits(
+    model: Any, ids: Sequence[Tensor], pad: int, tokens: Sequence[int], batch: int = 8, monitor: Monitor | None = None
+) -> Tensor:  # fmt: skip
+    """Logits of ``tokens`` after each of ``ids`` (n,), as (len(ids), len(tokens)), fp32 on the CPU.
+
+    Raises:
+        InputError: one of ``ids`` is longer than the model's context.
+    """
+    _check_lengths(model, ids, 0)
+    found: dict[int, Tensor] = {}
+    for places in _batches(ids, batch, "reading", monitor):
+        logits = model(**padded([ids[place] for place in places], pad)).logits[:, -1, list(tokens)]
+        found |= dict(zip(places, logits.float().cpu(), strict=True))
+    return torch.stack([found[place] for place in range(len(ids))])
 
 
 @torch.no_grad()
