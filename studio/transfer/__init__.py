@@ -1,0 +1,1 @@
+"""Language adapters on another base without their data (Trans-LoRA): bundles, the two jobs, the command."""
