@@ -92,6 +92,11 @@ COMMANDS: dict[str, Command] = {
         "Learn a generator of adapters, and make the adapter of a task with it.",
         "studio generate sample generator.safetensors --task sums",
     ),
+    "transfer": Command(
+        "studio.transfer.command",
+        "Move a language adapter to another base without its data.",
+        "studio transfer run my-bundle --to my-other-base",
+    ),
     "inspect": Command(
         "studio.inspection.command",
         "What training did to the weights: intruder dimensions, forgetting.",

@@ -200,6 +200,10 @@ for _kind in (
          continues=True, title="Train a generator"),
     Kind("generate-sample", "studio.generation.schema:GenerateSampleConfig", "studio.generation.job:sample",
          title="Generate adapters"),
+    Kind("transfer-prepare", "studio.transfer.schema:PrepareTransferConfig", "studio.transfer.job:prepare",
+         continues=True, ready="studio.transfer.ready:prepare", title="Prepare a transfer"),
+    Kind("transfer", "studio.transfer.schema:TransferConfig", "studio.transfer.job:run", continues=True,
+         ready="studio.transfer.ready:transfer", afterwards="studio.library.adopt:trained", title="Transfer"),
     *(kind for place in ("studio.training.tasks", "studio.compression.methods") for file in discovery.sources(place)
       for kind in discovery.declarations(file, {"Kind": Kind}, "KIND")),
 ):  # fmt: skip
