@@ -4,17 +4,19 @@
     discriminator/   the filter, a LoRA of the same base (absent without one)
     seeds.jsonl      the inputs that are kept, one {"input": ...} per line
     template.json    what inputs and answers look like, and how they are asked
-    manifest.json    the base and its hash, hashes of these files, number of rows, measures of the filter
+    manifest.json    the base, hashes of it, its tokenizer and these files, number of rows, measures of the filter
 
 Nothing else of the training data is in it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from adapters import files
 from adapters.errors import FamilyError, InputError
@@ -31,6 +33,7 @@ class Bundle:
 
     Attributes:
         base, base_sha256: the source base's name, and the hash of its files (empty for a hub id).
+        tokenizer_sha256: :func:`spelling` of its tokenizer.
         rows: |D|.
         seeds: inputs of the task.
         judged: measures of the discriminator on held-out inputs; empty if there is none.
@@ -39,6 +42,7 @@ class Bundle:
     folder: Path
     base: str
     base_sha256: str
+    tokenizer_sha256: str
     rows: int
     seeds: tuple[str, ...]
     template: TaskTemplate
@@ -63,15 +67,21 @@ def identity(source: str) -> str:
     return library.sha256(place, "base") if place.exists() else ""
 
 
+def spelling(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary and chat template."""
+    told = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template or ""]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
 def write(
-    folder: Path, base: str, base_sha256: str, rows: int, seeds: Sequence[str], template: TaskTemplate,
+    folder: Path, base: str, base_sha256: str, tokenizer_sha256: str, rows: int, seeds: Sequence[str], template: TaskTemplate,
     judged: Mapping[str, float],
 ) -> Path:  # fmt: skip
     """Complete ``folder``, in which the adapters lie already, with the other files; returns it."""
     files.write_text(folder / SEEDS, "".join(json.dumps({"input": one}, ensure_ascii=False) + "\n" for one in seeds))
     files.write_text(folder / TEMPLATE, json.dumps(asdict(template), indent=1, ensure_ascii=False) + "\n")
-    head = {"version": VERSION, "base": base, "base_sha256": base_sha256, "rows": rows, "discriminator": dict(judged),
-            "files": _hashes(folder)}  # fmt: skip
+    head = {"version": VERSION, "base": base, "base_sha256": base_sha256, "tokenizer_sha256": tokenizer_sha256,
+            "rows": rows, "discriminator": dict(judged), "files": _hashes(folder)}  # fmt: skip
     files.write_text(folder / MANIFEST, json.dumps(head, indent=1, ensure_ascii=False) + "\n")
     return folder
 
@@ -99,12 +109,15 @@ def read(place: str | Path) -> Bundle:
             )
         lines = (folder / SEEDS).read_text(encoding="utf-8").splitlines()
         seeds = tuple(str(json.loads(line)["input"]) for line in lines if line.strip())
+        if not seeds:
+            raise InputError(f"The bundle '{place}' has no seeds, so nothing shows what inputs look like.")
         values = json.loads((folder / TEMPLATE).read_text(encoding="utf-8"))
         template = TaskTemplate(
             **{one.name: values[one.name] for one in fields(TaskTemplate)} | {"labels": tuple(values["labels"])}
         )
         return Bundle(
-            folder, str(head["base"]), str(head["base_sha256"]), int(head["rows"]), seeds, template,
+            folder, str(head["base"]), str(head["base_sha256"]), str(head["tokenizer_sha256"]), int(head["rows"]),
+            seeds, template,
             {name: float(value) for name, value in head["discriminator"].items()},
         )  # fmt: skip
     except InputError:
@@ -127,6 +140,19 @@ def check_base(bundle: Bundle, source: str, given: str) -> None:
         raise FamilyError(
             f"'{given}' is not the base of this bundle's adapter ('{bundle.base}'), or its weights or tokenizer "
             "differ: say where that one is now with --base."
+        )
+
+
+def check_tokenizer(bundle: Bundle, tokenizer: Any, given: str) -> None:
+    """Refuse another tokenizer than the adapter's; ``given`` is what the user calls its base.
+
+    Raises:
+        FamilyError: its vocabulary or chat template is another one.
+    """
+    if spelling(tokenizer) != bundle.tokenizer_sha256:
+        raise FamilyError(
+            f"The tokenizer of '{given}' has another vocabulary or chat template than the one the bundle was made "
+            "with: use that version of the base."
         )
 
 

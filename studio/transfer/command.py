@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json as _json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from adapters.errors import InputError
 from studio.cli.output import Json, Output, Quiet, facts, table
 from studio.cli.schema_options import with_options
 from studio.schema import JobConfig, read_yaml
 from studio.training.commands import launch
-from studio.transfer.schema import PrepareTransferConfig, TransferConfig
+from studio.transfer import bundle as bundles
+from studio.transfer.schema import REPORT, PrepareTransferConfig, TransferConfig
 
-group = typer.Typer(help="Move a language adapter to another base without its data (Trans-LoRA).", no_args_is_help=True)
+
+
+class _RunIsMeant(TyperGroup):
+    """A group where ``studio transfer BUNDLE --to BASE`` is ``studio transfer run BUNDLE --to BASE``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        named = bool(args) and args[0] in self.commands
+        return super().resolve_command(ctx, args if named or "--to" not in args else ["run", *args])
+
+
+group = typer.Typer(
+    help="Move a language adapter to another base without its data (Trans-LoRA).", no_args_is_help=True, cls=_RunIsMeant
+)
 
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Configuration file; flags change what it says.",
@@ -57,7 +73,7 @@ def prepare(
 def transfer(
     fields: dict[str, Any],
     bundle: Annotated[
-        str, typer.Argument(metavar="BUNDLE", help="Folder made by  studio transfer prepare.")
+        str, typer.Argument(metavar="BUNDLE", help="Folder made by  studio transfer prepare, or the adapter it was made of.")
     ],
     config: Config = None,
     detach: launch.Detach = False,
@@ -66,9 +82,9 @@ def transfer(
 ) -> None:  # fmt: skip
     """Move the adapter of a bundle to another base; the new one is added to the library.
 
-    Example:  studio transfer run my-bundle --to my-other-base --name moved
+    Example:  studio transfer my-adapter --to my-other-base --name moved
     """
-    values = {**(read_yaml(config) if config else {}), **fields, "bundle": bundle}
+    values = {**(read_yaml(config) if config else {}), **fields, "bundle": _bundle(bundle)}
     result = _run(TransferConfig.parse(values, source=str(config or "transfer run")), detach, json, quiet)
     if result is None:
         return
@@ -76,6 +92,39 @@ def transfer(
     output.result(result, lambda: _moved(result))
     for remark in result["remarks"]:
         output.note(f"Note: {remark}")
+
+
+@group.command()
+def report(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Id of a transfer, 'last', or its folder.")],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What became of the written inputs, and how the new adapter answers.
+
+    Example:  studio transfer report last
+    """
+    from studio import jobs
+
+    place = Path(job).expanduser() if Path(job).expanduser().is_dir() else jobs.get(job).folder
+    try:
+        result = _json.loads((place / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"'{job}' has no report of a transfer: it is another job, or has not ended yet.") from None
+    Output(json, quiet).result(result, lambda: _moved(result))
+
+
+def _bundle(given: str) -> str:
+    """The folder of a bundle: as given, or of the newest one made of the adapter with that name."""
+    from studio import jobs
+
+    if (Path(given).expanduser() / bundles.MANIFEST).is_file():
+        return given
+    for job in jobs.list(1000, ["done"], PrepareTransferConfig.kind):
+        place = str((job.result or {}).get("bundle", ""))
+        if job.config.get("adapter") == given and (Path(place) / bundles.MANIFEST).is_file():
+            return place
+    return given
 
 
 def _run(config: JobConfig, detach: bool, json: bool, quiet: bool) -> dict[str, Any] | None:

@@ -32,7 +32,8 @@ from studio.training.tasks.causal import CausalTask
 from studio.transfer import bundle as bundles
 from studio.transfer import discriminator, rows
 from studio.transfer.bundle import Bundle
-from studio.transfer.schema import PrepareTransferConfig, TransferConfig, TransferFields
+from studio.transfer.schema import REPORT, PrepareTransferConfig, TransferConfig, TransferFields
+from studio.transfer.student import StudentTask
 from studio.transfer.writing import Draw, Writer, collect
 
 TEACHER, JUDGE = "teacher", "judge"
@@ -55,11 +56,29 @@ def prepare(config: PrepareTransferConfig, folder: Path, monitor: Monitor, resum
         adapters.errors.Cancelled: ``monitor`` asked to stop; the job can be resumed.
     """
     silence.library_warnings()
-    work = _work(folder, resume)
+    work = folder / "work"
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
     monitor.report(Progress("loading"))
+    try:
+        result = _prepare(config, folder, work, monitor, resume)
+    except InputError:
+        shutil.rmtree(work)  # rows of the data are in it; a stopped job needs them to go on
+        raise
+    shutil.rmtree(work)
+    for remark in result["remarks"]:
+        monitor.report(Progress("done", message=remark))
+    return result
+
+
+def _prepare(
+    config: PrepareTransferConfig, folder: Path, work: Path, monitor: Monitor, resume: bool
+) -> dict[str, Any]:  # fmt: skip
+    """As :func:`prepare`, with what is not kept in ``work``."""
     reading = config.trained(config.base, config.data, "data", chat_template=config.chat_template)
     data = rows.read(reading)
-    template = config.template(tuple(sorted(set(data.answers))), data.system, template_of(reading))
+    template = config.template(_labels(config, data), data.system, template_of(reading))
     real = _real(data.inputs, template)
     seeds = rng(config.seed, "seeds").sample(real, min(config.seeds, len(real)))
     remarks = _remarks(len(data.inputs), len(real), len(seeds))
@@ -90,24 +109,31 @@ def prepare(config: PrepareTransferConfig, folder: Path, monitor: Monitor, resum
                 )
             remarks.append(f"{sentence}.")
     name = str(privacy.names_only(config.base))
-    bundles.write(made, name, bundles.identity(source), len(data.inputs), seeds, template, measured)
+    bundles.write(
+        made, name, bundles.identity(source), bundles.spelling(open_tokenizer(source, template.chat_template)),
+        len(data.inputs), seeds, template, measured,
+    )  # fmt: skip
     place = Path(config.out).expanduser().absolute() if config.out else folder / "bundle"
     with files.whole(place) as part:
         shutil.copytree(made, part)
-    shutil.rmtree(work)  # rows of the data are in it
-    for remark in remarks:
-        monitor.report(Progress("done", message=remark))
     return {"bundle": str(place), "rows": len(data.inputs), "seeds": len(seeds), "discriminator": measured,
             "remarks": remarks}  # fmt: skip
 
 
-def _work(folder: Path, resume: bool) -> Path:
-    """The job's folder for what is not kept."""
-    work = folder / "work"
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    return work
+def _labels(config: PrepareTransferConfig, data: rows.TaskRows) -> tuple[str, ...]:
+    """The labels of a classification, which the bundle keeps; of another form, none.
+
+    Raises:
+        InputError: so many that they are the rows' own answers.
+    """
+    if config.form != "classification":
+        return ()
+    found = tuple(sorted(set(data.answers)))
+    if 2 * len(found) > len(data.answers):
+        raise InputError(
+            f"{len(data.answers)} rows have {len(found)} different answers, which are no labels: choose another form."
+        )
+    return found
 
 
 def _real(inputs: Sequence[str], template: TaskTemplate) -> list[str]:
@@ -235,12 +261,13 @@ def run(config: TransferConfig, folder: Path, monitor: Monitor, resume: bool = F
     tokenizer = open_tokenizer(target, own)
     training = config.trained(
         config.to, str(examples), config.name, system_prompt=bundle.template.system,
-        chat_template=config.chat_template, use_dora=config.use_dora, validation_split=config.validation_split,
+        chat_template=config.chat_template, use_dora=config.peft == "dora", validation_split=config.validation_split,
         max_length=_longest(tokenizer, bundle.template.system, draws), too_long="refuse",
     )  # fmt: skip
     told = {"method": trans_lora.METHOD.name, "source": bundle.base, "inputs": len(draws),
             "acceptance": round(synthesis.acceptance, 4), "filtered": config.filter}  # fmt: skip
-    session = TrainSession.of(StudentTask(training, told), folder / "training", monitor)
+    student = StudentTask(training, told, config.virtual_tokens if config.peft == "prompt" else 0)
+    session = TrainSession.of(student, folder / "training", monitor)
     trained = driver.train(session, resume)
     tested = _after(config, target, own, bundle, test, Path(trained["adapter"]), before, monitor)
     texts = [draw.text for draw in draws]
@@ -252,20 +279,8 @@ def run(config: TransferConfig, folder: Path, monitor: Monitor, resume: bool = F
         "distinct_2": trans_lora.distinct(texts, 2), "test": tested,
         "remarks": _remarks(0, 0, len(bundle.seeds)),
     }  # fmt: skip
-    files.write_text(folder / "report.json", json.dumps(privacy.names_only(result), indent=1) + "\n")
+    files.write_text(folder / REPORT, json.dumps(privacy.names_only(result), indent=1) + "\n")
     return result
-
-
-class StudentTask(CausalTask):
-    """An ordinary causal training that says in its recipe where the rows come from."""
-
-    def __init__(self, asked: TrainLanguageConfig, told: dict[str, Any]) -> None:
-        super().__init__(asked)
-        self.told = told
-
-    def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        base, data = super().facts()
-        return base, {**data, "transfer": self.told}
 
 
 @dataclass(frozen=True)
@@ -282,10 +297,11 @@ def _synthetic(
 ) -> tuple[Synthesis, list[Draw], dict[str, float]]:  # fmt: skip
     """The examples, and the shares of test rows that the source with its adapter and the target alone answer."""
     template = bundle.template
-    student = _open(config, target, own)
+    student = _open_target(config, target, own)
     if student.tokenizer.eos_token_id is None:
         raise InputError(f"The target '{config.to}' has no end token, so it could not learn where an answer ends.")
     teacher = _open(config, source, template.chat_template)
+    bundles.check_tokenizer(bundle, teacher.tokenizer, config.base or bundle.base)
     adapted = AdaptedModel(teacher.model, config.base or bundle.base)
     adapted.add(TEACHER, bundle.adapter)
     if config.filter and bundle.discriminator is not None:
@@ -380,18 +396,34 @@ def _after(
     """The shares of exact answers with that of the new adapter; {} without test rows."""
     if not test.inputs:
         return {}
-    opened = _open(config, target, own)
-    adapted = AdaptedModel(opened.model, config.to)
-    adapted.add(config.name, adapter)
-    with adapted.active({config.name: 1.0}):
-        share = _right(
-            lambda texts: _answered(opened, bundle.template.system, texts, config), test, monitor, config.batch
-        )
+    opened = _open_target(config, target, own)
+
+    def answer(texts: list[str]) -> list[str]:
+        return _answered(opened, bundle.template.system, texts, config)
+
+    if config.peft == "prompt":
+        from peft import PeftModel
+
+        opened.model = PeftModel.from_pretrained(opened.model, adapter).eval()
+        share = _right(answer, test, monitor, config.batch)
+    else:
+        adapted = AdaptedModel(opened.model, config.to)
+        adapted.add(config.name, adapter)
+        with adapted.active({config.name: 1.0}):
+            share = _right(answer, test, monitor, config.batch)
     return {"rows": len(test.inputs), **before, "transferred": share}
 
 
 def _open(config: TransferFields, source: str, chat_template: str) -> LanguageModel:
     return open_model(source, dtype=config.dtype, device=devices.resolve(config.device), chat_template=chat_template)
+
+
+def _open_target(config: TransferConfig, source: str, chat_template: str) -> LanguageModel:
+    """The target in as few bits as it is trained in."""
+    return open_model(
+        source, dtype=config.dtype, device=devices.resolve(config.device), chat_template=chat_template,
+        quantization=config.training.get("quantization", "none"),
+    )  # fmt: skip
 
 
 def _digest(*parts: str) -> str:

@@ -24,6 +24,10 @@ SET = ("base", "data", "name", "seed", "dtype", "device", "task", "system_prompt
 """Keys of a language training that both jobs set themselves."""
 
 
+REPORT = "report.json"
+"""What a transfer came to, in the job's folder."""
+
+
 class TransferFields(JobConfig):
     """What both jobs have: how models write inputs, and how an adapter is trained."""
 
@@ -191,7 +195,11 @@ class TransferConfig(TransferFields):
         "", description="'chatml' or a Jinja file for a target without a chat template.",
         json_schema_extra={"group": "Model", "advanced": True},
     )  # fmt: skip
-    use_dora: bool = Field(False, description="Make a DoRA of the target.", json_schema_extra=_TRAINING)
+    peft: Literal["lora", "dora", "prompt"] = Field(
+        "lora", description="What is trained on the target: a LoRA, a DoRA, or learnt tokens before every question "
+        "(prompt tuning; a PEFT folder that the library does not hold).", json_schema_extra=_TRAINING,
+    )  # fmt: skip
+    virtual_tokens: int = Field(16, ge=1, description="prompt: learnt tokens.", json_schema_extra=_TRAINING_MORE)
     validation_split: float = Field(
         0.1, ge=0, lt=1, description="Share of the examples held out to measure on.", json_schema_extra=_TRAINING_MORE
     )

@@ -15,7 +15,7 @@ from adapters import files
 from adapters.errors import InputError
 from adapters.generation.trans_lora import HEAD, Synthesis, few_shot, read_input
 from adapters.progress import Monitor, Progress, check
-from pipelines.language.batches import sampled
+from pipelines.language.batches import encoded, sampled
 from pipelines.language.loading import LanguageModel
 from pipelines.language.tokens import Sampling
 from studio.datasets.seeds import derive, rng
@@ -37,6 +37,9 @@ class Writer:
     Args:
         base: without adapters.
         seeds: shown to it, in another order every time.
+
+    Raises:
+        InputError: it has no chat template but is to be asked in a chat, or cannot read the seeds and an input.
     """
 
     def __init__(self, base: LanguageModel, config: TransferFields, seeds: Sequence[str]) -> None:
@@ -45,6 +48,18 @@ class Writer:
         if config.prompting == "chat" and not has:
             raise InputError(f"'{base.source}' has no chat template: set prompting to 'plain' or 'auto'.")
         self.chat = has and config.prompting != "plain"
+        shown = [{"role": "user", "content": few_shot(self.seeds, self.chat)}]
+        needed = len(encoded(base.tokenizer, [shown], "cpu", self._template)[0]) + config.input_tokens
+        if base.longest is not None and needed > base.longest:
+            raise InputError(
+                f"The seeds and a new input need {needed} tokens, more than the {base.longest} that '{base.source}' "
+                "reads: lower input_tokens, or prepare the bundle with fewer or shorter seeds."
+            )
+
+    @property
+    def _template(self) -> str | None:
+        """As :func:`pipelines.language.batches.encoded` takes it: the tokenizer's own, or none."""
+        return None if self.chat else ""
 
     def batch(self, number: int) -> list[str]:
         """The inputs of batch ``number``, as :func:`~adapters.generation.trans_lora.read_input` reads them."""
@@ -57,7 +72,7 @@ class Writer:
             config.input_tokens, config.temperature, config.top_p, seed=derive(config.seed, "written inputs", number),
             stop=(f"\n{HEAD}",),
         )  # fmt: skip
-        written = sampled(self.base.model, self.base.tokenizer, talks, sampling, None if self.chat else "")
+        written = sampled(self.base.model, self.base.tokenizer, talks, sampling, self._template)
         return [read_input(text) for text in written]
 
 

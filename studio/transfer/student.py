@@ -1,0 +1,53 @@
+"""The student of a transfer: an ordinary language training on the written examples, of a LoRA, a DoRA or learnt tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adapters import files
+from adapters.plugin import Layers
+from studio.training.drivers.trainer import COMPONENT
+from studio.training.schemas.language import TrainLanguageConfig
+from studio.training.tasks.causal import CausalTask
+
+
+class StudentTask(CausalTask):
+    """A causal training that says in its recipe where the rows come from.
+
+    Args:
+        told: that.
+        virtual_tokens: learnt tokens before every sample (prompt tuning, arXiv 2104.08691) instead of a LoRA; 0 = LoRA.
+    """
+
+    def __init__(self, asked: TrainLanguageConfig, told: dict[str, Any], virtual_tokens: int = 0) -> None:
+        super().__init__(asked)
+        self.told, self.virtual_tokens = told, virtual_tokens
+
+    def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        base, data = super().facts()
+        return base, {**data, "transfer": self.told}
+
+    def inject(self, models: dict[str, Any]) -> dict[str, Any]:
+        if not self.virtual_tokens:
+            return super().inject(models)
+        from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
+
+        # random vectors of unit size are far from any word of most models: begin with words
+        self.learner = get_peft_model(models[COMPONENT], PromptTuningConfig(
+            task_type=self.peft_type, num_virtual_tokens=self.virtual_tokens,
+            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+        ))  # fmt: skip
+        self.session.dtype = models[COMPONENT].dtype
+        for parameter in self.learner.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return {COMPONENT: self.learner}
+
+    def export(self, layers: Layers, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:
+        if not self.virtual_tokens:
+            return super().export(layers, folder, name, recipe)
+        with self.session.best_weights(), files.whole(folder / name) as part:
+            self.learner.save_pretrained(part)
+            files.write_text(part / "README.md", self._card(recipe))
+        return {"peft": str(folder / name)}
