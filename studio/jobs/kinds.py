@@ -203,7 +203,7 @@ for _kind in (
     Kind("transfer-prepare", "studio.transfer.schema:PrepareTransferConfig", "studio.transfer.job:prepare",
          continues=True, ready="studio.transfer.ready:prepare", title="Prepare a transfer"),
     Kind("transfer", "studio.transfer.schema:TransferConfig", "studio.transfer.job:run", continues=True,
-         ready="studio.transfer.ready:transfer", afterwards="studio.library.adopt:trained", title="Transfer"),
+         ready="studio.transfer.ready:transfer", afterwards="studio.transfer.job:kept", title="Transfer"),
     *(kind for place in ("studio.training.tasks", "studio.compression.methods") for file in discovery.sources(place)
       for kind in discovery.declarations(file, {"Kind": Kind}, "KIND")),
 ):  # fmt: skip

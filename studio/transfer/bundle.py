@@ -74,8 +74,8 @@ def spelling(tokenizer: Any) -> str:
 
 
 def write(
-    folder: Path, base: str, base_sha256: str, tokenizer_sha256: str, rows: int, seeds: Sequence[str], template: TaskTemplate,
-    judged: Mapping[str, float],
+    folder: Path, base: str, base_sha256: str, tokenizer_sha256: str, rows: int, seeds: Sequence[str],
+    template: TaskTemplate, judged: Mapping[str, float],
 ) -> Path:  # fmt: skip
     """Complete ``folder``, in which the adapters lie already, with the other files; returns it."""
     files.write_text(folder / SEEDS, "".join(json.dumps({"input": one}, ensure_ascii=False) + "\n" for one in seeds))
@@ -124,6 +124,15 @@ def read(place: str | Path) -> Bundle:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"The bundle '{place}' is damaged ({type(error).__name__}: {error}).") from None
+
+
+def check_discriminator(bundle: Bundle) -> None:
+    """Raises :class:`InputError` if there is none to filter with."""
+    if bundle.discriminator is None:
+        raise InputError(
+            f"The bundle '{bundle.folder}' has no discriminator: transfer without the filter (--no-filter), or "
+            "prepare it again with one."
+        )
 
 
 def check_base(bundle: Bundle, source: str, given: str) -> None:

@@ -18,7 +18,6 @@ from studio.transfer import bundle as bundles
 from studio.transfer.schema import REPORT, PrepareTransferConfig, TransferConfig
 
 
-
 class _RunIsMeant(TyperGroup):
     """A group where ``studio transfer BUNDLE --to BASE`` is ``studio transfer run BUNDLE --to BASE``."""
 
@@ -73,7 +72,7 @@ def prepare(
 def transfer(
     fields: dict[str, Any],
     bundle: Annotated[
-        str, typer.Argument(metavar="BUNDLE", help="Folder made by  studio transfer prepare, or the adapter it was made of.")
+        str, typer.Argument(metavar="BUNDLE", help="Folder of  studio transfer prepare, or the adapter it was made of.")
     ],
     config: Config = None,
     detach: launch.Detach = False,
@@ -159,6 +158,7 @@ def _moved(result: dict[str, Any]) -> Any:
 
     counts = [(name, str(count)) for name, count in sorted(result["outcomes"].items(), key=lambda one: -one[1])]
     told = {
+        "adapter": result["adapter"],
         "in the library": result.get("library", result.get("library_problem", "")),
         "examples": result["examples"],
         "acceptance": f"{result['kept']} of {result['drawn']} ({result['acceptance']:.1%})",

@@ -24,9 +24,9 @@ from studio import devices, library, privacy, silence
 from studio.datasets.conversations import Conversation
 from studio.datasets.encoding import encode_conversation, with_end
 from studio.datasets.seeds import rng
+from studio.library import adopt
 from studio.training.drivers import trainer as driver
 from studio.training.language.rows import template_of
-from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.session import TrainSession
 from studio.training.tasks.causal import CausalTask
 from studio.transfer import bundle as bundles
@@ -249,6 +249,8 @@ def run(config: TransferConfig, folder: Path, monitor: Monitor, resume: bool = F
     folder.mkdir(parents=True, exist_ok=True)
     monitor.report(Progress("loading"))
     bundle = bundles.read(config.bundle)
+    if config.filter:
+        bundles.check_discriminator(bundle)
     source, target = library.resolve_language(config.base or bundle.base), library.resolve_language(config.to)
     bundles.check_base(bundle, source, config.base or bundle.base)
     journal = folder / "written.jsonl"
@@ -283,6 +285,11 @@ def run(config: TransferConfig, folder: Path, monitor: Monitor, resume: bool = F
     return result
 
 
+def kept(config: TransferConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """Copy the new adapter into the library, which holds no learnt tokens; returns the result with its name there."""
+    return result if config.peft == "prompt" else adopt.trained(config, result)
+
+
 @dataclass(frozen=True)
 class _Test:
     """Test rows: inputs and the right answers."""
@@ -304,8 +311,8 @@ def _synthetic(
     bundles.check_tokenizer(bundle, teacher.tokenizer, config.base or bundle.base)
     adapted = AdaptedModel(teacher.model, config.base or bundle.base)
     adapted.add(TEACHER, bundle.adapter)
-    if config.filter and bundle.discriminator is not None:
-        adapted.add(JUDGE, bundle.discriminator)
+    if config.filter:
+        adapted.add(JUDGE, bundle.folder / bundles.DISCRIMINATOR)
 
     def judge(texts: list[str]) -> list[float]:
         with adapted.active({JUDGE: 1.0}):
@@ -349,7 +356,7 @@ def _cut(tokenizer: Any, ids: Any, text: str) -> bool:
 
 def _examples(place: Path, draws: Sequence[Draw]) -> Path:
     lines = [{"prompt": draw.text, "completion": draw.answer, **({} if draw.margin is None else
-              {"margin": round(draw.margin, 4)})} for draw in draws]  # fmt: skip
+              {"margin": draw.margin})} for draw in draws]  # fmt: skip
     return files.write_text(place, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 

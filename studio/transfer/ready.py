@@ -34,11 +34,8 @@ def transfer(config: TransferConfig) -> None:
         InputError: the first thing that would make the job fail.
     """
     found = bundle.read(config.bundle)
-    if config.filter and found.discriminator is None:
-        raise InputError(
-            f"The bundle '{config.bundle}' has no discriminator: transfer without the filter (--no-filter), or "
-            "prepare it again with one."
-        )
+    if config.filter:
+        bundle.check_discriminator(found)
     _base(config.base or found.base, "" if config.base else f" Say where the base '{found.base}' is now with --base.")
     _base(config.to)
     template_of(config.trained(config.to, "data.jsonl", "data", chat_template=config.chat_template))

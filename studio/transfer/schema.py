@@ -57,7 +57,9 @@ class TransferFields(JobConfig):
 
     rank: int = Field(16, ge=1, description="Rank of the adapter that is trained.", json_schema_extra=_TRAINING)
     alpha: float | None = Field(
-        None, gt=0, description="The update is scaled by alpha / rank; empty = 2 rank.",
+        None,
+        gt=0,
+        description="The update is scaled by alpha / rank; empty = 2 rank.",
         json_schema_extra=_TRAINING_MORE,
     )
     epochs: int = Field(3, ge=1, description="Passes over the examples.", json_schema_extra=_TRAINING)

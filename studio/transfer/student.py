@@ -1,4 +1,4 @@
-"""The student of a transfer: an ordinary language training on the written examples, of a LoRA, a DoRA or learnt tokens."""
+"""The student of a transfer: a LoRA, a DoRA or learnt tokens, trained on the written examples like any other rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from adapters import files
 from adapters.plugin import Layers
-from studio.training.drivers.trainer import COMPONENT
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.causal import CausalTask
+from studio.training.trainer_mixin import COMPONENT
 
 
 class StudentTask(CausalTask):
@@ -42,7 +42,13 @@ class StudentTask(CausalTask):
         for parameter in self.learner.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self.learner.register_forward_hook(self._of_the_sample)
         return {COMPONENT: self.learner}
+
+    def _of_the_sample(self, model: Any, given: Any, outputs: Any) -> Any:
+        """The outputs without those of the learnt tokens, as labels and measures have them."""
+        outputs.logits = outputs.logits[:, self.virtual_tokens :]
+        return outputs
 
     def export(self, layers: Layers, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:
         if not self.virtual_tokens:

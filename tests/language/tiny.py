@@ -21,9 +21,9 @@ from studio.datasets.encoding import CHATML
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<mask>")
 
 
-def tokenizer(template: bool = True, frame: bool = False) -> PreTrainedTokenizerFast:
-    """One token per byte; ``frame`` puts <s> and </s> around a text as BERT does."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+def tokenizer(template: bool = True, frame: bool = False, backwards: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte; ``frame``: <s> and </s> around a text as in BERT; ``backwards`` numbers bytes downwards."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=backwards)
     vocab = {token: number for number, token in enumerate([*SPECIAL, *letters])}
     made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,10 +40,12 @@ def tokenizer(template: bool = True, frame: bool = False) -> PreTrainedTokenizer
     return found
 
 
-def llama(folder: Path, seed: int = 0, template: bool = True, hidden: int = 32, **changes: object) -> Path:
+def llama(
+    folder: Path, seed: int = 0, template: bool = True, hidden: int = 32, backwards: bool = False, **changes: object
+) -> Path:  # fmt: skip
     """A Llama of two layers."""
     torch.manual_seed(seed)
-    spelling = tokenizer(template)
+    spelling = tokenizer(template, backwards=backwards)
     values: dict[str, object] = {
         "vocab_size": len(spelling), "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
