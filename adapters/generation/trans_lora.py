@@ -14,8 +14,9 @@ those that look like the task's:
 Only text passes between the models. This module has what needs no model: the prompt that asks for one more input, the
 parser that real and written inputs go through alike, the margin, and the rejection sampling. The models are in
 :mod:`studio.transfer`. From memory of the paper, or ours: the wording, repeated inputs (exact, or by n-grams) left out,
-the cap on tries, answers that do not fit the task's format left out, the test against chance. Transfers in weight space
-(Cross-LoRA, LoRA-X) need equal shapes and are not offered; soft labels (KL on logits) are not either.
+the cap on tries, answers that do not fit the task's format left out, the test against chance, and soft labels for bases
+that share a tokenizer: KL(M_s + theta_s || M_t + theta_t) at each token of y. Transfers in weight space (Cross-LoRA,
+LoRA-X) need equal shapes and are not offered.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
+from adapters.learn.ba_lora import consistency, valid_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,6 +203,17 @@ class Judged:
 def judged(real: Sequence[float], written: Sequence[float]) -> Judged:
     """What margins of held-out real and written inputs say."""
     return Judged(len(real), sum(m > 0 for m in real), len(written), sum(m <= 0 for m in written))
+
+
+def soft_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Mean KL(teacher || student) over the tokens that are learnt, fp32.
+
+    Args:
+        student, teacher: logits (batch, length, vocabulary).
+        labels: (batch, length); -100 = not learnt. Logit t belongs to label t + 1.
+    """
+    learnt = valid_rows(labels)
+    return consistency(student[learnt], teacher[learnt], temperature=1.0)
 
 
 # ------------------------------------------------------------------------------------------------ rejection sampling

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from adapters import files, formats
 from adapters.errors import InputError
@@ -33,7 +36,7 @@ from studio.transfer import bundle as bundles
 from studio.transfer import discriminator, rows
 from studio.transfer.bundle import Bundle
 from studio.transfer.schema import REPORT, PrepareTransferConfig, TransferConfig, TransferFields
-from studio.transfer.student import StudentTask
+from studio.transfer.student import StudentTask, Teacher
 from studio.transfer.writing import Draw, Writer, collect
 
 TEACHER, JUDGE = "teacher", "judge"
@@ -258,6 +261,11 @@ def run(config: TransferConfig, folder: Path, monitor: Monitor, resume: bool = F
         journal.unlink(missing_ok=True)
     test = _test_rows(config, bundle)
     own = template_of(config.trained(config.to, "data.jsonl", "data", chat_template=config.chat_template))
+    if config.teacher == "kl" and bundles.spelling(open_tokenizer(target, own)) != bundle.tokenizer_sha256:
+        raise InputError(
+            f"'{config.to}' has another tokenizer or chat template than '{bundle.base}', so their probabilities are of "
+            "different tokens: set teacher to 'hard'."
+        )
     synthesis, draws, before = _synthetic(config, bundle, source, target, own, test, journal, monitor)
     examples = _examples(folder / "synthetic.jsonl", draws)
     tokenizer = open_tokenizer(target, own)
@@ -268,7 +276,9 @@ def run(config: TransferConfig, folder: Path, monitor: Monitor, resume: bool = F
     )  # fmt: skip
     told = {"method": trans_lora.METHOD.name, "source": bundle.base, "inputs": len(draws),
             "acceptance": round(synthesis.acceptance, 4), "filtered": config.filter}  # fmt: skip
-    student = StudentTask(training, told, config.virtual_tokens if config.peft == "prompt" else 0)
+    tokens = config.virtual_tokens if config.peft == "prompt" else 0
+    teacher = _soft_teacher(config, bundle, source) if config.teacher == "kl" else None
+    student = StudentTask(training, told, tokens, teacher)
     session = TrainSession.of(student, folder / "training", monitor)
     trained = driver.train(session, resume)
     tested = _after(config, target, own, bundle, test, Path(trained["adapter"]), before, monitor)
@@ -352,6 +362,20 @@ def _answered(base: LanguageModel, system: str, texts: Sequence[str], config: Tr
 
 def _cut(tokenizer: Any, ids: Any, text: str) -> bool:
     return len(tokenizer.decode(ids, skip_special_tokens=True).strip()) > len(text)
+
+
+def _soft_teacher(config: TransferConfig, bundle: Bundle, source: str) -> Teacher:
+    """The logits of the source with its adapter."""
+    opened = _open(config, source, bundle.template.chat_template)
+    adapted = AdaptedModel(opened.model, bundle.base)
+    adapted.add(TEACHER, bundle.adapter)
+
+    def logits(given: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad(), adapted.active({TEACHER: 1.0}):
+            found: Tensor = opened.model(**given).logits
+        return found
+
+    return logits
 
 
 def _examples(place: Path, draws: Sequence[Draw]) -> Path:

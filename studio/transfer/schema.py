@@ -197,6 +197,10 @@ class TransferConfig(TransferFields):
         "", description="'chatml' or a Jinja file for a target without a chat template.",
         json_schema_extra={"group": "Model", "advanced": True},
     )  # fmt: skip
+    teacher: Literal["hard", "kl"] = Field(
+        "hard", description="What is learnt of the source's answers: their text (hard), or the probabilities of their "
+        "tokens (kl; both bases need one tokenizer, and memory at once).", json_schema_extra=_TRAINING_MORE,
+    )  # fmt: skip
     peft: Literal["lora", "dora", "prompt"] = Field(
         "lora", description="What is trained on the target: a LoRA, a DoRA, or learnt tokens before every question "
         "(prompt tuning; a PEFT folder that the library does not hold).", json_schema_extra=_TRAINING,

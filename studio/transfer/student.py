@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from adapters import files
+from adapters.generation.trans_lora import soft_loss
 from adapters.plugin import Layers
+from studio.datasets.encoding import IGNORED
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks.causal import CausalTask
 from studio.training.trainer_mixin import COMPONENT
+
+Teacher = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class StudentTask(CausalTask):
@@ -18,19 +25,28 @@ class StudentTask(CausalTask):
     Args:
         told: that.
         virtual_tokens: learnt tokens before every sample (prompt tuning, arXiv 2104.08691) instead of a LoRA; 0 = LoRA.
+        teacher: logits (batch, length, vocabulary) of a batch's inputs, which the student learns to have (soft labels)
+            instead of the labels; None = the labels.
     """
 
-    def __init__(self, asked: TrainLanguageConfig, told: dict[str, Any], virtual_tokens: int = 0) -> None:
+    def __init__(
+        self, asked: TrainLanguageConfig, told: dict[str, Any], virtual_tokens: int = 0, teacher: Teacher | None = None
+    ) -> None:  # fmt: skip
         super().__init__(asked)
-        self.told, self.virtual_tokens = told, virtual_tokens
+        self.told, self.virtual_tokens, self.teacher = told, virtual_tokens, teacher
 
     def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         base, data = super().facts()
         return base, {**data, "transfer": self.told}
 
     def inject(self, models: dict[str, Any]) -> dict[str, Any]:
-        if not self.virtual_tokens:
-            return super().inject(models)
+        made = self._with_tokens(models) if self.virtual_tokens else super().inject(models)
+        if self.teacher is not None:
+            self.learner.register_forward_hook(self._softened, with_kwargs=True)
+        return made
+
+    def _with_tokens(self, models: dict[str, Any]) -> dict[str, Any]:
+        """As :meth:`inject`, for learnt tokens."""
         from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 
         # random vectors of unit size are far from any word of most models: begin with words
@@ -48,6 +64,19 @@ class StudentTask(CausalTask):
     def _of_the_sample(self, model: Any, given: Any, outputs: Any) -> Any:
         """The outputs without those of the learnt tokens, as labels and measures have them."""
         outputs.logits = outputs.logits[:, self.virtual_tokens :]
+        return outputs
+
+    def _softened(self, model: Any, given: Any, inputs: dict[str, Any], outputs: Any) -> Any:
+        """The outputs with the loss of soft labels in place of the labels'."""
+        labels = inputs.get("labels")
+        if labels is None or self.teacher is None:  # it is being measured
+            return outputs
+        asked: dict[str, Tensor] = {
+            name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs
+        }
+        loss, count = soft_loss(outputs.logits, self.teacher(asked), labels), inputs.get("num_items_in_batch")
+        # the trainer wants the sum over all batches of a step divided by the tokens of the step
+        outputs.loss = loss if count is None else loss * (labels[:, 1:] != IGNORED).sum() / count
         return outputs
 
     def export(self, layers: Layers, folder: Path, name: str, recipe: dict[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.errors import Cancelled, FamilyError, InputError, MissingDependencyError
+from adapters.generation.trans_lora import soft_loss
 from adapters.progress import Silent
 from studio.cli.app import run
 from studio.transfer import bundle as bundles
@@ -190,6 +191,24 @@ def test_other_kinds_of_adapter_learn_it_too(world, tmp_path, kind):
         assert {name for name, value in model.named_parameters() if value.shape[0] == 16}
         assert found["parameters"] == 768
     assert ("library" in job.kept(config, found)) == (kind == "dora")
+
+
+def test_soft_labels_are_the_probabilities_of_the_source(world, tmp_path):
+    refused("another tokenizer or chat template", lambda: job.run(world.moving(teacher="kl"), tmp_path, Silent()))
+    same = tiny.llama(tmp_path / "same", seed=5, hidden=48)
+    found = job.run(world.moving(to=str(same), teacher="kl", epochs=20), tmp_path / "run", Silent())
+    assert found["loss"] < 0.7 * found["first_loss"]
+    begun = {"training": {"continue_from": str(world.adapter), "save_every": 0}}  # with the source's own adapter
+    itself = job.run(world.moving(to=str(world.source), teacher="kl", **begun), tmp_path / "itself", Silent())
+    assert itself["first_loss"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_soft_loss_is_the_divergence_at_learnt_tokens():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 1, 4, 7)
+    p, q = teacher[0, 2].softmax(-1), student[0, 2].softmax(-1)
+    found = soft_loss(student, teacher, torch.tensor([[-100, -100, -100, 1]]))
+    assert float(found) == pytest.approx(float((p * (p / q).log()).sum()))
 
 
 def test_from_a_base_to_itself(world, tmp_path):
