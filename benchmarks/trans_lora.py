@@ -49,7 +49,7 @@ ORDERS: dict[str, Callable[[list[str]], list[str]]] = {
 FAITHFUL = 0.4
 """Share of a list's inputs that are of its family; the others are of any, as a small model follows examples loosely."""
 QUESTION = "?{input}\n"
-STUDENT: dict[str, Any] = {"rank": 8, "alpha": 16, "learning_rate": 5e-3, "seed": 0, "max_length": 64}
+STUDENT: dict[str, Any] = {"rank": 8, "alpha": 16, "learning_rate": 5e-3, "seed": 0, "max_length": 64, "batch_size": 32}
 STEPS = 400
 
 
@@ -202,7 +202,7 @@ def one(seed: int, bases: tuple[Path, Path], place: Path) -> dict[str, Any]:
     common = {
         "bundle": prepared["bundle"], "base": str(source), "to": str(target), "count": ROWS, "input_tokens": 12,
         "answer_tokens": LENGTH + 2, "batch": 32, "rank": 8, "learning_rate": 5e-3, "validation_split": 0.0,
-        "training": {"steps": STEPS, "save_every": 0}, "seed": seed, "device": "cpu", "test_data": str(test),
+        "training": {"steps": STEPS, "save_every": 0, "batch_size": 32}, "seed": seed, "device": "cpu", "test_data": str(test),
     }  # fmt: skip
     found: dict[str, Any] = {"seed": seed, "discriminator": prepared["discriminator"], "student": {}, "made": {}}
     for name, filtered in (("filtered", True), ("unfiltered", False)):
@@ -215,6 +215,9 @@ def one(seed: int, bases: tuple[Path, Path], place: Path) -> dict[str, Any]:
             "right": statistics.fmean(one["completion"] == task(one["prompt"]) for one in examples),
         }  # fmt: skip
         found |= {"source LoRA": made["test"]["source"], "target base": made["test"]["target base"]}
+    written = [one["text"] for batch in Path(made["examples"]).with_name("written.jsonl").read_text().splitlines()[1:]
+               for one in json.loads(batch)]  # fmt: skip
+    found["written in family"] = statistics.fmean(map(in_task, written))
     answered = [(text, said) for text, said in
                 zip(random_inputs, answers(source, teacher, random_inputs), strict=True) if said][:ROWS]  # fmt: skip
     uniform, said = [text for text, _ in answered], [answer for _, answer in answered]
@@ -239,7 +242,7 @@ def bars(seeds: Sequence[dict[str, Any]]) -> dict[str, tuple[bool, str]]:
 
     student = {name: mean(lambda one, name=name: one["student"][name]) for name in seeds[0]["student"]}
     source, alone = mean(lambda one: one["source LoRA"]), mean(lambda one: one["target base"])
-    kept, drawn = (mean(lambda one, name=name: one["made"][name]["purity"]) for name in ("filtered", "unfiltered"))
+    kept, drawn = mean(lambda one: one["made"]["filtered"]["purity"]), mean(lambda one: one["written in family"])
     labels = mean(lambda one: one["made"]["filtered"]["right"])
     accepted = mean(lambda one: one["discriminator"]["accepted"] / one["discriminator"]["real"])
     f, u = student["filtered"], student["unfiltered"]
