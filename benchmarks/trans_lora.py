@@ -202,7 +202,8 @@ def one(seed: int, bases: tuple[Path, Path], place: Path) -> dict[str, Any]:
     common = {
         "bundle": prepared["bundle"], "base": str(source), "to": str(target), "count": ROWS, "input_tokens": 12,
         "answer_tokens": LENGTH + 2, "batch": 32, "rank": 8, "learning_rate": 5e-3, "validation_split": 0.0,
-        "training": {"steps": STEPS, "save_every": 0, "batch_size": 32}, "seed": seed, "device": "cpu", "test_data": str(test),
+        "training": {"steps": STEPS, "save_every": 0, "batch_size": 32}, "seed": seed, "device": "cpu",
+        "test_data": str(test),
     }  # fmt: skip
     found: dict[str, Any] = {"seed": seed, "discriminator": prepared["discriminator"], "student": {}, "made": {}}
     for name, filtered in (("filtered", True), ("unfiltered", False)):
