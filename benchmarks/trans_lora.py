@@ -49,8 +49,10 @@ ORDERS: dict[str, Callable[[list[str]], list[str]]] = {
 FAITHFUL = 0.4
 """Share of a list's inputs that are of its family; the others are of any, as a small model follows examples loosely."""
 QUESTION = "?{input}\n"
-STUDENT: dict[str, Any] = {"rank": 8, "alpha": 16, "learning_rate": 5e-3, "seed": 0, "max_length": 64, "batch_size": 32}
-STEPS = 400
+STEPS, BATCH, RATE = 400, 32, 1e-2
+STUDENT: dict[str, Any] = {
+    "rank": 8, "alpha": 16, "learning_rate": RATE, "seed": 0, "max_length": 64, "batch_size": BATCH,
+}  # fmt: skip
 
 
 def following(text: str) -> str:
@@ -201,8 +203,8 @@ def one(seed: int, bases: tuple[Path, Path], place: Path) -> dict[str, Any]:
     }), place / "prepare", Silent())  # fmt: skip
     common = {
         "bundle": prepared["bundle"], "base": str(source), "to": str(target), "count": ROWS, "input_tokens": 12,
-        "answer_tokens": LENGTH + 2, "batch": 32, "rank": 8, "learning_rate": 5e-3, "validation_split": 0.0,
-        "training": {"steps": STEPS, "save_every": 0, "batch_size": 32}, "seed": seed, "device": "cpu",
+        "answer_tokens": LENGTH + 2, "batch": 32, "rank": 8, "learning_rate": RATE, "validation_split": 0.0,
+        "training": {"steps": STEPS, "save_every": 0, "batch_size": BATCH}, "seed": seed, "device": "cpu",
         "test_data": str(test),
     }  # fmt: skip
     found: dict[str, Any] = {"seed": seed, "discriminator": prepared["discriminator"], "student": {}, "made": {}}

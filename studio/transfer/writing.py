@@ -48,6 +48,9 @@ class Writer:
         if config.prompting == "chat" and not has:
             raise InputError(f"'{base.source}' has no chat template: set prompting to 'plain' or 'auto'.")
         self.chat = has and config.prompting != "plain"
+        # a base goes on after its input with whatever it likes; where no seed has an empty line, the first one ends it
+        blank = () if any("\n\n" in seed for seed in seeds) else ("\n\n",)
+        self.stop = (f"\n{HEAD}", *blank)
         shown = [{"role": "user", "content": few_shot(self.seeds, self.chat)}]
         needed = len(encoded(base.tokenizer, [shown], "cpu", self._template)[0]) + config.input_tokens
         if base.longest is not None and needed > base.longest:
@@ -70,7 +73,7 @@ class Writer:
             talks.append([{"role": "user", "content": few_shot(order, self.chat)}])
         sampling = Sampling(
             config.input_tokens, config.temperature, config.top_p, seed=derive(config.seed, "written inputs", number),
-            stop=(f"\n{HEAD}",),
+            stop=self.stop,
         )  # fmt: skip
         written = sampled(self.base.model, self.base.tokenizer, talks, sampling, self._template)
         return [read_input(text) for text in written]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.errors import Cancelled, FamilyError, InputError, MissingDependencyError
 from adapters.generation.trans_lora import soft_loss
 from adapters.progress import Silent
+from pipelines.language.loading import open_model
 from studio.cli.app import run
 from studio.transfer import bundle as bundles
 from studio.transfer import discriminator, job, ready, writing
@@ -409,6 +410,15 @@ def test_a_target_that_writes_nothing_new_is_given_up(world, tmp_path, monkeypat
     ):  # fmt: skip
         monkeypatch.setattr(writing, "sampled", lambda *given, made=made: [made] * len(given[2]))
         refused(f"acceptance .*{why}", lambda name=name: job.run(world.moving(tries=5), tmp_path / name, Silent()))
+
+
+def test_an_empty_line_ends_an_input_unless_seeds_have_some(world, monkeypatch):
+    stops = []
+    monkeypatch.setattr(writing, "sampled", lambda *given: stops.append(given[3].stop) or [])
+    base = open_model(world.source)
+    for seeds in (["one line", "one\nmore"], ["one", "with an\n\nempty line"]):
+        writing.Writer(base, world.moving(), seeds).batch(0)
+    assert stops == [("\n### Example", "\n\n"), ("\n### Example",)]
 
 
 def test_a_filter_that_rejects_everything_is_told(world, tmp_path):
