@@ -184,7 +184,7 @@ def right(on: Path, lora: Path | None, inputs: Sequence[str]) -> float:
 
 def one(seed: int, bases: tuple[Path, Path], place: Path) -> dict[str, Any]:
     """Everything of one seed."""
-    from studio.transfer import job
+    from studio.transfer import job, preparation
     from studio.transfer.schema import PrepareTransferConfig, TransferConfig
 
     source, target = bases
@@ -197,9 +197,9 @@ def one(seed: int, bases: tuple[Path, Path], place: Path) -> dict[str, Any]:
     random_inputs = [of_family(r, "all", "any") for _ in range(4 * ROWS)]
     data, test = rows_file(place / "rows.jsonl", real), rows_file(place / "test.jsonl", tested)
     teacher = adapter(place / "source", source, data)
-    prepared = job.prepare(PrepareTransferConfig.parse({
+    prepared = preparation.prepare(PrepareTransferConfig.parse({
         "adapter": str(teacher), "base": str(source), "data": str(data), "question": QUESTION, "yes": "y", "no": "n",
-        "rank": 8, "learning_rate": 5e-3, "epochs": 10, "input_tokens": 12, "batch": 32, "seed": seed, "device": "cpu",
+        "rank": 8, "learning_rate": 1e-3, "epochs": 40, "input_tokens": 12, "batch": 32, "seed": seed, "device": "cpu",
     }), place / "prepare", Silent())  # fmt: skip
     common = {
         "bundle": prepared["bundle"], "base": str(source), "to": str(target), "count": ROWS, "input_tokens": 12,

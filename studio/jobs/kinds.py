@@ -200,7 +200,7 @@ for _kind in (
          continues=True, title="Train a generator"),
     Kind("generate-sample", "studio.generation.schema:GenerateSampleConfig", "studio.generation.job:sample",
          title="Generate adapters"),
-    Kind("transfer-prepare", "studio.transfer.schema:PrepareTransferConfig", "studio.transfer.job:prepare",
+    Kind("transfer-prepare", "studio.transfer.schema:PrepareTransferConfig", "studio.transfer.preparation:prepare",
          continues=True, ready="studio.transfer.ready:prepare", title="Prepare a transfer"),
     Kind("transfer", "studio.transfer.schema:TransferConfig", "studio.transfer.job:run", continues=True,
          ready="studio.transfer.ready:transfer", afterwards="studio.transfer.job:kept", title="Transfer"),

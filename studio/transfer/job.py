@@ -1,238 +1,38 @@
-"""Both jobs: the bundle while the data are there, and the transfer when they are not."""
+"""The second job: the transfer, when the data are gone."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapters import files, formats
+from adapters import files
 from adapters.errors import InputError
-from adapters.formats.lora import MODEL
-from adapters.formats.peft_directory import write_directory
 from adapters.generation import trans_lora
-from adapters.generation.trans_lora import Synthesis, TaskTemplate
+from adapters.generation.trans_lora import Synthesis
 from adapters.progress import Monitor, Progress, check
 from pipelines.language.adapters import AdaptedModel
 from pipelines.language.batches import answers as batched_answers
-from pipelines.language.loading import LanguageModel, open_model, open_tokenizer
-from studio import devices, library, privacy, silence
+from pipelines.language.loading import LanguageModel, open_tokenizer
+from studio import library, privacy, silence
 from studio.datasets.conversations import Conversation
 from studio.datasets.encoding import encode_conversation, with_end
-from studio.datasets.seeds import rng
 from studio.library import adopt
 from studio.training.drivers import trainer as driver
 from studio.training.language.rows import template_of
 from studio.training.session import TrainSession
-from studio.training.tasks.causal import CausalTask
 from studio.transfer import bundle as bundles
 from studio.transfer import discriminator, rows
 from studio.transfer.bundle import Bundle
-from studio.transfer.schema import REPORT, PrepareTransferConfig, TransferConfig, TransferFields
+from studio.transfer.schema import REPORT, TransferConfig
+from studio.transfer.shared import JUDGE, TEACHER, digest, on_seeds, open_base
 from studio.transfer.student import StudentTask, Teacher
 from studio.transfer.writing import Draw, Writer, collect
-
-TEACHER, JUDGE = "teacher", "judge"
-"""Names of both adapters on the source."""
-
-FEW_SEEDS = 3
-
-# ------------------------------------------------------------------------------------------------ prepare
-
-
-def prepare(config: PrepareTransferConfig, folder: Path, monitor: Monitor, resume: bool = False) -> dict[str, Any]:
-    """Make the bundle of an adapter while its data are there.
-
-    Returns:
-        ``bundle`` (path), ``rows``, ``seeds``, ``discriminator`` (measures on held-out inputs; {} without one),
-        ``remarks``.
-
-    Raises:
-        InputError: an adapter, base, rows or words that cannot be used, or a discriminator no better than chance.
-        adapters.errors.Cancelled: ``monitor`` asked to stop; the job can be resumed.
-    """
-    silence.library_warnings()
-    work = folder / "work"
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    monitor.report(Progress("loading"))
-    try:
-        result = _prepare(config, folder, work, monitor, resume)
-    except InputError:
-        shutil.rmtree(work)  # rows of the data are in it; a stopped job needs them to go on
-        raise
-    shutil.rmtree(work)
-    for remark in result["remarks"]:
-        monitor.report(Progress("done", message=remark))
-    return result
-
-
-def _prepare(
-    config: PrepareTransferConfig, folder: Path, work: Path, monitor: Monitor, resume: bool
-) -> dict[str, Any]:  # fmt: skip
-    """As :func:`prepare`, with what is not kept in ``work``."""
-    reading = config.trained(config.base, config.data, "data", chat_template=config.chat_template)
-    data = rows.read(reading)
-    template = config.template(_labels(config, data), data.system, template_of(reading))
-    real = _real(data.inputs, template)
-    seeds = rng(config.seed, "seeds").sample(real, min(config.seeds, len(real)))
-    remarks = _remarks(len(data.inputs), len(real), len(seeds))
-    source = library.resolve_language(config.base)
-    measured: dict[str, float] = {}
-    opened = _open(config, source, template.chat_template)
-    adapted = AdaptedModel(opened.model, config.base)
-    adapted.add(TEACHER, library.resolve_adapter(config.adapter))  # it must fit the base
-    made = work / "bundle"
-    shutil.rmtree(made, ignore_errors=True)
-    _copy(library.resolve_adapter(config.adapter), made / bundles.ADAPTER)
-    if config.discriminator:
-        discriminator.words(opened.tokenizer, template)
-        chosen = _chosen(real, seeds, config)
-        written = _written(config, opened, template, seeds, len(chosen), work, monitor)
-        del opened, adapted
-        found = _discriminator(config, source, template, chosen, seeds, written, made, work, monitor, resume)
-        measured = {**asdict(found), "accuracy": found.accuracy, "p_chance": found.p_chance}
-        if found.p_chance > 0.05:
-            sentence = (
-                f"The discriminator is no better than chance: right for {found.accepted + found.rejected} of "
-                f"{found.real + found.written} inputs it was not trained on"
-            )
-            if not config.force:
-                raise InputError(
-                    f"{sentence}. Train it longer (epochs, samples), give more rows, or keep it all the same with "
-                    "--force."
-                )
-            remarks.append(f"{sentence}.")
-    name = str(privacy.names_only(config.base))
-    bundles.write(
-        made, name, bundles.identity(source), bundles.spelling(open_tokenizer(source, template.chat_template)),
-        len(data.inputs), seeds, template, measured,
-    )  # fmt: skip
-    place = Path(config.out).expanduser().absolute() if config.out else folder / "bundle"
-    with files.whole(place) as part:
-        shutil.copytree(made, part)
-    return {"bundle": str(place), "rows": len(data.inputs), "seeds": len(seeds), "discriminator": measured,
-            "remarks": remarks}  # fmt: skip
-
-
-def _labels(config: PrepareTransferConfig, data: rows.TaskRows) -> tuple[str, ...]:
-    """The labels of a classification, which the bundle keeps; of another form, none.
-
-    Raises:
-        InputError: so many that they are the rows' own answers.
-    """
-    if config.form != "classification":
-        return ()
-    found = tuple(sorted(set(data.answers)))
-    if 2 * len(found) > len(data.answers):
-        raise InputError(
-            f"{len(data.answers)} rows have {len(found)} different answers, which are no labels: choose another form."
-        )
-    return found
-
-
-def _real(inputs: Sequence[str], template: TaskTemplate) -> list[str]:
-    """The different inputs that fit the template.
-
-    Raises:
-        InputError: none does.
-    """
-    found = [text for text in dict.fromkeys(inputs) if template.takes_input(text)]
-    if not found:
-        raise InputError(
-            f"No input of the data has the form '{template.form}' with these patterns, not even the first: "
-            f"'{inputs[0][:80]}'. Correct form and input_pattern."
-        )
-    return found
-
-
-def _remarks(rows: int, real: int, seeds: int) -> list[str]:
-    found = []
-    if real < rows:
-        found.append(f"Of {rows} inputs {rows - real} are repeated or have another form; they are not used.")
-    if seeds < FEW_SEEDS:
-        found.append(f"There are only {seeds} seeds: {FEW_SEEDS} or more make more varied inputs.")
-    return found
-
-
-def _copy(adapter: Path, place: Path) -> None:
-    """The adapter as a PEFT directory, without its recipe, card and other files.
-
-    Raises:
-        InputError: it is not a LoRA of one model.
-    """
-    file = formats.read(adapter)
-    if set(file.parts) != {MODEL} or file.config.get("modules_to_save"):
-        raise InputError(f"The adapter '{adapter.name}' is not a plain LoRA of one language model.")
-    kept = {"task_type": file.config.get("task_type") or CausalTask.peft_type,
-            "base_model_name_or_path": privacy.names_only(file.config.get("base_model_name_or_path"))}  # fmt: skip
-    place.mkdir(parents=True)
-    write_directory(place, file.parts[MODEL], {}, kept)
-
-
-def _chosen(real: Sequence[str], seeds: Sequence[str], config: PrepareTransferConfig) -> list[str]:
-    """The real inputs for training and measuring; seeds are trained on only."""
-    others = [text for text in real if text not in seeds]
-    rng(config.seed, "real inputs").shuffle(others)
-    return others[: config.samples]
-
-
-def _written(
-    config: PrepareTransferConfig, opened: LanguageModel, template: TaskTemplate, seeds: Sequence[str], count: int,
-    work: Path, monitor: Monitor,
-) -> list[str]:  # fmt: skip
-    """As many inputs as there are real ones, written by the source without an adapter."""
-    if count < 2:
-        raise InputError("The discriminator needs two different inputs or more besides the seeds: give more rows.")
-    synthesis = Synthesis(count, template, seeds, None, config.tries, config.near)
-    run = _digest(config.to_yaml(), *seeds)
-    writer = Writer(opened, config, seeds)
-    return [draw.text for draw in collect(synthesis, writer.batch, None, None, work / "written.jsonl", run, monitor)]
-
-
-def _discriminator(
-    config: PrepareTransferConfig, source: str, template: TaskTemplate, chosen: Sequence[str], seeds: Sequence[str],
-    written: Sequence[str], made: Path, work: Path, monitor: Monitor, resume: bool,
-) -> trans_lora.Judged:  # fmt: skip
-    """Train it into the bundle; what it says of the inputs held out."""
-    least = max(1, round(config.held_out * len(chosen)))
-    measured = {True: chosen[:least], False: written[:least]}
-    shown = {True: [*seeds, *chosen[least:]], False: written[least:]}
-    if not shown[False]:
-        raise InputError("Nothing is left to train the discriminator on: lower held_out, or give more rows.")
-    lines = [discriminator.row(template, text, real) for real, texts in shown.items() for text in texts]
-    data = work / "rows.jsonl"
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    files.write(data, lambda part: part.write_text(text, "utf-8"), private=True)
-    tokenizer = open_tokenizer(source, template.chat_template)
-    length = discriminator.longest(tokenizer, template, [text for texts in shown.values() for text in texts])
-    training = config.trained(
-        config.base, str(data), bundles.DISCRIMINATOR, chat_template=config.chat_template,
-        max_length=max(8, length), too_long="refuse", save_every=0,
-    )  # fmt: skip
-    result = discriminator.train(training, template, work / "training", monitor, resume)
-    _copy(Path(result["adapter"]), made / bundles.DISCRIMINATOR)
-    check(monitor)
-    opened = _open(config, source, template.chat_template)
-    adapted = AdaptedModel(opened.model, config.base)
-    adapted.add(JUDGE, made / bundles.DISCRIMINATOR)
-    with adapted.active({JUDGE: 1.0}):
-        found = {
-            real: discriminator.margins(opened.model, opened.tokenizer, template, texts, config.batch)
-            for real, texts in measured.items()
-        }
-    return trans_lora.judged(found[True], found[False])
-
-
-# ------------------------------------------------------------------------------------------------ transfer
 
 
 def run(config: TransferConfig, folder: Path, monitor: Monitor, resume: bool = False) -> dict[str, Any]:
@@ -289,7 +89,7 @@ def run(config: TransferConfig, folder: Path, monitor: Monitor, resume: bool = F
         "examples": str(examples), "kept": len(draws), "drawn": synthesis.drawn, "acceptance": synthesis.acceptance,
         "outcomes": dict(synthesis.counts), "distinct_1": trans_lora.distinct(texts, 1),
         "distinct_2": trans_lora.distinct(texts, 2), "test": tested,
-        "remarks": _remarks(0, 0, len(bundle.seeds)),
+        "remarks": on_seeds(len(bundle.seeds)),
     }  # fmt: skip
     files.write_text(folder / REPORT, json.dumps(privacy.names_only(result), indent=1) + "\n")
     return result
@@ -317,7 +117,7 @@ def _synthetic(
     student = _open_target(config, target, own)
     if student.tokenizer.eos_token_id is None:
         raise InputError(f"The target '{config.to}' has no end token, so it could not learn where an answer ends.")
-    teacher = _open(config, source, template.chat_template)
+    teacher = open_base(config, source, template.chat_template)
     bundles.check_tokenizer(bundle, teacher.tokenizer, config.base or bundle.base)
     adapted = AdaptedModel(teacher.model, config.base or bundle.base)
     adapted.add(TEACHER, bundle.adapter)
@@ -336,7 +136,7 @@ def _synthetic(
         config.count or bundle.rows, template, bundle.seeds, config.tau if config.filter else None, config.tries,
         config.near,
     )  # fmt: skip
-    identity = _digest(config.to_yaml(), files.sha256(bundle.folder / bundles.MANIFEST))
+    identity = digest(config.to_yaml(), files.sha256(bundle.folder / bundles.MANIFEST))
     writer = Writer(student, config, bundle.seeds)
     draws = collect(synthesis, writer.batch, judge if config.filter else None, answer, journal, identity, monitor)
     before = {}
@@ -366,7 +166,7 @@ def _cut(tokenizer: Any, ids: Any, text: str) -> bool:
 
 def _soft_teacher(config: TransferConfig, bundle: Bundle, source: str) -> Teacher:
     """The logits of the source with its adapter."""
-    opened = _open(config, source, bundle.template.chat_template)
+    opened = open_base(config, source, bundle.template.chat_template)
     adapted = AdaptedModel(opened.model, bundle.base)
     adapted.add(TEACHER, bundle.adapter)
 
@@ -445,17 +245,6 @@ def _after(
     return {"rows": len(test.inputs), **before, "transferred": share}
 
 
-def _open(config: TransferFields, source: str, chat_template: str) -> LanguageModel:
-    return open_model(source, dtype=config.dtype, device=devices.resolve(config.device), chat_template=chat_template)
-
-
 def _open_target(config: TransferConfig, source: str, chat_template: str) -> LanguageModel:
     """The target in as few bits as it is trained in."""
-    return open_model(
-        source, dtype=config.dtype, device=devices.resolve(config.device), chat_template=chat_template,
-        quantization=config.training.get("quantization", "none"),
-    )  # fmt: skip
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return open_base(config, source, chat_template, config.training.get("quantization", "none"))

@@ -13,7 +13,7 @@ import torch
 from adapters.progress import Silent
 from studio.training.schemas.language import TrainLanguageConfig
 from studio.training.tasks import language
-from studio.transfer import job
+from studio.transfer import preparation
 from studio.transfer.schema import PrepareTransferConfig, TransferConfig
 from tests.language import tiny
 
@@ -73,5 +73,5 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     })  # fmt: skip
     adapter = Path(language.run(config, folder / "training", Silent())["adapter"])
     made = World(folder, source, target, adapter, rows, folder / "bundle", {})
-    made.measured.update(job.prepare(made.preparing(out=str(made.bundle)), folder / "prepare", Silent()))
+    made.measured.update(preparation.prepare(made.preparing(out=str(made.bundle)), folder / "prepare", Silent()))
     return made

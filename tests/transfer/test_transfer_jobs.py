@@ -19,7 +19,7 @@ from adapters.progress import Silent
 from pipelines.language.loading import open_model
 from studio.cli.app import run
 from studio.transfer import bundle as bundles
-from studio.transfer import discriminator, job, ready, writing
+from studio.transfer import discriminator, job, preparation, ready, shared, writing
 from studio.transfer.schema import PrepareTransferConfig, TransferConfig
 from studio.transfer.student import StudentTask
 from tests.language import tiny
@@ -138,8 +138,8 @@ def test_the_report_has_the_numbers_and_no_paths(world, moved, capsys):
 
 def test_nothing_but_the_student_learns(world, tmp_path, monkeypatch):
     opened, students = [], []
-    real, export = job.open_model, StudentTask.export
-    monkeypatch.setattr(job, "open_model", lambda *a, **k: opened.append(real(*a, **k)) or opened[-1])
+    real, export = shared.open_model, StudentTask.export
+    monkeypatch.setattr(shared, "open_model", lambda *a, **k: opened.append(real(*a, **k)) or opened[-1])
     monkeypatch.setattr(StudentTask, "export", lambda self, *a: students.append(self) or export(self, *a))
     job.run(world.moving(), tmp_path, Silent())
     assert len(opened) == 2
@@ -313,7 +313,9 @@ def test_rows_that_show_no_task_are_refused(world, tmp_path):
     def prepare(name, texts, **values):
         place = tmp_path / name
         place.write_text("".join(json.dumps(one) + "\n" for one in texts))
-        return lambda: job.prepare(world.preparing(data=str(place), **values), tmp_path / f"{name}-job", Silent())
+        return lambda: preparation.prepare(
+            world.preparing(data=str(place), **values), tmp_path / f"{name}-job", Silent()
+        )
 
     plain = [{"prompt": f"{number}", "completion": f"{number}"} for number in range(12)]
     refused("holds plain texts", prepare("texts.jsonl", [{"text": "a"}]))
@@ -331,16 +333,18 @@ def test_rows_that_show_no_task_are_refused(world, tmp_path):
 
 
 def test_words_of_several_tokens_are_refused(world, tmp_path):
-    refused("one token each", lambda: job.prepare(world.preparing(yes="Yes"), tmp_path, Silent()))
-    refused("one token each", lambda: job.prepare(world.preparing(yes="ya", no="no"), tmp_path, Silent()))
+    refused("one token each", lambda: preparation.prepare(world.preparing(yes="Yes"), tmp_path, Silent()))
+    refused("one token each", lambda: preparation.prepare(world.preparing(yes="ya", no="no"), tmp_path, Silent()))
 
 
 def test_a_discriminator_at_chance_is_kept_only_by_force(world, tmp_path, monkeypatch):
     monkeypatch.setattr(discriminator, "margins", lambda *given: [1.0 for _ in given[3]])
     quick = {"epochs": 1, "training": {"save_every": 0}}
-    refused("no better than chance: right for", lambda: job.prepare(world.preparing(**quick), tmp_path, Silent()))
+    refused(
+        "no better than chance: right for", lambda: preparation.prepare(world.preparing(**quick), tmp_path, Silent())
+    )
     assert not (tmp_path / "work").exists()
-    found = job.prepare(world.preparing(force=True, **quick), tmp_path, Silent())
+    found = preparation.prepare(world.preparing(force=True, **quick), tmp_path, Silent())
     assert "no better than chance" in found["remarks"][-1]
 
 
@@ -359,7 +363,7 @@ def test_bundles_that_are_not_as_they_were_made_are_refused(world, tmp_path):
 
 
 def test_a_filter_needs_a_discriminator(world, tmp_path):
-    made = job.prepare(world.preparing(discriminator=False), tmp_path / "job", Silent())["bundle"]
+    made = preparation.prepare(world.preparing(discriminator=False), tmp_path / "job", Silent())["bundle"]
     refused("has no discriminator", lambda: ready.transfer(world.moving(bundle=made)))
     refused("has no discriminator", lambda: job.run(world.moving(bundle=made), tmp_path / "run", Silent()))
     ready.transfer(world.moving(bundle=made, filter=False))
