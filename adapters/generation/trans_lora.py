@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from adapters.catalogue import Method
 from adapters.errors import InputError
-from adapters.learn.ba_lora import consistency, valid_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,6 +211,8 @@ def soft_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         student, teacher: logits (batch, length, vocabulary).
         labels: (batch, length); -100 = not learnt. Logit t belongs to label t + 1.
     """
+    from adapters.learn.ba_lora import consistency, valid_rows  # imports torch; the schema reads this module
+
     learnt = valid_rows(labels)
     return consistency(student[learnt], teacher[learnt], temperature=1.0)
 
