@@ -287,3 +287,12 @@ def test_cancel_stops_the_job_of_this_page_and_no_other(home: Path) -> None:
     assert job_panel.stopper(lambda job_id, shown: [job_id, shown])(own) == [own, ()]
     assert not jobs.get(own).active
     assert jobs.get(other).active
+
+
+def test_a_page_lets_go_of_a_job_that_was_deleted(home: Path) -> None:
+    own = jobs.submit("compose", ComposeConfig(prompt="mine"))
+    look = job_panel.watcher(lambda job_id, shown: [jobs.get(job_id).status, shown], lambda: ["nothing"])
+    assert look(own, ()) == ["queued", ()]
+    jobs.cancel(own)
+    jobs.delete(own)
+    assert look(own, ()) == ["nothing"]

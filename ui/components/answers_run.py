@@ -12,7 +12,6 @@ from typing import Any
 
 import gradio as gr
 
-from adapters.errors import InputError
 from studio import jobs
 from studio.jobs import Job
 from studio.schema import JobConfig
@@ -69,18 +68,12 @@ class Run:
                 say(remark, title="Different bases")
             return follow(job_id)
 
-        @errors_shown
-        def look(job_id: str) -> Any:
-            try:
-                return follow(job_id)
-            except InputError:  # deleted meanwhile
-                return ["", gr.Timer(active=False), self.empty, "", "", *[gr.update(visible=False)] * 3]
+        def gone() -> list[Any]:
+            return ["", gr.Timer(active=False), self.empty, "", "", *[gr.update(visible=False)] * 3]
 
         start.click(begin, inputs, self.view, **PRIVATE)
         start.click(None, None, None, js=training_run.TO_RESULT)
-        self.timer.tick(look, self.job, self.view, **PRIVATE)
-        self.cancel.click(job_panel.stopper(follow), self.job, self.view, **PRIVATE)
-        self.resume.click(job_panel.resumer(follow), self.job, self.view, **PRIVATE)
+        job_panel.steer(job_panel.Area(self.job, self.timer, self.cancel, self.view, self.resume), follow, gone)
 
 
 _CANCEL = "Cancel and keep what is learnt"

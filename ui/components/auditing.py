@@ -16,7 +16,7 @@ from studio.library import Record
 from ui import dropped, markup
 from ui.components import rows_file
 from ui.components.inspected import base_choice, chosen_adapter
-from ui.components.job_panel import ahead, job_panel, stopper
+from ui.components.job_panel import Area, ahead, job_panel, steer
 from ui.errors import errors_shown
 from ui.events import PRIVATE
 
@@ -108,8 +108,7 @@ def wire(auditing: Auditing, chosen: gr.State, shelf: gr.Radio) -> None:
     asked = [chosen, a.base, a.harmful, a.benign, a.unaligned]
     a.start.click(errors_shown(lambda *values: begin(False, *values)), asked, a.view, **PRIVATE)
     a.screen.click(errors_shown(lambda *values: begin(True, *values)), asked, a.view, **PRIVATE)
-    a.timer.tick(errors_shown(follow), [a.job, a.shown], a.view, **PRIVATE)
-    a.cancel.click(stopper(follow), a.job, a.view, **PRIVATE)
+    steer(Area(a.job, a.timer, a.cancel, a.view, shown=a.shown), follow, lambda: follow("", ()))
     chosen.change(offer, [chosen, shelf], [a.fold, a.base, a.unaligned, *a.view], **PRIVATE)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import gradio as gr
 
-from adapters.errors import InputError
 from studio import jobs, library
 from studio.cli.output import size
 from studio.compression import advice, command, layers
@@ -175,12 +174,8 @@ def wire(settings: Settings, result: Result, base: gr.Dropdown) -> None:
         jobs.ensure_worker()
         return follow(job_id)
 
-    @errors_shown
-    def look(job_id: str) -> Any:
-        try:
-            return follow(job_id)
-        except InputError:  # deleted meanwhile
-            return ["", gr.Timer(active=False), _EMPTY, "", *[gr.update(visible=False)] * 3]
+    def gone() -> list[Any]:
+        return ["", gr.Timer(active=False), _EMPTY, "", *[gr.update(visible=False)] * 3]
 
     asked = [settings.method, base, *settings.widgets]
     settings.drop.change(dropped, settings.drop, [settings.preview, *datas], **PRIVATE)
@@ -188,9 +183,7 @@ def wire(settings: Settings, result: Result, base: gr.Dropdown) -> None:
         changed(advised, [settings.method, base, *datas], settings.told, **PRIVATE)
     settings.estimate.click(estimate, asked, [result.panel, result.picture], **PRIVATE)
     settings.start.click(begin, asked, result.view, **PRIVATE)
-    result.timer.tick(look, result.job, result.view, **PRIVATE)
-    result.cancel.click(job_panel.stopper(follow), result.job, result.view, **PRIVATE)
-    result.resume.click(job_panel.resumer(follow), result.job, result.view, **PRIVATE)
+    job_panel.steer(job_panel.Area(result.job, result.timer, result.cancel, result.view, result.resume), follow, gone)
 
 
 def config_of(forms: dict[str, Form], method: str, base: str, values: Sequence[Any]) -> Any:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import gradio as gr
+
+from adapters.errors import InputError
 from studio import jobs
 from studio.jobs import Job
 from ui import markup
 from ui.errors import errors_shown
+from ui.events import PRIVATE
 
 TONES = {
     "queued": "wait", "running": "work", "cancelling": "wait", "done": "good", "failed": "bad", "cancelled": "",
@@ -26,26 +31,74 @@ VIEWS = {
 """Kind of job -> the kind whose page area shows it."""
 
 
-def stopper(follow: Callable[[str, tuple[Any, ...]], Any]) -> Callable[[str], Any]:
-    """The handler of a page's Cancel: ask the job to stop and let ``follow`` show its state."""
+@dataclass(frozen=True)
+class Area:
+    """The components of a page that show one job.
+
+    Attributes:
+        view: what the page's ``follow`` fills, ``job`` among it.
+        shown: what was drawn last, for pages that skip what has not changed.
+    """
+
+    job: gr.State
+    timer: gr.Timer
+    cancel: gr.Button
+    view: list[Any]
+    resume: gr.Button | None = None
+    shown: gr.State | None = None
+
+
+Follow = Callable[..., Sequence[Any]]
+"""``(job_id, shown, ...)`` -> values of an area's view; ``shown`` is () when everything is to be drawn again."""
+
+
+def steer(area: Area, follow: Follow, gone: Callable[[], Sequence[Any]], more: Sequence[Any] = ()) -> None:
+    """Keep the area of a job up to date, and let its buttons stop and resume the job.
+
+    Args:
+        gone: values of the view once the job is deleted.
+        more: components whose values ``follow`` takes as well.
+    """
+    shown = gr.State(()) if area.shown is None else area.shown
+    area.timer.tick(watcher(follow, gone), [area.job, shown, *more], area.view, **PRIVATE)
+    area.cancel.click(stopper(follow), [area.job, *more], area.view, **PRIVATE)
+    if area.resume is not None:
+        area.resume.click(resumer(follow), [area.job, *more], area.view, **PRIVATE)
+
+
+def watcher(follow: Follow, gone: Callable[[], Sequence[Any]]) -> Callable[..., Any]:
+    """The handler of an area's timer; a job that was deleted meanwhile is not asked for again."""
 
     @errors_shown
-    def stop(job_id: str) -> Any:
+    def look(job_id: str, shown: tuple[Any, ...], *values: Any) -> Any:
+        try:
+            return follow(job_id, shown, *values)
+        except InputError:
+            return gone()
+
+    return look
+
+
+def stopper(follow: Follow) -> Callable[..., Any]:
+    """The handler of Cancel: ask the job to stop and let ``follow`` show its state."""
+
+    @errors_shown
+    def stop(job_id: str, *values: Any) -> Any:
         if job_id:
             jobs.cancel(job_id)
-        return follow(job_id, ())
+        return follow(job_id, (), *values)
 
     return stop
 
 
-def resumer(follow: Callable[[str, tuple[Any, ...]], Any]) -> Callable[[str], Any]:
-    """The handler of a page's Resume: queue the job again and let ``follow`` show its state."""
+def resumer(follow: Follow) -> Callable[..., Any]:
+    """The handler of Resume: queue the job again and let ``follow`` show its state."""
 
     @errors_shown
-    def go_on(job_id: str) -> Any:
+    def go_on(job_id: str, *values: Any) -> Any:
         jobs.resume(job_id)
         jobs.ensure_worker()
-        return follow(job_id, ())
+        return follow(job_id, (), *values)
 
     return go_on
 

@@ -17,7 +17,7 @@ from studio.inspection import intruders
 from studio.jobs import Job
 from ui import markup, pictures
 from ui.components.forgetting_plot import forgetting_plot
-from ui.components.job_panel import ahead, job_panel, stopper
+from ui.components.job_panel import Area, ahead, job_panel, steer
 from ui.errors import errors_shown, say
 from ui.events import PRIVATE
 
@@ -105,9 +105,7 @@ def wire(softening: Softening, chosen: gr.State, asked: Sequence[Any], report: g
     s = softening
     s.keep.click(keep, [chosen, s.strength, *asked], s.view, **PRIVATE)
     s.measure.click(measure, [chosen, s.strength, s.old, s.new, *asked], s.view, **PRIVATE)
-    s.timer.tick(errors_shown(follow), [s.job, s.shown, s.strength], s.view, **PRIVATE)
-    stop = stopper(lambda job_id, shown: follow(job_id, shown, STRENGTH))
-    s.cancel.click(stop, s.job, s.view, **PRIVATE)
+    steer(Area(s.job, s.timer, s.cancel, s.view, shown=s.shown), follow, nothing, [s.strength])
     chosen.change(errors_shown(latest), [chosen, s.strength], s.view, **PRIVATE)
     s.strength.change(
         lambda rows, strength: forgetting_plot(rows, strength), [s.rows, s.strength], s.plot,
@@ -154,9 +152,12 @@ def kept(files: Sequence[str], name: str) -> str:
 def latest(name: str, strength: float) -> Any:
     """State of the last job on an adapter, and its curve."""
     found = _jobs_about(name)
-    if not found:
-        return ["", (), gr.Timer(active=False), "", gr.update(visible=False), [], ""]
-    return follow(found[0].id, (), strength)
+    return follow(found[0].id, (), strength) if found else nothing()
+
+
+def nothing() -> list[Any]:
+    """The view of no job."""
+    return ["", (), gr.Timer(active=False), "", gr.update(visible=False), [], ""]
 
 
 def follow(job_id: str, shown: tuple[Any, ...], strength: float) -> Any:

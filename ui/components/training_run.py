@@ -12,7 +12,6 @@ from typing import Any
 
 import gradio as gr
 
-from adapters.errors import InputError
 from studio import jobs, library
 from studio.jobs import Job
 from studio.training import saved
@@ -82,13 +81,9 @@ class Run:
             jobs.ensure_worker()
             return follow(job_id, ())
 
-        @errors_shown
-        def look(job_id: str, shown: tuple[Any, ...]) -> Any:
-            try:
-                return follow(job_id, shown)
-            except InputError:  # deleted meanwhile
-                off = gr.update(visible=False)
-                return ["", (), gr.Timer(active=False), self.empty, "", *[off] * 5, gr.skip(), "", off]
+        def gone() -> list[Any]:
+            off = gr.update(visible=False)
+            return ["", (), gr.Timer(active=False), self.empty, "", *[off] * 5, gr.skip(), "", off]
 
         @errors_shown
         def keep(job_id: str, step: Any) -> Any:
@@ -98,9 +93,8 @@ class Run:
 
         start.click(started, inputs, self.view, **PRIVATE)
         start.click(None, None, None, js=TO_RESULT)
-        self.timer.tick(look, [self.job, self.shown], self.view, **PRIVATE)
-        self.cancel.click(job_panel.stopper(follow), self.job, self.view, **PRIVATE)
-        self.resume.click(job_panel.resumer(follow), self.job, self.view, **PRIVATE)
+        area = job_panel.Area(self.job, self.timer, self.cancel, self.view, self.resume, self.shown)
+        job_panel.steer(area, follow, gone)
         self.keep.click(keep, [self.job, self.step], self.adapter, **PRIVATE)
         self.step.input(chosen_file, [self.job, self.step], self.download, **PRIVATE)
         self.samples.select(step_of_sample, self.job, [self.step, self.download], **PRIVATE)

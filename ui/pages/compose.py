@@ -496,13 +496,9 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
         jobs.ensure_worker()
         return [config.seed, *follow(job_id, ())]
 
-    @errors_shown
-    def look(job_id: str, shown: tuple[Any, ...]) -> Any:
-        try:
-            return follow(job_id, shown)
-        except InputError:  # deleted meanwhile
-            hidden = gr.update(visible=False)
-            return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, earlier(), hidden]
+    def gone() -> list[Any]:
+        hidden = gr.update(visible=False)
+        return ["", (), gr.Timer(active=False), _EMPTY, hidden, "", hidden, earlier(), hidden]
 
     fields = [page.form[name] for name in NAMES]
     for begin in (generate.click, page.form["prompt"].submit):
@@ -510,8 +506,7 @@ def _wire_run(page: Page, result: _Result, generate: gr.Button, cancel: gr.Butto
                       page.compare.batch, *fields, *page.start.inputs, *page.where.inputs],
               [page.form["seed"], *view], **PRIVATE)  # fmt: skip
         begin(None, None, None, js=_TO_RESULT)
-    result.timer.tick(look, [result.job, result.shown], view, **PRIVATE)
-    cancel.click(job_panel.stopper(follow), result.job, view, **PRIVATE)
+    job_panel.steer(job_panel.Area(result.job, result.timer, cancel, view, shown=result.shown), follow, gone)
 
 
 _TO_RESULT = """() => { if (window.innerWidth < 760)

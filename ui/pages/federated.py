@@ -10,7 +10,7 @@ import gradio as gr
 
 import assets
 from adapters import catalogue
-from adapters.errors import InputError, StudioError
+from adapters.errors import StudioError
 from studio import jobs
 from studio.federation.history import read_history
 from studio.federation.partition_table import parts
@@ -84,18 +84,12 @@ def build() -> Page:
         jobs.ensure_worker()
         return follow(job_id, ())
 
-    @errors_shown
-    def tick(job_id: str, before: tuple[Any, ...]) -> Any:
-        try:
-            return follow(job_id, before)
-        except InputError:  # deleted meanwhile
-            return ["", (), gr.Timer(active=False), EMPTY, "", "", *[gr.update(visible=False)] * 2]
+    def gone() -> list[Any]:
+        return ["", (), gr.Timer(active=False), EMPTY, "", "", *[gr.update(visible=False)] * 2]
 
     start.click(begin, inputs, view, **PRIVATE)
     start.click(None, None, None, js=TO_RESULT)
-    timer.tick(tick, [job, shown], view, **PRIVATE)
-    cancel.click(job_panel.stopper(follow), job, view, **PRIVATE)
-    resume.click(job_panel.resumer(follow), job, view, **PRIVATE)
+    job_panel.steer(job_panel.Area(job, timer, cancel, view, resume, shown), follow, gone)
     look.click(errors_shown(look_at), inputs, [divided, file], **PRIVATE)
     sample.click(lambda: fill(sample_config()), None, inputs, **PRIVATE).then(
         errors_shown(look_at), inputs, [divided, file], **PRIVATE

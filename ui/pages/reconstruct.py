@@ -351,18 +351,9 @@ def _wire_run(page: Page, result: _Result, drop: gr.File, start: gr.Button) -> N
         jobs.ensure_worker()
         return follow(job_id, ())
 
-    @errors_shown
-    def look(job_id: str, shown: tuple[Any, ...]) -> Any:
-        try:
-            return follow(job_id, shown)
-        except InputError:  # deleted meanwhile
-            return follow_nothing()
-
     start.click(begin, [drop, *fields], page.view, **PRIVATE)
-    result.timer.tick(look, [result.job, result.shown], page.view, **PRIVATE)
-
-    result.resume.click(job_panel.resumer(follow), result.job, page.view, **PRIVATE)
-    result.cancel.click(job_panel.stopper(follow), result.job, page.view, **PRIVATE)
+    area = job_panel.Area(result.job, result.timer, result.cancel, page.view, result.resume, result.shown)
+    job_panel.steer(area, follow, follow_nothing)
 
 
 def follow_nothing() -> list[Any]:

@@ -118,18 +118,16 @@ def build() -> Page:
         place = dropped.keep(path, "fasta")
         return None, str(place), _told(place)
 
-    @errors_shown
-    def look(job_id: str) -> Any:
-        return follow(job_id, ())
+    def gone() -> list[Any]:
+        off = gr.update(visible=False)
+        return ["", gr.Timer(active=False), _EMPTY, off, off, off, ""]
 
     drop.upload(taken, drop, [drop, file, chosen], **PRIVATE)
     for button in (start, sample):
         button.click(None, None, None, js=training_run.TO_RESULT)
     start.click(started, [file, *settings_of], view, **PRIVATE)
     sample.click(try_example, settings_of, [chosen, file, *view], **PRIVATE)
-    timer.tick(look, job, view, **PRIVATE)
-    cancel.click(job_panel.stopper(follow), job, view, **PRIVATE)
-    resume.click(job_panel.resumer(follow), job, view, **PRIVATE)
+    job_panel.steer(job_panel.Area(job, timer, cancel, view, resume), follow, gone)
     return Page(base, adapter, view)
 
 

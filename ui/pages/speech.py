@@ -117,17 +117,15 @@ def build() -> Page:
             raise InputError("The example is missing.")
         return [str(pictures.taken(place.name, place)), EXAMPLE[1], *begin(place, EXAMPLE[1], *values[1:])]
 
-    @errors_shown
-    def look(job_id: str) -> Any:
-        return follow(job_id, ())
+    def gone() -> list[Any]:
+        off = gr.update(visible=False)
+        return ["", gr.Timer(active=False), _EMPTY, off, off, "", off]
 
     for button in (start, sample):
         button.click(None, None, None, js=training_run.TO_RESULT)
     start.click(started, [heard, *values_of], view, **PRIVATE)
     sample.click(try_example, values_of, [heard, reference, *view], **PRIVATE)
-    timer.tick(look, job, view, **PRIVATE)
-    cancel.click(job_panel.stopper(follow), job, view, **PRIVATE)
-    resume.click(job_panel.resumer(follow), job, view, **PRIVATE)
+    job_panel.steer(job_panel.Area(job, timer, cancel, view, resume), follow, gone)
     return Page(base, adapters, view)
 
 
