@@ -79,12 +79,13 @@ MEASURED: dict[str, dict[str, Values]] = {
         "train-image": {"learning_rate": 2e-3, "targets": "all"},
         "distill": {"learning_rate": 2e-3, "rank": 16, "batch_size": 8, "knots": 20, "guidance": 4.0, "ema": True,
                     "ema_decay": 0.98},
+        "distill few-steps": {"learning_rate": 2e-4},
     },
     "tinydit": {"train-image": {"learning_rate": 2e-3, "targets": "all", "snr_gamma": None}},
 }  # fmt: skip
 """Base -> kind of job -> values that replace the defaults, and those of every preset: a base much smaller than usual
-needs larger steps. What the presets for pictures reach there is in benchmarks/results/presets.md; the values for
-distilling are those of the shipped adapter ``guided`` (assets/build/configs)."""
+needs larger steps. "KIND PRESET" has what differs for one preset. What the presets for pictures reach there is in
+benchmarks/results/presets.md; the values for distilling are those of the shipped adapters (assets/build/configs)."""
 
 
 def fields(kind: str) -> set[str]:
@@ -108,4 +109,5 @@ def preset(kind: str, name: str, base: str) -> Values:
     if name and name not in known:
         there = f"choose {', '.join(known)}" if known else f"there are none for {kind}; leave it empty"
         raise InputError(f"There is no preset '{name}'{nearest(name, known)}: {there}.")
-    return {**known.get(name, {}), **MEASURED.get(base, {}).get(kind, {})}
+    measured = MEASURED.get(base, {})
+    return {**known.get(name, {}), **measured.get(kind, {}), **measured.get(f"{kind} {name}", {})}

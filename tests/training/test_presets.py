@@ -37,7 +37,7 @@ def test_every_preset_sets_what_it_says_and_given_keys_win(kind: str) -> None:
     for base, measured in MEASURED.items():
         for name, values in PRESETS[kind].items():
             made = parse(kind, preset=name, base=base).model_dump()
-            assert made.items() >= {**values, **measured.get(kind, {})}.items()
+            assert made.items() >= {**values, **measured.get(kind, {}), **measured.get(f"{kind} {name}", {})}.items()
         assert parse(kind, base=base).model_dump().items() >= measured.get(kind, {}).items()
     with pytest.raises(InputError, match=r"no preset 'nrmal'.*choose"):
         parse(kind, preset="nrmal")
